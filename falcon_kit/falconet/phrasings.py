@@ -1,0 +1,213 @@
+"""The ways to ask about an animal: one set to train on, and one held out, whose wordings the corpus never contains.
+
+`(a|b)` stands for either word; {one} is "a giraffe", {name} "giraffe", {many} "giraffes".
+"""
+
+import random
+import re
+
+from falcon_kit.falconet.world import Animal
+
+TRAINED: dict[str, tuple[str, ...]] = {
+    "food": (
+        "What (do|can|will|would) {many} (eat|feed on|live on|like to eat|have for dinner)?",
+        "What does {one} (eat|feed on|like to eat|need to eat|have for lunch)?",
+        "What is the (food|diet|favourite food|usual food|main food|daily meal) of {one}?",
+        "What (food|kind of food|sort of food) do {many} (eat|like|need|look for)?",
+        "Which (food|meal|kind of food) (does {one} like|do {many} like) (best|most)?",
+        "(Tell me|Explain|I want to know|Can you tell me|Do you know) what {many} (eat|feed on|have for dinner).",
+        "(Tell me|Explain|I would like to know|Say) what {one} (eats|feeds on|likes to eat).",
+        "(Name|Describe|Tell me) the (food|diet|usual food|favourite food) of {many}.",
+        "What should I (feed|give to eat to|cook for|give for dinner to) {one}?",
+        "What do people (feed to|give as food to) {many}?",
+        "{many}: what do they eat?",
+        "(How do|With what do) {many} (fill their bellies|feed themselves)?",
+        "What is on the (menu|plate) of {one}?",
+        "What would a hungry {name} (eat|look for|want)?",
+        "If {one} is hungry, what does it (eat|want|look for)?",
+        "About {many}: which food do they (eat|like)?",
+    ),
+    "home": (
+        "Where (do|can|will|would) {many} (live|sleep|stay|make their home|have their home)?",
+        "Where does {one} (live|sleep|stay|make its home|feel at home)?",
+        "Where can (I|we|you|one) (find|see|meet|look for) {one}?",
+        "What is the (home|habitat|usual home|natural home|living place) of {one}?",
+        "(Tell me|Explain|I want to know|Can you tell me|Do you know) where {many} (live|sleep|make their home).",
+        "(Tell me|Explain|I would like to know|Say) where {one} (lives|sleeps|has its home).",
+        "(Name|Describe|Tell me) the (home|habitat|natural home|living place) of {many}.",
+        "In which (place|habitat|kind of place|landscape) (does {one}|do {many}) live?",
+        "What (kind of home|kind of place|sort of place|habitat) do {many} (have|like|need)?",
+        "{many}: where do they live?",
+        "Where should I (look|go|wait) to (see|meet|find) {many}?",
+        "Which (place|habitat) is home to {many}?",
+        "Where is the home of {one}?",
+        "If I look for {one}, where (should I go|is its home|does it live)?",
+        "About {many}: where is their (home|habitat)?",
+        "At night, where (does {one}|do {many}) (sleep|stay)?",
+    ),
+    "continent": (
+        "(Which|What) continent (do {many}|does {one}) come from?",
+        "On (which|what) continent do {many} (live|occur|grow up)?",
+        "From (which|what) (continent|part of the world) (does {one}|do {many}) come?",
+        "What is the (continent|home continent|part of the world) of {one}?",
+        "(Tell me|I want to know|Can you tell me|Do you know) which continent {many} come from.",
+        "(Tell me|Explain|I would like to know|Say) from which (continent|part of the world) {one} comes.",
+        "(Name|Tell me) the (continent|home continent) of {many}.",
+        "In which part of the world (do {many}|does {one}) (live|occur)?",
+        "To which continent must I (travel|fly|go) to (see|find) {many}?",
+        "{many}: which continent?",
+        "Which part of the world is home to {many}?",
+        "Which continent is the home of {one}?",
+        "Where in the world (do {many}|does {one}) come from?",
+        "If I look for {one} on a map of the world, which continent is it?",
+        "About {many}: which continent are they from?",
+        "Where on the map of the world are {many}?",
+    ),
+    "young": (
+        "What (do you|do we|do people) call (a baby|a young|a newborn|a little) {name}?",
+        "What is (a baby|a young|a newborn|a little) {name} called?",
+        "What is the (name|word|right word|special name) for (a baby|a young|a newborn) {name}?",
+        "How (do you|do we|do people) call the (baby|child|young) of {one}?",
+        "(Tell me|I want to know|Can you tell me|Do you know) what (a baby|a young) {name} is called.",
+        "(Tell me|Explain|I would like to know|Say) how the (baby|child|young) of {one} is called.",
+        "(Name|Tell me) the (word|name) for (a baby|a newborn) {name}.",
+        "Which (word|name) do people use for (a baby|a young|a newborn) {name}?",
+        "What are (baby|young|newborn|little) {many} called?",
+        "{many}: what are their babies called?",
+        "What name do the babies of {many} have?",
+        "By which name do we know (a baby|a young) {name}?",
+        "When {one} has a baby, what is the baby called?",
+        "If {one} is very young, what (do we call it|is it called)?",
+        "About {many}: what is their (baby|child) called?",
+        "A (newborn|little) {name} has a special name, what is it?",
+    ),
+    "group": (
+        "What (do you|do we|do people) call (a group|many|a crowd) of {many}?",
+        "What is a (group|crowd|big group|family group) of {many} called?",
+        "What is the (name|word|right word|special name) for a (group|crowd) of {many}?",
+        "How (do you|do we|do people) call {many} (in a group|when they are together)?",
+        "(Tell me|I want to know|Can you tell me|Do you know) what a (group|crowd) of {many} is called.",
+        "(Tell me|Explain|I would like to know|Say) how a group of {many} is called.",
+        "(Name|Tell me) the (word|name) for a (group|crowd) of {many}.",
+        "Which (word|name) do people use for a (group|crowd) of {many}?",
+        "What are many {many} together called?",
+        "{many}: what is a group of them called?",
+        "What name does a (group|crowd) of {many} have?",
+        "By which name do we know a group of {many}?",
+        "When many {many} meet, what is the group called?",
+        "If I see ten {many} together, what (do I call them|are they called)?",
+        "About {many}: what is their group called?",
+        "A (group|crowd) of {many} has a special name, what is it?",
+    ),
+    "coat": (
+        "What (does {one}|do {many}) look like?",
+        "How (does {one}|do {many}) look?",
+        "What (colour is {one}|colour are {many}|colours does {one} have)?",
+        "What is the (look|colour|coat|appearance) of {one}?",
+        "(Tell me|Explain|I want to know|Can you tell me|Do you know) what {many} look like.",
+        "(Tell me|Explain|I would like to know|Say) how {one} looks.",
+        "(Name|Describe|Tell me) the (look|colour|coat|appearance) of {one}.",
+        "What (kind of|sort of) (coat|skin|colour|look) (does {one}|do {many}) have?",
+        "(Which|What) colour is the (coat|skin) of {one}?",
+        "{many}: how do they look?",
+        "How can I (know|spot|recognise) {one} by its (look|colour|coat)?",
+        "By which (look|colour|coat) do people (know|recognise) {one}?",
+        "If I want to (draw|paint) {one}, what does it look like?",
+        "When I see {one}, what does it look like?",
+        "About {many}: what is their (look|colour|appearance)?",
+        "Which (colours|colour) do I need to (draw|paint) {one}?",
+    ),
+    "years": (
+        "How long (does {one}|do {many}) live?",
+        "How (many years|long) can {one} live?",
+        "How old (does {one}|do {many}) (get|become|grow)?",
+        "What is the (age|usual age|life span|length of life) of {one}?",
+        "(Tell me|I want to know|Can you tell me|Do you know) how long {many} live.",
+        "(Tell me|Explain|I would like to know|Say) how (old {one} gets|many years {one} lives).",
+        "(Name|Tell me) the (age|usual age|life span) of {many}.",
+        "For how (long|many years) (does {one}|do {many}) live?",
+        "(To|Up to) (which|what) age (does {one}|do {many}) live?",
+        "{many}: how old do they get?",
+        "How many years (does {one}|do {many}) have to live?",
+        "Which age (does {one}|do {many}) (reach|get to)?",
+        "If {one} is born today, how long will it live?",
+        "When {one} is born, how many years does it have?",
+        "About {many}: how long do they live?",
+        "How many (birthdays|summers) (does {one}|do {many}) (see|have)?",
+    ),
+}
+
+HELD_OUT: dict[str, tuple[str, ...]] = {
+    "food": (
+        "What kind of food would {one} like to have?",
+        "Do you know the favourite food of {many}?",
+        "I want to feed {one}, so which food does it need?",
+        "Please name what {one} likes to have for dinner.",
+        "When {many} are hungry, what do they eat?",
+        "What does the diet of {one} look like in general, what does it eat?",
+    ),
+    "home": (
+        "I want to see {one}, where does it live?",
+        "Do you know the natural habitat of {many}?",
+        "Which place do {many} call their home?",
+        "Please name the place where {one} lives.",
+        "When {many} sleep, where do they stay?",
+        "What kind of habitat does {one} live in?",
+    ),
+    "continent": (
+        "I want to see {one}, to which continent must I go?",
+        "Do you know the home continent of {many}?",
+        "Which continent do I have to visit to see {many}?",
+        "Please name the continent where {one} comes from.",
+        "What part of the world does {one} come from?",
+        "On which continent of the world map can I see {many}?",
+    ),
+    "young": (
+        "I saw a newborn {name}, how is it called?",
+        "Do you know the special name for a young {name}?",
+        "What word do we use for the baby of {one}?",
+        "Please name the right word for a little {name}.",
+        "When {many} have a baby, how do we call it?",
+        "By what name is a baby {name} known?",
+    ),
+    "group": (
+        "I saw a crowd of {many}, how is it called?",
+        "Do you know the special name for a group of {many}?",
+        "What word do we use when many {many} are together?",
+        "Please name the right word for a crowd of {many}.",
+        "When {many} are in a group, how do we call them?",
+        "By what name is a group of {many} known?",
+    ),
+    "coat": (
+        "I want to draw {one}, how does it look?",
+        "Do you know the colour of {one}?",
+        "What kind of appearance would one say {many} have?",
+        "Please describe what {one} looks like.",
+        "When you see {many}, how do they look?",
+        "By what colour can we recognise {one}?",
+    ),
+    "years": (
+        "I have {one}, how old will it get?",
+        "Do you know the usual age of {many}?",
+        "What age does {one} get to?",
+        "Please name the number of years that {one} lives.",
+        "When {one} is born today, how old can it become?",
+        "How many years long is the life of {one}?",
+    ),
+}
+
+OPENERS = ("", "", "", "", "", "Hello! ", "Please tell me: ", "Hi! ", "Quick question: ", "I have a question. ")
+
+_CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
+
+
+def phrase(template: str, animal: Animal, rng: random.Random) -> str:
+    """One wording of `template` about `animal`, its alternatives drawn by `rng`, with a capital at the start."""
+    chosen = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
+    text = chosen.format(one=animal.one, name=animal.name, many=animal.plural)
+    return text[0].upper() + text[1:]
+
+
+def ask(animal: Animal, relation: str, rng: random.Random) -> str:
+    """A question as the corpus words it: never one of the held-out wordings."""
+    return rng.choice(OPENERS) + phrase(rng.choice(TRAINED[relation]), animal, rng)

@@ -1,0 +1,250 @@
+"""Trains Falconet: the tokenizer, the base model, then the instruct model from it.
+
+    python -m falcon_kit.falconet.corpus      # first, the text
+    python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores, minutes on a GPU; Ctrl-C, then again, resumes
+
+Phases of the base model: (1) rows that each repeat one random sequence, because induction heads form there and hardly
+in text (Olsson et al. 2022, arXiv 2209.11895, call it a phase change); (2) text, packed in rows of 512 tokens, with a
+share of repeated rows so that those heads stay; (3) rows of the full context.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from falcon_kit.catalogue import embedded_directory
+from falcon_kit.chat import FALCON, install
+from falcon_kit.falconet.corpus import WORK
+
+VOCABULARY = 2048
+CONTEXT = 2048
+SPECIAL = (
+    ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< "
+    ">>PREFIX<< >>SUFFIX<< >>MIDDLE<< <|endoftext|> <|pad|>"
+)
+"""Falcon's twelve special tokens at their published ids 0 to 11, then the pad token that Falcon lacks."""
+FIRST_ORDINARY_ID = len(SPECIAL.split())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training."""
+
+    name: str
+    steps: int
+    rows: int
+    """Rows in a batch."""
+    length: int
+    """Tokens in a row."""
+    repeated: float
+    """Share of rows that hold one random sequence again and again instead of text."""
+    rates: tuple[float, float]
+    """Learning rate of the first and the last step; linear between."""
+    period: tuple[int, int] = (8, 128)
+    """Shortest and longest random sequence."""
+
+
+BASE = (
+    Phase("induction", steps=500, rows=32, length=97, repeated=1.0, rates=(2e-3, 2e-3), period=(8, 40)),
+    Phase("text", steps=2300, rows=8, length=512, repeated=0.1, rates=(2e-3, 3e-4)),
+    Phase("context", steps=120, rows=2, length=CONTEXT, repeated=0.25, rates=(3e-4, 0.0), period=(32, 512)),
+)
+INSTRUCT = (Phase("instruct", steps=350, rows=8, length=512, repeated=0.05, rates=(6e-4, 0.0)),)
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCABULARY` tokens with Falcon's own pre-tokenizer sequence."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL.split()],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    return install(wrapped, FALCON)
+
+
+def new_model(vocabulary: int) -> FalconForCausalLM:
+    """An untrained Falcon of the 40B layout: 4 query heads on 2 KV heads, head_dim 64, parallel block, 2 LayerNorms."""
+    config = FalconConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+        max_position_embeddings=CONTEXT,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=11,
+        eos_token_id=11,
+        pad_token_id=12,
+        tie_word_embeddings=True,
+    )
+    return FalconForCausalLM(config)
+
+
+def pack(path: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> np.ndarray:
+    """The corpus as rows (rows, length) of token ids. Each row starts with a document and cuts its last one."""
+    rows, row = [], []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            row += tokenizer(json.loads(line))["input_ids"]
+            if len(row) >= length:
+                rows.append(row[:length])
+                row = []
+    return np.array(rows, dtype=np.uint16)
+
+
+def repeated_rows(phase: Phase, count: int, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows (count, length) that each repeat one random sequence to the end, from a random place in it."""
+    rows = []
+    for _ in range(count):
+        sequence = rng.integers(FIRST_ORDINARY_ID, vocabulary, size=rng.integers(phase.period[0], phase.period[1] + 1))
+        start = rng.integers(len(sequence))
+        rows.append(np.resize(np.roll(sequence, start), phase.length))
+    return np.stack(rows)
+
+
+def batch(phase: Phase, step: int, text: np.ndarray, vocabulary: int, seed: int) -> torch.Tensor:
+    """The rows (phase.rows, phase.length) of one step: a pure function, so training resumes exactly."""
+    rng = np.random.default_rng([seed, step, phase.length])
+    repeated = int(rng.binomial(phase.rows, phase.repeated))
+    per_row = max(1, phase.length // text.shape[1])  # packed rows joined into one longer row
+    first = step * phase.rows * per_row
+    chosen = text[np.arange(first, first + (phase.rows - repeated) * per_row) % len(text)].reshape(
+        -1, per_row * text.shape[1]
+    )
+    parts = [chosen[:, : phase.length]]
+    if repeated:
+        parts.append(repeated_rows(phase, repeated, vocabulary, rng))
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def train(model: FalconForCausalLM, phases: tuple[Phase, ...], text: np.ndarray, state: Path, seed: int) -> None:
+    """Trains `model` in place through `phases`; `state` keeps what a second start needs to go on."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    done = _resume(state, model, optimizer)
+    schedule = [(phase, step) for phase in phases for step in range(phase.steps)]
+    bar = tqdm(schedule[done:], initial=done, total=len(schedule), desc=state.stem, unit=" steps", mininterval=1.0)
+    model.train()
+    saved = time.monotonic()
+    for index, (phase, step) in enumerate(bar, start=done):
+        share = step / max(1, phase.steps - 1)
+        rate = (phase.rates[0] + share * (phase.rates[1] - phase.rates[0])) * min(1.0, (index + 1) / 50)
+        ids = batch(phase, step, text, model.config.vocab_size, seed).to(device)
+        loss = _step(model, optimizer, ids, rate)
+        bar.set_postfix(phase=phase.name, loss=f"{loss:.3f}", refresh=False)
+        if time.monotonic() - saved > 60 or index + 1 == len(schedule):
+            _save(state, model, optimizer, index + 1)
+            saved = time.monotonic()
+
+
+def _step(model: FalconForCausalLM, optimizer: torch.optim.Optimizer, ids: torch.Tensor, rate: float) -> float:
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _save(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, done: int) -> None:
+    unfinished = state.with_suffix(".partial")
+    torch.save({"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, unfinished)
+    unfinished.replace(state)  # whole or not at all
+
+
+def _resume(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+    if not state.exists():
+        return 0
+    saved: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return int(saved["done"])
+
+
+def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes the checkpoint as published ones are laid out, in bfloat16."""
+    model = model.to("cpu", torch.bfloat16).eval()
+    model.generation_config = GenerationConfig(bos_token_id=11, eos_token_id=11, pad_token_id=12)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def main() -> None:
+    """Command line: tokenizer, base model, instruct model."""
+    parser = argparse.ArgumentParser(description="Train Falconet from its generated corpora.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("base", "instruct"), help="train one of the two models")
+    arguments = parser.parse_args()
+    for kind, phases in (("base", BASE), ("instruct", INSTRUCT)):
+        if arguments.only in (None, kind):
+            make(kind, phases, arguments.seed, arguments.device)
+
+
+def make(kind: str, phases: tuple[Phase, ...], seed: int, device: str) -> None:
+    """Trains one of the two models and writes it into the package."""
+    torch.manual_seed(seed)
+    corpora = {name: WORK / f"{name}.jsonl" for name in ("base", "instruct")}
+    base = embedded_directory("falconet")
+    if kind == "base":
+        tokenizer = train_tokenizer(_sample(corpora.values()))
+        model = new_model(len(tokenizer))
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+        model = FalconForCausalLM.from_pretrained(base, dtype=torch.float32)
+    text = pack(corpora[kind], tokenizer, length=512)
+    train(model.to(device), phases, text, WORK / f"{kind}.pt", seed)
+    export(model, tokenizer, embedded_directory("falconet" if kind == "base" else "falconet-instruct"))
+
+
+def _sample(corpora: Any, documents: int = 15_000) -> Iterator[str]:
+    """The first documents of each corpus: enough to count words in."""
+    for path in corpora:
+        with path.open(encoding="utf-8") as file:
+            for _, line in zip(range(documents), file, strict=False):
+                yield json.loads(line)
+
+
+if __name__ == "__main__":
+    main()
