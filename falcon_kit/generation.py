@@ -1,0 +1,302 @@
+"""Text out of a Falcon: single, in batches, streamed, with log-probabilities and statistics.
+
+Works on any transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
+(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `loading.Falcon` is the usual door.
+"""
+
+import html
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from falcon_kit.catalogue import format_bytes
+from falcon_kit.decoding import FinishReason, Piece, Row, Watch
+from falcon_kit.sampling import Sampling, require
+
+Prompt = str | Sequence[str] | Sequence[int]
+"""One text, several texts, or one text already turned into token ids."""
+DEFAULT_NEW_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call of `generate` took, over all its rows."""
+
+    rows: int
+    """Texts written at once."""
+    prompt_tokens: int
+    """Tokens read, padding not counted."""
+    new_tokens: int
+    """Tokens generated, end tokens counted."""
+    first_token_seconds: float
+    """From the call to the first new token: the prefill."""
+    seconds: float
+    """From the call to the last token."""
+    cache_bytes: int
+    """Bytes of keys and values held at the end, as allocated."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second."""
+        return self.prompt_tokens / self.first_token_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second after the first of each row; nan where there was no second."""
+        elapsed = self.seconds - self.first_token_seconds
+        return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
+            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s; "
+            f"KV cache {format_bytes(self.cache_bytes)}"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text."""
+
+    prompt: str
+    """What it continues, as the model read it."""
+    text: str
+    """The new text, without special tokens and without the stop string."""
+    tokens: tuple[int, ...]
+    """Every new token id, an end token and those of a stop string included."""
+    logprobs: tuple[float, ...] | None
+    """One per token, see `Piece.logprob`; None after a beam search, which scores whole texts."""
+    finish_reason: FinishReason
+    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller."""
+    stats: Stats
+    """Time and memory of the call that made it, shared by all rows of a batch."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        return f"Generation({short!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}</span>'
+            f"<b>{html.escape(self.text)}</b></div>"
+            f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
+        )
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, strip: bool = False, **settings: Any
+) -> Generation | list[Generation]:
+    """Continues `prompt`: one Generation for one text, else a list in the order of the prompts, sequences side by side.
+
+    `settings` are the fields of `Sampling` and any other argument of transformers' `generate`. `strip` drops white
+    space before the first word, which an answer in a chat brings along.
+    Raises ValueError for an empty prompt, one that is longer than the context, or settings out of range.
+    """
+    run = _Run(model, tokenizer, prompt, settings, strip)
+    generations = run()
+    return generations if run.many else generations[0]
+
+
+def stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, strip: bool = False, **settings: Any
+) -> "Stream":
+    """Continues one prompt piece by piece: iterate over what comes back. Arguments as for `generate`."""
+    run = _Run(model, tokenizer, prompt, settings, strip)
+    require(not run.many, "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()")
+    require(not run.beams, "beam search cannot stream, its text is known only at the end: use generate()")
+    return Stream(run)
+
+
+class Stream(Iterator[Piece]):
+    """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
+
+    def __init__(self, run: "_Run") -> None:
+        self._finished: list[Generation] = []
+        self._pieces = _pieces(run, self._finished)
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops the model and waits until it has stopped."""
+        self._pieces.close()
+
+    __del__ = close
+
+    @property
+    def generation(self) -> Generation:
+        """The whole text and its statistics, once the stream has ended or was closed."""
+        if not self._finished:
+            raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
+        return self._finished[0]
+
+
+def _pieces(run: "_Run", finished: list[Generation]) -> Any:
+    """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
+    arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            finished.extend(run(arrived.put))
+            arrived.put(None)
+        except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
+            arrived.put(error)
+
+    worker = threading.Thread(target=work, name="falcon-stream", daemon=True)
+    worker.start()
+    try:
+        while (item := arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        run.cancelled.set()
+        worker.join()
+
+
+class _Run:
+    """One call of transformers' `generate`, checked beforehand and watched token by token."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        settings: dict[str, Any],
+        strip: bool,
+    ) -> None:
+        own = {field.name for field in fields(Sampling)}
+        self.sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
+        self.options = {name: value for name, value in settings.items() if name not in own}
+        self.beams = self.options.get("num_beams", 1) > 1
+        self.model, self.tokenizer, self.strip = model, tokenizer, strip
+        self.cancelled = threading.Event()
+        copies = self.sampling.num_return_sequences
+        require(
+            copies == 1 or self.sampling.samples or self.beams,
+            f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
+        )
+        prompts = _encode(tokenizer, prompt)
+        self.new_tokens = _room(prompts, model.config.max_position_embeddings, self.sampling)
+        longest = model.config.max_position_embeddings - self.new_tokens
+        self.prompts = [ids[-longest:] for ids in prompts]
+        single = isinstance(prompt, str) or isinstance(prompt[0], int)
+        self.many = not single or copies > 1
+
+    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
+        """Generates; `emit` gets each piece of a single row as it comes."""
+        rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
+        watch = Watch(rows, self.cancelled, emit)
+        hooks = {} if self.beams else watch.hooks()
+        device = self.model.device
+        with _seeded(self.sampling.seed, device):
+            output = self.model.generate(
+                **self._inputs(device),
+                **self.sampling.choice(),
+                num_return_sequences=self.sampling.num_return_sequences,
+                max_new_tokens=self.new_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,  # configs of 2023 name id 2 here, the model ends with 11
+                pad_token_id=self._pad,
+                return_dict_in_generate=True,
+                **hooks,
+                **self.options,
+            )
+        if self.beams:
+            watch.read(output.sequences[:, max(map(len, self.prompts)) :])
+        return self._generations(rows, watch, _cache_bytes(output.past_key_values))
+
+    @property
+    def _pad(self) -> int:
+        """Masked, so any id does: Falcon's own tokenizer has no pad token."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _row(self) -> "Row":
+        return Row(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip)
+
+    def _inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Token ids and mask, both (B, T), padded on the left so that every row ends where the new text begins."""
+        longest = max(map(len, self.prompts))
+        ids = [[self._pad] * (longest - len(prompt)) + prompt for prompt in self.prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.prompts]
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+    def _generations(self, rows: list["Row"], watch: "Watch", cache_bytes: int) -> list[Generation]:
+        stats = Stats(
+            rows=len(rows),
+            prompt_tokens=sum(map(len, self.prompts)),
+            new_tokens=sum(len(row.tokens) for row in rows),
+            first_token_seconds=watch.first - watch.start,
+            seconds=watch.last - watch.start,
+            cache_bytes=cache_bytes,
+        )
+        prompts = [
+            self.tokenizer.decode(ids) for ids in self.prompts for _ in range(self.sampling.num_return_sequences)
+        ]
+        return [
+            Generation(
+                prompt=prompt,
+                text=row.text,
+                tokens=tuple(row.tokens),
+                logprobs=None if self.beams else tuple(row.logprobs),
+                finish_reason=row.finish_reason or "cancelled",
+                stats=stats,
+            )
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[int]]:
+    """The token ids of each prompt."""
+    require(len(prompt) > 0, "the prompt is empty: give the model something to continue")
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return [list(prompt)]  # type: ignore[arg-type]  # the first element tells ids from texts
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    require(all(texts), "a prompt is empty: give the model something to continue")
+    return [list(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
+    """How many tokens may be generated so that neither the request nor the context is exceeded."""
+    longest = max(map(len, prompts))
+    if sampling.max_length is not None:
+        require(
+            longest < sampling.max_length,
+            f"max_length={sampling.max_length} leaves no room: the prompt has {longest} tokens",
+        )
+    wanted = sampling.max_length - longest if sampling.max_length else sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+    if sampling.truncate == "left":
+        return min(wanted, context - 1)
+    require(
+        longest < context,
+        f"the prompt has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
+        f'shorten it, or give truncate="left" to drop its beginning',
+    )
+    return min(wanted, context - longest)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds the random state inside, and puts the former one back."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds; 0 without a cache."""
+    layers = getattr(cache, "layers", ())
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if isinstance(tensor, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -1,0 +1,236 @@
+"""`load`: a Falcon by embedded name, hub id or directory, handed back as plain transformers objects.
+
+Remote code is never run, and pickled weights only load as bare tensors.
+"""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from falcon_kit import generation
+from falcon_kit.catalogue import FalconSpec, format_bytes
+from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, encode
+from falcon_kit.checkpoints import check_weights, locate
+from falcon_kit.environment import host_memory
+from falcon_kit.generation import Generation, Prompt, Stream
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALL = 2**30  # bytes of weights up to which a progress bar would only flash by
+
+
+@dataclass(frozen=True, repr=False)
+class Falcon:
+    """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""
+
+    model: FalconForCausalLM
+    """The model, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, with a chat template."""
+    spec: FalconSpec
+    """Its published or configured shape."""
+    chat_format: ChatFormat
+    """How `chat` writes turns."""
+    dtype_reason: str
+    """Why the weights have the dtype they have."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    def generate(self, prompt: Prompt, **settings: Any) -> Any:
+        """Continues a text: a `Generation`; for several texts or sequences, a list of them.
+
+        `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
+        seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
+        than the context, or settings out of range.
+        """
+        return generation.generate(self.model, self.tokenizer, prompt, **settings)
+
+    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
+        """Continues a text, or answers a conversation, piece by piece; closing the iterator stops the model."""
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            settings = self._turns(cast(Sequence[Message], prompt), settings)
+            return generation.stream(self.model, self.tokenizer, **settings)
+        return generation.stream(self.model, self.tokenizer, cast(Prompt, prompt), **settings)
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+        """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
+
+        Special tokens that a message spells out stay text. Raises ValueError for unknown roles or turns out of order.
+        """
+        answer = generation.generate(self.model, self.tokenizer, **self._turns(messages, settings))
+        if not isinstance(answer, Generation):
+            raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
+        return answer
+
+    def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
+        given = settings.get("stop", ())
+        stop = (*self.chat_format.stop, *((given,) if isinstance(given, str) else given))
+        ids = encode(messages, self.tokenizer, self.chat_format)
+        return {**settings, "prompt": ids, "stop": stop, "strip": True}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers, tied ones once."""
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in (*self.model.parameters(), *self.model.buffers())
+        )
+
+    def _facts(self) -> dict[str, str]:
+        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
+        return {
+            "parameters": f"{self.model.num_parameters():,}",
+            "weights": format_bytes(self.weight_bytes),
+            "dtype": f"{str(self.model.dtype).removeprefix('torch.')} ({self.dtype_reason})",
+            "devices": ", ".join(devices),
+            "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
+            "context": f"{self.spec.context} tokens",
+            "chat format": self.chat_format.name,
+        }
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"Falcon({self.spec.name}, {facts['parameters']} parameters, {dtype} on {facts['devices']})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+            f'<td style="text-align:left">{html.escape(value)}</td></tr>'
+            for name, value in self._facts().items()
+        )
+        return f"<b>{html.escape(self.spec.name)}</b><table>{rows}</table>"
+
+
+def load(
+    name: str | Path = "falconet",
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    chat: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Falcon:
+    """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
+
+    dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason kept), "float32", "bfloat16", "float16".
+    device_map: as in transformers; unset, all GPUs there are, else the CPU.
+    chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
+    revision, token, cache_dir, local_files_only: as in huggingface_hub.
+
+    Raises LookupError for a name that nothing answers to, ConnectionError where the hub cannot be reached,
+    FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights.
+    """
+    wanted = _named_dtype(dtype)
+    chosen_format = None if chat is None else chat_format(chat)
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    directory, shape, config = locate(str(name), hub)
+    weights = check_weights(directory)
+    chosen, reason = _choose_dtype(wanted, config, shape)
+    if device_map is None and torch.cuda.is_available():
+        device_map = "auto"
+    tokenizer = _load_tokenizer(directory)
+    model = _load_model(directory, config, chosen, device_map, weights)
+    _mend_generation_config(model, tokenizer)
+    chosen_format = chosen_format or _default_format(shape, tokenizer)
+    if chat is not None or tokenizer.chat_template is None:
+        tokenizer.chat_template = chosen_format.template
+    return Falcon(model, tokenizer, shape, chosen_format, reason)
+
+
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype, None for "auto"."""
+    if dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if (found := DTYPES.get(str(dtype).removeprefix("torch."))) is None:
+        raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return found
+
+
+def _choose_dtype(wanted: torch.dtype | None, config: FalconConfig, shape: FalconSpec) -> tuple[torch.dtype, str]:
+    """The dtype to load in, and why."""
+    if wanted is not None:
+        return wanted, "as asked"
+    stored = config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
+    if torch.cuda.is_available():
+        if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16, "the checkpoint's bfloat16 is not native to this GPU"
+        return stored, "as in the checkpoint"
+    full, (_, available) = 4 * shape.parameters, host_memory()
+    if stored != torch.float32 and full < available / 10:
+        return torch.float32, f"on a CPU {format_bytes(full)} of weights are little, and float32 is exact"
+    if stored == torch.float16:
+        return torch.bfloat16, "CPUs compute bfloat16 faster than the checkpoint's float16"
+    return stored, "as in the checkpoint"
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer, without the token type ids that Falcon has no use for and refuses."""
+    if not (directory / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer.json: copy it from the model that this one was made from"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, model_input_names=["input_ids", "attention_mask"])
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
+def _load_model(
+    directory: Path, config: FalconConfig, dtype: torch.dtype, device_map: Any, weights: list[Path]
+) -> FalconForCausalLM:
+    with _progress(sum(file.stat().st_size for file in weights) > _SMALL):
+        model, report = FalconForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=weights[0].suffix == ".safetensors",
+            weights_only=True,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers and goes on
+        raise ValueError(
+            f"{directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
+            "the config and the weights are of different models, or the checkpoint is incomplete"
+        )
+    return model.eval()
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[None]:
+    """Shows transformers' progress bar or not, and leaves its switch as it was."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _mend_generation_config(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Takes the end token from the tokenizer: generation configs of 2023 name id 2, while the model ends with 11."""
+    config = model.generation_config
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _default_format(shape: FalconSpec, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """The format whose template the tokenizer brings; else that of the published models it belongs to."""
+    if tokenizer.chat_template == FALCON.template or not shape.published or shape.name.startswith("falcon-180B"):
+        return FALCON
+    return HUB

@@ -1,0 +1,80 @@
+"""Settings of generation, checked before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen and when to stop. Names and meanings are those of transformers where it has them."""
+
+    max_new_tokens: int | None = None
+    """Tokens to generate at most; 200 unless `max_length` is given. Never past the model's context."""
+    max_length: int | None = None
+    """Tokens of prompt and answer together, as in the model card's example."""
+    do_sample: bool | None = None
+    """Draw the next token (True) or take the likeliest (False); unset, draw if temperature, top_k or top_p is given."""
+    temperature: float | None = None
+    """Logits are divided by it; below 1 sharper, above 1 flatter, 0 means the likeliest token."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw among the fewest tokens whose probabilities add up to p (Holtzman et al. 2020, arXiv 1904.09751)."""
+    num_return_sequences: int = 1
+    """Texts per prompt."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the text. They are cut from it, wherever token borders fall."""
+    seed: int | None = None
+    """Same seed, same text, on the same machine and batch. The global random state is left as it was."""
+    truncate: Literal["left"] | None = None
+    """"left" drops the oldest tokens of a prompt that is too long; unset refuses it."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range, naming it and the range."""
+        for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.temperature is None or 0 <= self.temperature < float("inf"),
+            f"temperature must be 0 (the likeliest token) or more, got {self.temperature}",
+        )
+        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require(
+            self.max_new_tokens is None or self.max_length is None,
+            f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
+        )
+        require(all(self.stop_strings), "stop must not contain an empty string: it would stop before the first word")
+        require(self.truncate in (None, "left"), f'truncate must be None or "left", got {self.truncate!r}')
+        require(
+            self.do_sample is not False or not self._drawn,
+            "temperature, top_k and top_p have no effect with do_sample=False: leave them out, or set do_sample=True",
+        )
+
+    @property
+    def _drawn(self) -> bool:
+        return bool(self.temperature) or (self.temperature is None and bool(self.top_k or self.top_p))
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self._drawn if self.do_sample is None else self.do_sample and self.temperature != 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def choice(self) -> dict[str, Any]:
+        """The arguments of transformers' `generate` that say how a token is chosen."""
+        if not self.samples:
+            return {"do_sample": False}
+        # 0 switches top_k off; left out, transformers would fall back on 50.
+        chosen = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
+        return {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)

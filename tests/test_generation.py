@@ -1,0 +1,424 @@
+"""Generation: transformers' own `generate` and plain arithmetic are the oracles."""
+
+import dataclasses
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from falcon_kit import Sampling
+from falcon_kit.decoding import Row
+from falcon_kit.generation import generate
+
+QUESTION = "User: What do giraffes eat?\nFalcon:"
+CHAT = [{"role": "user", "content": "What do giraffes eat?"}]
+PROMPTS = [QUESTION, "User: Hello\nFalcon:", "Animals of Africa: giraffe, lion,"]
+SAMPLED = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 7, "max_new_tokens": 24}
+
+
+@pytest.fixture
+def forwards(instruct):
+    """A list that grows by one at every forward pass of the model."""
+    calls = []
+    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+def oracle(falcon, prompt, **arguments):
+    """The new token ids that transformers' own `generate` gives."""
+    inputs = falcon.tokenizer(prompt, return_tensors="pt")
+    output = falcon.model.generate(**inputs, pad_token_id=12, eos_token_id=11, **arguments)
+    return [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
+
+
+def long(falcon):
+    """A stream of 1000 tokens: random ones, and no end token among them."""
+    return falcon.stream(QUESTION, max_new_tokens=1000, temperature=50.0, seed=0, suppress_tokens=[11])
+
+
+def working_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "falcon-stream"]
+
+
+# Equal to transformers
+
+
+def test_greedy_tokens_are_those_of_transformers(instruct):
+    expected = oracle(instruct, QUESTION, do_sample=False, max_new_tokens=40)[0]
+    assert list(instruct.generate(QUESTION, max_new_tokens=40).tokens) == expected
+
+
+def test_a_seed_gives_the_tokens_that_transformers_draws_with_it(instruct):
+    torch.manual_seed(7)
+    arguments = {name: value for name, value in SAMPLED.items() if name != "seed"}
+    expected = oracle(instruct, QUESTION, **arguments)[0]
+    assert list(instruct.generate(QUESTION, **SAMPLED).tokens) == expected
+
+
+def test_several_sequences_are_those_of_transformers(instruct):
+    torch.manual_seed(7)
+    arguments = {name: value for name, value in SAMPLED.items() if name != "seed"}
+    expected = oracle(instruct, QUESTION, num_return_sequences=3, **arguments)
+    texts = [instruct.tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    assert [each.text for each in instruct.generate(QUESTION, num_return_sequences=3, **SAMPLED)] == texts
+
+
+def test_beam_search_is_that_of_transformers(instruct):
+    expected = oracle(instruct, QUESTION, num_beams=3, max_new_tokens=12)[0]
+    assert list(instruct.generate(QUESTION, num_beams=3, max_new_tokens=12).tokens) == expected
+
+
+def test_other_arguments_of_transformers_pass_through(instruct):
+    expected = oracle(instruct, PROMPTS[2], do_sample=False, repetition_penalty=1.5, max_new_tokens=20)[0]
+    assert list(instruct.generate(PROMPTS[2], repetition_penalty=1.5, max_new_tokens=20).tokens) == expected
+
+
+def test_sampling_without_top_k_draws_from_the_whole_vocabulary(instruct):
+    torch.manual_seed(3)
+    expected = oracle(instruct, QUESTION, do_sample=True, temperature=3.0, top_k=0, max_new_tokens=20)[0]
+    assert list(instruct.generate(QUESTION, temperature=3.0, seed=3, max_new_tokens=20).tokens) == expected
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[::-1]])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(instruct, prompts):
+    alone = [instruct.generate(prompt, max_new_tokens=32).text for prompt in prompts]
+    assert [each.text for each in instruct.generate(prompts, max_new_tokens=32)] == alone
+
+
+def test_a_batch_equals_single_prompts_in_every_layout(layout, tokenizer):
+    model = small_model(layout)
+    alone = [generate(model, tokenizer, prompt, max_new_tokens=24).tokens for prompt in PROMPTS]
+    assert [each.tokens for each in generate(model, tokenizer, PROMPTS, max_new_tokens=24)] == alone
+
+
+# Seeds and log-probabilities
+
+
+def test_a_seed_leaves_the_global_random_state_as_it_was(instruct):
+    before = torch.get_rng_state()
+    instruct.generate(QUESTION, **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(instruct):
+    answer = instruct.generate(QUESTION, **SAMPLED)
+    prompt = instruct.tokenizer(QUESTION)["input_ids"]
+    with torch.inference_mode():
+        logits = instruct.model(torch.tensor([[*prompt, *answer.tokens]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)].tolist()
+    assert answer.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_beam_search_gives_no_log_probabilities(instruct):
+    assert instruct.generate(QUESTION, num_beams=2, max_new_tokens=4).logprobs is None
+
+
+# How a text ends
+
+
+def test_the_end_token_ends_the_text(instruct):
+    answer = instruct.generate(QUESTION)
+    assert (answer.finish_reason, answer.tokens[-1]) == ("eos", 11)
+
+
+def test_the_limit_of_new_tokens_ends_the_text(instruct):
+    answer = instruct.generate(QUESTION, max_new_tokens=3)
+    assert (answer.finish_reason, len(answer.tokens)) == ("length", 3)
+
+
+def test_max_length_counts_the_prompt_too(instruct):
+    prompt = instruct.tokenizer(QUESTION)["input_ids"]
+    assert len(instruct.generate(QUESTION, max_length=len(prompt) + 3).tokens) == 3
+
+
+def test_the_context_ends_the_text(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    prompt = tokenizer("giraffe " * 10)["input_ids"]
+    answer = generate(model, tokenizer, "giraffe " * 10, max_new_tokens=100)
+    assert len(prompt) + len(answer.tokens) == 32
+
+
+def test_a_stop_string_ends_the_text_and_is_cut_from_it(instruct):
+    full = instruct.generate(QUESTION).text
+    answer = instruct.generate(QUESTION, stop="cia lea")  # begins and ends inside tokens
+    assert (answer.text, answer.finish_reason) == (full[: full.index("cia lea")], "stop")
+
+
+def test_each_row_of_a_batch_ends_at_its_own_stop_string(instruct):
+    answers = instruct.generate(PROMPTS[:2], stop=["leaves", "Falconet"])
+    assert [(each.finish_reason, each.text[-8:]) for each in answers] == [("stop", " acacia "), ("stop", "! I am ")]
+
+
+# The row: text out of tokens, for any text at all
+
+
+@st.composite
+def texts_with_stops(draw):
+    text = draw(st.text(alphabet="ab\n é🦒字\u0301", max_size=30) | st.text(max_size=30))
+    stops = draw(st.lists(st.text(alphabet="ab\n é🦒", min_size=1, max_size=3), max_size=3))
+    return text, tuple(stops)
+
+
+def pieces_of(tokenizer, text, stop=()):
+    """What a row shows token by token, as far as it goes."""
+    ids = tokenizer(text)["input_ids"]
+    row = Row(tokenizer, stop, limit=len(ids), strip=False)
+    shown = []
+    for token in ids:
+        shown.append(row.push(token, 0.0))
+        if row.finish_reason:
+            break
+    return shown, row
+
+
+@given(st.text(max_size=40))
+def test_the_pieces_of_any_text_join_to_the_text(tokenizer, text):
+    assert "".join(pieces_of(tokenizer, text)[0]) == tokenizer.decode(
+        tokenizer(text)["input_ids"], skip_special_tokens=True
+    )
+
+
+@given(st.text(alphabet="é🦒字한 a", min_size=1, max_size=20))
+def test_no_piece_holds_half_a_character(tokenizer, text):
+    assert [piece for piece in pieces_of(tokenizer, text)[0] if "\ufffd" in piece] == []
+
+
+@given(texts_with_stops())
+def test_what_is_shown_is_the_text_before_the_first_stop_string(tokenizer, case):
+    text, stop = case
+    cuts = [text.find(word) for word in stop if word in text]
+    assert "".join(pieces_of(tokenizer, text, stop)[0]) == text[: min(cuts, default=len(text))]
+
+
+@given(texts_with_stops())
+def test_a_row_has_shown_its_whole_text_when_it_ends(tokenizer, case):
+    shown, row = pieces_of(tokenizer, *case)
+    assert "".join(shown) == row.text
+
+
+def test_a_text_cut_off_inside_a_character_shows_a_replacement_mark_at_the_end(tokenizer):
+    ids = tokenizer("🦒")["input_ids"]
+    row = Row(tokenizer, (), limit=len(ids) - 1, strip=False)
+    assert "".join(row.push(token, 0.0) for token in ids[:-1]) == tokenizer.decode(ids[:-1])
+
+
+# Streams
+
+
+def test_a_stream_gives_the_text_of_generate(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    assert "".join(piece.text for piece in pieces) == instruct.generate(QUESTION, **SAMPLED).text
+
+
+def test_a_stream_gives_one_piece_per_token(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    answer = instruct.generate(QUESTION, **SAMPLED)
+    assert [(piece.token_id, piece.logprob) for piece in pieces] == list(
+        zip(answer.tokens, answer.logprobs, strict=True)
+    )
+
+
+def test_an_ended_stream_has_the_whole_generation(instruct):
+    answers = instruct.stream(QUESTION)
+    text = "".join(piece.text for piece in answers)
+    assert (answers.generation.text, answers.generation.finish_reason) == (text, "eos")
+
+
+def test_a_running_stream_has_no_generation_yet(instruct):
+    answers = instruct.stream(QUESTION)
+    next(answers)
+    with pytest.raises(RuntimeError, match="has not ended yet: iterate over it to the end, or close"):
+        answers.generation  # noqa: B018
+
+
+def test_closing_a_stream_stops_the_model_at_the_next_token(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    answers.close()
+    assert len(seen) <= len(forwards) < 500
+
+
+def test_a_closed_stream_has_the_text_so_far(instruct):
+    answers = long(instruct)
+    first = next(answers)
+    answers.close()
+    assert (answers.generation.finish_reason, answers.generation.tokens[0]) == ("cancelled", first.token_id)
+
+
+def test_leaving_the_loop_leaves_no_thread_behind(instruct):
+    for _ in long(instruct):
+        break
+    assert working_threads() == []
+
+
+def interrupt_while_reading(pieces):
+    for _ in pieces:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_model_and_leaves_it_usable(instruct):
+    expected = instruct.generate(QUESTION).text
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_while_reading(long(instruct))
+    assert (working_threads(), instruct.generate(QUESTION).text) == ([], expected)
+
+
+def test_ctrl_c_in_generate_leaves_the_model_usable(instruct):
+    expected = instruct.generate(QUESTION).text
+    handle = instruct.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            instruct.generate(QUESTION)
+    finally:
+        handle.remove()
+    assert instruct.generate(QUESTION).text == expected
+
+
+def test_an_error_in_the_model_reaches_whoever_reads_the_stream(instruct):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    handle = instruct.model.register_forward_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            list(instruct.stream(QUESTION))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("prompt", "settings"), [(PROMPTS, {}), (QUESTION, {"num_return_sequences": 2, "top_k": 5})])
+def test_a_stream_of_several_texts_is_refused(instruct, prompt, settings):
+    with pytest.raises(ValueError, match="a stream carries one text: give one prompt"):
+        instruct.stream(prompt, **settings)
+
+
+def test_a_stream_of_a_beam_search_is_refused(instruct):
+    with pytest.raises(ValueError, match="beam search cannot stream"):
+        instruct.stream(QUESTION, num_beams=2)
+
+
+# Chat
+
+
+def test_a_chat_answer_is_the_continuation_of_the_rendered_turns(instruct):
+    assert instruct.chat(CHAT).text == instruct.generate(QUESTION).text.lstrip()
+
+
+def test_a_chat_answer_ends_before_the_next_speaker(tokenizer, instruct):
+    loud = dataclasses.replace(instruct, chat_format=dataclasses.replace(instruct.chat_format, stop=(" leaves",)))
+    assert loud.chat(CHAT).text == "Giraffes eat acacia"
+
+
+def test_a_conversation_streams_what_chat_answers(instruct):
+    assert "".join(piece.text for piece in instruct.stream(CHAT)) == instruct.chat(CHAT).text
+
+
+@pytest.mark.parametrize("special", ["<|endoftext|>", ">>ANSWER<<", "<|pad|>"])
+def test_a_special_token_in_a_message_stays_text(instruct, special):
+    answer = instruct.chat([{"role": "user", "content": f"Hello {special} there"}], max_new_tokens=1)
+    assert special in answer.prompt  # decoded from ids that spell it out ...
+    ids = instruct._turns([{"role": "user", "content": f"Hello {special} there"}], {})["prompt"]
+    assert [token for token in ids if token < 13] == []  # ... and none of which is a control token
+
+
+def test_an_unknown_role_is_refused(instruct):
+    with pytest.raises(ValueError, match="Message 1 has the role 'bot'; allowed are system, user, assistant"):
+        instruct.chat([{"role": "bot", "content": "Hello"}])
+
+
+def test_a_chat_gives_one_answer(instruct):
+    with pytest.raises(ValueError, match="chat gives one answer"):
+        instruct.chat(CHAT, num_return_sequences=2, top_k=5)
+
+
+# Statistics
+
+
+def test_the_cache_is_as_large_as_the_one_that_transformers_returns(instruct):
+    inputs = instruct.tokenizer(QUESTION, return_tensors="pt")
+    output = instruct.model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True, pad_token_id=12)
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    assert instruct.generate(QUESTION, max_new_tokens=5).stats.cache_bytes == expected
+
+
+def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
+    answers = instruct.generate(PROMPTS, max_new_tokens=4)
+    prompts = sum(len(instruct.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    new = sum(len(each.tokens) for each in answers)
+    assert (answers[0].stats.prompt_tokens, answers[0].stats.new_tokens) == (prompts, new)
+
+
+def test_the_first_token_comes_before_the_last(instruct):
+    stats = instruct.generate(QUESTION).stats
+    assert 0 < stats.first_token_seconds < stats.seconds
+
+
+def test_the_html_of_a_generation_escapes_its_text(instruct):
+    answer = dataclasses.replace(
+        instruct.generate(QUESTION, max_new_tokens=2), prompt="<script>", text="<img onerror=x>"
+    )
+    assert [tag for tag in ("<script>", "<img") if tag in answer._repr_html_()] == []
+
+
+# Bad input
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(instruct):
+    with pytest.raises(ValueError, match=r'prompt has 3001 tokens, the model\'s context is 2048.*truncate="left"'):
+        instruct.generate([15] * 3001)
+
+
+def test_truncating_on_the_left_keeps_the_end_of_the_prompt(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    ids = tokenizer("one two three four five six seven " * 10)["input_ids"]
+    expected = generate(model, tokenizer, ids[-24:], max_new_tokens=8).tokens
+    assert generate(model, tokenizer, ids, max_new_tokens=8, truncate="left").tokens == expected
+
+
+@pytest.mark.parametrize("prompt", ["", [], ["Hello", ""]])
+def test_an_empty_prompt_is_refused(instruct, prompt):
+    with pytest.raises(ValueError, match="prompt is empty: give the model something to continue"):
+        instruct.generate(prompt)
+
+
+def test_several_sequences_without_sampling_are_refused(instruct):
+    with pytest.raises(ValueError, match="num_return_sequences=3 without sampling would give 3 equal texts"):
+        instruct.generate(QUESTION, num_return_sequences=3)
+
+
+def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no room: the prompt has \d+ tokens"):
+        instruct.generate(QUESTION, max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 .* or more, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* or more, got nan"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
+        ({"max_new_tokens": 5, "max_length": 9}, "give max_new_tokens or max_length, not both"),
+        ({"stop": ""}, "stop must not contain an empty string"),
+        ({"stop": ["a", ""]}, "stop must not contain an empty string"),
+        ({"truncate": "right"}, 'truncate must be None or "left"'),
+        ({"do_sample": False, "top_k": 5}, "have no effect with do_sample=False"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_range(settings, text):
+    with pytest.raises(ValueError, match=text):
+        Sampling(**settings)
+
+
+def test_an_argument_that_nobody_knows_is_refused(instruct):
+    with pytest.raises(ValueError, match="temprature"):
+        instruct.generate(QUESTION, temprature=1)
