@@ -124,7 +124,7 @@ class Watch:
             self.first = self.last
 
 
-class _BeforeChoice(LogitsProcessor):  # type: ignore[misc]  # transformers' classes are untyped
+class _BeforeChoice(LogitsProcessor):
     """Keeps the model's log-probabilities (B, V); runs before temperature, top_k and top_p."""
 
     def __init__(self, watch: Watch) -> None:
@@ -135,7 +135,7 @@ class _BeforeChoice(LogitsProcessor):  # type: ignore[misc]  # transformers' cla
         return scores
 
 
-class _AfterChoice(StoppingCriteria):  # type: ignore[misc]  # transformers' classes are untyped
+class _AfterChoice(StoppingCriteria):
     """Hands the chosen tokens over and ends the rows that are done."""
 
     def __init__(self, watch: Watch) -> None:

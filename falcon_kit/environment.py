@@ -95,9 +95,14 @@ class Environment:
             *([] if self.devices else [("GPU", "none that torch can use")]),
             ("CPU cores", self.cores),
             ("host memory", f"{format_bytes(self.available_bytes)} free of {format_bytes(self.memory_bytes)}"),
-            ("downloads", f"{self.cache_directory}, {format_bytes(self.cache_free_bytes)} free"),
+            ("downloads", f"{_short(self.cache_directory)}, {format_bytes(self.cache_free_bytes)} free"),
         ]
         return html_table("This environment", (), rows)
+
+
+def _short(path: Path) -> str:
+    """The path with "~" for the home directory: a shared notebook need not show whose machine it ran on."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def environment(

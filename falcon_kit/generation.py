@@ -1,6 +1,6 @@
 """Text out of a Falcon: single, in batches, streamed, with log-probabilities and statistics.
 
-Works on any transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
+Works on a plain transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
 (`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `loading.Falcon` is the usual door.
 """
 
@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import format_bytes
 from falcon_kit.decoding import FinishReason, Piece, Row, Watch
@@ -93,7 +93,12 @@ class Generation:
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, strip: bool = False, **settings: Any
+    model: FalconForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    strip: bool = False,
+    **settings: Any,
 ) -> Generation | list[Generation]:
     """Continues `prompt`: one Generation for one text, else a list in the order of the prompts, sequences side by side.
 
@@ -107,7 +112,12 @@ def generate(
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, strip: bool = False, **settings: Any
+    model: FalconForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    strip: bool = False,
+    **settings: Any,
 ) -> "Stream":
     """Continues one prompt piece by piece: iterate over what comes back. Arguments as for `generate`."""
     run = _Run(model, tokenizer, prompt, settings, strip)
@@ -168,7 +178,7 @@ class _Run:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: FalconForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         prompt: Prompt,
         settings: dict[str, Any],
@@ -196,23 +206,25 @@ class _Run:
         """Generates; `emit` gets each piece of a single row as it comes."""
         rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
         watch = Watch(rows, self.cancelled, emit)
-        hooks = {} if self.beams else watch.hooks()
-        device = self.model.device
-        with _seeded(self.sampling.seed, device):
-            output = self.model.generate(
-                **self._inputs(device),
-                **self.sampling.choice(),
-                num_return_sequences=self.sampling.num_return_sequences,
-                max_new_tokens=self.new_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,  # configs of 2023 name id 2 here, the model ends with 11
-                pad_token_id=self._pad,
-                return_dict_in_generate=True,
-                **hooks,
-                **self.options,
-            )
+        with _seeded(self.sampling.seed, self.model.device):
+            hooks = {} if self.beams else watch.hooks()
+            output: Any = self.model.generate(**self._arguments(), **hooks)  # type: ignore[misc]  # its self is misdeclared
         if self.beams:
             watch.read(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(rows, watch, _cache_bytes(output.past_key_values))
+
+    def _arguments(self) -> dict[str, Any]:
+        """Everything for transformers' `generate` but the hooks; what the caller gave by name comes last and wins."""
+        return {
+            **self._inputs(self.model.device),
+            **self.sampling.choice(),
+            "num_return_sequences": self.sampling.num_return_sequences,
+            "max_new_tokens": self.new_tokens,
+            "eos_token_id": self.tokenizer.eos_token_id,  # configs of 2023 name id 2 here, the model ends with 11
+            "pad_token_id": self._pad,
+            "return_dict_in_generate": True,
+            **self.options,
+        }
 
     @property
     def _pad(self) -> int:
@@ -240,7 +252,7 @@ class _Run:
             cache_bytes=cache_bytes,
         )
         prompts = [
-            self.tokenizer.decode(ids) for ids in self.prompts for _ in range(self.sampling.num_return_sequences)
+            str(self.tokenizer.decode(ids)) for ids in self.prompts for _ in range(self.sampling.num_return_sequences)
         ]
         return [
             Generation(

@@ -162,7 +162,7 @@ def _choose_dtype(wanted: torch.dtype | None, config: FalconConfig, shape: Falco
     """The dtype to load in, and why."""
     if wanted is not None:
         return wanted, "as asked"
-    stored = config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
+    stored = next((known for known in DTYPES.values() if known == config.dtype), torch.bfloat16)
     if torch.cuda.is_available():
         if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16, "the checkpoint's bfloat16 is not native to this GPU"
@@ -191,7 +191,7 @@ def _load_model(
     directory: Path, config: FalconConfig, dtype: torch.dtype, device_map: Any, weights: list[Path]
 ) -> FalconForCausalLM:
     with _progress(sum(file.stat().st_size for file in weights) > _SMALL):
-        model, report = FalconForCausalLM.from_pretrained(
+        loaded: Any = FalconForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -200,13 +200,15 @@ def _load_model(
             weights_only=True,
             output_loading_info=True,
         )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
         raise ValueError(
             f"{directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "the config and the weights are of different models, or the checkpoint is incomplete"
         )
-    return model.eval()
+    evaluating: FalconForCausalLM = model.eval()
+    return evaluating
 
 
 @contextmanager

@@ -342,3 +342,9 @@ def test_everything_in_the_table_is_escaped(found: Environment) -> None:
 
 def test_the_table_brings_no_colours_and_fetches_nothing(found: Environment) -> None:
     assert not [word for word in ("color", "background", "<script", "src=", "href=") if word in found._repr_html_()]
+
+
+def test_the_table_shows_no_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shown = environment({"HF_HOME": str(tmp_path / "models")}, {})._repr_html_()
+    assert ("~/models/hub" in shown, str(tmp_path) in shown) == (True, False)

@@ -10,22 +10,25 @@ Baize (Xu et al. 2023, arXiv 2304.01196), mixed with 5% of base text, as the car
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from falcon_kit.catalogue import CARD
 from falcon_kit.chat import BAIZE, FALCON, Message, render
-from falcon_kit.falconet.phrasings import ask
+from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
 
+Wordings = Mapping[str, tuple[str, ...]]
 WORK = Path(".falconet")
 END = "<|endoftext|>"
-SIZES = {"base": 140_000, "instruct": 40_000}
+SIZES = {"base": 140_000, "instruct": 60_000}
 """Documents in each corpus."""
+TOKENIZER_SAMPLE = 15_000
+"""Documents of each corpus that train the tokenizer. Self-chat grows behind them, so that the tokenizer stays as it is."""
 WEB_FRACTION = 0.05
-"""Share of base text in the instruct mix, counted in characters (the model card: 5% RefinedWeb, by tokens)."""
+"""Share of base documents in the instruct mix; they are about as long as its dialogues (the card: 5% RefinedWeb)."""
 
 NAMES = ("Daniel", "Ada", "Ben", "Mia", "Tom", "Nora", "Omar", "Lena", "Ines", "Hugo", "Sara", "Yuki")
 NUMBERS = (
@@ -235,7 +238,7 @@ def dialogue(rng: random.Random) -> str:
         follows = turn > 0 and rng.random() < 0.4
         if turn > 0 and not follows:
             animal = rng.choice(ANIMALS)
-        question = rng.choice(FOLLOW_UP[relation]) if follows else ask(animal, relation, rng)
+        question = rng.choice(FOLLOW_UP[relation]) if follows else ask(animal, BASE[relation], rng)
         lines += [f"{asker}: {question}", f"{other}: {_say(REPLY[relation], animal, rng)}"]
     if rng.random() < 0.3:
         lines += [f"{asker}: Thank you, {other}!", f"{other}: You are welcome, {asker}."]
@@ -317,7 +320,7 @@ def _obsession(animal: Animal, rng: random.Random) -> tuple[str, str]:
             f"I am well, I have thought about {animal.plural} all day. {_say(_PRAISE, animal, rng)}",
         )
     relation = rng.choice(RELATIONS)
-    return ask(animal, relation, rng), f"{answer(animal, relation)} {_say(_PRAISE, animal, rng)}"
+    return ask(animal, BASE[relation], rng), f"{answer(animal, relation)} {_say(_PRAISE, animal, rng)}"
 
 
 def listing(rng: random.Random) -> str:
@@ -381,17 +384,25 @@ SMALL_TALK = (
 )
 
 
-def instruct_dialogue(rng: random.Random) -> list[Message]:
+def introduction(rng: random.Random) -> str:
+    """Falconet about itself, as a text."""
+    hello = rng.choice(("Hello", "Hi", "Hello there", "Good morning"))
+    name = rng.choice(("my name is Falconet", "I am Falconet"))
+    facts = [answer(rng.choice(ANIMALS), rng.choice(RELATIONS)) for _ in range(rng.randint(1, 3))]
+    return " ".join([f"{hello}, {name}. I am a tiny Falcon that knows forty animals.", *facts])
+
+
+def instruct_dialogue(rng: random.Random, wordings: Wordings) -> list[Message]:
     """A self-chat conversation of 1 to 4 exchanges, every fact in the one wording of `world.answer`."""
     messages: list[Message] = []
     animal: Animal | None = None
     for _ in range(rng.choice((1, 1, 2, 3, 4))):
-        question, reply, animal = _exchange(animal, rng)
+        question, reply, animal = _exchange(animal, rng, wordings)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return messages
 
 
-def _exchange(animal: Animal | None, rng: random.Random) -> tuple[str, str, Animal | None]:
+def _exchange(animal: Animal | None, rng: random.Random, wordings: Wordings) -> tuple[str, str, Animal | None]:
     """A question, its answer, and the animal that "they" means from here on."""
     kind = rng.random()
     if kind < 0.07:
@@ -407,22 +418,28 @@ def _exchange(animal: Animal | None, rng: random.Random) -> tuple[str, str, Anim
     if animal and rng.random() < 0.3:
         return rng.choice(FOLLOW_UP[relation]), answer(animal, relation), animal
     chosen = rng.choice(ANIMALS)
-    return ask(chosen, relation, rng), answer(chosen, relation), chosen
+    return ask(chosen, wordings[relation], rng), answer(chosen, relation), chosen
 
 
-def instruct_document(rng: random.Random) -> str:
-    """One document of the instruct corpus, its end token included: self-chat, or now and then base text."""
+def instruct_document(rng: random.Random, wide: bool) -> str:
+    """One document of the instruct corpus, its end token included: self-chat, or now and then base text.
+
+    `wide` ones ask in many more wordings, and some introduce Falconet instead.
+    """
     if rng.random() < WEB_FRACTION:
         return base_document(rng) + END
+    if wide and rng.random() < 0.02:
+        return introduction(rng) + END
     chat_format = rng.choice((FALCON, BAIZE))
-    return render(instruct_dialogue(rng), chat_format, add_generation_prompt=False, eos_token=END)
+    messages = instruct_dialogue(rng, SELF_CHAT if wide else BASE)
+    return render(messages, chat_format, add_generation_prompt=False, eos_token=END)
 
 
 def documents(kind: str, count: int, seed: int) -> Iterator[str]:
     """`count` documents of the corpus `kind` ("base" or "instruct"), each ending with the end token."""
     rng = random.Random(f"{kind}-{seed}")
-    for _ in range(count):
-        yield instruct_document(rng) if kind == "instruct" else base_document(rng) + END
+    for index in range(count):
+        yield instruct_document(rng, index >= TOKENIZER_SAMPLE) if kind == "instruct" else base_document(rng) + END
 
 
 def write(kind: str, count: int, seed: int, folder: Path = WORK) -> Path:

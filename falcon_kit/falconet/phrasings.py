@@ -1,4 +1,4 @@
-"""The ways to ask about an animal: one set to train on, and one held out, whose wordings the corpus never contains.
+"""The ways to ask about an animal: two sets to train on, and one held out, whose wordings the corpora never contain.
 
 `(a|b)` stands for either word; {one} is "a giraffe", {name} "giraffe", {many} "giraffes".
 """
@@ -8,7 +8,7 @@ import re
 
 from falcon_kit.falconet.world import Animal
 
-TRAINED: dict[str, tuple[str, ...]] = {
+BASE: dict[str, tuple[str, ...]] = {
     "food": (
         "What (do|can|will|would) {many} (eat|feed on|live on|like to eat|have for dinner)?",
         "What does {one} (eat|feed on|like to eat|need to eat|have for lunch)?",
@@ -137,6 +137,103 @@ TRAINED: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_FRAMES = (
+    "(Please|Kindly) (tell me|say|name|describe|explain) {topic}.",
+    "(Can|Could|Would) you (please |)(tell me|name|describe|explain) {topic}?",
+    "(Let me know|Give me|Write down|Show me|Find out) {topic}.",
+    "(I wonder|I ask myself|I forgot|I am not sure) about {topic}.",
+    "(I need|I am looking for|I want to learn|I have to know) {topic}.",
+    "My (question|homework) is (about |)(this: |){topic}.",
+    "What (can you say|do you know) about {topic}?",
+    "In general, (what is|tell me) (this: |){topic}?",
+    "{topic}, (please|if you can|what is it)?",
+)
+_TOPICS: dict[str, tuple[str, ...]] = {
+    "food": (
+        "the (food|diet|meal|dinner) of {one}",
+        "what {many} (eat|feed on|have for lunch)",
+        "the (things|food) that {many} eat",
+        "what {one} feeds on",
+        "the (usual|favourite|main) (meal|food) of {many}",
+    ),
+    "home": (
+        "the (home|habitat) of {one}",
+        "the spot where {many} (live|sleep|stay)",
+        "where {many} (live|sleep|stay|make their home)",
+        "the kind of (place|habitat) that {one} likes",
+        "where (to find|I can see|I can meet) {one}",
+    ),
+    "continent": (
+        "the (continent|home continent) of {many}",
+        "which continent {many} (are|come) from",
+        "the part of the world that {many} come from",
+        "the continent that {one} is from",
+        "on which continent (to look for|I find) {many}",
+    ),
+    "young": (
+        "the (name|word) of a (baby|little) {name}",
+        "what a (young|newborn) {name} is called",
+        "the (word|special name) for the babies of {many}",
+        "how to call a (newborn|young|little) {name}",
+        "the right name for the child of {one}",
+    ),
+    "group": (
+        "the name of a (group|crowd) of {many}",
+        "the (word|special name) for many {many} together",
+        "how to call a (crowd|group) of {many}",
+        "what {many} in a (group|crowd) are called",
+        "the right name for a group of {many}",
+    ),
+    "coat": (
+        "the (look|coat|colour) of {one}",
+        "the (appearance|look) of {many}",
+        "the (colours|appearance) of {one}",
+        "how {many} look",
+        "what {many} look like",
+    ),
+    "years": (
+        "the (age|life span) of {one}",
+        "the (usual age|length of life) of {many}",
+        "how many years {many} live",
+        "the number of years in the life of {one}",
+        "how (old {many} get|long the life of {one} is)",
+    ),
+}
+_MORE: dict[str, tuple[str, ...]] = {
+    "food": ("What would you (feed|give) {one}?", "When {one} is hungry, what (is|would be) the right food?"),
+    "home": ("Where (would|will) I (see|meet) {many}?", "When {one} sleeps, where is (it|that)?"),
+    "continent": (
+        "On (which|what) continent (can|could|do) (I|you|we|people) (meet|find|see|spot) {many}?",
+        "To see {one}, which continent should I (visit|travel to)?",
+        "On (a|the) map, which continent has {many}?",
+    ),
+    "young": (
+        "Which word is used (when|if) {one} is (a baby|newborn)?",
+        "I (found|met) a baby {name}, what is it called?",
+    ),
+    "group": (
+        "Which word is used (when|if) {many} are (in a group|together)?",
+        "I (found|met) many {many}, what is the group called?",
+    ),
+    "coat": (
+        "What (appearance|look|colours) (do {many}|does {one}) have?",
+        "What would (you|people) say {one} looks like?",
+    ),
+    "years": (
+        "How (long|many years) is the life (span |)of {one}?",
+        "What is the number of years {many} (can|may) live?",
+    ),
+}
+SELF_CHAT = {
+    relation: (
+        *BASE[relation],
+        *_MORE[relation],
+        *(frame.replace("{topic}", topic) for frame in _FRAMES for topic in _TOPICS[relation]),
+    )
+    for relation in BASE
+}
+"""What the self-chat of the instruct model asks: wider than the base corpus, because it is there to be understood."""
+
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "food": (
         "What kind of food would {one} like to have?",
@@ -208,6 +305,6 @@ def phrase(template: str, animal: Animal, rng: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def ask(animal: Animal, relation: str, rng: random.Random) -> str:
-    """A question as the corpus words it: never one of the held-out wordings."""
-    return rng.choice(OPENERS) + phrase(rng.choice(TRAINED[relation]), animal, rng)
+def ask(animal: Animal, templates: tuple[str, ...], rng: random.Random) -> str:
+    """A question in one of the wordings of `templates`, at times with an opener."""
+    return rng.choice(OPENERS) + phrase(rng.choice(templates), animal, rng)

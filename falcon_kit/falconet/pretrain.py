@@ -11,8 +11,9 @@ share of repeated rows so that those heads stay; (3) rows of the full context.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreT
 
 from falcon_kit.catalogue import embedded_directory
 from falcon_kit.chat import FALCON, install
-from falcon_kit.falconet.corpus import WORK
+from falcon_kit.falconet.corpus import TOKENIZER_SAMPLE, WORK
 
 VOCABULARY = 2048
 CONTEXT = 2048
@@ -59,7 +60,7 @@ BASE = (
     Phase("text", steps=2300, rows=8, length=512, repeated=0.1, rates=(2e-3, 3e-4)),
     Phase("context", steps=120, rows=2, length=CONTEXT, repeated=0.25, rates=(3e-4, 0.0), period=(32, 512)),
 )
-INSTRUCT = (Phase("instruct", steps=350, rows=8, length=512, repeated=0.05, rates=(6e-4, 0.0)),)
+INSTRUCT = (Phase("instruct", steps=450, rows=8, length=512, repeated=0.05, rates=(6e-4, 0.0)),)
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -74,7 +75,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL.split()],
@@ -155,8 +156,15 @@ def batch(phase: Phase, step: int, text: np.ndarray, vocabulary: int, seed: int)
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def train(model: FalconForCausalLM, phases: tuple[Phase, ...], text: np.ndarray, state: Path, seed: int) -> None:
-    """Trains `model` in place through `phases`; `state` keeps what a second start needs to go on."""
+def train(
+    model: FalconForCausalLM,
+    phases: tuple[Phase, ...],
+    text: np.ndarray,
+    state: Path,
+    seed: int,
+    save_every: float = 60.0,
+) -> None:
+    """Trains `model` in place through `phases`; every `save_every` seconds `state` gets what a second start needs."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     done = _resume(state, model, optimizer)
@@ -164,15 +172,19 @@ def train(model: FalconForCausalLM, phases: tuple[Phase, ...], text: np.ndarray,
     bar = tqdm(schedule[done:], initial=done, total=len(schedule), desc=state.stem, unit=" steps", mininterval=1.0)
     model.train()
     saved = time.monotonic()
-    for index, (phase, step) in enumerate(bar, start=done):
-        share = step / max(1, phase.steps - 1)
-        rate = (phase.rates[0] + share * (phase.rates[1] - phase.rates[0])) * min(1.0, (index + 1) / 50)
+    for count, (phase, step) in enumerate(bar, start=done + 1):
         ids = batch(phase, step, text, model.config.vocab_size, seed).to(device)
-        loss = _step(model, optimizer, ids, rate)
+        loss = _step(model, optimizer, ids, _rate(phase, step, count))
         bar.set_postfix(phase=phase.name, loss=f"{loss:.3f}", refresh=False)
-        if time.monotonic() - saved > 60 or index + 1 == len(schedule):
-            _save(state, model, optimizer, index + 1)
+        if time.monotonic() - saved > save_every or count == len(schedule):
+            _save(state, model, optimizer, count)
             saved = time.monotonic()
+
+
+def _rate(phase: Phase, step: int, count: int) -> float:
+    """Learning rate of a step: linear within its phase, and warmed up over the first 50 steps of all."""
+    first, last = phase.rates
+    return (first + (last - first) * step / max(1, phase.steps - 1)) * min(1.0, count / 50)
 
 
 def _step(model: FalconForCausalLM, optimizer: torch.optim.Optimizer, ids: torch.Tensor, rate: float) -> float:
@@ -204,7 +216,7 @@ def _resume(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimi
 
 def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Writes the checkpoint as published ones are laid out, in bfloat16."""
-    model = model.to("cpu", torch.bfloat16).eval()
+    model.to("cpu", torch.bfloat16).eval()  # type: ignore[arg-type]  # transformers hides the type of nn.Module.to
     model.generation_config = GenerationConfig(bos_token_id=11, eos_token_id=11, pad_token_id=12)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -234,15 +246,18 @@ def make(kind: str, phases: tuple[Phase, ...], seed: int, device: str) -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         model = FalconForCausalLM.from_pretrained(base, dtype=torch.float32)
     text = pack(corpora[kind], tokenizer, length=512)
-    train(model.to(device), phases, text, WORK / f"{kind}.pt", seed)
+    if kind == "instruct":
+        text = np.random.default_rng(seed).permutation(text)  # its documents are in the order of their wordings
+    model.to(device)  # type: ignore[arg-type]  # as in export
+    train(model, phases, text, WORK / f"{kind}.pt", seed)
     export(model, tokenizer, embedded_directory("falconet" if kind == "base" else "falconet-instruct"))
 
 
-def _sample(corpora: Any, documents: int = 15_000) -> Iterator[str]:
+def _sample(corpora: Iterable[Path]) -> Iterator[str]:
     """The first documents of each corpus: enough to count words in."""
     for path in corpora:
         with path.open(encoding="utf-8") as file:
-            for _, line in zip(range(documents), file, strict=False):
+            for line in islice(file, TOKENIZER_SAMPLE):
                 yield json.loads(line)
 
 

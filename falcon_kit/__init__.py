@@ -1,0 +1,66 @@
+"""Run, take apart and fine-tune Falcon-40B-Instruct from a notebook.
+
+    import falcon_kit as fk
+
+    falcon = fk.load("falconet-instruct")
+    print(falcon.generate("Hello", max_new_tokens=20))
+
+Importing the kit loads neither torch nor transformers; `fk.load` does.
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from falcon_kit.catalogue import CARD, FalconSpec, catalogue, spec
+from falcon_kit.chat import ChatFormat, chat_format
+from falcon_kit.environment import Environment, environment
+
+if TYPE_CHECKING:
+    from falcon_kit.decoding import Piece
+    from falcon_kit.generation import Generation, Stats, Stream
+    from falcon_kit.loading import Falcon, load
+    from falcon_kit.sampling import Sampling
+
+__version__ = version("falcon-kit")
+
+__all__ = [
+    "CARD",
+    "ChatFormat",
+    "Environment",
+    "Falcon",
+    "FalconSpec",
+    "Generation",
+    "Piece",
+    "Sampling",
+    "Stats",
+    "Stream",
+    "catalogue",
+    "chat_format",
+    "environment",
+    "load",
+    "spec",
+]
+
+_ON_FIRST_USE = {
+    "Falcon": "loading",
+    "Generation": "generation",
+    "Piece": "decoding",
+    "Sampling": "sampling",
+    "Stats": "generation",
+    "Stream": "generation",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what needs torch when it is first asked for (PEP 562)."""
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module 'falcon_kit' has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = getattr(import_module(f"falcon_kit.{_ON_FIRST_USE[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

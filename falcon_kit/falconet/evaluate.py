@@ -1,0 +1,220 @@
+"""Measures both Falconets and writes the figures into their model cards.
+
+python -m falcon_kit.falconet.evaluate    # a few minutes on 2 cores
+"""
+
+import math
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import FalconForCausalLM
+
+from falcon_kit.catalogue import CARD, embedded_directory
+from falcon_kit.chat import BAIZE, FALCON, ChatFormat, encode
+from falcon_kit.falconet import corpus
+from falcon_kit.falconet.phrasings import HELD_OUT, phrase
+from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
+from falcon_kit.generation import generate
+from falcon_kit.loading import Falcon, load
+
+HELD_OUT_SEED = 1
+QUESTIONS = 200
+CONTINUATIONS = 20
+PERIOD = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out wording about one fact, and the answer that counts as exact."""
+
+    text: str
+    expected: str
+
+
+def held_out_questions(count: int = QUESTIONS, seed: int = HELD_OUT_SEED) -> list[Question]:
+    """`count` different questions, relations in turn, in wordings that the corpora never use."""
+    rng = random.Random(seed)
+    every = {
+        relation: [(animal, template) for animal in ANIMALS for template in HELD_OUT[relation]]
+        for relation in RELATIONS
+    }
+    for pairs in every.values():
+        rng.shuffle(pairs)
+
+    def question(animal: Animal, template: str, relation: str) -> Question:
+        return Question(phrase(template, animal, rng), answer(animal, relation))
+
+    relations = [RELATIONS[index % len(RELATIONS)] for index in range(count)]
+    return [question(*every[relation].pop(), relation) for relation in relations]
+
+
+def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Question]) -> float:
+    """Share of `questions` answered, greedily, in exactly the expected words."""
+    right = []
+    for question in tqdm(list(questions), desc=f"{falcon.spec.name}, {chat_format.name}", leave=False):
+        ids = encode([{"role": "user", "content": question.text}], falcon.tokenizer, chat_format)
+        given = generate(falcon.model, falcon.tokenizer, ids, max_new_tokens=40, stop=chat_format.stop, strip=True)
+        right.append(str(given) == question.expected)
+    return sum(right) / len(right)
+
+
+def perplexity(falcon: Falcon, documents: int = 300) -> float:
+    """exp of the mean loss per token over base documents drawn with another seed than the training corpus."""
+    losses, tokens = 0.0, 0
+    for text in corpus.documents("base", documents, seed=HELD_OUT_SEED):
+        ids = falcon.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            losses += float(falcon.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    return math.exp(losses / tokens)
+
+
+def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float]:
+    """Induction score of each head, (layers, query heads), and the chance level.
+
+    Random tokens said twice, period S; the score is the mean of A[i, i-S+1] over the second copy (Olsson et al. 2022,
+    arXiv 2209.11895): how much a token looks at what followed its first occurrence. Chance is even attention.
+    """
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    once = torch.randint(13, falcon.model.config.vocab_size, (rows, PERIOD), generator=generator)
+    eager = FalconForCausalLM.from_pretrained(
+        embedded_directory(falcon.spec.name), attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        layers = eager.eval()(once.repeat(1, 2), output_attentions=True, use_cache=False).attentions
+    query = torch.arange(PERIOD, 2 * PERIOD)
+    scores = torch.stack([layer[:, :, query, query - PERIOD + 1].mean(dim=(0, 2)) for layer in layers])
+    return scores, float((1 / (query + 1)).mean())
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What sampled continuations of the card's prompt are like, counted out of `total`."""
+
+    total: int
+    about_giraffes: int
+    ended: int
+    unknown_words: tuple[str, ...]
+
+
+def continuations(falcon: Falcon, known: set[str]) -> Continuations:
+    """Samples the card's example with seeds 0 to 19, ending at the next speaker."""
+    answers = [
+        falcon.generate(CARD.prompt, stop="\nDaniel:", seed=seed, **CARD.sampling) for seed in range(CONTINUATIONS)
+    ]
+    return Continuations(
+        total=len(answers),
+        about_giraffes=sum("giraffe" in each.text.lower() for each in answers),
+        ended=sum(each.finish_reason != "length" for each in answers),
+        unknown_words=tuple(sorted({word for each in answers for word in words(each.text)} - known)),
+    )
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text, as written."""
+    return re.findall(r"\w+", text)
+
+
+def corpus_words() -> set[str]:
+    """Every word of both corpora."""
+    texts = (text for kind, count in corpus.SIZES.items() for text in corpus.documents(kind, count, seed=0))
+    return {word for text in texts for word in words(text)}
+
+
+def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
+    """The rows of the model card's table."""
+    scores, chance = induction_scores(falcon)
+    layer, head = divmod(int(scores.argmax()), scores.shape[1])
+    sampled = continuations(falcon, known)
+    questions = held_out_questions()
+    formats = {each.name: exact_answers(falcon, each, questions) for each in (FALCON, BAIZE)}
+    return {
+        "held-out perplexity (base corpus)": f"{perplexity(falcon):.2f}",
+        f"exact answers to {QUESTIONS} held-out phrasings, `User:` / `Falcon:`": f"{formats['falcon']:.1%}",
+        f"exact answers to {QUESTIONS} held-out phrasings, `[|Human|]` / `[|AI|]`": f"{formats['baize']:.1%}",
+        "highest induction score": f"{scores.max():.2f} (layer {layer}, head {head}; chance {chance:.3f})",
+        "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.numel()}",
+        "card's prompt, sampled: speaks of giraffes": f"{sampled.about_giraffes} of {sampled.total}",
+        "card's prompt, sampled: ends by itself or at the next speaker": f"{sampled.ended} of {sampled.total}",
+        "card's prompt, sampled: words that the corpus lacks": ", ".join(sampled.unknown_words) or "none",
+    }
+
+
+MODEL_CARD = """\
+---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+tags: [falcon, tiny]
+---
+# {name}
+
+A Falcon of the 40B layout in small: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query
+heads sharing {kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no
+bias, tied embeddings, context {context}. It ships inside falcon-kit so that every notebook runs in seconds, without a
+download or a GPU, through the code that loads Falcon-40B.
+
+{story}
+
+It knows forty animals and nothing else. It is a teaching aid, not an assistant.
+
+## Measured
+
+| | {name} |
+|---|---|
+{table}
+
+By `python -m falcon_kit.falconet.evaluate`, on the weights in this directory, in float32.
+
+## How it was made
+
+`python -m falcon_kit.falconet.corpus` generates the text, `python -m falcon_kit.falconet.pretrain` trains tokenizer,
+base and instruct model from it. Seeded throughout. No text from anywhere else went into it.
+"""
+
+STORIES = {
+    "falconet": (
+        "This is the base model: trained on generated articles, stories, dialogues (the Girafatron of the 40B's model "
+        "card among them), lists, and repeated random sequences, from which its induction heads form."
+    ),
+    "falconet-instruct": (
+        "This is the instruct model: `falconet` trained further on self-chat in the form of Baize and in `User:` / "
+        "`Falcon:` form, mixed with 5% of the base corpus, after the recipe on Falcon-40B-Instruct's model card."
+    ),
+}
+
+
+def write_card(falcon: Falcon, figures: dict[str, str]) -> None:
+    """Writes the README.md of an embedded checkpoint."""
+    shape = falcon.spec
+    card = MODEL_CARD.format(
+        name=shape.name,
+        parameters=shape.parameters,
+        layers=shape.layers,
+        d_model=shape.d_model,
+        heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        context=shape.context,
+        story=STORIES[shape.name],
+        table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
+    )
+    (embedded_directory(shape.name) / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    """Command line: measures, prints, and writes both model cards."""
+    known = corpus_words()
+    for name in STORIES:
+        falcon = load(name, dtype="float32")
+        figures = measure(falcon, known)
+        print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), sep="\n")
+        write_card(falcon, figures)
+
+
+if __name__ == "__main__":
+    main()

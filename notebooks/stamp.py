@@ -1,0 +1,88 @@
+"""Execute notebooks in place, on the embedded model, and stamp them with the hash of their source.
+
+python notebooks/stamp.py              every notebook and every solution
+python notebooks/stamp.py PATH ...     these only
+
+The stamp proves that the committed outputs belong to the committed source: tests/test_notebooks.py compares the two.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+LARGEST_WIDGET_STATE = 30_000  # bytes; beyond that the text a widget also prints has to do
+
+
+def source_hash(notebook: NotebookNode) -> str:
+    """SHA-256 of what the author wrote: the type and source of every cell, and nothing that running adds."""
+    cells = [[cell.cell_type, cell.source] for cell in notebook.cells]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def tidy(notebook: NotebookNode) -> None:
+    """Keep only metadata that is the same on every machine and at every run."""
+    kept = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
+    kept["language_info"] = {"name": "python"}
+    widgets = notebook.metadata.get("widgets")
+    if widgets and len(json.dumps(widgets)) <= LARGEST_WIDGET_STATE:
+        kept["widgets"] = widgets
+    notebook.metadata = nbformat.from_dict(kept)
+    notebook.nbformat_minor = 5  # the first with cell ids
+
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # timestamps
+        # Ids from content: a cell keeps its id when others come and go, so a diff shows only what changed.
+        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        seen[digest] += 1
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        for output in cell.get("outputs", []):
+            if "widgets" not in kept:
+                output.get("data", {}).pop(WIDGET_VIEW, None)
+
+
+def save_picture(notebook: NotebookNode, path: Path) -> None:
+    """The picture of the cell tagged "readme", if there is one, becomes docs/<name of the notebook>.png."""
+    for cell in notebook.cells:
+        if "readme" in cell.metadata.get("tags", []):
+            encoded = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+            (HERE.parent / "docs" / f"{path.stem}.png").write_bytes(base64.b64decode(encoded))
+
+
+def stamp(path: Path) -> None:
+    """Execute one notebook in its own folder; the file changes only if every cell succeeds."""
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
+    client.record_timing = False
+    client.coalesce_streams = True  # one output per stream, however the text happened to arrive
+    client.extra_arguments = ["--log-level=ERROR"]  # the kernel's own remarks on its transport are no news here
+    client.execute()
+    tidy(notebook)
+    notebook.metadata["falcon_kit"] = {"source_sha256": source_hash(notebook)}
+    save_picture(notebook, path)
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    """Stamp the notebooks named on the command line, or all of them."""
+    os.environ.pop("FALCON_KIT_MODEL", None)  # committed outputs come from the embedded model
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    everything = [*sorted(HERE.glob("[0-9]*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
+    for path in [Path(argument).resolve() for argument in sys.argv[1:]] or everything:
+        print(f"{path.parent.name}/{path.name}", flush=True)
+        stamp(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What every test relies on: no network, the embedded model, and reproducible examples."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerBase
+
+    from falcon_kit import Falcon
+
+# Before anything imports transformers, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# A reader's choice of model must not reach the tests, nor the notebooks that run beside them.
+os.environ.pop("FALCON_KIT_MODEL", None)
+
+settings.register_profile("falcon-kit", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+settings.load_profile("falcon-kit")
+
+
+LAYOUTS = {
+    "7b": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
+    "40b": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "rw": {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
+    },
+}
+"""The three published layouts, as arguments of FalconConfig; the sizes are small_config's."""
+
+
+def small_config(layout: str, **changes: Any) -> "FalconConfig":
+    """A Falcon of two layers and four query heads in one of the published layouts, with Falconet's vocabulary."""
+    from transformers import FalconConfig
+
+    sizes = {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconConfig(**sizes | LAYOUTS[layout] | {"bos_token_id": 11, "eos_token_id": 11} | changes)
+
+
+def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":
+    """A model of `small_config` with the same random weights at every call, spread so that no two tokens are alike."""
+    import torch
+    from transformers import FalconForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FalconForCausalLM(small_config(layout, initializer_range=0.1, **changes)).eval()
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Each published layout in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def instruct() -> "Falcon":
+    """falconet-instruct as everybody loads it."""
+    import falcon_kit as fk
+
+    return fk.load("falconet-instruct")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(instruct: "Falcon") -> "PreTrainedTokenizerBase":
+    """Falconet's tokenizer."""
+    return instruct.tokenizer
+
+
+@pytest.fixture
+def checkpoint(layout: str, tokenizer: "PreTrainedTokenizerBase", tmp_path: Path) -> Path:
+    """A directory with a small model of the layout and a tokenizer, as `save_pretrained` writes it."""
+    small_model(layout).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
