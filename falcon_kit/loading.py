@@ -3,7 +3,6 @@
 Remote code is never run, and pickled weights only load as bare tensors.
 """
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerBas
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit import generation
-from falcon_kit.catalogue import FalconSpec, format_bytes
+from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, encode
 from falcon_kit.checkpoints import check_weights, locate
 from falcon_kit.environment import host_memory
@@ -43,7 +42,7 @@ class Falcon:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:
+    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
         """Continues a text: a `Generation`; for several texts or sequences, a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
@@ -64,10 +63,9 @@ class Falcon:
 
         Special tokens that a message spells out stay text. Raises ValueError for unknown roles or turns out of order.
         """
-        answer = generation.generate(self.model, self.tokenizer, **self._turns(messages, settings))
-        if not isinstance(answer, Generation):
+        if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
-        return answer
+        return cast(Generation, generation.generate(self.model, self.tokenizer, **self._turns(messages, settings)))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
@@ -101,12 +99,7 @@ class Falcon:
         return f"Falcon({self.spec.name}, {facts['parameters']} parameters, {dtype} on {facts['devices']})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
-            f'<td style="text-align:left">{html.escape(value)}</td></tr>'
-            for name, value in self._facts().items()
-        )
-        return f"<b>{html.escape(self.spec.name)}</b><table>{rows}</table>"
+        return html_table(self.spec.name, (), self._facts().items())
 
 
 def load(
