@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import fill
 
 import torch
 from tqdm.auto import tqdm
@@ -134,8 +135,8 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
     formats = {each.name: exact_answers(falcon, each, questions) for each in (FALCON, BAIZE)}
     return {
         "held-out perplexity (base corpus)": f"{perplexity(falcon):.2f}",
-        f"exact answers to {QUESTIONS} held-out phrasings, `User:` / `Falcon:`": f"{formats['falcon']:.1%}",
-        f"exact answers to {QUESTIONS} held-out phrasings, `[|Human|]` / `[|AI|]`": f"{formats['baize']:.1%}",
+        f"exact answers to {QUESTIONS} held-out phrasings, `User:` form": f"{formats['falcon']:.1%}",
+        f"exact answers to {QUESTIONS} held-out phrasings, Baize form": f"{formats['baize']:.1%}",
         "highest induction score": f"{scores.max():.2f} (layer {layer}, head {head}; chance {chance:.3f})",
         "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.numel()}",
         "card's prompt, sampled: speaks of giraffes": f"{sampled.about_giraffes} of {sampled.total}",
@@ -154,9 +155,9 @@ tags: [falcon, tiny]
 ---
 # {name}
 
-A Falcon of the 40B layout in small: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query
-heads sharing {kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no
-bias, tied embeddings, context {context}. It ships inside falcon-kit so that every notebook runs in seconds, without a
+A Falcon of the 40B layout in small: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query heads
+sharing {kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no bias,
+tied embeddings, context {context}. It ships inside falcon-kit so that every notebook runs in seconds, without a
 download or a GPU, through the code that loads Falcon-40B.
 
 {story}
@@ -200,7 +201,7 @@ def write_card(falcon: Falcon, figures: dict[str, str]) -> None:
         heads=shape.query_heads,
         kv_heads=shape.kv_heads,
         context=shape.context,
-        story=STORIES[shape.name],
+        story=fill(STORIES[shape.name], width=120),
         table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
     )
     (embedded_directory(shape.name) / "README.md").write_text(card, encoding="utf-8")
