@@ -1,13 +1,15 @@
 """What every test relies on: no network, the embedded model, and reproducible examples."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerBase
 
     from falcon_kit import Falcon
@@ -17,7 +19,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # A reader's choice of model must not reach the tests, nor the notebooks that run beside them.
 os.environ.pop("FALCON_KIT_MODEL", None)
 
-settings.register_profile("falcon-kit", deadline=None, max_examples=50, derandomize="CI" in os.environ)
+# Time is never what a property is about, and machines are busy: neither deadlines nor the check on slow inputs.
+settings.register_profile(
+    "falcon-kit",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=50,
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("falcon-kit")
 
 
@@ -51,6 +60,51 @@ def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return FalconForCausalLM(small_config(layout, initializer_range=0.1, **changes)).eval()
+
+
+def logits(model: "FalconForCausalLM") -> "torch.Tensor":
+    """What a model makes of a few fixed tokens."""
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.tensor([[23, 900, 77, 1500, 42]])).logits
+
+
+def legacy(directory: Path, layout: str, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    """A checkpoint as published in 2023: RefinedWeb config, pickled shards with an index, remote code beside them."""
+    import torch
+
+    directory.mkdir()
+    model = small_model(layout)
+    config = {
+        "model_type": "RefinedWeb" if layout == "40b" else "RefinedWebModel",
+        "architectures": ["RWForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modelling_RW.RWForCausalLM"},
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "n_layer": 2,
+        "n_head": 4,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+        **({"n_head_kv": 2, "parallel_attn": True} if layout == "40b" else {}),
+        **({"multi_query": True, "parallel_attn": True, "bias": False} if layout == "7b" else {}),
+        **({"alibi": True, "bias": True, "parallel_attn": False, "multi_query": False} if layout == "rw" else {}),
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "modelling_RW.py").write_text("raise SystemExit('remote code ran')")
+    (directory / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    names = sorted(model.state_dict())
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, held in shards.items():
+        torch.save({name: model.state_dict()[name].clone() for name in held}, directory / file)
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: file for file, held in shards.items() for name in held},
+    }
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session", params=LAYOUTS)

@@ -7,11 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import small_model
-from hypothesis import given
-from hypothesis import strategies as st
 
-from falcon_kit import Sampling
-from falcon_kit.decoding import Row
 from falcon_kit.generation import generate
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -152,59 +148,6 @@ def test_a_stop_string_ends_the_text_and_is_cut_from_it(instruct):
 def test_each_row_of_a_batch_ends_at_its_own_stop_string(instruct):
     answers = instruct.generate(PROMPTS[:2], stop=["leaves", "Falconet"])
     assert [(each.finish_reason, each.text[-7:]) for each in answers] == [("stop", "acacia "), ("stop", "! I am ")]
-
-
-# The row: text out of tokens, for any text at all
-
-
-@st.composite
-def texts_with_stops(draw):
-    text = draw(st.text(alphabet="ab\n é🦒字\u0301", max_size=30) | st.text(max_size=30))
-    stops = draw(st.lists(st.text(alphabet="ab\n é🦒", min_size=1, max_size=3), max_size=3))
-    return text, tuple(stops)
-
-
-def pieces_of(tokenizer, text, stop=()):
-    """What a row shows token by token, as far as it goes."""
-    ids = tokenizer(text)["input_ids"]
-    row = Row(tokenizer, stop, limit=len(ids), strip=False)
-    shown = []
-    for token in ids:
-        shown.append(row.push(token, 0.0))
-        if row.finish_reason:
-            break
-    return shown, row
-
-
-@given(st.text(max_size=40))
-def test_the_pieces_of_any_text_join_to_the_text(tokenizer, text):
-    assert "".join(pieces_of(tokenizer, text)[0]) == tokenizer.decode(
-        tokenizer(text)["input_ids"], skip_special_tokens=True
-    )
-
-
-@given(st.text(alphabet="é🦒字한 a", min_size=1, max_size=20))
-def test_no_piece_holds_half_a_character(tokenizer, text):
-    assert [piece for piece in pieces_of(tokenizer, text)[0] if "\ufffd" in piece] == []
-
-
-@given(texts_with_stops())
-def test_what_is_shown_is_the_text_before_the_first_stop_string(tokenizer, case):
-    text, stop = case
-    cuts = [text.find(word) for word in stop if word in text]
-    assert "".join(pieces_of(tokenizer, text, stop)[0]) == text[: min(cuts, default=len(text))]
-
-
-@given(texts_with_stops())
-def test_a_row_has_shown_its_whole_text_when_it_ends(tokenizer, case):
-    shown, row = pieces_of(tokenizer, *case)
-    assert "".join(shown) == row.text
-
-
-def test_a_text_cut_off_inside_a_character_shows_a_replacement_mark_at_the_end(tokenizer):
-    ids = tokenizer("🦒")["input_ids"]
-    row = Row(tokenizer, (), limit=len(ids) - 1, strip=False)
-    assert "".join(row.push(token, 0.0) for token in ids[:-1]) == tokenizer.decode(ids[:-1])
 
 
 # Streams
@@ -394,29 +337,6 @@ def test_several_sequences_without_sampling_are_refused(instruct):
 def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
     with pytest.raises(ValueError, match=r"max_length=4 leaves no room: the prompt has \d+ tokens"):
         instruct.generate(QUESTION, max_length=4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"temperature": -0.1}, "temperature must be 0 .* or more, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be 0 .* or more, got nan"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
-        ({"max_new_tokens": 5, "max_length": 9}, "give max_new_tokens or max_length, not both"),
-        ({"stop": ""}, "stop must not contain an empty string"),
-        ({"stop": ["a", ""]}, "stop must not contain an empty string"),
-        ({"truncate": "right"}, 'truncate must be None or "left"'),
-        ({"do_sample": False, "top_k": 5}, "have no effect with do_sample=False"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_with_its_range(settings, text):
-    with pytest.raises(ValueError, match=text):
-        Sampling(**settings)
 
 
 def test_an_argument_that_nobody_knows_is_refused(instruct):

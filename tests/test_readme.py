@@ -1,0 +1,39 @@
+"""The README's figures are the measured ones: those of the model cards and of the last benchmark."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from falcon_kit.catalogue import embedded_directory
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def table_rows(text, columns):
+    """Rows of the tables with that many columns, as {first cell: the others}."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return {row[0]: row[1:] for row in rows if len(row) == columns and row[0]}
+
+
+@pytest.mark.parametrize(("name", "column"), [("falconet", 0), ("falconet-instruct", 1)])
+def test_the_readme_states_the_figures_of_the_model_card(name, column):
+    card = table_rows((embedded_directory(name) / "README.md").read_text(), columns=2)
+    shown = table_rows(README, columns=3)
+    assert len(card) == 8
+    assert {row: [shown[row][column]] for row in card} == card
+
+
+def test_the_readme_states_the_figures_of_the_last_benchmark():
+    figures = json.loads((ROOT / "benchmarks/results/generation.json").read_text())["figures"]
+    ratios = figures["ratio to transformers generate"]
+    expected = {road: [f"{took:.2f}", f"{ratios[road]:.2f}"] for road, took in figures["ms per token"].items()}
+    shown = table_rows(README, columns=3)
+    assert {road: shown[road] for road in expected} == expected
+
+
+def test_every_link_of_the_readme_leads_to_a_file():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []

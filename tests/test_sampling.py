@@ -1,0 +1,59 @@
+"""Settings of generation: what each means, and the ranges outside of which they are refused."""
+
+import pytest
+
+from falcon_kit import Sampling
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"top_k": 5}, True),
+        ({"top_p": 0.5}, True),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 0}, False),
+        ({"temperature": 0, "top_k": 5}, False),
+        ({"do_sample": True}, True),
+        ({"do_sample": True, "temperature": 0}, False),
+        ({"do_sample": False}, False),
+    ],
+)
+def test_tokens_are_drawn_when_a_setting_says_so(settings, expected):
+    assert Sampling(**settings).samples == expected
+
+
+def test_greedy_decoding_passes_no_setting_of_drawing_on():
+    assert Sampling(temperature=0, top_k=5).choice() == {"do_sample": False}
+
+
+def test_an_unset_top_k_is_switched_off_rather_than_left_to_transformers():
+    assert Sampling(do_sample=True).choice() == {"do_sample": True, "top_k": 0}
+
+
+@pytest.mark.parametrize(("stop", "expected"), [((), ()), ("a", ("a",)), (["a", "b"], ("a", "b"))])
+def test_one_stop_string_is_as_good_as_a_list(stop, expected):
+    assert Sampling(stop=stop).stop_strings == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 .* or more, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* or more, got nan"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
+        ({"max_new_tokens": 5, "max_length": 9}, "give max_new_tokens or max_length, not both"),
+        ({"stop": ""}, "stop must not contain an empty string"),
+        ({"stop": ["a", ""]}, "stop must not contain an empty string"),
+        ({"truncate": "right"}, 'truncate must be None or "left"'),
+        ({"do_sample": False, "top_k": 5}, "have no effect with do_sample=False"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_range(settings, text):
+    with pytest.raises(ValueError, match=text):
+        Sampling(**settings)
