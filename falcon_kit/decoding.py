@@ -58,10 +58,8 @@ class Row:
         cut = min((at for at in map(self.text.find, self._stop) if at >= 0), default=None)
         if cut is not None:
             self.finish_reason, self.text = "stop", self.text[:cut]
-        elif token == self._tokenizer.eos_token_id:
-            self.finish_reason = "eos"
-        elif len(self.tokens) == self._limit:
-            self.finish_reason = "length"
+        elif token == self._tokenizer.eos_token_id or len(self.tokens) == self._limit:
+            self.finish_reason = "eos" if token == self._tokenizer.eos_token_id else "length"
             self.text = self._complete()
         return self._show()
 

@@ -54,3 +54,15 @@ def test_a_text_cut_off_inside_a_character_shows_a_replacement_mark_at_the_end(t
     ids = tokenizer("🦒")["input_ids"]
     row = Row(tokenizer, (), limit=len(ids) - 1, strip=False)
     assert "".join(row.push(token, 0.0) for token in ids[:-1]) == tokenizer.decode(ids[:-1])
+
+
+def test_an_end_token_inside_a_character_shows_a_replacement_mark_too(tokenizer):
+    ids = [*tokenizer("🦒")["input_ids"][:-1], tokenizer.eos_token_id]
+    row = Row(tokenizer, (), limit=100, strip=False)
+    assert "".join(row.push(token, 0.0) for token in ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.integers(0, 2047).filter(lambda token: token != 11), min_size=1, max_size=30))
+def test_any_tokens_at_all_give_the_text_that_the_tokenizer_decodes(tokenizer, ids):
+    row = Row(tokenizer, (), limit=len(ids), strip=False)
+    assert "".join(row.push(token, 0.0) for token in ids) == tokenizer.decode(ids, skip_special_tokens=True)
