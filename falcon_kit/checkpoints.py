@@ -35,11 +35,13 @@ def locate(name: str, hub: dict[str, Any]) -> tuple[Path, FalconSpec, FalconConf
     if short in known and not known[short].published:
         directory = embedded_directory(short)
         return directory, known[short], _config(directory)
-    if Path(name).expanduser().is_dir():
+    if short and Path(name).expanduser().is_dir():
         directory = Path(name).expanduser()
         return directory, spec(directory), _config(directory)
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
+    if not short:
+        raise LookupError(f"the name is empty: give one of {', '.join(known)}, or a directory")
     if short not in known and "/" not in name:
         spec(name)  # raises, and names the nearest
     repository = f"tiiuae/{known[short].name}" if short in known else name

@@ -8,7 +8,7 @@ Shapes: B rows (prompts times sequences), T tokens, V vocabulary.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,19 +81,70 @@ def _overlap(text: str, stop: tuple[str, ...]) -> int:
     return max(lengths, default=0)
 
 
+class RandomState:
+    """torch's random state, lent to one choice of a token at a time.
+
+    With a seed the text has a state of its own, so that nothing else that draws, another stream included, changes it;
+    the global one is as it was after each choice.
+    """
+
+    _lent = threading.Lock()
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._own: list[torch.Tensor] | None = None
+        self._global: list[torch.Tensor] | None = None
+        if seed is not None:
+            with self._lent, torch.random.fork_rng(devices=[self._cuda] if self._cuda else []):
+                torch.manual_seed(seed)
+                self._own = self._read()
+
+    def borrow(self) -> None:
+        """Takes the global state, and puts the text's own in its place."""
+        self._lent.acquire()
+        self._global = self._read()
+        if self._own:
+            self._write(self._own)
+
+    def give_back(self) -> None:
+        """Undoes `borrow`; nothing happens if there is nothing to give back."""
+        if self._global is None:
+            return
+        if self._own:
+            self._own = self._read()
+            self._write(self._global)
+        self._global = None
+        self._lent.release()
+
+    def _read(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._cuda)] if self._cuda else [])]
+
+    def _write(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self._cuda:
+            torch.cuda.set_rng_state(states[1], self._cuda)
+
+
 class Watch:
     """Follows transformers' loop through its two hooks: logits before each choice, tokens after it."""
 
-    def __init__(self, rows: list[Row], cancelled: threading.Event, emit: Callable[[Piece], None] | None) -> None:
-        self.rows, self.cancelled, self.emit = rows, cancelled, emit
+    def __init__(
+        self,
+        rows: list[Row],
+        random: RandomState,
+        cancelled: threading.Event,
+        emit: Callable[[Piece], None] | None,
+    ) -> None:
+        self.rows, self.random, self.cancelled, self.emit = rows, random, cancelled, emit
         self.start = self.first = self.last = time.perf_counter()
         self.logprobs: torch.Tensor  # (B, V), of the step that is under way
 
-    def hooks(self) -> dict[str, Any]:
-        """The arguments that put this object into `generate`."""
+    def hooks(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that put this object into `generate`, before those of the caller's `options`."""
+        processors, criteria = options.get("logits_processor") or (), options.get("stopping_criteria") or ()
         return {
-            "logits_processor": LogitsProcessorList([_BeforeChoice(self)]),
-            "stopping_criteria": StoppingCriteriaList([_AfterChoice(self)]),
+            "logits_processor": LogitsProcessorList([_BeforeChoice(self), *processors]),
+            "stopping_criteria": StoppingCriteriaList([_AfterChoice(self), *criteria]),
         }
 
     def step(self, ids: torch.Tensor) -> list[bool]:
@@ -130,6 +181,7 @@ class _BeforeChoice(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.watch.logprobs = torch.log_softmax(scores, dim=-1)
+        self.watch.random.borrow()
         return scores
 
 
@@ -140,4 +192,5 @@ class _AfterChoice(StoppingCriteria):
         self.watch = watch
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.watch.random.give_back()
         return torch.tensor(self.watch.step(input_ids), device=input_ids.device)

@@ -6,17 +6,19 @@ Works on a plain transformers model and tokenizer, through transformers' own `ge
 
 import html
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from inspect import signature
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import FalconForCausalLM, PreTrainedTokenizerBase
+from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from falcon_kit.catalogue import format_bytes
-from falcon_kit.decoding import FinishReason, Piece, Row, Watch
+from falcon_kit.catalogue import format_bytes, unknown_name
+from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, Watch
 from falcon_kit.sampling import Sampling, require
 
 Prompt = str | Sequence[str] | Sequence[int]
@@ -85,8 +87,9 @@ class Generation:
         return f"Generation({short!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
+        gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it
         return (
-            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}</span>'
+            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
             f"<b>{html.escape(self.text)}</b></div>"
             f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
         )
@@ -132,15 +135,18 @@ class Stream(Iterator[Piece]):
     def __init__(self, run: "_Run") -> None:
         self._finished: list[Generation] = []
         self._pieces = _pieces(run, self._finished)
+        # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
+        weakref.finalize(self, self._pieces.close)
 
     def __next__(self) -> Piece:
         return next(self._pieces)
 
+    def __repr__(self) -> str:
+        return f"Stream({'ended' if self._finished else 'iterate over it'})"
+
     def close(self) -> None:
         """Stops the model and waits until it has stopped."""
         self._pieces.close()
-
-    __del__ = close
 
     @property
     def generation(self) -> Generation:
@@ -153,10 +159,15 @@ class Stream(Iterator[Piece]):
 def _pieces(run: "_Run", finished: list[Generation]) -> Any:
     """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
     arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
+    ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
+
+    def emit(piece: Piece) -> None:
+        arrived.put(piece)
+        ahead.acquire()
 
     def work() -> None:
         try:
-            finished.extend(run(arrived.put))
+            finished.extend(run(emit))
             arrived.put(None)
         except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
             arrived.put(error)
@@ -168,8 +179,10 @@ def _pieces(run: "_Run", finished: list[Generation]) -> Any:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            ahead.release()
     finally:
         run.cancelled.set()
+        ahead.release()
         worker.join()
 
 
@@ -187,6 +200,7 @@ class _Run:
         own = {field.name for field in fields(Sampling)}
         self.sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
         self.options = {name: value for name, value in settings.items() if name not in own}
+        _check_names(self.options, own, model)
         self.beams = self.options.get("num_beams", 1) > 1
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         self.cancelled = threading.Event()
@@ -205,10 +219,15 @@ class _Run:
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates; `emit` gets each piece of a single row as it comes."""
         rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
-        watch = Watch(rows, self.cancelled, emit)
-        with _seeded(self.sampling.seed, self.model.device):
-            hooks = {} if self.beams else watch.hooks()
-            output: Any = self.model.generate(**self._arguments(), **hooks)  # type: ignore[misc]  # its self is misdeclared
+        random = RandomState(self.sampling.seed, self.model.device)
+        watch = Watch(rows, random, self.cancelled, emit)
+        try:
+            if self.beams:  # hooks see candidates there, not texts; the random state is borrowed for the whole search
+                random.borrow()
+            hooks = {} if self.beams else watch.hooks(self.options)
+            output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
+        finally:
+            random.give_back()
         if self.beams:
             watch.read(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(rows, watch, _cache_bytes(output.past_key_values))
@@ -260,21 +279,34 @@ class _Run:
                 text=row.text,
                 tokens=tuple(row.tokens),
                 logprobs=None if self.beams else tuple(row.logprobs),
-                finish_reason=row.finish_reason or "cancelled",
+                finish_reason=row.finish_reason or ("cancelled" if self.cancelled.is_set() else "stop"),
                 stats=stats,
             )
             for prompt, row in zip(prompts, rows, strict=True)
         ]
 
 
+def _check_names(options: dict[str, Any], own: set[str], model: FalconForCausalLM) -> None:
+    """Refuses an argument that neither the kit nor transformers knows, and names the nearest."""
+    known = own | set(vars(GenerationConfig())) | set(signature(type(model).generate).parameters)
+    known |= set(signature(type(model).forward).parameters)
+    for name in options:
+        shown = known if get_close_matches(name, known) else own  # all of transformers' would bury the reader
+        require(name in known, unknown_name("setting", name, sorted(shown)))
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[int]]:
     """The token ids of each prompt."""
-    require(len(prompt) > 0, "the prompt is empty: give the model something to continue")
-    if not isinstance(prompt, str) and isinstance(prompt[0], int):
-        return [list(prompt)]  # type: ignore[arg-type]  # the first element tells ids from texts
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(all(texts), "a prompt is empty: give the model something to continue")
-    return [list(tokenizer(text)["input_ids"]) for text in texts]
+    kinds = "a prompt is a text, a list of texts, or one list of token ids"
+    require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    require(bool(prompts) and "" not in prompts, "the prompt is empty: give the model something to continue")
+    if all(isinstance(each, int) for each in prompts):
+        return [prompts]
+    others = [type(each).__name__ for each in prompts if not isinstance(each, str)]
+    require(not others, f"{kinds}; got a list with {', '.join(others[:3])}")
+    # verbose: transformers would warn of a prompt over the context, which `_room` refuses in clearer words
+    return [list(tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
 
 
 def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
@@ -294,17 +326,6 @@ def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
         f'shorten it, or give truncate="left" to drop its beginning',
     )
     return min(wanted, context - longest)
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds the random state inside, and puts the former one back."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -131,6 +131,8 @@ def load(
     chosen, reason = _choose_dtype(wanted, config, shape)
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
+    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
     tokenizer = _load_tokenizer(directory)
     model = _load_model(directory, config, chosen, device_map, weights)
     _mend_generation_config(model, tokenizer)

@@ -34,7 +34,18 @@ class Sampling:
         """Raises ValueError for a value out of range, naming it and the range."""
         for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+            require(value is None or (_whole(value) and value >= 1), f"{name} must be at least 1, got {value!r}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, int | float), f"{name} must be a number, got {value!r}")
+        require(
+            self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**63),
+            f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}",
+        )
+        require(
+            isinstance(self.stop, str | list | tuple) and all(isinstance(word, str) for word in self.stop),
+            f"stop must be a text or a list of texts, got {self.stop!r}",
+        )
         require(
             self.temperature is None or 0 <= self.temperature < float("inf"),
             f"temperature must be 0 (the likeliest token) or more, got {self.temperature}",
@@ -72,6 +83,10 @@ class Sampling:
         # 0 switches top_k off; left out, transformers would fall back on 50.
         chosen = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
         return {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def require(condition: bool, message: str) -> None:

@@ -30,7 +30,10 @@ def answer_the_card(model: str) -> None:
 def execute(notebook: Path, page: Path) -> None:
     """Runs a notebook from top to bottom and writes it as one HTML page; the notebook itself stays as it is."""
     content = nbformat.read(notebook, as_version=4)
-    NotebookClient(content, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    client = NotebookClient(content, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}})
+    client.extra_arguments = ["--log-level=ERROR"]  # the kernel's own remarks on its transport are no news here
+    client.coalesce_streams = True  # one output per stream, however the text happened to arrive
+    client.execute()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nbconvert's remarks on pictures without alternative text
         html, _ = HTMLExporter().from_notebook_node(content)

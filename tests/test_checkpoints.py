@@ -61,6 +61,11 @@ def test_a_token_never_appears_in_an_error_or_a_repr(tmp_path):
 # What is wrong with a checkpoint
 
 
+def test_an_empty_name_is_refused():
+    with pytest.raises(LookupError, match="the name is empty: give one of falconet"):
+        fk.load("")
+
+
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(LookupError, match=r"Unknown model 'falconet-instrct'\. Nearest: falconet-instruct"):
         fk.load("falconet-instrct")

@@ -2,11 +2,16 @@
 
 import dataclasses
 import signal
+import subprocess
+import sys
 import threading
+import time
+from itertools import zip_longest
 
 import pytest
 import torch
 from conftest import small_model
+from transformers import LogitsProcessor
 
 from falcon_kit.generation import generate
 
@@ -114,6 +119,32 @@ def test_a_beam_search_gives_no_log_probabilities(instruct):
     assert instruct.generate(QUESTION, num_beams=2, max_new_tokens=4).logprobs is None
 
 
+def test_streams_side_by_side_write_what_they_write_alone(instruct):
+    settings = {"temperature": 2.0, "max_new_tokens": 40}
+    alone = [instruct.generate(QUESTION, seed=seed, **settings).text for seed in range(3)]
+    streams = [instruct.stream(QUESTION, seed=seed, **settings) for seed in range(3)]
+    texts = ["", "", ""]
+    for pieces in zip_longest(*streams):  # the three models run at once from their first piece on
+        texts = [text + (piece.text if piece else "") for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+class Fails(LogitsProcessor):
+    """Breaks a generation off between the logits and the choice."""
+
+    def __call__(self, input_ids, scores):
+        raise MemoryError("no room")
+
+
+def test_an_error_between_two_tokens_gives_the_random_state_back(instruct):
+    expected = instruct.generate(QUESTION, **SAMPLED).tokens
+    before = torch.get_rng_state()
+    with pytest.raises(MemoryError):
+        instruct.generate(QUESTION, logits_processor=[Fails()], **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert instruct.generate(QUESTION, **SAMPLED).tokens == expected
+
+
 # How a text ends
 
 
@@ -186,6 +217,14 @@ def test_closing_a_stream_stops_the_model_at_the_next_token(instruct, forwards):
     assert len(seen) <= len(forwards) < 500
 
 
+def test_a_stream_that_nobody_reads_waits(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    time.sleep(0.5)  # a free model would have run on by dozens of tokens
+    assert len(forwards) <= len(seen) + 2
+    answers.close()
+
+
 def test_a_closed_stream_has_the_text_so_far(instruct):
     answers = long(instruct)
     first = next(answers)
@@ -209,6 +248,21 @@ def test_ctrl_c_stops_the_model_and_leaves_it_usable(instruct):
     with pytest.raises(KeyboardInterrupt):
         interrupt_while_reading(long(instruct))
     assert (working_threads(), instruct.generate(QUESTION).text) == ([], expected)
+
+
+def test_a_program_that_was_interrupted_in_a_stream_ends():
+    program = """
+import signal
+import falcon_kit as fk
+pieces = fk.load().stream("Hello", max_new_tokens=1000, temperature=50.0, suppress_tokens=[11])
+try:
+    for piece in pieces:
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "interrupted\n"
 
 
 def test_ctrl_c_in_generate_leaves_the_model_usable(instruct):
@@ -339,6 +393,13 @@ def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
         instruct.generate(QUESTION, max_length=4)
 
 
-def test_an_argument_that_nobody_knows_is_refused(instruct):
-    with pytest.raises(ValueError, match="temprature"):
-        instruct.generate(QUESTION, temprature=1)
+@pytest.mark.parametrize("prompt", [None, 5, b"hello", ["hello", 5], [["hello"]]])
+def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
+    with pytest.raises(ValueError, match="a prompt is a text, a list of texts, or one list of token ids; got"):
+        instruct.generate(prompt)
+
+
+@pytest.mark.parametrize(("given", "nearest"), [("temprature", "temperature"), ("max_tokens", "max_new_tokens")])
+def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, given, nearest):
+    with pytest.raises(ValueError, match=f"Unknown setting '{given}'. Nearest: .*{nearest}"):
+        instruct.generate(QUESTION, **{given: 1})
