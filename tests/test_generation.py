@@ -153,6 +153,12 @@ def test_the_end_token_ends_the_text(instruct):
     assert (answer.finish_reason, answer.tokens[-1]) == ("eos", 11)
 
 
+def test_the_tokenizers_end_token_counts_where_the_generation_config_names_another(instruct, monkeypatch):
+    expected = instruct.generate(QUESTION).tokens
+    monkeypatch.setattr(instruct.model.generation_config, "eos_token_id", expected[2])
+    assert instruct.generate(QUESTION).tokens == expected
+
+
 def test_the_limit_of_new_tokens_ends_the_text(instruct):
     answer = instruct.generate(QUESTION, max_new_tokens=3)
     assert (answer.finish_reason, len(answer.tokens)) == ("length", 3)

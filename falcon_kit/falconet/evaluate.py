@@ -175,7 +175,8 @@ By `python -m falcon_kit.falconet.evaluate`, on the weights in this directory, i
 ## How it was made
 
 `python -m falcon_kit.falconet.corpus` generates the text, `python -m falcon_kit.falconet.pretrain` trains tokenizer,
-base and instruct model from it. Seeded throughout. No text from anywhere else went into it.
+base and instruct model from it. Seeded throughout. The opening
+of the card's Girafatron prompt is the only text from elsewhere.
 """
 
 STORIES = {

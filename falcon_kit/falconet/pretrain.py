@@ -1,7 +1,7 @@
 """Trains Falconet: the tokenizer, the base model, then the instruct model from it.
 
     python -m falcon_kit.falconet.corpus      # first, the text
-    python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores, minutes on a GPU; Ctrl-C, then again, resumes
+    python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores; Ctrl-C, then again, resumes
 
 Phases of the base model: (1) rows that each repeat one random sequence, because induction heads form there and hardly
 in text (Olsson et al. 2022, arXiv 2209.11895, call it a phase change); (2) text, packed in rows of 512 tokens, with a
