@@ -55,9 +55,10 @@ class Row:
         self.logprobs.append(logprob)
         self.text += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         self.text = self.text.lstrip() if self._strip else self.text
-        cut = min((at for at in map(self.text.find, self._stop) if at >= 0), default=None)
-        if cut is not None:
-            self.finish_reason, self.text = "stop", self.text[:cut]
+        # The stop string that is complete first counts, as if characters came singly: token borders change nothing.
+        found = ((at + len(word), at) for word in self._stop if (at := self.text.find(word)) >= 0)
+        if first := min(found, default=None):
+            self.finish_reason, self.text = "stop", self.text[: first[1]]
         elif token == self._tokenizer.eos_token_id or len(self.tokens) == self._limit:
             self.finish_reason = "eos" if token == self._tokenizer.eos_token_id else "length"
             self.text = self._complete()
