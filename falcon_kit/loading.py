@@ -7,20 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
-from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    CompileConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit import generation
+from falcon_kit import generation, modeling
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, encode
 from falcon_kit.checkpoints import check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.generation import Generation, Prompt, Stream
+from falcon_kit.kernels import faster_without_onednn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 _SMALL = 2**30  # bytes of weights up to which a progress bar would only flash by
 
 
@@ -81,6 +93,10 @@ class Falcon:
             tensor.numel() * tensor.element_size() for tensor in (*self.model.parameters(), *self.model.buffers())
         )
 
+    @property
+    def _grouped(self) -> bool:
+        return isinstance(self.model, modeling.FalconForCausalLM)
+
     def _facts(self) -> dict[str, str]:
         devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
         return {
@@ -89,6 +105,7 @@ class Falcon:
             "dtype": f"{str(self.model.dtype).removeprefix('torch.')} ({self.dtype_reason})",
             "devices": ", ".join(devices),
             "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
+            "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
             "context": f"{self.spec.context} tokens",
             "chat format": self.chat_format.name,
         }
@@ -107,6 +124,8 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    attention: Literal["grouped", "transformers"] = "grouped",
+    compile: bool | CompileConfig = False,
     chat: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -117,6 +136,9 @@ def load(
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason kept), "float32", "bfloat16", "float16".
     device_map: as in transformers; unset, all GPUs there are, else the CPU.
+    attention: "grouped" keeps keys and values once per KV head; "transformers" is the library's own Falcon, unmended.
+    compile: decode on a GPU with a static cache of the whole context and a compiled step (transformers' own means),
+    warmed up for one text at a time; another batch size compiles once more. A CompileConfig names other options.
     chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
 
@@ -124,6 +146,10 @@ def load(
     FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights.
     """
     wanted = _named_dtype(dtype)
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}")
+    if compile is True and not torch.cuda.is_available():
+        raise ValueError("compile=True is for GPUs, and torch finds none here: leave it out")
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     directory, shape, config = locate(str(name), hub)
@@ -134,8 +160,13 @@ def load(
     if str(device_map).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
     tokenizer = _load_tokenizer(directory)
-    model = _load_model(directory, config, chosen, device_map, weights)
+    model = _load_model(ATTENTIONS[attention], directory, config, chosen, device_map, weights)
     _mend_generation_config(model, tokenizer)
+    if isinstance(model, modeling.FalconForCausalLM):
+        linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        model.single_rows_without_onednn = faster_without_onednn(linears)
+    if compile:
+        _warm_up(model, CompileConfig(fullgraph=True) if compile is True else compile)
     chosen_format = chosen_format or _default_format(shape, tokenizer)
     if chat is not None or tokenizer.chat_template is None:
         tokenizer.chat_template = chosen_format.template
@@ -183,10 +214,15 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _load_model(
-    directory: Path, config: FalconConfig, dtype: torch.dtype, device_map: Any, weights: list[Path]
+    kind: type[FalconForCausalLM],
+    directory: Path,
+    config: FalconConfig,
+    dtype: torch.dtype,
+    device_map: Any,
+    weights: list[Path],
 ) -> FalconForCausalLM:
     with _progress(sum(file.stat().st_size for file in weights) > _SMALL):
-        loaded: Any = FalconForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -224,6 +260,36 @@ def _mend_generation_config(model: FalconForCausalLM, tokenizer: PreTrainedToken
     config = model.generation_config
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class _Tick(StoppingCriteria):
+    """Moves a progress bar with each token, and stops when it is full."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.bar.update()
+        return torch.full((len(input_ids),), self.bar.n >= self.bar.total, device=input_ids.device)
+
+
+def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
+    """Turns compiled decoding on and lets it compile: prefill, compilation, recording of the CUDA graph, one replay.
+
+    The static cache takes the whole context, so that no later text needs a longer one, which would compile again.
+    """
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = options
+    start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
+    with tqdm(total=4, desc="Compiling", unit="step") as bar:
+        model.generate(  # type: ignore[misc]  # its self is misdeclared
+            start,
+            attention_mask=torch.ones_like(start),
+            max_length=model.config.max_position_embeddings,
+            eos_token_id=-1,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
+        )
 
 
 def _default_format(shape: FalconSpec, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

@@ -33,6 +33,8 @@ settings.load_profile("falcon-kit")
 LAYOUTS = {
     "7b": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
     "40b": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    # like the 40B, but with an odd number of query heads per KV head (29 in the 180B)
+    "180b": {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_size": 384, "num_attention_heads": 6},
     "rw": {
         "new_decoder_architecture": False,
         "multi_query": False,
@@ -41,7 +43,7 @@ LAYOUTS = {
         "bias": True,
     },
 }
-"""The three published layouts, as arguments of FalconConfig; the sizes are small_config's."""
+"""The published layouts, as arguments of FalconConfig; the other sizes are small_config's."""
 
 
 def small_config(layout: str, **changes: Any) -> "FalconConfig":
@@ -49,7 +51,7 @@ def small_config(layout: str, **changes: Any) -> "FalconConfig":
     from transformers import FalconConfig
 
     sizes = {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return FalconConfig(**sizes | LAYOUTS[layout] | {"bos_token_id": 11, "eos_token_id": 11} | changes)
+    return FalconConfig(**sizes | {"bos_token_id": 11, "eos_token_id": 11} | LAYOUTS[layout] | changes)
 
 
 def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":

@@ -5,10 +5,17 @@ import json
 import pytest
 import torch
 from conftest import legacy, logits, small_model
-from transformers import FalconForCausalLM
+from transformers import CompileConfig, FalconForCausalLM
 
 import falcon_kit as fk
+from falcon_kit import modeling
 from falcon_kit.catalogue import embedded_directory
+
+
+def assert_same_logits(model, expected):
+    """Up to the rounding of float32: the kit adds up attention in another order."""
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=0)
+
 
 # What comes back
 
@@ -16,7 +23,7 @@ from falcon_kit.catalogue import embedded_directory
 @pytest.mark.parametrize("name", ["falconet", "falconet-instruct"])
 def test_an_embedded_model_gives_the_logits_that_transformers_gives(name):
     expected = FalconForCausalLM.from_pretrained(embedded_directory(name), dtype=torch.float32)
-    assert torch.equal(logits(fk.load(name, dtype="float32").model), logits(expected))
+    assert_same_logits(fk.load(name, dtype="float32").model, expected)
 
 
 def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
@@ -24,24 +31,37 @@ def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
     assert (model, tokenizer) == (instruct.model, instruct.tokenizer)
 
 
-def test_what_comes_back_is_a_plain_transformers_model_in_evaluation_mode(instruct):
-    assert (type(instruct.model), instruct.model.training) == (FalconForCausalLM, False)
+def test_what_comes_back_is_a_transformers_model_in_evaluation_mode(instruct):
+    assert (isinstance(instruct.model, FalconForCausalLM), instruct.model.training) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind"), [("grouped", modeling.FalconForCausalLM), ("transformers", FalconForCausalLM)]
+)
+def test_attention_chooses_between_the_kits_model_and_the_librarys_own(attention, kind):
+    assert type(fk.load("falconet", attention=attention).model) is kind
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="attention 'flash' is not one of grouped, transformers"):
+        fk.load("falconet", attention="flash")
 
 
 def test_a_directory_gives_the_model_that_was_saved_into_it(checkpoint, layout):
-    assert torch.equal(logits(fk.load(checkpoint).model), logits(small_model(layout)))
+    assert_same_logits(fk.load(checkpoint).model, small_model(layout))
 
 
 def test_sharded_safetensors_give_the_model_that_was_saved(tokenizer, tmp_path):
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(logits(fk.load(tmp_path).model), logits(small_model("40b")))
+    assert_same_logits(fk.load(tmp_path).model, small_model("40b"))
 
 
+@pytest.mark.parametrize("layout", ["7b", "40b", "rw"])
 def test_a_checkpoint_of_2023_gives_the_model_that_was_saved(layout, tokenizer, tmp_path):
     directory = legacy(tmp_path / "old", layout, tokenizer)
-    assert torch.equal(logits(fk.load(directory, dtype="float32").model), logits(small_model(layout)))
+    assert_same_logits(fk.load(directory, dtype="float32").model, small_model(layout))
 
 
 def test_a_pickle_that_would_run_code_is_refused(checkpoint, tmp_path):
@@ -94,6 +114,42 @@ def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
 def test_an_unknown_dtype_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="dtype 'bf16' is not one of auto, float32, bfloat16, float16"):
         fk.load("falconet", dtype="bf16")
+
+
+# Decoding: kernels and compilation
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_single_rows_take_the_kernel_that_was_faster_at_loading(monkeypatch, faster):
+    monkeypatch.setattr("falcon_kit.loading.faster_without_onednn", lambda weights: faster)
+    assert fk.load("falconet", dtype="bfloat16").model.single_rows_without_onednn == faster
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Falconet decoding compiled, traced in full; without inductor, which takes a minute on two cores."""
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    return fk.load("falconet", compile=options)
+
+
+def test_compiled_decoding_writes_the_same_text(compiled):
+    expected = fk.load("falconet").generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False)
+    assert compiled.generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False).tokens == expected.tokens
+
+
+def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(compiled):
+    torch._dynamo.utils.counters.clear()
+    compiled.generate("The", max_new_tokens=5, do_sample=False)
+    compiled.generate(fk.CARD.prompt, max_new_tokens=40, do_sample=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_compile_without_a_gpu_is_refused_before_anything_is_loaded():
+    if torch.cuda.is_available():
+        pytest.skip("this rule is for machines without a GPU")
+    with pytest.raises(ValueError, match="compile=True is for GPUs, and torch finds none here"):
+        fk.load("no/such/model", compile=True)
 
 
 # Chat formats

@@ -1,0 +1,374 @@
+"""Falcon with a truly grouped KV cache: a subclass of transformers' Falcon, on the same checkpoints.
+
+What transformers 5.23 does and this does not: it copies keys and values to every query head before it caches them (16
+times the cache for Falcon-40B, 29 times for 180B); it lets documents that are packed into one row look at each other;
+it builds a mask even where none is needed; its linear layers are of a class of their own, which quantisers pass over.
+Each is held against the unmended library in `tests/test_modeling.py`.
+
+The classes keep transformers' names, so that a saved checkpoint is a plain Falcon and device maps, PEFT and FSDP find
+the modules they know. Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head,
+H = G x R query heads, D head_dim.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers import Cache, DynamicCache, FalconConfig, PreTrainedConfig
+from transformers.activations import get_activation
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.falcon import modeling_falcon as stock
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from falcon_kit import kernels
+from falcon_kit.shapes import FalconSpec
+
+
+class FalconAttention(nn.Module):
+    """Attention of all layouts: grouped (40B, 180B), multi-query (7B: G = 1), multi-head (rw: R = 1)."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = spec.head_dim
+        self.num_key_value_groups = spec.queries_per_kv_head  # R, under the name that transformers' functions look for
+        self.scaling = spec.head_dim**-0.5
+        self.is_causal = True
+        fused = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
+        self.query_key_value = nn.Linear(spec.d_model, fused, bias=spec.bias)
+        self.dense = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, T, d_model) and, where they are computed, the probabilities (B, H, T, K)."""
+        query, key, value = self.project(hidden_states, rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        chosen = "eager" if output_attentions else self.config._attn_implementation
+        attend = kernels.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(chosen, kernels.in_the_open)
+        output, probabilities = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=float(self.config.attention_dropout or 0) if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*hidden_states.shape[:2], -1)), probabilities
+
+    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model).
+
+        The fused projection is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16,
+        7B one group of 71, rw groups of one. The key turns together with its queries.
+        """
+        batch, time = hidden_states.shape[:2]
+        fused = self.query_key_value(hidden_states)
+        fused = fused.view(batch, time, -1, self.num_key_value_groups + 2, self.head_dim)  # (B, T, G, R + 2, D)
+        turned, value = fused[..., :-1, :], fused[..., -1, :]
+        if rotation is not None:
+            cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
+            turned = turned * cos + stock.rotate_half(turned) * sin
+        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class FalconMLP(nn.Module):
+    """The feed-forward block: 4 x d_model wide, GELU."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(spec.d_model, spec.feed_forward, bias=spec.bias)
+        self.act = get_activation(config.activation)
+        self.dense_4h_to_h = nn.Linear(spec.feed_forward, spec.d_model, bias=spec.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
+
+
+class FalconDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward: side by side (40B: a LayerNorm each, 7B: one for both), or in turn (rw)."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.parallel = spec.parallel_block
+        self.self_attention = FalconAttention(config, spec, layer_idx)
+        self.mlp = FalconMLP(config, spec)
+        two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
+        self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
+        for name in self.norms:
+            self.add_module(name, nn.LayerNorm(spec.d_model, eps=float(config.layer_norm_epsilon or 0)))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, T, d_model) to the same; `kwargs` are those of the attention."""
+        before_attention, before_mlp = getattr(self, self.norms[0]), getattr(self, self.norms[-1])
+        normed = before_attention(hidden_states)
+        attention, _ = self.self_attention(normed, **kwargs)
+        if self.parallel:
+            also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
+            return hidden_states + self._drop(self.mlp(also_normed) + attention, self.config.hidden_dropout)
+        hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
+        return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)
+
+    def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
+        return dropout(hidden_states, share, self.training) if share else hidden_states
+
+
+class FalconModel(stock.FalconModel):
+    """The decoder without its head."""
+
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
+    _can_record_outputs = {"hidden_states": FalconDecoderLayer, "attentions": FalconAttention}  # noqa: RUF012
+
+    def __init__(self, config: FalconConfig) -> None:
+        stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
+        self.spec = spec = FalconSpec.from_config(config.to_dict(), "FalconConfig")
+        self.word_embeddings = nn.Embedding(spec.vocabulary, spec.d_model)
+        self.h = nn.ModuleList(FalconDecoderLayer(config, spec, index) for index in range(spec.layers))
+        self.ln_f = nn.LayerNorm(spec.d_model, eps=float(config.layer_norm_epsilon or 0))
+        self.rotary_emb = stock.FalconRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, d_model) after the last LayerNorm, of `input_ids` (B, T) or `inputs_embeds` instead.
+
+        `attention_mask`: (B, time seen + T), 0 where there is padding, or (B, 1, T, K), used as it is. `position_ids`
+        (B, T) that start again within a row, given without a cache, mean packed documents: they do not see each other.
+        Raises ValueError for a mask or a cache of another shape, and for positions beyond the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if not torch.compiler.is_compiling():
+            _check(self.spec, self.config, hidden_states, past_key_values, attention_mask, position_ids)
+        whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, whole)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
+        rotation = None if self.config.alibi else self.rotary_emb(hidden_states, position_ids)
+        for layer in self.h:
+            hidden_states = layer(
+                hidden_states,
+                rotation=rotation,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+
+    def _mask(
+        self,
+        hidden_states: Tensor,
+        past: Cache | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        whole: bool,
+    ) -> Tensor | None:
+        """What attention needs to know beyond "causal", (B, 1 or H, T, K); None for nothing, unless `whole`."""
+        documents = None
+        if past is None and position_ids is not None:
+            documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
+        if (backend := self.config._attn_implementation) not in kernels.ATTENTION:
+            _check_backend(backend, whole, self.config.alibi, documents is not None and len(hidden_states) > 1)
+        mask: Any = create_causal_mask(
+            self.config,
+            hidden_states,
+            attention_mask,
+            past,
+            and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
+            allow_is_causal_skip=not (whole or self.config.alibi),
+        )
+        if not self.config.alibi or mask is None or mask.dtype != torch.bool:
+            return mask
+        return self._alibi(mask, None if documents is None else position_ids, hidden_states.dtype)
+
+    def _alibi(self, mask: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias (B, H, T, K) of ALiBi (Press et al. 2021) where `mask` (B, 1, T, K) lets a query look.
+
+        Only distances matter, so a key's place among those that some query of its row sees will do. In bfloat16, like
+        the code that falcon-rw was trained with, and transformers'.
+        """
+        if positions is None:
+            positions = (mask.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
+        two = torch.ones(1, 2, dtype=torch.long, device=mask.device)
+        slopes = stock.build_alibi_tensor(two, self.spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
+        bias = (slopes[None, :, :, None] * positions[:, None, None]).to(dtype) * self.spec.head_dim**-0.5
+        return torch.where(mask, bias, torch.finfo(dtype).min)
+
+
+class FalconForCausalLM(stock.FalconForCausalLM):
+    """Falcon with its language-modelling head; everything else about it is transformers' own."""
+
+    transformer: FalconModel
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    single_rows_without_onednn = False
+    """On a CPU, compute steps of one row with torch's own kernels (see `falcon_kit.kernels`); `fk.load` decides."""
+
+    def __init__(self, config: FalconConfig) -> None:
+        stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
+        self.transformer = FalconModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the loss where `labels` (B, T) are given.
+
+        Other arguments as for `FalconModel`, which raises the errors.
+        """
+        with self._kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
+            outputs = self.transformer(
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _kernels(self, tokens: Tensor | None) -> Any:
+        single = self.single_rows_without_onednn and not torch.compiler.is_compiling()
+        return kernels.without_onednn() if single and tokens is not None and tokens.numel() == 1 else nullcontext()
+
+    def create_masks_for_generate(self, config: PreTrainedConfig, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        """The mask that `generate` makes beforehand for a static cache; with ALiBi its bias is part of it."""
+        mask = create_masks_for_generate(config, inputs_embeds, **kwargs)
+        if self.config.alibi and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            return self.transformer._alibi(mask, None, inputs_embeds.dtype)
+        return mask
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Chunked prefill would size a static cache by query heads before anything is in it: it waits for the first."""
+
+    def _validate_generated_length(
+        self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        """Refuses beforehand what would run past the context: there the text so far would be lost."""
+        super()._validate_generated_length(  # type: ignore[misc]  # its self is misdeclared
+            generation_config, input_ids_length, has_default_max_length
+        )
+        limit = _context(self.config)
+        if limit is not None and generation_config.max_length > limit:
+            raise ValueError(
+                f"{input_ids_length} tokens and up to {generation_config.max_length - input_ids_length} new ones are "
+                f"more than the context of {limit}: shorten the prompt, or ask for at most "
+                f"{max(0, limit - input_ids_length)} new tokens"
+            )
+
+
+def _check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: bool) -> None:
+    """Refuses what flash-attention and the like cannot do, where transformers would compute something else."""
+    wanted = {
+        "attention probabilities": probabilities,
+        "ALiBi": alibi,
+        "packed documents in more than one row": packed_batch,
+    }
+    if missing := [what for what, asked in wanted.items() if asked]:
+        raise ValueError(
+            f"{backend} attention has no {' and no '.join(missing)}: call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _context(config: FalconConfig) -> int | None:
+    """Positions the model knows; None for rotary embeddings that are scaled to reach further."""
+    scaled = not config.alibi and (config.rope_parameters or {}).get("rope_type", "default") != "default"
+    return None if scaled else config.max_position_embeddings
+
+
+def _check(
+    spec: FalconSpec,
+    config: FalconConfig,
+    hidden_states: Tensor,
+    past: Cache | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    """Refuses what does not fit together, with the numbers."""
+    batch, time = hidden_states.shape[:2]
+    seen: Any = 0 if past is None else past.get_seq_length()
+    layers = [] if past is None else past.layers
+    keys = getattr(layers[0], "keys", None) if layers else None
+    if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[1] != spec.kv_heads:
+        raise ValueError(
+            f"the cache holds {keys.shape[1]} heads per layer, this model keeps {spec.kv_heads} KV heads: it was "
+            "filled by another model, or by transformers' own Falcon; start with an empty one"
+        )
+    if isinstance(seen, Tensor):  # a static cache on a GPU: to read it would hold up every step
+        return
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch, seen + time):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but {batch} rows of {time} tokens after {seen} "
+            f"in the cache need {(batch, seen + time)}"
+        )
+    limit = _context(config)
+    if limit is not None and seen + time > limit:
+        last = seen + time if position_ids is None else int(position_ids.max()) + 1
+        if last > limit:
+            raise ValueError(
+                f"{last} positions are more than the context of {limit}, where Falcon's text turns into gibberish "
+                "(huggingface/transformers#25878): give less, or pack documents with positions that start again"
+            )
