@@ -329,7 +329,16 @@ def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
 
 
 def _cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache holds; 0 without a cache."""
+    """Bytes of the keys and values that a transformers cache holds, quantised ones included; 0 without a cache."""
     layers = getattr(cache, "layers", ())
-    held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if isinstance(tensor, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    held = [value for layer in layers for name, value in vars(layer).items() if name.endswith(("keys", "values"))]
+    return sum(tensor.nbytes for tensor in _tensors(held))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

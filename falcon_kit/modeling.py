@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from transformers import Cache, DynamicCache, FalconConfig, PreTrainedConfig
+from transformers import Cache, DynamicCache, FalconConfig
 from transformers.activations import get_activation
 from transformers.masking_utils import (
     create_causal_mask,
-    create_masks_for_generate,
     find_packed_sequence_indices,
     packed_sequence_mask_function,
 )
@@ -208,7 +207,7 @@ class FalconModel(stock.FalconModel):
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
         if (backend := self.config._attn_implementation) not in kernels.ATTENTION:
-            _check_backend(backend, whole, self.config.alibi, documents is not None and len(hidden_states) > 1)
+            _check_backend(backend, whole, bool(self.config.alibi), documents is not None and len(hidden_states) > 1)
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,
@@ -217,22 +216,25 @@ class FalconModel(stock.FalconModel):
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
             allow_is_causal_skip=not (whole or self.config.alibi),
         )
-        if not self.config.alibi or mask is None or mask.dtype != torch.bool:
+        if not self.config.alibi:
             return mask
-        return self._alibi(mask, None if documents is None else position_ids, hidden_states.dtype)
+        visible = (
+            mask if mask.dtype == torch.bool else mask > -1
+        )  # eager attention's masks are to be added: 0 or minimal
+        return self._alibi(visible, None if documents is None else position_ids, hidden_states.dtype)
 
-    def _alibi(self, mask: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias (B, H, T, K) of ALiBi (Press et al. 2021) where `mask` (B, 1, T, K) lets a query look.
+    def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias (B, H, T, K) of ALiBi (Press et al. 2021) where `visible` (B, 1, T, K) lets a query look.
 
         Only distances matter, so a key's place among those that some query of its row sees will do. In bfloat16, like
         the code that falcon-rw was trained with, and transformers'.
         """
         if positions is None:
-            positions = (mask.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
-        two = torch.ones(1, 2, dtype=torch.long, device=mask.device)
+            positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
+        two = torch.ones(1, 2, dtype=torch.long, device=visible.device)
         slopes = stock.build_alibi_tensor(two, self.spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
         bias = (slopes[None, :, :, None] * positions[:, None, None]).to(dtype) * self.spec.head_dim**-0.5
-        return torch.where(mask, bias, torch.finfo(dtype).min)
+        return torch.where(visible, bias, torch.finfo(dtype).min)
 
 
 class FalconForCausalLM(stock.FalconForCausalLM):
@@ -293,13 +295,6 @@ class FalconForCausalLM(stock.FalconForCausalLM):
     def _kernels(self, tokens: Tensor | None) -> Any:
         single = self.single_rows_without_onednn and not torch.compiler.is_compiling()
         return kernels.without_onednn() if single and tokens is not None and tokens.numel() == 1 else nullcontext()
-
-    def create_masks_for_generate(self, config: PreTrainedConfig, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        """The mask that `generate` makes beforehand for a static cache; with ALiBi its bias is part of it."""
-        mask = create_masks_for_generate(config, inputs_embeds, **kwargs)
-        if self.config.alibi and isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            return self.transformer._alibi(mask, None, inputs_embeds.dtype)
-        return mask
 
     def _get_static_cache_init_shape(self) -> None:
         """Chunked prefill would size a static cache by query heads before anything is in it: it waits for the first."""

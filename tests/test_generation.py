@@ -349,6 +349,22 @@ def test_the_cache_is_as_large_as_the_one_that_transformers_returns(instruct):
     assert instruct.generate(QUESTION, max_new_tokens=5).stats.cache_bytes == expected
 
 
+def test_the_cache_takes_the_bytes_of_the_closed_form(instruct):
+    answer = instruct.generate(QUESTION, max_new_tokens=5, stop=())
+    kept = answer.stats.prompt_tokens + len(answer.tokens) - 1  # nothing is ever asked about the last token
+    assert answer.stats.cache_bytes == instruct.spec.kv_bytes_per_token(instruct.model.dtype.itemsize) * kept
+
+
+def test_the_bytes_of_a_quantised_cache_are_counted_as_quantised(instruct):
+    options = {"backend": "hqq", "nbits": 4, "residual_length": 1, "axis_key": 1, "axis_value": 1}
+    quantised = instruct.generate(
+        PROMPTS[0] * 8, max_new_tokens=2, cache_implementation="quantized", cache_config=options
+    )
+    full = instruct.generate(PROMPTS[0] * 8, max_new_tokens=2)
+    # 4 bits of every 32, and a scale and a zero point for each group of 64
+    assert 1 / 8 < quantised.stats.cache_bytes / full.stats.cache_bytes < 1 / 3
+
+
 def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
     answers = instruct.generate(PROMPTS, max_new_tokens=4)
     prompts = sum(len(instruct.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
