@@ -1,11 +1,20 @@
-"""python -m benchmarks [NAME ...]: runs the named benchmarks, or all, and writes benchmarks/results/NAME.json."""
+"""python -m benchmarks [NAME ...]: runs the named benchmarks, or all that this machine can run.
+
+Writes benchmarks/results/NAME.json, and NAME.png where the benchmark has a `draw`.
+"""
 
 import argparse
 import importlib
 import json
+import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
+
+from benchmarks import CannotRun
 
 HERE = Path(__file__).parent
 NAMES = sorted(file.stem for file in HERE.glob("[a-z]*.py"))
@@ -17,14 +26,36 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"one or more of: {', '.join(NAMES)}"
     )
-    for name in parser.parse_args().names or NAMES:
-        figures = importlib.import_module(f"benchmarks.{name}").run()
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        machine |= {package: version(package) for package in ("torch", "transformers")}
-        file = HERE / "results" / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
-        print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), f"written to {file}", sep="\n")
+    chosen = parser.parse_args().names
+    for name in chosen or NAMES:
+        try:
+            _run(name)
+        except CannotRun as reason:
+            print(f"\n{name} cannot run here: {reason}", file=sys.stderr)
+            if chosen:
+                sys.exit(1)
+
+
+def _run(name: str) -> None:
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    figures = benchmark.run()
+    file = HERE / "results" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"machine": _machine(), "figures": figures}, indent=2) + "\n")
+    print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), f"written to {file}", sep="\n")
+    if hasattr(benchmark, "draw"):
+        benchmark.draw(figures).savefig(file.with_suffix(".png"), dpi=120)
+        print(f"drawn to {file.with_suffix('.png')}")
+
+
+def _machine() -> dict[str, str | int | None]:
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
+    return machine | {package: version(package) for package in ("torch", "transformers")}
 
 
 if __name__ == "__main__":

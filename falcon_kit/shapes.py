@@ -146,6 +146,26 @@ class FalconSpec:
             **facts,
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """The keys of a config.json of this shape: `FalconConfig(**spec.to_config())` builds it with random weights."""
+        return {
+            "model_type": "falcon",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.d_model,
+            "num_attention_heads": self.query_heads,
+            "num_kv_heads": self.kv_heads,
+            "multi_query": self.kv_heads == 1,
+            "vocab_size": self.vocabulary,
+            "ffn_hidden_size": self.feed_forward,
+            "max_position_embeddings": self.context,
+            "alibi": self.positions == "alibi",
+            "parallel_attn": self.parallel_block,
+            "num_ln_in_parallel_attn": self.norms_per_block if self.parallel_block else None,
+            "bias": self.bias,
+            "new_decoder_architecture": self.new_decoder_architecture,
+            "tie_word_embeddings": self.tied_head,
+        }
+
     def facts(self) -> dict[str, str]:
         """What the tables show, by heading."""
         block = "parallel" if self.parallel_block else "sequential"

@@ -253,6 +253,12 @@ def test_a_config_of_another_model_is_refused_by_its_type() -> None:
         FalconSpec.from_config({**NEW_40B, "model_type": "llama"}, "mine")
 
 
+@pytest.mark.parametrize("published", catalogue(), ids=lambda spec: spec.name)
+def test_a_shape_written_as_a_config_reads_back_the_same(published: FalconSpec) -> None:
+    facts = {name: getattr(published, name) for name in ("licence", "fine_tuned_from", "published", "source")}
+    assert FalconSpec.from_config(published.to_config(), published.name, **facts) == published
+
+
 def test_missing_keys_are_named() -> None:
     config = {key: value for key, value in NEW_40B.items() if key not in ("hidden_size", "vocab_size")}
 

@@ -1,0 +1,161 @@
+"""A Falcon in its true size with random weights on one GPU: memory, and tokens per second against the bandwidth floor.
+
+The 40B where a GPU has 100 GB, the 7B on smaller ones. transformers and the kit share the same weights, each eager and
+with the compiled step of transformers' `generate`. The floor is what one step has to read, all weights and the cache
+once, at the bandwidth that copying memory reaches on this GPU.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CompileConfig, FalconConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from benchmarks import CannotRun
+from falcon_kit import FalconSpec, modeling, spec
+
+BATCHES, CONTEXT, NEW_TOKENS = (1, 8, 32), 2000, 40
+NEEDS = {"falcon-40b": 100e9, "falcon-7b": 18e9}
+"""Bytes of GPU memory from which a model is measured: its weights, and room for caches and the prefill."""
+
+
+def run() -> dict[str, Any]:
+    """Refuses without a GPU that is large enough."""
+    if not torch.cuda.is_available():
+        raise CannotRun("torch finds no GPU; the 40B needs one of 100 GB, the 7B one of 18 GB")
+    total = torch.cuda.mem_get_info()[1]
+    fitting = [name for name, needed in NEEDS.items() if total >= needed]
+    if not fitting:
+        raise CannotRun(f"the GPU has {total / 1e9:.0f} GB; the 7B needs 18 GB, the 40B 100 GB")
+    return measure(spec(fitting[0]), torch.device("cuda"), BATCHES, CONTEXT, CompileConfig(fullgraph=True))
+
+
+def measure(
+    shape: FalconSpec, device: torch.device, batches: tuple[int, ...], context: int, compiled: CompileConfig | None
+) -> dict[str, Any]:
+    """Every contestant at every batch size; `compiled` None leaves the compiled ones out."""
+    models = _models(shape, device)
+    bandwidth = _bandwidth(device)
+    options: dict[str, dict[str, Any]] = {"eager": {}}
+    if compiled is not None:
+        options["compiled"] = {"cache_implementation": "static", "compile_config": compiled}
+    rows = [
+        {"model": name, "decoding": how, "batch": batch, "context": context}
+        | _decode(model, batch, context, arguments).figures(shape, batch, context, bandwidth)
+        for batch in batches
+        for how, arguments in options.items()
+        for name, model in models.items()
+    ]
+    return {
+        "shape": shape.name,
+        "parameters": shape.parameters,
+        "weight bytes": 2 * shape.parameters,
+        "memory bandwidth, GB/s": round(bandwidth / 1e9),
+        "the model card asks for": "85-100 GB to run Falcon-40B swiftly",
+        "decode": rows,
+    }
+
+
+def _models(shape: FalconSpec, device: torch.device) -> dict[str, FalconForCausalLM]:
+    """transformers' model and the kit's on the same random bfloat16 weights, drawn where they stay."""
+    config = FalconConfig(**shape.to_config())
+    with torch.device("meta"):
+        models = {"transformers": FalconForCausalLM(config), "kit": modeling.FalconForCausalLM(config)}
+    drawn = {name: _draw(tensor.shape, device) for name, tensor in models["kit"].named_parameters()}
+    for model in models.values():
+        model.load_state_dict(drawn, strict=False, assign=True)
+        model.tie_weights()
+        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config).to(device)  # buffers leave meta
+        model.eval()
+    return models
+
+
+def _draw(shape: torch.Size, device: torch.device) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02), False)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second read and written in copying a gigabyte: the median of ten."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    taken = [_seconds(lambda: target.copy_(source), device) for _ in range(11)][1:]
+    return 2 * source.nbytes / statistics.median(taken)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Decoding:
+    """One contestant's run: seconds between tokens, and peak bytes; None for what did not fit."""
+
+    seconds: float | None
+    peak_bytes: int | None
+
+    def figures(self, shape: FalconSpec, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+        """As the result file has them."""
+        if self.seconds is None:
+            return {"fits": False}
+        least = (2 * shape.parameters + shape.kv_bytes_per_token() * batch * context) / bandwidth
+        return {
+            "fits": True,
+            "ms per step": round(self.seconds * 1000, 2),
+            "tokens/s": round(batch / self.seconds, 1),
+            "share of the bandwidth floor": round(least / self.seconds, 3),
+            "peak GB": None if self.peak_bytes is None else round(self.peak_bytes / 1e9, 1),
+        }
+
+
+def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[str, Any]) -> Decoding:
+    """Median seconds between the tokens of the second of two generations: compilation falls into the first."""
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(12, model.config.vocab_size, (batch, context - NEW_TOKENS), device=model.device)
+    clock = _Clock(model.device)
+    try:
+        for _ in range(2):
+            clock.ticks.clear()
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=model.config.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([clock]),
+                **arguments,
+            )
+    except torch.OutOfMemoryError:
+        return Decoding(None, None)
+    gaps = [later - earlier for earlier, later in zip(clock.ticks, clock.ticks[1:], strict=False)]
+    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
+    return Decoding(statistics.median(gaps), peak)
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ticks: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        _wait(self.device)
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,76 @@
+"""The benchmarks that need a machine of their own, on small shapes: what they report is what happened."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import falcon_kit as fk
+from benchmarks import full_size
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    return full_size.measure(fk.spec("falconet"), torch.device("cpu"), (1, 2), 60, options)
+
+
+def test_the_full_size_benchmark_measures_every_contestant_at_every_batch(figures):
+    measured = [(row["model"], row["decoding"], row["batch"]) for row in figures["decode"]]
+    expected = [
+        (model, how, batch) for batch in (1, 2) for how in ("eager", "compiled") for model in ("transformers", "kit")
+    ]
+    assert measured == expected
+
+
+def test_tokens_per_second_are_rows_over_the_time_of_a_step(figures):
+    for row in figures["decode"]:
+        assert row["tokens/s"] == pytest.approx(row["batch"] / row["ms per step"] * 1000, rel=0.02)
+
+
+def test_both_models_of_the_full_size_benchmark_compute_the_same():
+    models = full_size._models(fk.spec("falconet"), torch.device("cpu"))
+    ids = torch.arange(20, 40)[None]
+    with torch.inference_mode():
+        stock, kit = (model(ids).logits for model in models.values())
+    torch.testing.assert_close(kit, stock, atol=0.05, rtol=0)
+
+
+def test_out_of_memory_is_a_result_and_not_the_end(monkeypatch):
+    model = full_size._models(fk.spec("falconet"), torch.device("cpu"))["kit"]
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", full)
+    decoding = full_size._decode(model, 1, 60, {})
+    assert decoding.figures(fk.spec("falconet"), 1, 60, 1e9) == {"fits": False}
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(141, "falcon-40b"), (24, "falcon-7b")])
+def test_the_largest_falcon_that_fits_is_measured(monkeypatch, gigabytes, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, gigabytes * 1e9))
+    monkeypatch.setattr(full_size, "measure", lambda shape, *_: {"shape": shape.name})
+    assert full_size.run() == {"shape": expected}
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 16e9))
+    with pytest.raises(full_size.CannotRun, match="the GPU has 16 GB; the 7B needs 18 GB, the 40B 100 GB"):
+        full_size.run()
+
+
+def test_a_benchmark_that_cannot_run_says_why_and_fails():
+    if torch.cuda.is_available():
+        pytest.skip("this rule is for machines without a GPU")
+    command = [sys.executable, "-m", "benchmarks", "full_size"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, "full_size cannot run here: torch finds no GPU" in ended.stderr) == (1, True)
