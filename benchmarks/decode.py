@@ -1,8 +1,8 @@
 """Decoding on a CPU: transformers, the kit and llama.cpp on the same weights, taking turns.
 
 A random Falcon with the ratios of the 40B (16 query heads to a KV head), small enough for two cores. A step is one new
-token in every row, after a cache that already holds `context` tokens; reading all weights and the cache once is the
-least a step can do, and the machine's bandwidth says how long that takes. llama.cpp comes with the extra "bench".
+token in every row, after a cache that already holds `context` tokens. The least it can do is to read all weights and
+the cache once; how fast memory can be read is measured in the same rounds. llama.cpp comes with the extra "bench".
 """
 
 import importlib.util
@@ -24,8 +24,9 @@ from falcon_kit.kernels import faster_without_onednn
 SHAPE = FalconSpec("decode", layers=8, d_model=2048, query_heads=32, kv_heads=2, vocabulary=65024, feed_forward=8192)
 BATCHES, CONTEXTS = (1, 4, 8, 16), (512, 1000, 2000)
 PROMPTS = (512, 2000)
-ROUNDS = 7  # of which the first warms up
+ROUNDS = {1: 21, 4: 9, 8: 9, 16: 7}  # by batch: of short steps more, for they are the noisier; the first warms up
 COLOURS = {"transformers": "#D55E00", "kit": "#0072B2", "llama.cpp": "#009E73"}  # Okabe and Ito's
+_MEMORY, _BLOCK = "memory", torch.ones(2**26)  # 256 MiB, which no cache keeps
 _PAUSE = 0.05  # seconds: torch's threads spin on after their work, and would take a core from llama.cpp's
 
 
@@ -66,13 +67,11 @@ class Torch:
 def run() -> dict[str, Any]:
     """Medians of alternating rounds, in milliseconds, and as ratios."""
     contestants = _contestants()
-    bandwidth = _bandwidth()
     prefill = {str(length): _prefill(contestants, length) for length in PROMPTS}
-    cells = [_cell(contestants, batch, context, bandwidth) for context in CONTEXTS for batch in BATCHES]
+    cells = [_cell(contestants, batch, context) for context in CONTEXTS for batch in BATCHES]
     return {
         "model": f"{SHAPE.parameters:,} parameters, {SHAPE.query_heads} query / {SHAPE.kv_heads} KV heads, bfloat16",
         "threads": torch.get_num_threads(),
-        "memory bandwidth, GB/s": round(bandwidth / 1e9, 1),
         "kit computes single rows without oneDNN": contestants["kit"].model.single_rows_without_onednn,
         "prefill, ms": prefill,
         "decode": cells,
@@ -114,23 +113,18 @@ def _check_agreement(contestants: Mapping[str, Any]) -> None:
             raise RuntimeError(f"{name} computes other logits than transformers: cosine {likeness:.4f}")
 
 
-def _bandwidth() -> float:
-    """Bytes per second at which torch reads memory that no cache holds: the median of summing half a gigabyte."""
-    block = torch.ones(2**27)
-    return block.nbytes / _alternate({"sum": block.sum})["sum"]
-
-
 def _prefill(contestants: Mapping[str, Any], length: int) -> dict[str, float]:
     ids = [(7 * at) % SHAPE.vocabulary for at in range(length)]
-    taken = _alternate({name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}, rounds=4)
+    taken = _alternate({name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}, 5)
     return {name: round(seconds * 1000, 1) for name, seconds in taken.items()}
 
 
-def _cell(contestants: Mapping[str, Any], batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+def _cell(contestants: Mapping[str, Any], batch: int, context: int) -> dict[str, Any]:
     """One batch size and context: milliseconds a step, cache, share of the bandwidth."""
     for contestant in contestants.values():
         contestant.fill(batch, context)
-    taken = _alternate({name: contestant.step for name, contestant in contestants.items()})
+    taken = _alternate({name: each.step for name, each in contestants.items()} | {_MEMORY: _BLOCK.sum}, ROUNDS[batch])
+    bandwidth = _BLOCK.nbytes / taken.pop(_MEMORY)
     kept = SHAPE.kv_bytes_per_token() * batch * context
     least = (2 * SHAPE.parameters + kept) / bandwidth
     caches = {name: contestants[name].cache_bytes for name in ("transformers", "kit")}
@@ -142,13 +136,14 @@ def _cell(contestants: Mapping[str, Any], batch: int, context: int, bandwidth: f
         "ms per step": {name: round(seconds * 1000, 1) for name, seconds in taken.items()},
         "kit is faster by": {name: round(each / taken["kit"], 2) for name, each in taken.items() if name != "kit"},
         "cache bytes": caches,
+        "memory bandwidth, GB/s": round(bandwidth / 1e9, 1),
         "share of bandwidth": {name: round(least / seconds, 2) for name, seconds in taken.items()},
     }
     print(cell)
     return cell
 
 
-def _alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+def _alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, taking turns; the first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
