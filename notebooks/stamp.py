@@ -66,7 +66,9 @@ def stamp(path: Path) -> None:
     client = NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
     client.record_timing = False
     client.coalesce_streams = True  # one output per stream, however the text happened to arrive
-    client.extra_arguments = ["--log-level=ERROR"]  # the kernel's own remarks on its transport are no news here
+    # No news here: the kernel's remarks on its transport, and bitsandbytes' on a kernel that it would download.
+    quiet = "import logging; logging.getLogger('bitsandbytes').setLevel('ERROR')"
+    client.extra_arguments = ["--log-level=ERROR", f"--IPKernelApp.exec_lines={quiet}"]
     client.execute()
     tidy(notebook)
     notebook.metadata["falcon_kit"] = {"source_sha256": source_hash(notebook)}
