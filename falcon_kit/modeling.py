@@ -3,11 +3,10 @@
 What transformers 5.23 does and this does not: it copies keys and values to every query head before it caches them (16
 times the cache for Falcon-40B, 29 times for 180B); it lets documents that are packed into one row look at each other;
 it builds a mask even where none is needed; its linear layers are of a class of their own, which quantisers pass over.
-Each is held against the unmended library in `tests/test_modeling.py`.
+Each is held against the unmended library in `tests/test_modeling.py`. The classes keep transformers' names, so that a
+saved checkpoint is a plain Falcon.
 
-The classes keep transformers' names, so that a saved checkpoint is a plain Falcon and device maps, PEFT and FSDP find
-the modules they know. Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head,
-H = G x R query heads, D head_dim.
+Shapes: B batch, T time (queries), K time (keys), H query heads, V vocabulary.
 """
 
 from contextlib import nullcontext
@@ -15,124 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from transformers import Cache, DynamicCache, FalconConfig
-from transformers.activations import get_activation
 from transformers.masking_utils import (
     create_causal_mask,
     find_packed_sequence_indices,
     packed_sequence_mask_function,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.falcon import modeling_falcon as stock
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit import kernels
+from falcon_kit.layers import FalconAttention, FalconDecoderLayer
 from falcon_kit.shapes import FalconSpec
-
-
-class FalconAttention(nn.Module):
-    """Attention of all layouts: grouped (40B, 180B), multi-query (7B: G = 1), multi-head (rw: R = 1)."""
-
-    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = spec.head_dim
-        self.num_key_value_groups = spec.queries_per_kv_head  # R, under the name that transformers' functions look for
-        self.scaling = spec.head_dim**-0.5
-        self.is_causal = True
-        fused = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
-        self.query_key_value = nn.Linear(spec.d_model, fused, bias=spec.bias)
-        self.dense = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output (B, T, d_model) and, where they are computed, the probabilities (B, H, T, K)."""
-        query, key, value = self.project(hidden_states, rotation)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        chosen = "eager" if output_attentions else self.config._attn_implementation
-        attend = kernels.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(chosen, kernels.in_the_open)
-        output, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=float(self.config.attention_dropout or 0) if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.dense(output.reshape(*hidden_states.shape[:2], -1)), probabilities
-
-    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model).
-
-        The fused projection is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16,
-        7B one group of 71, rw groups of one. The key turns together with its queries.
-        """
-        batch, time = hidden_states.shape[:2]
-        fused = self.query_key_value(hidden_states)
-        fused = fused.view(batch, time, -1, self.num_key_value_groups + 2, self.head_dim)  # (B, T, G, R + 2, D)
-        turned, value = fused[..., :-1, :], fused[..., -1, :]
-        if rotation is not None:
-            cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
-            turned = turned * cos + stock.rotate_half(turned) * sin
-        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-class FalconMLP(nn.Module):
-    """The feed-forward block: 4 x d_model wide, GELU."""
-
-    def __init__(self, config: FalconConfig, spec: FalconSpec) -> None:
-        super().__init__()
-        self.dense_h_to_4h = nn.Linear(spec.d_model, spec.feed_forward, bias=spec.bias)
-        self.act = get_activation(config.activation)
-        self.dense_4h_to_h = nn.Linear(spec.feed_forward, spec.d_model, bias=spec.bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
-
-
-class FalconDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward: side by side (40B: a LayerNorm each, 7B: one for both), or in turn (rw)."""
-
-    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.parallel = spec.parallel_block
-        self.self_attention = FalconAttention(config, spec, layer_idx)
-        self.mlp = FalconMLP(config, spec)
-        two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
-        self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
-        for name in self.norms:
-            self.add_module(name, nn.LayerNorm(spec.d_model, eps=float(config.layer_norm_epsilon or 0)))
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T, d_model) to the same; `kwargs` are those of the attention."""
-        before_attention, before_mlp = getattr(self, self.norms[0]), getattr(self, self.norms[-1])
-        normed = before_attention(hidden_states)
-        attention, _ = self.self_attention(normed, **kwargs)
-        if self.parallel:
-            also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
-            return hidden_states + self._drop(self.mlp(also_normed) + attention, self.config.hidden_dropout)
-        hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
-        return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)
-
-    def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
-        return dropout(hidden_states, share, self.training) if share else hidden_states
 
 
 class FalconModel(stock.FalconModel):
@@ -174,7 +70,9 @@ class FalconModel(stock.FalconModel):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if not torch.compiler.is_compiling():
-            _check(self.spec, self.config, hidden_states, past_key_values, attention_mask, position_ids)
+            _check_cache(self.spec, past_key_values)
+            _check_mask(self.spec, hidden_states, past_key_values, attention_mask)
+            _check_positions(self.config, hidden_states, past_key_values, position_ids)
         whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
         mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, whole)
         if use_cache and past_key_values is None:
@@ -218,9 +116,8 @@ class FalconModel(stock.FalconModel):
         )
         if not self.config.alibi:
             return mask
-        visible = (
-            mask if mask.dtype == torch.bool else mask > -1
-        )  # eager attention's masks are to be added: 0 or minimal
+        # Masks of eager attention are to be added: 0, or the least number there is.
+        visible = mask if mask.dtype == torch.bool else mask > -1
         return self._alibi(visible, None if documents is None else position_ids, hidden_states.dtype)
 
     def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -334,36 +231,47 @@ def _context(config: FalconConfig) -> int | None:
     return None if scaled else config.max_position_embeddings
 
 
-def _check(
-    spec: FalconSpec,
-    config: FalconConfig,
-    hidden_states: Tensor,
-    past: Cache | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-) -> None:
-    """Refuses what does not fit together, with the numbers."""
-    batch, time = hidden_states.shape[:2]
-    seen: Any = 0 if past is None else past.get_seq_length()
-    layers = [] if past is None else past.layers
-    keys = getattr(layers[0], "keys", None) if layers else None
+def _check_cache(spec: FalconSpec, past: Cache | None) -> None:
+    """A cache that another model filled, or transformers' own Falcon, does not fit."""
+    keys = getattr(past.layers[0], "keys", None) if past is not None and past.layers else None
     if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[1] != spec.kv_heads:
         raise ValueError(
             f"the cache holds {keys.shape[1]} heads per layer, this model keeps {spec.kv_heads} KV heads: it was "
             "filled by another model, or by transformers' own Falcon; start with an empty one"
         )
-    if isinstance(seen, Tensor):  # a static cache on a GPU: to read it would hold up every step
+
+
+def _check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask: Any) -> None:
+    """A mask says something about every token there is, or about every pair of a query and a key."""
+    batch, time = hidden_states.shape[:2]
+    seen = _seen(past)
+    if not isinstance(mask, Tensor) or seen is None:
         return
-    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch, seen + time):
+    keys = time if past is None else past.get_mask_sizes(time, 0)[0]
+    fits = mask.shape == (batch, seen + time)
+    if mask.ndim == 4:
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, spec.query_heads) and mask.shape[2:] == (time, keys)
+    if not fits:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but {batch} rows of {time} tokens after {seen} "
-            f"in the cache need {(batch, seen + time)}"
+            f"attention_mask has shape {tuple(mask.shape)}, but {batch} rows of {time} tokens after {seen} in the "
+            f"cache need {(batch, seen + time)}, or {(batch, 1, time, keys)}"
         )
-    limit = _context(config)
-    if limit is not None and seen + time > limit:
-        last = seen + time if position_ids is None else int(position_ids.max()) + 1
-        if last > limit:
-            raise ValueError(
-                f"{last} positions are more than the context of {limit}, where Falcon's text turns into gibberish "
-                "(huggingface/transformers#25878): give less, or pack documents with positions that start again"
-            )
+
+
+def _check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | None, positions: Tensor | None) -> None:
+    """Positions beyond the context were never trained."""
+    limit, seen = _context(config), _seen(past)
+    if limit is None or seen is None or seen + hidden_states.shape[1] <= limit:
+        return
+    last = seen + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
+    if last > limit:
+        raise ValueError(
+            f"{last} positions are more than the context of {limit}, where Falcon's text turns into gibberish "
+            "(huggingface/transformers#25878): give less, or pack documents with positions that start again"
+        )
+
+
+def _seen(past: Cache | None) -> int | None:
+    """Tokens in the cache; None for a static one, which keeps count on its device: to read it would hold up a GPU."""
+    seen: Any = 0 if past is None else past.get_seq_length()
+    return None if isinstance(seen, Tensor) else seen

@@ -7,6 +7,7 @@ library has mended it and the kit can drop its own cure.
 import copy
 import itertools
 import json
+import re
 from functools import cache
 
 import pytest
@@ -256,6 +257,17 @@ def test_a_batch_with_left_padding_equals_single_texts(layout, cache_implementat
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_a_mask_of_pairs_is_used_as_it_is(layout):
+    kit = pair(layout)[1]
+    pairs = torch.ones(24, 24).tril().bool()[None, None]
+    assert_close(run(kit, attention_mask=pairs).logits, run(kit).logits)
+    pairs = pairs & (torch.arange(24) >= 5)  # nobody looks at the first five
+    assert_close(
+        run(kit, attention_mask=pairs).logits[:, 5:],
+        run(kit, IDS[:, 5:], position_ids=torch.arange(5, 24)[None]).logits,
+    )
+
+
 def test_inputs_embeds_equal_the_tokens_they_stand_for(layout):
     kit = pair(layout)[1]
     embeds = kit.get_input_embeddings()(IDS)
@@ -394,11 +406,13 @@ def test_what_another_attention_function_cannot_do_is_refused(asked):
 
 
 @pytest.mark.parametrize("layout", ["7b", "40b", "rw"])
-def test_the_model_compiles_into_one_graph(layout):
+@pytest.mark.parametrize("positions", [None, [*range(10), *range(14)]], ids=["whole", "packed"])
+def test_the_model_compiles_into_one_graph(layout, positions):
     kit = pair(layout)[1]
+    given = {} if positions is None else {"position_ids": torch.tensor([positions])}
     torch._dynamo.reset()
     compiled = torch.compile(kit, fullgraph=True, backend="aot_eager")
-    assert_close(run(compiled, attention_mask=torch.ones(3, 24)).logits, run(kit).logits)
+    assert_close(run(compiled, **given).logits, run(kit, **given).logits)
 
 
 def test_a_step_of_one_row_computes_without_onednn_when_told_so():
@@ -515,11 +529,12 @@ def test_scaled_rotary_embeddings_may_go_further():
     assert run(kit).logits.shape == (3, 24, 2048)
 
 
-@pytest.mark.parametrize("shape", [(3, 23), (2, 24), (3, 25)])
+@pytest.mark.parametrize(
+    "shape", [(3, 23), (2, 24), (3, 25), (3, 24, 24), (2, 1, 24, 24), (3, 2, 24, 24), (3, 1, 24, 25)]
+)
 def test_a_mask_of_the_wrong_shape_is_refused(shape):
-    with pytest.raises(
-        ValueError, match=rf"shape \({shape[0]}, {shape[1]}\), but 3 rows of 24 tokens after 0 in the cache"
-    ):
+    message = f"shape {shape}, but 3 rows of 24 tokens after 0 in the cache need (3, 24), or (3, 1, 24, 24)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         run(pair("40b")[1], attention_mask=torch.ones(shape))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from falcon_kit.catalogue import embedded_directory
+from falcon_kit.shapes import format_bytes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,17 @@ def test_the_readme_states_the_figures_of_the_last_benchmark():
     expected = {road: [f"{took:.2f}", f"{ratios[road]:.2f}"] for road, took in figures["ms per token"].items()}
     shown = table_rows(README, columns=3)
     assert {road: shown[road] for road in expected} == expected
+
+
+def test_the_readme_states_the_decoding_times_of_the_last_benchmark():
+    figures = json.loads((ROOT / "benchmarks/results/decode.json").read_text())["figures"]
+    cells = {f"{cell['batch']} x {cell['context']} tokens": cell for cell in figures["decode"]}
+    shown = {row: cells for row, cells in table_rows(README, columns=6).items() if " x " in row}
+    assert len(shown) == 4
+    for row, stated in shown.items():
+        times = [f"{cells[row]['ms per step'][name]:.0f}" for name in ("transformers", "kit", "llama.cpp")]
+        sizes = [format_bytes(cells[row]["cache bytes"][name]) for name in ("transformers", "kit")]
+        assert stated == times + sizes
 
 
 def test_every_link_of_the_readme_leads_to_a_file():
