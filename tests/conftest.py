@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A reader's choice of model must not reach the tests, nor the notebooks that run beside them.
 os.environ.pop("FALCON_KIT_MODEL", None)
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what Ctrl-C does is a subject here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Time is never what a property is about, and machines are busy: neither deadlines nor the check on slow inputs.
 settings.register_profile(
