@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_kit.catalogue import CARD, FalconSpec, catalogue, spec
 from falcon_kit.chat import ChatFormat, chat_format
 from falcon_kit.environment import Environment, environment
+from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
@@ -30,7 +31,9 @@ __all__ = [
     "Falcon",
     "FalconSpec",
     "Generation",
+    "NotEnoughMemory",
     "Piece",
+    "Plan",
     "Sampling",
     "Stats",
     "Stream",
@@ -38,6 +41,7 @@ __all__ = [
     "chat_format",
     "environment",
     "load",
+    "plan",
     "spec",
 ]
 

@@ -1,0 +1,96 @@
+"""Devices to plan for: those of this machine, or those that a few words name.
+
+Neither torch nor transformers is imported, unless this machine's own GPUs are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from falcon_kit.catalogue import unknown_name
+from falcon_kit.environment import environment
+
+MIB = 2**20
+GPUS = {
+    "T4": 15_360,
+    "V100-16GB": 16_384,
+    "A10G": 23_028,
+    "L4": 23_034,
+    "RTX-4090": 24_564,
+    "A100-40GB": 40_960,
+    "L40S": 46_068,
+    "A100-80GB": 81_920,
+    "H100-80GB": 81_559,
+    "H200": 143_771,
+}
+"""MiB of memory, as nvidia-smi reports it."""
+MACHINES = {
+    "colab-t4": (1, "T4"),
+    "colab-l4": (1, "L4"),
+    "colab-a100": (1, "A100-40GB"),
+    "ml.g4dn.xlarge": (1, "T4"),
+    "ml.g4dn.12xlarge": (4, "T4"),
+    "ml.g5.xlarge": (1, "A10G"),
+    "ml.g5.2xlarge": (1, "A10G"),
+    "ml.g5.12xlarge": (4, "A10G"),
+    "ml.g5.48xlarge": (8, "A10G"),
+    "ml.g6.xlarge": (1, "L4"),
+    "ml.g6.12xlarge": (4, "L4"),
+    "ml.g6.48xlarge": (8, "L4"),
+    "ml.g6e.xlarge": (1, "L40S"),
+    "ml.g6e.12xlarge": (4, "L40S"),
+    "ml.g6e.48xlarge": (8, "L40S"),
+    "ml.p3.2xlarge": (1, "V100-16GB"),
+    "ml.p3.8xlarge": (4, "V100-16GB"),
+    "ml.p4d.24xlarge": (8, "A100-40GB"),
+    "ml.p4de.24xlarge": (8, "A100-80GB"),
+    "ml.p5.48xlarge": (8, "H100-80GB"),
+    "ml.p5e.48xlarge": (8, "H200"),
+}
+"""GPUs of Colab's runtimes and of SageMaker's instance types (aws.amazon.com/sagemaker/pricing)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A device to put things on."""
+
+    name: str
+    """For people: "T4", "cpu"."""
+    key: int | str
+    """For a device map: the number of the GPU, or "cpu"."""
+    free_bytes: int
+    """Memory that may be used."""
+
+
+def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
+    """The devices that a word or nothing stands for; see `plan`."""
+    if devices is None:
+        here = environment()
+        found = tuple(Slot(each.name, each.index, each.free_bytes) for each in here.devices if each.kind == "cuda")
+        return found or (Slot("cpu", "cpu", here.available_bytes),)
+    if not isinstance(devices, str):
+        if not devices:
+            raise ValueError("devices is empty: leave it out for this machine, or give '4x40GiB' or a list of Slot")
+        return tuple(devices)
+    word = devices.strip().lower()
+    for name, (count, gpu) in MACHINES.items():
+        if word in (name, name.removeprefix("ml.")):
+            return _alike(count, gpu, GPUS[gpu] * MIB)
+    count_word, kind = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", word).groups()  # type: ignore[union-attr]  # .* fits anything
+    if size := re.fullmatch(r"([\d.]+)\s*([kmgt]i?b)", kind):
+        return _alike(int(count_word or 1), kind.replace("b", "B"), int(float(size[1]) * _UNITS[size[2]]))
+    for gpu in GPUS:
+        if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
+            return _alike(int(count_word or 1), gpu, GPUS[gpu] * MIB)
+    raise ValueError(f"{unknown_name('devices', devices, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'.")
+
+
+_UNITS = {f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")}
+
+
+def _alike(count: int, name: str, size: int) -> tuple[Slot, ...]:
+    if count < 1 or size < 1:
+        raise ValueError(f"{count} x {name} is no memory to plan with: give at least one device")
+    return tuple(Slot(name, index, size) for index in range(count))

@@ -1,0 +1,397 @@
+"""Will it run here, and how: what a Falcon needs, on which device it lies, and what to do where it does not fit.
+
+Nothing is loaded and nothing downloaded; neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from falcon_kit import budget
+from falcon_kit.catalogue import catalogue, spec, unknown_name
+from falcon_kit.machines import Slot, find_slots
+from falcon_kit.shapes import FalconSpec, format_bytes, html_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Purpose = Literal["inference", "lora", "qlora", "full"]
+CacheKind = Literal["grouped", "transformers"]
+
+GIB = 2**30
+OVERHEAD = 600 * 2**20
+"""Of each device before any weight is there: CUDA context and library workspaces, or Python with torch. Assumed."""
+
+
+class NotEnoughMemory(MemoryError):
+    """A model does not fit; `.plan` says what it would take."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(f"{plan.verdict()}\n" + "\n".join(f"- {each}" for each in plan.suggestions))
+        self.plan = plan
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of a plan."""
+
+    part: str
+    """What it is: "layers 0-14", "KV cache"."""
+    device: int | str
+    """The key of its slot."""
+    bytes: int
+    """Its size."""
+    reason: str
+    """How the size came about."""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Where everything goes; a table in Jupyter, stacked bars by `plot()`."""
+
+    spec: FalconSpec
+    """The model."""
+    dtype: str
+    """How its weights are kept: float32, bfloat16, float16, int8, nf4, nf4-double."""
+    context: int
+    """Tokens in each row, prompt and answer together."""
+    batch: int
+    """Rows at once."""
+    purpose: Purpose
+    """inference, lora, qlora or full (fine-tuning of all weights)."""
+    slots: tuple[Slot, ...]
+    """The devices it is made for."""
+    rows: tuple[Part, ...]
+    """Every part with its device, size and reason."""
+    device_map: Mapping[str, int | str]
+    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit."""
+    suggestions: tuple[str, ...]
+    """What to do where it does not fit, the least loss of quality first."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every part has a place."""
+        return bool(self.device_map)
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything, on all devices."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The model's weights."""
+        return budget.weight_bytes(self.spec, self.dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache, full."""
+        return sum(row.bytes for row in self.rows if row.part == "KV cache")
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of all devices together."""
+        return sum(slot.free_bytes for slot in self.slots)
+
+    def verdict(self) -> str:
+        """One sentence: what is needed, what is there, and whether it fits."""
+        devices = ", ".join(f"{slot.name} {format_bytes(slot.free_bytes)}" for slot in self.slots)
+        fits = "fits" if self.fits else "does not fit"
+        work = "" if self.purpose == "inference" else f" for {self.purpose}"
+        return (
+            f"{self.spec.name} in {self.dtype}{work}, {self.batch} x {self.context} tokens, needs "
+            f"{format_bytes(self.total_bytes)}: it {fits} into {devices}"
+        )
+
+    def plot(self) -> Figure:
+        """Stacked bars: a bar for each device, its parts, and what stays free."""
+        return _draw(self)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.verdict()})"
+
+    def _repr_html_(self) -> str:
+        rows = [(row.part, row.device, format_bytes(row.bytes), row.reason) for row in self.rows]
+        table = html_table(self.verdict(), ("part", "device", "bytes", "why"), rows)
+        return table + (html_table("What would help", (), enumerate(self.suggestions, 1)) if self.suggestions else "")
+
+
+def plan(
+    name: str | os.PathLike[str] | FalconSpec,
+    dtype: Any = "bfloat16",
+    context: int = 2048,
+    batch: int = 1,
+    purpose: Purpose = "inference",
+    devices: str | Sequence[Slot] | None = None,
+    cache: CacheKind = "grouped",
+    rank: int = 8,
+) -> Plan:
+    """What a Falcon needs and whether it fits, before a byte of it is loaded.
+
+    name: as for `fk.spec`, or a spec. dtype: float32, bfloat16, float16, int8, nf4, nf4-double. context: tokens a row,
+    prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full. devices: unset, the GPUs here,
+    else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type ("ml.g5.12xlarge", "colab-t4").
+    cache: "transformers" shows what the library's own Falcon would keep. rank: of LoRA.
+
+    Raises LookupError for an unknown name and ValueError for a word or number out of range.
+    """
+    shape = name if isinstance(name, FalconSpec) else spec(name)
+    kept = _dtype(dtype, purpose)
+    _check(shape, context, batch, purpose, cache)
+    slots = find_slots(devices)
+    request = _Request(shape, kept, context, batch, purpose, cache, rank)
+    counts = _spread(request, slots)
+    fits = sum(counts) == shape.layers
+    counts = counts if fits else _crowd(request, slots)
+    return Plan(
+        spec=shape,
+        dtype=kept,
+        context=context,
+        batch=batch,
+        purpose=purpose,
+        slots=slots,
+        rows=tuple(_rows(request, slots, counts)),
+        device_map=_device_map(slots, counts) if fits else {},
+        suggestions=() if fits else tuple(_suggestions(request, slots)),
+    )
+
+
+def _dtype(dtype: Any, purpose: str) -> str:
+    """The dtype by name; QLoRA is on quantised weights whatever was said."""
+    word = str(dtype).removeprefix("torch.")
+    if word not in budget.VALUE_BYTES:
+        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(word, word), budget.VALUE_BYTES, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"dtype {dtype!r} is not known: {hint}There are {', '.join(budget.VALUE_BYTES)}")
+    return "nf4-double" if purpose == "qlora" and word not in budget.QUANTISED else word
+
+
+def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str) -> None:
+    for name, given, known in (("purpose", purpose, get_args(Purpose)), ("cache", cache, get_args(CacheKind))):
+        if given not in known:
+            raise ValueError(unknown_name(name, str(given), known))
+    if not 1 <= context <= shape.context:
+        raise ValueError(f"context={context} is not within 1 and {shape.context}, the context of {shape.name}")
+    if batch < 1:
+        raise ValueError(f"batch={batch}: give at least one row")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, and the bytes that follow."""
+
+    spec: FalconSpec
+    dtype: str
+    context: int
+    batch: int
+    purpose: Purpose
+    cache: CacheKind
+    rank: int
+
+    @property
+    def _size(self) -> tuple[FalconSpec, str, int, int]:
+        return self.spec, self.dtype, self.context, self.batch
+
+    def layer(self) -> dict[str, tuple[int, str]]:
+        """What each decoder layer brings along: bytes and reason by part."""
+        weights = budget.layer_bytes(self.spec, self.dtype)
+        parts = {"weights": (weights, f"{self.spec.layer_parameters:,} parameters a layer in {self.dtype}")}
+        if self.purpose == "inference":
+            kept = budget.layer_kv_bytes(*self._size, self.cache)
+            copies = "one per query head" if self.cache == "transformers" else f"{self.spec.kv_heads} KV heads"
+            parts["KV cache"] = (kept, f"{self.batch} x {self.context} tokens, {copies}")
+        elif self.purpose == "full":
+            parts["gradients and Adam"] = (3 * weights, "a gradient and two averages for each weight")
+        else:
+            adapters = budget.lora_parameters(self.spec, self.rank) // self.spec.layers
+            reason = f"rank {self.rank}, float32: weight, gradient and two averages of Adam"
+            parts["LoRA"] = (16 * adapters, reason)
+        if self.purpose != "inference":
+            kept = budget.checkpoint_bytes(*self._size) // self.spec.layers
+            parts["checkpoints"] = (kept, "what came into each layer, kept for the way back")
+        return parts
+
+    def device(self) -> dict[str, tuple[int, str]]:
+        """What every device holds that computes a layer."""
+        if self.purpose == "inference":
+            busy, reason = budget.prefill_bytes(*self._size), f"the busiest moment of reading {self.context} tokens"
+        else:
+            busy = budget.backward_bytes(*self._size, adapters=self.purpose != "full")
+            reason = "one layer computed anew and going backward"
+        return {"activations": (busy, reason), "overhead": (OVERHEAD, "CUDA context or Python, and libraries: assumed")}
+
+    def first(self) -> dict[str, tuple[int, str]]:
+        """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
+        table = budget.embedding_bytes(self.spec, self.dtype)
+        parts = {"embedding and head": (table, "tied: one table" if self.spec.tied_head else "two tables")}
+        if self.purpose == "full":
+            parts["gradients and Adam"] = (3 * table, "a gradient and two averages for each weight")
+        if self.purpose == "inference":
+            parts["logits"] = (budget.logits_bytes(self.spec, self.batch), "scores of the next token")
+        else:
+            loss = budget.loss_bytes(self.spec, self.context, self.batch)
+            parts["loss"] = (loss, f"logits of all tokens over {self.spec.vocabulary:,} words")
+        return parts
+
+
+def _total(parts: Mapping[str, tuple[int, str]]) -> int:
+    return sum(size for size, _ in parts.values())
+
+
+def _room(request: _Request, slots: Sequence[Slot]) -> list[int]:
+    """Bytes for layers on each device, after what it holds anyway."""
+    room = [slot.free_bytes - _total(request.device()) for slot in slots]
+    room[0] -= _total(request.first()) + budget.last_norm_bytes(request.spec, request.dtype)
+    return room
+
+
+def _spread(request: _Request, slots: Sequence[Slot]) -> list[int]:
+    """Layers on each device, so that the fullest keeps as much room as can be; fewer than there are if they do not fit.
+
+    Layers are all alike, so this is a search for the largest reserve that still leaves places enough.
+    """
+    layer, room, wanted = _total(request.layer()), _room(request, slots), request.spec.layers
+    if room[0] < 0:
+        return [0] * len(slots)
+
+    def places(reserve: int) -> list[int]:
+        return [max(0, (free - reserve) // layer) for free in room]
+
+    low, high = 0, max(room)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(places(middle)) >= wanted else (low, middle - 1)
+    counts = places(low)
+    taken = [index for index, count in enumerate(counts) if count]
+    fullest_first = sorted(taken, key=lambda index: room[index] - counts[index] * layer)
+    for index in fullest_first[: max(0, sum(counts) - wanted)]:
+        counts[index] -= 1  # devices that tie at this reserve: the fullest give one back
+    return counts
+
+
+def _crowd(request: _Request, slots: Sequence[Slot]) -> list[int]:
+    """Layers by memory, whether they fit or not: how a plan that does not fit is shown."""
+    total, wanted = sum(slot.free_bytes for slot in slots), request.spec.layers
+    counts = [wanted * slot.free_bytes // total for slot in slots]
+    counts[-1] += wanted - sum(counts)
+    return counts
+
+
+def _rows(request: _Request, slots: Sequence[Slot], counts: Sequence[int]) -> Iterator[Part]:
+    done = 0
+    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        if index == 0:
+            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.first().items())
+        if count:
+            span = f"layers {done}-{done + count - 1}"
+            for name, (size, reason) in request.layer().items():
+                yield Part(span if name == "weights" else name, slot.key, count * size, reason)
+        if count or index == 0:
+            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.device().items())
+        done += count
+    norm = budget.last_norm_bytes(request.spec, request.dtype)
+    yield Part("last LayerNorm", slots[0].key, norm, "before the head")
+
+
+def _device_map(slots: Sequence[Slot], counts: Sequence[int]) -> dict[str, int | str]:
+    """Where each module goes. The head goes where the embedding is, which it shares its weights with."""
+    keys = [slot.key for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    first = slots[0].key
+    names = ("transformer.word_embeddings", "transformer.rotary_emb", "transformer.ln_f", "lm_head")
+    return {**dict.fromkeys(names, first), **{f"transformer.h.{index}": key for index, key in enumerate(keys)}}
+
+
+def _fits(request: _Request, slots: Sequence[Slot]) -> bool:
+    return sum(_spread(request, slots)) == request.spec.layers
+
+
+def _suggestions(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
+    """What would make it fit, the least loss of quality first: of each kind the first that does."""
+    halvings = range(1, 8)
+    kinds: dict[str, Sequence[Any]] = {
+        "cache": ["grouped"] if request.cache == "transformers" else [],
+        "dtype": _smaller_dtypes(request.dtype),
+        "purpose": {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, []),
+        "context": [request.context >> times for times in halvings if request.context >> times >= 64],
+        "batch": [request.batch >> times for times in halvings if request.batch >> times],
+        "spec": _smaller_falcons(request.spec),
+    }
+    for name, values in kinds.items():
+        found = next((value for value in values if _fits(_changed(request, name, value), slots)), None)
+        if found is not None:
+            yield f"another model: {found.name}" if isinstance(found, FalconSpec) else f"{name}={found!r}"
+    if slots[0].key != "cpu":
+        yield from _other_places(request, slots)
+    yield "an endpoint that serves it, on a machine of its own"
+
+
+def _other_places(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
+    """More GPUs of the same kind, or host memory beside those there are."""
+    kind = slots[0]
+    for count in range(len(slots) + 1, 17):
+        if _fits(request, [Slot(kind.name, key, kind.free_bytes) for key in range(count)]):
+            yield f"more devices: {count} x {kind.name}"
+            break
+    placed, layers = sum(_spread(request, slots)), request.spec.layers
+    if placed and request.purpose == "inference":
+        yield f"offloading: {layers - placed} of {layers} layers in host memory, read anew for each token"
+
+
+def _changed(request: _Request, name: str, value: Any) -> _Request:
+    """The request with another value; QLoRA brings its dtype along."""
+    changes = {name: value, **({"dtype": _dtype(request.dtype, "qlora")} if value == "qlora" else {})}
+    return replace(request, **changes)
+
+
+def _smaller_dtypes(dtype: str) -> list[str]:
+    order = ["float32", "bfloat16", "int8", "nf4", "nf4-double"]
+    return order[order.index("bfloat16" if dtype == "float16" else dtype) + 1 :]
+
+
+def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
+    """Published models of the same kind, instruct or base, that have fewer parameters, the largest first."""
+    alike = [
+        each for each in catalogue() if each.published and bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)
+    ]
+    return sorted((each for each in alike if each.parameters < shape.parameters), key=lambda each: -each.parameters)
+
+
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999")  # Okabe and Ito's
+
+
+def _draw(plan: Plan) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.6 + 0.4 * len(plan.slots)), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(_kind(row) for row in plan.rows))
+    left = dict.fromkeys((slot.key for slot in plan.slots), 0.0)
+    for name, colour in zip(names, _COLOURS * 2, strict=False):
+        sizes = {
+            key: sum(row.bytes for row in plan.rows if row.device == key and _kind(row) == name) / GIB for key in left
+        }
+        axes.barh([str(key) for key in left], list(sizes.values()), left=list(left.values()), color=colour, label=name)
+        left = {key: at + sizes[key] for key, at in left.items()}
+    for index, slot in enumerate(plan.slots):
+        free = slot.free_bytes / GIB
+        axes.barh(
+            index, max(0.0, free - left[slot.key]), left=left[slot.key], color="none", edgecolor="#999999", hatch="//"
+        )
+        axes.plot([free, free], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
+    axes.invert_yaxis()
+    axes.set(
+        title=plan.verdict(),
+        xlabel="GiB (the black line is what a device has, hatched what stays free)",
+        ylabel="device",
+    )
+    axes.title.set_fontsize(9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return figure
+
+
+def _kind(row: Part) -> str:
+    return "layers" if row.part.startswith("layers ") else row.part

@@ -1,0 +1,269 @@
+"""Plans: what adds up, what fits where, and what is suggested where it does not."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.utils import check_device_map
+from conftest import small_config
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import FalconConfig
+
+import falcon_kit as fk
+from falcon_kit import budget
+from falcon_kit.catalogue import embedded_directory
+from falcon_kit.machines import Slot
+from falcon_kit.modeling import FalconForCausalLM
+
+GIB = 2**30
+
+
+def used(plan):
+    """Bytes by device."""
+    return {slot.key: sum(row.bytes for row in plan.rows if row.device == slot.key) for slot in plan.slots}
+
+
+def layers_on(plan):
+    return [sum(1 for name, key in plan.device_map.items() if ".h." in name and key == slot.key) for slot in plan.slots]
+
+
+# What adds up
+
+
+@pytest.mark.parametrize("name", ["falcon-40b", "falcon-7b", "falcon-rw-1b", "falcon-180B"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+def test_the_rows_hold_all_weights_and_the_whole_cache(name, dtype):
+    plan = fk.plan(name, dtype, context=500, batch=3, devices="16xA100-80GB")
+    weights = [row.bytes for row in plan.rows if row.part.startswith(("layers", "embedding", "last"))]
+    spec = fk.spec(name)
+    assert sum(weights) == plan.weight_bytes == budget.weight_bytes(spec, dtype)
+    assert plan.kv_bytes == spec.kv_bytes_per_token() * 500 * 3
+
+
+def test_transformers_cache_is_sixteen_times_as_large_for_the_40b():
+    ours, theirs = (fk.plan("falcon-40b", devices="8xA100-80GB", cache=kind) for kind in ("grouped", "transformers"))
+    assert theirs.kv_bytes == 16 * ours.kv_bytes == 3.75 * GIB
+
+
+def test_every_row_says_why():
+    assert all(row.reason for row in fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB").rows)
+
+
+@pytest.mark.parametrize("purpose", ["inference", "lora", "qlora", "full"])
+def test_training_takes_more_the_more_is_trained(purpose):
+    order = ["inference", "qlora", "lora", "full"]
+    sizes = {each: fk.plan("falcon-7b", purpose=each, devices="8xH200").total_bytes for each in order}
+    assert purpose == "inference" or sizes[purpose] > sizes["inference"] or purpose == "qlora"
+    assert sizes["qlora"] < sizes["lora"] < sizes["full"]
+
+
+def test_qlora_is_on_quantised_weights():
+    assert fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB").dtype == "nf4-double"
+
+
+# What is published
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "purpose", "devices", "fits"),
+    [
+        # huggingface.co/blog/falcon, 2023
+        ("falcon-7b", "bfloat16", "inference", "A10G", True),
+        ("falcon-7b", "nf4", "qlora", "T4", True),
+        ("falcon-40b", "nf4", "qlora", "A100-80GB", True),
+        ("falcon-40b", "bfloat16", "inference", "2xA100-80GB", True),
+        ("falcon-40b", "int8", "inference", "A100-80GB", True),
+        ("falcon-40b", "int8", "inference", "A100-40GB", False),
+        ("falcon-40b", "nf4", "inference", "A100-40GB", True),
+        # served on it by AWS's own examples, 2023
+        ("falcon-40b", "bfloat16", "inference", "ml.g5.12xlarge", True),
+    ],
+)
+def test_what_is_known_to_run_fits_and_what_is_not_does_not(name, dtype, purpose, devices, fits):
+    assert fk.plan(name, dtype, purpose=purpose, devices=devices).fits is fits
+
+
+# Where everything goes
+
+
+@pytest.mark.parametrize("devices", ["4x40GiB", "8x24GB", "2x80GB", "3x141GB"])
+def test_no_device_holds_more_than_it_has(devices):
+    plan = fk.plan("falcon-40b", devices=devices)
+    assert plan.fits
+    assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=8),
+    name=st.sampled_from(["falcon-40b", "falcon-7b", "falcon-rw-1b"]),
+    batch=st.integers(1, 16),
+)
+def test_a_plan_that_fits_places_every_layer_within_the_memory(sizes, name, batch):
+    slots = [Slot("gpu", key, size * GIB) for key, size in enumerate(sizes)]
+    plan = fk.plan(name, devices=slots, batch=batch)
+    if plan.fits:
+        assert sum(layers_on(plan)) == fk.spec(name).layers
+        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+    else:
+        assert plan.device_map == {}
+        assert plan.suggestions
+
+
+@given(sizes=st.lists(st.integers(20, 120), min_size=1, max_size=6), more=st.integers(1, 40))
+def test_more_memory_never_makes_a_plan_worse(sizes, more):
+    less, larger = ([Slot("gpu", key, (size + extra) * GIB) for key, size in enumerate(sizes)] for extra in (0, more))
+    assert fk.plan("falcon-40b", devices=larger).fits >= fk.plan("falcon-40b", devices=less).fits
+
+
+def test_layers_are_spread_so_that_equal_devices_keep_equal_room():
+    assert layers_on(fk.plan("falcon-40b", devices="4x40GiB")) == [15, 15, 15, 15]
+    uneven = layers_on(fk.plan("falcon-40b", devices=[Slot("a", 0, 80 * GIB), Slot("b", 1, 40 * GIB)]))
+    assert uneven[0] > uneven[1]
+
+
+def test_the_device_map_covers_the_model_and_splits_no_layer():
+    with torch.device("meta"):
+        model = FalconForCausalLM(FalconConfig(**fk.spec("falcon-40b").to_config()))
+    device_map = fk.plan("falcon-40b", devices="4x40GiB").device_map
+    check_device_map(model, dict(device_map))
+    assert device_map["lm_head"] == device_map["transformer.word_embeddings"]
+
+
+def test_accelerate_runs_a_model_by_the_plans_map():
+    config = small_config("40b")
+    model = FalconForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    plan = fk.plan(fk.FalconSpec.from_config(config.to_dict()), "float32", devices=[Slot("cpu", "cpu", 4 * GIB)])
+    assert torch.equal(dispatch_model(model, dict(plan.device_map), force_hooks=True)(ids).logits, expected)
+
+
+# Suggestions
+
+
+def test_fewer_bits_come_before_everything_else():
+    assert fk.plan("falcon-40b", devices="A100-40GB").suggestions[0] == "dtype='nf4'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"devices": "A100-80GB", "batch": 128, "dtype": "int8"}, "batch=64"),
+        ({"devices": "4xA10G", "batch": 4, "cache": "transformers"}, "cache='grouped'"),
+        ({"devices": "T4"}, "another model: falcon-7b"),
+        ({"devices": "A100-40GB"}, "more devices: 3 x A100-40GB"),
+        ({"devices": "2xA100-80GB", "purpose": "full"}, "purpose='lora'"),
+    ],
+)
+def test_what_would_help_is_suggested(arguments, expected):
+    assert expected in fk.plan("falcon-40b", **arguments).suggestions
+
+
+def test_each_setting_that_is_suggested_does_fit():
+    given = {"devices": "2xA100-40GB", "batch": 16, "dtype": "bfloat16"}
+    plan = fk.plan("falcon-40b", **given)
+    settings = [each.split("=") for each in plan.suggestions if re.fullmatch(r"\w+=\S+", each)]
+    assert settings
+    for name, value in settings:
+        assert fk.plan("falcon-40b", **given | {name: int(value) if value.isdigit() else value.strip("'")}).fits
+
+
+def test_a_plan_that_fits_suggests_nothing():
+    assert fk.plan("falconet").suggestions == ()
+
+
+# Measured
+
+
+@pytest.mark.parametrize(("dtype", "context", "batch"), [("float32", 1024, 1), ("bfloat16", 512, 8)])
+def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, batch):
+    """Resident memory at its highest, beyond what importing and a first small step took."""
+    config = FalconConfig(
+        **{**fk.spec("falconet").to_config(), "hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 4096}
+    )
+    config.save_pretrained(tmp_path)
+    program = f"""
+import resource, torch
+from transformers import FalconConfig
+from falcon_kit.modeling import FalconForCausalLM
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+tiny = FalconForCausalLM(FalconConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, vocab_size=64))
+with torch.inference_mode():
+    tiny.to(torch.{dtype})(torch.zeros(1, 8, dtype=torch.long))
+    before = peak()
+    torch.set_default_dtype(torch.{dtype})
+    model = FalconForCausalLM(FalconConfig.from_pretrained({str(tmp_path)!r})).eval()
+    model(torch.zeros({batch}, {context}, dtype=torch.long), logits_to_keep=1)
+    print(peak() - before)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    plan = fk.plan(tmp_path, dtype, context=context, batch=batch, devices="4GiB")
+    overhead = sum(row.bytes for row in plan.rows if row.part == "overhead")
+    assert plan.total_bytes - overhead == pytest.approx(int(ended.stdout), rel=0.1)
+
+
+# From where
+
+
+def test_a_plan_is_made_from_a_directory_or_a_config():
+    directory = embedded_directory("falconet")
+    expected = fk.plan("falconet").rows
+    assert fk.plan(directory).rows == fk.plan(directory / "config.json").rows == expected
+
+
+def test_a_torch_dtype_is_as_good_as_its_name():
+    assert fk.plan("falconet", torch.float32) == fk.plan("falconet", "float32")
+
+
+# How it shows itself
+
+
+def test_the_repr_says_what_is_needed_and_whether_it_fits():
+    assert repr(fk.plan("falcon-40b", devices="T4")) == (
+        "Plan(falcon-40b in bfloat16, 1 x 2048 tokens, needs 78.1 GiB: it does not fit into T4 15.0 GiB)"
+    )
+
+
+def test_the_html_escapes_what_it_shows():
+    assert "<img" not in fk.plan("falconet", devices=[Slot("<img>", 0, GIB)])._repr_html_()
+
+
+def test_the_picture_has_a_bar_for_every_device():
+    figure = fk.plan("falcon-40b", devices="4x40GiB").plot()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_the_error_carries_the_plan_and_its_suggestions():
+    plan = fk.plan("falcon-40b", devices="T4")
+    error = fk.NotEnoughMemory(plan)
+    assert error.plan is plan
+    assert all(each in str(error) for each in (plan.verdict(), *plan.suggestions))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype 'bf16' is not known: did you mean 'bfloat16'? There are float32"),
+        ({"dtype": "4bit"}, "did you mean 'nf4'?"),
+        ({"purpose": "training"}, "Unknown purpose 'training'"),
+        ({"cache": "static"}, "Unknown cache 'static'. Known: grouped, transformers."),
+        ({"context": 4096}, "context=4096 is not within 1 and 2048, the context of falcon-40b"),
+        ({"batch": 0}, "batch=0: give at least one row"),
+    ],
+)
+def test_words_and_numbers_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.plan("falcon-40b", **arguments)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest():
+    with pytest.raises(LookupError, match="Nearest: falcon-40b"):
+        fk.plan("falcon-40")
