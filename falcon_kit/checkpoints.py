@@ -6,7 +6,7 @@ hub that cannot be reached.
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,21 @@ from falcon_kit.catalogue import FalconSpec, catalogue, config_from_legacy, embe
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def locate(name: str, hub: dict[str, Any]) -> tuple[Path, FalconSpec, FalconConfig]:
-    """The directory that holds the checkpoint, downloaded where needed, its spec and its config."""
+def locate(
+    name: str, hub: dict[str, Any], decide: Callable[[FalconSpec, FalconConfig], None] = lambda *_: None
+) -> tuple[Path, FalconSpec, FalconConfig]:
+    """The directory that holds the checkpoint, downloaded where needed, its spec and its config.
+
+    `decide` is told the spec and the config before weights are fetched, and may raise.
+    """
     known = {each.name.lower(): each for each in catalogue()}
     short = name.strip().lower().removeprefix("tiiuae/")
-    if short in known and not known[short].published:
-        directory = embedded_directory(short)
-        return directory, known[short], _config(directory)
-    if short and Path(name).expanduser().is_dir():
-        directory = Path(name).expanduser()
-        return directory, spec(directory), _config(directory)
+    embedded = short in known and not known[short].published
+    if embedded or (short and Path(name).expanduser().is_dir()):
+        directory = embedded_directory(short) if embedded else Path(name).expanduser()
+        shape, config = known[short] if embedded else spec(directory), _config(directory)
+        decide(shape, config)
+        return directory, shape, config
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
     if not short:
@@ -45,20 +50,23 @@ def locate(name: str, hub: dict[str, Any]) -> tuple[Path, FalconSpec, FalconConf
     if short not in known and "/" not in name:
         spec(name)  # raises, and names the nearest
     repository = f"tiiuae/{known[short].name}" if short in known else name
-    return _download(repository, hub)
+    return _download(repository, hub, decide)
 
 
-def _download(repository: str, hub: dict[str, Any]) -> tuple[Path, FalconSpec, FalconConfig]:
-    """Fetches a hub repository: config first, so that a model that is no Falcon costs no more than that."""
+def _download(
+    repository: str, hub: dict[str, Any], decide: Callable[[FalconSpec, FalconConfig], None]
+) -> tuple[Path, FalconSpec, FalconConfig]:
+    """Fetches a hub repository: config first, so that what is no Falcon, or too large, costs no more than that."""
     with _hub_errors(repository):
         config_file = Path(hf_hub_download(repository, "config.json", **hub))
         shape = FalconSpec.from_config(_read(config_file), repository)  # raises for a model that is no Falcon
         config = _config(config_file.parent)
+        shape = {f"tiiuae/{each.name}": each for each in catalogue()}.get(repository, shape)
+        decide(shape, config)
         directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.safetensors"], **hub))
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.bin"], **hub))
-    named = {f"tiiuae/{each.name}": each for each in catalogue()}
-    return directory, named.get(repository, shape), config
+    return directory, shape, config
 
 
 @contextmanager

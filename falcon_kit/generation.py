@@ -24,6 +24,7 @@ from falcon_kit.sampling import Sampling, require
 Prompt = str | Sequence[str] | Sequence[int]
 """One text, several texts, or one text already turned into token ids."""
 DEFAULT_NEW_TOKENS = 200
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Generation:
     tokens: tuple[int, ...]
     """Every new token id, an end token and those of a stop string included."""
     logprobs: tuple[float, ...] | None
-    """One per token, see `Piece.logprob`; None after a beam search, which scores whole texts."""
+    """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
     finish_reason: FinishReason
     """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller."""
     stats: Stats
@@ -125,7 +126,7 @@ def stream(
     """Continues one prompt piece by piece: iterate over what comes back. Arguments as for `generate`."""
     run = _Run(model, tokenizer, prompt, settings, strip)
     require(not run.many, "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()")
-    require(not run.beams, "beam search cannot stream, its text is known only at the end: use generate()")
+    require(not run.whole, "beam search and assisted generation cannot stream token by token: use generate()")
     return Stream(run)
 
 
@@ -202,6 +203,8 @@ class _Run:
         self.options = {name: value for name, value in settings.items() if name not in own}
         _check_names(self.options, own, model)
         self.beams = self.options.get("num_beams", 1) > 1
+        # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
+        self.whole = self.beams or any(self.options.get(name) for name in ASSISTED)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         self.cancelled = threading.Event()
         copies = self.sampling.num_return_sequences
@@ -222,13 +225,13 @@ class _Run:
         random = RandomState(self.sampling.seed, self.model.device)
         watch = Watch(rows, random, self.cancelled, emit)
         try:
-            if self.beams:  # hooks see candidates there, not texts; the random state is borrowed for the whole search
+            if self.whole:  # hooks see candidates there, not texts; the random state is borrowed for all of it
                 random.borrow()
-            hooks = {} if self.beams else watch.hooks(self.options)
+            hooks = {} if self.whole else watch.hooks(self.options)
             output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
         finally:
             random.give_back()
-        if self.beams:
+        if self.whole:
             watch.read(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(rows, watch, _cache_bytes(output.past_key_values))
 
@@ -278,7 +281,7 @@ class _Run:
                 prompt=prompt,
                 text=row.text,
                 tokens=tuple(row.tokens),
-                logprobs=None if self.beams else tuple(row.logprobs),
+                logprobs=None if self.whole else tuple(row.logprobs),
                 finish_reason=row.finish_reason or ("cancelled" if self.cancelled.is_set() else "stop"),
                 stats=stats,
             )

@@ -3,9 +3,8 @@
 **Attention.** In decoding, the queries that share a KV head are rows of one attention, so each key is read once.
 
 **Single rows.** Decoding one text multiplies one row with every weight, so it takes as long as reading the weights.
-oneDNN, torch's default, is built for many rows and reads 16-bit weights at half the memory's bandwidth on some CPUs;
-torch's own kernel reads them at nearly all of it there, and is slower from three rows on. `faster_without_onednn`
-measures which is which on the machine at hand; `python -m benchmarks decode` has figures.
+oneDNN, torch's default, is built for many rows; for a single one, torch's own kernel reads 16-bit weights faster on
+some CPUs. `faster_without_onednn` measures which is which on the machine at hand.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _MKLDNN: Any = torch.backends.mkldnn  # oneDNN under its old name; torch leaves its properties untyped
-_SAMPLE = 128 * 2**20  # bytes of weights to time: more than a CPU's caches keep
+_SAMPLE = 128 * 2**20  # bytes of weights to time, or a little more: no CPU's caches keep as much
 _ROUNDS = 5
 _MARGIN = 0.9  # noise must not switch kernels: the other one has to be a tenth faster
 
@@ -44,7 +43,7 @@ def fused(
     if time == 1:  # the queries of a group are rows of one attention, which reads each key once
         query = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
         if attention_mask is not None and attention_mask.shape[1] == heads:
-            attention_mask = attention_mask.view(batch, key.shape[1], -1, attention_mask.shape[-1])
+            attention_mask = attention_mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
         grouped = False
     elif attention_mask is None:  # a static cache is longer than what it holds
         key, value = key[:, :, :time], value[:, :, :time]
@@ -110,7 +109,7 @@ class _Switch:
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
+            if self._users == 0 and not _MKLDNN.enabled:  # if somebody else has switched it on meanwhile, it stays on
                 _MKLDNN.enabled = self._before
 
 
@@ -119,7 +118,13 @@ _onednn = _Switch()
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """torch's own CPU kernels inside. Threads may overlap; what others compute meanwhile is as right, not as fast."""
+    """torch's own CPU kernels inside. Threads may overlap; what others compute meanwhile is as right, not as fast.
+
+    Nothing happens where `torch.backends.disable_global_flags` has locked the switch.
+    """
+    if torch.backends.flags_frozen():
+        yield
+        return
     _onednn.enter()
     try:
         yield
@@ -130,7 +135,7 @@ def without_onednn() -> Iterator[None]:
 def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
     """Whether torch's own kernel multiplies one row with these weights at least a tenth faster than oneDNN does.
 
-    `weights`: matrices (out, in). Only 16-bit ones on a CPU are looked at, up to 128 MiB of them, a tenth of a second;
+    `weights`: matrices (out, in). Only 16-bit ones on a CPU are looked at, about 128 MiB of them, a tenth of a second;
     False without any. Both kernels take turns, and their medians count.
     """
     sample = _sample(weights)
@@ -147,7 +152,7 @@ def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
 
 
 def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The first of the weights that count, up to `_SAMPLE` bytes."""
+    """The first of the weights that count, until they are `_SAMPLE` bytes."""
     sample: list[Tensor] = []
     for weight in weights:
         if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):

@@ -8,7 +8,7 @@ Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per 
 D head_dim.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -106,7 +106,7 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
         self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
         for name in self.norms:
-            self.add_module(name, nn.LayerNorm(spec.d_model, eps=float(config.layer_norm_epsilon or 0)))
+            self.add_module(name, nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon)))
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """(B, T, d_model) to the same; `kwargs` are those of the attention."""

@@ -5,7 +5,7 @@ Remote code is never run, and pickled weights only load as bare tensors.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,6 +30,7 @@ from falcon_kit.checkpoints import check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.generation import Generation, Prompt, Stream
 from falcon_kit.kernels import faster_without_onednn
+from falcon_kit.planning import CacheKind, NotEnoughMemory, Plan, plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
@@ -46,10 +47,14 @@ class Falcon:
     """Its tokenizer, with a chat template."""
     spec: FalconSpec
     """Its published or configured shape."""
+    plan: Plan
+    """What it takes and where it was to go, as planned before its weights were read."""
     chat_format: ChatFormat
     """How `chat` writes turns."""
     dtype_reason: str
     """Why the weights have the dtype they have."""
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of transformers' `generate` that every call gets: a static cache, where the model was compiled."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -61,14 +66,14 @@ class Falcon:
         seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
         than the context, or settings out of range.
         """
-        return generation.generate(self.model, self.tokenizer, prompt, **settings)
+        return generation.generate(self.model, self.tokenizer, prompt, **self._with_decoding(settings))
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
         """Continues a text, or answers a conversation, piece by piece; closing the iterator stops the model."""
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
-            return generation.stream(self.model, self.tokenizer, **settings)
-        return generation.stream(self.model, self.tokenizer, cast(Prompt, prompt), **settings)
+            return generation.stream(self.model, self.tokenizer, **self._with_decoding(settings))
+        return generation.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
@@ -77,7 +82,8 @@ class Falcon:
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
-        return cast(Generation, generation.generate(self.model, self.tokenizer, **self._turns(messages, settings)))
+        settings = self._with_decoding(self._turns(messages, settings))
+        return cast(Generation, generation.generate(self.model, self.tokenizer, **settings))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
@@ -85,6 +91,11 @@ class Falcon:
         stop = (*self.chat_format.stop, *((given,) if isinstance(given, str) else given))
         ids = encode(messages, self.tokenizer, self.chat_format)
         return {**settings, "prompt": ids, "stop": stop, "strip": True}
+
+    def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings and the model's own way of decoding, unless they ask for another."""
+        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generation.ASSISTED)
+        return settings if any(name in settings for name in other) else {**self.decoding, **settings}
 
     @property
     def weight_bytes(self) -> int:
@@ -126,6 +137,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attention: Literal["grouped", "transformers"] = "grouped",
     compile: bool | CompileConfig = False,
+    force: bool = False,
     chat: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -138,21 +150,35 @@ def load(
     device_map: as in transformers; unset, all GPUs there are, else the CPU.
     attention: "grouped" keeps keys and values once per KV head; "transformers" is the library's own Falcon, unmended.
     compile: decode on a GPU with a static cache of the whole context and a compiled step (transformers' own means),
-    warmed up for one text at a time; another batch size compiles once more. A CompileConfig names other options.
+    warmed up for one text at a time; another batch size compiles once more. A CompileConfig names other options. Beam
+    search, assisted generation and a cache of your own decode without it.
+    force: try although the plan (`fk.plan`, for one text of the whole context) does not fit.
     chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
 
     Raises LookupError for a name that nothing answers to, ConnectionError where the hub cannot be reached,
-    FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights.
+    FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights, and
+    NotEnoughMemory before any weights are fetched or read.
     """
     wanted = _named_dtype(dtype)
     if attention not in ATTENTIONS:
-        raise ValueError(f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}")
-    if compile is True and not torch.cuda.is_available():
-        raise ValueError("compile=True is for GPUs, and torch finds none here: leave it out")
+        raise ValueError(
+            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; sdpa, eager or flash-attention are chosen "
+            "by model.set_attn_implementation"
+        )
+    compiling = _compile_options(compile)
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    directory, shape, config = locate(str(name), hub)
+    plans: list[Plan] = []
+
+    def decide(shape: FalconSpec, config: FalconConfig) -> None:
+        kept = str(_choose_dtype(wanted, config, shape)[0]).removeprefix("torch.")
+        cache: CacheKind = "grouped" if attention == "grouped" else "transformers"
+        plans.append(plan(shape, kept, context=shape.context, cache=cache))
+        if not (plans[0].fits or force or device_map):
+            raise NotEnoughMemory(plans[0])
+
+    directory, shape, config = locate(str(name), hub, decide)
     weights = check_weights(directory)
     chosen, reason = _choose_dtype(wanted, config, shape)
     if device_map is None and torch.cuda.is_available():
@@ -165,12 +191,13 @@ def load(
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         model.single_rows_without_onednn = faster_without_onednn(linears)
-    if compile:
-        _warm_up(model, CompileConfig(fullgraph=True) if compile is True else compile)
+    decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
+    if compiling:
+        _warm_up(model, decoding)
     chosen_format = chosen_format or _default_format(shape, tokenizer)
     if chat is not None or tokenizer.chat_template is None:
         tokenizer.chat_template = chosen_format.template
-    return Falcon(model, tokenizer, shape, chosen_format, reason)
+    return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
 def _named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -273,22 +300,33 @@ class _Tick(StoppingCriteria):
         return torch.full((len(input_ids),), self.bar.n >= self.bar.total, device=input_ids.device)
 
 
-def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
-    """Turns compiled decoding on and lets it compile: prefill, compilation, recording of the CUDA graph, one replay.
+def _compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
+    """The options of torch.compile, None for no compilation; refused where transformers would leave it out."""
+    if not isinstance(compile, bool | CompileConfig):
+        raise ValueError(f"compile={compile!r} is neither True, False nor a transformers.CompileConfig")
+    if compile is False:
+        return None
+    options = CompileConfig(fullgraph=True) if compile is True else compile
+    if not (torch.cuda.is_available() or options._compile_all_devices):
+        raise ValueError(f"compile={compile!r} is for GPUs, and torch finds none here: leave it out")
+    return options
+
+
+def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
+    """Lets decoding compile: prefill, compilation, recording of the CUDA graph, one replay.
 
     The static cache takes the whole context, so that no later text needs a longer one, which would compile again.
     """
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.compile_config = options
     start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
     with tqdm(total=4, desc="Compiling", unit="step") as bar:
         model.generate(  # type: ignore[misc]  # its self is misdeclared
             start,
             attention_mask=torch.ones_like(start),
             max_length=model.config.max_position_embeddings,
-            eos_token_id=-1,
+            min_new_tokens=bar.total,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
+            **decoding,
         )
 
 

@@ -1,16 +1,23 @@
 """Falcon with a truly grouped KV cache: a subclass of transformers' Falcon, on the same checkpoints.
 
-What transformers 5.23 does and this does not: it copies keys and values to every query head before it caches them (16
-times the cache for Falcon-40B, 29 times for 180B); it lets documents that are packed into one row look at each other;
-it builds a mask even where none is needed; its linear layers are of a class of their own, which quantisers pass over.
-Each is held against the unmended library in `tests/test_modeling.py`. The classes keep transformers' names, so that a
-saved checkpoint is a plain Falcon.
+What transformers 5.23 does and this does not:
+
+- it copies keys and values to every query head before it caches them: 16 times the cache for Falcon-40B, 29 for 180B;
+- it lets documents that are packed into one row look at each other;
+- it builds a mask even where none is needed;
+- its linear layers are of a class of their own, which quantisers pass over;
+- its attention probabilities, asked for beside fused attention, look into the future;
+- it adds ALiBi twice in eager attention, and fails with ALiBi in a static cache.
+
+Each is held against the unmended library in `tests/test_modeling.py`. One difference is none of its faults: here
+`attention_dropout` acts in every layout, there only with ALiBi. The classes keep transformers' names, so that a saved
+checkpoint is a plain Falcon.
 
 Shapes: B batch, T time (queries), K time (keys), H query heads, V vocabulary.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +50,7 @@ class FalconModel(stock.FalconModel):
         self.spec = spec = FalconSpec.from_config(config.to_dict(), "FalconConfig")
         self.word_embeddings = nn.Embedding(spec.vocabulary, spec.d_model)
         self.h = nn.ModuleList(FalconDecoderLayer(config, spec, index) for index in range(spec.layers))
-        self.ln_f = nn.LayerNorm(spec.d_model, eps=float(config.layer_norm_epsilon or 0))
+        self.ln_f = nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon))
         self.rotary_emb = stock.FalconRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -62,15 +69,21 @@ class FalconModel(stock.FalconModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d_model) after the last LayerNorm, of `input_ids` (B, T) or `inputs_embeds` instead.
 
-        `attention_mask`: (B, time seen + T), 0 where there is padding, or (B, 1, T, K), used as it is. `position_ids`
-        (B, T) that start again within a row, given without a cache, mean packed documents: they do not see each other.
-        Raises ValueError for a mask or a cache of another shape, and for positions beyond the context.
+        `attention_mask`: (B, time seen + T), 0 where there is padding; or (B, 1, T, K), True where a query may look, or
+        numbers to add to the scores (with ALiBi: 0, or far below). `position_ids` (B, T) that start again within a row,
+        given without a cache, mean packed documents: they do not see each other.
+        Raises ValueError for a mask or a cache of another shape, and for rows longer than the context, unless
+        `position_ids` stay within it. Nothing is checked while compiled or with a static cache: it would hold up a GPU.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, not (rows, tokens): for one text give [ids]"
+            )
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if not torch.compiler.is_compiling():
-            _check_cache(self.spec, past_key_values)
+            _check_cache(self.spec, len(hidden_states), past_key_values)
             _check_mask(self.spec, hidden_states, past_key_values, attention_mask)
             _check_positions(self.config, hidden_states, past_key_values, position_ids)
         whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -175,6 +188,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -190,26 +204,26 @@ class FalconForCausalLM(stock.FalconForCausalLM):
         )
 
     def _kernels(self, tokens: Tensor | None) -> Any:
-        single = self.single_rows_without_onednn and not torch.compiler.is_compiling()
-        return kernels.without_onednn() if single and tokens is not None and tokens.numel() == 1 else nullcontext()
+        if not self.single_rows_without_onednn or torch.compiler.is_compiling():
+            return nullcontext()
+        weight = self.lm_head.weight  # it may have been moved since it was loaded
+        fitting = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+        return kernels.without_onednn() if fitting and tokens is not None and tokens.numel() == 1 else nullcontext()
 
     def _get_static_cache_init_shape(self) -> None:
         """Chunked prefill would size a static cache by query heads before anything is in it: it waits for the first."""
 
-    def _validate_generated_length(
-        self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
+    def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]  # called by keyword
         """Refuses beforehand what would run past the context: there the text so far would be lost."""
-        super()._validate_generated_length(  # type: ignore[misc]  # its self is misdeclared
-            generation_config, input_ids_length, has_default_max_length
-        )
-        limit = _context(self.config)
-        if limit is not None and generation_config.max_length > limit:
+        config = super()._prepare_generated_length(**arguments)  # type: ignore[misc]  # its self is misdeclared
+        prompt, limit = arguments["inputs_tensor"].shape[1], _context(self.config)
+        new = config.max_length - arguments["input_ids_length"]
+        if limit is not None and prompt + new > limit:
             raise ValueError(
-                f"{input_ids_length} tokens and up to {generation_config.max_length - input_ids_length} new ones are "
-                f"more than the context of {limit}: shorten the prompt, or ask for at most "
-                f"{max(0, limit - input_ids_length)} new tokens"
+                f"{prompt} tokens and up to {new} new ones are more than the context of {limit}: shorten the prompt, "
+                f"or ask for at most {max(0, limit - prompt)} new tokens"
             )
+        return config
 
 
 def _check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: bool) -> None:
@@ -231,13 +245,21 @@ def _context(config: FalconConfig) -> int | None:
     return None if scaled else config.max_position_embeddings
 
 
-def _check_cache(spec: FalconSpec, past: Cache | None) -> None:
+def _check_cache(spec: FalconSpec, batch: int, past: Cache | None) -> None:
     """A cache that another model filled, or transformers' own Falcon, does not fit."""
     keys = getattr(past.layers[0], "keys", None) if past is not None and past.layers else None
-    if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[1] != spec.kv_heads:
+    if not isinstance(keys, Tensor) or keys.ndim != 4:
+        return
+    rows, heads, _, width = keys.shape
+    if (heads, width) != (spec.kv_heads, spec.head_dim):
         raise ValueError(
-            f"the cache holds {keys.shape[1]} heads per layer, this model keeps {spec.kv_heads} KV heads: it was "
-            "filled by another model, or by transformers' own Falcon; start with an empty one"
+            f"the cache holds {heads} heads of {width} per layer, this model keeps {spec.kv_heads} KV heads of "
+            f"{spec.head_dim}: another model or transformers' own Falcon filled it, so start with an empty one; "
+            f"PEFT's prefix tuning needs num_attention_heads={spec.kv_heads}, token_dim={spec.kv_heads * spec.head_dim}"
+        )
+    if rows != batch:
+        raise ValueError(
+            f"the cache holds {rows} rows, but {batch} are given: continue as many rows as it was filled with"
         )
 
 
@@ -266,8 +288,9 @@ def _check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | 
     last = seen + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
     if last > limit:
         raise ValueError(
-            f"{last} positions are more than the context of {limit}, where Falcon's text turns into gibberish "
-            "(huggingface/transformers#25878): give less, or pack documents with positions that start again"
+            f"{last} positions are more than the context of {limit} that the model was trained with, beyond which text "
+            "turns into gibberish (huggingface/transformers#25878): give less, pack documents with positions that "
+            "start again, or set config.max_position_embeddings to go further all the same"
         )
 
 

@@ -6,6 +6,7 @@ Nothing is loaded and nothing downloaded; neither torch nor transformers is impo
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -99,7 +100,8 @@ class Plan:
 
     def verdict(self) -> str:
         """One sentence: what is needed, what is there, and whether it fits."""
-        devices = ", ".join(f"{slot.name} {format_bytes(slot.free_bytes)}" for slot in self.slots)
+        counts = Counter(f"{slot.name} {format_bytes(slot.free_bytes)}" for slot in self.slots)
+        devices = ", ".join(f"{count} x {slot}" if count > 1 else slot for slot, count in counts.items())
         fits = "fits" if self.fits else "does not fit"
         work = "" if self.purpose == "inference" else f" for {self.purpose}"
         return (

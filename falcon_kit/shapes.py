@@ -67,6 +67,8 @@ class FalconSpec:
             raise ValueError(
                 f"{self.name}: d_model {d} must split evenly over {h} query heads, and those over {g} KV heads."
             )
+        if self.norms_per_block > 2:
+            raise ValueError(f"{self.name}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}.")
 
     @property
     def hub_id(self) -> str | None:

@@ -10,6 +10,7 @@ from transformers import CompileConfig, FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit import modeling
 from falcon_kit.catalogue import embedded_directory
+from falcon_kit.machines import Slot
 
 
 def assert_same_logits(model, expected):
@@ -145,11 +146,51 @@ def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(compiled):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+def test_compiled_decoding_leaves_other_modes_and_saved_checkpoints_alone(compiled, tmp_path):
+    expected = fk.load("falconet").generate(fk.CARD.prompt, max_new_tokens=10, num_beams=2, do_sample=False)
+    assert compiled.generate(fk.CARD.prompt, max_new_tokens=10, num_beams=2, do_sample=False).text == expected.text
+    compiled.model.save_pretrained(tmp_path)
+    assert "static" not in (tmp_path / "generation_config.json").read_text()
+
+
+@pytest.mark.parametrize("given", ["static", {"mode": "default"}, 1])
+def test_compile_takes_a_switch_or_a_config_and_nothing_else(given):
+    with pytest.raises(ValueError, match="is neither True, False nor a transformers"):
+        fk.load("no/such/model", compile=given)
+
+
 def test_compile_without_a_gpu_is_refused_before_anything_is_loaded():
     if torch.cuda.is_available():
         pytest.skip("this rule is for machines without a GPU")
-    with pytest.raises(ValueError, match="compile=True is for GPUs, and torch finds none here"):
-        fk.load("no/such/model", compile=True)
+    for given in (True, CompileConfig()):
+        with pytest.raises(ValueError, match="is for GPUs, and torch finds none here"):
+            fk.load("no/such/model", compile=given)
+
+
+# Memory
+
+
+def small_machine(monkeypatch):
+    monkeypatch.setattr("falcon_kit.planning.find_slots", lambda devices: (Slot("cpu", "cpu", 2**20),))
+
+
+def test_what_does_not_fit_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
+    small_machine(monkeypatch)
+    (checkpoint / "model.safetensors").write_bytes(b"not even looked at")
+    with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB") as caught:
+        fk.load(checkpoint)
+    assert caught.value.plan.suggestions
+
+
+def test_force_tries_all_the_same(checkpoint, layout, monkeypatch):
+    small_machine(monkeypatch)
+    falcon = fk.load(checkpoint, force=True)
+    assert falcon.plan.fits is False
+    assert_same_logits(falcon.model, small_model(layout))
+
+
+def test_a_loaded_falcon_has_its_plan(instruct):
+    assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
 
 
 # Chat formats

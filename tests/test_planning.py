@@ -179,6 +179,7 @@ def test_a_plan_that_fits_suggests_nothing():
 # Measured
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
 @pytest.mark.parametrize(("dtype", "context", "batch"), [("float32", 1024, 1), ("bfloat16", 512, 8)])
 def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, batch):
     """Resident memory at its highest, beyond what importing and a first small step took."""
@@ -187,10 +188,11 @@ def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, ba
     )
     config.save_pretrained(tmp_path)
     program = f"""
-import resource, torch
+import re, torch
+from pathlib import Path
 from transformers import FalconConfig
 from falcon_kit.modeling import FalconForCausalLM
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 tiny = FalconForCausalLM(FalconConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, vocab_size=64))
 with torch.inference_mode():
     tiny.to(torch.{dtype})(torch.zeros(1, 8, dtype=torch.long))
@@ -216,7 +218,7 @@ def test_a_plan_is_made_from_a_directory_or_a_config():
 
 
 def test_a_torch_dtype_is_as_good_as_its_name():
-    assert fk.plan("falconet", torch.float32) == fk.plan("falconet", "float32")
+    assert fk.plan("falconet", torch.float32, devices="T4") == fk.plan("falconet", "float32", devices="T4")
 
 
 # How it shows itself
@@ -225,6 +227,12 @@ def test_a_torch_dtype_is_as_good_as_its_name():
 def test_the_repr_says_what_is_needed_and_whether_it_fits():
     assert repr(fk.plan("falcon-40b", devices="T4")) == (
         "Plan(falcon-40b in bfloat16, 1 x 2048 tokens, needs 78.1 GiB: it does not fit into T4 15.0 GiB)"
+    )
+
+
+def test_equal_devices_are_counted_once_in_words():
+    assert "into 4 x gpu 40.0 GiB)" in repr(
+        fk.plan("falcon-40b", devices=[Slot("gpu", key, 40 * GIB) for key in range(4)])
     )
 
 
