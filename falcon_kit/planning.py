@@ -24,8 +24,9 @@ Purpose = Literal["inference", "lora", "qlora", "full"]
 CacheKind = Literal["grouped", "transformers"]
 
 GIB = 2**30
-OVERHEAD = 600 * 2**20
-"""Of each device before any weight is there: CUDA context and library workspaces, or Python with torch. Assumed."""
+CPU_OVERHEAD, GPU_OVERHEAD = 440 * 2**20, 600 * 2**20
+"""Before any weight is there: Python with torch and transformers, held against a process in `tests/test_planning.py`; a
+CUDA context with its library workspaces, assumed."""
 
 
 class NotEnoughMemory(MemoryError):
@@ -217,14 +218,17 @@ class _Request:
             parts["checkpoints"] = (kept, "what came into each layer, kept for the way back")
         return parts
 
-    def device(self) -> dict[str, tuple[int, str]]:
+    def device(self, slot: Slot) -> dict[str, tuple[int, str]]:
         """What every device holds that computes a layer."""
         if self.purpose == "inference":
             busy, reason = budget.prefill_bytes(*self._size), f"the busiest moment of reading {self.context} tokens"
         else:
             busy = budget.backward_bytes(*self._size, adapters=self.purpose != "full")
             reason = "one layer computed anew and going backward"
-        return {"activations": (busy, reason), "overhead": (OVERHEAD, "CUDA context or Python, and libraries: assumed")}
+        overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
+        if slot.key == "cpu":
+            overhead = (CPU_OVERHEAD, "Python with torch and transformers")
+        return {"activations": (busy, reason), "overhead": overhead}
 
     def first(self) -> dict[str, tuple[int, str]]:
         """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
@@ -246,7 +250,7 @@ def _total(parts: Mapping[str, tuple[int, str]]) -> int:
 
 def _room(request: _Request, slots: Sequence[Slot]) -> list[int]:
     """Bytes for layers on each device, after what it holds anyway."""
-    room = [slot.free_bytes - _total(request.device()) for slot in slots]
+    room = [slot.free_bytes - _total(request.device(slot)) for slot in slots]
     room[0] -= _total(request.first()) + budget.last_norm_bytes(request.spec, request.dtype)
     return room
 
@@ -293,7 +297,7 @@ def _rows(request: _Request, slots: Sequence[Slot], counts: Sequence[int]) -> It
             for name, (size, reason) in request.layer().items():
                 yield Part(span if name == "weights" else name, slot.key, count * size, reason)
         if count or index == 0:
-            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.device().items())
+            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.device(slot).items())
         done += count
     norm = budget.last_norm_bytes(request.spec, request.dtype)
     yield Part("last LayerNorm", slots[0].key, norm, "before the head")
