@@ -48,5 +48,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'Falcon Kit needs Python 3.11 or newer; "$(PYTHON)" is not. Name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -c constraints.txt -e ".[lab,dev]"
+	$(RUN) -m pip install -c constraints.txt -e ".[lab,sagemaker,dev]"
 	@touch $@
