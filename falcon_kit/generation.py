@@ -18,7 +18,7 @@ import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import format_bytes, unknown_name
-from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, Watch
+from falcon_kit.decoding import Alternative, FinishReason, Piece, RandomState, Row, Watch
 from falcon_kit.sampling import Sampling, require
 
 Prompt = str | Sequence[str] | Sequence[int]
@@ -79,6 +79,8 @@ class Generation:
     """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller."""
     stats: Stats
     """Time and memory of the call that made it, shared by all rows of a batch."""
+    alternatives: tuple[tuple[Alternative, ...], ...] | None = None
+    """The likeliest tokens at each step, see `Piece.alternatives`; None unless `alternatives` asked for them."""
 
     def __str__(self) -> str:
         return self.text
@@ -223,7 +225,7 @@ class _Run:
         """Generates; `emit` gets each piece of a single row as it comes."""
         rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
         random = RandomState(self.sampling.seed, self.model.device)
-        watch = Watch(rows, random, self.cancelled, emit)
+        watch = Watch(rows, random, self.cancelled, emit, self.sampling.alternatives)
         try:
             if self.whole:  # hooks see candidates there, not texts; the random state is borrowed for all of it
                 random.borrow()
@@ -284,6 +286,7 @@ class _Run:
                 logprobs=None if self.whole else tuple(row.logprobs),
                 finish_reason=row.finish_reason or ("cancelled" if self.cancelled.is_set() else "stop"),
                 stats=stats,
+                alternatives=tuple(row.alternatives) if self.sampling.alternatives and not self.whole else None,
             )
             for prompt, row in zip(prompts, rows, strict=True)
         ]
