@@ -808,6 +808,8 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path):
     page.do("generate", text=session.draft)
     page.do("edit", id=session.turns[0].id, text="And lions?")
     page.do("regenerate")
+    page.do("seed", id=session.turns[0].id)
+    assert page.state["settings"]["seed"] == session.turns[0].answers[0].seed
     page.do("code", id=session.turns[0].id)
     assert ("And lions?" in page.shown_code, "Be brief." in page.shown_code) == (True, True)
     page.do("save", path=str(tmp_path / "playground.json"))

@@ -22,6 +22,7 @@ _STATIC = files("falcon_kit.playground") / "static"
 _SCRIPTS = ("dom.js", "answers.js", "settings.js", "playground.js")
 _PAUSE = 0.1  # seconds between two updates
 _SHOWN_HISTORY = 100
+_WRITING = ("generate", "regenerate", "edit")  # commands that take their time
 
 
 class Playground(anywidget.AnyWidget):
@@ -65,7 +66,7 @@ class Playground(anywidget.AnyWidget):
 
     def _received(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
         command, values = message.get("do"), {name: value for name, value in message.items() if name != "do"}
-        if command in ("generate", "regenerate", "edit"):
+        if command in _WRITING:
             run = threading.Thread(target=self._try, args=(command, values), name="falcon-playground", daemon=True)
             run.start()
         else:
@@ -73,7 +74,7 @@ class Playground(anywidget.AnyWidget):
 
     def _try(self, command: str | None, values: dict[str, Any]) -> None:
         """Does what was asked; what goes wrong is shown, and the widget stays usable."""
-        quiet = command in ("hello", "draft", "stop", "code")
+        quiet = command in ("hello", "draft", "stop", "code", *_WRITING)
         try:
             commands = self._commands()
             require(command in commands, f"there is no command {command!r}")
@@ -102,8 +103,9 @@ class Playground(anywidget.AnyWidget):
             "system": lambda text: setattr(session, "system", _whole(text)),
             "odds": lambda shown: setattr(self, "odds", bool(shown)),
             "open": lambda id: session.open(id),
-            "save": lambda path: f"Saved {len(session.history)} turns to {session.save(path)}",
-            "load": lambda path: f"Loaded {session.load(path)} new turns from {path}",
+            "seed": lambda id: session.set(seed=session.find(id).answers[0].seed),
+            "save": lambda path: f"Saved {_turns(len(session.history))} to {session.save(path)}",
+            "load": lambda path: f"Loaded {_turns(session.load(path))} from {path}",
             "code": lambda id: self.send({"type": "code", "id": id, "code": session.code(id)}),
         }
 
@@ -129,7 +131,7 @@ class Playground(anywidget.AnyWidget):
         if event == "piece" and self._painter:
             self._painter.dirty.set()
         elif event == "start":
-            self._show()
+            self.say("")
             self._painter = _Painter(self, self.session.turns[-1])
             self._painter.start()
         elif event == "end":
@@ -212,6 +214,10 @@ def _facts(answer: Answer) -> dict[str, Any]:
     """How an answer stands, without its text."""
     names = ("model", "ending", "reason", "new_tokens", "tokens_per_second", "first_token_seconds", "seed")
     return {name: getattr(answer, name) for name in names}
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn" if count == 1 else f"{count} turns"
 
 
 def _title(text: str) -> str:

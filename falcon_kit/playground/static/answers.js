@@ -26,7 +26,7 @@ function answerView(turn, number, act) {
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
   const button = (label, title, onclick) => h("button", { type: "button", class: "fk-link", title, onclick }, label);
-  const seed = button("", "Use this seed for what is written next", () => act("set", { changes: { seed: seed.value } }));
+  const seed = button("", "Use this seed for what is written next", () => act("seed", { id: turn.id }));
   const code = button("copy as code", "The cell that writes this again", () => act("code", { id: turn.id }));
   const words = button("copy text", "The text alone", async () => {
     if (await copy(said.textContent, said)) words.textContent = "copied";
@@ -64,7 +64,6 @@ function answerView(turn, number, act) {
     tools.hidden = !answer.ending;
     seed.hidden = answer.seed === null;
     seed.textContent = `seed ${answer.seed}`;
-    seed.value = answer.seed;
     node.classList.toggle("fk-writing", !answer.ending);
   }
 
