@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, expect
 
-from browser.conftest import Notebook
+from .lab import Notebook
 
 LONG = "suppress_tokens=[11]"  # no end token: the text goes on until it is stopped
 HOSTILE = [

@@ -2,13 +2,13 @@
 
 const FIELDS = [
   { name: "temperature", label: "Temperature", unit: "", min: 0, max: 2, step: 0.05, off: 1, slider: true,
-    help: "Below 1 sharper, above 1 flatter; 0 takes the likeliest token." },
+    help: "Sharper below 1, flatter above." },
   { name: "top_k", label: "Top-k", unit: "tokens", min: 0, max: 1000, step: 1, off: 0,
-    help: "Draw among the k likeliest only; 0 for all." },
+    help: "Only the k likeliest tokens; 0 for all." },
   { name: "top_p", label: "Top-p", unit: "probability", min: 0.01, max: 1, step: 0.01, off: 1,
-    help: "Draw among the fewest that add up to p; 1 for all." },
+    help: "Only the fewest that add up to p." },
   { name: "max_new_tokens", label: "Length", unit: "tokens", min: 1, max: 100000, step: 1, off: 200,
-    help: "New tokens at most; the context ends a text too." },
+    help: "The most new tokens in an answer." },
 ];
 
 const PRESETS = {
@@ -49,7 +49,7 @@ function stopField(change) {
   const input = h("textarea", { id, rows: "2", spellcheck: "false", "data-setting": "stop", "aria-describedby": help });
   const read = () => input.value.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
   input.addEventListener("change", () => change({ stop: read() }));
-  const hint = h("div", { class: "fk-help", id: help }, "One a line; the text ends before them. \\n is a line end.");
+  const hint = h("div", { class: "fk-help", id: help }, "One a line; \\n stands for a line end.");
   const node = h("div", { class: "fk-field" }, h("label", { for: id }, "Stop at"), input, hint);
   const show = (stop) => (input.value = stop.map((each) => each.replaceAll("\n", "\\n")).join("\n"));
   return { node, show };
@@ -61,7 +61,7 @@ function seedField(change) {
   input.addEventListener("change", () => change({ seed: input.value === "" ? null : Number(input.value) }));
   const free = h("button", { type: "button", class: "fk-link", onclick: () => change({ seed: null }) }, "random");
   const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
-  const hint = h("div", { class: "fk-help", id: help }, "The same seed and settings give the same text.");
+  const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
   const show = (seed) => {
     input.value = seed ?? "";
     free.hidden = seed === null;
@@ -100,7 +100,7 @@ function settingsView(act) {
 /** What was written before, newest first, and the file that keeps it. */
 function historyView(act) {
   const list = h("ol", { class: "fk-history", "aria-label": "Earlier turns" });
-  const path = h("input", { type: "text", value: "playground.json", "aria-label": "File, on the machine of the kernel", spellcheck: "false" });
+  const path = h("input", { type: "text", value: "session.json", "aria-label": "File, on the machine of the kernel", spellcheck: "false" });
   const button = (label, command, title) =>
     h("button", { type: "button", title, onclick: () => act(command, { path: path.value }) }, label);
   const files = h("div", { class: "fk-row" }, path, button("Save", "save", "Write all turns into the file"), button("Load", "load", "Add the turns of the file"));
