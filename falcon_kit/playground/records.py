@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from falcon_kit.chat import Message
 
 Mode = Literal["prompt", "chat"]
-Ending = Literal["eos", "stop", "length", "cancelled", "refused", "error"]
+Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "error"]
 """How an answer ended: as a `Generation` does, or "refused" by the guardrails, or with an "error"."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 ENDINGS: tuple[str, ...] = get_args(Ending)

@@ -5,6 +5,7 @@ const ENDINGS = {
   stop: "ended at a stop string",
   length: "as long as allowed",
   cancelled: "stopped",
+  broken: "broke off",
   refused: "refused by the guardrails",
   error: "failed",
 };
