@@ -18,8 +18,9 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
+    from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
-    from falcon_kit.loading import Falcon, load
+    from falcon_kit.loading import load
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
-    "Falcon": "loading",
+    "Falcon": "falcon",
     "Generation": "generation",
     "Piece": "decoding",
     "Sampling": "sampling",
