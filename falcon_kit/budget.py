@@ -78,6 +78,19 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int
     return values * VALUE_BYTES[dtype]
 
 
+def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool) -> int:
+    """What bitsandbytes needs besides to multiply a whole prompt with quantised weights: measured, not derived.
+
+    int8: products of the widest layer, in int32 and float32; its CPU code keeps many copies. nf4: the largest matrix in
+    16 bits; on a CPU it is packed anew at first use, through int32.
+    """
+    if dtype == "int8":
+        return batch * context * spec.feed_forward * (32 if on_cpu else 6)
+    if dtype in QUANTISED:
+        return max(out * into for out, into in linear_shapes(spec)) * (9 if on_cpu else 2)
+    return 0
+
+
 def logits_bytes(spec: FalconSpec, batch: int) -> int:
     """Choosing a token: float32 scores (B, V), their log-probabilities and a sorted copy."""
     return 3 * 4 * batch * spec.vocabulary

@@ -40,6 +40,7 @@ from falcon_kit.quantization import (
     bitsandbytes_config,
     check_quantised,
     compute_dtype,
+    hush_casts,
     make_savable,
     stored_quantisation,
 )
@@ -264,6 +265,7 @@ def _load_model(
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)
+        hush_casts()
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
 

@@ -102,7 +102,9 @@ class Request:
         overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
         if slot.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
-        return {"activations": (busy, reason), "overhead": overhead}
+        workspace = budget.workspace_bytes(*self._size, on_cpu=slot.key == "cpu")
+        parts = {"workspace": (workspace, "of bitsandbytes, to multiply many rows")} if workspace else {}
+        return {"activations": (busy, reason), **parts, "overhead": overhead}
 
     def first(self) -> dict[str, tuple[int, str]]:
         """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
