@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit import generation, modeling
+from falcon_kit import generation, modeling, parallel
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, encode
 from falcon_kit.checkpoints import check_weights, locate
@@ -143,6 +143,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    tensor_parallel: int | None = None,
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
@@ -155,6 +156,8 @@ def load(
     force: try although the plan (`fk.plan`, for one text of the whole context) does not fit.
     chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
+    tensor_parallel: divide each layer among so many ranks: under torchrun among its processes, each of which gets a
+    Falcon of its part; from a notebook among processes that are started for you: a `ParallelFalcon` speaks for them.
 
     Raises LookupError for a name that nothing answers to, ConnectionError where the hub cannot be reached,
     FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights, and
@@ -167,6 +170,7 @@ def load(
             "by model.set_attn_implementation"
         )
     compiling = _compile_options(compile)
+    parallel.check_request(tensor_parallel, device_map=device_map, compile=compile)
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     plans: list[Plan] = []
@@ -174,30 +178,38 @@ def load(
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
         kept = str(_choose_dtype(wanted, config, shape)[0]).removeprefix("torch.")
         cache: CacheKind = "grouped" if attention == "grouped" else "transformers"
-        plans.append(plan(shape, kept, context=shape.context, cache=cache))
+        plans.append(plan(shape, kept, context=shape.context, cache=cache, tensor_parallel=tensor_parallel or 1))
         if not (plans[0].fits or force or device_map):
             raise NotEnoughMemory(plans[0])
 
     directory, shape, config = locate(str(name), hub, decide)
     weights = check_weights(directory)
     chosen, reason = _choose_dtype(wanted, config, shape)
-    if device_map is None and torch.cuda.is_available():
+    if device_map is None and tensor_parallel is None and torch.cuda.is_available():
         device_map = "auto"
-    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
+    _check_device(device_map)
     tokenizer = _load_tokenizer(directory)
-    model = _load_model(ATTENTIONS[attention], directory, config, chosen, device_map, weights)
+    chosen_format = chosen_format or _default_format(shape, tokenizer)
+    if chat is not None or tokenizer.chat_template is None:
+        tokenizer.chat_template = chosen_format.template
+    if parallel.needs_launch(tensor_parallel):
+        told = {"dtype": str(chosen), "chat": chosen_format.name, "tensor_parallel": tensor_parallel}
+        facts = tokenizer, shape, plans[0], chosen_format, reason
+        return cast(Falcon, parallel.launch(directory, told, _are_large(weights), *facts))
+    model = _load_model(ATTENTIONS[attention], directory, config, chosen, device_map, weights, tensor_parallel)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
-        linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        linears = [parallel.own(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
         model.single_rows_without_onednn = faster_without_onednn(linears)
     decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
     if compiling:
         _warm_up(model, decoding)
-    chosen_format = chosen_format or _default_format(shape, tokenizer)
-    if chat is not None or tokenizer.chat_template is None:
-        tokenizer.chat_template = chosen_format.template
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
+
+
+def _check_device(device_map: Any) -> None:
+    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
 
 
 def _named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -247,8 +259,9 @@ def _load_model(
     dtype: torch.dtype,
     device_map: Any,
     weights: list[Path],
+    tensor_parallel: int | None,
 ) -> FalconForCausalLM:
-    with _progress(sum(file.stat().st_size for file in weights) > _SMALL):
+    with _progress(_are_large(weights)), parallel.placement(tensor_parallel) as placement:
         loaded: Any = kind.from_pretrained(
             directory,
             config=config,
@@ -257,6 +270,7 @@ def _load_model(
             use_safetensors=weights[0].suffix == ".safetensors",
             weights_only=True,
             output_loading_info=True,
+            **placement,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -267,6 +281,10 @@ def _load_model(
         )
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
+
+
+def _are_large(weights: list[Path]) -> bool:
+    return sum(file.stat().st_size for file in weights) > _SMALL
 
 
 @contextmanager

@@ -70,14 +70,15 @@ class Plan:
     rows: tuple[Part, ...]
     """Every part with its device, size and reason."""
     device_map: Mapping[str, int | str]
-    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit."""
+    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit, and under
+    tensor parallelism, which splits each layer."""
     suggestions: tuple[str, ...]
     """What to do where it does not fit, the least loss of quality first."""
 
     @property
     def fits(self) -> bool:
-        """Whether every part has a place."""
-        return bool(self.device_map)
+        """Whether no device holds more than it has."""
+        return _within(self.slots, self.rows)
 
     @property
     def total_bytes(self) -> int:
@@ -132,6 +133,7 @@ def plan(
     devices: str | Sequence[Slot] | None = None,
     cache: CacheKind = "grouped",
     rank: int = 8,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """What a Falcon needs and whether it fits, before a byte of it is loaded.
 
@@ -139,6 +141,7 @@ def plan(
     prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full. devices: unset, the GPUs here,
     else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type ("ml.g5.12xlarge", "colab-t4").
     cache: "transformers" shows what the library's own Falcon would keep. rank: of LoRA.
+    tensor_parallel: ranks that hold a part of every layer each, on a device of their own, or all in one host memory.
 
     Raises LookupError for an unknown name and ValueError for a word or number out of range.
     """
@@ -146,7 +149,9 @@ def plan(
     kept = _dtype(dtype, purpose)
     _check(shape, context, batch, purpose, cache)
     slots = find_slots(devices)
-    request = _Request(shape, kept, context, batch, purpose, cache, rank)
+    request = _Request(shape, kept, context, batch, purpose, cache, rank, tensor_parallel)
+    if tensor_parallel != 1:
+        return _plan_ranks(request, _rank_slots(request, slots))
     counts = _spread(request, slots)
     fits = sum(counts) == shape.layers
     counts = counts if fits else _crowd(request, slots)
@@ -194,6 +199,7 @@ class _Request:
     purpose: Purpose
     cache: CacheKind
     rank: int
+    ranks: int
 
     @property
     def _size(self) -> tuple[FalconSpec, str, int, int]:
@@ -242,6 +248,66 @@ class _Request:
             loss = budget.loss_bytes(self.spec, self.context, self.batch)
             parts["loss"] = (loss, f"logits of all tokens over {self.spec.vocabulary:,} words")
         return parts
+
+
+def _within(slots: Sequence[Slot], rows: Sequence[Part]) -> bool:
+    return all(sum(row.bytes for row in rows if row.device == slot.key) <= slot.free_bytes for slot in slots)
+
+
+def _rank_slots(request: _Request, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """The devices of the ranks: as many, or the one memory that all of them share."""
+    ranks = request.ranks
+    budget.check_ranks(request.spec, ranks)
+    if request.purpose != "inference" or request.dtype in budget.QUANTISED or request.cache != "grouped":
+        raise ValueError(
+            f"tensor_parallel={ranks} is for inference with whole 16 or 32-bit weights and the grouped cache, not for "
+            f"purpose={request.purpose!r}, dtype={request.dtype!r}, cache={request.cache!r}: leave it out"
+        )
+    if slots[0].key != "cpu" and len(slots) < ranks:
+        raise ValueError(f"tensor_parallel={ranks} needs a device for each rank; there are {len(slots)}")
+    return slots[:1] if slots[0].key == "cpu" else slots[:ranks]
+
+
+def _plan_ranks(request: _Request, slots: tuple[Slot, ...]) -> Plan:
+    rows = tuple(_rank_rows(request, slots))
+    suggestions = () if _within(slots, rows) else tuple(_rank_suggestions(request, slots))
+    asked = request.spec, request.dtype, request.context, request.batch, request.purpose
+    return Plan(*asked, slots=slots, rows=rows, device_map={}, suggestions=suggestions)
+
+
+def _rank_rows(request: _Request, slots: Sequence[Slot]) -> Iterator[Part]:
+    """What the ranks hold of everything."""
+    shape, dtype, ranks, share = request.spec, request.dtype, request.ranks, f"1/{request.ranks}"
+    table, size = budget.embedding_bytes(shape, dtype) // ranks, (request.context, request.batch)
+    cache = shape.layers * budget.layer_kv_bytes(shape, dtype, *size) // ranks
+    busy = budget.prefill_bytes(shape, dtype, *size, ranks)
+    for rank in range(ranks):
+        slot = slots[rank % len(slots)]
+        layers = budget.rank_bytes(shape, dtype, ranks) - table
+        yield Part("embedding and head", slot.key, table, f"{share} of the vocabulary")
+        yield Part("layers of a rank", slot.key, layers, f"{share} of the heads and of the feed-forward of each layer")
+        yield Part("KV cache", slot.key, cache, f"{shape.kv_heads // ranks} of {shape.kv_heads} KV heads")
+        yield Part("logits", slot.key, budget.logits_bytes(shape, request.batch), "every rank gathers all of them")
+        yield Part("activations", slot.key, busy, f"the busiest moment of reading {request.context} tokens")
+        overhead, reason = request.device(slot)["overhead"]
+        yield Part("overhead", slot.key, overhead, reason)
+
+
+def _rank_suggestions(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
+    """What would help under tensor parallelism, the least loss of quality first."""
+    more = [each for each in range(request.ranks + 1, request.spec.kv_heads + 1) if request.spec.kv_heads % each == 0]
+    kind, shared = slots[0], slots[0].key == "cpu"
+    for each in () if shared else more:
+        larger = [Slot(kind.name, key, kind.free_bytes) for key in range(each)]
+        if _within(larger, list(_rank_rows(replace(request, ranks=each), larger))):
+            yield f"tensor_parallel={each} on {each} x {kind.name}"
+            break
+    whole = replace(request, ranks=1)
+    for dtype in (request.dtype, *_smaller_dtypes(request.dtype)):
+        if _fits(replace(whole, dtype=dtype), slots):
+            yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
+            break
+    yield "an endpoint that serves it, on a machine of its own"
 
 
 def _total(parts: Mapping[str, tuple[int, str]]) -> int:
