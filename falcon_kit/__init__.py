@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.loading import Falcon, load
+    from falcon_kit.parallel import ParallelFalcon
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
@@ -32,6 +33,7 @@ __all__ = [
     "FalconSpec",
     "Generation",
     "NotEnoughMemory",
+    "ParallelFalcon",
     "Piece",
     "Plan",
     "Sampling",
@@ -48,6 +50,7 @@ __all__ = [
 _ON_FIRST_USE = {
     "Falcon": "loading",
     "Generation": "generation",
+    "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",

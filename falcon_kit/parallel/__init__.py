@@ -3,8 +3,7 @@
 Under `torchrun` each process loads its part and runs the same program. From a notebook, worker processes are started,
 the model lives there, and a `ParallelFalcon` speaks for it.
 
-`ranks.py`: what a rank holds. `workers.py`: processes that speak JSON. `serving.py`: a worker's side.
-`launching.py`: the notebook's side.
+`ranks.py`: what a rank holds. `serving.py`: a worker's side. `launching.py`: the notebook's side.
 """
 
 from falcon_kit.parallel.launching import ParallelFalcon, launch

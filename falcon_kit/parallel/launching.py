@@ -19,9 +19,9 @@ from falcon_kit.chat import ChatFormat, Message
 from falcon_kit.decoding import Piece
 from falcon_kit.generation import Generation, Prompt, Stats, Stream
 from falcon_kit.parallel.ranks import Rank
-from falcon_kit.parallel.workers import Workers
 from falcon_kit.planning import Plan
 from falcon_kit.sampling import Sampling
+from falcon_kit.workers import Workers
 
 _GRACE = 10.0  # seconds for the other ranks to fail too, once one has
 _KNOWN_ERRORS = (ValueError, TypeError, LookupError, FileNotFoundError, MemoryError, NotImplementedError)

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 from falcon_kit.decoding import anywhere
 from falcon_kit.generation import Generation, Stream
 from falcon_kit.parallel.ranks import Rank, own, own_bytes
-from falcon_kit.parallel.workers import Link
+from falcon_kit.workers import Link
 
 
 def serve(load: Callable[..., Any]) -> None:
