@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.loading import load
+    from falcon_kit.parallel import ParallelFalcon
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
@@ -33,6 +34,7 @@ __all__ = [
     "FalconSpec",
     "Generation",
     "NotEnoughMemory",
+    "ParallelFalcon",
     "Piece",
     "Plan",
     "Sampling",
@@ -49,6 +51,7 @@ __all__ = [
 _ON_FIRST_USE = {
     "Falcon": "falcon",
     "Generation": "generation",
+    "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",

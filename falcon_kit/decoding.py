@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -126,6 +128,32 @@ class RandomState:
             torch.cuda.set_rng_state(states[1], self._cuda)
 
 
+class SharedEvent(threading.Event):
+    """Set once it is set on any rank of a tensor-parallel model: they ask together, and stop at the same token."""
+
+    def __init__(self, ranks: DeviceMesh) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def is_set(self) -> bool:
+        """Whether any rank has set it; every rank has to ask."""
+        return anywhere(super().is_set(), self._ranks)
+
+
+def anywhere(flag: bool, ranks: DeviceMesh) -> bool:
+    """Whether the flag is up on any rank; every rank has to ask."""
+    said = torch.tensor(int(flag), device=ranks.device_type)
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.get_group())
+    return bool(said)
+
+
+def shared_seed(ranks: DeviceMesh) -> int:
+    """A seed from the first rank's random state, the same on all ranks: they have to draw the same tokens."""
+    seed = torch.randint(2**62, (1,)).to(ranks.device_type)
+    dist.broadcast(seed, group=ranks.get_group(), group_src=0)
+    return int(seed)
+
+
 class Watch:
     """Follows transformers' loop through its two hooks: logits before each choice, tokens after it."""
 
@@ -158,7 +186,8 @@ class Watch:
                 text = row.push(token, logprob)
                 if self.emit:
                     self.emit(Piece(text, token, logprob))
-        return [row.finish_reason is not None or self.cancelled.is_set() for row in self.rows]
+        over = self.cancelled.is_set()
+        return [row.finish_reason is not None or over for row in self.rows]
 
     def read(self, sequences: torch.Tensor) -> None:
         """Takes whole rows of new tokens (B, T) at once, as a beam search hands them over."""

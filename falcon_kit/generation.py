@@ -1,24 +1,24 @@
 """Text out of a Falcon: single, in batches, streamed, with log-probabilities and statistics.
 
 Works on a plain transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
-(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `loading.Falcon` is the usual door.
+(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `falcon.Falcon` is the usual door.
 """
 
 import html
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import signature
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import format_bytes, unknown_name
-from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, Watch
+from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, SharedEvent, Watch, shared_seed
 from falcon_kit.sampling import Sampling, require
 
 Prompt = str | Sequence[str] | Sequence[int]
@@ -130,10 +130,20 @@ def stream(
     return Stream(run)
 
 
+class Writing(Protocol):
+    """A text to be written, wherever the model is."""
+
+    cancelled: threading.Event
+    """Set by whoever does not want it any more."""
+
+    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
+        """Writes it; `emit` gets each piece as it comes."""
+
+
 class Stream(Iterator[Piece]):
     """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
 
-    def __init__(self, run: "_Run") -> None:
+    def __init__(self, run: Writing) -> None:
         self._finished: list[Generation] = []
         self._pieces = _pieces(run, self._finished)
         # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
@@ -157,7 +167,7 @@ class Stream(Iterator[Piece]):
         return self._finished[0]
 
 
-def _pieces(run: "_Run", finished: list[Generation]) -> Any:
+def _pieces(run: Writing, finished: list[Generation]) -> Any:
     """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
     arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
     ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
@@ -206,7 +216,8 @@ class _Run:
         # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
         self.whole = self.beams or any(self.options.get(name) for name in ASSISTED)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
-        self.cancelled = threading.Event()
+        ranks = getattr(getattr(model, "transformer", None), "ranks", None)
+        self.cancelled = threading.Event() if ranks is None else SharedEvent(ranks)
         copies = self.sampling.num_return_sequences
         require(
             copies == 1 or self.sampling.samples or self.beams,
@@ -218,6 +229,8 @@ class _Run:
         self.prompts = [ids[-longest:] for ids in prompts]
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
         self.many = not single or copies > 1
+        if ranks is not None and self.sampling.samples and self.sampling.seed is None:
+            self.sampling = replace(self.sampling, seed=shared_seed(ranks))
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates; `emit` gets each piece of a single row as it comes."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from falcon_kit.budget import QUANTISED
+from falcon_kit.parallel import own
 from falcon_kit.shapes import format_bytes, html_table
 
 
@@ -95,9 +96,9 @@ def kept_as(module: nn.Module) -> str:
 
 
 def tensors(module: nn.Module) -> Iterator[Tensor]:
-    """All that a module keeps of its own: parameters, and the scales that bitsandbytes keeps beside them."""
+    """What a module itself keeps in this process: parameters, and the scales that bitsandbytes keeps beside them."""
     for parameter in module.parameters(recurse=False):
-        yield parameter
+        yield own(parameter)
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
         beside = (getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None))
