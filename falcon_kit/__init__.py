@@ -19,6 +19,7 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
     from falcon_kit.generation import Generation, Stats, Stream
+    from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.loading import Falcon, load
     from falcon_kit.sampling import Sampling
 
@@ -26,6 +27,7 @@ __version__ = version("falcon-kit")
 
 __all__ = [
     "CARD",
+    "AttentionView",
     "ChatFormat",
     "Environment",
     "Falcon",
@@ -37,22 +39,29 @@ __all__ = [
     "Sampling",
     "Stats",
     "Stream",
+    "attention",
     "catalogue",
     "chat_format",
     "environment",
+    "induction",
     "load",
     "plan",
+    "repeated_tokens",
     "spec",
 ]
 
 _ON_FIRST_USE = {
+    "AttentionView": "inspection.attention",
     "Falcon": "loading",
     "Generation": "generation",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "attention": "inspection.attention",
+    "induction": "inspection.attention",
     "load": "loading",
+    "repeated_tokens": "inspection.attention",
 }
 
 
