@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
+    from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.loading import Falcon, load
     from falcon_kit.sampling import Sampling
 
@@ -27,23 +29,30 @@ __version__ = version("falcon-kit")
 
 __all__ = [
     "CARD",
+    "Ablation",
     "AttentionView",
+    "Attribution",
     "ChatFormat",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "LensView",
     "NotEnoughMemory",
     "Piece",
     "Plan",
     "Sampling",
     "Stats",
     "Stream",
+    "ablate",
+    "ablated",
     "attention",
+    "attribute",
     "catalogue",
     "chat_format",
     "environment",
     "induction",
+    "lens",
     "load",
     "plan",
     "repeated_tokens",
@@ -51,15 +60,22 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "Ablation": "inspection.causes",
     "AttentionView": "inspection.attention",
+    "Attribution": "inspection.causes",
     "Falcon": "loading",
     "Generation": "generation",
+    "LensView": "inspection.lens",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "ablate": "inspection.causes",
+    "ablated": "inspection.causes",
     "attention": "inspection.attention",
+    "attribute": "inspection.causes",
     "induction": "inspection.attention",
+    "lens": "inspection.lens",
     "load": "loading",
     "repeated_tokens": "inspection.attention",
 }
