@@ -14,12 +14,14 @@ Shapes: T time, K keys so far, H query heads, G KV heads, R = H / G, D head_dim,
 
 from __future__ import annotations
 
+import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -32,10 +34,14 @@ from falcon_kit.catalogue import unknown_name
 from falcon_kit.inspection.watch import Subject, Text, check_index, subject, watching
 from falcon_kit.layers import split_heads
 from falcon_kit.modeling import FalconModel, alibi
-from falcon_kit.shapes import FalconSpec, format_bytes
+from falcon_kit.plots import attention as plots
+from falcon_kit.shapes import FalconSpec, format_bytes, html_table
+from falcon_kit.views.attention import attention_page
+from falcon_kit.views.page import Page, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    from matplotlib.figure import Figure
 
 Array = NDArray[np.float32]
 
@@ -128,6 +134,51 @@ class AttentionView:
         best = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None)[:count]
         return [(int(at // values.shape[1]), int(at % values.shape[1]), float(values.flat[at])) for at in best]
 
+    def figure(self, statistic: str = "induction") -> Figure:
+        """All heads at a glance: a panel for each layer, in it a row for each KV group."""
+        values, label = self.statistics[check_statistic(statistic)], STATISTICS[statistic]
+        title = f"{self.spec.name}: {statistic.replace('_', ' ')}"
+        return plots.heads(values, self.spec.kv_heads, title, label, self.chance[statistic])
+
+    def map_figure(self, layer: int, head: int | None = None, *, group: int | None = None) -> Figure:
+        """One map large: of a head, or the mean of a KV group. Raises KeyError where it was not kept."""
+        if (head is None) == (group is None):
+            raise ValueError("name either a head or a group: map_figure(layer, head) or map_figure(layer, group=...)")
+        found = self.map(layer, head) if head is not None else self.group_map(layer, cast(int, group))
+        which = f"head {head}" if head is not None else f"KV group {group}, mean of its heads"
+        words = [visible(word, spaces=True) for word in self.words]
+        return plots.one_map(found, words, f"{self.spec.name}: layer {layer}, {which}")
+
+    def likeness_figure(self) -> Figure:
+        """How alike the query heads are that share a KV head, layer by layer, beside those that do not."""
+        return plots.likeness(self.likeness_within, self.likeness_across)
+
+    def page(self) -> Page:
+        """The linked view of the maps that were kept: thumbnails, one large, and the text to point at."""
+        if not self.maps:
+            raise ValueError("no maps were kept, and the view shows maps: name some by layers and heads")
+        return attention_page(f"Attention of {self.spec.name}", self.words, self._rows(), self._captions())
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the linked view as a page of its own, at most a megabyte, and returns its path."""
+        return self.page().write(path)
+
+    def _rows(self) -> dict[str, dict[str, Array]]:
+        """The maps that were kept, by KV group; a group that is whole shows the mean of its heads too."""
+        shared, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, Array]](dict)
+        for (layer, head), found in self.maps.items():
+            rows[f"layer {layer}, KV group {head // shared}"][f"layer {layer}, head {head}"] = found
+        if shared > 1:
+            for (layer, group), count in Counter((layer, head // shared) for layer, head in self.maps).items():
+                if count == shared:
+                    mean = self.group_map(layer, group)
+                    rows[f"layer {layer}, KV group {group}"][f"layer {layer}, mean of KV group {group}"] = mean
+        return dict(rows)
+
+    def _captions(self) -> dict[str, str]:
+        names = {f"layer {layer}, head {head}": f"head {head}" for layer, head in self.maps}
+        return defaultdict(lambda: "mean", names)
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every head: layer, head, group, and its statistics."""
         import pandas as pd
@@ -141,6 +192,15 @@ class AttentionView:
         layers, heads = self.likeness.shape[:2]
         kept = f"{len(self.maps)} maps of {format_bytes(sum(each.nbytes for each in self.maps.values()))}"
         return f"AttentionView({self.spec.name}, {len(self.ids)} tokens, {layers} x {heads} heads, {kept})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name.replace("_", " "), f"{layer}.{head}", f"{value:.3g}", f"{self.chance[name]:.3g}", STATISTICS[name])
+            for name in self.statistics
+            for layer, head, value in self.top(name, 1)
+        ]
+        header = ("statistic", "highest: layer.head", "value", "spread evenly", "what it is")
+        return html_table(repr(self), header, rows)
 
 
 def attention(

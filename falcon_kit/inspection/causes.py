@@ -21,10 +21,13 @@ from torch import Tensor
 from falcon_kit.catalogue import unknown_name
 from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, predict
 from falcon_kit.inspection.watch import Subject, Text, evaluating, subject
+from falcon_kit.plots import lens as plots
 from falcon_kit.shapes import FalconSpec, html_table
+from falcon_kit.views.page import visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    from matplotlib.figure import Figure
 
 Replacement = Literal["zero", "mean"]
 Method = Literal["integrated-gradients", "leave-one-out"]
@@ -66,6 +69,11 @@ class Ablation:
     def loss_after(self) -> float:
         """Mean loss in nats per token, the heads off."""
         return float(np.mean(self.after[1:]) * math.log(2))
+
+    def figure(self) -> Figure:
+        """Each token's surprisal with the heads on and off."""
+        lines = {"all heads on": self.before, f"{len(self.heads)} heads off": self.after}
+        return plots.surprisal([visible(word, spaces=True) for word in self.words], lines)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: id, text, surprisal before and after in bits."""
@@ -119,6 +127,11 @@ class Attribution:
         """By how much the scores miss `change`, relative to it. Integrated gradients add up to it (completeness,
         Sundararajan et al. 2017); leave-one-out need not."""
         return abs(float(self.scores.sum()) - self.change) / max(abs(self.change), 1e-6)
+
+    def figure(self) -> Figure:
+        """A bar for each token."""
+        title = f"What {visible(self.target.text, spaces=True)!r} hangs on ({self.method})"
+        return plots.attribution([visible(word, spaces=True) for word in self.words], self.scores, title)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: id, text, score."""

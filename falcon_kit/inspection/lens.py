@@ -15,9 +15,11 @@ Shapes: B batch, T time, L layers, V vocabulary, K tokens of the table.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,14 +28,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from falcon_kit.inspection.watch import Subject, Text, subject, watching
-from falcon_kit.shapes import FalconSpec
+from falcon_kit.plots import lens as plots
+from falcon_kit.shapes import FalconSpec, html_table
+from falcon_kit.views.lens import lens_page
+from falcon_kit.views.page import Page, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+_PAGE_TOKENS = 16  # of the lens in a page, the last ones
 _LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 
 
@@ -102,6 +109,51 @@ class LensView:
             raise IndexError(f"position {position} is not in a text of {len(self.ids)} tokens")
         pairs = zip(self.top_ids[position].tolist(), self.top_probabilities[position].tolist(), strict=True)
         return [Candidate(each, self.names[each], found, rank) for rank, (each, found) in enumerate(pairs)]
+
+    def figure(self, last: int = 12) -> Figure:
+        """The logit lens over the last tokens: what each layer would say after them, and how sure it is."""
+        first = max(0, len(self.ids) - last)
+        read = [[_shown(self.names[each]) for each in row] for row in self.layer_ids[:, first:].tolist()]
+        return plots.layers(
+            [_shown(word) for word in self.words[first:]], read, self.layer_probabilities[:, first:], first
+        )
+
+    def shares_figure(self, position: int = -1) -> Figure:
+        """Who speaks for the target after a token of the text: the embedding, and each layer's two parts."""
+        target = _shown(self.names[self.targets[position]])
+        shares = (self.attention_share[:, position], self.mlp_share[:, position])
+        return plots.shares(float(self.embedding_share[position]), *shares, f"Who adds to the logit of {target!r}")
+
+    def surprisal_figure(self) -> Figure:
+        """How much each token surprised, in bits."""
+        return plots.surprisal([_shown(word) for word in self.words], {"surprisal": self.surprisal})
+
+    def page(self) -> Page:
+        """The text tinted by surprisal, what may come next, and what each layer would say after the last tokens."""
+        first, some = max(0, len(self.ids) - _PAGE_TOKENS), min(3, self.top_ids.shape[1])
+        expected = [
+            [(self.names[each], found) for each, found in zip(ids, probabilities, strict=True)]
+            for ids, probabilities in zip(
+                self.top_ids[:-1, :some].tolist(), self.top_probabilities[:-1, :some].tolist(), strict=True
+            )
+        ]
+        return lens_page(
+            f"What {self.spec.name} expects",
+            self.words,
+            self.surprisal,
+            [[], *expected],
+            [(each.text, each.probability) for each in self.next_tokens()],
+            [[self.names[each] for each in row] for row in self.layer_ids[:, first:].tolist()],
+            self.layer_probabilities[:, first:],
+        )
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the view as a page of its own, at most a megabyte, and returns its path."""
+        return self.page().write(path)
+
+    def _repr_html_(self) -> str:
+        rows = [(each.rank, visible(each.text, spaces=True), f"{each.probability:.2%}") for each in self.next_tokens()]
+        return html_table(repr(self), ("rank", "next token", "probability"), rows)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: id, text, surprisal, rank, and what the model expects after it."""
@@ -293,3 +345,7 @@ def _place(found: Tensor, ids: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """Log-probability and rank of one token id per row (t,) among log-probabilities (t, V)."""
     chosen = found.gather(-1, ids[:, None])  # (t, 1)
     return chosen[:, 0].cpu().numpy(), (found > chosen).sum(-1).cpu().numpy()
+
+
+def _shown(text: str) -> str:
+    return visible(text, spaces=True)
