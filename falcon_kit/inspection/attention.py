@@ -157,27 +157,22 @@ class AttentionView:
         """The linked view of the maps that were kept: thumbnails, one large, and the text to point at."""
         if not self.maps:
             raise ValueError("no maps were kept, and the view shows maps: name some by layers and heads")
-        return attention_page(f"Attention of {self.spec.name}", self.words, self._rows(), self._captions())
+        return attention_page(f"Attention of {self.spec.name}", self.words, self._rows())
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes the linked view as a page of its own, at most a megabyte, and returns its path."""
         return self.page().write(path)
 
-    def _rows(self) -> dict[str, dict[str, Array]]:
+    def _rows(self) -> dict[str, dict[str, tuple[str, Array]]]:
         """The maps that were kept, by KV group; a group that is whole shows the mean of its heads too."""
-        shared, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, Array]](dict)
+        shared, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, tuple[str, Array]]](dict)
         for (layer, head), found in self.maps.items():
-            rows[f"layer {layer}, KV group {head // shared}"][f"layer {layer}, head {head}"] = found
-        if shared > 1:
-            for (layer, group), count in Counter((layer, head // shared) for layer, head in self.maps).items():
-                if count == shared:
-                    mean = self.group_map(layer, group)
-                    rows[f"layer {layer}, KV group {group}"][f"layer {layer}, mean of KV group {group}"] = mean
+            rows[f"layer {layer}, KV group {head // shared}"][f"layer {layer}, head {head}"] = (f"head {head}", found)
+        for (layer, group), count in Counter((layer, head // shared) for layer, head in self.maps).items():
+            if count == shared > 1:
+                name = f"layer {layer}, KV group {group}"
+                rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
         return dict(rows)
-
-    def _captions(self) -> dict[str, str]:
-        names = {f"layer {layer}, head {head}": f"head {head}" for layer, head in self.maps}
-        return defaultdict(lambda: "mean", names)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every head: layer, head, group, and its statistics."""

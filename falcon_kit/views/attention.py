@@ -23,17 +23,19 @@ from falcon_kit.views import walk
 from falcon_kit.views.page import Page, text_html
 
 Floats = NDArray[np.floating[Any]]
+Row = Mapping[str, tuple[str, Floats]]
+"""Maps by their full names, each with the short one that stands below its thumbnail."""
 
-_LINKS = 360_000  # bytes for the weights, in base64
+_LINKS = 440_000  # bytes for the weights, in base64
 _PICTURES = 280_000  # bytes for the thumbnails, in base64
 _SIDES = (256, 128, 96, 64, 48, 32, 16)  # cells a side of a thumbnail: the largest that fits
 _MOST = 64  # weights kept per token at most: nobody looks at more
 _ROWS = 120  # rows of the table without JavaScript
 
 _STYLE = """
-  & .heads { display: grid; gap: .4em; overflow-x: auto; justify-content: start; }
+  & .heads { display: grid; gap: .4em; overflow: auto; justify-content: start; max-height: 24em; padding: 4px; }
   & .heads > div { display: flex; gap: .4em; align-items: center; }
-  & .heads .name { width: 9em; flex: none; }
+  & .heads .name { width: 11em; flex: none; }
   & .heads button { padding: .2em; line-height: 1.2; font-size: .8em; }
   & .heads button[aria-pressed=true] { outline: 3px solid var(--c5); }
   & img { display: block; image-rendering: pixelated; background: #440154; }
@@ -42,6 +44,7 @@ _STYLE = """
   & .both { display: flex; flex-wrap: wrap; gap: 1.2em; margin-top: 1em; }
   & .text { flex: 1 1 22em; min-width: 0; }
   & .says { min-height: 3em; }
+  & .says code { white-space: pre; background: var(--faint); border-radius: 3px; }
 """
 
 # For each map the data has `at`, 16-bit positions of the K strongest keys of each query, and `by`, their weights in
@@ -91,14 +94,12 @@ choose(0);
 """
 
 
-def attention_page(
-    title: str, words: Sequence[str], rows: Mapping[str, Mapping[str, Floats]], captions: Mapping[str, str]
-) -> Page:
-    """The view of a text of T `words` and of maps (T, T), each under its name, in rows under theirs: the KV groups.
+def attention_page(title: str, words: Sequence[str], rows: Mapping[str, Row]) -> Page:
+    """The view of a text of T `words` and of maps (T, T), in rows under their names: the KV groups.
 
-    captions: a few words for some of the maps, by name. Raises ValueError for more maps than a megabyte holds.
+    Raises ValueError for no maps, or more than a megabyte holds.
     """
-    maps = {name: each for row in rows.values() for name, each in row.items()}
+    maps = {name: each for row in rows.values() for name, (_, each) in row.items()}
     kept = _kept(len(maps), len(words))
     if not (maps and kept):
         raise ValueError(
@@ -109,7 +110,7 @@ def attention_page(
     data = {"kept": kept, "maps": [{"name": name, **_strongest(each, kept)} for name, each in maps.items()]}
     first, found = next(iter(maps.items()))
     body = (
-        f'<div class="heads">{"".join(_row(name, row, pictures, captions) for name, row in rows.items())}</div>'
+        f'<div class="heads">{"".join(_row(name, row, pictures) for name, row in rows.items())}</div>'
         f'<div class="both"><figure class="large" style="margin:0">{_image(first, pictures[first])}'
         f"<figcaption>{escape(first)}</figcaption>"
         '<p class="note">Rows are the tokens that look, columns the tokens looked at; brighter is more.</p></figure>'
@@ -159,11 +160,11 @@ def _png(found: Floats) -> str:
     return f"data:image/png;base64,{b64encode(written.getvalue()).decode()}"
 
 
-def _row(name: str, row: Mapping[str, Floats], pictures: Mapping[str, str], captions: Mapping[str, str]) -> str:
+def _row(name: str, row: Row, pictures: Mapping[str, str]) -> str:
     thumbnails = "".join(
         f'<button type="button" disabled aria-pressed="false" title="{escape(each)}">{_image(each, pictures[each])}'
-        f"{escape(captions.get(each, each))}</button>"
-        for each in row
+        f"{escape(short)}</button>"
+        for each, (short, _) in row.items()
     )
     return f'<div><span class="name note">{escape(name)}</span>{thumbnails}</div>'
 

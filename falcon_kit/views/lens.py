@@ -63,7 +63,7 @@ def lens_page(
 
 def _tint(bits: float) -> str:
     share = 0 if np.isnan(bits) else min(1.0, bits / _BITS)
-    return f"background:color-mix(in srgb,var(--c1) {round(80 * share)}%,transparent)"
+    return f"background:color-mix(in srgb,var(--c1) {round(60 * share)}%,transparent)"
 
 
 def _attributes(words: Sequence[str], surprisal: Floats, expected: Sequence[Expected]) -> list[str]:
@@ -104,7 +104,7 @@ def _lens(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: Fl
         + "</tr>"
         for row, name in reversed(list(enumerate(names)))
     )
-    note = f'<p class="note">After each of the last {time} tokens; darker is surer.</p>'
+    note = f'<p class="note">After each of the last {time} tokens; a stronger tint is surer.</p>'
     table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{rows}</tbody></table>"
     return f'{note}<div class="scroll lens">{table}</div>'
 
