@@ -347,6 +347,58 @@ def test_the_table_has_a_row_for_every_head(instruct):
     assert table.loc[(table.layer == 3) & (table["head"] == 2), "group"].item() == 1
 
 
+def test_the_overview_shows_the_statistic_of_every_head(instruct):
+    view = fk.attention(instruct, TEXT)
+    shown = [axes.images[0].get_array() for axes in view.figure("previous").axes if axes.get_title()]
+    np.testing.assert_array_equal(np.reshape(shown, (6, 4)), view.statistics["previous"])
+
+
+def test_a_map_is_drawn_for_a_head_or_for_a_group(instruct):
+    view = fk.attention(instruct, TEXT, layers=1)
+    for figure, expected in (
+        (view.map_figure(1, 3), view.map(1, 3)),
+        (view.map_figure(1, group=1), view.group_map(1, 1)),
+    ):
+        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), expected)
+    with pytest.raises(ValueError, match="name either a head or a group"):
+        view.map_figure(1)
+
+
+def test_the_page_has_a_row_for_each_kv_group_with_its_mean(instruct, tmp_path):
+    path = fk.attention(instruct, TEXT, layers=1).to_html(tmp_path / "attention.html")
+    names = re.findall(r'title="(layer [^"]*)"', path.read_text())
+    groups = [
+        [
+            f"layer 1, head {2 * group}",
+            f"layer 1, head {2 * group + 1}",
+            f"layer 1, KV group {group}, mean of its heads",
+        ]
+        for group in range(2)
+    ]
+    assert names == [name for group in groups for name in group]
+
+
+def test_a_group_of_which_a_head_is_missing_has_no_mean(instruct):
+    assert "mean of its heads" not in fk.attention(instruct, TEXT, layers=1, heads=[0, 2]).page().body
+
+
+def test_a_page_without_maps_is_refused(instruct, tmp_path):
+    with pytest.raises(ValueError, match="no maps were kept, and the view shows maps: name some by layers and heads"):
+        fk.attention(instruct, TEXT).to_html(tmp_path / "attention.html")
+
+
+def test_the_table_in_jupyter_names_the_highest_head_of_each_statistic(instruct):
+    view = fk.induction(instruct)
+    (layer, head, best), *_ = view.top("induction")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", view._repr_html_().split("induction</th>")[1])
+    assert cells[:3] == [f"{layer}.{head}", f"{best:.3g}", f"{view.chance['induction']:.3g}"]
+
+
+def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
+    with pytest.raises(ValueError, match=r"Unknown statistic 'inductive'\. Nearest: induction"):
+        fk.attention(instruct, TEXT).figure("inductive")
+
+
 # Bad input
 
 

@@ -214,6 +214,17 @@ def test_the_repr_of_an_attribution_names_the_token_that_counts_most(instruct):
     assert f"most from {found.words[best]!r} at {best}" in repr(found)
 
 
+def test_the_figure_of_an_ablation_shows_both_lines(instruct):
+    found = fk.ablate(instruct, TEXT, heads=[(1, 0)])
+    for line, expected in zip(found.figure().axes[0].lines, (found.before, found.after), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), expected)
+
+
+def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
+    found = fk.attribute(instruct, TEXT, method="leave-one-out")
+    np.testing.assert_allclose([bar.get_height() for bar in found.figure().axes[0].patches], found.scores)
+
+
 # Bad input
 
 

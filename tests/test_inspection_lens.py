@@ -1,5 +1,6 @@
 """The lens against transformers' own hidden states, and shares that add up to the logit."""
 
+import dataclasses
 import math
 import re
 from functools import cache
@@ -194,6 +195,39 @@ def test_the_table_has_a_row_for_every_token(instruct, ids):
     table = fk.lens(instruct, ids).to_dataframe()
     assert list(table.columns) == ["token", "id", "surprisal", "rank", "next", "probability"]
     assert table["id"].tolist() == ids
+
+
+def test_the_figure_shows_the_last_tokens(instruct):
+    view = fk.lens(instruct, TEXT)
+    axes = view.figure(last=3).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), view.layer_probabilities[:, -3:])
+    assert axes.texts[-1].get_text().strip("·") == view.next_tokens()[0].text.strip()
+
+
+def test_the_figure_of_shares_ends_at_the_logit(instruct):
+    view = fk.lens(instruct, TEXT)
+    assert view.shares_figure().axes[0].lines[0].get_ydata()[-1] == pytest.approx(view.target_logits[-1], abs=1e-4)
+
+
+def test_the_figure_of_surprisal_shows_it(instruct):
+    view = fk.lens(instruct, TEXT)
+    np.testing.assert_array_equal(view.surprisal_figure().axes[0].lines[0].get_ydata(), view.surprisal)
+
+
+def test_the_page_says_what_was_expected_of_each_token(instruct, tmp_path):
+    view = fk.lens(instruct, TEXT)
+    page = view.to_html(tmp_path / "lens.html").read_text()
+    assert f"token 1, {view.words[1].replace(' ', '·')}: {view.surprisal[1]:.1f} bits; expected " in page
+    for each in view.next_tokens():
+        assert f"<td>{each.rank}</td>" in page
+        assert f"<td>{each.probability:.2%}</td>" in page
+
+
+def test_the_table_in_jupyter_is_escaped(instruct):
+    view = fk.lens(instruct, TEXT)
+    changed = dataclasses.replace(view, names={**view.names, view.next_tokens()[0].id: "<img src=x>"})
+    assert "&lt;img" in changed._repr_html_()
+    assert "<img" not in changed._repr_html_()
 
 
 def test_a_single_token_has_a_next_one_but_no_loss(instruct):
