@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from falcon_kit.plots.canvas import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -29,14 +31,12 @@ _PIXELS = 512  # of a map: more would not be seen
 
 def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float | None = None) -> Figure:
     """A number for every head, `values` (L, H): a panel for each layer, in it a row for each KV group."""
-    from matplotlib.figure import Figure
-
     layers, shared = len(values), values.shape[1] // kv_heads
     columns = _columns(layers, shared / kv_heads)
     rows = math.ceil(layers / columns)
     side = min(1.0, 11 / (columns * shared), 14 / (rows * kv_heads))
     size = (max(5.0, columns * (shared * side + 0.35) + 1.6), rows * (kv_heads * side + 0.45) + 0.9)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     high = max(float(np.nanmax(values, initial=0)), 1e-9)
     for layer, axes in enumerate(panels):
@@ -71,11 +71,10 @@ def _write_numbers(axes: Axes, values: Floats, high: float) -> None:
 def one_map(probabilities: Floats, words: Sequence[str], title: str) -> Figure:
     """A map (T, T), queries down, keys across; the darker end of the scale is stretched, as most weights are small."""
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     time, named = len(words), len(words) <= _LABELLED
     side = max(4.0, 0.22 * time + 1.5) if named else 6.5
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     pooled = pool(probabilities, _PIXELS)
     image = axes.imshow(
@@ -106,9 +105,7 @@ def pool(values: Floats, most: int) -> Floats:
 
 def likeness(within: Floats, across: Floats) -> Figure:
     """How alike heads are: those that share a KV head, `within` (L, G), beside those that do not, `across` (L,)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = new_figure(8, 3.4)
     axes = figure.subplots()
     layers = np.arange(len(within))
     axes.plot(np.repeat(layers, within.shape[1]), within.ravel(), "o", color=BLUE, alpha=0.6, label="of one KV group")

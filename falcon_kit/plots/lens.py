@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from falcon_kit.plots.canvas import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -29,10 +31,8 @@ def layers(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: F
 
     `first`: the position in the text of the first of the `words`.
     """
-    from matplotlib.figure import Figure
-
     rows, time = probabilities.shape
-    figure = Figure(figsize=(max(5.0, 0.95 * time + 2), 0.32 * rows + 1.6), layout="constrained")
+    figure = new_figure(max(5.0, 0.95 * time + 2), 0.32 * rows + 1.6)
     axes = figure.subplots()
     image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
     for (row, column), probability in np.ndenumerate(probabilities):
@@ -51,9 +51,7 @@ def layers(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: F
 
 def shares(embedding: float, attention: Floats, mlp: Floats, title: str) -> Figure:
     """What each layer's attention and feed-forward block, (L,) each, add to one logit, and how it grows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, 0.25 * len(mlp) + 3), 3.4), layout="constrained")
+    figure = new_figure(max(6.0, 0.25 * len(mlp) + 3), 3.4)
     axes = figure.subplots()
     at = np.arange(len(mlp))
     axes.bar([-1], [embedding], 0.4, color=GREY, label="embedding")
@@ -70,9 +68,7 @@ def shares(embedding: float, attention: Floats, mlp: Floats, title: str) -> Figu
 
 def surprisal(words: Sequence[str], lines: Mapping[str, Floats], title: str = "Surprisal of each token") -> Figure:
     """Bits of surprise at each token, a line for each name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2), layout="constrained")
+    figure = new_figure(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2)
     axes = figure.subplots()
     for (name, values), colour, mark in zip(lines.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
         axes.plot(values, f"{mark}-", color=colour, label=name, markersize=3, linewidth=1)
@@ -87,9 +83,7 @@ def surprisal(words: Sequence[str], lines: Mapping[str, Floats], title: str = "S
 
 def attribution(words: Sequence[str], scores: Floats, title: str) -> Figure:
     """What each token adds to the log-probability of a prediction."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, min(12.0, 0.25 * len(words) + 2)), 3.2), layout="constrained")
+    figure = new_figure(max(6.0, min(12.0, 0.25 * len(words) + 2)), 3.2)
     axes = figure.subplots()
     axes.bar(range(len(words)), scores, color=[BLUE if score >= 0 else ORANGE for score in scores])
     axes.axhline(0, color="black", linewidth=0.8)
