@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
     from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
+    from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
+    from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.loading import load
     from falcon_kit.parallel import ParallelFalcon
     from falcon_kit.sampling import Sampling
@@ -28,11 +31,15 @@ __version__ = version("falcon-kit")
 
 __all__ = [
     "CARD",
+    "Ablation",
+    "AttentionView",
+    "Attribution",
     "ChatFormat",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "LensView",
     "NotEnoughMemory",
     "ParallelFalcon",
     "Piece",
@@ -40,23 +47,41 @@ __all__ = [
     "Sampling",
     "Stats",
     "Stream",
+    "ablate",
+    "ablated",
+    "attention",
+    "attribute",
     "catalogue",
     "chat_format",
     "environment",
+    "induction",
+    "lens",
     "load",
     "plan",
+    "repeated_tokens",
     "spec",
 ]
 
 _ON_FIRST_USE = {
+    "Ablation": "inspection.causes",
+    "AttentionView": "inspection.attention",
+    "Attribution": "inspection.causes",
     "Falcon": "falcon",
     "Generation": "generation",
+    "LensView": "inspection.lens",
     "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "ablate": "inspection.causes",
+    "ablated": "inspection.causes",
+    "attention": "inspection.attention",
+    "attribute": "inspection.causes",
+    "induction": "inspection.attention",
+    "lens": "inspection.lens",
     "load": "loading",
+    "repeated_tokens": "inspection.attention",
 }
 
 

@@ -70,20 +70,25 @@ class FalconAttention(nn.Module):
         return self.dense(output.reshape(*hidden_states.shape[:2], -1)), probabilities
 
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model).
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model)."""
+        return split_heads(self.query_key_value(hidden_states), self.num_key_value_groups, self.head_dim, rotation)
 
-        The fused projection is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16,
-        7B one group of 71, rw groups of one. The key turns together with its queries.
-        """
-        batch, time = hidden_states.shape[:2]
-        fused = self.query_key_value(hidden_states)
-        fused = fused.view(batch, time, -1, self.num_key_value_groups + 2, self.head_dim)  # (B, T, G, R + 2, D)
-        turned, value = fused[..., :-1, :], fused[..., -1, :]
-        if rotation is not None:
-            cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
-            turned = turned * cos + rotate_half(turned) * sin
-        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+def split_heads(
+    fused: Tensor, queries_per_kv_head: int, head_dim: int, rotation: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, D), keys and values (B, G, T, D) out of the fused projection (B, T, (H + 2 G) x D).
+
+    It is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16, 7B one group of 71,
+    rw groups of one. The key turns together with its queries.
+    """
+    fused = fused.view(*fused.shape[:2], -1, queries_per_kv_head + 2, head_dim)  # (B, T, G, R + 2, D)
+    turned, value = fused[..., :-1, :], fused[..., -1, :]
+    if rotation is not None:
+        cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
+        turned = turned * cos + rotate_half(turned) * sin
+    query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class FalconMLP(nn.Module):

@@ -162,18 +162,24 @@ class FalconModel(stock.FalconModel):
         return slice(first, first + share)
 
     def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias (B, H, T, K) of ALiBi (Press et al. 2021) where `visible` (B, 1, T, K) lets a query look.
+        """The bias (B, H, T, K) of ALiBi where `visible` (B, 1, T, K) lets a query look.
 
-        Only distances matter, so a key's place among those that some query of its row sees will do. In bfloat16, like
-        the code that falcon-rw was trained with, and transformers'.
+        Only distances matter, so a key's place among those that some query of its row sees will do.
         """
         if positions is None:
             positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
-        two = torch.ones(1, 2, dtype=torch.long, device=visible.device)
-        slopes = stock.build_alibi_tensor(two, self.spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
-        slopes = slopes[self._heads]
-        bias = (slopes[None, :, :, None] * positions[:, None, None]).to(dtype) * self.spec.head_dim**-0.5
+        bias = alibi(self.spec, positions, dtype)[:, self._heads, None]
         return torch.where(visible, bias, torch.finfo(dtype).min)
+
+
+def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ALiBi (Press et al. 2021) adds to the scores of keys at `positions` (B, K): (B, H, K).
+
+    In bfloat16, like the code that falcon-rw was trained with, and transformers'.
+    """
+    two = torch.ones(1, 2, dtype=torch.long, device=positions.device)
+    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
+    return (slopes[None] * positions[:, None]).to(dtype) * spec.head_dim**-0.5
 
 
 class FalconForCausalLM(stock.FalconForCausalLM):
