@@ -18,6 +18,7 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
+    from falcon_kit.export import export_gguf
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.loading import Falcon, load
     from falcon_kit.sampling import Sampling
@@ -40,6 +41,7 @@ __all__ = [
     "catalogue",
     "chat_format",
     "environment",
+    "export_gguf",
     "load",
     "plan",
     "spec",
@@ -52,6 +54,7 @@ _ON_FIRST_USE = {
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "export_gguf": "export",
     "load": "loading",
 }
 
