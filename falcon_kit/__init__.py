@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from falcon_kit.export import export_gguf
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.loading import Falcon, load
+    from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
@@ -28,10 +29,12 @@ __version__ = version("falcon-kit")
 __all__ = [
     "CARD",
     "ChatFormat",
+    "Endpoint",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "IncompleteAnswer",
     "NotEnoughMemory",
     "Piece",
     "Plan",
@@ -40,6 +43,7 @@ __all__ = [
     "Stream",
     "catalogue",
     "chat_format",
+    "connect",
     "environment",
     "export_gguf",
     "load",
@@ -48,12 +52,15 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "Endpoint": "remote",
     "Falcon": "loading",
     "Generation": "generation",
+    "IncompleteAnswer": "remote",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "connect": "remote",
     "export_gguf": "export",
     "load": "loading",
 }
