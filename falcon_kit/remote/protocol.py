@@ -159,7 +159,7 @@ def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, 
     )
     known = dict.fromkeys([each.name for each in fields(Sampling)] + list(names))
     for name in request.options:
-        require(name in names, f"{server} has no field for it. " + unknown_name("setting", name, list(known)))
+        require(name in names, unknown_name(f"setting for {server}:", name, list(known)))
     return {names[name]: value for name, value in request.options.items()}
 
 

@@ -111,10 +111,10 @@ class SageMakerServer:
         from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
         address, said = self.facts.address, self._wire.scrub(str(error))
-        details = getattr(error, "response", {}).get("Error", {})
-        code = details.get("Code", "")
+        response = getattr(error, "response", None) or {}
+        code = response.get("Error", {}).get("Code", "")
         if code == "ModelError":  # the container's own answer
-            status, text = error.response.get("OriginalStatusCode", 500), error.response.get("OriginalMessage", said)  # type: ignore[attr-defined]
+            status, text = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", said)
             return failure(status, message_in(as_json(text) or text), address, {})
         if code in BUSY or isinstance(error, EndpointConnectionError):
             return Unavailable(f"{address} is busy or out of reach: try again later. AWS says: {said}")
