@@ -97,7 +97,7 @@ def sagemaker_service(instruct):
         patch.setenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", server.address)
         for name, value in {"REGION": "eu-west-1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
             patch.setenv(f"AWS_{name}", value)
-        patch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+        patch.delenv("AWS_DEFAULT_REGION", raising=False)
         deploy("falcon")
         yield server
     moto.stop()
@@ -116,7 +116,7 @@ def refusal(status, text):
 def deploy(name):
     import boto3
 
-    client = boto3.client("sagemaker")
+    client = boto3.client("sagemaker", region_name="eu-west-1")
     role = "arn:aws:iam::123456789012:role/sagemaker"
     client.create_model(ModelName=name, ExecutionRoleArn=role, PrimaryContainer={"Image": "djl-inference"})
     variant = {"VariantName": "all", "ModelName": name, "InstanceType": "ml.p3.8xlarge", "InitialInstanceCount": 1}
@@ -616,6 +616,14 @@ def test_keys_of_others_stay_with_their_hosts(monkeypatch):
 def test_a_sagemaker_endpoint_that_is_not_there_is_a_lookup_error(sagemaker_service):
     with pytest.raises(LookupError, match="there is no sagemaker://nobody in this region: check name and region"):
         fk.connect("sagemaker://nobody")
+
+
+def test_sagemaker_without_a_region_says_how_to_set_one(monkeypatch, tmp_path):
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"no AWS region is set: set AWS_REGION, or pass session=boto3.Session"):
+        fk.connect("sagemaker://falcon")
 
 
 def test_a_container_that_refuses_is_quoted(sagemaker_service, monkeypatch):

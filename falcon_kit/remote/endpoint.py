@@ -216,7 +216,7 @@ async def _find(url: str, model: str | None, api: Api | None, wire: Wire, sessio
         f"{url!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
     )
     if parts.scheme == "sagemaker":
-        server = sagemaker.SageMakerServer(parts.netloc, api or "tgi", model, wire, session)
+        server = await asyncio.to_thread(sagemaker.SageMakerServer, parts.netloc, api or "tgi", model, wire, session)
         await asyncio.to_thread(server.check)
         return server
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")

@@ -5,6 +5,7 @@ A streamed response is not bound to the 60 seconds that InvokeEndpoint allows. b
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -137,7 +138,8 @@ def _clients(session: Any, wire: Wire) -> tuple[Any, Any]:
         from botocore.exceptions import NoRegionError
     except ModuleNotFoundError:
         raise ModuleNotFoundError('SageMaker endpoints need boto3: pip install "falcon-kit[sagemaker]"') from None
-    session = session or boto3.Session()
+    # boto3 itself does not know AWS_REGION, which Lambda, ECS and SageMaker set
+    session = session or boto3.Session(region_name=os.environ.get("AWS_REGION"))
     # `persist` knows when to try again
     config = Config(retries={"total_max_attempts": 1}, read_timeout=wire.timeout, connect_timeout=min(wire.timeout, 10))
     try:
