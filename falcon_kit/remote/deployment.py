@@ -14,8 +14,8 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95
 """Of each GPU's memory, for vLLM to use (its default is 0.9): a 40B on four A10G needs nearly all of it."""
-BATCHES = [1 << power for power in range(9)]
-"""Texts at a time, up to vLLM's own default of --max-num-seqs."""
+MOST_TEXTS = 256
+"""vLLM's own default of --max-num-seqs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,17 +25,15 @@ class Deployment:
     machine: str
     """The instance type, or the devices by another word."""
     plan: Plan
-    """What it takes with as many texts of the whole context as fit, in `MEMORY_SHARE` of the memory."""
+    """What one text of the whole context takes, in `MEMORY_SHARE` of the memory."""
+    texts: int
+    """Texts of the whole context that fit at a time: vLLM reads prompts in pieces, so that a further one takes only its
+    keys and values."""
 
     @property
     def gpus(self) -> int:
         """GPUs, over which each layer is split."""
         return len(self.plan.slots)
-
-    @property
-    def texts(self) -> int:
-        """Texts of the whole context that fit at a time, a power of two."""
-        return self.plan.batch
 
     @property
     def vllm(self) -> dict[str, Any]:
@@ -109,8 +107,8 @@ def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") ->
             f"{machine} has {len(slots)} GPUs, over which the {shape.query_heads} query and {shape.kv_heads} KV heads "
             f"of {shape.name} do not split: take {' or '.join(map(str, possible))} of them"
         )
-    plans = [plan(shape, dtype, context=shape.context, batch=batch, devices=slots) for batch in BATCHES]
-    fitting = [each for each in plans if each.total_bytes <= each.free_bytes]
-    if not fitting:
-        raise NotEnoughMemory(plans[0])
-    return Deployment(machine, fitting[-1])
+    one = plan(shape, dtype, context=shape.context, devices=slots)
+    further = (one.free_bytes - one.total_bytes) // (shape.kv_bytes_per_token() * shape.context)
+    if further < 0:
+        raise NotEnoughMemory(one)
+    return Deployment(machine, one, min(1 + further, MOST_TEXTS))
