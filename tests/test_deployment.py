@@ -62,8 +62,11 @@ def test_a_7b_splits_over_no_two_gpus():
 
 
 def test_a_machine_that_is_too_small_is_refused_with_what_would_help():
-    with pytest.raises(fk.NotEnoughMemory, match="does not fit into 4 x T4"):
+    with pytest.raises(fk.NotEnoughMemory, match="does not fit into 4 x T4") as short:
         deployment("falcon-40b-instruct", "ml.g4dn.12xlarge")
+    larger, smaller = short.value.plan.suggestions
+    assert deployment("falcon-40b-instruct", larger.split(": ")[1].split(",")[0]).texts >= 1
+    assert smaller == "another model: falcon-7b-instruct"
 
 
 def test_a_dtype_that_vllm_does_not_serve_is_refused():

@@ -5,11 +5,12 @@ parallelism), so that what counts is all memory together, not where whole layers
 """
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table, spec
-from falcon_kit.machines import find_slots
+from falcon_kit.machines import GPUS, MACHINES, MIB, find_slots
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95
@@ -110,5 +111,16 @@ def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") ->
     one = plan(shape, dtype, context=shape.context, devices=slots)
     further = (one.free_bytes - one.total_bytes) // (shape.kv_bytes_per_token() * shape.context)
     if further < 0:
-        raise NotEnoughMemory(one)
+        raise NotEnoughMemory(replace(one, suggestions=tuple(_suggestions(one))))
     return Deployment(machine, one, min(1 + further, MOST_TEXTS))
+
+
+def _suggestions(short: Plan) -> Iterator[str]:
+    """What would help here: the smallest instance type that has the memory, or a smaller model."""
+    by_memory = sorted(MACHINES.items(), key=lambda machine: machine[1][0] * GPUS[machine[1][1]])
+    for name, (count, gpu) in by_memory:
+        memory = count * GPUS[gpu] * MIB * MEMORY_SHARE
+        if name.startswith("ml.") and short.spec.kv_heads % count == 0 and memory >= short.total_bytes:
+            yield f"a larger machine: {name}, {count} x {gpu}"
+            break
+    yield from (each for each in short.suggestions if each.startswith("another model"))

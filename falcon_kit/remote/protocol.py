@@ -18,7 +18,7 @@ from falcon_kit.generation import DEFAULT_NEW_TOKENS
 from falcon_kit.sampling import Sampling, require
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each one after
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 8.0  # unless the endpoint itself asks for more
 UNKNOWN = float("nan")
 T = TypeVar("T")
 
@@ -137,8 +137,9 @@ async def persist(attempt: Callable[[], AsyncIterator[T]], retries: int) -> Asyn
         except Unavailable as error:
             if begun or number == retries:
                 raise
-            pause = FIRST_PAUSE * 2**number * random.uniform(0.75, 1.25) if error.pause is None else error.pause
-        await asyncio.sleep(min(pause, LONGEST_PAUSE))
+            growing = min(FIRST_PAUSE * 2**number, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+            pause = growing if error.pause is None else error.pause
+        await asyncio.sleep(pause)
 
 
 def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, Any]:
