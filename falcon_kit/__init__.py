@@ -18,6 +18,7 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
+    from falcon_kit.export import export_gguf
     from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.loading import load
     from falcon_kit.parallel import ParallelFalcon
+    from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
@@ -35,10 +37,12 @@ __all__ = [
     "AttentionView",
     "Attribution",
     "ChatFormat",
+    "Endpoint",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "IncompleteAnswer",
     "LensView",
     "NotEnoughMemory",
     "ParallelFalcon",
@@ -53,7 +57,9 @@ __all__ = [
     "attribute",
     "catalogue",
     "chat_format",
+    "connect",
     "environment",
+    "export_gguf",
     "induction",
     "lens",
     "load",
@@ -66,8 +72,10 @@ _ON_FIRST_USE = {
     "Ablation": "inspection.causes",
     "AttentionView": "inspection.attention",
     "Attribution": "inspection.causes",
+    "Endpoint": "remote",
     "Falcon": "falcon",
     "Generation": "generation",
+    "IncompleteAnswer": "remote",
     "LensView": "inspection.lens",
     "ParallelFalcon": "parallel",
     "Piece": "decoding",
@@ -78,6 +86,8 @@ _ON_FIRST_USE = {
     "ablated": "inspection.causes",
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
+    "connect": "remote",
+    "export_gguf": "export",
     "induction": "inspection.attention",
     "lens": "inspection.lens",
     "load": "loading",

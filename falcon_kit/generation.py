@@ -41,8 +41,8 @@ class Stats:
     """From the call to the first new token: the prefill."""
     seconds: float
     """From the call to the last token."""
-    cache_bytes: int
-    """Bytes of keys and values held at the end, as allocated."""
+    cache_bytes: int | None = None
+    """Bytes of keys and values held at the end, as allocated; None on an endpoint."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -56,10 +56,10 @@ class Stats:
         return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
 
     def __str__(self) -> str:
+        cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
         return (
             f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
-            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s; "
-            f"KV cache {format_bytes(self.cache_bytes)}"
+            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
         )
 
 
@@ -72,11 +72,12 @@ class Generation:
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """Every new token id, an end token and those of a stop string included."""
+    """Every new token id, an end token and those of a stop string included; empty where an endpoint does not tell."""
     logprobs: tuple[float, ...] | None
     """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
     finish_reason: FinishReason
-    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller."""
+    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller;
+    "broken": an endpoint broke off."""
     stats: Stats
     """Time and memory of the call that made it, shared by all rows of a batch."""
 
@@ -85,7 +86,8 @@ class Generation:
 
     def __repr__(self) -> str:
         short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        return f"Generation({short!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
+        count = f"{len(self.tokens)} tokens, " if self.tokens else ""
+        return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it

@@ -76,7 +76,7 @@ def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, An
         ends = [_Withdrawn(link, request["number"], ranks)]
         written = getattr(falcon, request["call"])(prompt, stopping_criteria=ends, **settings)
         generations = written if isinstance(written, list) else [written]
-    answer = _describe(falcon, ranks.get_local_rank(), generations[0].stats.cache_bytes)
+    answer = _describe(falcon, ranks.get_local_rank(), generations[0].stats.cache_bytes or 0)
     if ranks.get_local_rank() == 0:  # the others have written the same
         answer |= {"generations": [asdict(each) for each in generations]}
     return answer
