@@ -19,42 +19,81 @@ from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
     from falcon_kit.decoding import Piece
+    from falcon_kit.export import export_gguf
+    from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
-    from falcon_kit.loading import Falcon, load
+    from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
+    from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.lens import LensView, lens
+    from falcon_kit.loading import load
+    from falcon_kit.parallel import ParallelFalcon
+    from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
     from falcon_kit.sampling import Sampling
 
 __version__ = version("falcon-kit")
 
 __all__ = [
     "CARD",
+    "Ablation",
+    "AttentionView",
+    "Attribution",
     "ChatFormat",
+    "Endpoint",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "IncompleteAnswer",
+    "LensView",
     "NotEnoughMemory",
+    "ParallelFalcon",
     "Piece",
     "Plan",
     "Sampling",
     "Stats",
     "Stream",
+    "ablate",
+    "ablated",
+    "attention",
+    "attribute",
     "catalogue",
     "chat_format",
+    "connect",
     "environment",
+    "export_gguf",
+    "induction",
+    "lens",
     "load",
     "plan",
     "playground",
+    "repeated_tokens",
     "spec",
 ]
 
 _ON_FIRST_USE = {
-    "Falcon": "loading",
+    "Ablation": "inspection.causes",
+    "AttentionView": "inspection.attention",
+    "Attribution": "inspection.causes",
+    "Endpoint": "remote",
+    "Falcon": "falcon",
     "Generation": "generation",
+    "IncompleteAnswer": "remote",
+    "LensView": "inspection.lens",
+    "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "ablate": "inspection.causes",
+    "ablated": "inspection.causes",
+    "attention": "inspection.attention",
+    "attribute": "inspection.causes",
+    "connect": "remote",
+    "export_gguf": "export",
+    "induction": "inspection.attention",
+    "lens": "inspection.lens",
     "load": "loading",
+    "repeated_tokens": "inspection.attention",
 }
 
 
