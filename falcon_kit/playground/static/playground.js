@@ -5,6 +5,7 @@ function render({ model, el }) {
   const act = (command, values = {}) => model.send({ do: command, ...values });
   const turns = new Map(); // every turn the kernel told of, by id
   let running = null;
+  let greeting = null; // until the kernel has answered
   let offered = {}; // examples: {title: [mode, text]}
   let lastDraft = ""; // what the kernel knows of the text field
 
@@ -81,6 +82,7 @@ function render({ model, el }) {
 
   const received = {
     start({ lanes, examples: known }) {
+      clearTimeout(greeting);
       title.textContent = lanes.join(" beside ");
       root.classList.toggle("fk-two", lanes.length > 1);
       const heading = h("option", { value: "" }, "Examples …");
@@ -127,6 +129,11 @@ function render({ model, el }) {
       showMeter(used);
       if (!whole) act("hello");
     },
+    silence() {
+      notice.textContent = "The kernel does not answer. When no cell is running any more, reload the page.";
+      notice.className = "fk-notice fk-error";
+      notice.hidden = false;
+    },
     meter: ({ meter: used }) => showMeter(used),
     history: ({ turns: earlier }) => history.show(earlier),
     code: ({ id, code }) => turns.get(id)?.showCode(code),
@@ -164,9 +171,17 @@ function render({ model, el }) {
   root.addEventListener("focusin", point);
   root.addEventListener("mouseleave", card.hide);
 
-  act("hello");
+  // A page that is reloaded may not have its line to the kernel yet: say hello until somebody answers. Now and then
+  // JupyterLab 4.6 sends a reloaded page's messages to a subshell that ipykernel has ended; another reload mends it.
+  const greet = (times) => {
+    act("hello");
+    if (times === 3) received.silence();
+    greeting = setTimeout(greet, 2000, times + 1);
+  };
+  greet(0);
   return () => {
     clearTimeout(waiting);
+    clearTimeout(greeting);
     model.off("msg:custom", listen);
   };
 }
