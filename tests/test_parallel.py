@@ -61,6 +61,7 @@ def checkpoints(tokenizer, tmp_path_factory):
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     return root
