@@ -66,9 +66,9 @@ def check_ranks(spec: FalconSpec, ranks: int) -> None:
         return
     degrees = [each for each in range(2, spec.kv_heads + 1) if spec.kv_heads % each == 0]
     heads = f"{spec.kv_heads} KV head{'s' if spec.kv_heads > 1 else ''} for {spec.query_heads} query heads"
-    possible = f"possible: {', '.join(map(str, degrees))}" if degrees else "which cannot be divided by any"
+    heads += f": possible are {', '.join(map(str, degrees))}" if degrees else ", which cannot be divided"
     raise ValueError(
-        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}: {possible}. Split it by "
+        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}. Split it by "
         f"layers instead (device_map='auto'){'' if degrees else ', or take falcon-40b, which goes by 2, 4 or 8'}"
     )
 
