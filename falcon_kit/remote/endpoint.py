@@ -33,7 +33,7 @@ class Endpoint:
     server: str
     """What runs there."""
     address: str
-    """Where, without user, password or query."""
+    """Where, without a query."""
     context: int | None
     """Tokens of prompt and answer together that it takes; None where neither the endpoint nor the catalogue tells."""
     spec: FalconSpec | None
@@ -213,8 +213,9 @@ async def _find(url: str, model: str | None, api: Api | None, wire: Wire, sessio
     parts = urlsplit(url.strip())
     require(
         parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc),
-        f"{url!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
+        f"{shown(url)!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
     )
+    require("@" not in parts.netloc, "the URL holds a user or password, which logs would show: give a key by token=")
     if parts.scheme == "sagemaker":
         server = await asyncio.to_thread(sagemaker.SageMakerServer, parts.netloc, api or "tgi", model, wire, session)
         await asyncio.to_thread(server.check)
