@@ -90,6 +90,8 @@ class Server(Protocol):
     facts: Facts
     stops: bool
     """Whether it is sent the stop strings, and ends by itself soon after one."""
+    chats: bool
+    """Whether the protocol carries a conversation for the endpoint's own template."""
 
     def body(self, request: Request) -> dict[str, Any]:
         """The request as the protocol writes it; ValueError for what it cannot carry."""
