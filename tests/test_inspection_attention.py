@@ -14,8 +14,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
-from falcon_kit.inspection import attention as module
-from falcon_kit.inspection.attention import STATISTICS
+from falcon_kit.inspection import probabilities as module
+from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.modeling import FalconForCausalLM
 from falcon_kit.shapes import FalconSpec
 
@@ -480,7 +480,7 @@ def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):
 def test_a_share_of_the_heads_is_refused(instruct):
     spec = FalconSpec(**{**vars(instruct.spec), "query_heads": 8})
     with pytest.raises(ValueError, match="this process holds some of the heads only"):
-        module.attention(type("Sharded", (), {"spec": spec, "__iter__": lambda self: iter(instruct)})(), "Hello")
+        fk.attention(type("Sharded", (), {"spec": spec, "__iter__": lambda self: iter(instruct)})(), "Hello")
 
 
 @pytest.mark.parametrize("arguments", [{"period": 1}, {"copies": 1}, {"period": 2048}, {"period": 1000, "copies": 3}])
