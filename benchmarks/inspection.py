@@ -192,7 +192,7 @@ def main(what: str, name: str, length: int) -> None:
 
 def draw(figures: Mapping[str, Any]) -> Figure:
     """Memory and time over the length of the text."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, what, label in zip(
         panels, ("peak MiB", "seconds"), ("peak MiB beyond the model", "seconds"), strict=True
@@ -206,8 +206,8 @@ def draw(figures: Mapping[str, Any]) -> Figure:
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
         axes.set(xlabel="tokens", ylabel=f"{label} (log)")
         axes.grid(alpha=0.3, which="both")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Looking at every head: {figures['model']}", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(f"Looking at every head: {figures['model']}", fontsize=9, x=0.42)
     return figure
 
 
