@@ -17,42 +17,68 @@ from falcon_kit.environment import Environment, environment
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
+    from falcon_kit.data import Documents, dialogues, mix
     from falcon_kit.decoding import Piece
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.loading import Falcon, load
+    from falcon_kit.merging import Merged, merge
+    from falcon_kit.packing import Packed, pack
+    from falcon_kit.runs import TuningRun
     from falcon_kit.sampling import Sampling
+    from falcon_kit.settings import Tuning
+    from falcon_kit.tuning import tune
 
 __version__ = version("falcon-kit")
 
 __all__ = [
     "CARD",
     "ChatFormat",
+    "Documents",
     "Environment",
     "Falcon",
     "FalconSpec",
     "Generation",
+    "Merged",
     "NotEnoughMemory",
+    "Packed",
     "Piece",
     "Plan",
     "Sampling",
     "Stats",
     "Stream",
+    "Tuning",
+    "TuningRun",
     "catalogue",
     "chat_format",
+    "dialogues",
     "environment",
     "load",
+    "merge",
+    "mix",
+    "pack",
     "plan",
     "spec",
+    "tune",
 ]
 
 _ON_FIRST_USE = {
+    "Documents": "data",
     "Falcon": "loading",
     "Generation": "generation",
+    "Merged": "merging",
+    "Packed": "packing",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "Tuning": "settings",
+    "TuningRun": "runs",
+    "dialogues": "data",
     "load": "loading",
+    "merge": "merging",
+    "mix": "data",
+    "pack": "packing",
+    "tune": "tuning",
 }
 
 

@@ -109,7 +109,7 @@ def test_helpers_live_with_their_only_caller():
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_a_light_module_asks_for_no_torch_when_imported(name):
-    path = FILES[f"{name}.py"]
+    path = FILES.get(f"{name}.py") or FILES[f"{name}/__init__.py"]
     tree = runs_at_import(ast.parse(path.read_text()))
     assert {module.partition(".")[0] for module in imported(path, tree)} & HEAVY == set()
 
