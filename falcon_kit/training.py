@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -44,13 +44,27 @@ class AdapterTrainer(Trainer):
         # Sharded weights take the way of models that were sharded while they were loaded: no copy, no second sharding.
         self.is_distributed_loading_by_transformers = distributed.is_sharded(model)
 
+    def go_on(self) -> None:
+        """Trains from the last checkpoint on, or from the start; after the last step, only reads what it came to."""
+        last = self.last()
+        if last is not None:
+            state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            if state.global_step >= state.max_steps:  # the Trainer would take one step more
+                self.state = state
+                self.create_optimizer()
+                self._load_from_checkpoint(str(last), self.model)
+                if distributed.is_sharded(self.model):
+                    distributed.load_shards(self.model, self.optimizer, last / "shards")
+                return
+        self.train(resume_from_checkpoint=str(last) if last else None)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """The loss of one batch; FloatingPointError, which names the documents, where it is not a number."""
         rows = inputs.pop("rows").tolist()
         computed = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **options)
         loss = computed[0] if isinstance(computed, tuple) else computed
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(self._not_a_number(float(loss), rows))
+            raise FloatingPointError(self._not_a_number(loss.item(), rows))
         self.tokens_read += sum(self.packed.lengths[each] for row in rows for each in self.packed.rows[row])
         return computed
 

@@ -195,6 +195,9 @@ class _Run:
     # Training
 
     def __call__(self) -> TuningRun:
+        if (record := self.directory / "adapter" / RECORD).is_file():
+            known = json.loads(record.read_text(encoding="utf-8"))
+            return self._result(known["history"], known["figures"])
         flags = {id(each): each.requires_grad for each in self.falcon.model.parameters()}
         model: PeftModel | None = None
         try:
@@ -204,14 +207,16 @@ class _Run:
             self._train(trainer)
             figures = self._measure(trainer, model)
             self._save(trainer, figures)
-            logged = tuple(trainer.state.log_history)
         finally:
             if model is not None:
                 self.falcon.model.disable_input_require_grads()
                 self.falcon.model.activation_checkpointing_disable()
                 detach(model, flags)
+        return self._result(trainer.state.log_history, figures)
+
+    def _result(self, logged: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
         adapter = self.directory / "adapter"
-        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, logged, figures)
+        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(logged), figures)
 
     def _adapted(self) -> PeftModel:
         chosen = self.settings
@@ -253,9 +258,8 @@ class _Run:
         shown = distributed.is_first()
         watch = Watch(trainer, shown, Live() if shown and in_notebook() else lambda *_, **__: None)
         trainer.add_callback(watch)
-        last = trainer.last()
         try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.go_on()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
                 raise self._out_of_memory(error) from error
@@ -327,6 +331,7 @@ class _Run:
                 "chat_format": self.falcon.chat_format.name,
                 "settings": asdict(self.settings),
                 "figures": dict(figures),
+                "history": trainer.state.log_history,
             }
             (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             form, name = self.falcon.chat_format, self.directory.resolve().name
