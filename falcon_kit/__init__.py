@@ -19,8 +19,9 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 if TYPE_CHECKING:
     from falcon_kit.data import Documents, dialogues, mix
     from falcon_kit.decoding import Piece
+    from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
-    from falcon_kit.loading import Falcon, load
+    from falcon_kit.loading import load
     from falcon_kit.merging import Merged, merge
     from falcon_kit.packing import Packed, pack
     from falcon_kit.runs import TuningRun
@@ -63,7 +64,7 @@ __all__ = [
 
 _ON_FIRST_USE = {
     "Documents": "data",
-    "Falcon": "loading",
+    "Falcon": "falcon",
     "Generation": "generation",
     "Merged": "merging",
     "Packed": "packing",

@@ -113,3 +113,8 @@ def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapt
     if spec.positions == "alibi":
         values += batch * spec.query_heads * context**2
     return values * VALUE_BYTES[dtype]
+
+
+def merge_bytes(spec: FalconSpec) -> int:
+    """Adding an adapter to the largest matrix it adapts: their product in float32, and that scaled."""
+    return 8 * max(out * into for out, into in linear_shapes(spec))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from falcon_kit.hub import fetch_config
 from falcon_kit.shapes import FalconSpec, config_from_legacy, format_bytes, html_table
 
 __all__ = [
@@ -57,16 +59,19 @@ def catalogue() -> Catalogue:
 
 
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
-    """One Falcon: by catalogue name (any case, with or without "tiiuae/"), directory, or path of a config.json.
+    """One Falcon: by catalogue name (any case, with or without "tiiuae/"), directory, path of a config.json, or hub id.
 
-    Raises LookupError for a string that is none of these, FileNotFoundError for a directory without a config.json,
-    and ValueError for a config that is broken or not a Falcon's.
+    Of another hub id than tiiuae's, the config.json is fetched and nothing else. Raises LookupError for a string that
+    is none of these, ConnectionError where the hub cannot be reached, FileNotFoundError for a directory without a
+    config.json, and ValueError for a config that is broken or not a Falcon's.
     """
     path = Path(name).expanduser()
     if isinstance(name, str):
         known = {each.name.lower(): each for each in catalogue()}
         if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
             return found
+        if not path.exists() and re.fullmatch(r"(?!tiiuae/)[\w-][\w.-]*/[\w.-]+", name):
+            return FalconSpec.from_config(_read_json(fetch_config(name)), name, source=f"https://huggingface.co/{name}")
         if not path.exists():
             names = [each.name for each in known.values()]
             raise LookupError(f"{unknown_name('model', name, names)} Or give a directory or config.json that exists.")

@@ -6,24 +6,16 @@ hub that cannot be reached.
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
 from falcon_kit.catalogue import FalconSpec, catalogue, config_from_legacy, embedded_directory, spec
+from falcon_kit.hub import fetch_config, hub_errors
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -57,35 +49,16 @@ def _download(
     repository: str, hub: dict[str, Any], decide: Callable[[FalconSpec, FalconConfig], None]
 ) -> tuple[Path, FalconSpec, FalconConfig]:
     """Fetches a hub repository: config first, so that what is no Falcon, or too large, costs no more than that."""
-    with _hub_errors(repository):
-        config_file = Path(hf_hub_download(repository, "config.json", **hub))
-        shape = FalconSpec.from_config(_read(config_file), repository)  # raises for a model that is no Falcon
-        config = _config(config_file.parent)
-        shape = {f"tiiuae/{each.name}": each for each in catalogue()}.get(repository, shape)
-        decide(shape, config)
+    config_file = fetch_config(repository, **hub)
+    shape = FalconSpec.from_config(_read(config_file), repository)  # raises for a model that is no Falcon
+    config = _config(config_file.parent)
+    shape = {f"tiiuae/{each.name}": each for each in catalogue()}.get(repository, shape)
+    decide(shape, config)
+    with hub_errors(repository):
         directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.safetensors"], **hub))
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.bin"], **hub))
     return directory, shape, config
-
-
-@contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
-    """Says in the kit's words what huggingface_hub says in many."""
-    try:
-        yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ConnectionError(
-            f"{repository} is not in the local cache and the hub cannot be reached: connect this machine, copy the "
-            "checkpoint into a directory and load that, or use 'falconet', which needs no download"
-        ) from error
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"{repository} is gated: accept its terms on the hub, then log in with `hf auth login` or pass token=..."
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        names = ", ".join(each.name for each in catalogue())
-        raise LookupError(f"the hub has no {repository} (or not that revision). Known by name: {names}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 Remote code is never run, and pickled weights only load as bare tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,111 +25,28 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit import generation, modeling
-from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
-from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, encode
+from falcon_kit import modeling
+from falcon_kit.budget import QUANTISED
+from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
+from falcon_kit.chat import FALCON, HUB, ChatFormat, chat_format
 from falcon_kit.checkpoints import check_weights, locate
 from falcon_kit.environment import host_memory
-from falcon_kit.generation import Generation, Prompt, Stream
+from falcon_kit.falcon import Falcon
 from falcon_kit.kernels import faster_without_onednn
-from falcon_kit.planning import CacheKind, NotEnoughMemory, Plan, plan
+from falcon_kit.machines import slots_here
+from falcon_kit.placement import CacheKind
+from falcon_kit.planning import NotEnoughMemory, Plan, dtype_name, plan
+from falcon_kit.quantization import (
+    bitsandbytes_config,
+    check_quantised,
+    compute_dtype,
+    make_savable,
+    stored_quantisation,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 _SMALL = 2**30  # bytes of weights up to which a progress bar would only flash by
-
-
-@dataclass(frozen=True, repr=False)
-class Falcon:
-    """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""
-
-    model: FalconForCausalLM
-    """The model, in evaluation mode."""
-    tokenizer: PreTrainedTokenizerBase
-    """Its tokenizer, with a chat template."""
-    spec: FalconSpec
-    """Its published or configured shape."""
-    plan: Plan
-    """What it takes and where it was to go, as planned before its weights were read."""
-    chat_format: ChatFormat
-    """How `chat` writes turns."""
-    dtype_reason: str
-    """Why the weights have the dtype they have."""
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of transformers' `generate` that every call gets: a static cache, where the model was compiled."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.model, self.tokenizer))
-
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
-        """Continues a text: a `Generation`; for several texts or sequences, a list of them.
-
-        `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
-        seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
-        than the context, or settings out of range.
-        """
-        return generation.generate(self.model, self.tokenizer, prompt, **self._with_decoding(settings))
-
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
-        """Continues a text, or answers a conversation, piece by piece; closing the iterator stops the model."""
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            settings = self._turns(cast(Sequence[Message], prompt), settings)
-            return generation.stream(self.model, self.tokenizer, **self._with_decoding(settings))
-        return generation.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))
-
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
-        """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
-
-        Special tokens that a message spells out stay text. Raises ValueError for unknown roles or turns out of order.
-        """
-        if settings.get("num_return_sequences", 1) != 1:
-            raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
-        settings = self._with_decoding(self._turns(messages, settings))
-        return cast(Generation, generation.generate(self.model, self.tokenizer, **settings))
-
-    def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
-        given = settings.get("stop", ())
-        stop = (*self.chat_format.stop, *((given,) if isinstance(given, str) else given))
-        ids = encode(messages, self.tokenizer, self.chat_format)
-        return {**settings, "prompt": ids, "stop": stop, "strip": True}
-
-    def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings and the model's own way of decoding, unless they ask for another."""
-        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generation.ASSISTED)
-        return settings if any(name in settings for name in other) else {**self.decoding, **settings}
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, tied ones once."""
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in (*self.model.parameters(), *self.model.buffers())
-        )
-
-    @property
-    def _grouped(self) -> bool:
-        return isinstance(self.model, modeling.FalconForCausalLM)
-
-    def _facts(self) -> dict[str, str]:
-        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
-        return {
-            "parameters": f"{self.model.num_parameters():,}",
-            "weights": format_bytes(self.weight_bytes),
-            "dtype": f"{str(self.model.dtype).removeprefix('torch.')} ({self.dtype_reason})",
-            "devices": ", ".join(devices),
-            "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
-            "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
-            "context": f"{self.spec.context} tokens",
-            "chat format": self.chat_format.name,
-        }
-
-    def __repr__(self) -> str:
-        facts = self._facts()
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return f"Falcon({self.spec.name}, {facts['parameters']} parameters, {dtype} on {facts['devices']})"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.spec.name, (), self._facts().items())
 
 
 def load(
@@ -135,6 +54,9 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload: Literal["cpu", "disk"] | None = None,
+    offload_folder: str | Path = "runs/offload",
     attention: Literal["grouped", "transformers"] = "grouped",
     compile: bool | CompileConfig = False,
     force: bool = False,
@@ -146,50 +68,53 @@ def load(
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
-    dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason kept), "float32", "bfloat16", "float16".
-    device_map: as in transformers; unset, all GPUs there are, else the CPU.
+    dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason kept), "float32", "bfloat16", "float16",
+    or through bitsandbytes "int8", "nf4", "nf4-double" (4 bits, the scales quantised too).
+    device_map: unset or "auto", as the plan (`fk.plan`, for one text of the whole context) spreads the layers over the
+    GPUs there are, else the CPU; a device or a dict, as in transformers.
+    max_memory: what may be used, {0: "20GiB", 1: "20GiB"}; devices that are not named are left alone.
+    offload: "cpu" keeps layers that find no room in host memory, "disk" on disk beyond that: each is read anew for
+    every token. Pickled checkpoints are first written anew to `offload_folder`; safetensors are read where they are.
     attention: "grouped" keeps keys and values once per KV head; "transformers" is the library's own Falcon, unmended.
     compile: decode on a GPU with a static cache of the whole context and a compiled step (transformers' own means),
     warmed up for one text at a time; another batch size compiles once more. A CompileConfig names other options. Beam
     search, assisted generation and a cache of your own decode without it.
-    force: try although the plan (`fk.plan`, for one text of the whole context) does not fit.
+    force: try although the plan does not fit.
     chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
 
     Raises LookupError for a name that nothing answers to, ConnectionError where the hub cannot be reached,
-    FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard or missing weights, and
-    NotEnoughMemory before any weights are fetched or read.
+    FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard, missing weights or
+    settings that do not go together, and NotEnoughMemory before any weights are fetched or read.
     """
-    wanted = _named_dtype(dtype)
-    if attention not in ATTENTIONS:
-        raise ValueError(
-            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; sdpa, eager or flash-attention are chosen "
-            "by model.set_attn_implementation"
-        )
+    wanted = None if dtype == "auto" else dtype_name(dtype)
+    _check_settings(wanted, device_map, attention, offload)
     compiling = _compile_options(compile)
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = Path(offload_folder).expanduser()
+    slots = slots_here(max_memory, offload, folder)
     plans: list[Plan] = []
 
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
-        kept = str(_choose_dtype(wanted, config, shape)[0]).removeprefix("torch.")
         cache: CacheKind = "grouped" if attention == "grouped" else "transformers"
-        plans.append(plan(shape, kept, context=shape.context, cache=cache))
-        if not (plans[0].fits or force or device_map):
+        kept = _choose_dtype(wanted, config, shape)[0]
+        plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache))
+        if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
 
     directory, shape, config = locate(str(name), hub, decide)
-    weights = check_weights(directory)
-    chosen, reason = _choose_dtype(wanted, config, shape)
-    if device_map is None and torch.cuda.is_available():
-        device_map = "auto"
-    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
+    files = check_weights(directory)
+    kept, reason = _choose_dtype(wanted, config, shape)
+    if offload == "disk" and files[0].suffix == ".bin":
+        _check_disk(folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(directory)
-    model = _load_model(ATTENTIONS[attention], directory, config, chosen, device_map, weights)
+    place = _place(device_map, plans[0])
+    with _nothing_left_on_failure(directory):
+        model = _load_model(ATTENTIONS[attention], directory, config, kept, place, files, folder)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
-        linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        linears = [module.weight for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
     decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
     if compiling:
@@ -200,31 +125,97 @@ def load(
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
-def _named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The torch dtype, None for "auto"."""
-    if dtype == "auto":
-        return None
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if (found := DTYPES.get(str(dtype).removeprefix("torch."))) is None:
-        raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    return found
+def _check_settings(dtype: str | None, device_map: Any, attention: str, offload: str | None) -> None:
+    """Raises ValueError for words that are not known, and for settings that do not go together."""
+    if attention not in ATTENTIONS:
+        raise ValueError(
+            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; sdpa, eager or flash-attention are chosen "
+            "by model.set_attn_implementation"
+        )
+    if dtype in QUANTISED and attention != "grouped":
+        raise ValueError(
+            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers bitsandbytes passes over: "
+            "leave attention at 'grouped'"
+        )
+    if dtype in QUANTISED and offload:
+        raise ValueError(
+            f"dtype={dtype!r} with offload={offload!r}: bitsandbytes computes where its weights lie, so quantised "
+            "layers cannot visit a GPU: use max_memory and more devices, or dtype='bfloat16' with offload"
+        )
+    if offload and device_map not in (None, "auto"):
+        raise ValueError(f"offload={offload!r} places the layers itself: leave device_map={device_map!r} out")
+    if isinstance(device_map, str):
+        _check_device(device_map)
 
 
-def _choose_dtype(wanted: torch.dtype | None, config: FalconConfig, shape: FalconSpec) -> tuple[torch.dtype, str]:
-    """The dtype to load in, and why."""
+def _check_device(device_map: str) -> None:
+    """Raises ValueError for a device that there is not, with those there are."""
+    known = ["auto", "balanced", "balanced_low_0", "sequential", "cpu"]
+    known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known += ["cuda"] if torch.cuda.is_available() else []
+    known += ["mps"] if torch.backends.mps.is_available() else []
+    if device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
+    if device_map not in known:
+        raise ValueError(unknown_name("device_map", device_map, known))
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Raises OSError where offloaded weights would not fit on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"offload='disk' writes up to {format_bytes(needed)} of pickled weights to {folder}, where "
+            f"{format_bytes(free)} are free: give offload_folder on a larger disk, or convert the checkpoint to "
+            "safetensors, which are read where they are"
+        )
+
+
+def _place(device_map: Any, plan: Plan) -> Any:
+    """The map for from_pretrained: the plan's, unless another was asked for."""
+    if device_map not in (None, "auto"):
+        return device_map
+    if plan.fits:
+        return dict(plan.device_map)
+    return None if plan.slots[0].key == "cpu" else "auto"  # forced: transformers' own map, for what it is worth
+
+
+@contextmanager
+def _nothing_left_on_failure(directory: Path) -> Iterator[None]:
+    """Frees what was loaded when something fails: Jupyter keeps the last error, and so all that its frames hold."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise FileNotFoundError(
+                f"a file of {directory} vanished while it was read ({error}): fetch the checkpoint again"
+            ) from error
+        raise
+
+
+def _choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+    """The name of the dtype to load in, and why."""
+    if quantised := stored_quantisation(config):
+        if wanted not in (None, quantised):
+            raise ValueError(f"the checkpoint is already quantised to {quantised}: dtype={wanted!r} needs the original")
+        return quantised, "as in the checkpoint"
     if wanted is not None:
         return wanted, "as asked"
-    stored = next((known for known in DTYPES.values() if known == config.dtype), torch.bfloat16)
+    stored = next((name for name, known in DTYPES.items() if known == config.dtype), "bfloat16")
     if torch.cuda.is_available():
-        if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.float16, "the checkpoint's bfloat16 is not native to this GPU"
+        if stored == "bfloat16" and compute_dtype() == torch.float16:
+            return "float16", "the checkpoint's bfloat16 is not native to this GPU"
         return stored, "as in the checkpoint"
     full, (_, available) = 4 * shape.parameters, host_memory()
-    if stored != torch.float32 and full < available / 10:
-        return torch.float32, f"on a CPU {format_bytes(full)} of weights are little, and float32 is exact"
-    if stored == torch.float16:
-        return torch.bfloat16, "CPUs compute bfloat16 faster than the checkpoint's float16"
+    if stored != "float32" and full < available / 10:
+        return "float32", f"on a CPU {format_bytes(full)} of weights are little, and float32 is exact"
+    if stored == "float16":
+        return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
     return stored, "as in the checkpoint"
 
 
@@ -244,19 +235,24 @@ def _load_model(
     kind: type[FalconForCausalLM],
     directory: Path,
     config: FalconConfig,
-    dtype: torch.dtype,
+    dtype: str,
     device_map: Any,
-    weights: list[Path],
+    files: list[Path],
+    offload_folder: Path,
 ) -> FalconForCausalLM:
-    with _progress(sum(file.stat().st_size for file in weights) > _SMALL):
-        loaded: Any = kind.from_pretrained(
+    quantised = dtype in QUANTISED
+    asked = quantised and stored_quantisation(config) is None
+    with _progress(sum(file.stat().st_size for file in files) > _SMALL):
+        loaded = cast(Any, kind).from_pretrained(
             directory,
             config=config,
-            dtype=dtype,
+            dtype=compute_dtype() if quantised else DTYPES[dtype],
             device_map=device_map,
-            use_safetensors=weights[0].suffix == ".safetensors",
+            offload_folder=offload_folder if "disk" in _values(device_map) else None,
+            use_safetensors=files[0].suffix == ".safetensors",
             weights_only=True,
             output_loading_info=True,
+            **({"quantization_config": bitsandbytes_config(dtype)} if asked else {}),
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -265,8 +261,15 @@ def _load_model(
             f"{directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "the config and the weights are of different models, or the checkpoint is incomplete"
         )
+    if quantised:
+        check_quantised(model, dtype)
+        make_savable(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
+
+
+def _values(device_map: Any) -> list[Any]:
+    return list(device_map.values()) if isinstance(device_map, dict) else [device_map]
 
 
 @contextmanager

@@ -6,8 +6,10 @@ Neither torch nor transformers is imported, unless this machine's own GPUs are a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from falcon_kit.catalogue import unknown_name
 from falcon_kit.environment import environment
@@ -62,6 +64,9 @@ class Slot:
     """For a device map: the number of the GPU, or "cpu"."""
     free_bytes: int
     """Memory that may be used."""
+    stores: bool = False
+    """Layers are only kept here, and visit a GPU, or host memory, to be computed: host memory beside GPUs, or a disk.
+    Such places come last."""
 
 
 def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
@@ -79,12 +84,56 @@ def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
         if word in (name, name.removeprefix("ml.")):
             return _alike(count, gpu, GPUS[gpu] * MIB)
     count_word, kind = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", word).groups()  # type: ignore[union-attr]  # .* fits anything
-    if size := re.fullmatch(r"([\d.]+)\s*([kmgt]i?b)", kind):
-        return _alike(int(count_word or 1), kind.replace("b", "B"), int(float(size[1]) * _UNITS[size[2]]))
+    if size := _bytes(kind):
+        return _alike(int(count_word or 1), kind.replace("b", "B"), size)
     for gpu in GPUS:
         if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
             return _alike(int(count_word or 1), gpu, GPUS[gpu] * MIB)
     raise ValueError(f"{unknown_name('devices', devices, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'.")
+
+
+def slots_here(
+    max_memory: Mapping[int | str, int | str] | None = None, offload: str | None = None, folder: Path = Path()
+) -> tuple[Slot, ...]:
+    """The devices of this machine, for loading.
+
+    max_memory: bytes, or words such as "20GiB", by GPU number, "cpu" or "disk": what is not named is not used. offload:
+    "cpu" adds host memory behind the GPUs, "disk" the disk that `folder` is on behind that.
+    Raises ValueError for a device that is not here, an unknown word, or an offload that leads nowhere.
+    """
+    slots = list(find_slots(None))
+    if offload not in (None, "cpu", "disk"):
+        raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
+    if offload and slots[0].key != "cpu":
+        slots.append(Slot("host memory", "cpu", environment().available_bytes, stores=True))
+    elif offload == "cpu":
+        raise ValueError("offload='cpu' is for layers that find no room on a GPU, and there is none here: try 'disk'")
+    if offload == "disk":
+        slots.append(Slot("disk", "disk", shutil.disk_usage(folder).free, stores=True))
+    if max_memory is None:
+        return tuple(slots)
+    keys = [slot.key for slot in slots]
+    if unknown := [key for key in max_memory if key not in keys]:
+        raise ValueError(f"max_memory names {unknown[0]!r}, but here are {', '.join(map(repr, keys))}")
+    return tuple(
+        replace(slot, free_bytes=min(slot.free_bytes, _limit(max_memory[slot.key])))
+        for slot in slots
+        if slot.key in max_memory
+    )
+
+
+def _limit(size: int | str) -> int:
+    """Bytes of a number, or of words such as "20GiB"."""
+    count = _bytes(size.strip().lower()) if isinstance(size, str) else size
+    if count is None or count < 1:
+        raise ValueError(f"max_memory has {size!r}: give bytes, or a size such as '20GiB'")
+    return count
+
+
+def _bytes(words: str) -> int | None:
+    """Bytes that words such as "40gib" or "1.5 gb" stand for; None if they are no size."""
+    size = re.fullmatch(r"([\d.]+)\s*([kmgt]i?b)", words)
+    return int(float(size[1]) * _UNITS[size[2]]) if size else None
 
 
 _UNITS = {f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")}

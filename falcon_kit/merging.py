@@ -19,7 +19,8 @@ from torch import Tensor
 
 from falcon_kit.catalogue import embedded_directory
 from falcon_kit.chat import encode_text
-from falcon_kit.loading import Falcon, load
+from falcon_kit.falcon import Falcon
+from falcon_kit.loading import load
 
 RECORD = "tuning.json"
 """Beside an adapter: the settings, figures and base it was made with."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from falcon_kit.loading import Falcon
+    from falcon_kit.falcon import Falcon
 
 FEATURES = Features({"ids": List(Value("int32")), "trained": List(Value("bool")), "where": Value("string")})
 

@@ -10,23 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from falcon_kit import budget
 from falcon_kit.catalogue import catalogue, spec, unknown_name
 from falcon_kit.machines import Slot, find_slots
+from falcon_kit.placement import CacheKind, Part, Purpose, Request, crowd, device_map, rows, spread
 from falcon_kit.shapes import FalconSpec, format_bytes, html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Purpose = Literal["inference", "lora", "qlora", "full"]
-CacheKind = Literal["grouped", "transformers"]
-
 GIB = 2**30
-CPU_OVERHEAD, GPU_OVERHEAD = 440 * 2**20, 600 * 2**20
-"""Before any weight is there: Python with torch and transformers, held against a process in `tests/test_planning.py`; a
-CUDA context with its library workspaces, assumed."""
 
 
 class NotEnoughMemory(MemoryError):
@@ -36,20 +31,6 @@ class NotEnoughMemory(MemoryError):
         lines = [happened or plan.verdict(), *(f"- {each}" for each in plan.suggestions)]
         super().__init__("\n".join(lines))
         self.plan = plan
-
-
-@dataclass(frozen=True)
-class Part:
-    """One row of a plan."""
-
-    part: str
-    """What it is: "layers 0-14", "KV cache"."""
-    device: int | str
-    """The key of its slot."""
-    bytes: int
-    """Its size."""
-    reason: str
-    """How the size came about."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +46,7 @@ class Plan:
     batch: int
     """Rows at once."""
     purpose: Purpose
-    """inference, lora, qlora or full (fine-tuning of all weights)."""
+    """inference, lora, qlora, full (fine-tuning of all weights) or merge (adapters into weights)."""
     slots: tuple[Slot, ...]
     """The devices it is made for."""
     rows: tuple[Part, ...]
@@ -137,20 +118,23 @@ def plan(
     """What a Falcon needs and whether it fits, before a byte of it is loaded.
 
     name: as for `fk.spec`, or a spec. dtype: float32, bfloat16, float16, int8, nf4, nf4-double. context: tokens a row,
-    prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full. devices: unset, the GPUs here,
-    else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type ("ml.g5.12xlarge", "colab-t4").
-    cache: "transformers" shows what the library's own Falcon would keep. rank: of LoRA.
+    prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full, merge (of an adapter).
+    devices: unset, the GPUs here, else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type
+    ("ml.g5.12xlarge", "colab-t4"); slots of your own. cache: "transformers" shows what the library's own Falcon would
+    keep. rank: of LoRA.
 
     Raises LookupError for an unknown name and ValueError for a word or number out of range.
     """
     shape = name if isinstance(name, FalconSpec) else spec(name)
-    kept = _dtype(dtype, purpose)
+    kept = dtype_name(dtype)
+    if purpose == "qlora" and kept not in budget.QUANTISED:
+        kept = "nf4-double"
     _check(shape, context, batch, purpose, cache)
     slots = find_slots(devices)
-    request = _Request(shape, kept, context, batch, purpose, cache, rank)
-    counts = _spread(request, slots)
+    request = Request(shape, kept, context, batch, purpose, cache, rank)
+    counts = spread(request, slots)
     fits = sum(counts) == shape.layers
-    counts = counts if fits else _crowd(request, slots)
+    counts = counts if fits else crowd(request, slots)
     return Plan(
         spec=shape,
         dtype=kept,
@@ -158,20 +142,20 @@ def plan(
         batch=batch,
         purpose=purpose,
         slots=slots,
-        rows=tuple(_rows(request, slots, counts)),
-        device_map=_device_map(slots, counts) if fits else {},
+        rows=tuple(rows(request, slots, counts)),
+        device_map=device_map(slots, counts) if fits else {},
         suggestions=() if fits else tuple(_suggestions(request, slots)),
     )
 
 
-def _dtype(dtype: Any, purpose: str) -> str:
-    """The dtype by name; QLoRA is on quantised weights whatever was said."""
+def dtype_name(dtype: Any) -> str:
+    """How weights are kept, by name, from a name or a torch dtype. Raises ValueError, with the nearest name."""
     word = str(dtype).removeprefix("torch.")
     if word not in budget.VALUE_BYTES:
         near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(word, word), budget.VALUE_BYTES, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"dtype {dtype!r} is not known: {hint}There are {', '.join(budget.VALUE_BYTES)}")
-    return "nf4-double" if purpose == "qlora" and word not in budget.QUANTISED else word
+    return word
 
 
 def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str) -> None:
@@ -184,139 +168,11 @@ def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str
         raise ValueError(f"batch={batch}: give at least one row")
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is asked for, and the bytes that follow."""
-
-    spec: FalconSpec
-    dtype: str
-    context: int
-    batch: int
-    purpose: Purpose
-    cache: CacheKind
-    rank: int
-
-    @property
-    def _size(self) -> tuple[FalconSpec, str, int, int]:
-        return self.spec, self.dtype, self.context, self.batch
-
-    def layer(self) -> dict[str, tuple[int, str]]:
-        """What each decoder layer brings along: bytes and reason by part."""
-        weights = budget.layer_bytes(self.spec, self.dtype)
-        parts = {"weights": (weights, f"{self.spec.layer_parameters:,} parameters a layer in {self.dtype}")}
-        if self.purpose == "inference":
-            kept = budget.layer_kv_bytes(*self._size, self.cache)
-            copies = "one per query head" if self.cache == "transformers" else f"{self.spec.kv_heads} KV heads"
-            parts["KV cache"] = (kept, f"{self.batch} x {self.context} tokens, {copies}")
-        elif self.purpose == "full":
-            parts["gradients and Adam"] = (3 * weights, "a gradient and two averages for each weight")
-        else:
-            adapters = budget.lora_parameters(self.spec, self.rank) // self.spec.layers
-            reason = f"rank {self.rank}, float32: weight, gradient and two averages of Adam"
-            parts["LoRA"] = (16 * adapters, reason)
-        if self.purpose != "inference":
-            kept = budget.checkpoint_bytes(*self._size) // self.spec.layers
-            parts["checkpoints"] = (kept, "what came into each layer, kept for the way back")
-        return parts
-
-    def device(self, slot: Slot) -> dict[str, tuple[int, str]]:
-        """What every device holds that computes a layer."""
-        if self.purpose == "inference":
-            busy, reason = budget.prefill_bytes(*self._size), f"the busiest moment of reading {self.context} tokens"
-        else:
-            busy = budget.backward_bytes(*self._size, adapters=self.purpose != "full")
-            reason = "one layer computed anew and going backward"
-        overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
-        if slot.key == "cpu":
-            overhead = (CPU_OVERHEAD, "Python with torch and transformers")
-        return {"activations": (busy, reason), "overhead": overhead}
-
-    def first(self) -> dict[str, tuple[int, str]]:
-        """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
-        table = budget.embedding_bytes(self.spec, self.dtype)
-        parts = {"embedding and head": (table, "tied: one table" if self.spec.tied_head else "two tables")}
-        if self.purpose == "full":
-            parts["gradients and Adam"] = (3 * table, "a gradient and two averages for each weight")
-        if self.purpose == "inference":
-            parts["logits"] = (budget.logits_bytes(self.spec, self.batch), "scores of the next token")
-        else:
-            loss = budget.loss_bytes(self.spec, self.context, self.batch)
-            parts["loss"] = (loss, f"logits of all tokens over {self.spec.vocabulary:,} words")
-        return parts
+def _fits(request: Request, slots: Sequence[Slot]) -> bool:
+    return sum(spread(request, slots)) == request.spec.layers
 
 
-def _total(parts: Mapping[str, tuple[int, str]]) -> int:
-    return sum(size for size, _ in parts.values())
-
-
-def _room(request: _Request, slots: Sequence[Slot]) -> list[int]:
-    """Bytes for layers on each device, after what it holds anyway."""
-    room = [slot.free_bytes - _total(request.device(slot)) for slot in slots]
-    room[0] -= _total(request.first()) + budget.last_norm_bytes(request.spec, request.dtype)
-    return room
-
-
-def _spread(request: _Request, slots: Sequence[Slot]) -> list[int]:
-    """Layers on each device, so that the fullest keeps as much room as can be; fewer than there are if they do not fit.
-
-    Layers are all alike, so this is a search for the largest reserve that still leaves places enough.
-    """
-    layer, room, wanted = _total(request.layer()), _room(request, slots), request.spec.layers
-    if room[0] < 0:
-        return [0] * len(slots)
-
-    def places(reserve: int) -> list[int]:
-        return [max(0, (free - reserve) // layer) for free in room]
-
-    low, high = 0, max(room)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(places(middle)) >= wanted else (low, middle - 1)
-    counts = places(low)
-    taken = [index for index, count in enumerate(counts) if count]
-    fullest_first = sorted(taken, key=lambda index: room[index] - counts[index] * layer)
-    for index in fullest_first[: max(0, sum(counts) - wanted)]:
-        counts[index] -= 1  # devices that tie at this reserve: the fullest give one back
-    return counts
-
-
-def _crowd(request: _Request, slots: Sequence[Slot]) -> list[int]:
-    """Layers by memory, whether they fit or not: how a plan that does not fit is shown."""
-    total, wanted = sum(slot.free_bytes for slot in slots), request.spec.layers
-    counts = [wanted * slot.free_bytes // total for slot in slots]
-    counts[-1] += wanted - sum(counts)
-    return counts
-
-
-def _rows(request: _Request, slots: Sequence[Slot], counts: Sequence[int]) -> Iterator[Part]:
-    done = 0
-    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        if index == 0:
-            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.first().items())
-        if count:
-            span = f"layers {done}-{done + count - 1}"
-            for name, (size, reason) in request.layer().items():
-                yield Part(span if name == "weights" else name, slot.key, count * size, reason)
-        if count or index == 0:
-            yield from (Part(name, slot.key, size, reason) for name, (size, reason) in request.device(slot).items())
-        done += count
-    norm = budget.last_norm_bytes(request.spec, request.dtype)
-    yield Part("last LayerNorm", slots[0].key, norm, "before the head")
-
-
-def _device_map(slots: Sequence[Slot], counts: Sequence[int]) -> dict[str, int | str]:
-    """Where each module goes. The head goes where the embedding is, which it shares its weights with."""
-    keys = [slot.key for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-    first = slots[0].key
-    names = ("transformer.word_embeddings", "transformer.rotary_emb", "transformer.ln_f", "lm_head")
-    return {**dict.fromkeys(names, first), **{f"transformer.h.{index}": key for index, key in enumerate(keys)}}
-
-
-def _fits(request: _Request, slots: Sequence[Slot]) -> bool:
-    return sum(_spread(request, slots)) == request.spec.layers
-
-
-def _suggestions(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
+def _suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
     """What would make it fit, the least loss of quality first: of each kind the first that does."""
     halvings = range(1, 8)
     kinds: dict[str, Sequence[Any]] = {
@@ -331,26 +187,29 @@ def _suggestions(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
         found = next((value for value in values if _fits(_changed(request, name, value), slots)), None)
         if found is not None:
             yield f"another model: {found.name}" if isinstance(found, FalconSpec) else f"{name}={found!r}"
-    if slots[0].key != "cpu":
+    if slots[0].key != "cpu" and not slots[-1].stores:
         yield from _other_places(request, slots)
     yield "an endpoint that serves it, on a machine of its own"
 
 
-def _other_places(request: _Request, slots: Sequence[Slot]) -> Iterator[str]:
+def _other_places(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
     """More GPUs of the same kind, or host memory beside those there are."""
     kind = slots[0]
     for count in range(len(slots) + 1, 17):
         if _fits(request, [Slot(kind.name, key, kind.free_bytes) for key in range(count)]):
             yield f"more devices: {count} x {kind.name}"
             break
-    placed, layers = sum(_spread(request, slots)), request.spec.layers
-    if placed and request.purpose == "inference":
-        yield f"offloading: {layers - placed} of {layers} layers in host memory, read anew for each token"
+    if request.purpose == "inference" and request.dtype not in budget.QUANTISED:
+        roomy = [*slots, Slot("host memory", "cpu", 2**50, stores=True)]
+        if away := spread(request, roomy)[-1]:
+            yield f"offload='cpu': {away} of {request.spec.layers} layers in host memory, read anew for each token"
 
 
-def _changed(request: _Request, name: str, value: Any) -> _Request:
+def _changed(request: Request, name: str, value: Any) -> Request:
     """The request with another value; QLoRA brings its dtype along."""
-    changes = {name: value, **({"dtype": _dtype(request.dtype, "qlora")} if value == "qlora" else {})}
+    changes = {name: value}
+    if value == "qlora" and request.dtype not in budget.QUANTISED:
+        changes["dtype"] = "nf4-double"
     return replace(request, **changes)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.chat import ChatFormat
-from falcon_kit.loading import Falcon
+from falcon_kit.falcon import Falcon
 from falcon_kit.merging import attached, base_name
 from falcon_kit.packing import Packed
 from falcon_kit.planning import Plan

@@ -26,12 +26,13 @@ from falcon_kit import distributed, generation, modeling
 from falcon_kit.catalogue import CARD
 from falcon_kit.chat import render
 from falcon_kit.data import Documents, dialogues
-from falcon_kit.loading import Falcon
+from falcon_kit.falcon import Falcon
 from falcon_kit.machines import Slot, find_slots
 from falcon_kit.merging import RECORD, base_name, detach, fingerprint, is_quantised, quiet
 from falcon_kit.packing import Packed, collate, pack
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
 from falcon_kit.progress import Live, Watch, in_notebook, show
+from falcon_kit.quantization import stored_quantisation, unpacked
 from falcon_kit.runs import TuningRun, card
 from falcon_kit.settings import Tuning
 from falcon_kit.training import AdapterTrainer, arguments
@@ -75,7 +76,7 @@ def tune(
     run.claim(resume)
     if distributed.is_first():
         show(planned)
-    with _as_it_was(falcon):
+    with _as_it_was(falcon), unpacked(falcon.model):
         return run()
 
 
@@ -111,10 +112,10 @@ def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
     slots = [Slot(each.name, each.key, each.free_bytes + held.get(str(each.key), 0)) for each in find_slots(None)]
     if distributed.world_size() > 1 and slots[0].key != "cpu":
         slots = slots[:1]  # a process has one GPU
-    quantised = is_quantised(falcon.model)
+    quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         falcon.spec,
-        "nf4" if quantised else falcon.model.dtype,
+        quantised or falcon.model.dtype,
         context=chosen.context or falcon.spec.context,
         batch=chosen.batch,
         purpose="qlora" if quantised else "lora",
@@ -185,7 +186,7 @@ class _Run:
             digest.update(self.train[row]["input_ids"].tobytes())
         identity = {
             "base": fingerprint(self.falcon.model),
-            "dtype": str(self.falcon.model.dtype),
+            "dtype": stored_quantisation(self.falcon.model.config) or str(self.falcon.model.dtype),
             "data": digest.hexdigest()[:16],
             "processes": distributed.world_size(),
             **asdict(self.settings),

@@ -1,6 +1,8 @@
 """`fk.load`: what it hands back equals what transformers loads; what is wrong is said before the weights are read."""
 
+import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,9 +114,9 @@ def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
     assert instruct.dtype_reason == "on a CPU 18.5 MiB of weights are little, and float32 is exact"
 
 
-def test_an_unknown_dtype_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="dtype 'bf16' is not one of auto, float32, bfloat16, float16"):
-        fk.load("falconet", dtype="bf16")
+def test_an_unknown_dtype_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"dtype 'bfloat' is not known: did you mean 'bfloat16'\?"):
+        fk.load("no/such/model", dtype="bfloat")
 
 
 # Decoding: kernels and compilation
@@ -171,7 +173,7 @@ def test_compile_without_a_gpu_is_refused_before_anything_is_loaded():
 
 
 def small_machine(monkeypatch):
-    monkeypatch.setattr("falcon_kit.planning.find_slots", lambda devices: (Slot("cpu", "cpu", 2**20),))
+    monkeypatch.setattr("falcon_kit.loading.slots_here", lambda *_: (Slot("cpu", "cpu", 2**20),))
 
 
 def test_what_does_not_fit_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
@@ -191,6 +193,85 @@ def test_force_tries_all_the_same(checkpoint, layout, monkeypatch):
 
 def test_a_loaded_falcon_has_its_plan(instruct):
     assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
+        ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
+        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
+        ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
+        ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
+        ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
+        ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes where its weights lie"),
+        ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' places the layers itself"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(settings, message):
+    if torch.cuda.is_available():
+        pytest.skip("these are the devices of a machine without a GPU")
+    with pytest.raises(ValueError, match=message):
+        fk.load("no/such/model", **settings)
+
+
+def test_max_memory_is_what_the_plan_goes_by(checkpoint):
+    with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
+        fk.load(checkpoint, max_memory={"cpu": "1MiB"})
+
+
+# Offloading
+
+
+def on_disk(model):
+    return {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.device.type == "meta"}
+
+
+def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path, monkeypatch):
+    small_model(layout, num_hidden_layers=6).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = fk.plan(tmp_path, "float32", devices=[Slot("cpu", "cpu", 2**40)]).total_bytes
+    layer = 4 * fk.spec(tmp_path).layer_parameters
+    slots = (Slot("cpu", "cpu", whole - 3 * layer), Slot("disk", "disk", 2**40, stores=True))
+    monkeypatch.setattr("falcon_kit.loading.slots_here", lambda *_: slots)
+    falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
+    assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
+    assert "disk" in repr(falcon)
+    assert_same_logits(falcon.model, small_model(layout, num_hidden_layers=6))
+
+
+def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokenizer, tmp_path, monkeypatch):
+    directory = legacy(tmp_path / "old", "40b", tokenizer)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(OSError, match=r"writes up to .* MiB of pickled weights to .*, where 1000 B are free"):
+        fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")
+
+
+# Failures
+
+
+def falcons_in_memory():
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), FalconForCausalLM)]
+
+
+def test_a_failure_leaves_nothing_half_loaded_in_memory(checkpoint):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 3}))
+    before = len(falcons_in_memory())
+    with pytest.raises(ValueError, match="lacks") as kept:  # the error is kept, as Jupyter keeps the last one
+        fk.load(checkpoint)
+    assert kept.value.__traceback__ is not None
+    assert len(falcons_in_memory()) == before
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
+    tokenizer.save_pretrained(tmp_path)
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    monkeypatch.setattr("falcon_kit.loading._load_tokenizer", lambda _: gone.unlink() or tokenizer)
+    with pytest.raises(FileNotFoundError, match=f"vanished while it was read .*{gone.name}.*fetch the"):
+        fk.load(tmp_path)
 
 
 # Chat formats

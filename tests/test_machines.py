@@ -5,7 +5,7 @@ import re
 import pytest
 
 from falcon_kit.environment import environment
-from falcon_kit.machines import GPUS, MACHINES, Slot, find_slots
+from falcon_kit.machines import GPUS, MACHINES, Slot, find_slots, slots_here
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,37 @@ def test_devices_of_ones_own_are_taken_as_they_are():
 def test_words_that_stand_for_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         find_slots(words)
+
+
+# For loading
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs of 40 GiB, as far as the kit can tell."""
+    slots = (Slot("A100", 0, 40 * 2**30), Slot("A100", 1, 40 * 2**30))
+    monkeypatch.setattr("falcon_kit.machines.find_slots", lambda devices: slots)
+    return slots
+
+
+def test_without_wishes_the_devices_here_are_used(two_gpus):
+    assert slots_here() == two_gpus
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_max_memory_limits_and_leaves_alone_what_it_does_not_name():
+    (slot,) = slots_here({1: "20GiB"})
+    assert (slot.key, slot.free_bytes) == (1, 20 * 2**30)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_max_memory_makes_no_device_larger_than_it_is():
+    assert slots_here({0: "500GiB", 1: 10**9})[0].free_bytes == 40 * 2**30
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("offload", "keys"), [("cpu", [0, 1, "cpu"]), ("disk", [0, 1, "cpu", "disk"])])
+def test_offloading_adds_places_that_only_keep_behind_the_gpus(offload, keys, tmp_path):
+    slots = slots_here(None, offload, tmp_path)
+    assert [slot.key for slot in slots] == keys
+    assert [slot.stores for slot in slots] == [key in ("cpu", "disk") for key in keys]

@@ -61,6 +61,11 @@ def test_training_takes_more_the_more_is_trained(purpose):
     assert sizes["qlora"] < sizes["lora"] < sizes["full"]
 
 
+def test_merging_takes_the_weights_and_little_more():
+    merging, running = (fk.plan("falcon-40b", purpose=each, devices="H200") for each in ("merge", "inference"))
+    assert running.weight_bytes < merging.total_bytes < 1.1 * running.weight_bytes
+
+
 def test_qlora_is_on_quantised_weights():
     assert fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB").dtype == "nf4-double"
 
@@ -142,6 +147,54 @@ def test_accelerate_runs_a_model_by_the_plans_map():
     assert torch.equal(dispatch_model(model, dict(plan.device_map), force_hooks=True)(ids).logits, expected)
 
 
+# Places that only keep
+
+
+def gpu_and(*more, gib=40):
+    return [Slot("gpu", 0, gib * GIB), *more]
+
+
+def test_layers_that_find_no_room_are_kept_in_host_memory():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    on_gpu, kept = layers_on(plan)
+    assert (plan.fits, on_gpu + kept) == (True, 60)
+    assert used(plan)[0] <= 40 * GIB < used(plan)[0] + 2 * plan.spec.layer_parameters
+
+
+def test_a_disk_takes_what_host_memory_cannot():
+    slots = gpu_and(Slot("host memory", "cpu", 10 * GIB, stores=True), Slot("disk", "disk", 900 * GIB, stores=True))
+    plan = fk.plan("falcon-40b", devices=slots)
+    assert plan.fits
+    assert used(plan)["cpu"] <= 10 * GIB < used(plan)["cpu"] + 2 * plan.spec.layer_parameters
+    assert layers_on(plan)[2] > 0
+
+
+def test_the_cache_of_a_layer_that_is_kept_elsewhere_lies_where_it_is_computed():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    assert sum(row.bytes for row in plan.rows if row.part == "KV cache" and row.device == 0) == plan.kv_bytes
+
+
+def test_nothing_is_kept_elsewhere_that_has_room():
+    plan = fk.plan("falcon-7b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    assert layers_on(plan) == [32, 0]
+
+
+def test_a_place_that_keeps_too_little_does_not_make_it_fit():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 9 * GIB, stores=True)))
+    assert not plan.fits
+
+
+@given(gpu=st.integers(4, 120), host=st.integers(1, 120), disk=st.integers(0, 120))
+def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
+    slots = gpu_and(
+        Slot("host memory", "cpu", host * GIB, stores=True), Slot("disk", "disk", disk * GIB, stores=True), gib=gpu
+    )
+    plan = fk.plan("falcon-40b", devices=slots)
+    if plan.fits:
+        assert sum(layers_on(plan)) == 60
+        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+
+
 # Suggestions
 
 
@@ -156,6 +209,7 @@ def test_fewer_bits_come_before_everything_else():
         ({"devices": "4xA10G", "batch": 4, "cache": "transformers"}, "cache='grouped'"),
         ({"devices": "T4"}, "another model: falcon-7b"),
         ({"devices": "A100-40GB"}, "more devices: 3 x A100-40GB"),
+        ({"devices": "A100-40GB"}, "offload='cpu': 34 of 60 layers in host memory, read anew for each token"),
         ({"devices": "2xA100-80GB", "purpose": "full"}, "purpose='lora'"),
     ],
 )
