@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-CHUNK = 256
-"""Labelled tokens whose logits are in memory at once: (256, 65024) in float32 are 64 MiB."""
+from falcon_kit.budget import LOSS_CHUNK
+
+CHUNK = LOSS_CHUNK
+"""Labelled tokens whose logits are in memory at once."""
 IGNORED = -100
 """The label of a token that is not trained on."""
 
