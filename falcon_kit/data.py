@@ -134,7 +134,7 @@ def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, 
     file = str(Path(folder.name) / "rows.arrow")
     if (first := next(rows, None)) is None:
         return None
-    with ArrowWriter(path=file, features=features) as writer:
+    with ArrowWriter(path=file, features=features, writer_batch_size=100) as writer:
         writer.write(first)
         for row in rows:
             writer.write(row)
