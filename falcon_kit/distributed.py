@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 _ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -74,7 +74,7 @@ def shard(model: nn.Module, layers: nn.ModuleList, device: str) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are shards."""
-    return isinstance(next(model.parameters()), DTensor)
+    return isinstance(model, FSDPModule)  # parameters that are in use are whole for a moment
 
 
 def whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:

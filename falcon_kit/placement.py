@@ -114,7 +114,10 @@ class Request:
             parts["logits"] = (budget.logits_bytes(self.spec, self.batch), "scores of the next token")
         else:
             loss = budget.loss_bytes(*self._size)
-            parts["loss"] = (loss, f"logits of {budget.LOSS_CHUNK} tokens at a time over {self.spec.vocabulary:,} words")
+            parts["loss"] = (
+                loss,
+                f"logits of {budget.LOSS_CHUNK} tokens at a time over {self.spec.vocabulary:,} words",
+            )
         return parts
 
 

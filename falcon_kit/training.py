@@ -179,9 +179,9 @@ class AdapterTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)
 
 
-def arguments(chosen: Tuning, directory: Path, model: Any, rows: int, evaluated: bool) -> TrainingArguments:
+def arguments(chosen: Tuning, directory: Path, model: Any, rows: int, evaluated: bool, cpu: bool) -> TrainingArguments:
     """The settings in the Trainer's words, for `rows` rows to train on."""
-    dtype, cpu = model.dtype, model.device.type == "cpu"
+    dtype = model.dtype
     per_step = chosen.batch * chosen.accumulate * distributed.world_size()
     steps = chosen.max_steps or max(1, round(chosen.epochs * rows / per_step))
     every = chosen.evaluate_every or max(1, steps // 10)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,18 @@ def tune(
     held_out: Documents | float | None = None,
     resume: bool = True,
     force: bool = False,
+    quiet: bool = False,
     **settings: Any,
 ) -> TuningRun:
     """Trains a LoRA adapter on documents; on a quantised model, that is QLoRA.
 
-    data: what `fk.dialogues` or `fk.mix` gave, or what they read. output_dir: gets checkpoints and the adapter; a run
-    that was broken off there goes on, and ends with the adapter it would have had. held_out: a share of the documents,
-    or documents of their own, to measure with. resume=False starts over. force: try although the plan does not fit.
+    data: what `fk.dialogues`, `fk.mix` or `fk.pack` gave, or what `fk.dialogues` reads. output_dir: gets checkpoints
+    and the adapter; a run that was broken off there goes on, and ends with the adapter it would have had. held_out: a
+    share of the documents, or documents of their own, to measure with. resume=False starts over. force: try although
+    the plan does not fit. quiet: no plan, bar or curve.
     `settings` are the fields of `falcon_kit.Tuning`: rank, learning_rate, epochs, batch, context, seed, ...
 
-    The Falcon is as before afterwards; `fk.merge(run.adapter, falcon)` makes a tuned one.
+    The Falcon is as before afterwards (but for one that was sharded); `fk.merge(run.adapter, falcon)` makes a tuned one.
     Raises ValueError for data without anything to train on, settings out of range or other than those of the run in
     output_dir, NotEnoughMemory, FloatingPointError where the loss is not a number, and OSError where a checkpoint
     cannot be saved: those before stay whole.
@@ -67,25 +69,31 @@ def tune(
     if isinstance(held_out, float | int):
         settings["held_out"] = float(held_out)
     chosen = Tuning.named(settings).for_model(falcon.spec)
-    _check(falcon)
+    _check(falcon, chosen)
     documents, apart = _documents(data, held_out if isinstance(held_out, Documents) else None, chosen)
     packs = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
-    train, test = packs(documents), None if apart is None else packs(apart)
+    train = documents if isinstance(documents, Packed) else packs(documents)
+    test = None if apart is None else packs(apart)
     planned = _plan(falcon, chosen, force)
-    run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, apart, planned)
+    run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, apart, planned, quiet)
     run.claim(resume)
-    if distributed.is_first():
+    if distributed.is_first() and not quiet:
         show(planned)
     with _as_it_was(falcon), unpacked(falcon.model):
         return run()
 
 
-def _check(falcon: Falcon) -> None:
+def _check(falcon: Falcon, chosen: Tuning) -> None:
     """Refuses what would train wrongly, and says what the card says about instruct models."""
     if not isinstance(falcon.model, modeling.FalconForCausalLM):
         raise ValueError(
             "transformers' own Falcon lets packed documents see each other: load the model without "
             "attention='transformers'"
+        )
+    if chosen.shard and is_quantised(falcon.model):
+        raise ValueError(
+            "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
+            "quarter of 16), or load in bfloat16"
         )
     if falcon.spec.fine_tuned_from:
         warnings.warn(
@@ -95,8 +103,10 @@ def _check(falcon: Falcon) -> None:
         )
 
 
-def _documents(data: Any, held_out: Documents | None, chosen: Tuning) -> tuple[Documents, Documents | None]:
+def _documents(data: Any, held_out: Documents | None, chosen: Tuning) -> tuple[Documents | Packed, Documents | None]:
     """What is trained on, and what is measured with."""
+    if isinstance(data, Packed):
+        return data, held_out
     documents = data if isinstance(data, Documents) else dialogues(data)
     if held_out is None and chosen.held_out:
         return documents.split(chosen.held_out, chosen.seed)
@@ -151,6 +161,7 @@ class _Run:
     test: Packed | None
     held_out: Documents | None
     plan: Plan
+    quiet: bool
 
     # The folder belongs to one run
 
@@ -178,6 +189,10 @@ class _Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.falcon.model)  # before it is sharded
+
     def _identity(self) -> dict[str, Any]:
         """All that decides what the adapter becomes."""
         digest = hashlib.sha256(json.dumps(self.train.rows).encode())
@@ -185,7 +200,7 @@ class _Run:
             digest.update(self.train[row]["labels"].tobytes())
             digest.update(self.train[row]["input_ids"].tobytes())
         identity = {
-            "base": fingerprint(self.falcon.model),
+            "base": self._fingerprint,
             "dtype": stored_quantisation(self.falcon.model.config) or str(self.falcon.model.dtype),
             "data": digest.hexdigest()[:16],
             "processes": distributed.world_size(),
@@ -236,9 +251,12 @@ class _Run:
         return model
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
-        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), self.test is not None)
+        sharded = self._sharded()
+        cpu = self.falcon.model.device.type == "cpu" and not (sharded and torch.cuda.is_available())
+        measured = self.test is not None
+        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), measured, cpu)
         distributed.check_processes(options.world_size, distributed.world_size())
-        if self._sharded():
+        if sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
         pad = self.falcon.tokenizer.pad_token_id
         if pad is None or pad == self.falcon.tokenizer.eos_token_id:
@@ -256,7 +274,7 @@ class _Run:
         return distributed.world_size() > 1 and not self.plan.fits
 
     def _train(self, trainer: AdapterTrainer) -> None:
-        shown = distributed.is_first()
+        shown = distributed.is_first() and not self.quiet
         watch = Watch(trainer, shown, Live() if shown and in_notebook() else lambda *_, **__: None)
         trainer.add_callback(watch)
         try:
@@ -328,7 +346,7 @@ class _Run:
         if distributed.is_first():
             record = {
                 "base": base_name(self.falcon),
-                "base_fingerprint": fingerprint(self.falcon.model),
+                "base_fingerprint": self._fingerprint,
                 "chat_format": self.falcon.chat_format.name,
                 "settings": asdict(self.settings),
                 "figures": dict(figures),
