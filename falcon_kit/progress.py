@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
+from io import BytesIO
 from typing import Any
 
 from torch import Tensor
@@ -110,9 +111,11 @@ class Live:
         """Draws what was logged so far, unless it was drawn a moment ago."""
         if time.monotonic() - self._drawn < _SECONDS_A_PICTURE and not last:
             return
-        picture = curve(logged, "Tuning")
+        page = BytesIO()
+        curve(logged, "Tuning").savefig(page, format="png", dpi=72)
+        picture = {"image/png": page.getvalue(), "text/plain": "the loss so far"}
         if self._handle is None:
-            self._handle = _display(picture, display_id=True)
+            self._handle = _display(picture, raw=True, display_id=True)
         else:
-            self._handle.update(picture)
+            self._handle.update(picture, raw=True)
         self._drawn = time.monotonic()

@@ -61,7 +61,7 @@ def tune(
     the plan does not fit. quiet: no plan, bar or curve.
     `settings` are the fields of `falcon_kit.Tuning`: rank, learning_rate, epochs, batch, context, seed, ...
 
-    The Falcon is as before afterwards (but for one that was sharded); `fk.merge(run.adapter, falcon)` makes a tuned one.
+    The Falcon is as before afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` makes a tuned one.
     Raises ValueError for data without anything to train on, settings out of range or other than those of the run in
     output_dir, NotEnoughMemory, FloatingPointError where the loss is not a number, and OSError where a checkpoint
     cannot be saved: those before stay whole.
