@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,6 +39,12 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process is the one that reports."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait(cpu: bool) -> None:
+    """Until all processes are here, where there are several."""
+    if world_size() > 1:
+        PartialState(cpu=cpu).wait_for_everyone()
 
 
 def check_processes(running: int, started: int) -> None:

@@ -167,8 +167,12 @@ class _Run:
 
     def claim(self, resume: bool) -> None:
         """Writes down what this run is, or compares it with what is going on in the folder already."""
-        file = self.directory / "run.json"
-        if not resume and distributed.is_first():
+        if distributed.is_first():  # the others wait below; if this one refuses, the launcher ends them
+            self._claim(self.directory / "run.json", resume)
+        distributed.wait(self._on_cpu)
+
+    def _claim(self, file: Path, resume: bool) -> None:
+        if not resume:
             for each in (*self.directory.glob("checkpoint-*"), self.directory / "adapter"):
                 shutil.rmtree(each, ignore_errors=True)
             file.unlink(missing_ok=True)
@@ -185,7 +189,7 @@ class _Run:
                     f"the run in {self.directory} has other settings ({'; '.join(differs)}): take the same, another "
                     "output_dir, or resume=False to start over there"
                 )
-        elif distributed.is_first():
+        else:
             self.directory.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
@@ -196,9 +200,8 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """All that decides what the adapter becomes."""
         digest = hashlib.sha256(json.dumps(self.train.rows).encode())
-        for row in range(len(self.train)):
-            digest.update(self.train[row]["labels"].tobytes())
-            digest.update(self.train[row]["input_ids"].tobytes())
+        for row in (self.train[index] for index in range(len(self.train))):
+            digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
         identity = {
             "base": self._fingerprint,
             "dtype": stored_quantisation(self.falcon.model.config) or str(self.falcon.model.dtype),
@@ -251,12 +254,10 @@ class _Run:
         return model
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
-        sharded = self._sharded()
-        cpu = self.falcon.model.device.type == "cpu" and not (sharded and torch.cuda.is_available())
         measured = self.test is not None
-        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), measured, cpu)
+        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), measured, self._on_cpu)
         distributed.check_processes(options.world_size, distributed.world_size())
-        if sharded:
+        if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
         pad = self.falcon.tokenizer.pad_token_id
         if pad is None or pad == self.falcon.tokenizer.eos_token_id:
@@ -268,6 +269,12 @@ class _Run:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
         return trainer
 
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether it is computed there; what is sharded over GPUs may come from host memory."""
+        return self.falcon.model.device.type == "cpu" and not (self._sharded and torch.cuda.is_available())
+
+    @property
     def _sharded(self) -> bool:
         if self.settings.shard is not None:
             return self.settings.shard
