@@ -27,7 +27,8 @@ def loss_curve(
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if trained or held_out:
+        axes.legend(frameon=False)
     return figure
 
 
