@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: a Falcon's weights as a GGUF file, prefill, and decoding steps over a filled cache.
+"""llama.cpp as a peer: prefill, and decoding steps over a filled cache.
 
-Needs the extra "bench" (gguf and llama-cpp-python, which pip compiles for the processor it runs on).
+Needs the extra "bench" (llama-cpp-python, which pip compiles for the processor it runs on).
 """
 
 import ctypes
@@ -9,56 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
-import torch
-from transformers import FalconForCausalLM
 
 from falcon_kit import FalconSpec
-
-
-def write_gguf(model: FalconForCausalLM, spec: FalconSpec, path: Path) -> None:
-    """The weights of a Falcon in bfloat16, without a tokenizer: llama.cpp is given token ids here."""
-    writer = gguf.GGUFWriter(path, "falcon")
-    writer.add_context_length(spec.context)
-    writer.add_embedding_length(spec.d_model)
-    writer.add_feed_forward_length(spec.feed_forward)
-    writer.add_block_count(spec.layers)
-    writer.add_head_count(spec.query_heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_layer_norm_eps(model.config.layer_norm_epsilon)
-    writer.add_vocab_size(spec.vocabulary)
-    writer.add_tokenizer_model("none")
-    for name, tensor in _tensors(model, spec):
-        if tensor.ndim == 1:
-            writer.add_tensor(name, tensor.float().numpy())
-        else:
-            raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _tensors(model: FalconForCausalLM, spec: FalconSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """llama.cpp's name of each weight; the fused projection as all queries, all keys, all values."""
-    weights: dict[str, torch.Tensor] = model.state_dict()
-    names = {"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", "input_layernorm": "attn_norm"}
-    names |= {"self_attention.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
-    yield "token_embd.weight", weights["transformer.word_embeddings.weight"]
-    yield from ((f"output_norm.{kind}", weights[f"transformer.ln_f.{kind}"]) for kind in ("weight", "bias"))
-    for layer in range(spec.layers):
-        prefix = f"transformer.h.{layer}."
-        for name in (key for key in weights if key.startswith(prefix)):
-            module, _, kind = name.removeprefix(prefix).rpartition(".")
-            if module == "self_attention.query_key_value":
-                groups = weights[name].view(spec.kv_heads, -1, spec.head_dim, spec.d_model)  # (G, R + 2, D, d_model)
-                split = (groups[:, :-2], groups[:, -2], groups[:, -1])
-                yield f"blk.{layer}.attn_qkv.{kind}", torch.cat([part.reshape(-1, spec.d_model) for part in split])
-            else:
-                yield f"blk.{layer}.{names[module]}.{kind}", weights[name]
 
 
 class LlamaCpp:

@@ -94,7 +94,8 @@ def _contestants() -> dict[str, Any]:
     if importlib.util.find_spec("llama_cpp") is None:
         print('llama.cpp is not installed and is left out: pip install "falcon-kit[bench]"')
         return contestants
-    from benchmarks._llama_cpp import LlamaCpp, write_gguf
+    from benchmarks._llama_cpp import LlamaCpp
+    from falcon_kit.export import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(kit, SHAPE, Path(folder) / "falcon.gguf")

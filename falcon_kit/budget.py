@@ -58,6 +58,34 @@ def weight_bytes(spec: FalconSpec, dtype: str) -> int:
     return layers + embedding_bytes(spec, dtype) + last_norm_bytes(spec, dtype)
 
 
+def check_ranks(spec: FalconSpec, ranks: int) -> None:
+    """Raises ValueError unless whole groups of heads, a KV head and its queries, can be dealt out to so many ranks."""
+    if ranks < 2:
+        raise ValueError(f"tensor_parallel={ranks}: give at least 2 ranks, or leave it out for one process")
+    if spec.kv_heads % ranks == 0:
+        return
+    degrees = [each for each in range(2, spec.kv_heads + 1) if spec.kv_heads % each == 0]
+    heads = f"{spec.kv_heads} KV head{'s' if spec.kv_heads > 1 else ''} for {spec.query_heads} query heads"
+    possible = f"possible: {', '.join(map(str, degrees))}" if degrees else "which cannot be divided by any"
+    raise ValueError(
+        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}: {possible}. Split it by "
+        f"layers instead (device_map='auto'){'' if degrees else ', or take falcon-40b, which goes by 2, 4 or 8'}"
+    )
+
+
+def rank_bytes(spec: FalconSpec, dtype: str, ranks: int) -> int:
+    """Weights on each rank of tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
+
+    Divided: all four linear layers of each block, the embedding and head, and the biases of what is divided by rows.
+    Whole on every rank: LayerNorms, and the biases that are added after the ranks' sum.
+    """
+    value = VALUE_BYTES[dtype]
+    norms = (2 * spec.norms_per_block * spec.layers + 2) * spec.d_model
+    added = 2 * spec.d_model * spec.layers if spec.bias else 0
+    whole = (norms + added) * value
+    return whole + (weight_bytes(spec, dtype) - whole) // ranks
+
+
 def layer_kv_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, cache: str = "grouped") -> int:
     """Keys and values of one layer. `cache="transformers"` is the library's own Falcon, which in the new decoder
     architecture keeps a copy for every query head."""
@@ -65,17 +93,31 @@ def layer_kv_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, cache
     return spec.kv_bytes_per_token(VALUE_BYTES[dtype]) // spec.layers * copies * context * batch
 
 
-def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
-    """Activations while a prompt of `context` tokens is read: the most that one layer holds at once.
+def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, ranks: int = 1) -> int:
+    """Activations while a prompt of `context` tokens is read: the most that one layer, or a rank's part, holds at once.
 
     That is in the feed-forward block: what came in and, per LayerNorm and attention, d channels, and f before and after
     the GELU. ALiBi adds its bias for every pair of tokens, (B, H, T, T).
     """
-    channels = (2 + spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model + 2 * spec.feed_forward
+    channels = (2 + spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model
+    channels += 2 * spec.feed_forward // ranks
     values = batch * context * channels
     if spec.positions == "alibi":
-        values += batch * spec.query_heads * context**2
+        values += batch * spec.query_heads // ranks * context**2
     return values * VALUE_BYTES[dtype]
+
+
+def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool) -> int:
+    """What bitsandbytes needs besides to multiply a whole prompt with quantised weights: measured, not derived.
+
+    int8: products of the widest layer, in int32 and float32; its CPU code keeps many copies. nf4: the largest matrix in
+    16 bits; on a CPU it is packed anew at first use, through int32.
+    """
+    if dtype == "int8":
+        return batch * context * spec.feed_forward * (32 if on_cpu else 6)
+    if dtype in QUANTISED:
+        return max(out * into for out, into in linear_shapes(spec)) * (9 if on_cpu else 2)
+    return 0
 
 
 def logits_bytes(spec: FalconSpec, batch: int) -> int:

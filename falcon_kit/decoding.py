@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -22,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Piece:
 
     text: str
     """What can be shown now: whole characters, and nothing that may turn out to be a stop string. May be empty."""
-    token_id: int
-    """The token."""
+    token_id: int | None
+    """The token; None where an endpoint does not tell."""
     logprob: float
-    """Its natural log-probability under the model, before temperature, top_k and top_p."""
+    """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
 
 
 class Row:
@@ -55,10 +57,9 @@ class Row:
         self.logprobs.append(logprob)
         self.text += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         self.text = self.text.lstrip() if self._strip else self.text
-        # The stop string that is complete first counts, as if characters came singly: token borders change nothing.
-        found = ((at + len(word), at) for word in self._stop if (at := self.text.find(word)) >= 0)
-        if first := min(found, default=None):
-            self.finish_reason, self.text = "stop", self.text[: first[1]]
+        self.text, stopped = cut(self.text, self._stop)
+        if stopped:
+            self.finish_reason = "stop"
         elif token == self._tokenizer.eos_token_id or len(self.tokens) == self._limit:
             self.finish_reason = "eos" if token == self._tokenizer.eos_token_id else "length"
             self.text = self._complete()
@@ -71,12 +72,22 @@ class Row:
 
     def _show(self) -> str:
         """What was not shown yet, less an end that may become a stop string."""
-        held = 0 if self.finish_reason else _overlap(self.text, self._stop)
+        held = 0 if self.finish_reason else overlap(self.text, self._stop)
         shown, self._shown = self._shown, max(self._shown, len(self.text) - held)
         return self.text[shown : self._shown]
 
 
-def _overlap(text: str, stop: tuple[str, ...]) -> int:
+def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text before a stop string, and whether there is one.
+
+    The one that is complete first counts, as if characters came singly: the borders of tokens or chunks change nothing.
+    """
+    found = ((at + len(word), at) for word in stop if (at := text.find(word)) >= 0)
+    first = min(found, default=None)
+    return (text[: first[1]], True) if first else (text, False)
+
+
+def overlap(text: str, stop: tuple[str, ...]) -> int:
     """Length of the longest end of `text` with which one of the stop strings begins."""
     lengths = (length for word in stop for length in range(len(word) - 1, 0, -1) if text.endswith(word[:length]))
     return max(lengths, default=0)
@@ -126,6 +137,32 @@ class RandomState:
             torch.cuda.set_rng_state(states[1], self._cuda)
 
 
+class SharedEvent(threading.Event):
+    """Set once it is set on any rank of a tensor-parallel model: they ask together, and stop at the same token."""
+
+    def __init__(self, ranks: DeviceMesh) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def is_set(self) -> bool:
+        """Whether any rank has set it; every rank has to ask."""
+        return anywhere(super().is_set(), self._ranks)
+
+
+def anywhere(flag: bool, ranks: DeviceMesh) -> bool:
+    """Whether the flag is up on any rank; every rank has to ask."""
+    said = torch.tensor(int(flag), device=ranks.device_type)
+    dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.get_group())
+    return bool(said)
+
+
+def shared_seed(ranks: DeviceMesh) -> int:
+    """A seed from the first rank's random state, the same on all ranks: they have to draw the same tokens."""
+    seed = torch.randint(2**62, (1,)).to(ranks.device_type)
+    dist.broadcast(seed, group=ranks.get_group(), group_src=0)
+    return int(seed)
+
+
 class Watch:
     """Follows transformers' loop through its two hooks: logits before each choice, tokens after it."""
 
@@ -158,7 +195,8 @@ class Watch:
                 text = row.push(token, logprob)
                 if self.emit:
                     self.emit(Piece(text, token, logprob))
-        return [row.finish_reason is not None or self.cancelled.is_set() for row in self.rows]
+        over = self.cancelled.is_set()
+        return [row.finish_reason is not None or over for row in self.rows]
 
     def read(self, sequences: torch.Tensor) -> None:
         """Takes whole rows of new tokens (B, T) at once, as a beam search hands them over."""

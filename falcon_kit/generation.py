@@ -1,24 +1,24 @@
 """Text out of a Falcon: single, in batches, streamed, with log-probabilities and statistics.
 
 Works on a plain transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
-(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `loading.Falcon` is the usual door.
+(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `falcon.Falcon` is the usual door.
 """
 
 import html
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import signature
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import format_bytes, unknown_name
-from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, Watch
+from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, SharedEvent, Watch, shared_seed
 from falcon_kit.sampling import Sampling, require
 
 Prompt = str | Sequence[str] | Sequence[int]
@@ -41,8 +41,8 @@ class Stats:
     """From the call to the first new token: the prefill."""
     seconds: float
     """From the call to the last token."""
-    cache_bytes: int
-    """Bytes of keys and values held at the end, as allocated."""
+    cache_bytes: int | None = None
+    """Bytes of keys and values held at the end, as allocated; None on an endpoint."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -56,10 +56,10 @@ class Stats:
         return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
 
     def __str__(self) -> str:
+        cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
         return (
             f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
-            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s; "
-            f"KV cache {format_bytes(self.cache_bytes)}"
+            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
         )
 
 
@@ -72,11 +72,12 @@ class Generation:
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """Every new token id, an end token and those of a stop string included."""
+    """Every new token id, an end token and those of a stop string included; empty where an endpoint does not tell."""
     logprobs: tuple[float, ...] | None
     """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
     finish_reason: FinishReason
-    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller."""
+    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller;
+    "broken": an endpoint broke off."""
     stats: Stats
     """Time and memory of the call that made it, shared by all rows of a batch."""
 
@@ -85,7 +86,8 @@ class Generation:
 
     def __repr__(self) -> str:
         short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        return f"Generation({short!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
+        count = f"{len(self.tokens)} tokens, " if self.tokens else ""
+        return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it
@@ -130,10 +132,20 @@ def stream(
     return Stream(run)
 
 
+class Writing(Protocol):
+    """A text to be written, wherever the model is."""
+
+    cancelled: threading.Event
+    """Set by whoever does not want it any more."""
+
+    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
+        """Writes it; `emit` gets each piece as it comes."""
+
+
 class Stream(Iterator[Piece]):
     """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
 
-    def __init__(self, run: "_Run") -> None:
+    def __init__(self, run: Writing) -> None:
         self._finished: list[Generation] = []
         self._pieces = _pieces(run, self._finished)
         # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
@@ -157,7 +169,7 @@ class Stream(Iterator[Piece]):
         return self._finished[0]
 
 
-def _pieces(run: "_Run", finished: list[Generation]) -> Any:
+def _pieces(run: Writing, finished: list[Generation]) -> Any:
     """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
     arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
     ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
@@ -206,7 +218,8 @@ class _Run:
         # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
         self.whole = self.beams or any(self.options.get(name) for name in ASSISTED)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
-        self.cancelled = threading.Event()
+        ranks = getattr(getattr(model, "transformer", None), "ranks", None)
+        self.cancelled = threading.Event() if ranks is None else SharedEvent(ranks)
         copies = self.sampling.num_return_sequences
         require(
             copies == 1 or self.sampling.samples or self.beams,
@@ -218,6 +231,8 @@ class _Run:
         self.prompts = [ids[-longest:] for ids in prompts]
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
         self.many = not single or copies > 1
+        if ranks is not None and self.sampling.samples and self.sampling.seed is None:
+            self.sampling = replace(self.sampling, seed=shared_seed(ranks))
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates; `emit` gets each piece of a single row as it comes."""

@@ -10,10 +10,15 @@ D head_dim.
 
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import dropout
 from transformers import Cache, FalconConfig
 from transformers.activations import get_activation
+from transformers.distributed.tensor_parallel import AllReduceParallel, RowwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon.modeling_falcon import rotate_half
@@ -65,20 +70,25 @@ class FalconAttention(nn.Module):
         return self.dense(output.reshape(*hidden_states.shape[:2], -1)), probabilities
 
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model).
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model)."""
+        return split_heads(self.query_key_value(hidden_states), self.num_key_value_groups, self.head_dim, rotation)
 
-        The fused projection is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16,
-        7B one group of 71, rw groups of one. The key turns together with its queries.
-        """
-        batch, time = hidden_states.shape[:2]
-        fused = self.query_key_value(hidden_states)
-        fused = fused.view(batch, time, -1, self.num_key_value_groups + 2, self.head_dim)  # (B, T, G, R + 2, D)
-        turned, value = fused[..., :-1, :], fused[..., -1, :]
-        if rotation is not None:
-            cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
-            turned = turned * cos + rotate_half(turned) * sin
-        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+def split_heads(
+    fused: Tensor, queries_per_kv_head: int, head_dim: int, rotation: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, D), keys and values (B, G, T, D) out of the fused projection (B, T, (H + 2 G) x D).
+
+    It is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16, 7B one group of 71,
+    rw groups of one. The key turns together with its queries.
+    """
+    fused = fused.view(*fused.shape[:2], -1, queries_per_kv_head + 2, head_dim)  # (B, T, G, R + 2, D)
+    turned, value = fused[..., :-1, :], fused[..., -1, :]
+    if rotation is not None:
+        cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
+        turned = turned * cos + rotate_half(turned) * sin
+    query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class FalconMLP(nn.Module):
@@ -103,6 +113,7 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         self.parallel = spec.parallel_block
         self.self_attention = FalconAttention(config, spec, layer_idx)
         self.mlp = FalconMLP(config, spec)
+        self.both = nn.Identity()  # where the ranks of tensor parallelism add up, see ONE_SUM
         two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
         self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
         for name in self.norms:
@@ -115,9 +126,37 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         attention, _ = self.self_attention(normed, **kwargs)
         if self.parallel:
             also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
-            return hidden_states + self._drop(self.mlp(also_normed) + attention, self.config.hidden_dropout)
+            both = self.both(self.mlp(also_normed) + attention)
+            return hidden_states + self._drop(both, self.config.hidden_dropout)
         hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
         return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)
 
     def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
         return dropout(hidden_states, share, self.training) if share else hidden_states
+
+
+class _Share(RowwiseParallel):
+    """A linear layer, divided by columns, whose results the ranks do not add up yet."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        return output.to_local(grad_placements=[Replicate()]) if isinstance(output, DTensor) else output
+
+
+class _Sum(AllReduceParallel):
+    """Adds up what the ranks have."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        if torch.is_grad_enabled() and output.requires_grad:
+            return super().transform_output_post_forward(module, output, mesh)
+        dist.all_reduce(output, group=mesh.get_group())
+        return output
+
+
+STYLES = {"falcon_share": _Share(), "falcon_sum": _Sum()}
+ONE_SUM = {
+    "h.*.self_attention.dense": "falcon_share",
+    "h.*.mlp.dense_4h_to_h": "falcon_share",
+    "h.*.both": "falcon_sum",
+}
+"""Where attention and feed-forward stand side by side, their results are added anyway: under tensor parallelism the
+ranks do so once for both, which is what the parallel block is for. transformers' own rows add up twice. By module."""

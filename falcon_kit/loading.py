@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit import modeling
+from falcon_kit import modeling, parallel
 from falcon_kit.budget import QUANTISED
 from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
 from falcon_kit.chat import FALCON, HUB, ChatFormat, chat_format
@@ -40,6 +40,7 @@ from falcon_kit.quantization import (
     bitsandbytes_config,
     check_quantised,
     compute_dtype,
+    hush_casts,
     make_savable,
     stored_quantisation,
 )
@@ -65,6 +66,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    tensor_parallel: int | None = None,
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
@@ -82,6 +84,8 @@ def load(
     force: try although the plan does not fit.
     chat: "falcon", "hub" or "baize"; unset, the format the checkpoint was made for.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
+    tensor_parallel: divide each layer among so many ranks: under torchrun among its processes, each of which gets a
+    Falcon of its part; from a notebook among processes that are started for you: a `ParallelFalcon` speaks for them.
 
     Raises LookupError for a name that nothing answers to, ConnectionError where the hub cannot be reached,
     FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard, missing weights or
@@ -90,6 +94,9 @@ def load(
     wanted = None if dtype == "auto" else dtype_name(dtype)
     _check_settings(wanted, device_map, attention, offload)
     compiling = _compile_options(compile)
+    parallel.check_request(
+        tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload
+    )
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = Path(offload_folder).expanduser()
@@ -99,7 +106,8 @@ def load(
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
         cache: CacheKind = "grouped" if attention == "grouped" else "transformers"
         kept = _choose_dtype(wanted, config, shape)[0]
-        plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache))
+        ranks = tensor_parallel or 1
+        plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache, tensor_parallel=ranks))
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
 
@@ -109,19 +117,23 @@ def load(
     if offload == "disk" and files[0].suffix == ".bin":
         _check_disk(folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(directory)
-    place = _place(device_map, plans[0])
-    with _nothing_left_on_failure(directory):
-        model = _load_model(ATTENTIONS[attention], directory, config, kept, place, files, folder)
+    chosen_format = chosen_format or _default_format(shape, tokenizer)
+    if chat is not None or tokenizer.chat_template is None:
+        tokenizer.chat_template = chosen_format.template
+    if parallel.needs_launch(tensor_parallel):
+        told = {"dtype": kept, "chat": chosen_format.name, "tensor_parallel": tensor_parallel}
+        facts = tokenizer, shape, plans[0], chosen_format, reason
+        return cast(Falcon, parallel.launch(directory, told, _are_large(files), *facts))
+    place = None if tensor_parallel else _place(device_map, plans[0])
+    with _nothing_left_on_failure(directory), parallel.placement(tensor_parallel) as extra:
+        model = _load_model(ATTENTIONS[attention], directory, config, kept, place, files, folder, extra)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
-        linears = [module.weight for module in model.modules() if type(module) is nn.Linear]
+        linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
     decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
     if compiling:
         _warm_up(model, decoding)
-    chosen_format = chosen_format or _default_format(shape, tokenizer)
-    if chat is not None or tokenizer.chat_template is None:
-        tokenizer.chat_template = chosen_format.template
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
@@ -239,10 +251,12 @@ def _load_model(
     device_map: Any,
     files: list[Path],
     offload_folder: Path,
+    extra: dict[str, Any],
 ) -> FalconForCausalLM:
     quantised = dtype in QUANTISED
-    asked = quantised and stored_quantisation(config) is None
-    with _progress(sum(file.stat().st_size for file in files) > _SMALL):
+    if quantised and stored_quantisation(config) is None:
+        extra = {**extra, "quantization_config": bitsandbytes_config(dtype)}
+    with _progress(_are_large(files)):
         loaded = cast(Any, kind).from_pretrained(
             directory,
             config=config,
@@ -252,7 +266,7 @@ def _load_model(
             use_safetensors=files[0].suffix == ".safetensors",
             weights_only=True,
             output_loading_info=True,
-            **({"quantization_config": bitsandbytes_config(dtype)} if asked else {}),
+            **extra,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -264,12 +278,17 @@ def _load_model(
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)
+        hush_casts()
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
 
 
 def _values(device_map: Any) -> list[Any]:
     return list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+
+
+def _are_large(weights: list[Path]) -> bool:
+    return sum(file.stat().st_size for file in weights) > _SMALL
 
 
 @contextmanager

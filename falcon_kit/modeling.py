@@ -21,7 +21,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, DynamicCache, FalconConfig
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.masking_utils import (
     create_causal_mask,
     find_packed_sequence_indices,
@@ -34,7 +36,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit import kernels
-from falcon_kit.layers import FalconAttention, FalconDecoderLayer
+from falcon_kit.budget import check_ranks
+from falcon_kit.layers import ONE_SUM, STYLES, FalconAttention, FalconDecoderLayer
 from falcon_kit.losses import language_model_loss
 from falcon_kit.shapes import FalconSpec
 
@@ -45,6 +48,17 @@ class FalconModel(stock.FalconModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
     _can_record_outputs = {"hidden_states": FalconDecoderLayer, "attentions": FalconAttention}  # noqa: RUF012
+    # Tensor parallelism, in transformers' words. Rows of the fused projection hold whole groups of heads.
+    _tp_plan = {  # noqa: RUF012
+        "word_embeddings": "embedding_rowwise",
+        "h.*.self_attention.query_key_value": "colwise",
+        "h.*.self_attention.dense": "rowwise",
+        "h.*.mlp.dense_h_to_4h": "colwise",
+        "h.*.mlp.dense_4h_to_h": "rowwise",
+    }
+
+    ranks: DeviceMesh | None = None
+    """The ranks of tensor parallelism that hold this model together; None where it is whole."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -55,6 +69,8 @@ class FalconModel(stock.FalconModel):
         self.rotary_emb = stock.FalconRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if spec.parallel_block and not spec.bias:
+            self._tp_plan |= ONE_SUM
 
     @merge_with_config_defaults
     @capture_outputs
@@ -84,7 +100,8 @@ class FalconModel(stock.FalconModel):
             )
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if not torch.compiler.is_compiling():
-            _check_cache(self.spec, len(hidden_states), past_key_values)
+            kept = self.spec.kv_heads // (1 if self.ranks is None else self.ranks.size())
+            _check_cache(self.spec, kept, len(hidden_states), past_key_values)
             _check_mask(self.spec, hidden_states, past_key_values, attention_mask)
             _check_positions(self.config, hidden_states, past_key_values, position_ids)
         whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -128,24 +145,42 @@ class FalconModel(stock.FalconModel):
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
             allow_is_causal_skip=not (whole or self.config.alibi),
         )
+        if self.ranks is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, self._heads]  # a mask for each head
         if not self.config.alibi:
             return mask
         # Masks of eager attention are to be added: 0, or the least number there is.
         visible = mask if mask.dtype == torch.bool else mask > -1
         return self._alibi(visible, None if documents is None else position_ids, hidden_states.dtype)
 
-    def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias (B, H, T, K) of ALiBi (Press et al. 2021) where `visible` (B, 1, T, K) lets a query look.
+    @property
+    def _heads(self) -> slice:
+        """The query heads that are computed here: all, or this rank's."""
+        if self.ranks is None:
+            return slice(None)
+        share = self.spec.query_heads // self.ranks.size()
+        first = self.ranks.get_local_rank() * share
+        return slice(first, first + share)
 
-        Only distances matter, so a key's place among those that some query of its row sees will do. In bfloat16, like
-        the code that falcon-rw was trained with, and transformers'.
+    def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias (B, H, T, K) of ALiBi where `visible` (B, 1, T, K) lets a query look.
+
+        Only distances matter, so a key's place among those that some query of its row sees will do.
         """
         if positions is None:
             positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
-        two = torch.ones(1, 2, dtype=torch.long, device=visible.device)
-        slopes = stock.build_alibi_tensor(two, self.spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
-        bias = (slopes[None, :, :, None] * positions[:, None, None]).to(dtype) * self.spec.head_dim**-0.5
+        bias = alibi(self.spec, positions, dtype)[:, self._heads, None]
         return torch.where(visible, bias, torch.finfo(dtype).min)
+
+
+def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ALiBi (Press et al. 2021) adds to the scores of keys at `positions` (B, K): (B, H, K).
+
+    In bfloat16, like the code that falcon-rw was trained with, and transformers'.
+    """
+    two = torch.ones(1, 2, dtype=torch.long, device=positions.device)
+    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
+    return (slopes[None] * positions[:, None]).to(dtype) * spec.head_dim**-0.5
 
 
 class FalconForCausalLM(stock.FalconForCausalLM):
@@ -154,6 +189,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
     transformer: FalconModel
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
     """On a CPU, compute steps of one row with torch's own kernels (see `falcon_kit.kernels`); `fk.load` decides."""
@@ -210,6 +246,28 @@ class FalconForCausalLM(stock.FalconForCausalLM):
             attentions=outputs.attentions,
         )
 
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+        """transformers' own, once it is sure that the heads can be dealt out; the model then knows its rank."""
+        if mesh_manager is not None and distributed_config.tp_size > 1:
+            decoder = cast(FalconModel, model.get_submodule("transformer"))
+            check_ranks(decoder.spec, distributed_config.tp_size)
+            decoder.ranks = mesh_manager.get_mesh("tp")
+            for name, style in STYLES.items():
+                ALL_PARALLEL_STYLES[name] = style
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: Any, state_dict: dict[str, Any], *arguments: Any, **more: Any
+    ) -> dict[str, Any]:
+        """transformers' own, which would gather a tied head beside the embedding, and store both."""
+        tied = set(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else set()
+        once = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        parallel = self.transformer.ranks is not None
+        return super().gather_sharded_state_dict_for_save(
+            model_to_save, once if parallel else state_dict, *arguments, **more
+        )
+
     def _kernels(self, tokens: Tensor | None) -> Any:
         if not self.single_rows_without_onednn or torch.compiler.is_compiling():
             return nullcontext()
@@ -252,17 +310,17 @@ def _context(config: FalconConfig) -> int | None:
     return None if scaled else config.max_position_embeddings
 
 
-def _check_cache(spec: FalconSpec, batch: int, past: Cache | None) -> None:
+def _check_cache(spec: FalconSpec, kept: int, batch: int, past: Cache | None) -> None:
     """A cache that another model filled, or transformers' own Falcon, does not fit."""
     keys = getattr(past.layers[0], "keys", None) if past is not None and past.layers else None
     if not isinstance(keys, Tensor) or keys.ndim != 4:
         return
     rows, heads, _, width = keys.shape
-    if (heads, width) != (spec.kv_heads, spec.head_dim):
+    if (heads, width) != (kept, spec.head_dim):
         raise ValueError(
-            f"the cache holds {heads} heads of {width} per layer, this model keeps {spec.kv_heads} KV heads of "
+            f"the cache holds {heads} heads of {width} per layer, this model keeps {kept} KV heads of "
             f"{spec.head_dim}: another model or transformers' own Falcon filled it, so start with an empty one; "
-            f"PEFT's prefix tuning needs num_attention_heads={spec.kv_heads}, token_dim={spec.kv_heads * spec.head_dim}"
+            f"PEFT's prefix tuning needs num_attention_heads={kept}, token_dim={kept * spec.head_dim}"
         )
     if rows != batch:
         raise ValueError(

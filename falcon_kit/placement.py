@@ -46,6 +46,7 @@ class Request:
     purpose: Purpose
     cache: CacheKind
     rank: int
+    ranks: int
 
     @property
     def _size(self) -> tuple[FalconSpec, str, int, int]:
@@ -102,7 +103,9 @@ class Request:
         overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
         if slot.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
-        return {"activations": (busy, reason), "overhead": overhead}
+        workspace = budget.workspace_bytes(*self._size, on_cpu=slot.key == "cpu")
+        parts = {"workspace": (workspace, "of bitsandbytes, to multiply many rows")} if workspace else {}
+        return {"activations": (busy, reason), **parts, "overhead": overhead}
 
     def first(self) -> dict[str, tuple[int, str]]:
         """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
@@ -209,3 +212,40 @@ def device_map(slots: Sequence[Slot], counts: Sequence[int]) -> dict[str, int | 
     first = slots[0].key
     names = ("transformer.word_embeddings", "transformer.rotary_emb", "transformer.ln_f", "lm_head")
     return {**dict.fromkeys(names, first), **{f"transformer.h.{index}": key for index, key in enumerate(keys)}}
+
+
+def within(slots: Sequence[Slot], rows: Sequence[Part]) -> bool:
+    """Whether no device holds more than it has."""
+    return all(sum(row.bytes for row in rows if row.device == slot.key) <= slot.free_bytes for slot in slots)
+
+
+def rank_slots(request: Request, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """The devices of the ranks: as many, or the one memory that all of them share."""
+    ranks = request.ranks
+    budget.check_ranks(request.spec, ranks)
+    if request.purpose != "inference" or request.dtype in budget.QUANTISED or request.cache != "grouped":
+        raise ValueError(
+            f"tensor_parallel={ranks} is for inference with whole 16 or 32-bit weights and the grouped cache, not for "
+            f"purpose={request.purpose!r}, dtype={request.dtype!r}, cache={request.cache!r}: leave it out"
+        )
+    if slots[0].key != "cpu" and len(slots) < ranks:
+        raise ValueError(f"tensor_parallel={ranks} needs a device for each rank; there are {len(slots)}")
+    return slots[:1] if slots[0].key == "cpu" else slots[:ranks]
+
+
+def rank_rows(request: Request, slots: Sequence[Slot]) -> Iterator[Part]:
+    """What the ranks hold of everything."""
+    shape, dtype, ranks, share = request.spec, request.dtype, request.ranks, f"1/{request.ranks}"
+    table, size = budget.embedding_bytes(shape, dtype) // ranks, (request.context, request.batch)
+    cache = shape.layers * budget.layer_kv_bytes(shape, dtype, *size) // ranks
+    busy = budget.prefill_bytes(shape, dtype, *size, ranks)
+    for rank in range(ranks):
+        slot = slots[rank % len(slots)]
+        layers = budget.rank_bytes(shape, dtype, ranks) - table
+        yield Part("embedding and head", slot.key, table, f"{share} of the vocabulary")
+        yield Part("layers of a rank", slot.key, layers, f"{share} of the heads and of the feed-forward of each layer")
+        yield Part("KV cache", slot.key, cache, f"{shape.kv_heads // ranks} of {shape.kv_heads} KV heads")
+        yield Part("logits", slot.key, budget.logits_bytes(shape, request.batch), "every rank gathers all of them")
+        yield Part("activations", slot.key, busy, f"the busiest moment of reading {request.context} tokens")
+        overhead, reason = request.device(slot)["overhead"]
+        yield Part("overhead", slot.key, overhead, reason)

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from falcon_kit import budget
 from falcon_kit.catalogue import catalogue, spec, unknown_name
 from falcon_kit.machines import Slot, find_slots
-from falcon_kit.placement import CacheKind, Part, Purpose, Request, crowd, device_map, rows, spread
+from falcon_kit.placement import (
+    CacheKind,
+    Part,
+    Purpose,
+    Request,
+    crowd,
+    device_map,
+    rank_rows,
+    rank_slots,
+    rows,
+    spread,
+    within,
+)
 from falcon_kit.shapes import FalconSpec, format_bytes, html_table
 
 if TYPE_CHECKING:
@@ -52,14 +64,15 @@ class Plan:
     rows: tuple[Part, ...]
     """Every part with its device, size and reason."""
     device_map: Mapping[str, int | str]
-    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit."""
+    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit, and under
+    tensor parallelism, which splits each layer."""
     suggestions: tuple[str, ...]
     """What to do where it does not fit, the least loss of quality first."""
 
     @property
     def fits(self) -> bool:
-        """Whether every part has a place."""
-        return bool(self.device_map)
+        """Whether no device holds more than it has."""
+        return within(self.slots, self.rows)
 
     @property
     def total_bytes(self) -> int:
@@ -114,6 +127,7 @@ def plan(
     devices: str | Sequence[Slot] | None = None,
     cache: CacheKind = "grouped",
     rank: int = 8,
+    tensor_parallel: int = 1,
 ) -> Plan:
     """What a Falcon needs and whether it fits, before a byte of it is loaded.
 
@@ -121,7 +135,8 @@ def plan(
     prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full, merge (of an adapter).
     devices: unset, the GPUs here, else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type
     ("ml.g5.12xlarge", "colab-t4"); slots of your own. cache: "transformers" shows what the library's own Falcon would
-    keep. rank: of LoRA.
+    keep. rank: of LoRA. tensor_parallel: ranks that hold a part of every layer each, on a device of their own, or all
+    in one host memory.
 
     Raises LookupError for an unknown name and ValueError for a word or number out of range.
     """
@@ -131,7 +146,9 @@ def plan(
         kept = "nf4-double"
     _check(shape, context, batch, purpose, cache)
     slots = find_slots(devices)
-    request = Request(shape, kept, context, batch, purpose, cache, rank)
+    request = Request(shape, kept, context, batch, purpose, cache, rank, tensor_parallel)
+    if tensor_parallel != 1:
+        return _plan_ranks(request, rank_slots(request, slots))
     counts = spread(request, slots)
     fits = sum(counts) == shape.layers
     counts = counts if fits else crowd(request, slots)
@@ -168,8 +185,32 @@ def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str
         raise ValueError(f"batch={batch}: give at least one row")
 
 
+def _plan_ranks(request: Request, slots: tuple[Slot, ...]) -> Plan:
+    rows = tuple(rank_rows(request, slots))
+    suggestions = () if within(slots, rows) else tuple(_rank_suggestions(request, slots))
+    asked = request.spec, request.dtype, request.context, request.batch, request.purpose
+    return Plan(*asked, slots=slots, rows=rows, device_map={}, suggestions=suggestions)
+
+
 def _fits(request: Request, slots: Sequence[Slot]) -> bool:
     return sum(spread(request, slots)) == request.spec.layers
+
+
+def _rank_suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
+    """What would help under tensor parallelism, the least loss of quality first."""
+    more = [each for each in range(request.ranks + 1, request.spec.kv_heads + 1) if request.spec.kv_heads % each == 0]
+    kind, shared = slots[0], slots[0].key == "cpu"
+    for each in () if shared else more:
+        larger = [Slot(kind.name, key, kind.free_bytes) for key in range(each)]
+        if within(larger, list(rank_rows(replace(request, ranks=each), larger))):
+            yield f"tensor_parallel={each} on {each} x {kind.name}"
+            break
+    whole = replace(request, ranks=1)
+    for dtype in (request.dtype, *_smaller_dtypes(request.dtype)):
+        if _fits(replace(whole, dtype=dtype), slots):
+            yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
+            break
+    yield "an endpoint that serves it, on a machine of its own"
 
 
 def _suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:

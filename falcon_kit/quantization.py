@@ -8,21 +8,35 @@ does memory from then on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from falcon_kit.budget import QUANTISED
+from falcon_kit.parallel import own
 from falcon_kit.shapes import format_bytes, html_table
 
-_BNB: Any = bitsandbytes  # typed in part only
+
+def _import_bitsandbytes() -> Any:
+    """The package, without its warning on a faster kernel that it would download from the hub."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes
+
+
+_BNB = _import_bitsandbytes()
 _KINDS = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"}
 
 
@@ -36,6 +50,15 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=dtype == "nf4-double",
         bnb_4bit_compute_dtype=compute_dtype(),
     )
+
+
+def hush_casts() -> None:
+    """Drops bitsandbytes' warning, at each 8-bit product, that it rounds bfloat16 to float16: it always does."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_a_cast)
+
+
+def _not_a_cast(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in record.msg
 
 
 def stored_quantisation(config: Any) -> str | None:
@@ -74,9 +97,9 @@ def kept_as(module: nn.Module) -> str:
 
 
 def tensors(module: nn.Module) -> Iterator[Tensor]:
-    """All that a module keeps of its own: parameters, and the scales that bitsandbytes keeps beside them."""
+    """What a module itself keeps in this process: parameters, and the scales that bitsandbytes keeps beside them."""
     for parameter in module.parameters(recurse=False):
-        yield parameter
+        yield own(parameter)
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
         beside = (getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None))

@@ -47,7 +47,7 @@ class TuningRun:
 
     def to_dataframe(self) -> Any:
         """The history as a pandas DataFrame."""
-        import pandas as pd
+        import pandas as pd  # type: ignore[import-untyped]  # brings no types
 
         return pd.DataFrame(list(self.history))
 

@@ -10,6 +10,8 @@ from transformers import CompileConfig
 
 import falcon_kit as fk
 from benchmarks import full_size
+from benchmarks._memory import WAYS, mapped_bytes, measured
+from falcon_kit.catalogue import embedded_directory
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,3 +76,26 @@ def test_a_benchmark_that_cannot_run_says_why_and_fails():
     command = [sys.executable, "-m", "benchmarks", "full_size"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, "full_size cannot run here: torch finds no GPU" in ended.stderr) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory a process has")
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_is_measured_in_a_process_of_its_own(way):
+    figures = measured(way, embedded_directory("falconet"), dtype="float32", context=64, batch=2)
+    spec = fk.spec("falconet")
+    copies = 1 if way == "kit" else spec.queries_per_kv_head
+    assert figures["weights"] == 4 * spec.parameters
+    assert figures["cache"] == spec.kv_bytes_per_token(4) * 64 * 2 * copies
+    assert figures["peak"] >= figures["before"] + figures["weights"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped")
+def test_weights_that_stay_in_their_file_are_counted_as_mapped():
+    stored, other = (fk.load("falconet", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert mapped_bytes(stored.model.parameters()) == stored.weight_bytes
+    assert mapped_bytes(other.model.parameters()) == 0
+
+
+def test_a_measurement_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"config\.json"):
+        measured("kit", tmp_path)

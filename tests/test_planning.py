@@ -205,11 +205,11 @@ def test_fewer_bits_come_before_everything_else():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"devices": "A100-80GB", "batch": 128, "dtype": "int8"}, "batch=64"),
+        ({"devices": "A100-80GB", "batch": 128, "dtype": "int8"}, "batch=32"),
         ({"devices": "4xA10G", "batch": 4, "cache": "transformers"}, "cache='grouped'"),
         ({"devices": "T4"}, "another model: falcon-7b"),
         ({"devices": "A100-40GB"}, "more devices: 3 x A100-40GB"),
-        ({"devices": "A100-40GB"}, "offload='cpu': 34 of 60 layers in host memory, read anew for each token"),
+        ({"devices": "A100-40GB"}, "offload='cpu': 32 of 60 layers in host memory, read anew for each token"),
         ({"devices": "2xA100-80GB", "purpose": "full"}, "purpose='lora'"),
     ],
 )

@@ -78,6 +78,12 @@ def test_falconet_still_answers(dtype):
     assert "leaves" in falcon.chat([{"role": "user", "content": "What do giraffes eat?"}], do_sample=False).text
 
 
+@each_dtype
+def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
+    logits(fk.load(directory, dtype=dtype).model)
+    assert [record.message for record in caplog.records] == []
+
+
 # What would happen silently
 
 

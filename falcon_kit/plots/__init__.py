@@ -1,1 +1,1 @@
-"""Values in, matplotlib figures out: plain numbers and numpy arrays, nothing of a model."""
+"""Values in, matplotlib figures out: colour-blind safe, titled, with units, readable in a dark theme."""

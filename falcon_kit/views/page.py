@@ -1,0 +1,175 @@
+"""The shell of every HTML view: a fragment for a notebook cell, and the same as a whole page in a file.
+
+A view may not touch what stands around it, nor be touched by what it shows:
+
+- its style and script apply below one element, whose class is the hash of the view, so that many fit in one notebook;
+- text goes through `text_html`: escaped, isolated from its neighbours' reading direction, invisible characters shown;
+- data for the script goes through `Page.data`, as JSON that cannot end its element;
+- as a file it has a policy that forbids the browser everything but this style and this script.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from base64 import b64encode
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart; in a view's style `var(--c0)` to `var(--c7)`."""
+
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # letters and marks by category, yet nothing to see
+
+# Text has the colour of whatever holds the view, and shades are mixed from it, so that both themes come out right. What
+# covers other text (a popup, a button) takes the pair of ink and paper, which JupyterLab, Colab and VS Code name in
+# variables, and a page of our own has from the browser.
+_STYLE = """
+  --ink: var(--jp-ui-font-color1, var(--colab-primary-text-color, var(--vscode-editor-foreground, CanvasText)));
+  --paper: var(--jp-layout-color1, var(--colab-primary-surface-color, var(--vscode-editor-background, Canvas)));
+  --faint: color-mix(in srgb, currentColor 12%, transparent);
+  --dim: color-mix(in srgb, currentColor 70%, transparent);
+  font: 14px/1.5 system-ui, sans-serif; max-width: 100%; position: relative; text-align: left;
+  & * { box-sizing: border-box; }
+  & h2 { font-size: 1.1em; margin: 0 0 .5em; }
+  & p { margin: .5em 0; }
+  & code, & pre { font-family: ui-monospace, monospace; background: none; color: inherit; }
+  & table { border-collapse: collapse; color: inherit; margin: .5em 0; }
+  & th, & td { border: 0; border-bottom: 1px solid var(--faint); padding: .15em .6em; text-align: left; }
+  & button, & select, & input { font: inherit; accent-color: var(--c0); }
+  & button, & select { border: 1px solid var(--dim); border-radius: 4px; padding: .1em .5em; }
+  & button, & select, & .popup { color: var(--ink); background: var(--paper); }
+  & summary { cursor: pointer; }
+  & :focus-visible { outline: 2px solid currentColor; outline-offset: 1px; }
+  & i.mark { font-style: normal; opacity: .6; }
+  & .note { color: var(--dim); font-size: .9em; }
+  & .scroll { overflow: auto; max-height: 30em; }
+"""
+
+# Views that are alike share their class; each is brought to life once.
+_SCRIPT = """
+for (const root of document.querySelectorAll(".SCOPE:not([data-live])")) {
+  root.dataset.live = "";
+  const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
+  ((root, data) => {SOURCE})(root, data);
+}
+"""
+
+_PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1em auto; max-width: 75em; padding: 0 1em; }"
+
+
+@dataclass(frozen=True, repr=False)
+class Page:
+    """One HTML view. In Jupyter it draws itself; `write` makes it a file."""
+
+    title: str
+    """Plain text: the heading, and the title of the file."""
+    body: str
+    """HTML in which every text went through `text_html` or `html.escape`."""
+    style: str = ""
+    """CSS inside the view's own element: `& .cell { ... }`, or bare declarations for the element itself."""
+    script: str = ""
+    """Body of a JavaScript function of `root`, the element, and `data`; it adds comfort, never content."""
+    data: Any = None
+    """What the script reads: anything that JSON can hold."""
+
+    def __post_init__(self) -> None:
+        if "</" in self.script or "</" in self.style:
+            raise ValueError("'</' in a view's script or style could end its element: write '<\\/' instead")
+
+    def __repr__(self) -> str:
+        return f"Page({visible(self.title)!r}, {len(self.body):,} characters)"
+
+    @property
+    def scope(self) -> str:
+        """The class of the view's element: the same for the same view, so that committed outputs stay as they are."""
+        parts = json.dumps([self.title, self.body, self.style, self.script, self.data])
+        return f"fk-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
+
+    def _repr_html_(self) -> str:
+        """The view as a fragment, for a notebook cell."""
+        return self._fragment(self._source())
+
+    def document(self) -> str:
+        """The view as a whole page, which loads nothing and runs nothing but its own script."""
+        source = self._source()
+        allowed = b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            '<meta name="viewport" content="width=device-width">\n'
+            f"<title>{escape(visible(self.title))}</title>\n<style>{_PAGE_STYLE}</style>\n</head>\n"
+            f"<body>\n<main>{self._fragment(source)}</main>\n</body>\n</html>\n"
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the whole page to a file and returns its path. Raises OSError where that cannot be."""
+        file = Path(path)
+        file.write_text(self.document(), encoding="utf-8", newline="\n")
+        return file
+
+    def _source(self) -> str:
+        return _SCRIPT.replace("SCOPE", self.scope).replace("SOURCE", self.script) if self.script else ""
+
+    def _fragment(self, source: str) -> str:
+        scope = self.scope
+        palette = "".join(f"--c{number}: {colour}; " for number, colour in enumerate(PALETTE))
+        style = f"<style>.{scope} {{ {palette}{_STYLE}{self.style} }}</style>"
+        script = f"{_data(self.data)}<script>{source}</script>" if source else ""
+        heading = f"<h2>{text_html(self.title)}</h2>" if self.title else ""
+        return f'<div class="{scope}">{style}{heading}{self.body}{script}</div>'
+
+
+def _data(value: Any) -> str:
+    """Data in an element of its own. JSON escaped so far that no browser sees a tag, a comment or an entity in it."""
+    text = json.dumps(value, separators=(",", ":"))  # pure ASCII, lone surrogates and line separators included
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json">{text}</script>'
+
+
+def text_html(text: str, spaces: bool = False) -> str:
+    """Text as HTML: escaped, its reading direction kept to itself, and nothing in it invisible.
+
+    spaces: shows them too, as a raised dot.
+    """
+    marked = ((each, _mark(each, spaces)) for each in text)
+    shown = "".join(escape(each) if mark is None else f'<i class="mark">{mark}</i>' for each, mark in marked)
+    return f"<bdi>{_seat(text)}{shown}</bdi>"
+
+
+def visible(text: str, spaces: bool = False) -> str:
+    """The text without anything that is invisible or acts on its neighbours: "a\\x00" is "a␀", U+202E is "[U+202E]".
+
+    For places that take plain text: labels of a figure, a title, an attribute (after `html.escape`).
+    """
+    return _seat(text) + "".join(_mark(each, spaces) or each for each in text)
+
+
+def direction(text: str) -> str:
+    """For the attribute `dir`: "rtl" if the first letter that has a direction is written from right to left."""
+    strong = (kind for each in text if (kind := unicodedata.bidirectional(each)) in ("L", "R", "AL"))
+    return "ltr" if next(strong, "L") == "L" else "rtl"
+
+
+def _seat(text: str) -> str:
+    """What an accent that comes first sits on, or it would sit on whatever stands before it."""
+    return "◌" if text and unicodedata.category(text[0]) in ("Mn", "Me", "Mc") and not _mark(text[0], False) else ""
+
+
+@lru_cache(maxsize=4096)
+def _mark(character: str, spaces: bool) -> str | None:
+    """What to show in place of a character that shows nothing itself; None for one that does."""
+    code = ord(character)
+    if code < 0x20 or code == 0x7F:
+        return {"\n": "↵", "\t": "⇥", "\x7f": "␡"}.get(character, chr(0x2400 + code % 0x20))
+    if character == " ":
+        return "·" if spaces else None
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp") or character in _BLANK_LETTERS
+    return f"[U+{code:04X}]" if hidden else None

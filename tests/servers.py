@@ -1,0 +1,272 @@
+"""Real servers on loopback, for tests: they listen on ports that are free, and end with the tests."""
+
+import ctypes
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import xllamacpp
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def die_with_parent() -> None:
+    """In a child: ends when the tests do, however they do (PR_SET_PDEATHSIG of Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@contextmanager
+def transformers_serve(directory: Path) -> Iterator[str]:
+    """`transformers serve` on a checkpoint: its address, once it is up."""
+    port = free_port()
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        directory,
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent
+    ) as process:
+        try:
+            wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: float = 90) -> None:
+    """Returns when `url` answers with 200."""
+    for _ in range(int(seconds * 5)):
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        try:
+            if httpx2.get(url, timeout=1).status_code == 200:
+                return
+        except httpx2.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise TimeoutError(f"{url} was not up after {seconds} s")
+
+
+def llama_cpp(path: Path, context: int = 2048, **settings: Any) -> tuple[xllamacpp.Server, str]:
+    """llama.cpp's server on a GGUF file: the server, which has to be kept, and its address."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = str(path), [path.stem]
+    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0  # port 0: any that is free
+    params.n_ctx, params.cpuparams.n_threads, params.n_parallel, params.warmup = context, 2, 1, False
+    for name, value in settings.items():
+        setattr(params, name, value)
+    server = xllamacpp.Server(params)
+    return server, server.listening_address
+
+
+@dataclass
+class Reply:
+    """What a scripted server answers once."""
+
+    chunks: list[bytes] = field(default_factory=list)
+    status: int = 200
+    kind: str = "text/event-stream"
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
+    """Breaks the connection off after the chunks."""
+    silence: float = 0.0
+    """Seconds before the first byte."""
+
+
+Script = Callable[[str, dict[str, Any], dict[str, str]], Reply | Iterator[bytes]]
+
+
+@dataclass
+class Scripted:
+    """A server whose answers a test writes: `script` is given path, body and headers of each request."""
+
+    address: str
+    script: Script
+    requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
+    hung_up: threading.Event = field(default_factory=threading.Event)
+    """Set when a client went before it had everything."""
+
+    def asked(self, path: str) -> list[dict[str, Any]]:
+        """The bodies that came for a path."""
+        return [body for where, body, _ in self.requests if where == path]
+
+
+@contextmanager
+def scripted(script: Script) -> Iterator[Scripted]:
+    """A scripted server on loopback."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        server.daemon_threads = True
+        server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.scripted
+        server.shutdown()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        scripted = self.server.scripted
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        scripted.requests.append((self.path, body, headers))
+        reply = scripted.script(self.path, body, headers)
+        try:
+            self._answer(reply if isinstance(reply, Reply) else Reply(reply))
+        except OSError:
+            scripted.hung_up.set()
+            self.close_connection = True
+
+    def _answer(self, reply: Reply) -> None:
+        time.sleep(reply.silence)
+        self.send_response(reply.status)
+        self.send_header("content-type", reply.kind)
+        self.send_header("transfer-encoding", "chunked")
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for chunk in reply.chunks:
+            self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+            self.wfile.flush()
+        if reply.cut:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def as_reply(content: Any, status: int = 200, **headers: str) -> Reply:
+    """JSON."""
+    return Reply([json.dumps(content).encode()], status, "application/json", headers)
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+# TGI, from its documented schema (https://huggingface.github.io/text-generation-inference), on a model of this process
+
+
+def tgi(falcon: Any) -> Script:
+    """A script that answers as TGI does: /info, /generate_stream and its refusals."""
+
+    def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
+        if path == "/info":
+            return as_reply({"model_id": "falconet-instruct", "max_input_tokens": 2047, "max_total_tokens": 2048})
+        if path != "/generate_stream":
+            return as_reply({"error": "not found"}, 404)
+        if wrong := tgi_refusal(falcon, body):
+            return as_reply({"error": f"Input validation error: {wrong}", "error_type": "validation"}, 422)
+        return (b"data:" + json.dumps(each).encode() + b"\n\n" for each in tgi_events(falcon, body))
+
+    return script
+
+
+def tgi_refusal(falcon: Any, body: dict[str, Any]) -> str | None:
+    """What TGI's validation has against a request."""
+    parameters = body["parameters"]
+    length, wanted = len(falcon.tokenizer(body["inputs"])["input_ids"]), parameters["max_new_tokens"]
+    rules = {
+        "`temperature` must be strictly positive": parameters.get("temperature", 1) > 0,
+        "`top_p` must be > 0.0 and < 1.0": 0 < parameters.get("top_p", 0.5) < 1,
+        "`stop` supports up to 4 stop sequences": len(parameters.get("stop", [])) <= 4,
+        f"`inputs` tokens + `max_new_tokens` must be <= 2048. Given: {length} and {wanted}": length + wanted <= 2048,
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
+def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """StreamResponse after StreamResponse; stop sequences stay in the text, and end it."""
+    given = body["parameters"]
+    settings = {
+        name: given[name]
+        for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+        if name in given
+    }
+    ids = falcon.tokenizer(body["inputs"])["input_ids"]
+    text, end, tokens = "", falcon.tokenizer.eos_token_id, []
+    stream = falcon.stream(body["inputs"], **settings)
+    for index, piece in enumerate(stream, 1):
+        tokens.append(piece.token_id)
+        special = piece.token_id == end
+        text += piece.text
+        ends = {
+            "eos_token": special,
+            "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
+            "length": len(tokens) == given["max_new_tokens"],
+        }
+        reason = next((name for name, holds in ends.items() if holds), None)
+        token = {
+            "id": piece.token_id,
+            "text": "<|endoftext|>" if special else piece.text,
+            "logprob": piece.logprob,
+            "special": special,
+        }
+        details = {
+            "finish_reason": reason,
+            "generated_tokens": len(tokens),
+            "seed": given.get("seed"),
+            "input_length": len(ids),
+        }
+        yield {
+            "index": index,
+            "token": token,
+            "generated_text": text if reason else None,
+            "details": details if reason else None,
+        }
+        if reason:
+            stream.close()
+            return
+
+
+# SageMaker's runtime: AWS's event stream encoding around a container's answer (moto imitates the control plane only)
+
+
+def frame(payload: bytes, **headers: str) -> bytes:
+    """One message of application/vnd.amazon.eventstream."""
+    encoded = b"".join(
+        bytes([len(name) + 1])
+        + b":"
+        + name.replace("_", "-").encode()
+        + b"\x07"
+        + len(value).to_bytes(2)
+        + value.encode()
+        for name, value in headers.items()
+    )
+    prelude = (len(encoded) + len(payload) + 16).to_bytes(4) + len(encoded).to_bytes(4)
+    message = prelude + zlib.crc32(prelude).to_bytes(4) + encoded + payload
+    return message + zlib.crc32(message).to_bytes(4)
+
+
+def part(payload: bytes) -> bytes:
+    """A PayloadPart event."""
+    return frame(payload, event_type="PayloadPart", content_type="application/octet-stream", message_type="event")
