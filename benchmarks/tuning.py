@@ -2,7 +2,8 @@
 
 The same random Falcon with the 65,024 words of the published ones, the same conversations with the spread of lengths of
 Baize's (mean about 300 tokens, to 2048), the same adapters and rate; one pass over them. Each contestant runs in a
-process of its own, for its memory, and they take turns. TRL comes with the extra "bench".
+process of its own, for its memory, and they take turns. The packed ones take more steps in a pass (a row each) than the
+padded (eight conversations each), which their held-out losses show. TRL comes with the extra "bench".
 """
 
 import json
