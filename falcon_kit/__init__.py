@@ -17,6 +17,7 @@ from falcon_kit.environment import Environment, environment
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
 
 if TYPE_CHECKING:
+    from falcon_kit.data import Documents, dialogues, mix
     from falcon_kit.decoding import Piece
     from falcon_kit.export import export_gguf
     from falcon_kit.falcon import Falcon
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
     from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.loading import load
+    from falcon_kit.merging import Merged, merge
+    from falcon_kit.packing import Packed, pack
     from falcon_kit.parallel import ParallelFalcon
     from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
+    from falcon_kit.runs import TuningRun
     from falcon_kit.sampling import Sampling
+    from falcon_kit.settings import Tuning
+    from falcon_kit.tuning import tune
 
 __version__ = version("falcon-kit")
 
@@ -37,6 +43,7 @@ __all__ = [
     "AttentionView",
     "Attribution",
     "ChatFormat",
+    "Documents",
     "Endpoint",
     "Environment",
     "Falcon",
@@ -44,13 +51,17 @@ __all__ = [
     "Generation",
     "IncompleteAnswer",
     "LensView",
+    "Merged",
     "NotEnoughMemory",
+    "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
     "Sampling",
     "Stats",
     "Stream",
+    "Tuning",
+    "TuningRun",
     "ablate",
     "ablated",
     "attention",
@@ -58,40 +69,55 @@ __all__ = [
     "catalogue",
     "chat_format",
     "connect",
+    "dialogues",
     "environment",
     "export_gguf",
     "induction",
     "lens",
     "load",
+    "merge",
+    "mix",
+    "pack",
     "plan",
     "repeated_tokens",
     "spec",
+    "tune",
 ]
 
 _ON_FIRST_USE = {
     "Ablation": "inspection.causes",
     "AttentionView": "inspection.attention",
     "Attribution": "inspection.causes",
+    "Documents": "data",
     "Endpoint": "remote",
     "Falcon": "falcon",
     "Generation": "generation",
     "IncompleteAnswer": "remote",
     "LensView": "inspection.lens",
+    "Merged": "merging",
+    "Packed": "packing",
     "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "Tuning": "settings",
+    "TuningRun": "runs",
     "ablate": "inspection.causes",
     "ablated": "inspection.causes",
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
     "connect": "remote",
+    "dialogues": "data",
     "export_gguf": "export",
     "induction": "inspection.attention",
     "lens": "inspection.lens",
     "load": "loading",
+    "merge": "merging",
+    "mix": "data",
+    "pack": "packing",
     "repeated_tokens": "inspection.attention",
+    "tune": "tuning",
 }
 
 

@@ -131,10 +131,16 @@ def lora_parameters(spec: FalconSpec, rank: int) -> int:
     return spec.layers * rank * sum(out + into for out, into in linear_shapes(spec))
 
 
-def loss_bytes(spec: FalconSpec, context: int, batch: int) -> int:
-    """Logits of every token and what their loss needs beside them, at 12 bytes: in float32 the logits, their
-    log-probabilities and the gradient; in 16 bits the logits, a float32 copy and so on, which comes to the same."""
-    return 12 * batch * context * spec.vocabulary
+LOSS_CHUNK = 256
+"""Labelled tokens whose logits `falcon_kit.losses` has in memory at once: (256, 65024) in float32 are 64 MiB."""
+
+
+def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
+    """The loss of the kit's own training, every token labelled: the last hidden states, those of labelled tokens and
+    their gradient, and for a chunk of tokens at 12 bytes: in float32 the logits, their log-probabilities and the
+    gradient; in 16 bits the logits, a float32 copy and so on, which comes to the same."""
+    chunk = min(batch * context, LOSS_CHUNK)
+    return 12 * chunk * spec.vocabulary + 3 * batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
 def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
