@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
     from falcon_kit.inspection.lens import LensView, lens
+    from falcon_kit.inspection.tokens import TokenView, tokens
     from falcon_kit.loading import Falcon, load
     from falcon_kit.sampling import Sampling
 
@@ -44,19 +46,25 @@ __all__ = [
     "Sampling",
     "Stats",
     "Stream",
+    "TokenReport",
+    "TokenView",
     "ablate",
     "ablated",
     "attention",
     "attribute",
     "catalogue",
     "chat_format",
+    "compare_tokens",
     "environment",
     "induction",
     "lens",
     "load",
     "plan",
+    "published_tokens",
     "repeated_tokens",
+    "sample_texts",
     "spec",
+    "tokens",
 ]
 
 _ON_FIRST_USE = {
@@ -70,14 +78,20 @@ _ON_FIRST_USE = {
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "TokenReport": "inspection.languages",
+    "TokenView": "inspection.tokens",
     "ablate": "inspection.causes",
     "ablated": "inspection.causes",
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
+    "compare_tokens": "inspection.languages",
     "induction": "inspection.attention",
     "lens": "inspection.lens",
     "load": "loading",
+    "published_tokens": "inspection.languages",
     "repeated_tokens": "inspection.attention",
+    "sample_texts": "inspection.languages",
+    "tokens": "inspection.tokens",
 }
 
 

@@ -21,7 +21,7 @@ _LABELLED = 60  # tokens up to which each is written below its bar
 
 
 def lengths(words: Sequence[str | bytes], sizes: Sequence[int], kinds: Sequence[str]) -> Figure:
-    """Bytes of each token, `sizes`, coloured by kind: "whole", "part" or "special". Words that are bytes are no text."""
+    """Bytes of each token, `sizes`, coloured by kind: "whole", "part" or "special"."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2), layout="constrained")
@@ -49,7 +49,7 @@ def languages(
     """What texts cost, a row for each name and a bar for each tokenizer; a parity of nan is left out."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 1.4 + 0.16 * len(names) * (1 + len(parity))), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.2 + 0.13 * len(names) * (1 + len(parity))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, parity)
     left.axvline(1, color="black", linewidth=0.8)
@@ -57,7 +57,7 @@ def languages(
     _bars(right, bytes_per_token)
     right.set(xlabel="bytes of text per token")
     left.set_yticks(range(len(names)), map(_label, names), fontsize=8, parse_math=False)
-    left.invert_yaxis()
+    left.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     right.legend(frameon=False, fontsize=8, loc="lower right")
     figure.suptitle("What a text costs in tokens", fontsize=10)
     return figure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from falcon_kit.views import walk
 from falcon_kit.views.page import Page, direction, text_html, visible
@@ -174,8 +175,9 @@ def _fitting(groups: Iterator[list[str]]) -> list[str]:
 
 def _notes(text: str, spans: Sequence[Span], lost: Mapping[int, bytes]) -> str:
     """What a reader should know before looking."""
-    split = any(after[0] < before[1] for before, after in zip(spans, spans[1:], strict=False))
-    notes = ["A box holds a character that is split over several tokens: first whole, then byte by byte."] if split else []
+    notes = []
+    if any(after[0] < before[1] for before, after in pairwise(spans)):
+        notes.append("A box holds a character that is split over several tokens: first whole, then byte by byte.")
     if lost:
         some = ", ".join(
             f"U+{ord(text[at]):04X} at character {at} ({_hex(gone)})" for at, gone in list(lost.items())[:_NAMED]
