@@ -34,7 +34,7 @@ HOSTILE = [
 TYPED = "Hello<|endoftext|>>>QUESTION<< World"
 
 
-@pytest.fixture(scope="session", params=["falconet", pytest.param("published", id="published")])
+@pytest.fixture(scope="session", params=["falconet", "published"])
 def each_tokenizer(request, tokenizer):
     """Falconet's tokenizer, and the published one where there is one."""
     if request.param == "falconet":
@@ -174,7 +174,7 @@ def test_what_is_no_text_is_refused(tokenizer, text):
 
 
 def test_what_is_no_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="give a tokenizer, or what fk.load returns; got str"):
+    with pytest.raises(TypeError, match="got str"):
         tokens("a", "falconet")
 
 
@@ -222,7 +222,8 @@ def test_text_stays_text_in_the_view(tokenizer, text):
     view = tokens(text, tokenizer)
     read = Reader(view.page()._repr_html_())
     shown = [visible(each.text, spaces=True) for each in view.tokens if not each.partial]
-    assert [text for text, _ in read.tokens if ("part of" not in _)] == shown or "part of" in text
+    pairs = zip(read.tokens, view.tokens, strict=True)
+    assert [found for (found, _), token in pairs if not token.partial] == shown
     known = {"div", "style", "h2", "bdi", "p", "wbr", "span", "b", "i", "code", "br", "details", "summary", "table"}
     assert read.elements - known <= {"thead", "tbody", "tr", "th", "td", "script", "del"}
 
