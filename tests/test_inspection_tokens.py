@@ -1,5 +1,6 @@
 """Tokens are shown as the tokenizer makes them, byte by byte, whatever the text."""
 
+import copy
 import os
 import re
 from html import unescape
@@ -226,6 +227,19 @@ def test_text_stays_text_in_the_view(tokenizer, text):
     assert [found for (found, _), token in pairs if not token.partial] == shown
     known = {"div", "style", "h2", "bdi", "p", "wbr", "span", "b", "i", "code", "br", "details", "summary", "table"}
     assert read.elements - known <= {"thead", "tbody", "tr", "th", "td", "script", "del"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_token_that_is_hostile_stays_text(tokenizer, text):
+    learnt = copy.deepcopy(tokenizer)
+    learnt.add_tokens([text])
+    view = tokens(f"a{text}b", learnt)
+    assert text in [token.text for token in view.tokens]
+    found = [[shown, title] for shown, title in Reader(view.page().document()).tokens]
+    assert [visible(text, spaces=True), True] in [
+        [shown, visible(text, spaces=True) in title] for shown, title in found
+    ]
+    assert {"img"} & Reader(view.page().document()).elements == set()
 
 
 def test_each_token_tells_its_id_bytes_and_characters(tokenizer):

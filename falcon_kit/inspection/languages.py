@@ -97,6 +97,8 @@ class TokenReport:
     """The tokenizer's name."""
     vocabulary: int
     """How many tokens it has."""
+    missing_bytes: bytes
+    """The bytes it has no token for, which vanish from any text."""
     rows: tuple[TextFigures, ...]
     """The figures of each text."""
     reference: str
@@ -180,7 +182,8 @@ def compare_tokens(texts: Texts, tokenizer: Any, *, reference: str | None = None
     spec = getattr(tokenizer, "spec", None)
     name = spec.name if spec else Path(str(found.name_or_path)).name
     rows = tuple(_measure(each, text, found) for each, text in texts.items())
-    report = TokenReport(name, len(found), rows, next(iter(texts)) if reference is None else reference)
+    missing = bytes(sorted(missing_bytes(found)))
+    report = TokenReport(name, len(found), missing, rows, next(iter(texts)) if reference is None else reference)
     report[report.reference]  # raises
     return report
 
@@ -194,21 +197,20 @@ def sample_texts() -> dict[str, str | list[str]]:
 def published_tokens() -> TokenReport:
     """What the published Falcon vocabulary, 65,024 tokens, makes of `sample_texts`: recorded, so no download."""
     found = json.loads(_PUBLISHED.read_text(encoding="utf-8"))["report"]
-    return TokenReport(**found | {"rows": tuple(TextFigures(**row) for row in found["rows"])})
+    missing, rows = bytes.fromhex(found["missing_bytes"]), tuple(TextFigures(**row) for row in found["rows"])
+    return TokenReport(**found | {"missing_bytes": missing, "rows": rows})
 
 
 def record(directory: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """Figures of the tokenizer in a directory on `sample_texts`, with what they were made of."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    report = compare_tokens(sample_texts(), tokenizer)
+    report = compare_tokens(sample_texts(), AutoTokenizer.from_pretrained(directory))
     return {
         "made_by": "python -m falcon_kit.inspection.languages DIRECTORY NAME",
         "tokenizer_sha256": _sha256(Path(directory) / "tokenizer.json"),
         "sentences_sha256": _sha256(_SENTENCES),
-        "missing_bytes": bytes(sorted(missing_bytes(tokenizer))).hex(" "),
-        "report": asdict(report) | {"tokenizer": name},
+        "report": asdict(report) | {"tokenizer": name, "missing_bytes": report.missing_bytes.hex(" ")},
     }
 
 
