@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
     from falcon_kit.inspection.lens import LensView, lens
+    from falcon_kit.inspection.tokens import TokenView, tokens
     from falcon_kit.loading import load
     from falcon_kit.merging import Merged, merge
     from falcon_kit.packing import Packed, pack
@@ -60,6 +62,8 @@ __all__ = [
     "Sampling",
     "Stats",
     "Stream",
+    "TokenReport",
+    "TokenView",
     "Tuning",
     "TuningRun",
     "ablate",
@@ -68,6 +72,7 @@ __all__ = [
     "attribute",
     "catalogue",
     "chat_format",
+    "compare_tokens",
     "connect",
     "dialogues",
     "environment",
@@ -79,8 +84,11 @@ __all__ = [
     "mix",
     "pack",
     "plan",
+    "published_tokens",
     "repeated_tokens",
+    "sample_texts",
     "spec",
+    "tokens",
     "tune",
 ]
 
@@ -103,10 +111,13 @@ _ON_FIRST_USE = {
     "Stream": "generation",
     "Tuning": "settings",
     "TuningRun": "runs",
+    "TokenReport": "inspection.languages",
+    "TokenView": "inspection.tokens",
     "ablate": "inspection.causes",
     "ablated": "inspection.causes",
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
+    "compare_tokens": "inspection.languages",
     "connect": "remote",
     "dialogues": "data",
     "export_gguf": "export",
@@ -116,7 +127,10 @@ _ON_FIRST_USE = {
     "merge": "merging",
     "mix": "data",
     "pack": "packing",
+    "published_tokens": "inspection.languages",
     "repeated_tokens": "inspection.attention",
+    "sample_texts": "inspection.languages",
+    "tokens": "inspection.tokens",
     "tune": "tuning",
 }
 
