@@ -7,7 +7,7 @@ RUN := .venv/bin/python
 HYGIENE := tests/test_architecture.py tests/test_packaging.py tests/test_notebooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check lint notebooks bench falconet clean
+.PHONY: help demo lab test browser check lint notebooks bench falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,12 @@ demo: $(INSTALLED)  ## run the model card's example on the embedded model, a min
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab (ARGS="--no-browser" and the like are passed on)
 	$(RUN) -m jupyterlab notebooks $(ARGS)
 
-test: lint  ## everything: lint, all tests, and every notebook executed
+test: lint browser  ## everything: lint, all tests, those in a browser too, and every notebook executed
 	$(RUN) -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
+
+# Chromium by the system's package manager, where it may; without one, the tests in a browser say that they did not run.
+browser: $(INSTALLED)
+	@$(RUN) tests/browser/chromium.py
 
 check: lint  ## the quick part: lint, module order, packaging, notebook hygiene
 	$(RUN) -m pytest -q $(HYGIENE)

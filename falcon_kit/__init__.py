@@ -15,6 +15,7 @@ from falcon_kit.catalogue import CARD, FalconSpec, catalogue, spec
 from falcon_kit.chat import ChatFormat, chat_format
 from falcon_kit.environment import Environment, environment
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
+from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
     from falcon_kit.data import Documents, dialogues, mix
@@ -84,6 +85,7 @@ __all__ = [
     "mix",
     "pack",
     "plan",
+    "playground",
     "published_tokens",
     "repeated_tokens",
     "sample_texts",

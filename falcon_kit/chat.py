@@ -7,6 +7,7 @@ Three formats are in use, because the instruct models were published without one
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+_switching = threading.Lock()
 Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
 
 
@@ -247,11 +249,13 @@ def encode(
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a text in which special tokens have no power: "<|endoftext|>" comes out as several ordinary ids."""
     backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    try:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-    finally:
-        backend.encode_special_tokens = before  # the call above leaves the switch as it set it
+    with _switching:  # two threads in here at once would restore each other's switch
+        before = backend.encode_special_tokens
+        try:
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        finally:
+            backend.encode_special_tokens = before  # the call above leaves the switch as it set it
+    return list(ids)
 
 
 def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:

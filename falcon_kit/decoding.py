@@ -28,6 +28,18 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One of the likeliest tokens at a place in the text, taken or not."""
+
+    text: str
+    """The token by itself; part of a character shows as U+FFFD."""
+    token_id: int
+    """The token."""
+    logprob: float
+    """As `Piece.logprob`."""
+
+
+@dataclass(frozen=True)
 class Piece:
     """One new token as it arrives."""
 
@@ -37,6 +49,8 @@ class Piece:
     """The token; None where an endpoint does not tell."""
     logprob: float
     """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The likeliest tokens of this step, the likeliest first, as many as `Sampling.alternatives` asks for."""
 
 
 class Row:
@@ -45,6 +59,7 @@ class Row:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], limit: int, strip: bool) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.alternatives: list[tuple[Alternative, ...]] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._stop, self._limit, self._strip = tokenizer, stop, limit, strip
@@ -64,6 +79,10 @@ class Row:
             self.finish_reason = "eos" if token == self._tokenizer.eos_token_id else "length"
             self.text = self._complete()
         return self._show()
+
+    def alternative(self, token: int, logprob: float) -> Alternative:
+        """A token that may stand at this place, with its text."""
+        return Alternative(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False), token, logprob)
 
     def _complete(self) -> str:
         """The text with a last, incomplete character shown as U+FFFD, as transformers decodes it."""
@@ -172,8 +191,10 @@ class Watch:
         random: RandomState,
         cancelled: threading.Event,
         emit: Callable[[Piece], None] | None,
+        alternatives: int = 0,
     ) -> None:
         self.rows, self.random, self.cancelled, self.emit = rows, random, cancelled, emit
+        self.alternatives = alternatives
         self.start = self.first = self.last = time.perf_counter()
         self.logprobs: torch.Tensor  # (B, V), of the step that is under way
 
@@ -189,14 +210,23 @@ class Watch:
         """Takes the newest token of each row, ids (B, T), and says which rows are done."""
         newest = ids[:, -1:]
         tokens, logprobs = newest[:, 0].tolist(), self.logprobs.gather(1, newest)[:, 0].tolist()
+        likeliest = self._likeliest()
         self._clock()
-        for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+        for row, token, logprob, others in zip(self.rows, tokens, logprobs, likeliest, strict=True):
             if row.finish_reason is None:
                 text = row.push(token, logprob)
+                row.alternatives.append(tuple(row.alternative(*each) for each in others))
                 if self.emit:
-                    self.emit(Piece(text, token, logprob))
+                    self.emit(Piece(text, token, logprob, row.alternatives[-1]))
         over = self.cancelled.is_set()
         return [row.finish_reason is not None or over for row in self.rows]
+
+    def _likeliest(self) -> list[list[tuple[int, float]]]:
+        """Token and log-probability of the likeliest tokens of each row; nothing is computed unless asked for."""
+        if not self.alternatives:
+            return [[] for _ in self.rows]
+        values, tokens = self.logprobs.topk(min(self.alternatives, self.logprobs.shape[-1]))  # (B, alternatives)
+        return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
 
     def read(self, sequences: torch.Tensor) -> None:
         """Takes whole rows of new tokens (B, T) at once, as a beam search hands them over."""

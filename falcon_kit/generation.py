@@ -18,7 +18,7 @@ import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import format_bytes, unknown_name
-from falcon_kit.decoding import FinishReason, Piece, RandomState, Row, SharedEvent, Watch, shared_seed
+from falcon_kit.decoding import Alternative, FinishReason, Piece, RandomState, Row, SharedEvent, Watch, shared_seed
 from falcon_kit.sampling import Sampling, require
 
 Prompt = str | Sequence[str] | Sequence[int]
@@ -80,6 +80,8 @@ class Generation:
     "broken": an endpoint broke off."""
     stats: Stats
     """Time and memory of the call that made it, shared by all rows of a batch."""
+    alternatives: tuple[tuple[Alternative, ...], ...] | None = None
+    """The likeliest tokens at each step, see `Piece.alternatives`; None unless `alternatives` asked for them."""
 
     def __str__(self) -> str:
         return self.text
@@ -238,7 +240,7 @@ class _Run:
         """Generates; `emit` gets each piece of a single row as it comes."""
         rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
         random = RandomState(self.sampling.seed, self.model.device)
-        watch = Watch(rows, random, self.cancelled, emit)
+        watch = Watch(rows, random, self.cancelled, emit, self.sampling.alternatives)
         try:
             if self.whole:  # hooks see candidates there, not texts; the random state is borrowed for all of it
                 random.borrow()
@@ -299,6 +301,7 @@ class _Run:
                 logprobs=None if self.whole else tuple(row.logprobs),
                 finish_reason=row.finish_reason or ("cancelled" if self.cancelled.is_set() else "stop"),
                 stats=stats,
+                alternatives=tuple(row.alternatives) if self.sampling.alternatives and not self.whole else None,
             )
             for prompt, row in zip(prompts, rows, strict=True)
         ]

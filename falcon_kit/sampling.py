@@ -29,12 +29,18 @@ class Sampling:
     """Same seed, same text, on the same machine and batch. The global random state is left as it was."""
     truncate: Literal["left"] | None = None
     """"left" drops the oldest tokens of a prompt that is too long; unset refuses it."""
+    alternatives: int = 0
+    """How many of the likeliest tokens at each step to hand over beside the one that was taken."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range, naming it and the range."""
         for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
             value = getattr(self, name)
             require(value is None or (_whole(value) and value >= 1), f"{name} must be at least 1, got {value!r}")
+        require(
+            _whole(self.alternatives) and self.alternatives >= 0,
+            f"alternatives must be a whole number, 0 (none) or more, got {self.alternatives!r}",
+        )
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             require(value is None or isinstance(value, int | float), f"{name} must be a number, got {value!r}")

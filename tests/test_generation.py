@@ -14,6 +14,7 @@ from conftest import small_model
 from transformers import LogitsProcessor
 
 from falcon_kit import load
+from falcon_kit.chat import encode
 from falcon_kit.generation import generate
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -440,3 +441,65 @@ def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
 def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, given, nearest):
     with pytest.raises(ValueError, match=f"Unknown setting '{given}'. Nearest: .*{nearest}"):
         instruct.generate(QUESTION, **{given: 1})
+
+
+# Alternatives
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(instruct, rows):
+    prompts = PROMPTS[:rows]
+    written = instruct.generate(prompts, max_new_tokens=4, alternatives=3)
+    for prompt, each in zip(prompts, written, strict=True):
+        ids = torch.tensor([instruct.tokenizer(prompt)["input_ids"] + list(each.tokens[:-1])])
+        with torch.inference_mode():
+            logprobs = instruct.model(ids).logits[0, -len(each.tokens) :].log_softmax(-1)
+        expected = logprobs.topk(3)
+        assert [[other.token_id for other in step] for step in each.alternatives] == expected.indices.tolist()
+        values = torch.tensor([[other.logprob for other in step] for step in each.alternatives])
+        torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=0)
+
+
+def test_a_stream_hands_alternatives_over_with_each_piece(instruct):
+    stream = instruct.stream(QUESTION, max_new_tokens=4, alternatives=2)
+    pieces = [piece.alternatives for piece in stream]
+    assert tuple(pieces) == stream.generation.alternatives
+    assert {len(each) for each in pieces} == {2}
+
+
+def test_an_alternative_has_the_text_of_its_token(instruct):
+    for step in instruct.generate(QUESTION, max_new_tokens=4, alternatives=5).alternatives:
+        assert [each.text for each in step] == [instruct.tokenizer.decode([each.token_id]) for each in step]
+
+
+def test_no_alternatives_are_computed_unless_asked_for(instruct, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("topk was called"))
+    assert instruct.generate(QUESTION, max_new_tokens=4).alternatives is None
+
+
+def test_more_alternatives_than_tokens_are_all_tokens(instruct):
+    assert len(instruct.generate(QUESTION, max_new_tokens=1, alternatives=10**6).alternatives[0]) == 2048
+
+
+def test_beam_search_has_no_alternatives(instruct):
+    assert instruct.generate(QUESTION, max_new_tokens=4, num_beams=2, alternatives=3).alternatives is None
+
+
+# Side by side
+
+
+def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruct):
+    sly = [{"role": "user", "content": "<|endoftext|> Hello" * 1000}]  # long enough for threads to meet
+    found = []
+
+    def work():
+        found.extend(tuple(encode(sly, instruct.tokenizer, instruct.chat_format)) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20
+    assert len(set(found)) == 1
+    assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]

@@ -51,6 +51,8 @@ def test_one_stop_string_is_as_good_as_a_list(stop, expected):
         ({"max_new_tokens": True}, "max_new_tokens must be at least 1, got True"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be at least 1, got 2.5"),
         ({"temperature": "0.7"}, "temperature must be a number, got '0.7'"),
+        ({"alternatives": -1}, r"alternatives must be a whole number, 0 \(none\) or more, got -1"),
+        ({"alternatives": True}, "alternatives must be a whole number"),
         ({"seed": -1}, r"seed must be a whole number from 0 to 2\*\*63 - 1, got -1"),
         ({"seed": 2**70}, r"seed must be a whole number from 0 to 2\*\*63 - 1"),
         ({"seed": 1.5}, "seed must be a whole number"),

@@ -1,0 +1,63 @@
+// Elements and words. Text from a model or a person is only ever set as text, never parsed as HTML.
+
+/** An element with attributes, listeners (onclick) and children: nodes or strings. */
+function h(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+/** An id that no other playground on the page has. */
+function unique(name) {
+  return `fk-${name}-${Math.random().toString(36).slice(2)}`;
+}
+
+/** A few choices of which one is pressed, as buttons in a row: {value: [label, help]}. */
+function segments(label, choices, choose) {
+  const buttons = Object.entries(choices).map(([value, [text, help]]) =>
+    h("button", { type: "button", title: help, "aria-pressed": "false", "data-value": value, onclick: () => choose(value) }, text),
+  );
+  const node = h("div", { class: "fk-segments", role: "group", "aria-label": label }, ...buttons);
+  const show = (value) => buttons.forEach((each) => each.setAttribute("aria-pressed", String(each.dataset.value === value)));
+  const enable = (enabled) => buttons.forEach((each) => (each.disabled = !enabled));
+  return { node, show, enable };
+}
+
+/** Makes what cannot be seen visible: spaces, line ends, control characters, marks that turn text around. */
+function visible(text) {
+  const named = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
+  const hidden = /[ \n\t\r]|[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\uFFF9-\uFFFB]/gu;
+  return text.replace(hidden, (each) => named[each] ?? `⟨U+${each.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
+
+function percent(logprob) {
+  const value = Math.exp(logprob) * 100;
+  return value >= 0.1 ? `${value.toFixed(1)}%` : "<0.1%";
+}
+
+function milliseconds(seconds) {
+  return seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
+}
+
+function bytes(count) {
+  const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+  const power = count < 1024 ? 0 : Math.floor(Math.log2(count) / 10);
+  const value = count / 1024 ** power;
+  return `${power && value < 100 ? value.toPrecision(3) : Math.round(value)} ${units[power]}`;
+}
+
+async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Pages that are not served securely have no clipboard: select the text instead, ready for Ctrl+C.
+    getSelection().selectAllChildren(node);
+    return document.execCommand("copy");
+  }
+  return true;
+}

@@ -1,0 +1,117 @@
+// The column beside the text: how tokens are drawn, and what was written before.
+
+const FIELDS = [
+  { name: "temperature", label: "Temperature", unit: "", min: 0, max: 2, step: 0.05, off: 1, slider: true,
+    help: "Sharper below 1, flatter above." },
+  { name: "top_k", label: "Top-k", unit: "tokens", min: 0, max: 1000, step: 1, off: 0,
+    help: "Only the k likeliest tokens; 0 for all." },
+  { name: "top_p", label: "Top-p", unit: "probability", min: 0.01, max: 1, step: 0.01, off: 1,
+    help: "Only the fewest that add up to p." },
+  { name: "max_new_tokens", label: "Length", unit: "tokens", min: 1, max: 100000, step: 1, off: 200,
+    help: "The most new tokens in an answer." },
+];
+
+const PRESETS = {
+  card: ["Card", "As in the model card: among the ten likeliest tokens"],
+  greedy: ["Greedy", "Always the likeliest token"],
+  precise: ["Precise", "Near to the likeliest tokens"],
+  creative: ["Creative", "Far from the likeliest tokens"],
+};
+
+/** A number with its unit and a line of help. */
+function numberField(field, change) {
+  const [id, help] = [unique(field.name), unique("help")];
+  const attributes = { min: field.min, max: field.max, step: field.step, "aria-describedby": help };
+  const input = h("input", { ...attributes, type: "number", id, "data-setting": field.name });
+  const slider = field.slider ? h("input", { ...attributes, type: "range", "aria-label": `${field.label}, slider`, max: field.max }) : null;
+  const send = (value) => change({ [field.name]: value === "" || Number(value) === field.off ? unset(field) : Number(value) });
+  input.addEventListener("change", () => send(input.value));
+  slider?.addEventListener("input", () => (input.value = slider.value));
+  slider?.addEventListener("change", () => send(slider.value));
+  const label = h("label", { for: id }, field.label);
+  const row = h("div", { class: "fk-row" }, label, input, h("span", { class: "fk-unit" }, field.unit));
+  const node = h("div", { class: "fk-field" }, row, slider, h("div", { class: "fk-help", id: help }, field.help));
+  const show = (value) => {
+    input.value = value ?? field.off;
+    if (slider) slider.value = input.value;
+  };
+  return { node, show };
+}
+
+/** What "off" is in Python: no such setting, where there is one at all. */
+function unset(field) {
+  return field.name === "temperature" || field.name === "max_new_tokens" ? field.off : null;
+}
+
+/** Stop strings, one a line, with \n for a line end inside one. */
+function stopField(change) {
+  const [id, help] = [unique("stop"), unique("help")];
+  const input = h("textarea", { id, rows: "2", spellcheck: "false", "data-setting": "stop", "aria-describedby": help });
+  const read = () => input.value.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
+  input.addEventListener("change", () => change({ stop: read() }));
+  const hint = h("div", { class: "fk-help", id: help }, "One a line; \\n stands for a line end.");
+  const node = h("div", { class: "fk-field" }, h("label", { for: id }, "Stop at"), input, hint);
+  const show = (stop) => (input.value = stop.map((each) => each.replaceAll("\n", "\\n")).join("\n"));
+  return { node, show };
+}
+
+function seedField(change) {
+  const [id, help] = [unique("seed"), unique("help")];
+  const input = h("input", { type: "number", id, min: 0, step: 1, placeholder: "random", "data-setting": "seed", "aria-describedby": help });
+  input.addEventListener("change", () => change({ seed: input.value === "" ? null : Number(input.value) }));
+  const free = h("button", { type: "button", class: "fk-link", onclick: () => change({ seed: null }) }, "random");
+  const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
+  const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
+  const show = (seed) => {
+    input.value = seed ?? "";
+    free.hidden = seed === null;
+  };
+  return { node: h("div", { class: "fk-field" }, row, hint), show };
+}
+
+/** What every conversation begins with. */
+function systemField(act) {
+  const id = unique("system");
+  const input = h("textarea", { id, rows: "2", placeholder: "none" });
+  input.addEventListener("change", () => act("system", { text: input.value }));
+  const node = h("div", { class: "fk-field" }, h("label", { for: id }, "System message"), input);
+  return { node, show: (text) => (input.value = text) };
+}
+
+function settingsView(act) {
+  const change = (changes) => act("set", { changes });
+  const presets = segments("Presets", PRESETS, (name) => act("preset", { name }));
+  const numbers = FIELDS.map((field) => numberField(field, change));
+  const [stop, seed, system] = [stopField(change), seedField(change), systemField(act)];
+  const parts = [presets, ...numbers, seed, stop, system].map((each) => each.node);
+  const node = h("section", { class: "fk-settings", "aria-label": "Settings" }, h("h3", {}, "Settings"), ...parts);
+
+  function show(state) {
+    presets.show(state.preset);
+    FIELDS.forEach((field, number) => numbers[number].show(state.settings[field.name]));
+    stop.show(state.settings.stop);
+    seed.show(state.settings.seed);
+    system.show(state.system);
+    system.node.hidden = state.mode !== "chat";
+  }
+  return { node, show };
+}
+
+/** What was written before, newest first, and the file that keeps it. */
+function historyView(act) {
+  const list = h("ol", { class: "fk-history", "aria-label": "Earlier turns" });
+  const path = h("input", { type: "text", value: "session.json", "aria-label": "File, on the machine of the kernel", spellcheck: "false" });
+  const button = (label, command, title) =>
+    h("button", { type: "button", title, onclick: () => act(command, { path: path.value }) }, label);
+  const files = h("div", { class: "fk-row" }, path, button("Save", "save", "Write all turns into the file"), button("Load", "load", "Add the turns of the file"));
+  const node = h("section", { "aria-label": "History" }, h("h3", {}, "History"), list, files);
+
+  function show(turns) {
+    const entry = ({ id, title, note }) => {
+      const open = h("button", { type: "button", title, onclick: () => act("open", { id }) }, h("span", {}, title), h("span", {}, note));
+      return h("li", {}, open);
+    };
+    list.replaceChildren(...turns.map(entry));
+  }
+  return { node, show };
+}

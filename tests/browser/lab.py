@@ -1,0 +1,218 @@
+"""A JupyterLab and a Chromium of our own, for tests and measurements: nothing of the user's is read or changed."""
+
+import ctypes
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
+
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def chromium(path: str) -> Iterator[Browser]:
+    """The Chromium at that path, until the block ends."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def jupyterlab(folder: Path) -> Iterator[str]:
+    """The address of a JupyterLab that shows the folder, with its token: {} stands for a path."""
+    home = folder.parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    settings = home / "settings" / "@jupyterlab"
+    # No news from the internet, and no question about it either.
+    _write(settings / "apputils-extension" / "notification.jupyterlab-settings", {"fetchNews": "false"})
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "IPYTHONDIR": str(home / "ipython"),
+        **{f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")},
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.root_dir": str(folder),
+        "IdentityProvider.token": token,
+        "LabApp.expose_app_in_browser": "True",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+        "LabApp.news_url": "None",
+    }
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = (home / "lab.log").open("w")
+    process = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api?token={token}", process, home / "lab.log")
+        yield f"http://127.0.0.1:{port}/{{}}?token={token}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _write(file: Path, content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  # an address of our own
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+
+
+class Notebook:
+    """An open notebook in JupyterLab, driven as a person would, with a way to ask its kernel."""
+
+    def __init__(self, page: Page, address: str, name: str) -> None:
+        self.page, self.address, self.name = page, address, name
+
+    @classmethod
+    def new(cls, page: Page, address: str, folder: Path) -> "Notebook":
+        """A notebook of one cell of text, opened."""
+        cells = [{"cell_type": "markdown", "id": "start", "metadata": {}, "source": "A notebook to work in"}]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+        content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        (folder / "work.ipynb").write_text(json.dumps(content))
+        notebook = cls(page, address, "work.ipynb")
+        notebook.open()
+        return notebook
+
+    def open(self) -> None:
+        """Opens it, or opens it again, and waits until its kernel listens. (The toolbar says idle too early.)"""
+        self.page.goto(self.address.format(f"lab/tree/{self.name}").replace("?", "?reset&"))
+        self.page.wait_for_function(
+            """() => {
+                const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+                return kernel?.connectionStatus === "connected" && kernel.status === "idle";
+            }""",
+            timeout=60_000,
+        )
+
+    def run_until(self, source: str) -> Locator:
+        """Runs all cells down to the first that holds some source, waits until they have ended; the outputs of that."""
+        number, went_well = self.page.evaluate(
+            """async (source) => {
+                const notebook = jupyterapp.shell.currentWidget.content;
+                const number = notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(source));
+                notebook.activeCellIndex = number;
+                const above = await jupyterapp.commands.execute("notebook:run-all-above");
+                return [number, above && (await jupyterapp.commands.execute("notebook:run-cell"))];
+            }""",
+            source,
+        )
+        assert number >= 0, f"no cell holds {source!r}"
+        assert went_well, "a cell failed"
+        return self.outputs(number)
+
+    def outputs(self, number: int) -> Locator:
+        """The outputs of a cell, counted from 0."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-Cell-outputArea")
+
+    def start(self, source: str) -> Locator:
+        """Starts a new cell at the end and does not wait for it; the outputs of the cell."""
+        number = self.page.evaluate(
+            """async (source) => {
+                const notebook = jupyterapp.shell.currentWidget.content;
+                notebook.activeCellIndex = notebook.widgets.length - 1;
+                await jupyterapp.commands.execute("notebook:insert-cell-below");
+                notebook.activeCell.model.sharedModel.setSource(source);
+                jupyterapp.commands.execute("notebook:run-cell");
+                return notebook.activeCellIndex;
+            }""",
+            source,
+        )
+        return self.outputs(number)
+
+    def python(self, code: str) -> str:
+        """Runs code in the kernel, outside of the notebook, and returns what it prints; an error is ours."""
+        printed, error = self.page.evaluate(
+            """async (code) => {
+                const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+                const asked = kernel.requestExecute({ code, store_history: false });
+                let [printed, error] = ["", null];
+                asked.onIOPub = ({ header, content }) => {
+                    if (header.msg_type === "stream") printed += content.text;
+                    if (header.msg_type === "error") error = content.traceback.join("\\n");
+                };
+                await asked.done;
+                return [printed, error];
+            }""",
+            code,
+        )
+        assert error is None, error
+        return printed.strip()
+
+    def clear(self) -> None:
+        """Takes all cells but the first away."""
+        self.page.evaluate(
+            """async () => {
+                const model = jupyterapp.shell.currentWidget.content.model.sharedModel;
+                model.deleteCellRange(1, model.cells.length);
+            }"""
+        )
+
+
+class Guarded:
+    """A page of which every request and error is known."""
+
+    def __init__(self, browser: Browser, lab: str, **options: object) -> None:
+        self.host = urlparse(lab).netloc
+        self.context = browser.new_context(viewport={"width": 1280, "height": 1000}, **options)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.page = self.context.new_page()
+        self.left_the_host: list[str] = []
+        self.errors: list[str] = []
+        self.context.on("request", self._asked)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _asked(self, request) -> None:
+        address = urlparse(request.url)
+        if address.scheme not in ("data", "blob") and address.netloc != self.host:
+            self.left_the_host.append(request.url)

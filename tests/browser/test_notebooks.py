@@ -1,0 +1,63 @@
+"""The notebooks whose outputs are to be used with hand and eye, opened in JupyterLab and run there."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from .lab import ROOT, Guarded, Notebook
+
+
+@pytest.fixture
+def page(guarded: Guarded) -> Iterator[Guarded]:
+    guarded.left_the_host.clear()
+    guarded.errors.clear()
+    yield guarded
+    assert guarded.left_the_host == []
+    assert guarded.errors == []
+
+
+def opened(guarded: Guarded, lab: str, folder: Path, name: str) -> Notebook:
+    """A copy of a committed notebook, opened."""
+    shutil.copy(ROOT / "notebooks" / name, folder / name)
+    notebook = Notebook(guarded.page, lab, name)
+    notebook.open()
+    return notebook
+
+
+def test_the_playground_of_its_notebook_is_alive(page: Guarded, lab: str, folder: Path):
+    notebook = opened(page, lab, folder, "02_playground.ipynb")
+    pad = notebook.run_until("pad = fk.playground(falcon)").locator(".fk-playground")
+    pad.get_by_label("Examples").select_option("Counting")
+    pad.locator(".fk-composer textarea").press("Control+Enter")
+    expect(pad.locator(".fk-history li")).to_have_count(1)
+    typed = notebook.python("print(pad.session.turns[0].answers[0].text)")
+    expect(pad.locator(".fk-said")).to_have_text(typed)
+    notebook.run_until("session.generate(fk.CARD.prompt)")
+    called = notebook.python("print(pad.session.turns[0].answers[0].text)")
+    expect(pad.locator(".fk-said")).to_have_text(called)
+
+
+def test_attention_lights_up_what_a_token_looks_at(page: Guarded, lab: str, folder: Path):
+    notebook = opened(page, lab, folder, "05_attention.ipynb")
+    view = notebook.run_until("fk.attention(falcon, text, layers=1).page()").locator(".jp-RenderedHTML > div")
+    says, tokens, heads = view.locator(".says"), view.locator(".tokens span"), view.locator(".heads button")
+    tokens.nth(2).hover()
+    expect(says).to_contain_text("token 2,")
+    expect(tokens.nth(2)).to_have_class("here")
+    tokens.nth(2).focus()
+    notebook.page.keyboard.press("ArrowRight")
+    expect(says).to_contain_text("token 3,")
+    before = says.inner_text()
+    heads.nth(1).click()
+    expect(heads.nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(heads.nth(0)).to_have_attribute("aria-pressed", "false")
+    expect(says).not_to_have_text(before)
+    expect(view.locator(".large figcaption")).to_have_text(heads.nth(1).get_attribute("title"))
+    lens = notebook.start("fk.lens(falcon, 'The baby of a giraffe is called a').page()").locator(
+        ".jp-RenderedHTML > div"
+    )
+    lens.locator(".tokens span").nth(1).hover()
+    expect(lens.locator(".says")).to_contain_text("bits; expected")

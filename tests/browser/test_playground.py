@@ -1,0 +1,439 @@
+"""The playground in JupyterLab, as a person uses it."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+from .lab import Notebook
+
+LONG = "suppress_tokens=[11]"  # no end token: the text goes on until it is stopped
+HOSTILE = [
+    '<img src="x" onerror="window.hacked = 1">',
+    "</pre></div><script>window.hacked = 1</script>",
+    "\u202egnp.egarots\u202c \u2066abc\u2069",
+    '<iframe srcdoc="<script>parent.hacked = 1</script>"></iframe>',
+    "&lt;b&gt; {{ 7 * 7 }} ${7 * 7}",
+]
+
+# A model that says fixed words at a pace of its own, for what Falconet cannot be made to say.
+TYPIST = """
+import time
+from types import SimpleNamespace
+from falcon_kit.decoding import Piece
+
+class Typist:
+    def __init__(self, words, pause=0.0, error=None):
+        self.words, self.pause, self.error, self.model = words, pause, error, "typist"
+
+    def stream(self, prompt, **settings):
+        return Typing(self)
+
+class Typing:
+    def __init__(self, typist):
+        self.typist, self.closed, self.ended = typist, False, False
+
+    def __iter__(self):
+        for word in self.typist.words:
+            time.sleep(self.typist.pause)
+            if self.closed:
+                return
+            yield Piece(word, None, float("nan"))
+        if self.typist.error:
+            raise self.typist.error
+        self.ended = True
+
+    def close(self):
+        self.closed = True
+
+    @property
+    def generation(self):
+        stats = SimpleNamespace()
+        return SimpleNamespace(text="", finish_reason="eos" if self.ended else "cancelled", stats=stats)
+"""
+
+
+class Pad:
+    """A playground on the page."""
+
+    def __init__(self, notebook: Notebook, node: Locator) -> None:
+        self.notebook, self.page, self.node = notebook, notebook.page, node
+        self.asked = 0
+
+    @property
+    def field(self) -> Locator:
+        return self.node.locator(".fk-composer textarea")
+
+    @property
+    def said(self) -> Locator:
+        return self.node.locator(".fk-said")
+
+    @property
+    def notice(self) -> Locator:
+        return self.node.locator(".fk-notice")
+
+    def button(self, name: str) -> Locator:
+        return self.node.get_by_role("button", name=name)
+
+    def write(self, text: str) -> None:
+        """Types and presses Ctrl+Enter."""
+        self.field.fill(text)
+        self.send()
+
+    def send(self) -> None:
+        self.field.press("Control+Enter")
+        self.asked += 1
+
+    def wait(self) -> None:
+        """Until everything that was asked for is written: the history lists what has ended."""
+        expect(self.node.locator(".fk-history li")).to_have_count(self.asked)
+
+    def session(self, expression: str) -> str:
+        """What an expression of the session is in the kernel."""
+        return self.notebook.python(f"print(pad.session.{expression})")
+
+
+@pytest.fixture
+def pad(notebook: Notebook) -> Iterator[Pad]:
+    """A fresh playground for falconet-instruct, with a seed so that every run writes the same."""
+    yield started(notebook, "falcon")
+    notebook.python("pad.close()")
+
+
+def started(notebook: Notebook, arguments: str) -> Pad:
+    outputs = notebook.start(f"pad = fk.playground({arguments})\npad.session.set(seed=0, max_new_tokens=30)\npad")
+    node = outputs.locator(".fk-playground")
+    expect(node.locator("h2")).not_to_be_empty()
+    return Pad(notebook, node)
+
+
+def typist(notebook: Notebook, words: list[str], **options: object) -> Pad:
+    given = "".join(f", {name}={value}" for name, value in options.items())
+    notebook.python(f"{TYPIST}\ntypist = Typist({words!r}{given})")
+    return started(notebook, "typist")
+
+
+# Writing
+
+
+def test_text_grows_while_it_is_written(notebook: Notebook):
+    pad = typist(notebook, [f" {number}" for number in range(40)], pause=0.03)
+    pad.node.evaluate(
+        """(node) => {
+            window.lengths = [];
+            const note = () => window.lengths.push(node.querySelector(".fk-said")?.textContent.length ?? 0);
+            new MutationObserver(note).observe(node, { childList: true, subtree: true });
+        }"""
+    )
+    pad.write("Count")
+    expect(pad.node.locator(".fk-writing")).to_have_count(1)
+    pad.wait()
+    lengths = sorted(set(pad.page.evaluate("window.lengths")))
+    assert len(lengths) > 5
+    expect(pad.said).to_have_text("".join(f" {number}" for number in range(40)))
+
+
+def test_the_models_words_and_figures_are_shown(pad: Pad):
+    pad.node.get_by_label("Examples").select_option("Girafatron (the model card's)")
+    pad.send()
+    pad.wait()
+    expect(pad.said).to_have_text(pad.session("turns[0].answers[0].text"), use_inner_text=True)
+    expect(pad.node.locator(".fk-foot")).to_contain_text(
+        re.compile(r"\d+ tokens · .* tokens/s · first after .* · ended")
+    )
+    expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: \d+ of 2048 tokens · .* of keys"))
+
+
+def test_a_conversation_goes_on_and_can_be_edited(pad: Pad):
+    pad.button("Chat").click()
+    pad.write("What do giraffes eat?")
+    pad.wait()
+    pad.write("Where do they live?")
+    pad.wait()
+    expect(pad.said).to_have_count(2)
+    expect(pad.said.first).to_contain_text("Giraffes eat")
+    pad.node.locator(".fk-asked").first.hover()
+    pad.button("edit").first.click()
+    pad.node.get_by_label("Edit what you said").fill("What do lions eat?")
+    pad.button("Answer this").click()
+    pad.asked += 1
+    expect(pad.node.locator(".fk-words")).to_have_text(["What do lions eat?"])
+    pad.wait()
+    pad.button("Undo").click()
+    expect(pad.node.locator(".fk-words")).to_have_text(["What do giraffes eat?", "Where do they live?"])
+    pad.button("Clear").click()
+    expect(pad.node.locator(".fk-words")).to_have_count(0)
+
+
+def test_two_settings_write_beside_each_other(notebook: Notebook):
+    pad = started(notebook, "falcon, {'temperature': 0}")
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    left, right = (pad.node.locator(".fk-answer").nth(number).bounding_box() for number in (0, 1))
+    assert left["x"] + left["width"] <= right["x"] + 1
+    assert left["y"] == right["y"]
+    assert pad.said.all_inner_texts() == json.loads(
+        notebook.python("import json; print(json.dumps([each.text for each in pad.session.turns[0].answers]))")
+    )
+
+
+# Stop, errors
+
+
+def test_escape_and_the_button_stop_a_text(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 1000, pause=0.02)
+    for stop in (lambda: pad.field.press("Escape"), lambda: pad.button("Stop").click()):
+        pad.write("Go")
+        expect(pad.said).to_contain_text("word word")
+        stop()
+        pad.wait()
+        expect(pad.node.locator(".fk-foot")).to_contain_text("stopped")
+
+
+def test_stop_is_heard_while_a_cell_runs(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 1000, pause=0.02)
+    notebook.start("import time; time.sleep(3); print('cell ended')")
+    pad.write("Go")
+    expect(pad.said).to_contain_text("word word")
+    pad.button("Stop").click()
+    expect(pad.node.locator(".fk-foot")).to_contain_text("stopped")
+    expect(notebook.page.get_by_text("cell ended", exact=True)).to_have_count(0)
+    notebook.python("pass")  # until the cell has ended
+
+
+def test_an_error_is_shown_and_the_next_text_is_written(notebook: Notebook):
+    pad = typist(notebook, ["One", " two"], error="ConnectionError('the endpoint broke off')")
+    pad.write("Go")
+    expect(pad.node.locator(".fk-problem")).to_have_text("ConnectionError: the endpoint broke off")
+    expect(pad.said).to_have_text("One two")
+    notebook.python("typist.error = None")
+    pad.write("Go on")
+    pad.wait()
+    expect(pad.node.locator(".fk-problem")).to_be_hidden()
+
+
+def test_a_setting_out_of_range_is_explained_and_put_back(pad: Pad):
+    pad.node.get_by_label("Top-p", exact=True).fill("7")
+    pad.node.get_by_label("Top-p", exact=True).press("Tab")
+    expect(pad.notice).to_have_text("top_p must be above 0 and at most 1, got 7")
+    expect(pad.node.get_by_label("Top-p", exact=True)).to_have_value("1")
+    pad.button("Creative").click()
+    expect(pad.notice).to_be_hidden()
+    expect(pad.node.get_by_label("Temperature", exact=True)).to_have_value("1.2")
+    assert pad.session("settings.temperature") == "1.2"
+
+
+def test_an_interrupted_kernel_leaves_the_playground_usable(pad: Pad):
+    pad.notebook.start("import time\ntime.sleep(60)")
+    pad.page.wait_for_timeout(300)
+    pad.page.evaluate("jupyterapp.commands.execute('notebook:interrupt-kernel')")
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    expect(pad.said).not_to_be_empty()
+
+
+# The odds
+
+
+def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(pad: Pad):
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    tokens, card = pad.node.locator(".fk-token"), pad.node.get_by_role("tooltip")
+    tokens.nth(1).hover()
+    expect(card).to_be_hidden()
+    pad.node.get_by_label("Token odds").check()
+    tokens.nth(1).hover()
+    expect(card.locator("tr")).to_have_count(5)
+    likeliest = pad.session("turns[0].answers[0].spans[1].tokens[0].alternatives[0][0]")
+    expect(card.locator("bdi").first).to_have_text(likeliest)
+    pad.node.get_by_label("Top-k", exact=True).hover()
+    expect(card).to_be_hidden()
+    pad.node.locator(".fk-text").focus()
+    for key in ("ArrowRight", "ArrowRight"):
+        pad.page.keyboard.press(key)
+    expect(tokens.nth(1)).to_be_focused()
+    expect(card).to_be_visible()
+    assert tokens.nth(1).get_attribute("aria-describedby") == card.get_attribute("id")
+
+
+# What is kept
+
+
+def test_a_reload_in_the_middle_shows_the_rest(notebook: Notebook):
+    words = [f" {number}" for number in range(200)]
+    pad = typist(notebook, words, pause=0.05)
+    pad.write("Count")
+    expect(pad.said).to_contain_text(" 3 4")
+    notebook.page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    notebook.page.wait_for_timeout(500)
+    notebook.open()
+    pad = Pad(notebook, notebook.page.locator(".fk-playground").last)
+    expect(pad.node.locator(".fk-writing")).to_have_count(1)
+    expect(pad.said).to_have_text("".join(words))
+    assert notebook.python("print(pad.session.turns[0].answers[0].ending)") == "eos"
+
+
+def test_a_session_is_saved_and_loaded(pad: Pad, tmp_path: Path):
+    file = tmp_path / "saved.json"
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    text = pad.said.inner_text()
+    pad.node.get_by_label("File, on the machine of the kernel").fill(str(file))
+    pad.button("Save").click()
+    expect(pad.notice).to_have_text(f"Saved 1 turn to {file}")
+    other = started(pad.notebook, "falcon")
+    other.node.get_by_label("File, on the machine of the kernel").fill(str(file))
+    other.button("Load").click()
+    expect(other.said).to_have_text(text, use_inner_text=True)
+
+
+def test_the_copied_code_runs_in_a_cell_and_writes_the_same(pad: Pad):
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    text = pad.said.inner_text()
+    pad.button("copy as code").click()
+    expect(pad.node.locator(".fk-code")).to_contain_text("copied")
+    copied = pad.page.evaluate("navigator.clipboard.readText()")
+    expect(pad.notebook.start(copied)).to_have_text(text, use_inner_text=True)
+
+
+def test_a_seed_is_used_again(pad: Pad):
+    pad.session("set(seed=None)")
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    seed = pad.session("turns[0].answers[0].seed")
+    pad.button(f"seed {seed}").click()
+    expect(pad.node.get_by_label("Seed", exact=True)).to_have_value(seed)
+
+
+# How it looks
+
+
+@pytest.mark.parametrize(("theme", "dark"), [("JupyterLab Light", False), ("JupyterLab Dark", True)])
+def test_text_is_readable_in_the_theme(pad: Pad, theme: str, dark: bool):
+    pad.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    pad.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(not dark).lower()}'")
+    pad.node.get_by_label("Token odds").check()
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    worst = pad.node.evaluate(CONTRAST)
+    assert worst["ratio"] >= 4.5, worst
+    assert (worst["page"] < 0.5) is dark
+
+
+# The lowest contrast (WCAG 2.2) of any visible text against what is painted behind it.
+CONTRAST = """(root) => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const paint = (colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
+    const behind = (node) => {
+        const layers = [];
+        for (let each = node; each; each = each.parentElement) layers.unshift(getComputedStyle(each).backgroundColor);
+        ["#fff", ...layers].forEach(paint);
+    };
+    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const luminance = () => {
+        const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].map((value) => linear(value / 255));
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    behind(root);
+    let worst = { ratio: 99, page: luminance() };
+    const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const [text, node] = [walker.currentNode.data, walker.currentNode.parentElement];
+        if (!text.trim() || !node.checkVisibility({ opacityProperty: true })) continue;
+        if (node.closest(":disabled, option")) continue; // exempt, and drawn by the system
+        behind(node);
+        const ground = luminance();
+        paint(getComputedStyle(node).color);
+        const ink = luminance();
+        const ratio = (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+        if (ratio < worst.ratio) worst = { ...worst, ratio, text, kind: node.className };
+    }
+    return worst;
+}"""
+
+
+def test_a_window_of_390_pixels_needs_no_sideways_scrolling(pad: Pad):
+    page = pad.page
+    wide = page.viewport_size
+    for side in ("left", "right"):
+        page.evaluate("(side) => jupyterapp.commands.execute('application:toggle-side-tabbar', { side })", side)
+    page.evaluate("jupyterapp.shell.collapseLeft(); jupyterapp.shell.collapseRight()")
+    page.set_viewport_size({"width": 390, "height": 844})
+    try:
+        pad.write("Animals of Africa: giraffe, lion,")
+        pad.wait()
+        expect(pad.node.get_by_label("Temperature", exact=True)).to_be_hidden()
+        pad.button("Settings and history").click()
+        expect(pad.node.get_by_label("Temperature", exact=True)).to_be_visible()
+        assert pad.node.evaluate("(node) => node.scrollWidth <= node.clientWidth")
+        box = pad.node.bounding_box()
+        assert box["x"] + box["width"] <= 390
+        assert pad.node.evaluate(OUTSIDE) == []
+    finally:
+        page.set_viewport_size(wide)
+        for side in ("left", "right"):
+            page.evaluate("(side) => jupyterapp.commands.execute('application:toggle-side-tabbar', { side })", side)
+
+
+OUTSIDE = """(root) => {
+    const edge = root.getBoundingClientRect().right + 1;
+    const shown = [...root.querySelectorAll("*")].filter((each) => each.checkVisibility());
+    return shown.filter((each) => each.getBoundingClientRect().right > edge).map((each) => each.outerHTML);
+}"""
+
+
+def test_every_control_has_a_name_and_the_tab_key_goes_from_top_to_bottom(pad: Pad):
+    unnamed = pad.node.evaluate(
+        """(root) => [...root.querySelectorAll("button, input, select, textarea, meter")]
+            .filter((each) => !(each.getAttribute("aria-label") || each.labels?.length || each.textContent.trim()))
+            .map((each) => each.outerHTML)"""
+    )
+    assert unnamed == []
+    pad.button("Prompt").focus()
+    stops = ["Prompt"]
+    for _ in range(8):
+        pad.page.keyboard.press("Tab")
+        stops.append(pad.page.evaluate(FOCUSED))
+    names = [stop.split("\n")[0].strip() for stop in stops]
+    assert names[:6] == ["Prompt", "Chat", "Token odds", "Text", "Examples", "Prompt"]
+    assert names[6].startswith("Generate")
+
+
+FOCUSED = """() => {
+    const node = document.activeElement;
+    return node.ariaLabel || node.labels?.[0]?.innerText || node.innerText;
+}"""
+
+
+# What is typed and said is text
+
+
+@pytest.mark.parametrize("words", HOSTILE, ids=["img", "script", "bidi", "iframe", "braces"])
+def test_hostile_text_stays_text(notebook: Notebook, words: str):
+    pad = typist(notebook, [words, "."])
+    pad.button("Chat").click()
+    pad.write(words)
+    pad.wait()
+    pad.node.get_by_label("Token odds").check()
+    pad.node.locator(".fk-token").first.hover()
+    pad.button("copy as code").click()
+    expect(pad.node.locator(".fk-code")).to_be_visible()
+    assert pad.said.text_content() == words + "."
+    assert pad.node.locator(".fk-words").text_content() == words
+    assert pad.node.locator("img, script, iframe").count() == 0
+    assert notebook.page.evaluate("window.hacked") is None
+
+
+def test_letters_typed_into_the_playground_are_no_commands_of_the_notebook(pad: Pad):
+    cells = pad.page.locator(".jp-Cell").count()
+    pad.field.click()
+    pad.page.keyboard.type("abdd")
+    expect(pad.field).to_have_value("abdd")
+    pad.send()
+    pad.wait()
+    assert pad.page.locator(".jp-Cell").count() == cells
+    expect(pad.said).not_to_be_empty()
