@@ -32,10 +32,11 @@ _STYLE = """
   & .special { font-weight: bold; box-shadow: inset 0 -2px currentColor; }
   & b.split { font-weight: normal; border: 1px dashed var(--dim); border-radius: 4px; padding: .15em 2px; }
   & b.split:hover, & b.split:focus-within { border-style: solid; }
-  & b.split code { font-size: .8em; }
+  & b.split span code { font-size: .8em; background: none; border: 0; padding: 0; }
   & del { text-decoration: line-through; color: var(--c5); }
   & .says { min-height: 3em; }
   & .bar { display: inline-block; height: .8em; background: var(--c0); vertical-align: middle; }
+  & tr td.bars { text-align: left; }
   & td.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
@@ -76,7 +77,7 @@ def comparison_page(title: str, header: Sequence[str], rows: Sequence[Sequence[s
     body = "".join(
         f'<tr><th scope="row">{text_html(row[0])}</th>'
         + "".join(f'<td class="number">{text_html(cell)}</td>' for cell in row[1:])
-        + f'<td><span class="bar" style="width:{10 * bar:.2f}em"></span></td></tr>'
+        + f'<td class="bars"><span class="bar" style="width:{10 * bar:.2f}em"></span></td></tr>'
         for row, bar in zip(rows, bars, strict=True)
     )
     return Page(title, f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", style=_STYLE)
