@@ -6,6 +6,7 @@ those into its page. Peak memory is what a process of its own took beyond the lo
 forward pass included. For the times all but bertviz take turns in one process, on shared weights.
 """
 
+import importlib.util
 import json
 import re
 import resource
@@ -48,7 +49,7 @@ def run() -> dict[str, Any]:
 
 
 def _row(length: int) -> dict[str, Any]:
-    peaks = {name: _worker("memory", name, length) for name in COLOURS}
+    peaks = {name: _worker("memory", name, length) for name in COLOURS if _installed(name)}
     seconds = _worker("times", "all", length)
     row: dict[str, Any] = {"tokens": length, "peak MiB": peaks, "seconds": seconds}
     if seconds:
@@ -57,6 +58,11 @@ def _row(length: int) -> dict[str, Any]:
         row["output_attentions takes so many times the kit's memory"] = round(peaks[STOCK] / peaks[KIT], 1)
     print(row, flush=True)
     return row
+
+
+def _installed(name: str) -> bool:
+    """Peers come with the extra "bench"; one that is missing is left out."""
+    return name not in (NNSIGHT, BERTVIZ) or importlib.util.find_spec(name) is not None
 
 
 def _worker(*arguments: Any) -> Any:
@@ -85,13 +91,14 @@ def contestants(shape: FalconSpec, length: int) -> dict[str, Callable[[], Turn]]
         model.tie_weights()
         return model
 
-    return {
+    all_of_them = {
         KIT: lambda: _kit(kit, ids),
         FORWARD: lambda: _forward(kit, ids),
         STOCK: lambda: _stock(stock(), ids),
         NNSIGHT: lambda: _nnsight(stock(), ids),
         BERTVIZ: lambda: _bertviz(stock(), ids),
     }
+    return {name: build for name, build in all_of_them.items() if _installed(name)}
 
 
 def _kit(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
@@ -162,11 +169,10 @@ def measure_times(turns: Mapping[str, Turn], rounds: int) -> dict[str, float]:
 def check_agreement(shape: FalconSpec, length: int) -> None:
     """The contestants must see the same attention, or their figures mean nothing."""
     built = {name: build() for name, build in contestants(shape, length).items() if name in (KIT, STOCK, NNSIGHT)}
-    sinks = {name: turn() for name, turn in built.items()}
-    expected = torch.stack([each[0, :, :, 0].mean(-1) for each in sinks[STOCK]])
-    theirs = torch.stack([each[0, :, :, 0].mean(-1) for each in sinks[NNSIGHT]])
-    torch.testing.assert_close(theirs, expected)
-    torch.testing.assert_close(torch.tensor(sinks[KIT]["sink"]), expected, atol=1e-5, rtol=0)
+    ours = torch.tensor(built.pop(KIT)()["sink"])
+    for turn in built.values():
+        theirs = torch.stack([each[0, :, :, 0].mean(-1) for each in turn()])
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 def main(what: str, name: str, length: int) -> None:
@@ -186,7 +192,7 @@ def main(what: str, name: str, length: int) -> None:
 
 def draw(figures: Mapping[str, Any]) -> Figure:
     """Memory and time over the length of the text."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, what, label in zip(
         panels, ("peak MiB", "seconds"), ("peak MiB beyond the model", "seconds"), strict=True
@@ -200,8 +206,8 @@ def draw(figures: Mapping[str, Any]) -> Figure:
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
         axes.set(xlabel="tokens", ylabel=f"{label} (log)")
         axes.grid(alpha=0.3, which="both")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Looking at every head: {figures['model']}", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(f"Looking at every head: {figures['model']}", fontsize=9, x=0.42)
     return figure
 
 

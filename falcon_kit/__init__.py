@@ -18,17 +18,25 @@ from falcon_kit.planning import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.data import Documents, dialogues, mix
     from falcon_kit.decoding import Piece
     from falcon_kit.export import export_gguf
     from falcon_kit.falcon import Falcon
     from falcon_kit.generation import Generation, Stats, Stream
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
     from falcon_kit.inspection.lens import LensView, lens
+    from falcon_kit.inspection.tokens import TokenView, tokens
     from falcon_kit.loading import load
+    from falcon_kit.merging import Merged, merge
+    from falcon_kit.packing import Packed, pack
     from falcon_kit.parallel import ParallelFalcon
     from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
+    from falcon_kit.runs import TuningRun
     from falcon_kit.sampling import Sampling
+    from falcon_kit.settings import Tuning
+    from falcon_kit.tuning import tune
 
 __version__ = version("falcon-kit")
 
@@ -38,6 +46,7 @@ __all__ = [
     "AttentionView",
     "Attribution",
     "ChatFormat",
+    "Documents",
     "Endpoint",
     "Environment",
     "Falcon",
@@ -45,55 +54,86 @@ __all__ = [
     "Generation",
     "IncompleteAnswer",
     "LensView",
+    "Merged",
     "NotEnoughMemory",
+    "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
     "Sampling",
     "Stats",
     "Stream",
+    "TokenReport",
+    "TokenView",
+    "Tuning",
+    "TuningRun",
     "ablate",
     "ablated",
     "attention",
     "attribute",
     "catalogue",
     "chat_format",
+    "compare_tokens",
     "connect",
+    "dialogues",
     "environment",
     "export_gguf",
     "induction",
     "lens",
     "load",
+    "merge",
+    "mix",
+    "pack",
     "plan",
     "playground",
+    "published_tokens",
     "repeated_tokens",
+    "sample_texts",
     "spec",
+    "tokens",
+    "tune",
 ]
 
 _ON_FIRST_USE = {
     "Ablation": "inspection.causes",
     "AttentionView": "inspection.attention",
     "Attribution": "inspection.causes",
+    "Documents": "data",
     "Endpoint": "remote",
     "Falcon": "falcon",
     "Generation": "generation",
     "IncompleteAnswer": "remote",
     "LensView": "inspection.lens",
+    "Merged": "merging",
+    "Packed": "packing",
     "ParallelFalcon": "parallel",
     "Piece": "decoding",
     "Sampling": "sampling",
     "Stats": "generation",
     "Stream": "generation",
+    "Tuning": "settings",
+    "TuningRun": "runs",
+    "TokenReport": "inspection.languages",
+    "TokenView": "inspection.tokens",
     "ablate": "inspection.causes",
     "ablated": "inspection.causes",
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
+    "compare_tokens": "inspection.languages",
     "connect": "remote",
+    "dialogues": "data",
     "export_gguf": "export",
     "induction": "inspection.attention",
     "lens": "inspection.lens",
     "load": "loading",
+    "merge": "merging",
+    "mix": "data",
+    "pack": "packing",
+    "published_tokens": "inspection.languages",
     "repeated_tokens": "inspection.attention",
+    "sample_texts": "inspection.languages",
+    "tokens": "inspection.tokens",
+    "tune": "tuning",
 }
 
 

@@ -66,9 +66,9 @@ def check_ranks(spec: FalconSpec, ranks: int) -> None:
         return
     degrees = [each for each in range(2, spec.kv_heads + 1) if spec.kv_heads % each == 0]
     heads = f"{spec.kv_heads} KV head{'s' if spec.kv_heads > 1 else ''} for {spec.query_heads} query heads"
-    possible = f"possible: {', '.join(map(str, degrees))}" if degrees else "which cannot be divided by any"
+    heads += f": possible are {', '.join(map(str, degrees))}" if degrees else ", which cannot be divided"
     raise ValueError(
-        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}: {possible}. Split it by "
+        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}. Split it by "
         f"layers instead (device_map='auto'){'' if degrees else ', or take falcon-40b, which goes by 2, 4 or 8'}"
     )
 
@@ -131,10 +131,16 @@ def lora_parameters(spec: FalconSpec, rank: int) -> int:
     return spec.layers * rank * sum(out + into for out, into in linear_shapes(spec))
 
 
-def loss_bytes(spec: FalconSpec, context: int, batch: int) -> int:
-    """Logits of every token and what their loss needs beside them, at 12 bytes: in float32 the logits, their
-    log-probabilities and the gradient; in 16 bits the logits, a float32 copy and so on, which comes to the same."""
-    return 12 * batch * context * spec.vocabulary
+LOSS_CHUNK = 256
+"""Labelled tokens whose logits `falcon_kit.losses` has in memory at once: (256, 65024) in float32 are 64 MiB."""
+
+
+def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
+    """The loss of the kit's own training, every token labelled: the last hidden states, those of labelled tokens and
+    their gradient, and for a chunk of tokens at 12 bytes: in float32 the logits, their log-probabilities and the
+    gradient; in 16 bits the logits, a float32 copy and so on, which comes to the same."""
+    chunk = min(batch * context, LOSS_CHUNK)
+    return 12 * chunk * spec.vocabulary + 3 * batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
 def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:

@@ -200,22 +200,31 @@ def render(
     whose last word is the assistant's ends with `eos_token`. Raises ValueError as `check_messages` does, and when the
     assistant is asked to answer itself.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     checked = check_messages(messages)
     if add_generation_prompt and checked[-1]["role"] == "assistant":
         raise ValueError(
             "The last message is the assistant's, so there is nothing to answer: "
             "add the user's next message, or pass add_generation_prompt=False."
         )
-    rendered: Any = render_jinja_template(
-        conversations=[[dict(each) for each in checked]],
-        chat_template=format.template,
-        add_generation_prompt=add_generation_prompt,
-        eos_token=eos_token,
-    )
-    texts, _ = rendered
-    return str(texts[0])
+    return _render(checked, format, add_generation_prompt=add_generation_prompt, eos_token=eos_token)[0]
+
+
+def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation as one text, without an end token, and where in it the assistant speaks, in characters.
+
+    Raises ValueError as `check_messages` does.
+    """
+    options = {"add_generation_prompt": False, "eos_token": "", "return_assistant_tokens_mask": True}
+    return _render(check_messages(messages), format, **options)
+
+
+def _render(messages: Sequence[Message], format: ChatFormat, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversations: Any = [[dict(each) for each in messages]]
+    rendered: Any = render_jinja_template(conversations=conversations, chat_template=format.template, **options)
+    texts, spans = rendered
+    return str(texts[0]), [tuple(span) for span in spans[0]] if spans else []
 
 
 def encode(

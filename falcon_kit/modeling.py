@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 from falcon_kit import kernels
 from falcon_kit.budget import check_ranks
 from falcon_kit.layers import ONE_SUM, STYLES, FalconAttention, FalconDecoderLayer
+from falcon_kit.losses import language_model_loss
 from falcon_kit.shapes import FalconSpec
 
 
@@ -210,10 +211,12 @@ class FalconForCausalLM(stock.FalconForCausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the loss where `labels` (B, T) are given.
 
+        `skip_logits`: only the loss, for which logits are never whole in memory (see `falcon_kit.losses`).
         Other arguments as for `FalconModel`, which raises the errors.
         """
         with self._kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
@@ -227,7 +230,11 @@ class FalconForCausalLM(stock.FalconForCausalLM):
                 return_dict=True,
                 **kwargs,
             )
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            hidden_states = outputs.last_hidden_state
+            if skip_logits and labels is not None:
+                count = kwargs.get("num_items_in_batch")
+                return CausalLMOutputWithPast(loss=language_model_loss(self.lm_head, hidden_states, labels, count))
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -116,8 +116,11 @@ class Request:
         if not self.trains:
             parts["logits"] = (budget.logits_bytes(self.spec, self.batch), "scores of the next token")
         else:
-            loss = budget.loss_bytes(self.spec, self.context, self.batch)
-            parts["loss"] = (loss, f"logits of all tokens over {self.spec.vocabulary:,} words")
+            loss = budget.loss_bytes(*self._size)
+            parts["loss"] = (
+                loss,
+                f"logits of {budget.LOSS_CHUNK} tokens at a time over {self.spec.vocabulary:,} words",
+            )
         return parts
 
 

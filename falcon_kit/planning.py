@@ -39,8 +39,9 @@ GIB = 2**30
 class NotEnoughMemory(MemoryError):
     """A model does not fit; `.plan` says what it would take."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(f"{plan.verdict()}\n" + "\n".join(f"- {each}" for each in plan.suggestions))
+    def __init__(self, plan: Plan, happened: str = "") -> None:
+        lines = [happened or plan.verdict(), *(f"- {each}" for each in plan.suggestions)]
+        super().__init__("\n".join(lines))
         self.plan = plan
 
 

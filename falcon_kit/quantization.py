@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -194,6 +195,25 @@ def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     weight.data, weight.quant_state = _BNB.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     if not weight.quant_state.nested:
         weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Keeps 4-bit layers as training needs them for the time of a `with` block.
+
+    Packed for the CPU, which bitsandbytes does in the first forward pass without gradients, a layer hands no gradient
+    back, and says so only in a warning: adapters before it would learn nothing.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BNB.nn.Linear4bit)]
+    packing = [layer.support_avx512bf16_for_cpu for layer in layers]
+    for layer in layers:
+        _unpack(layer, "", False)
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer, packs in zip(layers, packing, strict=True):
+            layer.support_avx512bf16_for_cpu = packs
 
 
 def _nested(state: Any) -> bool:

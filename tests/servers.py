@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -46,9 +47,9 @@ def transformers_serve(directory: Path) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent
-    ) as process:
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}  # a small model, beside tests that compute as well
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environ, preexec_fn=die_with_parent, **silent) as process:
         try:
             wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
             yield f"http://127.0.0.1:{port}/v1"

@@ -9,8 +9,9 @@ import torch
 from transformers import CompileConfig
 
 import falcon_kit as fk
-from benchmarks import full_size
+from benchmarks import full_size, inspection
 from benchmarks._memory import WAYS, mapped_bytes, measured
+from falcon_kit import FalconSpec
 from falcon_kit.catalogue import embedded_directory
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,38 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 16e9))
     with pytest.raises(full_size.CannotRun, match="the GPU has 16 GB; the 7B needs 18 GB, the 40B 100 GB"):
         full_size.run()
+
+
+SMALL = FalconSpec("small", layers=2, d_model=256, query_heads=4, kv_heads=2, vocabulary=2048, feed_forward=1024)
+
+
+def test_the_contestants_of_inspection_see_the_same_attention():
+    inspection.check_agreement(SMALL, 40)
+
+
+def test_contestants_that_differ_are_found_out(monkeypatch):
+    stock = inspection._stock
+    monkeypatch.setattr(inspection, "_stock", lambda model, ids: stock(model, ids.flip(-1)))
+    with pytest.raises(AssertionError, match="not close"):
+        inspection.check_agreement(SMALL, 40)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
+def test_the_memory_of_a_contestant_is_what_it_took_at_its_highest():
+    def turn():
+        first = torch.ones(2**24)  # 64 MiB
+        return first * 2  # as many again, and the first goes
+
+    assert inspection.measure_memory(turn) == pytest.approx(128, abs=4)
+
+
+def test_the_picture_of_inspection_leaves_out_what_did_not_fit():
+    rows = [
+        {"tokens": length, "peak MiB": {"kit": 10.0, "bertviz": None}, "seconds": {"kit": 1.0}}
+        for length in (256, 1024)
+    ]
+    for axes in inspection.draw({"model": "small", "lengths": rows}).axes:
+        assert [line.get_label() for line in axes.lines] == ["kit"]
 
 
 def test_a_benchmark_that_cannot_run_says_why_and_fails():

@@ -6,15 +6,16 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import small_config, small_model
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers import FalconForCausalLM as StockFalcon
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import falcon_kit as fk
-from falcon_kit.inspection import attention as module
-from falcon_kit.inspection.attention import STATISTICS
+from falcon_kit.inspection import probabilities as module
+from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.modeling import FalconForCausalLM
 from falcon_kit.shapes import FalconSpec
 
@@ -132,6 +133,47 @@ def test_adapters_take_part(tokenizer, ids):
     options = LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
     adapted = everything((get_peft_model(base, options), tokenizer), tokenizer, ids)
     assert np.abs(stacked(adapted) - stacked(plain)).max() > 1e-4
+
+
+def own_probabilities(falcon, ids) -> np.ndarray:
+    """What a model of the kit writes out itself, (L, H, T, T)."""
+    with torch.inference_mode():
+        found = falcon(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
+    return torch.cat(found).float().numpy()
+
+
+def test_a_model_in_4_bits_is_looked_at_as_it_is(tokenizer, ids, tmp_path):
+    model("40b").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    small = FalconForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    assert small.transformer.h[0].self_attention.query_key_value.weight.dtype == torch.uint8
+    found = stacked(everything((small, tokenizer), tokenizer, ids))
+    np.testing.assert_allclose(found, own_probabilities(small, ids), atol=1e-5)
+    assert np.abs(found - oracle("40b", ids)).max() > 1e-3
+
+
+def test_layers_that_wait_on_a_disk_are_looked_at_as_well(tokenizer, ids, tmp_path):
+    split = FalconForCausalLM(small_config("40b")).eval()
+    split.load_state_dict(model("40b").state_dict())
+    places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    places |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "lm_head": "cpu"}
+    split = dispatch_model(split, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert split.transformer.h[1].self_attention.query_key_value.weight.device.type == "meta"
+    found = stacked(everything((split, tokenizer), tokenizer, ids))
+    np.testing.assert_allclose(found, oracle("40b", ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"), [({"a": 0, "b": "cpu"}, 300), ({"a": 0, "b": 1}, 256), ({"": "cpu"}, 256), (None, 256)]
+)
+def test_offloaded_weights_are_fetched_once_and_not_for_every_block(tokenizer, monkeypatch, places, expected):
+    falcon = FalconForCausalLM(small_config("40b")).eval()
+    if places is not None:
+        falcon.hf_device_map = places
+    sizes = []
+    falcon.transformer.word_embeddings.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    fk.attention((falcon, tokenizer), [20 + at % 40 for at in range(300)])
+    assert sizes[0] == expected
 
 
 # The statistics
@@ -438,7 +480,7 @@ def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):
 def test_a_share_of_the_heads_is_refused(instruct):
     spec = FalconSpec(**{**vars(instruct.spec), "query_heads": 8})
     with pytest.raises(ValueError, match="this process holds some of the heads only"):
-        module.attention(type("Sharded", (), {"spec": spec, "__iter__": lambda self: iter(instruct)})(), "Hello")
+        fk.attention(type("Sharded", (), {"spec": spec, "__iter__": lambda self: iter(instruct)})(), "Hello")
 
 
 @pytest.mark.parametrize("arguments", [{"period": 1}, {"copies": 1}, {"period": 2048}, {"period": 1000, "copies": 3}])

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import small_config, small_model
 from transformers import FalconForCausalLM as StockFalcon
 
@@ -149,6 +150,17 @@ def test_a_share_is_what_the_logit_loses_without_that_part(layout, tokenizer, id
 def test_a_target_can_be_named_by_its_text(instruct):
     view = fk.lens(instruct, TEXT, target=" giraffe")
     assert {instruct.tokenizer.decode([each]) for each in view.targets} == {" giraffe"}
+
+
+def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp_path):
+    split = FalconForCausalLM(small_config("40b")).eval()
+    split.load_state_dict(model("40b").state_dict())
+    places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    places |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "lm_head": "cpu"}
+    split = dispatch_model(split, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    found, expected = fk.lens((split, tokenizer), ids), fk.lens((model("40b"), tokenizer), ids)
+    for name in ("surprisal", "layer_probabilities", "attention_share", "mlp_share"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 # Memory

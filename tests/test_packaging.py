@@ -40,6 +40,7 @@ CHECKPOINT_FILES = [
 ]
 SHIPPED = [f"falcon_kit/falconet/{name}/{file}" for name in ("base", "instruct") for file in CHECKPOINT_FILES]
 SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
+SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
 
 # Packages the kit needs without an import of its own, each with the reason.
 USED_BY_OTHERS = {

@@ -27,8 +27,8 @@ def test_all_layers_share_one_scale():
 
 
 def test_few_heads_have_their_numbers_written_in():
-    (axes,) = panels(plots.heads(np.array([[0.25, 0.5]]), 1, "title", "label"))
-    assert [text.get_text() for text in axes.texts] == ["0.25", "0.5"]
+    (axes,) = panels(plots.heads(np.array([[0.25, 1e-9]]), 1, "title", "label"))
+    assert [text.get_text() for text in axes.texts] == ["0.25", "0.00"]
 
 
 def test_the_chance_level_stands_in_the_title():

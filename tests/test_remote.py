@@ -4,8 +4,13 @@ import asyncio
 import gc
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import httpx2
 import pytest
@@ -29,7 +34,7 @@ from servers import (
 import falcon_kit as fk
 from falcon_kit.decoding import cut
 from falcon_kit.remote import protocol
-from falcon_kit.remote.protocol import Delta
+from falcon_kit.remote.protocol import Delta, Request
 from falcon_kit.remote.stream import Answer
 
 QUESTION = [{"role": "user", "content": "What do giraffes eat?"}]
@@ -150,11 +155,11 @@ def test_the_statistics_count_what_the_endpoint_counts(endpoint, instruct):
 
 
 def test_the_pieces_of_a_stream_join_to_its_text(endpoint):
-    stream = endpoint.stream(fk.CARD.prompt, max_new_tokens=20)
+    stream = endpoint.stream(fk.CARD.prompt, max_new_tokens=12)
     pieces = list(stream)
     assert len(pieces) >= 10
     assert "".join(piece.text for piece in pieces) == stream.generation.text
-    assert stream.generation.text == endpoint.generate(fk.CARD.prompt, max_new_tokens=20).text
+    assert stream.generation.text == endpoint.generate(fk.CARD.prompt, max_new_tokens=12).text
 
 
 @pytest.mark.parametrize("stop", [" acacia", "ffes eat aca", "\nDaniel:", [" what a glo", "zebra", "!"]])
@@ -183,14 +188,14 @@ def test_the_end_token_ends_a_text(endpoint, instruct):
 
 
 def test_settings_arrive_one_token_to_draw_from_leaves_no_choice(endpoint, instruct):
-    greedy = instruct.generate(fk.CARD.prompt, max_new_tokens=20).text
-    assert endpoint.generate(fk.CARD.prompt, max_new_tokens=20, top_k=1, temperature=3.0).text == greedy
-    assert endpoint.generate(fk.CARD.prompt, max_new_tokens=20, top_p=1e-6, temperature=3.0).text == greedy
+    greedy = instruct.generate(fk.CARD.prompt, max_new_tokens=8).text
+    assert endpoint.generate(fk.CARD.prompt, max_new_tokens=8, top_k=1, temperature=3.0).text == greedy
+    assert endpoint.generate(fk.CARD.prompt, max_new_tokens=8, top_p=1e-6, temperature=3.0).text == greedy
 
 
 def test_a_seed_makes_a_drawn_text_reproducible(endpoint):
     def draw(seed):
-        return endpoint.generate(fk.CARD.prompt, max_new_tokens=20, temperature=1.5, seed=seed).text
+        return endpoint.generate(fk.CARD.prompt, max_new_tokens=9, temperature=2.0, seed=seed).text
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -263,8 +268,8 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
 @pytest.mark.parametrize(
     ("settings", "instead"),
     [
-        ({"max_length": 50}, "counted where the model is: give max_new_tokens"),
-        ({"truncate": "left"}, "shorten the prompt instead"),
+        ({"max_length": 50}, "max_length=50: .* counted where the model is; give max_new_tokens"),
+        ({"truncate": "left"}, "truncate='left': .*shorten the prompt"),
         ({"num_beams": 3}, "Unknown setting for .*: 'num_beams'"),
         ({"temprature": 3}, "Nearest: temperature"),
         ({"temperature": -1}, "temperature must be 0"),
@@ -274,6 +279,16 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
 def test_what_a_protocol_cannot_carry_is_refused_with_what_to_do(endpoint, settings, instead):
     with pytest.raises(ValueError, match=instead):
         endpoint.generate("Hello", **settings)
+
+
+def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
+    @dataclass(frozen=True, kw_only=True)
+    class Later(fk.Sampling):
+        new: int = 0
+
+    protocol.carry(Request("Hello", (), Later(), {}, ()), "vLLM", {})
+    with pytest.raises(ValueError, match="vLLM cannot carry new=3: leave it out"):
+        protocol.carry(Request("Hello", (), Later(new=3), {}, ()), "vLLM", {})
 
 
 # Ending it
@@ -301,6 +316,23 @@ def test_a_stream_that_is_dropped_closes_the_connection(endless):
     del stream
     gc.collect()
     assert endless.hung_up.wait(5)
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_ctrl_c_closes_the_connection(endless, how):
+    endpoint = fk.connect(f"{endless.address}/v1")
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(getattr(endpoint, how)("Hi"))
+    assert endless.hung_up.wait(5)
+
+
+def test_an_interpreter_that_ends_does_not_wait_for_a_stream(endless):
+    code = (
+        f"import falcon_kit as fk; stream = fk.connect({endless.address + '/v1'!r}).stream('Hi'); print(next(stream))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ("Piece" in ended.stdout, ended.stderr) == (True, "")
 
 
 def test_closing_a_stream_frees_llama_cpp(llama):
@@ -618,10 +650,18 @@ def test_a_key_is_never_shown(caplog):
     assert server.requests[-1][2]["authorization"] == f"Bearer {KEY}"
 
 
-def test_user_and_password_in_a_url_are_never_shown():
+def test_a_key_in_the_query_of_a_url_is_never_shown(caplog):
+    caplog.set_level(logging.DEBUG)
     with scripted(answering(Reply(DONE))) as server:
-        endpoint = fk.connect(server.address.replace("//", "//me:secret@") + "/v1?key=secret")
-        assert "secret" not in repr(endpoint) + endpoint._repr_html_()
+        endpoint = fk.connect(f"{server.address}/v1?key={KEY}")
+        endpoint.generate("Hi")
+        assert KEY not in repr(endpoint) + endpoint._repr_html_() + caplog.text
+
+
+def test_a_password_in_a_url_is_refused_without_repeating_it():
+    with pytest.raises(ValueError, match="give a key by token=") as refused:
+        fk.connect(f"http://me:{KEY}@127.0.0.1:8000/v1")
+    assert KEY not in str(refused.value)
 
 
 def test_a_key_comes_from_the_environment(monkeypatch):
@@ -686,7 +726,7 @@ def test_a_vllm_container_on_sagemaker_speaks_openai(sagemaker_service, monkeypa
 
 
 def test_boto3_is_asked_for_by_the_name_of_its_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
+    monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(ModuleNotFoundError, match=r'need boto3: pip install "falcon-kit\[sagemaker\]"'):
         fk.connect("sagemaker://falcon")
 

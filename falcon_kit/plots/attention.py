@@ -44,7 +44,7 @@ def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float |
             axes.axis("off")
             continue
         image = axes.imshow(values[layer].reshape(kv_heads, shared), vmin=0, vmax=high, cmap="viridis", aspect="auto")
-        axes.set_title(f"layer {layer}", fontsize=8)
+        axes.set_title(f"layer {layer}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks(range(kv_heads) if layer % columns == 0 and kv_heads <= 16 else [])
         axes.tick_params(labelsize=7, length=0)
@@ -65,7 +65,8 @@ def _columns(panels: int, width: float) -> int:
 def _write_numbers(axes: Axes, values: Floats, high: float) -> None:
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if value < 0.6 * high else "black"
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=7)
+        text = f"{value:.2f}" if high <= 1 else f"{value:.3g}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
 
 
 def one_map(probabilities: Floats, words: Sequence[str], title: str) -> Figure:

@@ -33,7 +33,7 @@ class Endpoint:
     server: str
     """What runs there."""
     address: str
-    """Where, without user, password or query."""
+    """Where, without a query."""
     context: int | None
     """Tokens of prompt and answer together that it takes; None where neither the endpoint nor the catalogue tells."""
     spec: FalconSpec | None
@@ -166,9 +166,9 @@ def connect(
     with). api: "openai" or "tgi"; unset, found out (on SageMaker "tgi", which is LMI's schema too).
     token: its key; unset, FALCON_KIT_TOKEN, and HF_TOKEN for hosts of Hugging Face. It is never shown.
     chat: "falcon", "hub" or "baize" writes conversations in that format as plain completions; unset, the endpoint's own
-    template does. context: tokens it takes, where it does not tell. timeout: seconds without a word from it.
-    retries: further attempts, with growing pauses, where it is busy (429, 503) or refuses the connection; never once
-    the first piece has come. session: a boto3.Session, for SageMaker.
+    template does, where its protocol has conversations (TGI's has none). context: tokens it takes, where it does not
+    tell. timeout: seconds without a word from it. retries: further attempts, with growing pauses, where it is busy
+    (429, 503) or refuses the connection; never once the first piece has come. session: a boto3.Session, for SageMaker.
 
     Raises ConnectionError where nothing answers in the protocol, LookupError for a model or endpoint that is not there,
     PermissionError for a refused key, and ValueError for a URL or word that is none.
@@ -178,20 +178,15 @@ def connect(
     chosen = None if chat is None else chat_format(chat)
     wire = Wire(token or _token(url), timeout, retries)
     server = wait_for(_found(url, model, api, wire, session))
-    shape = _shape(server.facts.model)
-    if api == "tgi" or server.facts.server.startswith(("TGI", "SageMaker (tgi")):
-        chosen = chosen or _default_format(server.facts.model)
-        own = True  # TGI's own protocol has no field for a conversation
-    else:
-        own = chosen is not None
+    facts, shape = server.facts, _shape(server.facts.model)
     return Endpoint(
-        model=server.facts.model,
-        server=server.facts.server,
-        address=server.facts.address,
-        context=context or server.facts.context or (shape.context if shape else None),
+        model=facts.model,
+        server=facts.server,
+        address=facts.address,
+        context=context or facts.context or (shape.context if shape else None),
         spec=shape,
-        chat_format=chosen or _default_format(server.facts.model),
-        own_format=own,
+        chat_format=chosen or _default_format(shape),
+        own_format=chosen is not None or not server.chats,
         _server=server,
         _retries=retries,
     )
@@ -213,8 +208,9 @@ async def _find(url: str, model: str | None, api: Api | None, wire: Wire, sessio
     parts = urlsplit(url.strip())
     require(
         parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc),
-        f"{url!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
+        f"{shown(url)!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
     )
+    require("@" not in parts.netloc, "the URL holds a user or password, which logs would show: give a key by token=")
     if parts.scheme == "sagemaker":
         server = await asyncio.to_thread(sagemaker.SageMakerServer, parts.netloc, api or "tgi", model, wire, session)
         await asyncio.to_thread(server.check)
@@ -243,9 +239,8 @@ def _shape(model: str) -> FalconSpec | None:
         return None
 
 
-def _default_format(model: str) -> ChatFormat:
+def _default_format(shape: FalconSpec | None) -> ChatFormat:
     """As `load` chooses it: the hub's for the published instruct models, Falcon's own for the others."""
-    shape = _shape(model)
     return HUB if shape and shape.published and not shape.name.startswith("falcon-180B") else FALCON
 
 

@@ -80,6 +80,8 @@ STANDARD = Dialect("an OpenAI-compatible server of another kind")
 class OpenAIServer:
     """Speaks with one endpoint of this kind."""
 
+    chats = True
+
     def __init__(self, url: str, facts: Facts, dialect: Dialect, wire: Wire) -> None:
         self.facts, self.stops, self._dialect, self._wire = facts, dialect.stops, dialect, wire
         self._client = openai.AsyncOpenAI(

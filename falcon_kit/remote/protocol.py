@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -18,9 +19,16 @@ from falcon_kit.generation import DEFAULT_NEW_TOKENS
 from falcon_kit.sampling import Sampling, require
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each one after
-LONGEST_PAUSE = 8.0  # unless the endpoint itself asks for more
+LONGEST_PAUSE, LONGEST_ASKED = 8.0, 60.0  # seconds: what the growing ends at, and what an endpoint may ask for
 UNKNOWN = float("nan")
 T = TypeVar("T")
+CARRIED = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "stop", "seed")
+"""Fields of `Sampling` that protocols have a field for, or that need none."""
+INSTEAD = {
+    "max_length": "the tokens of the prompt are counted where the model is; give max_new_tokens",
+    "truncate": "prompts are cut where the tokenizer is; shorten the prompt",
+}
+"""What to do about some of the others."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Facts:
     server: str
     """What runs there: "vLLM", "llama.cpp", "transformers serve", "OpenAI-compatible", "TGI", "SageMaker"."""
     address: str
-    """Where, without user, password or query."""
+    """Where, without a query."""
     model: str
     """The name it goes by there."""
     context: int | None = None
@@ -82,6 +90,8 @@ class Server(Protocol):
     facts: Facts
     stops: bool
     """Whether it is sent the stop strings, and ends by itself soon after one."""
+    chats: bool
+    """Whether the protocol carries a conversation for the endpoint's own template."""
 
     def body(self, request: Request) -> dict[str, Any]:
         """The request as the protocol writes it; ValueError for what it cannot carry."""
@@ -130,15 +140,16 @@ async def persist(attempt: Callable[[], AsyncIterator[T]], retries: int) -> Asyn
     for number in range(retries + 1):
         begun = False
         try:
-            async for item in attempt():
-                begun = True
-                yield item
+            async with aclosing(attempt()) as items:  # type: ignore[type-var]  # typed as an iterator, made as a generator
+                async for item in items:
+                    begun = True
+                    yield item
             return
         except Unavailable as error:
             if begun or number == retries:
                 raise
             growing = min(FIRST_PAUSE * 2**number, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-            pause = growing if error.pause is None else error.pause
+            pause = growing if error.pause is None else min(error.pause, LONGEST_ASKED)
         await asyncio.sleep(pause)
 
 
@@ -148,12 +159,12 @@ def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, 
     Raises ValueError for what it has none for, with what to do instead: nothing is left out silently.
     """
     sampling = request.sampling
-    require(
-        sampling.max_length is None,
-        f"max_length={sampling.max_length} counts the tokens of the prompt, and they are counted where the model is: "
-        "give max_new_tokens",
-    )
-    require(sampling.truncate is None, "truncate='left' is done where the tokenizer is: shorten the prompt instead")
+    for each in fields(sampling):
+        value = getattr(sampling, each.name)
+        instead = INSTEAD.get(each.name, "leave it out")
+        require(
+            each.name in CARRIED or value == each.default, f"{server} cannot carry {each.name}={value!r}: {instead}"
+        )
     require(
         sampling.top_k is None or "top_k" in names,
         f"{server} has no field for top_k={sampling.top_k}: give top_p instead",
@@ -165,9 +176,9 @@ def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, 
 
 
 def shown(url: str) -> str:
-    """The address without user, password, query and fragment."""
+    """The address without query and fragment, in which a key may stand."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 def failure(status: int, text: str, address: str, headers: Mapping[str, str]) -> Exception:

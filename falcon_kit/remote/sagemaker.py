@@ -31,7 +31,7 @@ class SageMakerServer:
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
         self._openai = openai_api.OpenAIServer("http://unused", self.facts, openai_api.VLLM, wire)
-        self._api, self.stops = api, True
+        self._api, self.stops, self.chats = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""

@@ -36,6 +36,7 @@ class TGIServer:
     """Speaks with one endpoint of this kind."""
 
     stops = True
+    chats = False
 
     def __init__(self, url: str, facts: Facts, wire: Wire) -> None:
         self.facts, self._url, self._wire = facts, url, wire

@@ -1,0 +1,58 @@
+"""Fine-tunes a Falcon, in as many processes as it is started in.
+
+    python configs/tune.py --model falconet --data chats.jsonl --output runs/mine --set epochs=1 batch=4
+    torchrun --nproc-per-node 8 configs/tune.py --model tiiuae/falcon-40b --data chats.jsonl --output runs/mine --shard
+    accelerate launch --config_file configs/accelerate_8gpu.yaml configs/tune.py --model tiiuae/falcon-7b ...
+
+With --shard each process holds a part of every layer (FSDP2), for a model that one GPU does not hold; without, a copy.
+Started again after an interruption, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+from typing import Any
+
+import torch
+
+import falcon_kit as fk
+
+
+def main() -> None:
+    """Command line: one call of fk.tune."""
+    parser = argparse.ArgumentParser(description="Fine-tune a Falcon with LoRA.")
+    parser.add_argument("--model", required=True, help="a name for fk.load")
+    parser.add_argument("--data", required=True, help="a file or folder of dialogues")
+    parser.add_argument("--output", required=True, help="folder for checkpoints and the adapter")
+    parser.add_argument("--dtype", default="auto", help='"nf4-double" is QLoRA (with copies, not with --shard)')
+    parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of fk.Tuning")
+    given = parser.parse_args()
+    falcon = fk.load(given.model, dtype=given.dtype, device_map={"": device(given.shard)})
+    run = fk.tune(falcon, given.data, output_dir=given.output, shard=given.shard, **settings(given.set))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(run)
+
+
+def device(shard: bool) -> str:
+    """Where this process loads the model: onto its GPU, or into host memory, to be sharded from there."""
+    if shard or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, the values as JSON: numbers, true, null, or text."""
+    split = [pair.partition("=") for pair in pairs]
+    return {name: _value(value) for name, _, value in split}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    main()

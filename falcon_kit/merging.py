@@ -1,0 +1,179 @@
+"""Adapters on and off a model, and merged into its weights, with a proof that the merged model says the same."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import Tensor
+
+from falcon_kit.catalogue import embedded_directory
+from falcon_kit.chat import encode_text
+from falcon_kit.falcon import Falcon
+from falcon_kit.loading import load
+
+RECORD = "tuning.json"
+"""Beside an adapter: the settings, figures and base it was made with."""
+_PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
+_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest gap between logits, as a share of the largest logit, that rounding merged weights explains."""
+
+
+@dataclass(frozen=True, repr=False)
+class Merged(Falcon):
+    """A Falcon with an adapter in its weights."""
+
+    gap: float = float("nan")
+    """The largest difference of its logits from those of base and adapter, as a share of the largest logit."""
+
+    def _facts(self) -> dict[str, str]:
+        return {**super()._facts(), "merged": f"logits differ by {self.gap:.0e} from those of base and adapter"}
+
+
+def base_name(falcon: Falcon) -> str:
+    """What `fk.load` would find this model by again: a hub id, the name of an embedded one, or a directory."""
+    path = str(falcon.model.name_or_path)
+    for name in ("falconet", "falconet-instruct"):
+        if path == str(embedded_directory(name)):
+            return name
+    return falcon.spec.hub_id or path or falcon.spec.name
+
+
+def fingerprint(model: Any) -> str:
+    """Tells models apart by their last LayerNorm, which no quantisation touches, rounded to bfloat16."""
+    norm = model.transformer.ln_f
+    values = torch.cat([norm.weight, norm.bias]).detach().to("cpu", torch.bfloat16)
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether its weights are kept in fewer bits than they are computed with."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
+
+
+@contextmanager
+def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
+    """The Falcon's own model with the adapter on, for the time of a `with` block; then as it was.
+
+    Raises ValueError for an adapter that was made for another model.
+    """
+    check_base(adapter, falcon)
+    flags = {id(each): each.requires_grad for each in falcon.model.parameters()}
+    model = _with_adapter(falcon, adapter)
+    try:
+        yield model
+    finally:
+        detach(model, flags)
+
+
+def _with_adapter(falcon: Falcon, adapter: str | Path) -> PeftModel:
+    with torch.random.fork_rng(), quiet():  # matrices are drawn before they are read
+        return PeftModel.from_pretrained(falcon.model, str(adapter)).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back PEFT's one warning, about an attribute of transformers that it still calls by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def detach(model: PeftModel, flags: dict[int, bool]) -> None:
+    """Takes the adapter off and gives each parameter its `requires_grad` back, by id."""
+    plain: Any = model.unload()
+    for each in plain.parameters():
+        each.requires_grad_(flags.get(id(each), False))
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        plain.__dict__.pop(name, None)
+    plain.eval()
+
+
+def check_base(adapter: str | Path, falcon: Falcon) -> None:
+    """Raises FileNotFoundError where there is no adapter, and ValueError where it belongs to another model."""
+    directory, spec = Path(adapter), falcon.spec
+    if not (directory / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no adapter_config.json: give the folder of an adapter")
+    made_for = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    refused = f"the adapter in {directory} was made for {made_for}, not for {base_name(falcon)}"
+    if (record := directory / RECORD).is_file():
+        known = json.loads(record.read_text(encoding="utf-8")).get("base_fingerprint")
+        if known not in (None, fingerprint(falcon.model)):
+            raise ValueError(f"{refused}, whose weights are others: load the model that it was tuned from")
+    sizes = {name: tuple(each.shape) for name, each in falcon.model.named_parameters()}
+    for name, shape in _adapter_shapes(directory).items():
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        weight = sizes.get(f"{module}.weight")
+        side = 1 if ".lora_A." in name else 0
+        if not is_quantised(falcon.model) and (weight is None or shape[side] != weight[side]):
+            raise ValueError(
+                f"{refused}: its {name} is {shape}, but {spec.name} has "
+                f"{f'a weight of {weight} there' if weight else 'no such layer'}"
+            )
+
+
+def _adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no adapter_model.safetensors: the adapter was not saved completely")
+    with safe_open(file, framework="pt") as held:
+        return {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if ".lora_" in name}  # noqa: SIM118
+
+
+def merge(
+    adapter: str | Path, base: Falcon | str | Path | None = None, *, output_dir: str | Path | None = None
+) -> Merged:
+    """A Falcon with the adapter in its weights, as fast as the base and loadable without PEFT; the base stays as it is.
+
+    base: a Falcon, or a name for `fk.load`; unset, what the adapter was made for. A quantised base is loaded anew,
+    unquantised: merged into 4-bit weights, an adapter would be rounded away. With `output_dir` the model is saved.
+    Raises ValueError for an adapter of another base, and RuntimeError where the merged model's logits are not those of
+    base and adapter.
+    """
+    falcon = _unquantised(base if base is not None else _made_for(Path(adapter)))
+    check_base(adapter, falcon)
+    model: Any = _with_adapter(falcon, adapter)
+    expected = _logits(falcon)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.__dict__.pop("peft_config", None)
+    gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
+    if not gap <= _ALLOWED[falcon.model.dtype]:
+        raise RuntimeError(
+            f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
+            f"explains ({_ALLOWED[falcon.model.dtype]:.0e}): merge in float32, fk.merge(adapter, fk.load(name, "
+            "dtype='float32'))"
+        )
+    if output_dir is not None:
+        falcon.model.save_pretrained(output_dir)
+        falcon.tokenizer.save_pretrained(output_dir)
+    return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+
+
+def _made_for(adapter: Path) -> str:
+    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+
+
+def _unquantised(base: Falcon | str | Path) -> Falcon:
+    """A copy of the base that may be changed."""
+    if not isinstance(base, Falcon):
+        return load(base)
+    if is_quantised(base.model):
+        return load(base_name(base), dtype="bfloat16", chat=base.chat_format.name)
+    return replace(base, model=copy.deepcopy(base.model))
+
+
+def _logits(falcon: Falcon) -> Tensor:
+    """What the model makes of a fixed text, (T, V) in float32."""
+    ids = torch.tensor([encode_text(_PROBE, falcon.tokenizer)], device=falcon.model.device)
+    with torch.inference_mode():
+        return falcon.model(ids, use_cache=False).logits[0].float().cpu()

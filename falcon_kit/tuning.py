@@ -1,0 +1,368 @@
+"""`tune`: from documents to an adapter, planned, watched, resumed where it was broken off, and measured.
+
+The same call runs on a laptop, on a GPU and, under `torchrun`, in several processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import EarlyStoppingCallback
+
+from falcon_kit import distributed, generation, modeling
+from falcon_kit.catalogue import CARD
+from falcon_kit.chat import render
+from falcon_kit.data import Documents, dialogues
+from falcon_kit.falcon import Falcon
+from falcon_kit.machines import Slot, find_slots
+from falcon_kit.merging import RECORD, base_name, detach, fingerprint, is_quantised, quiet
+from falcon_kit.packing import Packed, collate, pack
+from falcon_kit.planning import NotEnoughMemory, Plan, plan
+from falcon_kit.progress import Live, Watch, in_notebook, show
+from falcon_kit.quantization import stored_quantisation, unpacked
+from falcon_kit.runs import TuningRun, card
+from falcon_kit.settings import Tuning
+from falcon_kit.training import AdapterTrainer, arguments
+
+_DO_NOT_MATTER = ("save_every", "answers", "evaluate_every")
+"""Settings that an interrupted run may go on with changed: the adapter comes out the same."""
+_ANSWERS_AT_ONCE = 16
+
+
+def tune(
+    falcon: Falcon,
+    data: Any,
+    *,
+    output_dir: str | Path,
+    held_out: Documents | float | None = None,
+    resume: bool = True,
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> TuningRun:
+    """Trains a LoRA adapter on documents; on a quantised model, that is QLoRA.
+
+    data: what `fk.dialogues`, `fk.mix` or `fk.pack` gave, or what `fk.dialogues` reads. output_dir: gets checkpoints
+    and the adapter; a run that was broken off there goes on, and ends with the adapter it would have had. held_out: a
+    share of the documents, or documents of their own, to measure with. resume=False starts over. force: try although
+    the plan does not fit. quiet: no plan, bar or curve.
+    `settings` are the fields of `falcon_kit.Tuning`: rank, learning_rate, epochs, batch, context, seed, ...
+
+    The Falcon is as before afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` makes a tuned one.
+    Raises ValueError for data without anything to train on, settings out of range or other than those of the run in
+    output_dir, NotEnoughMemory, FloatingPointError where the loss is not a number, and OSError where a checkpoint
+    cannot be saved: those before stay whole.
+    """
+    if isinstance(held_out, float | int):
+        settings["held_out"] = float(held_out)
+    chosen = Tuning.named(settings).for_model(falcon.spec)
+    _check(falcon, chosen)
+    documents, apart = _documents(data, held_out if isinstance(held_out, Documents) else None, chosen)
+    packs = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
+    train = documents if isinstance(documents, Packed) else packs(documents)
+    test = None if apart is None else packs(apart)
+    planned = _plan(falcon, chosen, force)
+    run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, apart, planned, quiet)
+    run.claim(resume)
+    if distributed.is_first() and not quiet:
+        show(planned)
+    with _as_it_was(falcon), unpacked(falcon.model):
+        return run()
+
+
+def _check(falcon: Falcon, chosen: Tuning) -> None:
+    """Refuses what would train wrongly, and says what the card says about instruct models."""
+    if not isinstance(falcon.model, modeling.FalconForCausalLM):
+        raise ValueError(
+            "transformers' own Falcon lets packed documents see each other: load the model without "
+            "attention='transformers'"
+        )
+    if chosen.shard and is_quantised(falcon.model):
+        raise ValueError(
+            "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
+            "quarter of 16), or load in bfloat16"
+        )
+    if falcon.spec.fine_tuned_from:
+        warnings.warn(
+            f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
+            f"{falcon.spec.fine_tuned_from!r}",
+            stacklevel=3,
+        )
+
+
+def _documents(data: Any, held_out: Documents | None, chosen: Tuning) -> tuple[Documents | Packed, Documents | None]:
+    """What is trained on, and what is measured with."""
+    if isinstance(data, Packed):
+        return data, held_out
+    documents = data if isinstance(data, Documents) else dialogues(data)
+    if held_out is None and chosen.held_out:
+        return documents.split(chosen.held_out, chosen.seed)
+    return documents, held_out
+
+
+def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
+    """What training takes, on devices with what is free there and what the model already holds."""
+    held: dict[str, int] = {}
+    for each in falcon.model.parameters():
+        key = str(each.device.index) if each.device.type == "cuda" else "cpu"
+        held[key] = held.get(key, 0) + each.nbytes
+    slots = [Slot(each.name, each.key, each.free_bytes + held.get(str(each.key), 0)) for each in find_slots(None)]
+    if distributed.world_size() > 1 and slots[0].key != "cpu":
+        slots = slots[:1]  # a process has one GPU
+    quantised = stored_quantisation(falcon.model.config)
+    planned = plan(
+        falcon.spec,
+        quantised or falcon.model.dtype,
+        context=chosen.context or falcon.spec.context,
+        batch=chosen.batch,
+        purpose="qlora" if quantised else "lora",
+        devices=slots,
+        rank=chosen.rank,
+    )
+    if not (planned.fits or force or chosen.shard or distributed.world_size() > 1):
+        raise NotEnoughMemory(planned)
+    return planned
+
+
+@contextmanager
+def _as_it_was(falcon: Falcon) -> Iterator[None]:
+    """Puts back the random state, and the model's mode and hooks, however the block ends."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            falcon.model.eval()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `tune`."""
+
+    falcon: Falcon
+    settings: Tuning
+    directory: Path
+    train: Packed
+    test: Packed | None
+    held_out: Documents | None
+    plan: Plan
+    quiet: bool
+
+    # The folder belongs to one run
+
+    def claim(self, resume: bool) -> None:
+        """Writes down what this run is, or compares it with what is going on in the folder already."""
+        if distributed.is_first():  # the others wait below; if this one refuses, the launcher ends them
+            self._claim(self.directory / "run.json", resume)
+        distributed.wait(self._on_cpu)
+
+    def _claim(self, file: Path, resume: bool) -> None:
+        if not resume:
+            for each in (*self.directory.glob("checkpoint-*"), self.directory / "adapter"):
+                shutil.rmtree(each, ignore_errors=True)
+            file.unlink(missing_ok=True)
+        identity = self._identity()
+        if file.is_file():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            differs = [
+                f"{name}: {known.get(name)!r} there, {identity.get(name)!r} here"
+                for name in sorted(known.keys() | identity.keys())
+                if name not in _DO_NOT_MATTER and known.get(name) != identity.get(name)
+            ]
+            if differs:
+                raise ValueError(
+                    f"the run in {self.directory} has other settings ({'; '.join(differs)}): take the same, another "
+                    "output_dir, or resume=False to start over there"
+                )
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.falcon.model)  # before it is sharded
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides what the adapter becomes."""
+        digest = hashlib.sha256(json.dumps(self.train.rows).encode())
+        for row in (self.train[index] for index in range(len(self.train))):
+            digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+        identity = {
+            "base": self._fingerprint,
+            "dtype": stored_quantisation(self.falcon.model.config) or str(self.falcon.model.dtype),
+            "data": digest.hexdigest()[:16],
+            "processes": distributed.world_size(),
+            **asdict(self.settings),
+        }
+        return dict(json.loads(json.dumps(identity)))
+
+    # Training
+
+    def __call__(self) -> TuningRun:
+        if (record := self.directory / "adapter" / RECORD).is_file():
+            known = json.loads(record.read_text(encoding="utf-8"))
+            return self._result(known["history"], known["figures"])
+        flags = {id(each): each.requires_grad for each in self.falcon.model.parameters()}
+        model: PeftModel | None = None
+        try:
+            torch.manual_seed(self.settings.seed)
+            model = self._adapted()
+            trainer = self._trainer(model)
+            self._train(trainer)
+            figures = self._measure(trainer, model)
+            self._save(trainer, figures)
+        finally:
+            if model is not None:
+                self.falcon.model.disable_input_require_grads()
+                self.falcon.model.activation_checkpointing_disable()
+                detach(model, flags)
+        return self._result(trainer.state.log_history, figures)
+
+    def _result(self, logged: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
+        adapter = self.directory / "adapter"
+        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(logged), figures)
+
+    def _adapted(self) -> PeftModel:
+        chosen = self.settings
+        config = LoraConfig(
+            r=chosen.rank,
+            lora_alpha=chosen.alpha,  # type: ignore[arg-type]  # need not be whole
+            lora_dropout=chosen.dropout or 0.0,
+            target_modules=list(chosen.targets),
+            task_type="CAUSAL_LM",
+        )
+        if chosen.checkpointing:
+            self.falcon.model.enable_input_require_grads()  # or the first layer's adapters would get no gradient
+        with quiet():
+            model: PeftModel = get_peft_model(self.falcon.model, config)
+        model.peft_config["default"].base_model_name_or_path = base_name(self.falcon)
+        return model
+
+    def _trainer(self, model: PeftModel) -> AdapterTrainer:
+        measured = self.test is not None
+        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), measured, self._on_cpu)
+        distributed.check_processes(options.world_size, distributed.world_size())
+        if self._sharded:
+            distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
+        pad = self.falcon.tokenizer.pad_token_id
+        if pad is None or pad == self.falcon.tokenizer.eos_token_id:
+            pad = 0  # any token but the end: what is filled up has no labels, and nothing sees it
+        trainer = AdapterTrainer(
+            model, options, self.train, eval_dataset=self.test, data_collator=partial(collate, pad=pad)
+        )
+        if self.settings.patience:
+            trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
+        return trainer
+
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether it is computed there; what is sharded over GPUs may come from host memory."""
+        return self.falcon.model.device.type == "cpu" and not (self._sharded and torch.cuda.is_available())
+
+    @property
+    def _sharded(self) -> bool:
+        if self.settings.shard is not None:
+            return self.settings.shard
+        return distributed.world_size() > 1 and not self.plan.fits
+
+    def _train(self, trainer: AdapterTrainer) -> None:
+        shown = distributed.is_first() and not self.quiet
+        watch = Watch(trainer, shown, Live() if shown and in_notebook() else lambda *_, **__: None)
+        trainer.add_callback(watch)
+        try:
+            trainer.go_on()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+                raise self._out_of_memory(error) from error
+            raise
+        finally:
+            watch.close()
+
+    def _out_of_memory(self, error: Exception) -> NotEnoughMemory:
+        """The plan, what happened, and what to try next, the least loss first."""
+        chosen, tries = self.settings, []
+        if chosen.batch > 1:
+            tries.append(
+                f"batch={chosen.batch // 2}, accumulate={chosen.accumulate * 2}: the same steps in smaller parts"
+            )
+        if not chosen.checkpointing:
+            tries.append("checkpointing=True: keep less, compute it again")
+        if not is_quantised(self.falcon.model):
+            tries.append(f"fk.load({base_name(self.falcon)!r}, dtype='nf4'): QLoRA")
+        if (chosen.context or 0) >= 256:
+            tries.append(f"context={(chosen.context or 0) // 2}: longer conversations are cut")
+        happened = (
+            f"out of memory while tuning ({str(error).splitlines()[0]}). Planned was: {self.plan.verdict()}. Try:"
+        )
+        return NotEnoughMemory(replace(self.plan, suggestions=tuple(tries)), happened)
+
+    # What it changed
+
+    def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
+        """Loss, stop rate and exact answers on what was held out, before and after."""
+        if self.test is None:
+            return {}
+        figures: dict[str, float] = {}
+        for name in ("before", "after"):
+            with model.disable_adapter() if name == "before" else nullcontext():
+                figures[f"held-out loss {name}"] = trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
+                if not distributed.is_sharded(model):
+                    figures |= {f"{key} {name}": value for key, value in self._answers().items()}
+        return figures
+
+    def _answers(self) -> dict[str, float]:
+        """Shares of held-out conversations whose last answer ends by itself, and is word for word as written."""
+        chosen = [each["messages"] for each in self.held_out or () if each["messages"]][: self.settings.answers]
+        if not chosen or not distributed.is_first():
+            return {}
+        model, tokenizer, form = self.falcon.model, self.falcon.tokenizer, self.falcon.chat_format
+        expected = [messages[-1]["content"].strip() for messages in chosen]
+        longest = max(len(ids) for ids in tokenizer(expected)["input_ids"])
+        written: list[Any] = []
+        for start in range(0, len(chosen), _ANSWERS_AT_ONCE):
+            prompts = [render(messages[:-1], form) for messages in chosen[start : start + _ANSWERS_AT_ONCE]]
+            options = {"max_new_tokens": min(256, longest + 16), "do_sample": False, "strip": True}
+            written += list(generation.generate(model, tokenizer, prompts, **options))  # type: ignore[arg-type]
+        return {
+            "stop rate": sum(each.finish_reason == "eos" for each in written) / len(written),
+            "exact answers": sum(str(each) == wanted for each, wanted in zip(written, expected, strict=True))
+            / len(written),
+        }
+
+    def _save(self, trainer: AdapterTrainer, figures: Mapping[str, float]) -> None:
+        """The adapter with its card and record, under its name once it is complete."""
+        unfinished, final = self.directory / "adapter.unfinished", self.directory / "adapter"
+        if distributed.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer._save(str(unfinished))
+        if distributed.is_first():
+            record = {
+                "base": base_name(self.falcon),
+                "base_fingerprint": self._fingerprint,
+                "chat_format": self.falcon.chat_format.name,
+                "settings": asdict(self.settings),
+                "figures": dict(figures),
+                "history": trainer.state.log_history,
+            }
+            (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            form, name = self.falcon.chat_format, self.directory.resolve().name
+            text = card(base_name(self.falcon), name, form, self.train, self.settings, figures)
+            (unfinished / "README.md").write_text(text, encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+        trainer.accelerator.wait_for_everyone()
