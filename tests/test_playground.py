@@ -734,6 +734,9 @@ def test_a_page_that_is_opened_in_the_middle_gets_what_there_is_and_then_the_res
     first = paged(Typist(before=gate))
     first.start("generate", text="go")
     assert gate.reached.wait(10)
+    deadline = time.monotonic() + 10  # the words are on their way from the thread that writes them
+    while first.conversation != ["One two"] and time.monotonic() < deadline:
+        time.sleep(0.05)
     second = Page(first.widget)
     second.start("hello")
     assert second.state["running"] is not None
