@@ -61,3 +61,21 @@ def test_attention_lights_up_what_a_token_looks_at(page: Guarded, lab: str, fold
     )
     lens.locator(".tokens span").nth(1).hover()
     expect(lens.locator(".says")).to_contain_text("bits; expected")
+
+
+def test_a_token_says_what_it_is_to_the_pointer_and_to_the_keyboard(page: Guarded, lab: str, folder: Path):
+    notebook = opened(page, lab, folder, "03_tokenizer.ipynb")
+    view = notebook.run_until("The giraffe eats acacia leaves.").locator(".jp-RenderedHTML > div")
+    says, tokens = view.locator(".says"), view.locator(".tokens span[title]")
+    for number in (2, 3):
+        tokens.nth(number).hover()
+        expect(says).to_have_text(tokens.nth(number).get_attribute("title"))
+    tokens.nth(3).focus()
+    notebook.page.keyboard.press("ArrowRight")
+    expect(tokens.nth(4)).to_be_focused()
+    expect(says).to_have_text(tokens.nth(4).get_attribute("title"))
+    typed = notebook.start("fk.tokens('<img src=x onerror=window.hacked=1>\\u202e<s>', tokenizer)")
+    shown = typed.locator(".jp-RenderedHTML > div")
+    expect(shown.locator(".tokens")).to_contain_text("[U+202E]")
+    assert shown.locator("img, s").count() == 0
+    assert notebook.page.evaluate("window.hacked") is None
