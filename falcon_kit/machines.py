@@ -85,7 +85,7 @@ def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
             return _alike(count, gpu, GPUS[gpu] * MIB)
     count_word, kind = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", word).groups()  # type: ignore[union-attr]  # .* fits anything
     if size := _bytes(kind):
-        return _alike(int(count_word or 1), kind.replace("b", "B"), size)
+        return _alike(int(count_word or 1), kind.upper().replace("I", "i"), size)
     for gpu in GPUS:
         if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
             return _alike(int(count_word or 1), gpu, GPUS[gpu] * MIB)

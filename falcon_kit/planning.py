@@ -28,6 +28,7 @@ from falcon_kit.placement import (
     spread,
     within,
 )
+from falcon_kit.plots.canvas import new_figure
 from falcon_kit.shapes import FalconSpec, format_bytes, html_table
 
 if TYPE_CHECKING:
@@ -271,9 +272,7 @@ _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#
 
 
 def _draw(plan: Plan) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.6 + 0.4 * len(plan.slots)), layout="constrained")
+    figure = new_figure(8, 1.6 + 0.4 * len(plan.slots))
     axes = figure.subplots()
     names = list(dict.fromkeys(_kind(row) for row in plan.rows))
     left = dict.fromkeys((slot.key for slot in plan.slots), 0.0)

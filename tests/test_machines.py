@@ -28,6 +28,11 @@ def test_words_stand_for_devices(words, count, size):
     assert [(slot.key, slot.free_bytes) for slot in slots] == [(key, size) for key in range(count)]
 
 
+@pytest.mark.parametrize(("words", "name"), [("8x24gib", "24GiB"), ("40GB", "40GB"), ("512 MiB", "512 MiB")])
+def test_a_size_is_shown_in_its_units(words, name):
+    assert find_slots(words)[0].name == name
+
+
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_has_gpus_of_a_known_kind(name):
     count, kind = MACHINES[name]
@@ -52,7 +57,7 @@ def test_devices_of_ones_own_are_taken_as_they_are():
     [
         ("A100-800GB", "Unknown devices 'A100-800GB'. Nearest: A100-80GB"),
         ("a lot", "Or give a size, such as '4x40GiB'"),
-        ("0x40GiB", "0 x 40giB is no memory to plan with"),
+        ("0x40GiB", "0 x 40GiB is no memory to plan with"),
         ([], "devices is empty"),
     ],
 )

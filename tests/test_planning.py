@@ -290,6 +290,10 @@ def test_the_html_escapes_what_it_shows():
     assert "<img" not in fk.plan("falconet", devices=[Slot("<img>", 0, GIB)])._repr_html_()
 
 
+def test_the_picture_shows_itself_in_a_notebook():
+    assert fk.plan("falconet", devices="T4").plot()._repr_png_().startswith(b"\x89PNG")
+
+
 def test_the_picture_has_a_bar_for_every_device():
     figure = fk.plan("falcon-40b", devices="4x40GiB").plot()
     (axes,) = figure.axes

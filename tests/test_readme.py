@@ -46,6 +46,42 @@ def test_the_readme_states_the_decoding_times_of_the_last_benchmark():
         assert stated == times + sizes
 
 
+def figures_of(benchmark):
+    return json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text())["figures"]
+
+
+def test_the_readme_states_the_memory_of_the_last_inspection_benchmark():
+    names = ("kit", "forward pass", "output_attentions", "nnsight")
+    expected = {
+        f"{each['tokens']} tokens": [f"{each['peak MiB'][name]:.0f}" for name in names]
+        for each in figures_of("inspection")["lengths"]
+    }
+    assert {row: cells for row, cells in table_rows(README, columns=5).items() if row != "text"} == expected
+
+
+def test_the_readme_states_the_ratios_of_the_last_tuning_benchmark():
+    figures = figures_of("tuning")
+    formats = {"kit's tokens/s, as a ratio": ".1f", "kit's memory, as a ratio": ".2f"}
+    formats["kit's held-out loss, difference"] = "+.2f"
+    peers = figures["kit's memory, as a ratio"]
+    expected = {peer: [format(figures[name][peer], spec) for name, spec in formats.items()] for peer in peers}
+    assert {row: cells for row, cells in table_rows(README, columns=4).items() if row != "peer"} == expected
+
+
+def test_the_readme_states_how_far_plans_were_off():
+    figures = figures_of("planning")
+    median, worst = figures["off by, median"]["peak"], figures["off by, at most"]["peak"]
+    assert f"{len(figures['rows'])} cells" in README
+    assert f"{median:.1%} in the median and by {worst:.1%} at most" in README
+    assert figures["off by, at most"]["weights"] == figures["off by, at most"]["cache"] == 0
+
+
+def test_the_readme_states_how_the_playground_keeps_up():
+    speeds = figures_of("playground")["tokens per second"]
+    assert all(speeds[f"paced at {pace}"]["ratio"] > 0.99 for pace in (50, 100))
+    assert f"{speeds['falconet']['bare loop']:.0f} tokens/s it reaches {speeds['falconet']['ratio']:.2f}" in README
+
+
 def test_every_link_of_the_readme_leads_to_a_file():
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []
