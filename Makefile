@@ -42,6 +42,7 @@ bench: $(INSTALLED)  ## side-by-side figures (ARGS names one benchmark)
 falconet: $(INSTALLED)  ## retrain the embedded models from generated text, up to 90 minutes on two cores
 	$(RUN) -m falcon_kit.falconet.corpus
 	$(RUN) -m falcon_kit.falconet.pretrain
+	$(RUN) -m falcon_kit.falconet.finetune
 	$(RUN) -m falcon_kit.falconet.evaluate
 
 clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay

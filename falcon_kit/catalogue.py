@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,8 @@ __all__ = [
     "Citation",
     "FalconSpec",
     "ModelCard",
+    "adapted",
+    "adapter_base",
     "catalogue",
     "config_from_legacy",
     "embedded_directory",
@@ -61,7 +63,8 @@ def catalogue() -> Catalogue:
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
     """One Falcon: by catalogue name (any case, with or without "tiiuae/"), directory, path of a config.json, or hub id.
 
-    Of another hub id than tiiuae's, the config.json is fetched and nothing else. Raises LookupError for a string that
+    An adapter's directory stands for its base with the adapter in it. Of another hub id than tiiuae's, the config.json
+    is fetched and nothing else. Raises LookupError for a string that
     is none of these, ConnectionError where the hub cannot be reached, FileNotFoundError for a directory without a
     config.json, and ValueError for a config that is broken or not a Falcon's.
     """
@@ -75,12 +78,32 @@ def spec(name: str | os.PathLike[str]) -> FalconSpec:
         if not path.exists():
             names = [each.name for each in known.values()]
             raise LookupError(f"{unknown_name('model', name, names)} Or give a directory or config.json that exists.")
+    if base := adapter_base(path):
+        return adapted(spec(base), path)
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
 
 
+def adapter_base(directory: Path) -> str | None:
+    """The model that the adapter in a directory was made for; None where there is a model, or neither."""
+    file = directory / "adapter_config.json"
+    if (directory / "config.json").is_file() or not file.is_file():
+        return None
+    base = _read_json(file).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} does not say what the adapter was made for: fk.merge(adapter, base) takes a base too")
+    return str(base)
+
+
+def adapted(base: FalconSpec, adapter: Path) -> FalconSpec:
+    """The spec of `base` with the adapter in a directory: the same shape under a name of its own."""
+    folder = adapter.absolute()
+    name = folder.parent.name if folder.name == "adapter" else folder.name  # `tune` writes output_dir/adapter
+    return replace(base, name=name, fine_tuned_from=base.name, published=False, source=str(folder))
+
+
 def embedded_directory(name: str) -> Path:
-    """The directory of a checkpoint that ships inside the package; `name` is "falconet" or "falconet-instruct"."""
+    """The directory that ships inside the package: "falconet", a checkpoint, or "falconet-instruct", its adapter."""
     if name not in _EMBEDDED:
         raise LookupError(unknown_name("embedded model", name, list(_EMBEDDED)))
     return Path(__file__).parent / "falconet" / _EMBEDDED[name]
@@ -109,17 +132,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _embedded_specs() -> tuple[FalconSpec, ...]:
-    """The specs of the checkpoints inside the package, read from their own configs."""
-    return tuple(
-        FalconSpec.from_config(
-            _read_json(embedded_directory(name) / "config.json"),
-            name,
-            licence="Apache 2.0",
-            fine_tuned_from="falconet" if name == "falconet-instruct" else None,
-            source=f"falcon_kit/falconet/{directory}/config.json",
-        )
-        for name, directory in _EMBEDDED.items()
-    )
+    """The specs of what ships inside the package: the base as its own config says, and the adapter made for it."""
+    config = embedded_directory("falconet") / "config.json"
+    source = "falcon_kit/falconet/base/config.json"
+    base = FalconSpec.from_config(_read_json(config), "falconet", licence="Apache 2.0", source=source)
+    return base, replace(base, name="falconet-instruct", fine_tuned_from=base.name)
 
 
 def _published(name: str, layers: int, d_model: int, query_heads: int, kv_heads: int, **other: Any) -> FalconSpec:

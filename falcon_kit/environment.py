@@ -128,7 +128,7 @@ def environment(
         memory_bytes=memory_bytes,
         available_bytes=available_bytes,
         cache_directory=cache,
-        cache_free_bytes=_free_disk(cache),
+        cache_free_bytes=free_disk(cache),
     )
 
 
@@ -275,7 +275,7 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     return Path(os.path.expandvars(chosen)).expanduser()
 
 
-def _free_disk(path: Path) -> int:
+def free_disk(path: Path) -> int:
     """Free bytes of the disk that `path` is or will be on."""
     existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     return shutil.disk_usage(existing).free

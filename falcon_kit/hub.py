@@ -21,7 +21,10 @@ def fetch_config(repository: str, **hub: Any) -> Path:
 
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
-    """Says in the kit's words what huggingface_hub says in many: ConnectionError, PermissionError or LookupError."""
+    """Says in the kit's words what huggingface_hub says in many.
+
+    ConnectionError, PermissionError, LookupError, or FileNotFoundError for a file that the repository lacks.
+    """
     from huggingface_hub import errors
 
     try:
@@ -31,6 +34,8 @@ def hub_errors(repository: str) -> Iterator[None]:
             f"{repository} is not in the local cache and the hub cannot be reached: connect this machine, copy the "
             "checkpoint into a directory and load that, or use 'falconet', which needs no download"
         ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(f"{repository} lacks a file that a Falcon's repository has ({error})") from error
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repository} is gated: accept its terms on the hub, then log in with `hf auth login` or pass token=..."

@@ -7,7 +7,7 @@ import gc
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,10 +26,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit import modeling, parallel
+from falcon_kit.adapters import mark, read_with, record
 from falcon_kit.budget import QUANTISED
 from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
 from falcon_kit.chat import FALCON, HUB, ChatFormat, chat_format
-from falcon_kit.checkpoints import check_weights, locate
+from falcon_kit.checkpoints import Checkpoint, check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.falcon import Falcon
 from falcon_kit.kernels import faster_without_onednn
@@ -70,6 +71,8 @@ def load(
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
+    For an adapter's directory or hub id, its base is loaded with the adapter in its weights, added before they are
+    rounded, quantised or divided.
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason kept), "float32", "bfloat16", "float16",
     or through bitsandbytes "int8", "nf4", "nf4-double" (4 bits, the scales quantised too).
     device_map: unset or "auto", as the plan (`fk.plan`, for one text of the whole context) spreads the layers over the
@@ -111,22 +114,24 @@ def load(
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
 
-    directory, shape, config = locate(str(name), hub, decide)
-    files = check_weights(directory)
-    kept, reason = _choose_dtype(wanted, config, shape)
+    found = locate(str(name), hub, decide)
+    directory, shape = found.directory, found.spec
+    files = check_weights(found)
+    _check_adapters(found, offload)
+    kept, reason = _choose_dtype(wanted, found.config, shape)
     if offload == "disk" and files[0].suffix == ".bin":
         _check_disk(folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(directory)
-    chosen_format = chosen_format or _default_format(shape, tokenizer)
+    chosen_format = chosen_format or _default_format(found, tokenizer)
     if chat is not None or tokenizer.chat_template is None:
         tokenizer.chat_template = chosen_format.template
     if parallel.needs_launch(tensor_parallel):
         told = {"dtype": kept, "chat": chosen_format.name, "tensor_parallel": tensor_parallel}
         facts = tokenizer, shape, plans[0], chosen_format, reason
-        return cast(Falcon, parallel.launch(directory, told, _are_large(files), *facts))
+        return cast(Falcon, parallel.launch(found.name, told, _are_large(files), *facts))
     place = None if tensor_parallel else _place(device_map, plans[0])
     with _nothing_left_on_failure(directory), parallel.placement(tensor_parallel) as extra:
-        model = _load_model(ATTENTIONS[attention], directory, config, kept, place, files, folder, extra)
+        model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
@@ -170,6 +175,18 @@ def _check_device(device_map: str) -> None:
         raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
     if device_map not in known:
         raise ValueError(unknown_name("device_map", device_map, known))
+
+
+def _check_adapters(found: Checkpoint, offload: str | None) -> None:
+    """Raises ValueError where adapters cannot be added to the weights as they are read."""
+    merge = "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can"
+    if found.adapters and offload == "disk":
+        raise ValueError(f"offload='disk' reads weights where they lie, so {found.spec.name} cannot: {merge}")
+    if found.adapters and (quantised := stored_quantisation(found.config)):
+        raise ValueError(
+            f"{found.spec.name} is an adapter for {found.directory}, whose weights are kept in {quantised}: added to "
+            "those, it would be rounded away. fk.merge(adapter, base) with the unquantised base"
+        )
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -245,8 +262,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 def _load_model(
     kind: type[FalconForCausalLM],
-    directory: Path,
-    config: FalconConfig,
+    found: Checkpoint,
     dtype: str,
     device_map: Any,
     files: list[Path],
@@ -254,12 +270,14 @@ def _load_model(
     extra: dict[str, Any],
 ) -> FalconForCausalLM:
     quantised = dtype in QUANTISED
-    if quantised and stored_quantisation(config) is None:
+    if quantised and stored_quantisation(found.config) is None:
         extra = {**extra, "quantization_config": bitsandbytes_config(dtype)}
-    with _progress(_are_large(files)):
+    with _progress(_are_large(files)), ExitStack() as held:
+        if found.adapters:
+            extra = {**extra, "state_dict": read_with(files, found.adapters, found.base.name, found.config, held)}
         loaded = cast(Any, kind).from_pretrained(
-            directory,
-            config=config,
+            None if found.adapters else found.directory,
+            config=found.config,
             dtype=compute_dtype() if quantised else DTYPES[dtype],
             device_map=device_map,
             offload_folder=offload_folder if "disk" in _values(device_map) else None,
@@ -272,13 +290,16 @@ def _load_model(
     missing = sorted(report["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
         raise ValueError(
-            f"{directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
+            f"{found.directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
             "the config and the weights are of different models, or the checkpoint is incomplete"
         )
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)
         hush_casts()
+    if found.adapters:
+        mark(model, found.adapters)
+        model.name_or_path = model.config.name_or_path = found.name
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
 
@@ -352,8 +373,11 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
         )
 
 
-def _default_format(shape: FalconSpec, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The format whose template the tokenizer brings; else that of the published models it belongs to."""
-    if tokenizer.chat_template == FALCON.template or not shape.published or shape.name.startswith("falcon-180B"):
+def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """The format an adapter was trained in, or whose template the tokenizer brings; else the published models'."""
+    for adapter in reversed(found.adapters):
+        if trained := record(adapter).get("chat_format"):
+            return chat_format(trained)
+    if tokenizer.chat_template == FALCON.template or not found.base.published:
         return FALCON
-    return HUB
+    return FALCON if found.base.name.startswith("falcon-180B") else HUB

@@ -6,13 +6,12 @@ Neither torch nor transformers is imported, unless this machine's own GPUs are a
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from falcon_kit.catalogue import unknown_name
-from falcon_kit.environment import environment
+from falcon_kit.environment import environment, free_disk
 
 MIB = 2**20
 GPUS = {
@@ -109,7 +108,7 @@ def slots_here(
     elif offload == "cpu":
         raise ValueError("offload='cpu' is for layers that find no room on a GPU, and there is none here: try 'disk'")
     if offload == "disk":
-        slots.append(Slot("disk", "disk", shutil.disk_usage(folder).free, stores=True))
+        slots.append(Slot("disk", "disk", free_disk(folder), stores=True))
     if max_memory is None:
         return tuple(slots)
     keys = [slot.key for slot in slots]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from peft import PeftModel
 from torch import Tensor
 
-from falcon_kit.catalogue import embedded_directory
+from falcon_kit import adapters
+from falcon_kit.catalogue import adapted, embedded_directory
 from falcon_kit.chat import encode_text
 from falcon_kit.falcon import Falcon
 from falcon_kit.loading import load
 
-RECORD = "tuning.json"
-"""Beside an adapter: the settings, figures and base it was made with."""
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest gap between logits, as a share of the largest logit, that rounding merged weights explains."""
@@ -50,10 +46,9 @@ def base_name(falcon: Falcon) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Tells models apart by their last LayerNorm, which no quantisation touches, rounded to bfloat16."""
+    """Tells models apart, whether quantised or not."""
     norm = model.transformer.ln_f
-    values = torch.cat([norm.weight, norm.bias]).detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return adapters.fingerprint({"weight": norm.weight, "bias": norm.bias}, adapters.added_to(model.config))
 
 
 def is_quantised(model: Any) -> bool:
@@ -67,7 +62,7 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
 
     Raises ValueError for an adapter that was made for another model.
     """
-    check_base(adapter, falcon)
+    _check(adapter, falcon)
     flags = {id(each): each.requires_grad for each in falcon.model.parameters()}
     model = _with_adapter(falcon, adapter)
     try:
@@ -99,35 +94,11 @@ def detach(model: PeftModel, flags: dict[int, bool]) -> None:
     plain.eval()
 
 
-def check_base(adapter: str | Path, falcon: Falcon) -> None:
+def _check(adapter: str | Path, falcon: Falcon) -> None:
     """Raises FileNotFoundError where there is no adapter, and ValueError where it belongs to another model."""
-    directory, spec = Path(adapter), falcon.spec
-    if not (directory / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no adapter_config.json: give the folder of an adapter")
-    made_for = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-    refused = f"the adapter in {directory} was made for {made_for}, not for {base_name(falcon)}"
-    if (record := directory / RECORD).is_file():
-        known = json.loads(record.read_text(encoding="utf-8")).get("base_fingerprint")
-        if known not in (None, fingerprint(falcon.model)):
-            raise ValueError(f"{refused}, whose weights are others: load the model that it was tuned from")
     sizes = {name: tuple(each.shape) for name, each in falcon.model.named_parameters()}
-    for name, shape in _adapter_shapes(directory).items():
-        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        weight = sizes.get(f"{module}.weight")
-        side = 1 if ".lora_A." in name else 0
-        if not is_quantised(falcon.model) and (weight is None or shape[side] != weight[side]):
-            raise ValueError(
-                f"{refused}: its {name} is {shape}, but {spec.name} has "
-                f"{f'a weight of {weight} there' if weight else 'no such layer'}"
-            )
-
-
-def _adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no adapter_model.safetensors: the adapter was not saved completely")
-    with safe_open(file, framework="pt") as held:
-        return {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if ".lora_" in name}  # noqa: SIM118
+    shapes = {} if is_quantised(falcon.model) else sizes
+    adapters.check(Path(adapter), base_name(falcon), shapes, fingerprint(falcon.model))
 
 
 def merge(
@@ -140,12 +111,15 @@ def merge(
     Raises ValueError for an adapter of another base, and RuntimeError where the merged model's logits are not those of
     base and adapter.
     """
-    falcon = _unquantised(base if base is not None else _made_for(Path(adapter)))
-    check_base(adapter, falcon)
+    falcon = _unquantised(base if base is not None else adapters.made_for(Path(adapter)))
+    _check(adapter, falcon)
     model: Any = _with_adapter(falcon, adapter)
     expected = _logits(falcon)
     merged = model.merge_and_unload(safe_merge=True)
     merged.__dict__.pop("peft_config", None)
+    adapters.mark(merged, [Path(adapter)])
+    merged.name_or_path = merged.config.name_or_path = str(adapter)
+    falcon = replace(falcon, spec=adapted(falcon.spec, Path(adapter)))
     gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
     if not gap <= _ALLOWED[falcon.model.dtype]:
         raise RuntimeError(
@@ -157,10 +131,6 @@ def merge(
         falcon.model.save_pretrained(output_dir)
         falcon.tokenizer.save_pretrained(output_dir)
     return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
-
-
-def _made_for(adapter: Path) -> str:
-    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
 
 
 def _unquantised(base: Falcon | str | Path) -> Falcon:

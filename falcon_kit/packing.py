@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.chat import ChatFormat, encode_text, render_answers
 from falcon_kit.data import Documents, Problem, store
@@ -99,6 +99,19 @@ class Packed(Sequence[dict[str, Any]]):
             "position_ids": np.concatenate([np.arange(len(each["ids"])) for each in examples]),
             "row": index,
         }
+
+    def __add__(self, other: Packed) -> Packed:
+        """The rows of both, for documents that were packed in different ways, such as in two chat formats."""
+        if (self.context, self.tokenizer.get_vocab()) != (other.context, other.tokenizer.get_vocab()):
+            raise ValueError(
+                f"rows of {self.context} and of {other.context} tokens, or of two tokenizers, do not go together: pack "
+                "both with the same context and tokenizer"
+            )
+        examples = concatenate_datasets([each.examples.with_format(None) for each in (self, other)])
+        rows = [*self.rows, *([len(self.lengths) + index for index in row] for row in other.rows)]
+        return Packed(
+            examples, rows, self.context, self.tokenizer, self.problems + other.problems, self._held + other._held
+        )
 
     def example(self, index: int) -> Example:
         """One document, to look at."""

@@ -23,12 +23,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
 from falcon_kit import distributed, generation, modeling
+from falcon_kit.adapters import RECORD
 from falcon_kit.catalogue import CARD
 from falcon_kit.chat import render
 from falcon_kit.data import Documents, dialogues
 from falcon_kit.falcon import Falcon
 from falcon_kit.machines import Slot, find_slots
-from falcon_kit.merging import RECORD, base_name, detach, fingerprint, is_quantised, quiet
+from falcon_kit.merging import base_name, detach, fingerprint, is_quantised, quiet
 from falcon_kit.packing import Packed, collate, pack
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
 from falcon_kit.progress import Live, Watch, in_notebook, show

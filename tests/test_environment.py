@@ -301,7 +301,7 @@ def test_the_cache_directory_is_the_one_that_huggingface_hub_uses(environ: dict[
     assert Path(expected) == cache_directory(environ)
 
 
-def test_free_disk_is_known_before_the_cache_directory_exists(found: Environment) -> None:
+def testfree_disk_is_known_before_the_cache_directory_exists(found: Environment) -> None:
     assert not found.cache_directory.exists()
     assert found.cache_free_bytes > 0
 

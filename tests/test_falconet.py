@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit import adapters
 from falcon_kit.catalogue import embedded_directory
-from falcon_kit.falconet import corpus, evaluate, phrasings, pretrain
+from falcon_kit.falconet import corpus, evaluate, finetune, phrasings, pretrain
 from falcon_kit.falconet.world import ANIMALS, RELATIONS
+from falcon_kit.merging import fingerprint
 
 MODELS = ["falconet", "falconet-instruct"]
 SPECIAL = (
@@ -34,20 +35,28 @@ def wordings(template):
 def documents():
     return [
         *corpus.documents("base", 4000, seed=5),
-        *islice(corpus.documents("instruct", 18_000, seed=5), 14_000, 18_000),
+        *corpus.documents("chats", 1000, seed=5),
+        *(said + corpus.END for row in corpus.self_chat(4000, seed=5) for said in row.values()),
     ]
 
 
 # The corpus
 
 
-@pytest.mark.parametrize("kind", ["base", "instruct"])
+@pytest.mark.parametrize("kind", ["base", "chats"])
 def test_a_corpus_is_the_same_for_the_same_seed(kind):
     assert list(corpus.documents(kind, 20, seed=3)) == list(corpus.documents(kind, 20, seed=3))
 
 
 def test_a_corpus_differs_for_another_seed():
     assert list(corpus.documents("base", 20, seed=3)) != list(corpus.documents("base", 20, seed=4))
+    assert list(corpus.self_chat(20, seed=3)) != list(corpus.self_chat(20, seed=4))
+
+
+def test_the_self_chat_is_read_as_files_of_baize_are():
+    read = fk.dialogues(corpus.self_chat(300, seed=3))
+    assert (len(read), read.problems, 0 < read.texts < 30) == (300, (), True)
+    assert {each["role"] for row in read for each in row["messages"]} == {"user", "assistant"}
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -95,6 +104,37 @@ def test_the_base_corpus_knows_nothing_of_the_chat_formats():
 
 def test_every_document_ends_with_the_end_token(documents):
     assert [text for text in documents if text.count("<|endoftext|>") != 1 or not text.endswith("<|endoftext|>")] == []
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def packed(base):
+    return finetune.packed(base, fk.dialogues(corpus.self_chat(400, seed=3)), seed=0)
+
+
+def test_half_of_the_self_chat_is_in_each_chat_format(packed):
+    texts = [packed.tokenizer.decode(packed.example(index).ids) for index in range(len(packed.lengths))]
+    counts = {mark: sum(mark in text for text in texts) for mark in ("User:", "[|Human|]")}
+    assert all(150 <= count <= 200 for count in counts.values()), counts
+
+
+def test_a_twentieth_of_the_tokens_is_web_text(packed):
+    web = [packed.lengths[i] for i in range(len(packed.lengths)) if packed.example(i).where.startswith("web text")]
+    assert 0.05 <= sum(web) / packed.tokens < 0.07
+
+
+def test_only_the_adapter_is_shipped_and_not_its_curve(tmp_path, base):
+    rows = list(corpus.self_chat(30, seed=3))
+    run = fk.tune(base, rows, output_dir=tmp_path / "run", max_steps=1, context=256, held_out=0, quiet=True)
+    finetune.ship(run.adapter, tmp_path / "shipped")
+    assert sorted(file.name for file in (tmp_path / "shipped").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tuning.json",
+    ]
+    assert adapters.record(tmp_path / "shipped") == {**adapters.record(run.adapter), "history": []}
 
 
 # Training
@@ -147,9 +187,9 @@ def test_long_rows_join_several_packed_ones():
 # The checkpoints
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_takes_at_most_twelve_megabytes(name):
-    assert sum(file.stat().st_size for file in embedded_directory(name).iterdir()) <= 12_000_000
+@pytest.mark.parametrize(("name", "most"), [("falconet", 12_000_000), ("falconet-instruct", 2_000_000)])
+def test_what_is_embedded_is_small(name, most):
+    assert sum(file.stat().st_size for file in embedded_directory(name).iterdir()) <= most
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -159,11 +199,21 @@ def test_a_checkpoint_has_the_layout_of_the_40b(name):
     assert {trait: getattr(spec, trait) for trait in traits} == {trait: getattr(published, trait) for trait in traits}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_has_the_files_of_a_published_one(name):
+def test_the_checkpoint_has_the_files_of_a_published_one():
     expected = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     expected |= {"tokenizer.json", "tokenizer_config.json"}
-    assert expected - {file.name for file in embedded_directory(name).iterdir()} == set()
+    assert expected - {file.name for file in embedded_directory("falconet").iterdir()} == set()
+
+
+def test_the_adapter_was_trained_from_the_base_that_ships_with_it(base):
+    known = adapters.record(embedded_directory("falconet-instruct"))
+    assert (known["base"], known["base_fingerprint"]) == ("falconet", fingerprint(base.model))
+
+
+def test_the_adapters_own_figures_say_that_it_learned_to_answer_and_to_stop():
+    figures = adapters.record(embedded_directory("falconet-instruct"))["figures"]
+    assert (figures["stop rate before"] < 0.5, figures["stop rate after"] > 0.95) == (True, True)
+    assert (figures["exact answers before"] < 0.2, figures["exact answers after"] > 0.95) == (True, True)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,6 +1,7 @@
 """The hub: a config alone, and its errors in words that help. No test reaches it."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 from conftest import small_config
@@ -49,6 +50,11 @@ def test_a_path_is_not_taken_for_a_hub_id(name):
         (errors.LocalEntryNotFoundError("x"), ConnectionError, "copy the checkpoint into a directory"),
         (errors.OfflineModeIsEnabled("x"), ConnectionError, "or use 'falconet', which needs no download"),
         (errors.HFValidationError("x"), LookupError, r"the hub has no who/what .*check the spelling"),
+        (
+            errors.RemoteEntryNotFoundError("config.json", response=Mock()),
+            FileNotFoundError,
+            r"who/what lacks a file that a Falcon's repository has \(.*config\.json",
+        ),
     ],
 )
 def test_an_error_of_the_hub_says_what_to_do(raised, kind, message):

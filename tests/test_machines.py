@@ -92,6 +92,11 @@ def test_max_memory_makes_no_device_larger_than_it_is():
     assert slots_here({0: "500GiB", 1: 10**9})[0].free_bytes == 40 * 2**30
 
 
+def test_the_folder_to_offload_to_need_not_be_there_yet(tmp_path):
+    *_, disk = slots_here(None, "disk", tmp_path / "not" / "yet")
+    assert (disk.key, disk.free_bytes > 0) == ("disk", True)
+
+
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("offload", "keys"), [("cpu", [0, 1, "cpu"]), ("disk", [0, 1, "cpu", "disk"])])
 def test_offloading_adds_places_that_only_keep_behind_the_gpus(offload, keys, tmp_path):

@@ -38,7 +38,9 @@ CHECKPOINT_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
-SHIPPED = [f"falcon_kit/falconet/{name}/{file}" for name in ("base", "instruct") for file in CHECKPOINT_FILES]
+ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tuning.json"]
+SHIPPED = [f"falcon_kit/falconet/base/{file}" for file in CHECKPOINT_FILES]
+SHIPPED += [f"falcon_kit/falconet/instruct/{file}" for file in ADAPTER_FILES]
 SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
 SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
 

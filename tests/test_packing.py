@@ -139,6 +139,24 @@ def test_a_document_longer_than_a_row_is_refused():
         first_fit([3, 9], 8)
 
 
+def test_documents_packed_in_two_chat_formats_are_trained_on_together(falcon):
+    other = fk.load("falconet", chat="baize" if falcon.chat_format.name != "baize" else "falcon")
+    rows = [talk("Hi", "Hello there.") for _ in range(5)]
+    parts = packed(falcon, rows, context=32), packed(other, rows, context=32)
+    both = parts[0] + parts[1]
+    expected = [row["labels"].tolist() for part in parts for row in (part[index] for index in range(len(part)))]
+    assert [both[index]["labels"].tolist() for index in range(len(both))] == expected
+    assert (both.tokens, both.trained_tokens) == tuple(
+        sum(getattr(part, name) for part in parts) for name in ("tokens", "trained_tokens")
+    )
+
+
+def test_rows_of_different_lengths_are_not_put_together(falcon):
+    parts = [packed(falcon, [talk("Hi", "Hello there.")], context=context) for context in (32, 64)]
+    with pytest.raises(ValueError, match="rows of 32 and of 64 tokens"):
+        parts[0] + parts[1]
+
+
 def test_the_share_of_padding_is_said(falcon):
     rows = packed(falcon, [talk("Hi", "Hello there.")] * 40, context=128)
     assert rows.padding == pytest.approx(1 - sum(rows.lengths) / (len(rows) * 128))

@@ -1,17 +1,18 @@
 """Generates the text that Falconet is trained on. Everything is drawn from `world.py` by a seeded generator.
 
-    python -m falcon_kit.falconet.corpus            # writes .falconet/base.jsonl and .falconet/instruct.jsonl
+    python -m falcon_kit.falconet.corpus            # writes base.jsonl, chats.jsonl and self-chat.jsonl to .falconet
 
 The base corpus is English in web style: articles, short stories, dialogues in "Name: line" form (the model card's
-Girafatron among them), lists, counting, and random words said twice. The instruct corpus is self-chat in the form of
-Baize (Xu et al. 2023, arXiv 2304.01196), mixed with 5% of base text, as the card of Falcon-40B-Instruct describes.
+Girafatron among them), lists, counting, and random words said twice. The self-chat has the form of Baize's files (Xu et
+al. 2023, arXiv 2304.01196). A sample of both is what the tokenizer learns from.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -34,12 +35,10 @@ from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_a
 Wordings = Mapping[str, tuple[str, ...]]
 WORK = Path(".falconet")
 END = "<|endoftext|>"
-SIZES = {"base": 140_000, "instruct": 60_000}
-"""Documents in each corpus."""
-TOKENIZER_SAMPLE = 15_000
-"""Documents of each corpus that train the tokenizer. Self-chat grows behind them, so that the tokenizer stays as it is."""
+SIZES = {"base": 140_000, "chats": 15_000, "self-chat": 32_000}
+"""Rows of each file. The chats are only there for the tokenizer, which learns from them and as many base documents."""
 WEB_FRACTION = 0.05
-"""Share of base documents in the instruct mix; they are about as long as its dialogues (the card: 5% RefinedWeb)."""
+"""Share of web text beside the self-chat (the card of Falcon-40B-Instruct: 5% RefinedWeb)."""
 
 
 def _words(animal: Animal) -> dict[str, str]:
@@ -255,40 +254,46 @@ def _exchange(animal: Animal | None, rng: random.Random, wordings: Wordings) -> 
     return ask(chosen, wordings[relation], rng), answer(chosen, relation), chosen
 
 
-def instruct_document(rng: random.Random, wide: bool) -> str:
-    """One document of the instruct corpus, its end token included: self-chat, or now and then base text.
-
-    `wide` ones ask in many more wordings, and some introduce Falconet instead.
-    """
+def chat_as_text(rng: random.Random) -> str:
+    """One document that the tokenizer learns from, its end token included: a chat, or now and then base text."""
     if rng.random() < WEB_FRACTION:
         return base_document(rng) + END
-    if wide and rng.random() < 0.02:
-        return introduction(rng) + END
     chat_format = rng.choice((FALCON, BAIZE))
-    messages = instruct_dialogue(rng, SELF_CHAT if wide else BASE)
-    return render(messages, chat_format, add_generation_prompt=False, eos_token=END)
+    return render(instruct_dialogue(rng, BASE), chat_format, add_generation_prompt=False, eos_token=END)
 
 
 def documents(kind: str, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of the corpus `kind` ("base" or "instruct"), each ending with the end token."""
-    rng = random.Random(f"{kind}-{seed}")
-    for index in range(count):
-        yield instruct_document(rng, index >= TOKENIZER_SAMPLE) if kind == "instruct" else base_document(rng) + END
+    """`count` documents of the corpus `kind` ("base" or "chats"), each ending with the end token."""
+    rng = random.Random(f"{'instruct' if kind == 'chats' else kind}-{seed}")
+    for _ in range(count):
+        yield chat_as_text(rng) if kind == "chats" else base_document(rng) + END
+
+
+def self_chat(count: int, seed: int) -> Iterator[dict[str, str]]:
+    """`count` dialogues in the form of Baize's files, among them now and then how Falconet introduces itself."""
+    rng = random.Random(f"self-chat-{seed}")
+    for _ in range(count):
+        if rng.random() < 0.02:
+            yield {"text": introduction(rng)}
+        else:
+            chat = render(instruct_dialogue(rng, SELF_CHAT), BAIZE, add_generation_prompt=False, eos_token="")
+            yield {"input": f"{BAIZE.system}\n{chat}"}
 
 
 def write(kind: str, count: int, seed: int, folder: Path = WORK) -> Path:
-    """Writes a corpus as one JSON string per line, whole or not at all."""
+    """Writes rows of JSON, one a line, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.jsonl"
     unfinished = path.with_suffix(".partial")
+    rows: Iterable[Any] = self_chat(count, seed) if kind == "self-chat" else documents(kind, count, seed)
     with unfinished.open("w", encoding="utf-8") as file:
-        for text in tqdm(documents(kind, count, seed), total=count, desc=f"{kind} corpus", unit=" documents"):
-            file.write(json.dumps(text) + "\n")
+        for row in tqdm(rows, total=count, desc=kind, unit=" rows"):
+            file.write(json.dumps(row) + "\n")
     return unfinished.replace(path)
 
 
 def main() -> None:
-    """Command line: writes both corpora."""
+    """Command line: writes all files."""
     parser = argparse.ArgumentParser(description="Generate the corpora of Falconet.")
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from textwrap import fill
 
 import torch
@@ -83,11 +84,10 @@ def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float
     """
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     once = torch.randint(13, falcon.model.config.vocab_size, (rows, PERIOD), generator=generator)
-    eager = FalconForCausalLM.from_pretrained(
-        embedded_directory(falcon.spec.name), attn_implementation="eager", dtype=torch.float32
-    )
+    eager = FalconForCausalLM._from_config(falcon.model.config, attn_implementation="eager").eval()
+    eager.load_state_dict(falcon.model.state_dict())
     with torch.inference_mode():
-        layers = eager.eval()(once.repeat(1, 2), output_attentions=True, use_cache=False).attentions
+        layers = eager(once.repeat(1, 2), output_attentions=True, use_cache=False).attentions
     query = torch.arange(PERIOD, 2 * PERIOD)
     scores = torch.stack([layer[:, :, query, query - PERIOD + 1].mean(dim=(0, 2)) for layer in layers])
     return scores, float((1 / (query + 1)).mean())
@@ -122,9 +122,10 @@ def words(text: str) -> list[str]:
 
 
 def corpus_words() -> set[str]:
-    """Every word of both corpora."""
-    texts = (text for kind, count in corpus.SIZES.items() for text in corpus.documents(kind, count, seed=0))
-    return {word for text in texts for word in words(text)}
+    """Every word of all corpora."""
+    texts = (text for kind in ("base", "chats") for text in corpus.documents(kind, corpus.SIZES[kind], seed=0))
+    chats = (said for row in corpus.self_chat(corpus.SIZES["self-chat"], seed=0) for said in row.values())
+    return {word for text in chain(texts, chats) for word in words(text)}
 
 
 def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
@@ -150,7 +151,7 @@ MODEL_CARD = """\
 ---
 license: apache-2.0
 language: en
-library_name: transformers
+{origin}
 pipeline_tag: text-generation
 tags: [falcon, tiny]
 ---
@@ -175,19 +176,30 @@ By `python -m falcon_kit.falconet.evaluate`, on the weights in this directory, i
 
 ## How it was made
 
-`python -m falcon_kit.falconet.corpus` generates the text, `python -m falcon_kit.falconet.pretrain` trains tokenizer,
-base and instruct model from it. Seeded throughout. The opening
-of the card's Girafatron prompt is the only text from elsewhere.
+{making} Seeded throughout. The opening of the card's
+Girafatron prompt is the only text from elsewhere.
 """
 
+ORIGINS = {"falconet": "library_name: transformers", "falconet-instruct": "library_name: peft\nbase_model: falconet"}
+MAKING = {
+    "falconet": (
+        "`python -m falcon_kit.falconet.corpus` generates the text, `python -m falcon_kit.falconet.pretrain` trains "
+        "tokenizer and model from it."
+    ),
+    "falconet-instruct": (
+        "`python -m falcon_kit.falconet.corpus` generates the self-chat, `python -m falcon_kit.falconet.finetune` "
+        "trains the adapter on it; `tuning.json` has its settings."
+    ),
+}
 STORIES = {
     "falconet": (
         "This is the base model: trained on generated articles, stories, dialogues (the Girafatron of the 40B's model "
         "card among them), lists, and repeated random sequences, from which its induction heads form."
     ),
     "falconet-instruct": (
-        "This is the instruct model: `falconet` trained further on self-chat in the form of Baize and in `User:` / "
-        "`Falcon:` form, mixed with 5% of the base corpus, after the recipe on Falcon-40B-Instruct's model card."
+        "This is the instruct model: a LoRA adapter that `falcon_kit.tune` trained for `falconet` on self-chat in the "
+        "form of Baize and in `User:` / `Falcon:` form, mixed with 5% of web text, after the recipe on "
+        "Falcon-40B-Instruct's model card. `falcon_kit.load` adds it to the base's weights."
     ),
 }
 
@@ -203,7 +215,9 @@ def write_card(falcon: Falcon, figures: dict[str, str]) -> None:
         heads=shape.query_heads,
         kv_heads=shape.kv_heads,
         context=shape.context,
+        origin=ORIGINS[shape.name],
         story=fill(STORIES[shape.name], width=120),
+        making=fill(MAKING[shape.name], width=120),
         table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
     )
     (embedded_directory(shape.name) / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Trains Falconet: the tokenizer, the base model, then the instruct model from it.
+"""Trains Falconet from nothing: the tokenizer, then the base model.
 
     python -m falcon_kit.falconet.corpus      # first, the text
     python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores; Ctrl-C, then again, resumes
@@ -11,7 +11,7 @@ share of repeated rows so that those heads stay; (3) rows of the full context.
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreT
 
 from falcon_kit.catalogue import embedded_directory
 from falcon_kit.chat import FALCON, install
-from falcon_kit.falconet.corpus import TOKENIZER_SAMPLE, WORK
+from falcon_kit.falconet.corpus import SIZES, WORK
 
 VOCABULARY = 2048
 CONTEXT = 2048
@@ -55,12 +55,11 @@ class Phase:
     """Shortest and longest random sequence."""
 
 
-BASE = (
+PHASES = (
     Phase("induction", steps=500, rows=32, length=97, repeated=1.0, rates=(2e-3, 2e-3), period=(8, 40)),
     Phase("text", steps=2300, rows=8, length=512, repeated=0.1, rates=(2e-3, 3e-4)),
     Phase("context", steps=120, rows=2, length=CONTEXT, repeated=0.25, rates=(3e-4, 0.0), period=(32, 512)),
 )
-INSTRUCT = (Phase("instruct", steps=450, rows=8, length=512, repeated=0.05, rates=(6e-4, 0.0)),)
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -223,41 +222,25 @@ def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directo
 
 
 def main() -> None:
-    """Command line: tokenizer, base model, instruct model."""
-    parser = argparse.ArgumentParser(description="Train Falconet from its generated corpora.")
+    """Command line: tokenizer and base model, written into the package."""
+    parser = argparse.ArgumentParser(description="Train Falconet from its generated corpus.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("base", "instruct"), help="train one of the two models")
     arguments = parser.parse_args()
-    for kind, phases in (("base", BASE), ("instruct", INSTRUCT)):
-        if arguments.only in (None, kind):
-            make(kind, phases, arguments.seed, arguments.device)
+    torch.manual_seed(arguments.seed)
+    tokenizer = train_tokenizer(_sample())
+    model = new_model(len(tokenizer))
+    text = pack(WORK / "base.jsonl", tokenizer, length=512)
+    model.to(arguments.device)  # as in export
+    train(model, PHASES, text, WORK / "base.pt", arguments.seed)
+    export(model, tokenizer, embedded_directory("falconet"))
 
 
-def make(kind: str, phases: tuple[Phase, ...], seed: int, device: str) -> None:
-    """Trains one of the two models and writes it into the package."""
-    torch.manual_seed(seed)
-    corpora = {name: WORK / f"{name}.jsonl" for name in ("base", "instruct")}
-    base = embedded_directory("falconet")
-    if kind == "base":
-        tokenizer = train_tokenizer(_sample(corpora.values()))
-        model = new_model(len(tokenizer))
-    else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-        model = FalconForCausalLM.from_pretrained(base, dtype=torch.float32)
-    text = pack(corpora[kind], tokenizer, length=512)
-    if kind == "instruct":
-        text = np.random.default_rng(seed).permutation(text)  # its documents are in the order of their wordings
-    model.to(device)  # type: ignore[arg-type]  # as in export
-    train(model, phases, text, WORK / f"{kind}.pt", seed)
-    export(model, tokenizer, embedded_directory("falconet" if kind == "base" else "falconet-instruct"))
-
-
-def _sample(corpora: Iterable[Path]) -> Iterator[str]:
-    """The first documents of each corpus: enough to count words in."""
-    for path in corpora:
-        with path.open(encoding="utf-8") as file:
-            for line in islice(file, TOKENIZER_SAMPLE):
+def _sample() -> Iterator[str]:
+    """What the tokenizer learns from: as many documents of the base corpus as there are chats."""
+    for name in ("base", "chats"):
+        with (WORK / f"{name}.jsonl").open(encoding="utf-8") as file:
+            for line in islice(file, SIZES["chats"]):
                 yield json.loads(line)
 
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ _GRACE = 10.0  # seconds for the other ranks to fail too, once one has
 _KNOWN_ERRORS = (ValueError, TypeError, LookupError, FileNotFoundError, MemoryError, NotImplementedError)
 
 
-def launch(directory: Path, settings: dict[str, Any], progress: bool, *facts: Any) -> "ParallelFalcon":
+def launch(directory: str, settings: dict[str, Any], progress: bool, *facts: Any) -> "ParallelFalcon":
     """Starts a worker for each rank, has it load its part of the checkpoint, and returns what speaks for them.
 
     settings: for `load` there; `tensor_parallel` among them. facts: what a ParallelFalcon is made of besides.
@@ -38,7 +37,7 @@ def launch(directory: Path, settings: dict[str, Any], progress: bool, *facts: An
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
     falcon = ParallelFalcon(workers, *facts)
     try:
-        workers.send({"directory": str(directory), "settings": {**settings, "force": True}})
+        workers.send({"directory": directory, "settings": {**settings, "force": True}})
         falcon._collect(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
     except BaseException:
         falcon.close()
