@@ -6,6 +6,7 @@ those into its page. Peak memory is what a process of its own took beyond the lo
 forward pass included. For the times all but bertviz take turns in one process, on shared weights.
 """
 
+import gc
 import importlib.util
 import json
 import re
@@ -139,6 +140,7 @@ def _bertviz(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
 
 def measure_memory(turn: Turn) -> float:
     """MiB that the process had at its highest while `turn` ran, beyond what it had before. Linux only."""
+    gc.collect()  # what is freed meanwhile would hide as much of the turn
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark so far
     before = _status("VmRSS")
     kept = turn()

@@ -52,7 +52,7 @@ def spec_of(model, name="small"):
 # What llama.cpp makes of it
 
 
-@pytest.mark.parametrize("prompt", [fk.CARD.prompt, "Animals of Africa:", "User: What do owls eat?\nFalcon:"])
+@pytest.mark.parametrize("prompt", [fk.CARD.prompt, "Animals of Africa:", "User: Tell me about owls.\nFalcon:"])
 def test_llama_cpp_writes_the_same_greedy_tokens(instruct, server, prompt):
     answer = post(server, "/v1/completions", prompt=prompt, max_tokens=60, temperature=0, logprobs=1)
     tokens = [each["id"] for each in answer["choices"][0]["logprobs"]["content"]]

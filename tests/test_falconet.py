@@ -120,9 +120,10 @@ def test_half_of_the_self_chat_is_in_each_chat_format(packed):
     assert all(150 <= count <= 200 for count in counts.values()), counts
 
 
-def test_a_twentieth_of_the_tokens_is_web_text(packed):
+def test_about_a_twentieth_of_the_tokens_is_web_text(packed):
+    # of what is said it is exactly that; the marks of the chat formats come on top
     web = [packed.lengths[i] for i in range(len(packed.lengths)) if packed.example(i).where.startswith("web text")]
-    assert 0.05 <= sum(web) / packed.tokens < 0.07
+    assert 0.04 < sum(web) / packed.tokens <= 0.05
 
 
 def test_only_the_adapter_is_shipped_and_not_its_curve(tmp_path, base):

@@ -19,6 +19,15 @@ def table_rows(text, columns):
     return {row[0]: row[1:] for row in rows if len(row) == columns and row[0]}
 
 
+def test_the_readmes_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)  # noqa: S102  # our own page
+    assert "Giraffes eat acacia leaves." in capsys.readouterr().out
+    assert (tmp_path / "runs/mine/adapter").is_dir()
+
+
 @pytest.mark.parametrize(("name", "column"), [("falconet", 0), ("falconet-instruct", 1)])
 def test_the_readme_states_the_figures_of_the_model_card(name, column):
     card = table_rows((embedded_directory(name) / "README.md").read_text(), columns=2)

@@ -446,7 +446,7 @@ def test_an_adapter_of_another_base_is_refused(run, instruct):
 def test_an_adapter_of_another_shape_is_refused(run, any_falcon):
     (run.adapter / "tuning.json").rename(run.adapter / "hidden")
     try:
-        with pytest.raises(ValueError, match=r"its base_model\S+ is \(\d+, \d+\), but base has"):
+        with pytest.raises(ValueError, match=r"its base_model\S+ is \(\d+, \d+\), but the model has"):
             fk.merge(run.adapter, any_falcon)
     finally:
         (run.adapter / "hidden").rename(run.adapter / "tuning.json")

@@ -176,8 +176,7 @@ By `python -m falcon_kit.falconet.evaluate`, on the weights in this directory, i
 
 ## How it was made
 
-{making} Seeded throughout. The opening of the card's
-Girafatron prompt is the only text from elsewhere.
+{making}
 """
 
 ORIGINS = {"falconet": "library_name: transformers", "falconet-instruct": "library_name: peft\nbase_model: falconet"}
@@ -191,6 +190,7 @@ MAKING = {
         "trains the adapter on it; `tuning.json` has its settings."
     ),
 }
+ALIKE = "Seeded throughout. The opening of the card's Girafatron prompt is the only text from elsewhere."
 STORIES = {
     "falconet": (
         "This is the base model: trained on generated articles, stories, dialogues (the Girafatron of the 40B's model "
@@ -217,7 +217,7 @@ def write_card(falcon: Falcon, figures: dict[str, str]) -> None:
         context=shape.context,
         origin=ORIGINS[shape.name],
         story=fill(STORIES[shape.name], width=120),
-        making=fill(MAKING[shape.name], width=120),
+        making=fill(f"{MAKING[shape.name]} {ALIKE}", width=120),
         table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
     )
     (embedded_directory(shape.name) / "README.md").write_text(card, encoding="utf-8")
