@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from functools import cache
 
 import numpy as np
@@ -182,6 +183,41 @@ def test_the_animal_in_the_question_decides_the_answer(instruct):
 def test_no_gradient_stays_behind(instruct):
     fk.attribute(instruct, TEXT, steps=2)
     assert [name for name, each in instruct.model.named_parameters() if each.grad is not None] == []
+
+
+def test_four_bit_weights_are_explained_as_well_as_others():
+    """bitsandbytes packs them for some CPUs (AVX-512 with bfloat16), and packed they hand no gradient back."""
+    falcon = fk.load("falconet", dtype="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fk.attribute(falcon, "The giraffe is").gap < 0.1
+
+
+def test_scores_that_do_not_add_up_are_said_to(tokenizer, ids):
+    with pytest.warns(UserWarning, match=r"with steps=1 the scores add up to .* take method='leave-one-out'"):
+        assert fk.attribute((model("40b"), tokenizer), ids, target=77, steps=1).gap > 0.1
+
+
+def test_weights_are_frozen_while_a_prediction_is_explained_and_only_then(tokenizer):
+    falcon, seen = model("40b"), []
+    falcon.lm_head.weight.requires_grad_(False)
+    before = [each.requires_grad for each in falcon.parameters()]
+    hook = falcon.register_forward_hook(lambda *args: seen.append(any(p.requires_grad for p in falcon.parameters())))
+    fk.attribute((falcon, tokenizer), [30, 11, 40], target=77, steps=4)
+    hook.remove()
+    assert seen[-1] is False
+    assert [each.requires_grad for each in falcon.parameters()] == before
+
+
+def test_the_memory_for_gradients_has_a_limit(tokenizer, ids, monkeypatch):
+    falcon, rows = (model("40b"), tokenizer), []
+    whole = fk.attribute(falcon, ids, target=77, steps=4)
+    monkeypatch.setattr("falcon_kit.inspection.causes._KEPT", 1)
+    hook = falcon[0].transformer.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    found = fk.attribute(falcon, ids, target=77, steps=4)
+    hook.remove()
+    assert set(rows) == {1}
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-4)
 
 
 # How they show themselves
