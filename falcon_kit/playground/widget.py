@@ -60,6 +60,7 @@ class Playground(anywidget.AnyWidget):
         self.session.stop()
         if self._happened in self.session.listeners:
             self.session.listeners.remove(self._happened)
+        self._finish_painting()  # nobody tells it of the end any more
         super().close()
 
     # From the browser
@@ -135,14 +136,17 @@ class Playground(anywidget.AnyWidget):
             self._painter = _Painter(self, self.session.turns[-1])
             self._painter.start()
         elif event == "end":
-            painter, self._painter = self._painter, None
-            if painter:
-                painter.finish()
+            self._finish_painting()
             self._show()
             self._history()
         elif event == "change":
             self._show()
             self._history()
+
+    def _finish_painting(self) -> None:
+        painter, self._painter = self._painter, None
+        if painter:
+            painter.finish()
 
     def _show(self) -> None:
         """Everything but the texts; and the texts that the browser has not seen."""
