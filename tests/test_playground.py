@@ -621,7 +621,7 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_added(tmp_path, cont
     ],
 )
 def test_code_in_a_file_that_does_more_than_make_a_model_is_refused(saved, source):
-    session, file = saved
+    _, file = saved
     content = json.loads(file.read_text())
     content["turns"][1]["answers"][0]["source"] = source
     file.write_text(json.dumps(content))

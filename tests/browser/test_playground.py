@@ -234,6 +234,31 @@ def test_an_interrupted_kernel_leaves_the_playground_usable(pad: Pad):
     expect(pad.said).not_to_be_empty()
 
 
+def test_a_setting_that_was_typed_counts_for_what_is_written_next(pad: Pad):
+    pad.field.fill("Counting: 7, 8,")
+    seed = pad.node.get_by_label("Seed", exact=True)
+    seed.press("Control+a")
+    seed.press_sequentially("4321")
+    seed.press("Control+Enter")
+    pad.asked += 1
+    pad.wait()
+    assert pad.session("turns[0].answers[0].seed") == "4321"
+    expect(seed).to_have_value("4321")
+
+
+def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 40, pause=0.05)
+    pad.button("Chat").click()
+    pad.write("Go")
+    system = pad.node.get_by_label("System message")
+    system.press_sequentially("Be brief.")
+    pad.wait()
+    expect(system).to_have_value("Be brief.")
+    pad.write("Go on")
+    pad.wait()
+    assert pad.session("system") == "Be brief."
+
+
 # The odds
 
 

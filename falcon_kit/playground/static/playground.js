@@ -29,6 +29,8 @@ function render({ model, el }) {
   const examples = h("select", { "aria-label": "Examples" });
   const button = (label, title, onclick, keys) => h("button", { type: "button", title, onclick }, label, keys ? h("kbd", { "aria-hidden": "true" }, keys) : null);
   const generate = () => {
+    const typing = root.getRootNode().activeElement;
+    if (settings.node.contains(typing)) (typing.blur(), typing.focus()); // sends what was typed there
     act("generate", { text: field.value });
     if (!running && modes.now === "chat") setDraft("");
   };
