@@ -226,8 +226,14 @@ def test_the_memory_for_gradients_has_a_limit(tokenizer, ids, monkeypatch):
 def test_the_repr_of_an_ablation_says_what_changed(instruct):
     found = fk.ablate(instruct, TEXT, groups=[(1, 0), (1, 1)])
     assert re.fullmatch(
-        r"Ablation\(4 heads off: loss [\d.]+ to [\d.]+ nats a token, next '.*' \d+% to '.*' \d+%\)", repr(found)
+        r"Ablation\(4 heads off: [\d.]+ to [\d.]+ bits per token, next '.*' [\d.]+% to '.*' [\d.]+%\)", repr(found)
     )
+
+
+def test_an_ablation_of_one_token_has_no_loss(instruct):
+    found = fk.ablate(instruct, [20], heads=[(1, 0)])
+    assert math.isnan(found.loss_before)
+    assert repr(found).startswith("Ablation(1 heads off: next ")
 
 
 def test_the_table_of_an_ablation_has_a_row_for_every_token(instruct, ids):
@@ -268,6 +274,7 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "no head is named: give heads=[(layer, head), ...] or groups="),
+        ({"heads": (1, 0)}, TypeError, "1 is no pair of a layer and a head: give a list of pairs, such as [(0, 1)]"),
         ({"heads": [(6, 0)]}, IndexError, "layer 6 is not there: the model has 6, from 0 to 5"),
         ({"heads": [(0, 4)]}, IndexError, "head 4 is not there: the model has 4, from 0 to 3"),
         ({"groups": [(0, 2)]}, IndexError, "KV head 2 is not there: the model has 2, from 0 to 1"),

@@ -14,6 +14,7 @@ from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
 from falcon_kit.inspection import lens as module
+from falcon_kit.inspection.lens import percent
 from falcon_kit.modeling import FalconForCausalLM
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves."
@@ -199,7 +200,7 @@ def test_hooks_come_off_when_something_goes_wrong(instruct, monkeypatch, error):
 def test_the_repr_says_what_comes_next(instruct):
     view = fk.lens(instruct, "The giraffe lives in")
     assert re.fullmatch(
-        r"LensView\(falconet-instruct, 4 tokens, next ' the' with \d+%, loss [\d.]+ nats per token\)", repr(view)
+        r"LensView\(falconet-instruct, 4 tokens, [\d.]+ bits per token, next ' the' with [\d.]+%\)", repr(view)
     )
 
 
@@ -246,6 +247,14 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
     view = fk.lens(instruct, [20])
     assert math.isnan(view.loss)
     assert len(view.next_tokens()) == 10
+    assert repr(view).startswith("LensView(falconet-instruct, 1 token, next ")
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(0.9964, "99.6%"), (0.99999, "99.9%"), (1, "100.0%"), (0.29, "29.0%")]
+)
+def test_nothing_is_certain_by_rounding(probability, shown):
+    assert percent(probability) == shown
 
 
 # Bad input

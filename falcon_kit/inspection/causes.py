@@ -21,7 +21,7 @@ from torch import Tensor
 
 from falcon_kit.budget import backward_bytes
 from falcon_kit.catalogue import unknown_name
-from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, predict
+from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, percent, predict
 from falcon_kit.inspection.watch import Subject, Text, evaluating, subject
 from falcon_kit.plots import lens as plots
 from falcon_kit.quantization import unpacked
@@ -67,13 +67,13 @@ class Ablation:
 
     @property
     def loss_before(self) -> float:
-        """Mean loss in nats per token, all heads on."""
-        return float(np.mean(self.before[1:]) * math.log(2))
+        """Mean loss in nats per token, all heads on; nan for one token."""
+        return _mean(self.before) * math.log(2)
 
     @property
     def loss_after(self) -> float:
-        """Mean loss in nats per token, the heads off."""
-        return float(np.mean(self.after[1:]) * math.log(2))
+        """Mean loss in nats per token, the heads off; nan for one token."""
+        return _mean(self.after) * math.log(2)
 
     def figure(self) -> Figure:
         """Each token's surprisal with the heads on and off."""
@@ -88,16 +88,17 @@ class Ablation:
 
     def __repr__(self) -> str:
         first, second = self.next_before[0], self.next_after[0]
+        bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
         return (
-            f"Ablation({len(self.heads)} heads off: loss {self.loss_before:.2f} to {self.loss_after:.2f} nats a token, "
-            f"next {first.text!r} {first.probability:.0%} to {second.text!r} {second.probability:.0%})"
+            f"Ablation({len(self.heads)} heads off: {bits}next {first.text!r} {percent(first.probability)} to "
+            f"{second.text!r} {percent(second.probability)})"
         )
 
     def _repr_html_(self) -> str:
         rows = [
-            ("loss, nats per token", f"{self.loss_before:.3f}", f"{self.loss_after:.3f}"),
+            ("surprisal, bits per token", f"{_mean(self.before):.2f}", f"{_mean(self.after):.2f}"),
             *(
-                (f"next, rank {each.rank}", *(f"{one.text!r} {one.probability:.1%}" for one in (each, other)))
+                (f"next, rank {each.rank}", *(f"{one.text!r} {percent(one.probability)}" for one in (each, other)))
                 for each, other in zip(self.next_before, self.next_after, strict=True)
             ),
         ]
@@ -147,7 +148,7 @@ class Attribution:
     def __repr__(self) -> str:
         best = int(np.argmax(self.scores))
         return (
-            f"Attribution({self.target.text!r} {self.target.probability:.0%} by {self.method}: most from "
+            f"Attribution({self.target.text!r} {percent(self.target.probability)} by {self.method}: most from "
             f"{self.words[best]!r} at {best}, {self.scores[best]:+.2f} nats; sum misses the change by {self.gap:.1%})"
         )
 
@@ -244,6 +245,11 @@ def attribute(
             stacklevel=2,
         )
     return found
+
+
+def _mean(surprisal: Floats) -> float:
+    """Mean surprisal in bits per token; nan for one token, which nothing was expected before."""
+    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
 
 
 def _one_of(given: Any, kind: str, known: Any) -> Any:

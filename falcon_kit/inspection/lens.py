@@ -103,6 +103,13 @@ class LensView:
         """Mean surprisal in nats per token; nan for one token."""
         return float(np.mean(self.surprisal[1:]) * math.log(2)) if len(self.ids) > 1 else math.nan
 
+    @property
+    def _facts(self) -> str:
+        """How long the text is, and how much a token of it surprised."""
+        if len(self.ids) == 1:
+            return f"{self.spec.name}, 1 token"
+        return f"{self.spec.name}, {len(self.ids)} tokens, {np.mean(self.surprisal[1:]):.2f} bits per token"
+
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """What may come after a token of the text, likeliest first; the last token's unless told."""
         if not -len(self.ids) <= position < len(self.ids):
@@ -153,7 +160,7 @@ class LensView:
 
     def _repr_html_(self) -> str:
         rows = [(each.rank, visible(each.text, spaces=True), f"{each.probability:.2%}") for each in self.next_tokens()]
-        return html_table(repr(self), ("rank", "next token", "probability"), rows)
+        return html_table(self._facts, ("rank", "next token", "probability"), rows)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: id, text, surprisal, rank, and what the model expects after it."""
@@ -165,10 +172,7 @@ class LensView:
 
     def __repr__(self) -> str:
         first = self.next_tokens()[0]
-        return (
-            f"LensView({self.spec.name}, {len(self.ids)} tokens, next {first.text!r} with {first.probability:.0%}, "
-            f"loss {self.loss:.2f} nats per token)"
-        )
+        return f"LensView({self._facts}, next {first.text!r} with {percent(first.probability)})"
 
 
 def lens(falcon: Any, text: Text, *, target: str | int | None = None, top: int = 10) -> LensView:
@@ -203,6 +207,11 @@ def candidates(watched: Subject, found: dict[str, Any]) -> tuple[Candidate, ...]
     ids, probabilities = (found[name][-1].tolist() for name in ("top_ids", "top_probabilities"))
     rows = zip(ids, watched.words(ids), probabilities, range(len(ids)), strict=True)
     return tuple(Candidate(*row) for row in rows)
+
+
+def percent(probability: float) -> str:
+    """A probability in percent, never rounded up to certainty."""
+    return f"{math.floor(1000 * probability + 1e-6) / 10:.1f}%"
 
 
 def one_token(watched: Subject, target: str | int) -> int:
