@@ -31,12 +31,12 @@ def lengths(words: Sequence[str | bytes], sizes: Sequence[int], kinds: Sequence[
         if at:
             axes.bar(at, [sizes[place] for place in at], color=colour, label=label)
     if len(words) <= _LABELLED:
-        axes.set_xticks(range(len(words)), map(_label, words), rotation=90, fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(words)), map(_label, words), rotation=90, fontsize=9, parse_math=False)
     axes.set(xlabel="token" if len(words) <= _LABELLED else "position in the text, tokens", ylabel="bytes")
-    axes.set_title("Bytes of text in each token", fontsize=10)
+    axes.set_title("Bytes of text in each token", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -54,10 +54,11 @@ def languages(
     left.set(xlabel=f"tokens for the same sentences, {_label(reference)} = 1")
     _bars(right, bytes_per_token)
     right.set(xlabel="bytes of text per token")
-    left.set_yticks(range(len(names)), map(_label, names), fontsize=8, parse_math=False)
+    left.set_yticks(range(len(names)), map(_label, names), fontsize=9, parse_math=False)
     left.set_ylim(len(names) - 0.4, -0.6)  # the first on top
-    figure.suptitle("What a text costs in tokens", fontsize=11)
-    figure.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=10, loc="outside upper center", ncols=2)
+    title = "What a text costs in tokens"  # of the legend, which is on top, where one begins to read
+    named = right.get_legend_handles_labels()
+    figure.legend(*named, title=title, frameon=False, fontsize=10, loc="outside upper center", ncols=2)
     return figure
 
 
