@@ -107,8 +107,8 @@ class LensView:
     def _facts(self) -> str:
         """How long the text is, and how much a token of it surprised."""
         if len(self.ids) == 1:
-            return f"{self.spec.name}, 1 token"
-        return f"{self.spec.name}, {len(self.ids)} tokens, {np.mean(self.surprisal[1:]):.2f} bits per token"
+            return "1 token"
+        return f"{len(self.ids)} tokens, {np.mean(self.surprisal[1:]):.2f} bits per token"
 
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """What may come after a token of the text, likeliest first; the last token's unless told."""
@@ -160,6 +160,7 @@ class LensView:
 
     def _repr_html_(self) -> str:
         rows = [(each.rank, visible(each.text, spaces=True), f"{each.probability:.2%}") for each in self.next_tokens()]
+        # short, since no caption is wider than its table
         return html_table(self._facts, ("rank", "next token", "probability"), rows)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -172,7 +173,7 @@ class LensView:
 
     def __repr__(self) -> str:
         first = self.next_tokens()[0]
-        return f"LensView({self._facts}, next {first.text!r} with {percent(first.probability)})"
+        return f"LensView({self.spec.name}, {self._facts}, next {first.text!r} with {percent(first.probability)})"
 
 
 def lens(falcon: Any, text: Text, *, target: str | int | None = None, top: int = 10) -> LensView:

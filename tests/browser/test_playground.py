@@ -179,6 +179,18 @@ def test_two_settings_write_beside_each_other(notebook: Notebook):
     )
 
 
+def test_two_answers_without_a_widget_stand_beside_each_other_where_there_is_room(notebook: Notebook):
+    notebook.python(f"{TYPIST}\nsession = fk.playground(Typist(['word '] * 99), Typist(['other '] * 99)).session")
+    turn = notebook.start("session.generate('Go')").locator("div[style*=flex-wrap]")
+    turn.evaluate("(node) => { node.style.width = '700px'; }")
+    left, right = (turn.locator("> div").nth(number).bounding_box() for number in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    turn.evaluate("(node) => { node.style.width = '390px'; }")
+    left, right = (turn.locator("> div").nth(number).bounding_box() for number in (0, 1))
+    assert left["y"] + left["height"] <= right["y"]
+
+
 # Stop, errors
 
 
