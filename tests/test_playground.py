@@ -761,6 +761,16 @@ def test_what_the_page_shows_is_what_the_session_holds():
     assert page.state["running"] is None
 
 
+def test_a_setting_that_is_refused_is_still_said_to_be_while_the_next_text_is_written():
+    """Ctrl+Enter in its field sends both."""
+    page = paged(Typist())
+    page.do("set", changes={"top_p": 7})
+    page.do("generate", text="go")
+    assert page.state["notice"] == {"text": "top_p must be above 0 and at most 1, got 7", "kind": "error"}
+    page.do("generate", text="go on")
+    assert page.state["notice"]["text"] == ""
+
+
 def test_what_is_done_in_python_appears_on_the_page():
     page = paged(Typist())
     page.widget.session.generate("go")

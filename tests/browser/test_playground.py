@@ -258,6 +258,15 @@ def test_a_setting_that_was_typed_counts_for_what_is_written_next(pad: Pad):
     expect(seed).to_have_value("4321")
 
 
+def test_a_text_may_be_changed_as_soon_as_it_is_sent(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 40, pause=0.05)
+    pad.field.press_sequentially("Go")
+    pad.send()
+    pad.page.keyboard.type(" on")
+    pad.wait()
+    expect(pad.field).to_have_value("Go on")
+
+
 def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
     pad = typist(notebook, ["word "] * 40, pause=0.05)
     pad.button("Chat").click()

@@ -31,7 +31,8 @@ function render({ model, el }) {
   const generate = () => {
     const typing = root.getRootNode().activeElement;
     if (settings.node.contains(typing)) (typing.blur(), typing.focus()); // sends what was typed there
-    act("generate", { text: field.value });
+    clearTimeout(waiting);
+    act("generate", { text: (lastDraft = field.value) });
     if (!running && modes.now === "chat") setDraft("");
   };
   const go = button("Generate", "Write (Ctrl+Enter)", generate, "Ctrl ↵");
