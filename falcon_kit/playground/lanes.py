@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from falcon_kit.catalogue import catalogue
 from falcon_kit.chat import Message, encode
 from falcon_kit.decoding import Piece
 from falcon_kit.playground.records import Token
@@ -127,7 +128,8 @@ def _name(falcon: Any) -> str:
 
         return base_name(falcon)
     spec = falcon.spec  # of a model whose weights live in other processes
-    return str(spec.hub_id or (spec.source.removesuffix("/config.json") if "/" in spec.source else spec.name))
+    known = spec in catalogue() or "/" not in spec.source
+    return str(spec.hub_id or (spec.name if known else spec.source.removesuffix("/config.json")))
 
 
 def connect_source(endpoint: Any) -> str:

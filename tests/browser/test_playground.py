@@ -141,7 +141,7 @@ def test_the_models_words_and_figures_are_shown(pad: Pad):
     pad.wait()
     expect(pad.said).to_have_text(pad.session("turns[0].answers[0].text"), use_inner_text=True)
     expect(pad.node.locator(".fk-foot")).to_contain_text(
-        re.compile(r"\d+ tokens · .* tokens/s · first after .* · ended")
+        re.compile(r"\d+ tokens · .* tokens/s · first after .* · (ended|as long)")
     )
     expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: \d+ of 2048 tokens · .* of keys"))
 
