@@ -14,7 +14,6 @@ from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
 from falcon_kit.inspection import lens as module
-from falcon_kit.inspection.lens import percent
 from falcon_kit.modeling import FalconForCausalLM
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves."
@@ -248,13 +247,6 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
     assert math.isnan(view.loss)
     assert len(view.next_tokens()) == 10
     assert repr(view).startswith("LensView(falconet-instruct, 1 token, next ")
-
-
-@pytest.mark.parametrize(
-    ("probability", "shown"), [(0.9964, "99.6%"), (0.99999, "99.9%"), (1, "100.0%"), (0.29, "29.0%")]
-)
-def test_nothing_is_certain_by_rounding(probability, shown):
-    assert percent(probability) == shown
 
 
 # Bad input

@@ -31,7 +31,7 @@ from falcon_kit.inspection.watch import Subject, Text, subject, watching
 from falcon_kit.plots import lens as plots
 from falcon_kit.shapes import FalconSpec, html_table
 from falcon_kit.views.lens import lens_page
-from falcon_kit.views.page import Page, visible
+from falcon_kit.views.page import Page, percent, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
@@ -208,11 +208,6 @@ def candidates(watched: Subject, found: dict[str, Any]) -> tuple[Candidate, ...]
     ids, probabilities = (found[name][-1].tolist() for name in ("top_ids", "top_probabilities"))
     rows = zip(ids, watched.words(ids), probabilities, range(len(ids)), strict=True)
     return tuple(Candidate(*row) for row in rows)
-
-
-def percent(probability: float) -> str:
-    """A probability in percent, never rounded up to certainty."""
-    return f"{math.floor(1000 * probability + 1e-6) / 10:.1f}%"
 
 
 def one_token(watched: Subject, target: str | int) -> int:
