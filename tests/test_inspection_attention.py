@@ -17,6 +17,7 @@ import falcon_kit as fk
 from falcon_kit.inspection import probabilities as module
 from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.modeling import FalconForCausalLM
+from falcon_kit.parallel import ParallelFalcon
 from falcon_kit.shapes import FalconSpec
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves, and the giraffe sleeps."
@@ -425,7 +426,7 @@ def test_a_group_of_which_a_head_is_missing_has_no_mean(instruct):
 
 
 def test_a_page_without_maps_is_refused(instruct, tmp_path):
-    with pytest.raises(ValueError, match="no maps were kept, and the view shows maps: name some by layers and heads"):
+    with pytest.raises(ValueError, match=re.escape("as in fk.attention(falcon, text, layers=0), which")):
         fk.attention(instruct, TEXT).to_html(tmp_path / "attention.html")
 
 
@@ -469,6 +470,14 @@ def test_a_model_that_is_no_falcon_is_refused(tokenizer):
         fk.attention((llama, tokenizer), "Hello")
     with pytest.raises(TypeError, match=re.escape("give what fk.load returns, or (model, tokenizer); got int")):
         fk.attention(7, "Hello")
+
+
+def test_a_model_in_other_processes_is_refused(instruct):
+    parallel = ParallelFalcon(None, instruct.tokenizer, instruct.spec, instruct.plan, instruct.chat_format, "as asked")
+    with pytest.raises(
+        TypeError, match="live in other processes, where they cannot be watched: load the model without"
+    ):
+        fk.attention(parallel, "Hello")
 
 
 def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):

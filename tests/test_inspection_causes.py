@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from functools import cache
 
 import numpy as np
@@ -184,14 +185,55 @@ def test_no_gradient_stays_behind(instruct):
     assert [name for name, each in instruct.model.named_parameters() if each.grad is not None] == []
 
 
+def test_four_bit_weights_are_explained_as_well_as_others():
+    """bitsandbytes packs them for some CPUs (AVX-512 with bfloat16), and packed they hand no gradient back."""
+    falcon = fk.load("falconet", dtype="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fk.attribute(falcon, "The giraffe is").gap < 0.1
+
+
+def test_scores_that_do_not_add_up_are_said_to(tokenizer, ids):
+    with pytest.warns(UserWarning, match=r"with steps=1 the scores add up to .* take method='leave-one-out'"):
+        assert fk.attribute((model("40b"), tokenizer), ids, target=77, steps=1).gap > 0.1
+
+
+def test_weights_are_frozen_while_a_prediction_is_explained_and_only_then(tokenizer):
+    falcon, seen = model("40b"), []
+    falcon.lm_head.weight.requires_grad_(False)
+    before = [each.requires_grad for each in falcon.parameters()]
+    hook = falcon.register_forward_hook(lambda *args: seen.append(any(p.requires_grad for p in falcon.parameters())))
+    fk.attribute((falcon, tokenizer), [30, 11, 40], target=77, steps=4)
+    hook.remove()
+    assert seen[-1] is False
+    assert [each.requires_grad for each in falcon.parameters()] == before
+
+
+def test_the_memory_for_gradients_has_a_limit(tokenizer, ids, monkeypatch):
+    falcon, rows = (model("40b"), tokenizer), []
+    whole = fk.attribute(falcon, ids, target=77, steps=4)
+    monkeypatch.setattr("falcon_kit.inspection.causes._KEPT", 1)
+    hook = falcon[0].transformer.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    found = fk.attribute(falcon, ids, target=77, steps=4)
+    hook.remove()
+    assert set(rows) == {1}
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-4)
+
+
 # How they show themselves
 
 
 def test_the_repr_of_an_ablation_says_what_changed(instruct):
     found = fk.ablate(instruct, TEXT, groups=[(1, 0), (1, 1)])
     assert re.fullmatch(
-        r"Ablation\(4 heads off: loss [\d.]+ to [\d.]+ nats a token, next '.*' \d+% to '.*' \d+%\)", repr(found)
+        r"Ablation\(4 heads off: [\d.]+ to [\d.]+ bits per token, next '.*' [\d.]+% to '.*' [\d.]+%\)", repr(found)
     )
+
+
+def test_an_ablation_of_one_token_has_no_loss(instruct):
+    found = fk.ablate(instruct, [20], heads=[(1, 0)])
+    assert math.isnan(found.loss_before)
+    assert repr(found).startswith("Ablation(1 heads off: next ")
 
 
 def test_the_table_of_an_ablation_has_a_row_for_every_token(instruct, ids):
@@ -232,6 +274,7 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "no head is named: give heads=[(layer, head), ...] or groups="),
+        ({"heads": (1, 0)}, TypeError, "1 is no pair of a layer and a head: give a list of pairs, such as [(0, 1)]"),
         ({"heads": [(6, 0)]}, IndexError, "layer 6 is not there: the model has 6, from 0 to 5"),
         ({"heads": [(0, 4)]}, IndexError, "head 4 is not there: the model has 4, from 0 to 3"),
         ({"groups": [(0, 2)]}, IndexError, "KV head 2 is not there: the model has 2, from 0 to 1"),

@@ -199,7 +199,7 @@ def test_hooks_come_off_when_something_goes_wrong(instruct, monkeypatch, error):
 def test_the_repr_says_what_comes_next(instruct):
     view = fk.lens(instruct, "The giraffe lives in")
     assert re.fullmatch(
-        r"LensView\(falconet-instruct, 4 tokens, next ' the' with \d+%, loss [\d.]+ nats per token\)", repr(view)
+        r"LensView\(falconet-instruct, 4 tokens, [\d.]+ bits per token, next ' the' with [\d.]+%\)", repr(view)
     )
 
 
@@ -246,6 +246,7 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
     view = fk.lens(instruct, [20])
     assert math.isnan(view.loss)
     assert len(view.next_tokens()) == 10
+    assert repr(view).startswith("LensView(falconet-instruct, 1 token, next ")
 
 
 # Bad input

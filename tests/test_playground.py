@@ -3,6 +3,8 @@
 import ast
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -15,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.catalogue import embedded_directory
 from falcon_kit.decoding import Piece
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
+from falcon_kit.playground.lanes import load_source
 from falcon_kit.playground.records import ENDINGS, Answer, Span, Token, Turn
 from falcon_kit.playground.state import EXAMPLES, PRESETS, Session
 from falcon_kit.playground.widget import Playground
@@ -332,6 +336,14 @@ def test_what_cannot_be_compared_is_refused(compare):
         Session(Typist(), compare)
 
 
+def test_a_setting_that_does_not_exist_is_named_with_the_nearest():
+    message = re.escape("Unknown setting 'tempature'. Nearest: temperature.")
+    with pytest.raises(TypeError, match=message):
+        Session(Typist(), {"tempature": 1})
+    with pytest.raises(TypeError, match=message):
+        Session(Typist()).set(tempature=1)
+
+
 def test_a_name_is_not_a_model():
     with pytest.raises(ValueError, match=r"needs what fk.load or fk.connect returns, got 'falconet'"):
         fk.playground("falconet")
@@ -492,7 +504,7 @@ messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "u
 answers = st.builds(
     Answer,
     model=texts,
-    source=texts,
+    source=st.builds(lambda name: f"fk.load({name!r}, dtype='nf4')", texts),
     prompt=texts | messages,
     settings=st.fixed_dictionaries(
         {"seed": st.integers(0, 2**63 - 1), "stop": st.lists(texts.filter(bool), max_size=2)}
@@ -596,6 +608,27 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_added(tmp_path, cont
     assert session.history == []
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "__import__('os').system('id')",
+        "fk.load(__import__('os').getcwd())",
+        "fk.load('falconet').model",
+        "fk.load('falconet', **{'dtype': print()})",
+        "fk.connect(f'{print()}')",
+        "fk.load('a')\nprint()",
+        "fk.load(" * 10_000,
+    ],
+)
+def test_code_in_a_file_that_does_more_than_make_a_model_is_refused(saved, source):
+    _, file = saved
+    content = json.loads(file.read_text())
+    content["turns"][1]["answers"][0]["source"] = source
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"turn 2, answers 1: source is .*, not fk.load or fk.connect with plain"):
+        files.load(file)
+
+
 def test_a_save_that_is_cut_short_leaves_the_file_of_before(saved, monkeypatch):
     session, file = saved
     before = file.read_text()
@@ -617,6 +650,23 @@ def test_the_copied_code_writes_the_same_text(instruct, capsys, monkeypatch, mod
     turn = session.generate(QUESTION)
     exec(session.code(), {})  # noqa: S102  # what a person does with it
     assert capsys.readouterr().out == text_of(turn)[0] + "\n"
+
+
+def test_the_code_of_a_model_with_an_adapter_loads_the_adapter(tmp_path):
+    """Even one whose folder is called as a published model."""
+    adapter = shutil.copytree(embedded_directory("falconet-instruct"), tmp_path / "falcon-7b")
+    assert load_source(fk.load(adapter)).startswith(f"fk.load('{adapter}', ")
+    assert load_source(fk.load("falconet-instruct")).startswith("fk.load('falconet-instruct', ")
+
+
+def test_the_code_of_a_model_in_other_processes_loads_it_by_name(instruct):
+    assert load_source(parallel(instruct)).startswith("fk.load('falconet-instruct', ")
+    spec = replace(instruct.spec, name="mine", source="/models/mine/config.json")
+    assert load_source(parallel(replace(instruct, spec=spec))).startswith("fk.load('/models/mine', ")
+
+
+def parallel(falcon):
+    return fk.ParallelFalcon(None, falcon.tokenizer, falcon.spec, falcon.plan, falcon.chat_format, "by default")
 
 
 @given(turns)
@@ -721,6 +771,16 @@ def test_what_the_page_shows_is_what_the_session_holds():
     assert page.state["running"] is None
 
 
+def test_a_setting_that_is_refused_is_still_said_to_be_while_the_next_text_is_written():
+    """Ctrl+Enter in its field sends both."""
+    page = paged(Typist())
+    page.do("set", changes={"top_p": 7})
+    page.do("generate", text="go")
+    assert page.state["notice"] == {"text": "top_p must be above 0 and at most 1, got 7", "kind": "error"}
+    page.do("generate", text="go on")
+    assert page.state["notice"]["text"] == ""
+
+
 def test_what_is_done_in_python_appears_on_the_page():
     page = paged(Typist())
     page.widget.session.generate("go")
@@ -783,7 +843,9 @@ def test_an_error_is_shown_on_the_page_and_the_next_step_works(command, values, 
     assert notice in page.state["notice"]["text"]
     assert page.state["notice"]["kind"] == "error"
     page.do("generate", text="go")
-    assert (page.state["notice"]["text"], page.conversation) == ("", ["One two three."])
+    assert page.conversation == ["One two three."]
+    page.do("generate", text="go")
+    assert page.state["notice"]["text"] == ""
 
 
 def test_generate_pressed_twice_is_said_on_the_page():
@@ -848,3 +910,16 @@ def test_a_closed_widget_has_stopped_its_model():
     page.wait()
     assert page.widget.session.turns[0].answers[0].ending == "cancelled"
     gate.opened.set()
+
+
+def test_a_widget_that_is_closed_while_it_writes_leaves_no_thread():
+    gate = Gate(words=1)
+    page = paged(Typist(before=gate))
+    page.start("generate", text="go")
+    assert gate.reached.wait(10)
+    painter = page.widget._painter
+    page.widget.close()
+    page.wait()
+    gate.opened.set()
+    painter.join(5)
+    assert not painter.is_alive()

@@ -1,7 +1,10 @@
 """Figures show themselves in a notebook."""
 
+import io
 import subprocess
 import sys
+
+from PIL import Image
 
 from falcon_kit.plots.canvas import new_figure
 
@@ -23,3 +26,4 @@ def test_a_figure_is_a_picture_of_its_size():
     figure = new_figure(2, 1)
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert figure.get_size_inches().tolist() == [2, 1]
+    assert Image.open(io.BytesIO(figure._repr_png_())).size == (192, 96)  # labels of 9 points are 12 pixels

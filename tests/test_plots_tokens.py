@@ -29,9 +29,14 @@ def test_what_the_font_lacks_is_named_by_its_number():
 
 def test_languages_have_a_bar_for_each_tokenizer_and_a_name():
     parity, sizes = {"A": [1, 2, np.nan], "B": [1, 3, np.nan]}, {"A": [4, 3, 2], "B": [2, 1, 1]}
-    left, right = plots.languages(["English", "Thai", "Code"], parity, sizes, "English").axes
+    left, right = (figure := plots.languages(["English", "Thai", "Code"], parity, sizes, "English")).axes
     assert [bar.get_width() for bar in left.patches] == [1, 2, 0, 1, 3, 0]
     assert [bar.get_width() for bar in right.patches] == [4, 3, 2, 2, 1, 1]
     assert [label.get_text() for label in left.get_yticklabels()] == ["English", "Thai", "Code"]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["A", "B"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
     assert left.get_ylim()[0] > left.get_ylim()[1]  # the first on top
+
+
+def test_pictures_of_tokens_show_themselves_in_a_notebook():
+    for figure in (plots.lengths(["a"], [1], ["whole"]), plots.languages(["x"], {"A": [1]}, {"A": [1]}, "x")):
+        assert figure._repr_png_().startswith(b"\x89PNG")

@@ -4,8 +4,10 @@ import re
 from html import unescape
 
 import numpy as np
+import pytest
 
 from falcon_kit.views.lens import lens_page
+from falcon_kit.views.page import percent
 
 
 def page(words, following=((" next", 0.75), ("</td>", 0.2))):
@@ -22,7 +24,7 @@ def test_each_token_says_what_was_expected_in_its_place():
         for each in re.findall(r'<span tabindex="-?\d"[^>]* title="([^"]*)"', page(["a", " b", "c"])._repr_html_())
     ]
     assert titles[0] == "token 0, a: the first, nothing was expected"
-    assert titles[1] == "token 1, ·b: 0.0 bits; expected <b> 50%, ·x 25%"
+    assert titles[1] == "token 1, ·b: 0.0 bits; expected <b> 50.0%, ·x 25.0%"
 
 
 def test_a_tint_grows_with_surprisal_up_to_a_limit():
@@ -56,3 +58,10 @@ def test_text_stays_text():
 
 def test_a_view_of_2048_tokens_is_at_most_a_megabyte():
     assert len(page(["\u202e"] * 2048).document().encode()) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(0.9964, "99.6%"), (0.99999, "99.9%"), (1, "100.0%"), (0.29, "29.0%")]
+)
+def test_nothing_is_certain_by_rounding(probability, shown):
+    assert percent(probability) == shown

@@ -116,7 +116,10 @@ class AttentionView:
     def page(self) -> Page:
         """The linked view of the maps that were kept: thumbnails, one large, and the text to point at."""
         if not self.maps:
-            raise ValueError("no maps were kept, and the view shows maps: name some by layers and heads")
+            raise ValueError(
+                "no maps were kept, and the view shows maps: name some by layers and heads, as in "
+                "fk.attention(falcon, text, layers=0), which keeps those of layer 0"
+            )
         return attention_page(f"Attention of {self.spec.name}", self.words, self._rows())
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:

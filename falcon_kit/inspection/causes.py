@@ -8,6 +8,7 @@ Shapes: B batch, T time, H query heads, D head_dim, V vocabulary.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from falcon_kit.budget import backward_bytes
 from falcon_kit.catalogue import unknown_name
 from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, predict
 from falcon_kit.inspection.watch import Subject, Text, evaluating, subject
 from falcon_kit.plots import lens as plots
+from falcon_kit.quantization import unpacked
 from falcon_kit.shapes import FalconSpec, html_table
-from falcon_kit.views.page import visible
+from falcon_kit.views.page import percent, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
@@ -34,7 +37,9 @@ Method = Literal["integrated-gradients", "leave-one-out"]
 Pairs = Iterable[tuple[int, int]]
 
 _FIRST_STEPS, _MOST_STEPS = 16, 1024
-_ROWS = 16  # texts, or points of a path, that the model reads at once
+_ROWS = 16  # texts, or points of a path, that the model reads at once, if what gradients need of them
+_KEPT = 2 * 2**30  # takes no more bytes than this
+_GAP = 0.1  # of the change, from which on scores are no explanation of it
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,13 +67,13 @@ class Ablation:
 
     @property
     def loss_before(self) -> float:
-        """Mean loss in nats per token, all heads on."""
-        return float(np.mean(self.before[1:]) * math.log(2))
+        """Mean loss in nats per token, all heads on; nan for one token."""
+        return _mean(self.before) * math.log(2)
 
     @property
     def loss_after(self) -> float:
-        """Mean loss in nats per token, the heads off."""
-        return float(np.mean(self.after[1:]) * math.log(2))
+        """Mean loss in nats per token, the heads off; nan for one token."""
+        return _mean(self.after) * math.log(2)
 
     def figure(self) -> Figure:
         """Each token's surprisal with the heads on and off."""
@@ -83,16 +88,17 @@ class Ablation:
 
     def __repr__(self) -> str:
         first, second = self.next_before[0], self.next_after[0]
+        bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
         return (
-            f"Ablation({len(self.heads)} heads off: loss {self.loss_before:.2f} to {self.loss_after:.2f} nats a token, "
-            f"next {first.text!r} {first.probability:.0%} to {second.text!r} {second.probability:.0%})"
+            f"Ablation({len(self.heads)} heads off: {bits}next {first.text!r} {percent(first.probability)} to "
+            f"{second.text!r} {percent(second.probability)})"
         )
 
     def _repr_html_(self) -> str:
         rows = [
-            ("loss, nats per token", f"{self.loss_before:.3f}", f"{self.loss_after:.3f}"),
+            ("surprisal, bits per token", f"{_mean(self.before):.2f}", f"{_mean(self.after):.2f}"),
             *(
-                (f"next, rank {each.rank}", *(f"{one.text!r} {one.probability:.1%}" for one in (each, other)))
+                (f"next, rank {each.rank}", *(f"{one.text!r} {percent(one.probability)}" for one in (each, other)))
                 for each, other in zip(self.next_before, self.next_after, strict=True)
             ),
         ]
@@ -142,7 +148,7 @@ class Attribution:
     def __repr__(self) -> str:
         best = int(np.argmax(self.scores))
         return (
-            f"Attribution({self.target.text!r} {self.target.probability:.0%} by {self.method}: most from "
+            f"Attribution({self.target.text!r} {percent(self.target.probability)} by {self.method}: most from "
             f"{self.words[best]!r} at {best}, {self.scores[best]:+.2f} nats; sum misses the change by {self.gap:.1%})"
         )
 
@@ -205,7 +211,8 @@ def attribute(
     pass per step; "leave-one-out" puts the end token in each token's place in turn. steps: points of the path; unset,
     as many as it takes for the scores to add up to the change within `tolerance`, at most 1024: see `Attribution.gap`.
 
-    Raises ValueError for a text that is empty or over the context, a target that is not one token, or another method.
+    Warns where integrated gradients miss the change by more than a tenth. Raises ValueError for a text that is empty or
+    over the context, a target that is not one token, or another method.
     """
     watched = subject(falcon)
     ids = watched.encode(text)
@@ -213,7 +220,7 @@ def attribute(
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: take at least one")
     wanted = predict(watched, ids, 1)["top_ids"][-1, 0].item() if target is None else one_token(watched, target)
-    with evaluating(watched.model):
+    with evaluating(watched.model), unpacked(watched.model):
         logits = _next(watched, watched.tensor(ids))[0]
         likely, blank = (_log_likelihood(watched, each, wanted) for each in (ids, _blank(watched, ids)))
         if method == "leave-one-out":
@@ -221,7 +228,7 @@ def attribute(
         else:
             scores, taken = _integrated(watched, ids, wanted, likely - blank, steps, tolerance)
     rank = int((logits > logits[wanted]).sum())
-    return Attribution(
+    found = Attribution(
         spec=watched.spec,
         ids=tuple(ids),
         words=watched.words(ids),
@@ -231,6 +238,18 @@ def attribute(
         change=likely - blank,
         steps=taken,
     )
+    if method == "integrated-gradients" and not found.gap <= _GAP:
+        warnings.warn(
+            f"with steps={taken} the scores add up to {scores.sum():.2f} nats and the change is {found.change:.2f}: "
+            "they do not explain it. Take more steps, load in float32, or take method='leave-one-out'",
+            stacklevel=2,
+        )
+    return found
+
+
+def _mean(surprisal: Floats) -> float:
+    """Mean surprisal in bits per token; nan for one token, which nothing was expected before."""
+    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
 
 
 def _one_of(given: Any, kind: str, known: Any) -> Any:
@@ -312,9 +331,31 @@ def _path_integral(watched: Subject, ids: list[int], wanted: int, steps: int) ->
         table = watched.decoder.get_input_embeddings()
         blank, full = (table(watched.tensor(each)) for each in (_blank(watched, ids), ids))  # (1, T, d_model)
     total = torch.zeros_like(full[0], dtype=torch.float32)
-    for some, weight in zip((points + 0.5).split(_ROWS), weights.split(_ROWS), strict=True):
-        place = (blank + some.to(full)[:, None, None] * (full - blank)).requires_grad_()  # (B, T, d_model)
-        logits = watched.model(inputs_embeds=place, use_cache=False, logits_to_keep=1).logits[:, -1]
-        (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[:, wanted].sum(), place)
-        total += torch.tensordot(weight.to(total), gradient.float(), 1)
+    rows = _rows(watched.spec, full)
+    with _frozen(watched.model):
+        for some, weight in zip((points + 0.5).split(rows), weights.split(rows), strict=True):
+            place = (blank + some.to(full)[:, None, None] * (full - blank)).requires_grad_()  # (B, T, d_model)
+            logits = watched.model(inputs_embeds=place, use_cache=False, logits_to_keep=1).logits[:, -1]
+            (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[:, wanted].sum(), place)
+            total += torch.tensordot(weight.to(total), gradient.float(), 1)
     return ((full - blank)[0].float() * total).sum(-1).cpu().numpy()
+
+
+def _rows(spec: FalconSpec, embedded: Tensor) -> int:
+    """Points of the path that are read at once: all layers keep what the way back needs of each."""
+    dtype = str(embedded.dtype).removeprefix("torch.")
+    kept = spec.layers * backward_bytes(spec, dtype, embedded.shape[1], 1, adapters=False)
+    return max(1, min(_ROWS, _KEPT // kept))
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No gradients of weights, for which layers would keep what came into them."""
+    learning = [each for each in model.parameters() if each.requires_grad]
+    for each in learning:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in learning:
+            each.requires_grad_(True)

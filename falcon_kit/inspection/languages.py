@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from falcon_kit.catalogue import embedded_directory
 from falcon_kit.inspection.tokens import TokenView, missing_bytes, tokenizer_of, tokens
 from falcon_kit.plots import tokens as plots
 from falcon_kit.views.page import Page
@@ -180,12 +181,18 @@ def compare_tokens(texts: Texts, tokenizer: Any, *, reference: str | None = None
         raise ValueError("there are no texts: give at least one, or fk.sample_texts()")
     found = tokenizer_of(tokenizer)
     spec = getattr(tokenizer, "spec", None)
-    name = spec.name if spec else Path(str(found.name_or_path)).name
+    name = spec.name if spec else _name(Path(str(found.name_or_path)))
     rows = tuple(_measure(each, text, found) for each, text in texts.items())
     missing = bytes(sorted(missing_bytes(found)))
     report = TokenReport(name, len(found), missing, rows, next(iter(texts)) if reference is None else reference)
     report[report.reference]  # raises
     return report
+
+
+def _name(directory: Path) -> str:
+    """The last part of a directory, or the name of an embedded model, whose directory is called otherwise."""
+    embedded = ("falconet", "falconet-instruct")
+    return next((name for name in embedded if directory == embedded_directory(name)), directory.name)
 
 
 def sample_texts() -> dict[str, str | list[str]]:

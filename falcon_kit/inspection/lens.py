@@ -31,7 +31,7 @@ from falcon_kit.inspection.watch import Subject, Text, subject, watching
 from falcon_kit.plots import lens as plots
 from falcon_kit.shapes import FalconSpec, html_table
 from falcon_kit.views.lens import lens_page
-from falcon_kit.views.page import Page, visible
+from falcon_kit.views.page import Page, percent, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
@@ -103,6 +103,13 @@ class LensView:
         """Mean surprisal in nats per token; nan for one token."""
         return float(np.mean(self.surprisal[1:]) * math.log(2)) if len(self.ids) > 1 else math.nan
 
+    @property
+    def _facts(self) -> str:
+        """How long the text is, and how much a token of it surprised."""
+        if len(self.ids) == 1:
+            return "1 token"
+        return f"{len(self.ids)} tokens, {np.mean(self.surprisal[1:]):.2f} bits per token"
+
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """What may come after a token of the text, likeliest first; the last token's unless told."""
         if not -len(self.ids) <= position < len(self.ids):
@@ -153,7 +160,8 @@ class LensView:
 
     def _repr_html_(self) -> str:
         rows = [(each.rank, visible(each.text, spaces=True), f"{each.probability:.2%}") for each in self.next_tokens()]
-        return html_table(repr(self), ("rank", "next token", "probability"), rows)
+        # short, since no caption is wider than its table
+        return html_table(self._facts, ("rank", "next token", "probability"), rows)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: id, text, surprisal, rank, and what the model expects after it."""
@@ -165,10 +173,7 @@ class LensView:
 
     def __repr__(self) -> str:
         first = self.next_tokens()[0]
-        return (
-            f"LensView({self.spec.name}, {len(self.ids)} tokens, next {first.text!r} with {first.probability:.0%}, "
-            f"loss {self.loss:.2f} nats per token)"
-        )
+        return f"LensView({self.spec.name}, {self._facts}, next {first.text!r} with {percent(first.probability)})"
 
 
 def lens(falcon: Any, text: Text, *, target: str | int | None = None, top: int = 10) -> LensView:

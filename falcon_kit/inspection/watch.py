@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
+from falcon_kit.parallel import ParallelFalcon
 from falcon_kit.shapes import FalconSpec
 
 Text = str | Sequence[int]
@@ -59,8 +60,11 @@ class Subject:
         return tuple(str(self.tokenizer.decode([each])) for each in ids)
 
     def check_heads(self, heads: Iterable[tuple[int, int]], count: int, what: str) -> list[tuple[int, int]]:
-        """Pairs of a layer and one of its `count` heads or groups. Raises IndexError for one that is not there."""
+        """Pairs of a layer and one of its `count` heads or groups. Raises IndexError for one that is not there, and
+        TypeError for what is no pair."""
         pairs = list(heads)
+        if wrong := [each for each in pairs if not (isinstance(each, tuple | list) and len(each) == 2)]:
+            raise TypeError(f"{wrong[0]!r} is no pair of a layer and a {what}: give a list of pairs, such as [(0, 1)]")
         for layer, head in pairs:
             check_index(layer, self.spec.layers, "layer")
             check_index(head, count, what)
@@ -69,6 +73,11 @@ class Subject:
 
 def subject(falcon: Any) -> Subject:
     """The Falcon in what `fk.load` gives, or in a pair of model and tokenizer. Raises TypeError for anything else."""
+    if isinstance(falcon, ParallelFalcon):
+        raise TypeError(
+            "the weights of a ParallelFalcon live in other processes, where they cannot be watched: load the model "
+            "without tensor_parallel"
+        )
     try:
         model, tokenizer = falcon
     except (TypeError, ValueError):

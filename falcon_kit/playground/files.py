@@ -3,6 +3,7 @@
 Tokens are lists rather than objects: names for each of 10,000 numbers would be most of the file.
 """
 
+import ast
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ def _unpack_answer(packed: Any, where: str) -> Answer:
         raise ValueError(f"{where}: settings: {error}") from error
     return Answer(
         model=read.text("model"),
-        source=read.text("source"),
+        source=_unpack_source(read.text("source"), where),
         prompt=prompt if isinstance(prompt, str) else list(read.items("prompt", _unpack_message)),
         settings=settings,
         spans=list(read.items("spans", _unpack_span)),
@@ -94,6 +95,20 @@ def _unpack_answer(packed: Any, where: str) -> Answer:
         seconds=read.number("seconds") or 0.0,
         cache_bytes=read.count("cache_bytes"),
     )
+
+
+def _unpack_source(text: str, where: str) -> str:
+    """The Python that makes a model, if it can do nothing else: it comes into a cell that people copy and run."""
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        call = None
+    good = isinstance(call, ast.Call) and ast.unparse(call.func) in ("fk.load", "fk.connect")
+    if isinstance(call, ast.Call):
+        given = [*call.args, *(each.value for each in call.keywords)]
+        good = good and all(isinstance(each, ast.Constant) for each in given)
+    require(good, f"{where}: source is {text!r:.60}, not fk.load or fk.connect with plain texts and numbers")
+    return text
 
 
 def _unpack_message(packed: Any, where: str) -> Message:

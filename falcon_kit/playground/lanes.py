@@ -114,17 +114,22 @@ class Reading(threading.Thread):
 
 def load_source(falcon: Any) -> str:
     """The call of `fk.load` that a model came from, as far as it decides what the model writes."""
-    shape = falcon.spec
-    known = {each.name: each for each in catalogue()}
-    if shape.name in known:
-        name = f"tiiuae/{shape.name}" if known[shape.name].published else shape.name
-    else:
-        name = shape.source.removesuffix("config.json").rstrip("/\\") if "/" in shape.source else shape.name
-    arguments = [repr(name)]
+    arguments = [repr(_name(falcon))]
     if falcon.dtype_reason == "as asked":
         arguments.append(f"dtype={falcon.plan.dtype!r}")
     arguments.append(f"chat={falcon.chat_format.name!r}")
     return f"fk.load({', '.join(arguments)})"
+
+
+def _name(falcon: Any) -> str:
+    """What `fk.load` finds a model by again."""
+    if hasattr(falcon, "model"):
+        from falcon_kit.merging import base_name  # not above: it brings PEFT, of which an endpoint has no need
+
+        return base_name(falcon)
+    spec = falcon.spec  # of a model whose weights live in other processes
+    known = spec in catalogue() or "/" not in spec.source
+    return str(spec.hub_id or (spec.name if known else spec.source.removesuffix("/config.json")))
 
 
 def connect_source(endpoint: Any) -> str:

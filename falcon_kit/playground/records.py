@@ -107,7 +107,8 @@ class Turn:
         return f"Turn({_short(self.user)!r}: {answers})"
 
     def _repr_html_(self) -> str:
-        return "".join(_answer_html(self, answer) for answer in self.answers)
+        answers = "".join(_answer_html(self, answer) for answer in self.answers)
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em 2em">{answers}</div>'  # beside each other, given room
 
 
 def _short(text: str) -> str:
@@ -116,9 +117,10 @@ def _short(text: str) -> str:
 
 def _answer_html(turn: Turn, answer: Answer) -> str:
     gap = "" if answer.text[:1].isspace() else " "
-    facts = [answer.model, f"{answer.new_tokens} tokens", f"seed {answer.seed}", answer.ending or "", answer.reason]
+    facts = [f"{answer.new_tokens} tokens", f"seed {answer.seed}", answer.ending or "", answer.reason]
     return (
+        f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
         f'<div style="white-space:pre-wrap"><span style="opacity:.7">{html.escape(turn.user)}{gap}</span>'
         f"<b>{html.escape(answer.text)}</b></div>"
-        f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, facts)))}</div>'
+        f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, facts)))}</div></div>'
     )

@@ -10,11 +10,11 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.catalogue import CARD, format_bytes
+from falcon_kit.catalogue import CARD, format_bytes, unknown_name
 from falcon_kit.chat import Message
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
@@ -109,6 +109,7 @@ class Session:
 
         Raises ValueError for a value out of range, and TypeError for a field that does not exist.
         """
+        _check_names(changes)
         stop = changes.get("stop")
         if isinstance(stop, list):
             changes["stop"] = tuple(stop)
@@ -299,6 +300,7 @@ def _lanes(falcon: Any, compare: Any) -> tuple[Lane, ...]:
     if compare is None:
         return (Lane(model_name(falcon), falcon),)
     if isinstance(compare, Mapping):
+        _check_names(compare)
         Sampling(**compare)
         changes = ", ".join(f"{name}={value}" for name, value in compare.items())
         first, second = (
@@ -312,6 +314,14 @@ def _lanes(falcon: Any, compare: Any) -> tuple[Lane, ...]:
     names = [model_name(falcon), model_name(compare)]
     names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
     return Lane(names[0], falcon), Lane(names[1], compare)
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Raises TypeError for a setting that does not exist, with the nearest."""
+    names = [each.name for each in fields(Sampling)]
+    for name in settings:
+        if name not in names:
+            raise TypeError(unknown_name("setting", name, names))
 
 
 def _given(settings: Sampling, lane: Lane) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Playground(anywidget.AnyWidget):
         self.odds = False
         """Whether tokens are tinted by their probability."""
         self._alarm = False
+        self._refused = False  # a setting, since the last text: what is said of it outlasts the start of the next
         self._known: set[str] = set()  # turns that the browser has been told of
         self._painter: _Painter | None = None
         super().__init__()
@@ -60,6 +61,7 @@ class Playground(anywidget.AnyWidget):
         self.session.stop()
         if self._happened in self.session.listeners:
             self.session.listeners.remove(self._happened)
+        self._finish_painting()  # nobody tells it of the end any more
         super().close()
 
     # From the browser
@@ -83,6 +85,7 @@ class Playground(anywidget.AnyWidget):
                 self.say(said if isinstance(said, str) else "")
         except Exception as error:  # noqa: BLE001  # an error in a callback would be seen by nobody
             ours = type(error) in (ValueError, RuntimeError, LookupError)
+            self._refused = command == "set"
             self.say(str(error) if ours else f"{type(error).__name__}: {error}", alarm=True)
 
     def _commands(self) -> dict[str | None, Callable[..., Any]]:
@@ -131,18 +134,22 @@ class Playground(anywidget.AnyWidget):
         if event == "piece" and self._painter:
             self._painter.dirty.set()
         elif event == "start":
-            self.say("")
+            refused, self._refused = self._refused, False
+            self.say(self.notice if refused else "", alarm=refused)
             self._painter = _Painter(self, self.session.turns[-1])
             self._painter.start()
         elif event == "end":
-            painter, self._painter = self._painter, None
-            if painter:
-                painter.finish()
+            self._finish_painting()
             self._show()
             self._history()
         elif event == "change":
             self._show()
             self._history()
+
+    def _finish_painting(self) -> None:
+        painter, self._painter = self._painter, None
+        if painter:
+            painter.finish()
 
     def _show(self) -> None:
         """Everything but the texts; and the texts that the browser has not seen."""

@@ -47,13 +47,13 @@ def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float |
         axes.set_title(f"layer {layer}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks(range(kv_heads) if layer % columns == 0 and kv_heads <= 16 else [])
-        axes.tick_params(labelsize=7, length=0)
+        axes.tick_params(labelsize=9, length=0)
         if values.size <= _NUMBERED:
             _write_numbers(axes, values[layer].reshape(kv_heads, shared), high)
     figure.colorbar(image, ax=panels.tolist(), label=label, fraction=0.03)
     even = "" if chance is None or math.isnan(chance) else f"; spread evenly it would be {chance:.3g}"
-    figure.suptitle(f"{title}{even}", fontsize=10)
-    figure.supylabel("KV group (a row), its query heads side by side", fontsize=8)
+    figure.suptitle(f"{title}{even}", fontsize=11)
+    figure.supylabel("KV group (a row), its query heads side by side", fontsize=9)
     return figure
 
 
@@ -86,11 +86,11 @@ def one_map(probabilities: Floats, words: Sequence[str], title: str) -> Figure:
         interpolation="nearest",
     )
     if named:
-        axes.set_xticks(range(time), words, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(range(time), words, fontsize=8, parse_math=False)
+        axes.set_xticks(range(time), words, rotation=90, fontsize=9, parse_math=False)
+        axes.set_yticks(range(time), words, fontsize=9, parse_math=False)
     what = "attention" if len(pooled) == time else f"attention, the highest of {math.ceil(time / _PIXELS)} x as many"
     axes.set(xlabel="key: the token looked at", ylabel="query: the token that looks")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label=f"{what} (0 to 1, square-root scale)", fraction=0.04)
     return figure
 
@@ -113,7 +113,7 @@ def likeness(within: Floats, across: Floats) -> Figure:
     axes.plot(layers, within.mean(-1), color=BLUE, label="their mean")
     axes.plot(layers, across, "s--", color=ORANGE, label="of different KV groups, mean")
     axes.set(xlabel="layer", ylabel="likeness, 0 to 1", ylim=(-0.02, 1.02))
-    axes.set_title("How alike two query heads attend (Bhattacharyya coefficient, mean over queries)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle("How alike two query heads attend (Bhattacharyya coefficient, mean over queries)", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return figure

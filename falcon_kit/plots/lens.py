@@ -38,13 +38,13 @@ def layers(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: F
     for (row, column), probability in np.ndenumerate(probabilities):
         colour = "white" if probability < 0.55 else "black"
         text = _short(read[row][column])
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8, parse_math=False)
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9, parse_math=False)
     axes.set_xticks(
-        range(time), [f"{word}\n{first + at}" for at, word in enumerate(words)], fontsize=8, parse_math=False
+        range(time), [f"{word}\n{first + at}" for at, word in enumerate(words)], fontsize=9, parse_math=False
     )
-    axes.set_yticks(range(rows), ["embedding", *(f"layer {row}" for row in range(rows - 1))], fontsize=8)
+    axes.set_yticks(range(rows), ["embedding", *(f"layer {row}" for row in range(rows - 1))], fontsize=9)
     axes.set(xlabel="token of the text, and its position", ylabel="read after")
-    axes.set_title("Logit lens: what each layer would say next", fontsize=10)
+    axes.set_title("Logit lens: what each layer would say next", fontsize=11)
     figure.colorbar(image, ax=axes, label="probability", fraction=0.04)
     return figure
 
@@ -59,10 +59,10 @@ def shares(embedding: float, attention: Floats, mlp: Floats, title: str) -> Figu
     axes.bar(at + 0.2, mlp, 0.4, color=ORANGE, label="feed-forward")
     axes.plot([-1, *at], embedding + np.cumsum([0, *(attention + mlp)]), "o-", color=GREEN, label="sum so far")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks([-1, *at], ["emb.", *map(str, at)], fontsize=8 if len(at) <= 32 else 5)
+    axes.set_xticks([-1, *at], ["emb.", *map(str, at)], fontsize=9 if len(at) <= 32 else 5)
     axes.set(xlabel="layer", ylabel="logit")
-    axes.set_title(title, fontsize=10, parse_math=False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -74,10 +74,10 @@ def surprisal(words: Sequence[str], lines: Mapping[str, Floats], title: str = "S
         axes.plot(values, f"{mark}-", color=colour, label=name, markersize=3, linewidth=1)
     _name_tokens(axes, words)
     axes.set(ylabel="bits", ylim=(0, None))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -89,14 +89,14 @@ def attribution(words: Sequence[str], scores: Floats, title: str) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     _name_tokens(axes, words)
     axes.set(ylabel="nats of log-probability")
-    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.grid(alpha=0.3, axis="y")
     return figure
 
 
 def _name_tokens(axes: Axes, words: Sequence[str]) -> None:
     if len(words) <= _LABELLED:
-        axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(words)), words, rotation=90, fontsize=9, parse_math=False)
         axes.set_xlabel("token")
     else:
         axes.set_xlabel("position in the text, tokens")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from falcon_kit.plots.canvas import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,21 +24,19 @@ _LABELLED = 60  # tokens up to which each is written below its bar
 
 def lengths(words: Sequence[str | bytes], sizes: Sequence[int], kinds: Sequence[str]) -> Figure:
     """Bytes of each token, `sizes`, coloured by kind: "whole", "part" or "special"."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2), layout="constrained")
+    figure = new_figure(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2)
     axes = figure.subplots()
     for kind, (colour, label) in _KINDS.items():
         at = [place for place, each in enumerate(kinds) if each == kind]
         if at:
             axes.bar(at, [sizes[place] for place in at], color=colour, label=label)
     if len(words) <= _LABELLED:
-        axes.set_xticks(range(len(words)), map(_label, words), rotation=90, fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(words)), map(_label, words), rotation=90, fontsize=9, parse_math=False)
     axes.set(xlabel="token" if len(words) <= _LABELLED else "position in the text, tokens", ylabel="bytes")
-    axes.set_title("Bytes of text in each token", fontsize=10)
+    axes.set_title("Bytes of text in each token", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -47,19 +47,18 @@ def languages(
     reference: str,
 ) -> Figure:
     """What texts cost, a row for each name and a bar for each tokenizer; a parity of nan is left out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 1.2 + 0.13 * len(names) * (1 + len(parity))), layout="constrained")
+    figure = new_figure(9.5, 1.2 + 0.13 * len(names) * (1 + len(parity)))
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, parity)
     left.axvline(1, color="black", linewidth=0.8)
     left.set(xlabel=f"tokens for the same sentences, {_label(reference)} = 1")
     _bars(right, bytes_per_token)
     right.set(xlabel="bytes of text per token")
-    left.set_yticks(range(len(names)), map(_label, names), fontsize=8, parse_math=False)
+    left.set_yticks(range(len(names)), map(_label, names), fontsize=9, parse_math=False)
     left.set_ylim(len(names) - 0.4, -0.6)  # the first on top
-    right.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle("What a text costs in tokens", fontsize=10)
+    title = "What a text costs in tokens"  # of the legend, which is on top, where one begins to read
+    named = right.get_legend_handles_labels()
+    figure.legend(*named, title=title, frameon=False, fontsize=10, loc="outside upper center", ncols=2)
     return figure
 
 

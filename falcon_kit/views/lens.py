@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from falcon_kit.views import walk
-from falcon_kit.views.page import Page, text_html, visible
+from falcon_kit.views.page import Page, percent, text_html, visible
 
 Floats = NDArray[np.floating[Any]]
 Expected = Sequence[tuple[str, float]]
@@ -79,7 +79,7 @@ def _says(at: int, word: str, bits: float, before: Expected) -> str:
     name = f"token {at}, {visible(word, spaces=True)}"
     if not before:
         return f"{name}: the first, nothing was expected"
-    likely = ", ".join(f"{visible(each, spaces=True)} {probability:.0%}" for each, probability in before)
+    likely = ", ".join(f"{visible(each, spaces=True)} {percent(probability)}" for each, probability in before)
     return f"{name}: {bits:.1f} bits; expected {likely}"
 
 
@@ -111,4 +111,4 @@ def _lens(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: Fl
 
 def _cell(word: str, probability: float) -> str:
     tint = f"background:color-mix(in srgb,var(--c0) {round(65 * probability)}%,transparent)"
-    return f'<td style="{tint}" title="{probability:.1%}">{text_html(word, spaces=True)}</td>'
+    return f'<td style="{tint}" title="{percent(probability)}">{text_html(word, spaces=True)}</td>'

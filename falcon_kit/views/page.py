@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import unicodedata
 from base64 import b64encode
@@ -150,6 +151,11 @@ def visible(text: str, spaces: bool = False) -> str:
     For places that take plain text: labels of a figure, a title, an attribute (after `html.escape`).
     """
     return _seat(text) + "".join(_mark(each, spaces) or each for each in text)
+
+
+def percent(probability: float) -> str:
+    """A probability in percent, never rounded up to certainty."""
+    return f"{math.floor(1000 * probability + 1e-6) / 10:.1f}%"
 
 
 def direction(text: str) -> str:

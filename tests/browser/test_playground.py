@@ -141,7 +141,7 @@ def test_the_models_words_and_figures_are_shown(pad: Pad):
     pad.wait()
     expect(pad.said).to_have_text(pad.session("turns[0].answers[0].text"), use_inner_text=True)
     expect(pad.node.locator(".fk-foot")).to_contain_text(
-        re.compile(r"\d+ tokens · .* tokens/s · first after .* · ended")
+        re.compile(r"\d+ tokens · .* tokens/s · first after .* · (ended|as long)")
     )
     expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: \d+ of 2048 tokens · .* of keys"))
 
@@ -177,6 +177,18 @@ def test_two_settings_write_beside_each_other(notebook: Notebook):
     assert pad.said.all_inner_texts() == json.loads(
         notebook.python("import json; print(json.dumps([each.text for each in pad.session.turns[0].answers]))")
     )
+
+
+def test_two_answers_without_a_widget_stand_beside_each_other_where_there_is_room(notebook: Notebook):
+    notebook.python(f"{TYPIST}\nsession = fk.playground(Typist(['word '] * 99), Typist(['other '] * 99)).session")
+    turn = notebook.start("session.generate('Go')").locator("div[style*=flex-wrap]")
+    turn.evaluate("(node) => { node.style.width = '700px'; }")
+    left, right = (turn.locator("> div").nth(number).bounding_box() for number in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    turn.evaluate("(node) => { node.style.width = '390px'; }")
+    left, right = (turn.locator("> div").nth(number).bounding_box() for number in (0, 1))
+    assert left["y"] + left["height"] <= right["y"]
 
 
 # Stop, errors
@@ -232,6 +244,40 @@ def test_an_interrupted_kernel_leaves_the_playground_usable(pad: Pad):
     pad.write("Counting: 7, 8,")
     pad.wait()
     expect(pad.said).not_to_be_empty()
+
+
+def test_a_setting_that_was_typed_counts_for_what_is_written_next(pad: Pad):
+    pad.field.fill("Counting: 7, 8,")
+    seed = pad.node.get_by_label("Seed", exact=True)
+    seed.press("Control+a")
+    seed.press_sequentially("4321")
+    seed.press("Control+Enter")
+    pad.asked += 1
+    pad.wait()
+    assert pad.session("turns[0].answers[0].seed") == "4321"
+    expect(seed).to_have_value("4321")
+
+
+def test_a_text_may_be_changed_as_soon_as_it_is_sent(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 40, pause=0.05)
+    pad.field.press_sequentially("Go")
+    pad.send()
+    pad.page.keyboard.type(" on")
+    pad.wait()
+    expect(pad.field).to_have_value("Go on")
+
+
+def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 40, pause=0.05)
+    pad.button("Chat").click()
+    pad.write("Go")
+    system = pad.node.get_by_label("System message")
+    system.press_sequentially("Be brief.")
+    pad.wait()
+    expect(system).to_have_value("Be brief.")
+    pad.write("Go on")
+    pad.wait()
+    assert pad.session("system") == "Be brief."
 
 
 # The odds

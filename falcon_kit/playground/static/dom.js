@@ -28,6 +28,14 @@ function segments(label, choices, choose) {
   return { node, show, enable };
 }
 
+/** Sets a field's value, unless somebody is typing there and has not sent it yet. */
+function setter(input) {
+  let typing = false;
+  input.addEventListener("input", () => (typing = true));
+  for (const end of ["change", "blur"]) input.addEventListener(end, () => (typing = false));
+  return (value) => typing || (input.value = value);
+}
+
 /** Makes what cannot be seen visible: spaces, line ends, control characters, marks that turn text around. */
 function visible(text) {
   const named = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };

@@ -29,7 +29,10 @@ function render({ model, el }) {
   const examples = h("select", { "aria-label": "Examples" });
   const button = (label, title, onclick, keys) => h("button", { type: "button", title, onclick }, label, keys ? h("kbd", { "aria-hidden": "true" }, keys) : null);
   const generate = () => {
-    act("generate", { text: field.value });
+    const typing = root.getRootNode().activeElement;
+    if (settings.node.contains(typing)) (typing.blur(), typing.focus()); // sends what was typed there
+    clearTimeout(waiting);
+    act("generate", { text: (lastDraft = field.value) });
     if (!running && modes.now === "chat") setDraft("");
   };
   const go = button("Generate", "Write (Ctrl+Enter)", generate, "Ctrl ↵");

@@ -31,9 +31,10 @@ function numberField(field, change) {
   const label = h("label", { for: id }, field.label);
   const row = h("div", { class: "fk-row" }, label, input, h("span", { class: "fk-unit" }, field.unit));
   const node = h("div", { class: "fk-field" }, row, slider, h("div", { class: "fk-help", id: help }, field.help));
+  const [set, slide] = [setter(input), slider && setter(slider)];
   const show = (value) => {
-    input.value = value ?? field.off;
-    if (slider) slider.value = input.value;
+    set(value ?? field.off);
+    slide?.(input.value);
   };
   return { node, show };
 }
@@ -51,7 +52,8 @@ function stopField(change) {
   input.addEventListener("change", () => change({ stop: read() }));
   const hint = h("div", { class: "fk-help", id: help }, "One a line; \\n stands for a line end.");
   const node = h("div", { class: "fk-field" }, h("label", { for: id }, "Stop at"), input, hint);
-  const show = (stop) => (input.value = stop.map((each) => each.replaceAll("\n", "\\n")).join("\n"));
+  const set = setter(input);
+  const show = (stop) => set(stop.map((each) => each.replaceAll("\n", "\\n")).join("\n"));
   return { node, show };
 }
 
@@ -62,8 +64,9 @@ function seedField(change) {
   const free = h("button", { type: "button", class: "fk-link", onclick: () => change({ seed: null }) }, "random");
   const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
   const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
+  const set = setter(input);
   const show = (seed) => {
-    input.value = seed ?? "";
+    set(seed ?? "");
     free.hidden = seed === null;
   };
   return { node: h("div", { class: "fk-field" }, row, hint), show };
@@ -75,7 +78,7 @@ function systemField(act) {
   const input = h("textarea", { id, rows: "2", placeholder: "none" });
   input.addEventListener("change", () => act("system", { text: input.value }));
   const node = h("div", { class: "fk-field" }, h("label", { for: id }, "System message"), input);
-  return { node, show: (text) => (input.value = text) };
+  return { node, show: setter(input) };
 }
 
 function settingsView(act) {
