@@ -29,7 +29,7 @@ from falcon_kit import modeling, parallel
 from falcon_kit.adapters import mark, read_with, record
 from falcon_kit.budget import QUANTISED
 from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
-from falcon_kit.chat import FALCON, HUB, ChatFormat, chat_format
+from falcon_kit.chat import FALCON, FORMATS, HUB, ChatFormat, chat_format
 from falcon_kit.checkpoints import Checkpoint, check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.falcon import Falcon
@@ -374,10 +374,12 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
 
 
 def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The format an adapter was trained in, or whose template the tokenizer brings; else the published models'."""
+    """The format an adapter was trained in, or whose speakers the tokenizer's template names; else the base model's."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):
             return chat_format(trained)
-    if tokenizer.chat_template == FALCON.template or not found.base.published:
-        return FALCON
-    return FALCON if found.base.name.startswith("falcon-180B") else HUB
+    template = str(tokenizer.chat_template)
+    for each in FORMATS:
+        if each.user_prefix in template and each.assistant_prefix in template:
+            return each
+    return HUB if found.base.published and not found.base.name.startswith("falcon-180B") else FALCON

@@ -1,5 +1,6 @@
 """`fk.load`: what it hands back equals what transformers loads; what is wrong is said before the weights are read."""
 
+import copy
 import gc
 import json
 import shutil
@@ -12,6 +13,7 @@ from transformers import CompileConfig, FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit import modeling
 from falcon_kit.catalogue import embedded_directory
+from falcon_kit.chat import install
 from falcon_kit.machines import Slot
 
 
@@ -280,6 +282,13 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, mo
 def test_a_chat_format_asked_for_becomes_the_chat_template(name):
     falcon = fk.load("falconet", chat=name)
     assert falcon.tokenizer.chat_template == fk.chat_format(name).template
+
+
+@pytest.mark.parametrize("name", ["falcon", "hub", "baize"])
+def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path)
+    install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
+    assert fk.load(tmp_path).chat_format.name == name
 
 
 def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
