@@ -375,7 +375,7 @@ def test_a_token_id_that_no_rank_has_is_refused(together):
 
 def test_unpacking_a_falcon_in_several_processes_says_where_the_model_lives(together):
     with pytest.raises(AttributeError, match="the model lives in 2 processes"):
-        model, tokenizer = together
+        _model, _tokenizer = together
 
 
 def test_weights_that_are_missing_are_reported_and_no_process_is_left(tokenizer, tmp_path, monkeypatch):
