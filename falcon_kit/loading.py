@@ -4,6 +4,7 @@ Remote code is never run, and pickled weights only load as bare tensors.
 """
 
 import gc
+import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from falcon_kit.checkpoints import Checkpoint, check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.falcon import Falcon
 from falcon_kit.kernels import faster_without_onednn
-from falcon_kit.machines import slots_here
+from falcon_kit.machines import Slot, slots_here, slots_of_ranks
 from falcon_kit.placement import CacheKind
 from falcon_kit.planning import NotEnoughMemory, Plan, dtype_name, plan
 from falcon_kit.quantization import (
@@ -95,7 +96,7 @@ def load(
     settings that do not go together, and NotEnoughMemory before any weights are fetched or read.
     """
     wanted = None if dtype == "auto" else dtype_name(dtype)
-    _check_settings(wanted, device_map, attention, offload)
+    _check_settings(wanted, device_map, max_memory, attention, offload)
     compiling = _compile_options(compile)
     parallel.check_request(
         tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload
@@ -103,7 +104,7 @@ def load(
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = Path(offload_folder).expanduser()
-    slots = slots_here(max_memory, offload, folder)
+    slots = _slots(tensor_parallel, max_memory, offload, folder)
     plans: list[Plan] = []
 
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
@@ -113,6 +114,8 @@ def load(
         plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache, tensor_parallel=ranks))
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
+        if compiling:
+            _check_compilable(kept, _place(device_map, plans[0]))
 
     found = locate(str(name), hub, decide)
     directory, shape = found.directory, found.spec
@@ -130,19 +133,25 @@ def load(
         facts = tokenizer, shape, plans[0], chosen_format, reason
         return cast(Falcon, parallel.launch(found.name, told, _are_large(files), *facts))
     place = None if tensor_parallel else _place(device_map, plans[0])
+    limits = {"max_memory": dict(max_memory)} if max_memory and place == "auto" else {}  # forced: not the plan's map
     with _nothing_left_on_failure(directory), parallel.placement(tensor_parallel) as extra:
-        model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra)
+        model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra | limits)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
-    decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
-    if compiling:
-        _warm_up(model, decoding)
+    decoding = _compile(model, kept, compiling, compile is True) if compiling else {}
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
-def _check_settings(dtype: str | None, device_map: Any, attention: str, offload: str | None) -> None:
+def _slots(ranks: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Slot, ...]:
+    """The devices to plan for; a rank asks for its own GPU alone."""
+    if ranks and not parallel.needs_launch(ranks) and torch.cuda.is_available():
+        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), ranks)
+    return slots_here(max_memory, offload, folder)
+
+
+def _check_settings(dtype: str | None, device_map: Any, max_memory: Any, attention: str, offload: str | None) -> None:
     """Raises ValueError for words that are not known, and for settings that do not go together."""
     if attention not in ATTENTIONS:
         raise ValueError(
@@ -161,6 +170,8 @@ def _check_settings(dtype: str | None, device_map: Any, attention: str, offload:
         )
     if offload and device_map not in (None, "auto"):
         raise ValueError(f"offload={offload!r} places the layers itself: leave device_map={device_map!r} out")
+    if max_memory is not None and device_map not in (None, "auto"):
+        raise ValueError(f"max_memory is what the plan's own map goes by: leave it or device_map={device_map!r} out")
     if isinstance(device_map, str):
         _check_device(device_map)
 
@@ -353,6 +364,29 @@ def _compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
     if not (torch.cuda.is_available() or options._compile_all_devices):
         raise ValueError(f"compile={compile!r} is for GPUs, and torch finds none here: leave it out")
     return options
+
+
+def _check_compilable(dtype: str, place: Any) -> None:
+    """Raises ValueError where transformers would leave the compilation out, with no more than a warning."""
+    places = {str(each) for each in _values(place)}
+    if dtype in QUANTISED:
+        raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            "compile with layers kept on disk or in host memory, which are not compiled: leave compile out, or have "
+            "all layers on GPUs"
+        )
+
+
+def _compile(model: FalconForCausalLM, dtype: str, options: CompileConfig, default: bool) -> dict[str, Any]:
+    """The arguments of `generate` that decode compiled, once it is. `default`: whether the options are the kit's."""
+    places = getattr(model, "hf_device_map", {})
+    _check_compilable(dtype, places)
+    if default and len(set(places.values())) > 1:
+        options = CompileConfig(fullgraph=False)  # accelerate's hooks, which move on between devices, break the graph
+    decoding = {"cache_implementation": "static", "compile_config": options}
+    _warm_up(model, decoding)
+    return decoding
 
 
 def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
