@@ -49,6 +49,15 @@ from falcon_kit.quantization import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
+_INSTEAD = {
+    "torch_dtype": "give dtype",
+    "load_in_4bit": "give dtype='nf4'",
+    "load_in_8bit": "give dtype='int8'",
+    "quantization_config": "give dtype='int8', 'nf4' or 'nf4-double'",
+    "device": "give device_map, which takes a device too",
+    "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
+}
+"""What stands for arguments of `from_pretrained` that `load` has not."""
 _SMALL = 2**30  # bytes of weights up to which a progress bar would only flash by
 
 
@@ -69,6 +78,7 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     tensor_parallel: int | None = None,
+    **others: Any,
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
@@ -95,6 +105,8 @@ def load(
     FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard, missing weights or
     settings that do not go together, and NotEnoughMemory before any weights are fetched or read.
     """
+    for other in others:
+        raise TypeError(f"load has no {other!r}: {_INSTEAD.get(other, 'its arguments are in its documentation')}")
     wanted = None if dtype == "auto" else dtype_name(dtype)
     _check_settings(wanted, device_map, max_memory, attention, offload)
     compiling = _compile_options(compile)

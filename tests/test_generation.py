@@ -109,6 +109,22 @@ def test_a_seed_leaves_the_global_random_state_as_it_was(instruct):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_seed_is_for_no_other_device(instruct, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("every device was seeded"))
+    assert instruct.generate(QUESTION, **SAMPLED).tokens
+
+
+def test_a_stream_runs_on_the_gpu_that_its_caller_has_chosen(instruct, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: threading.current_thread().name != "falcon-stream")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    list(instruct.stream(QUESTION, max_new_tokens=2))
+    assert chosen == [("falcon-stream", 3)]
+
+
 def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(instruct):
     answer = instruct.generate(QUESTION, **SAMPLED)
     prompt = instruct.tokenizer(QUESTION)["input_ids"]

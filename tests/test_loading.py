@@ -239,6 +239,21 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(setti
         fk.load("no/such/model", **settings)
 
 
+@pytest.mark.parametrize(
+    ("other", "instead"),
+    [
+        ("torch_dtype", "give dtype"),
+        ("load_in_4bit", "give dtype='nf4'"),
+        ("device", "give device_map"),
+        ("trust_remote_code", "no code of a checkpoint is ever run"),
+        ("colour", "its arguments are in its documentation"),
+    ],
+)
+def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
+    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
+        fk.load("falconet", **{other: "x"})
+
+
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
     with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
         fk.load(checkpoint, max_memory={"cpu": "1MiB"})
