@@ -368,6 +368,11 @@ def test_a_falcon_in_several_processes_knows_the_dtype_and_bytes_of_its_weights(
     )
 
 
+def test_the_weights_of_a_falcon_in_several_processes_say_where_their_bytes_are_told(together):
+    with pytest.raises(AttributeError, match="see weight_bytes, and ranks for each"):
+        together.weights  # noqa: B018
+
+
 def test_a_token_id_that_no_rank_has_is_refused(together):
     with pytest.raises(ValueError, match="99999 is no token id of this model: they go from 0 to 2047"):
         together.generate([99999, 1])

@@ -84,6 +84,13 @@ class ParallelFalcon:
             f"under torchrun --nproc-per-node {len(self.ranks)}, where fk.load gives each rank its part"
         )
 
+    @property
+    def weights(self) -> Any:
+        """Not here either. Raises AttributeError, which says what is."""
+        raise AttributeError(
+            "a model in several processes has no table of weights: see weight_bytes, and ranks for each"
+        )
+
     def __iter__(self) -> Iterator[Any]:
         """As `Falcon` unpacks: says that the model is not here."""
         return iter((self.model, self.tokenizer))
