@@ -63,18 +63,22 @@ def catalogue() -> Catalogue:
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
     """One Falcon: by catalogue name (any case, with or without "tiiuae/"), directory, path of a config.json, or hub id.
 
-    An adapter's directory stands for its base with the adapter in it. Of another hub id than tiiuae's, the config.json
+    An adapter's directory stands for its base with the adapter in it. Of another hub id, the config.json
     is fetched and nothing else. Raises LookupError for a string that
     is none of these, ConnectionError where the hub cannot be reached, FileNotFoundError for a directory without a
     config.json, and ValueError for a config that is broken or not a Falcon's.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(
+            f"a {type(name).__name__} is no name, directory or hub id; a loaded Falcon has its spec: falcon.spec"
+        )
     path = Path(name).expanduser()
     if isinstance(name, str):
         known = {each.name.lower(): each for each in catalogue()}
         if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
             return found
-        if not path.exists() and re.fullmatch(r"(?!tiiuae/)[\w-][\w.-]*/[\w.-]+", name):
-            return FalconSpec.from_config(_read_json(fetch_config(name)), name, source=f"https://huggingface.co/{name}")
+        if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            return _of_the_hub(name, list(known))
         if not path.exists():
             names = [each.name for each in known.values()]
             raise LookupError(f"{unknown_name('model', name, names)} Or give a directory or config.json that exists.")
@@ -82,6 +86,17 @@ def spec(name: str | os.PathLike[str]) -> FalconSpec:
         return adapted(spec(base), path)
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
+
+
+def _of_the_hub(name: str, known: list[str]) -> FalconSpec:
+    """The spec of a hub id. A name of tiiuae's that cannot be had may well be a slip: the nearest are named."""
+    try:
+        file = fetch_config(name)
+    except (ConnectionError, LookupError) as error:
+        if not name.startswith("tiiuae/"):
+            raise
+        raise LookupError(f"{unknown_name('model', name, known)} ({error})") from error
+    return FalconSpec.from_config(_read_json(file), name, source=f"https://huggingface.co/{name}")
 
 
 def adapter_base(directory: Path) -> str | None:

@@ -155,6 +155,11 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     Raises ValueError, naming the message by its number from 1, for: no message, a role other than system, user and
     assistant, a system message that is not first, speakers that do not alternate from the user on, or blank content.
     """
+    if isinstance(messages, str | Mapping):
+        raise ValueError(
+            'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; '
+            f"got a {type(messages).__name__}."
+        )
     if not messages:
         raise ValueError('A conversation needs at least one message, such as [{"role": "user", "content": "Hello"}].')
     checked = [_check_message(number, message) for number, message in enumerate(messages, 1)]
@@ -203,8 +208,7 @@ def render(
     checked = check_messages(messages)
     if add_generation_prompt and checked[-1]["role"] == "assistant":
         raise ValueError(
-            "The last message is the assistant's, so there is nothing to answer: "
-            "add the user's next message, or pass add_generation_prompt=False."
+            "The last message is the assistant's, so there is nothing to answer: add the user's next message."
         )
     return _render(checked, format, add_generation_prompt=add_generation_prompt, eos_token=eos_token)[0]
 

@@ -70,6 +70,8 @@ def locate(name: str, hub: dict[str, Any], decide: Decide = lambda *_: None) -> 
         shape, config = known[short] if embedded else spec(directory), _config(directory)
         decide(shape, config)
         return Checkpoint(directory, shape, config, shape)
+    if Path(name).expanduser().is_file():
+        raise ValueError(f"{name} is a file: give the folder that holds it, with its config.json and tokenizer")
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
     if not short:

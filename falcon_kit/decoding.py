@@ -8,7 +8,7 @@ Shapes: B rows (prompts times sequences), T tokens, V vocabulary.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,47 +53,74 @@ class Piece:
     """The likeliest tokens of this step, the likeliest first, as many as `Sampling.alternatives` asks for."""
 
 
+class Text:
+    """Characters as they come: cut at a stop string, and handed on once they are certain to be part of the text.
+
+    `strip` drops white space before the first word, but only from what is shown: a stop string may begin with it.
+    """
+
+    def __init__(self, stop: tuple[str, ...], strip: bool) -> None:
+        self.raw, self.stopped = "", False
+        self._stop, self._strip, self._shown = stop, strip, 0
+
+    def add(self, characters: str) -> None:
+        """Takes what came, up to a stop string."""
+        self.raw, self.stopped = cut(self.raw + characters, self._stop)
+
+    def show(self, ended: bool) -> str:
+        """What was not shown yet; until the text has ended, less an end that may become a stop string."""
+        certain = self._visible(self.raw[: len(self.raw) - (0 if ended else overlap(self.raw, self._stop))])
+        shown, self._shown = self._shown, max(self._shown, len(certain))
+        return certain[shown:]
+
+    def _visible(self, raw: str) -> str:
+        return raw.lstrip() if self._strip else raw
+
+    def __str__(self) -> str:
+        return self._visible(self.raw)
+
+
 class Row:
     """One text as it grows: tokens in, characters out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], limit: int, strip: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: tuple[str, ...],
+        limit: int,
+        strip: bool,
+        ends: Collection[int] | None = None,
+    ) -> None:
+        """`ends`: the tokens that end the text, unset the tokenizer's end token."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
-        self.text = ""
         self.finish_reason: FinishReason | None = None
-        self._tokenizer, self._stop, self._limit, self._strip = tokenizer, stop, limit, strip
+        self._tokenizer, self._limit, self._text = tokenizer, limit, Text(stop, strip)
+        self._ends = (tokenizer.eos_token_id,) if ends is None else ends
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._shown = 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return str(self._text)
 
     def push(self, token: int, logprob: float) -> str:
         """Takes one token and returns the characters that are now certain to be part of the text."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.text += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
-        self.text = self.text.lstrip() if self._strip else self.text
-        self.text, stopped = cut(self.text, self._stop)
-        if stopped:
+        self._text.add(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+        if self._text.stopped:
             self.finish_reason = "stop"
-        elif token == self._tokenizer.eos_token_id or len(self.tokens) == self._limit:
-            self.finish_reason = "eos" if token == self._tokenizer.eos_token_id else "length"
-            self.text = self._complete()
-        return self._show()
+        elif token in self._ends or len(self.tokens) == self._limit:
+            self.finish_reason = "eos" if token in self._ends else "length"
+            # A last, incomplete character shows as U+FFFD, as transformers decodes it.
+            self._text.raw = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        return self._text.show(self.finish_reason is not None)
 
     def alternative(self, token: int, logprob: float) -> Alternative:
         """A token that may stand at this place, with its text."""
         return Alternative(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False), token, logprob)
-
-    def _complete(self) -> str:
-        """The text with a last, incomplete character shown as U+FFFD, as transformers decodes it."""
-        text = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
-        return text.lstrip() if self._strip else text
-
-    def _show(self) -> str:
-        """What was not shown yet, less an end that may become a stop string."""
-        held = 0 if self.finish_reason else overlap(self.text, self._stop)
-        shown, self._shown = self._shown, max(self._shown, len(self.text) - held)
-        return self.text[shown : self._shown]
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
@@ -122,13 +149,12 @@ class RandomState:
     _lent = threading.Lock()
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
+        self._device = device
         self._own: list[torch.Tensor] | None = None
         self._global: list[torch.Tensor] | None = None
-        if seed is not None:
-            with self._lent, torch.random.fork_rng(devices=[self._cuda] if self._cuda else []):
-                torch.manual_seed(seed)
-                self._own = self._read()
+        if seed is not None:  # generators of its own: torch.manual_seed would seed every device there is
+            places = [torch.device("cpu"), *([] if device.type == "cpu" else [device])]
+            self._own = [torch.Generator(place).manual_seed(seed).get_state() for place in places]
 
     def borrow(self) -> None:
         """Takes the global state, and puts the text's own in its place."""
@@ -148,36 +174,46 @@ class RandomState:
         self._lent.release()
 
     def _read(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._cuda)] if self._cuda else [])]
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        elif self._device.type == "mps":
+            states.append(torch.mps.get_rng_state())
+        return states
 
     def _write(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
-        if self._cuda:
-            torch.cuda.set_rng_state(states[1], self._cuda)
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self._device)
+        elif self._device.type == "mps":
+            torch.mps.set_rng_state(states[1])
 
 
 class SharedEvent(threading.Event):
     """Set once it is set on any rank of a tensor-parallel model: they ask together, and stop at the same token."""
 
-    def __init__(self, ranks: DeviceMesh) -> None:
+    def __init__(self, ranks: DeviceMesh, device: torch.device) -> None:
         super().__init__()
-        self._ranks = ranks
+        self._ranks, self._device = ranks, device
 
     def is_set(self) -> bool:
         """Whether any rank has set it; every rank has to ask."""
-        return anywhere(super().is_set(), self._ranks)
+        return anywhere(super().is_set(), self._ranks, self._device)
 
 
-def anywhere(flag: bool, ranks: DeviceMesh) -> bool:
-    """Whether the flag is up on any rank; every rank has to ask."""
-    said = torch.tensor(int(flag), device=ranks.device_type)
+def anywhere(flag: bool, ranks: DeviceMesh, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; every rank has to ask. `device` is this rank's own.
+
+    The current one would be the first GPU on all ranks, in a thread that nobody told otherwise.
+    """
+    said = torch.tensor(int(flag), device=device)
     dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.get_group())
     return bool(said)
 
 
-def shared_seed(ranks: DeviceMesh) -> int:
+def shared_seed(ranks: DeviceMesh, device: torch.device) -> int:
     """A seed from the first rank's random state, the same on all ranks: they have to draw the same tokens."""
-    seed = torch.randint(2**62, (1,)).to(ranks.device_type)
+    seed = torch.randint(2**62, (1,)).to(device)
     dist.broadcast(seed, group=ranks.get_group(), group_src=0)
     return int(seed)
 

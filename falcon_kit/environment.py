@@ -52,7 +52,7 @@ class Device:
     total_bytes: int
     """Memory of the device; for mps, what the system recommends as the most to use."""
     free_bytes: int
-    """Memory that nobody uses now."""
+    """Memory that nobody uses now, what torch keeps in store for this process included."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,14 +194,18 @@ def _started_by(environ: Mapping[str, str], *programs: str) -> bool:
     return any(Path(part).name.removesuffix(".exe") in programs for part in command)
 
 
-def find_devices(torch: Any = None) -> tuple[Device, ...]:
-    """The accelerators that torch can use, none without torch; `torch` is the module, imported if not given."""
+def find_devices(torch: Any = None, only: int | None = None) -> tuple[Device, ...]:
+    """The accelerators that torch can use, none without torch; `torch` is the module, imported if not given.
+
+    only: the number of one GPU, for who does not want a CUDA context on the others.
+    """
     if torch is None:
         if importlib.util.find_spec("torch") is None:
             return ()
         import torch
     if torch.cuda.is_available():
-        return tuple(_cuda_device(torch, index) for index in range(torch.cuda.device_count()))
+        indices = range(torch.cuda.device_count()) if only is None else (only,)
+        return tuple(_cuda_device(torch, index) for index in indices)
     if torch.backends.mps.is_available():
         total = torch.mps.recommended_max_memory()
         return (Device("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
@@ -210,7 +214,8 @@ def find_devices(torch: Any = None) -> tuple[Device, ...]:
 
 def _cuda_device(torch: Any, index: int) -> Device:
     free, total = torch.cuda.mem_get_info(index)
-    return Device(torch.cuda.get_device_name(index), "cuda", index, total, free)
+    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return Device(torch.cuda.get_device_name(index), "cuda", index, total, free + cached)
 
 
 def _device_text(device: Device) -> str:

@@ -52,6 +52,8 @@ def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch
     Raises ValueError for a layout that llama.cpp cannot compute, quantised or offloaded weights, or an unknown dtype,
     FileNotFoundError for a missing directory, and OSError where the disk has no room, all before anything is written.
     """
+    if not isinstance(falcon, Falcon):
+        raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load gives it, not a {type(falcon).__name__}")
     return write_gguf(falcon.model, falcon.spec, Path(path), dtype, falcon.tokenizer)
 
 
@@ -100,6 +102,8 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
         )
     if getattr(model, "quantization_method", None) or any(not each.is_floating_point() for each in model.parameters()):
         raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q8_0'")
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("adapters are on the model: fk.merge(adapter, base) gives one with them in its weights")
     if any(each.is_meta for each in model.parameters()):
         raise ValueError("some weights are offloaded: load the model with device_map='cpu', and export that")
 

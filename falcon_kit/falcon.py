@@ -71,6 +71,7 @@ class Falcon:
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings and the model's own way of decoding, unless they ask for another."""
+        settings = generation.spelled_out(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generation.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
 

@@ -46,8 +46,8 @@ class Stats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second."""
-        return self.prompt_tokens / self.first_token_seconds
+        """Prompt tokens read per second; nan where no token came."""
+        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds > 0 else float("nan")
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -148,20 +148,24 @@ class Stream(Iterator[Piece]):
     """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
 
     def __init__(self, run: Writing) -> None:
+        self._run, self._reading = run, threading.RLock()
         self._finished: list[Generation] = []
         self._pieces = _pieces(run, self._finished)
         # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
         weakref.finalize(self, self._pieces.close)
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        with self._reading:
+            return next(self._pieces)
 
     def __repr__(self) -> str:
         return f"Stream({'ended' if self._finished else 'iterate over it'})"
 
     def close(self) -> None:
-        """Stops the model and waits until it has stopped."""
-        self._pieces.close()
+        """Stops the model and waits until it has stopped; from any thread, also while another waits for a piece."""
+        self._run.cancelled.set()  # so that whoever reads now does not wait for longer than a token
+        with self._reading:
+            self._pieces.close()
 
     @property
     def generation(self) -> Generation:
@@ -180,8 +184,12 @@ def _pieces(run: Writing, finished: list[Generation]) -> Any:
         arrived.put(piece)
         ahead.acquire()
 
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def work() -> None:
         try:
+            if device is not None:  # the current one is a matter of each thread
+                torch.cuda.set_device(device)
             finished.extend(run(emit))
             arrived.put(None)
         except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
@@ -212,29 +220,34 @@ class _Run:
         settings: dict[str, Any],
         strip: bool,
     ) -> None:
-        own = {field.name for field in fields(Sampling)}
+        own, settings = {field.name for field in fields(Sampling)}, spelled_out(settings)
         self.sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
         self.options = {name: value for name, value in settings.items() if name not in own}
         _check_names(self.options, own, model)
-        self.beams = self.options.get("num_beams", 1) > 1
-        # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
-        self.whole = self.beams or any(self.options.get(name) for name in ASSISTED)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
+        self.beams = (self._effective("num_beams") or 1) > 1
+        # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
+        self.whole = self.beams or any(self._effective(name) for name in ASSISTED)
         ranks = getattr(getattr(model, "transformer", None), "ranks", None)
-        self.cancelled = threading.Event() if ranks is None else SharedEvent(ranks)
+        self.cancelled = threading.Event() if ranks is None else SharedEvent(ranks, model.device)
         copies = self.sampling.num_return_sequences
         require(
             copies == 1 or self.sampling.samples or self.beams,
             f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
         )
         prompts = _encode(tokenizer, prompt)
+        _check_tokens(prompts, model.config.vocab_size)
         self.new_tokens = _room(prompts, model.config.max_position_embeddings, self.sampling)
         longest = model.config.max_position_embeddings - self.new_tokens
         self.prompts = [ids[-longest:] for ids in prompts]
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
         self.many = not single or copies > 1
         if ranks is not None and self.sampling.samples and self.sampling.seed is None:
-            self.sampling = replace(self.sampling, seed=shared_seed(ranks))
+            self.sampling = replace(self.sampling, seed=shared_seed(ranks, model.device))
+
+    def _effective(self, name: str) -> Any:
+        """What an argument of transformers' `generate` comes to: as given, else as the checkpoint has it."""
+        return self.options.get(name, getattr(self.model.generation_config, name, None))
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates; `emit` gets each piece of a single row as it comes."""
@@ -272,7 +285,9 @@ class _Run:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def _row(self) -> "Row":
-        return Row(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip)
+        ends = self.options.get("eos_token_id", self.tokenizer.eos_token_id)
+        ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+        return Row(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip, ends)
 
     def _inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Token ids and mask, both (B, T), padded on the left so that every row ends where the new text begins."""
@@ -307,6 +322,18 @@ class _Run:
         ]
 
 
+def spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with what a `generation_config` among them says given by name; what already is by name wins."""
+    settings = dict(settings)
+    config = settings.pop("generation_config", None)
+    if config is None:
+        return settings
+    said = {name: value for name in vars(GenerationConfig()) if (value := getattr(config, name, None)) is not None}
+    if settings.get("max_new_tokens") or settings.get("max_length"):
+        said = {name: value for name, value in said.items() if name not in ("max_new_tokens", "max_length")}
+    return said | settings
+
+
 def _check_names(options: dict[str, Any], own: set[str], model: FalconForCausalLM) -> None:
     """Refuses an argument that neither the kit nor transformers knows, and names the nearest."""
     known = own | set(vars(GenerationConfig())) | set(signature(type(model).generate).parameters)
@@ -321,29 +348,49 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[int
     kinds = "a prompt is a text, a list of texts, or one list of token ids"
     require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(bool(prompts) and "" not in prompts, "the prompt is empty: give the model something to continue")
+    require(bool(prompts), "the prompt is empty: give the model something to continue")
     if all(isinstance(each, int) for each in prompts):
         return [prompts]
     others = [type(each).__name__ for each in prompts if not isinstance(each, str)]
     require(not others, f"{kinds}; got a list with {', '.join(others[:3])}")
+    for number, text in enumerate(prompts, 1):
+        which = _which(number, prompts)
+        require(text != "", f"{which} is empty: give the model something to continue")
+        require(
+            not any("\ud800" <= character <= "\udfff" for character in text),
+            f"{which} has a lone surrogate, which is no text and has no UTF-8: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
+        )
     # verbose: transformers would warn of a prompt over the context, which `_room` refuses in clearer words
     return [list(tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
+
+
+def _which(number: int, prompts: Sequence[Any]) -> str:
+    """A prompt by its number from 1, where there are several."""
+    return "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+
+
+def _check_tokens(prompts: list[list[int]], vocabulary: int) -> None:
+    """Raises ValueError for a token id that the model has no row for."""
+    if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocabulary]:
+        raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocabulary - 1}")
 
 
 def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
     """How many tokens may be generated so that neither the request nor the context is exceeded."""
     longest = max(map(len, prompts))
+    which = _which(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
     if sampling.max_length is not None:
         require(
             longest < sampling.max_length,
-            f"max_length={sampling.max_length} leaves no room: the prompt has {longest} tokens",
+            f"max_length={sampling.max_length} leaves no room: {which} has {longest} tokens",
         )
     wanted = sampling.max_length - longest if sampling.max_length else sampling.max_new_tokens or DEFAULT_NEW_TOKENS
     if sampling.truncate == "left":
-        return min(wanted, context - 1)
+        return min(wanted, max(context - longest, context // 2))  # of a long prompt, half the context stays at least
     require(
         longest < context,
-        f"the prompt has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
+        f"{which} has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
         f'shorten it, or give truncate="left" to drop its beginning',
     )
     return min(wanted, context - longest)

@@ -45,3 +45,5 @@ def hub_errors(repository: str) -> Iterator[None]:
             f"the hub has no {repository} (or not that revision): check the spelling; fk.catalogue() lists the Falcons "
             "known by name"
         ) from error
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"the hub does not give {repository} away just now, try again later: {error}") from error

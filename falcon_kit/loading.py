@@ -4,6 +4,7 @@ Remote code is never run, and pickled weights only load as bare tensors.
 """
 
 import gc
+import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
@@ -29,12 +30,12 @@ from falcon_kit import modeling, parallel
 from falcon_kit.adapters import mark, read_with, record
 from falcon_kit.budget import QUANTISED
 from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
-from falcon_kit.chat import FALCON, HUB, ChatFormat, chat_format
+from falcon_kit.chat import FALCON, FORMATS, HUB, ChatFormat, chat_format
 from falcon_kit.checkpoints import Checkpoint, check_weights, locate
 from falcon_kit.environment import host_memory
 from falcon_kit.falcon import Falcon
 from falcon_kit.kernels import faster_without_onednn
-from falcon_kit.machines import slots_here
+from falcon_kit.machines import Slot, slots_here, slots_of_ranks
 from falcon_kit.placement import CacheKind
 from falcon_kit.planning import NotEnoughMemory, Plan, dtype_name, plan
 from falcon_kit.quantization import (
@@ -48,6 +49,15 @@ from falcon_kit.quantization import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
+_INSTEAD = {
+    "torch_dtype": "give dtype",
+    "load_in_4bit": "give dtype='nf4'",
+    "load_in_8bit": "give dtype='int8'",
+    "quantization_config": "give dtype='int8', 'nf4' or 'nf4-double'",
+    "device": "give device_map, which takes a device too",
+    "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
+}
+"""What stands for arguments of `from_pretrained` that `load` has not."""
 _SMALL = 2**30  # bytes of weights up to which a progress bar would only flash by
 
 
@@ -68,6 +78,7 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     tensor_parallel: int | None = None,
+    **others: Any,
 ) -> Falcon:
     """Loads a Falcon: "falconet", "falconet-instruct", a name of `fk.catalogue()`, a hub id, or a directory.
 
@@ -94,8 +105,10 @@ def load(
     FileNotFoundError for a missing file, ValueError for another architecture, a cut-off shard, missing weights or
     settings that do not go together, and NotEnoughMemory before any weights are fetched or read.
     """
+    for other in others:
+        raise TypeError(f"load has no {other!r}: {_INSTEAD.get(other, 'its arguments are in its documentation')}")
     wanted = None if dtype == "auto" else dtype_name(dtype)
-    _check_settings(wanted, device_map, attention, offload)
+    _check_settings(wanted, device_map, max_memory, attention, offload)
     compiling = _compile_options(compile)
     parallel.check_request(
         tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload
@@ -103,7 +116,7 @@ def load(
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = Path(offload_folder).expanduser()
-    slots = slots_here(max_memory, offload, folder)
+    slots = _slots(tensor_parallel, max_memory, offload, folder)
     plans: list[Plan] = []
 
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
@@ -113,6 +126,8 @@ def load(
         plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache, tensor_parallel=ranks))
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
+        if compiling:
+            _check_compilable(kept, _place(device_map, plans[0]))
 
     found = locate(str(name), hub, decide)
     directory, shape = found.directory, found.spec
@@ -130,19 +145,25 @@ def load(
         facts = tokenizer, shape, plans[0], chosen_format, reason
         return cast(Falcon, parallel.launch(found.name, told, _are_large(files), *facts))
     place = None if tensor_parallel else _place(device_map, plans[0])
+    limits = {"max_memory": dict(max_memory)} if max_memory and place == "auto" else {}  # forced: not the plan's map
     with _nothing_left_on_failure(directory), parallel.placement(tensor_parallel) as extra:
-        model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra)
+        model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra | limits)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
-    decoding = {"cache_implementation": "static", "compile_config": compiling} if compiling else {}
-    if compiling:
-        _warm_up(model, decoding)
+    decoding = _compile(model, kept, compiling, compile is True) if compiling else {}
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
-def _check_settings(dtype: str | None, device_map: Any, attention: str, offload: str | None) -> None:
+def _slots(ranks: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Slot, ...]:
+    """The devices to plan for; a rank asks for its own GPU alone."""
+    if ranks and not parallel.needs_launch(ranks) and torch.cuda.is_available():
+        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), ranks)
+    return slots_here(max_memory, offload, folder)
+
+
+def _check_settings(dtype: str | None, device_map: Any, max_memory: Any, attention: str, offload: str | None) -> None:
     """Raises ValueError for words that are not known, and for settings that do not go together."""
     if attention not in ATTENTIONS:
         raise ValueError(
@@ -161,6 +182,8 @@ def _check_settings(dtype: str | None, device_map: Any, attention: str, offload:
         )
     if offload and device_map not in (None, "auto"):
         raise ValueError(f"offload={offload!r} places the layers itself: leave device_map={device_map!r} out")
+    if max_memory is not None and device_map not in (None, "auto"):
+        raise ValueError(f"max_memory is what the plan's own map goes by: leave it or device_map={device_map!r} out")
     if isinstance(device_map, str):
         _check_device(device_map)
 
@@ -355,6 +378,29 @@ def _compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
     return options
 
 
+def _check_compilable(dtype: str, place: Any) -> None:
+    """Raises ValueError where transformers would leave the compilation out, with no more than a warning."""
+    places = {str(each) for each in _values(place)}
+    if dtype in QUANTISED:
+        raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            "compile with layers kept on disk or in host memory, which are not compiled: leave compile out, or have "
+            "all layers on GPUs"
+        )
+
+
+def _compile(model: FalconForCausalLM, dtype: str, options: CompileConfig, default: bool) -> dict[str, Any]:
+    """The arguments of `generate` that decode compiled, once it is. `default`: whether the options are the kit's."""
+    places = getattr(model, "hf_device_map", {})
+    _check_compilable(dtype, places)
+    if default and len(set(places.values())) > 1:
+        options = CompileConfig(fullgraph=False)  # accelerate's hooks, which move on between devices, break the graph
+    decoding = {"cache_implementation": "static", "compile_config": options}
+    _warm_up(model, decoding)
+    return decoding
+
+
 def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
     """Lets decoding compile: prefill, compilation, recording of the CUDA graph, one replay.
 
@@ -374,10 +420,12 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
 
 
 def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The format an adapter was trained in, or whose template the tokenizer brings; else the published models'."""
+    """The format an adapter was trained in, or whose speakers the tokenizer's template names; else the base model's."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):
             return chat_format(trained)
-    if tokenizer.chat_template == FALCON.template or not found.base.published:
-        return FALCON
-    return FALCON if found.base.name.startswith("falcon-180B") else HUB
+    template = str(tokenizer.chat_template)
+    for each in FORMATS:
+        if each.user_prefix in template and each.assistant_prefix in template:
+            return each
+    return HUB if found.base.published and not found.base.name.startswith("falcon-180B") else FALCON

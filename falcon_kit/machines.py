@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from falcon_kit.catalogue import unknown_name
-from falcon_kit.environment import environment, free_disk
+from falcon_kit.environment import environment, find_devices, free_disk
 
 MIB = 2**20
 GPUS = {
@@ -75,9 +75,13 @@ def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
         found = tuple(Slot(each.name, each.index, each.free_bytes) for each in here.devices if each.kind == "cuda")
         return found or (Slot("cpu", "cpu", here.available_bytes),)
     if not isinstance(devices, str):
-        if not devices:
-            raise ValueError("devices is empty: leave it out for this machine, or give '4x40GiB' or a list of Slot")
-        return tuple(devices)
+        given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
+        own = tuple(each for each in given if isinstance(each, Slot))
+        if not own or len(own) < len(given):
+            raise ValueError(
+                f"devices={devices!r} names none: leave it out for this machine, or give '4x40GiB' or a list of Slot"
+            )
+        return own
     word = devices.strip().lower()
     for name, (count, gpu) in MACHINES.items():
         if word in (name, name.removeprefix("ml.")):
@@ -89,6 +93,15 @@ def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
         if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
             return _alike(int(count_word or 1), gpu, GPUS[gpu] * MIB)
     raise ValueError(f"{unknown_name('devices', devices, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'.")
+
+
+def slots_of_ranks(own: int, ranks: int) -> tuple[Slot, ...]:
+    """GPUs of `ranks` processes as one of them takes them to be: like its own, the only one whose memory it asks for.
+
+    To ask the driver opens a context, and one of each process on each GPU would take gigabytes.
+    """
+    (found,) = find_devices(only=own)
+    return tuple(Slot(found.name, index, found.free_bytes) for index in range(ranks))
 
 
 def slots_here(
@@ -112,8 +125,13 @@ def slots_here(
     if max_memory is None:
         return tuple(slots)
     keys = [slot.key for slot in slots]
+    here = f"here are {', '.join(map(repr, keys))}"
+    if not isinstance(max_memory, Mapping):
+        raise ValueError(f"max_memory={max_memory!r} names no device: give {{{keys[0]!r}: '20GiB'}}; {here}")
     if unknown := [key for key in max_memory if key not in keys]:
-        raise ValueError(f"max_memory names {unknown[0]!r}, but here are {', '.join(map(repr, keys))}")
+        raise ValueError(f"max_memory names {unknown[0]!r}, but {here}")
+    if not any(slot.key in max_memory for slot in slots if not slot.stores):
+        raise ValueError(f"max_memory={dict(max_memory)!r} names no device that computes; {here}")
     return tuple(
         replace(slot, free_bytes=min(slot.free_bytes, _limit(max_memory[slot.key])))
         for slot in slots
@@ -131,7 +149,7 @@ def _limit(size: int | str) -> int:
 
 def _bytes(words: str) -> int | None:
     """Bytes that words such as "40gib" or "1.5 gb" stand for; None if they are no size."""
-    size = re.fullmatch(r"([\d.]+)\s*([kmgt]i?b)", words)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?b)", words)
     return int(float(size[1]) * _UNITS[size[2]]) if size else None
 
 

@@ -145,7 +145,8 @@ def spread(request: Request, slots: Sequence[Slot]) -> list[int]:
     for away in range(layers + 1) if stores else (0,):
         counts = _balance(request, computing, away)
         places = [min(slot.free_bytes // weights, layers) for slot in stores]
-        if sum(counts) == layers - away and sum(places) >= away:
+        roomy = _room(request, computing, away)[0] >= 0  # the first device holds the embedding, layers or not
+        if roomy and sum(counts) == layers - away and sum(places) >= away:
             return counts + [min(place, max(0, away - sum(places[:at]))) for at, place in enumerate(places)]
     return [0] * len(slots)
 
@@ -176,7 +177,7 @@ def _balance(request: Request, slots: Sequence[Slot], away: int = 0) -> list[int
 
 def crowd(request: Request, slots: Sequence[Slot]) -> list[int]:
     """Layers by memory, whether they fit or not: how a plan that does not fit is shown."""
-    total, wanted = sum(slot.free_bytes for slot in slots), request.spec.layers
+    total, wanted = max(1, sum(slot.free_bytes for slot in slots)), request.spec.layers
     counts = [wanted * slot.free_bytes // total for slot in slots]
     counts[-1] += wanted - sum(counts)
     return counts

@@ -145,7 +145,7 @@ def plan(
     kept = dtype_name(dtype)
     if purpose == "qlora" and kept not in budget.QUANTISED:
         kept = "nf4-double"
-    _check(shape, context, batch, purpose, cache)
+    _check(shape, context, batch, purpose, cache, rank)
     slots = find_slots(devices)
     request = Request(shape, kept, context, batch, purpose, cache, rank, tensor_parallel)
     if tensor_parallel != 1:
@@ -176,7 +176,7 @@ def dtype_name(dtype: Any) -> str:
     return word
 
 
-def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str) -> None:
+def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str, rank: int) -> None:
     for name, given, known in (("purpose", purpose, get_args(Purpose)), ("cache", cache, get_args(CacheKind))):
         if given not in known:
             raise ValueError(unknown_name(name, str(given), known))
@@ -184,6 +184,8 @@ def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str
         raise ValueError(f"context={context} is not within 1 and {shape.context}, the context of {shape.name}")
     if batch < 1:
         raise ValueError(f"batch={batch}: give at least one row")
+    if rank < 1:
+        raise ValueError(f"rank={rank}: LoRA takes at least 1")
 
 
 def _plan_ranks(request: Request, slots: tuple[Slot, ...]) -> Plan:

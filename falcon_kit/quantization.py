@@ -102,7 +102,9 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
         yield own(parameter)
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
-        beside = (getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None))
+        moved = getattr(module, "state", None)  # where the first forward pass moves int8's scales
+        scales = (getattr(parameter, "SCB", None), getattr(moved, "SCB", None))
+        beside = (*scales, getattr(state, "absmax", None), getattr(nested, "absmax", None))
         yield from (each for each in beside if each is not None)
 
 

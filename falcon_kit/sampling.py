@@ -28,7 +28,8 @@ class Sampling:
     seed: int | None = None
     """Same seed, same text, on the same machine and batch. The global random state is left as it was."""
     truncate: Literal["left"] | None = None
-    """"left" drops the oldest tokens of a prompt that is too long; unset refuses it."""
+    """"left" drops the oldest tokens of a prompt that is too long, or leaves too little room for the answer, which has
+    half the context at most then; unset refuses it."""
     alternatives: int = 0
     """How many of the likeliest tokens at each step to hand over beside the one that was taken."""
 
@@ -36,7 +37,8 @@ class Sampling:
         """Raises ValueError for a value out of range, naming it and the range."""
         for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
             value = getattr(self, name)
-            require(value is None or (_whole(value) and value >= 1), f"{name} must be at least 1, got {value!r}")
+            require(value is None or _whole(value), f"{name} must be a whole number, got {value!r}")
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value!r}")
         require(
             _whole(self.alternatives) and self.alternatives >= 0,
             f"alternatives must be a whole number, 0 (none) or more, got {self.alternatives!r}",

@@ -1,7 +1,7 @@
 """Processes that work for this one: started, spoken to in lines of JSON, ended together.
 
 Both ends trust each other only as far as JSON goes: no pickle, no open port. A worker's standard output is its line to
-whoever started it; what libraries print goes to its standard error, whose end is quoted if it dies. Workers end when
+whoever started it; what else is printed goes to its standard error, whose end is quoted if it dies. Workers end when
 they are closed, and when the process that started them is gone, however that happened.
 """
 
@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
@@ -25,6 +26,10 @@ Message = dict[str, Any]
 _Arrived = queue.SimpleQueue[tuple[int, Message | None]]
 
 _PARENT, _FOLDER = "FALCON_KIT_PARENT", "FALCON_KIT_FOLDER"  # what a worker finds in its environment
+_LINE = "FALCON_KIT_LINE"  # there too, put by the worker itself: the number of its end of the line
+_ALONE = (
+    f"import os; os.environ[{_LINE!r}] = str(os.dup(1)); os.dup2(2, 1); "  # before an import can print into the line
+)
 _GLANCE = 1.0  # seconds between two looks at whether the parent is alive
 _LAST_WORDS = 2000  # characters quoted of what a dead worker wrote
 
@@ -44,8 +49,8 @@ class Workers:
         self._end = weakref.finalize(self, _end, self.processes, self._folder)
         for rank, environment in enumerate(environments):
             self.processes.append(self._start(rank, code, environment))
-            reader = threading.Thread(target=_read, args=(rank, self.processes[rank], self._arrived), daemon=True)
-            reader.start()
+            facts = rank, self.processes[rank], self._arrived, self._words(rank)
+            threading.Thread(target=_read, args=facts, daemon=True).start()
 
     @property
     def folder(self) -> Path:
@@ -54,13 +59,14 @@ class Workers:
 
     def _start(self, rank: int, code: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # what can be imported here
-        with self._words(rank).open("w") as words:
+        with self._words(rank).open("a") as words:
             return subprocess.Popen(  # noqa: S603  # this interpreter, and code of the kit's own
-                [sys.executable, "-c", code],
+                [sys.executable, "-c", _ALONE + code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
                 text=True,
+                errors="replace",
                 env=inherited | dict(environment) | {_PARENT: str(os.getpid()), _FOLDER: str(self.folder)},
                 start_new_session=True,  # Ctrl-C is for this process, which then asks the workers to stop
             )
@@ -90,7 +96,7 @@ class Workers:
             return "the workers were closed"
         code = self.processes[rank].wait()
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = ": out of memory, perhaps" if code == -signal.SIGKILL else ""
+        hint = ": out of memory, perhaps" if cause.endswith("SIGKILL") else ""  # Windows has no such signal
         words = self._words(rank).read_text(errors="replace").strip()[-_LAST_WORDS:]
         self.close()
         return f"worker {rank} {cause}{hint}" + (f". Its last words:\n{words}" if words else "")
@@ -108,10 +114,26 @@ class Workers:
         self._end()
 
 
-def _read(rank: int, process: subprocess.Popen[str], arrived: _Arrived) -> None:
-    for line in cast(IO[str], process.stdout):
-        arrived.put((rank, json.loads(line)))
-    arrived.put((rank, None))
+def _read(rank: int, process: subprocess.Popen[str], arrived: _Arrived, words: Path) -> None:
+    """Hands a worker's messages on, and then None. What is no message was printed before its code began."""
+    try:
+        for line in cast(IO[str], process.stdout):
+            if (message := _message(line)) is not None:
+                arrived.put((rank, message))
+            elif line.strip():
+                with suppress(OSError), words.open("a") as file:  # the folder may just have been removed
+                    file.write(line)
+    finally:
+        arrived.put((rank, None))
+
+
+def _message(line: str) -> Message | None:
+    """The object that a line holds; None where it is no message."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _end(processes: list[subprocess.Popen[str]], folder: TemporaryDirectory[str]) -> None:
@@ -126,8 +148,7 @@ class Link:
     """A worker's end of the line. Once made, it ends this process when the one at the other end is gone."""
 
     def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what anything prints from now on is no message
+        self._out = os.fdopen(int(os.environ[_LINE]), "w")
         self._arrived: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.cancelled: int | None = None
         """The number of the request that is not wanted any more."""
@@ -150,7 +171,7 @@ class Link:
 
     def send(self, **message: Any) -> None:
         """Sends one message."""
-        self._out.write(json.dumps(message) + "\n")
+        self._out.write(f"\n{json.dumps(message)}\n")  # on a line of its own, even after half a printed one
         self._out.flush()
 
     def receive(self) -> Message:

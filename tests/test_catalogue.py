@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_shapes import NEW_40B, OLD_7B, built_parameters
@@ -33,6 +34,11 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert str(error.value).startswith(
         "Unknown model 'tiiuae/falcon-40b-instuct'. Nearest: falcon-40b-instruct, falcon-7b-instruct"
     )
+
+
+def test_a_loaded_falcon_is_no_name_but_has_a_spec() -> None:
+    with pytest.raises(TypeError, match=r"a SimpleNamespace is no name.*falcon\.spec"):
+        spec(SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_a_name_like_no_other_is_answered_with_all_of_them() -> None:

@@ -361,6 +361,11 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
+        ("What?", 'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; got a str.'),
+        (
+            {"role": "user", "content": "Hello"},
+            'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; got a dict.',
+        ),
         ([], 'A conversation needs at least one message, such as [{"role": "user", "content": "Hello"}].'),
         ([SYSTEM], "The conversation has only a system message: add what the user says."),
         (
@@ -388,7 +393,7 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
             "Message 1 has the content ' \\n', but it must be a text that is not blank.",
         ),
         ([{"role": "user"}], "Message 1 has the content None, but it must be a text that is not blank."),
-        ("Hi", 'Message 1 is \'H\', but a message looks like {"role": "user", "content": "Hello"}.'),
+        (["Hi"], 'Message 1 is \'Hi\', but a message looks like {"role": "user", "content": "Hello"}.'),
     ],
 )
 def test_a_conversation_that_cannot_be_rendered_says_why(messages: Any, expected: str) -> None:

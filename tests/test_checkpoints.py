@@ -77,6 +77,11 @@ def test_a_directory_that_does_not_exist_is_not_looked_for_on_the_hub(name):
         fk.load(name)
 
 
+def test_a_file_of_weights_is_answered_with_its_folder(checkpoint):
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file: give the folder that holds it"):
+        fk.load(checkpoint / "model.safetensors")
+
+
 def test_a_directory_without_a_config_is_named_with_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; its directory holds notes\.txt"):

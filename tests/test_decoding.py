@@ -13,10 +13,10 @@ def texts_with_stops(draw):
     return text, tuple(stops)
 
 
-def pieces_of(tokenizer, text, stop=()):
+def pieces_of(tokenizer, text, stop=(), strip=False):
     """What a row shows token by token, as far as it goes."""
     ids = tokenizer(text)["input_ids"]
-    row = Row(tokenizer, stop, limit=len(ids), strip=False)
+    row = Row(tokenizer, stop, limit=len(ids), strip=strip)
     shown = []
     for token in ids:
         shown.append(row.push(token, 0.0))
@@ -51,6 +51,13 @@ def before_the_first(text, stop):
 def test_what_is_shown_is_the_text_before_the_first_complete_stop_string(tokenizer, case):
     text, stop = case
     assert "".join(pieces_of(tokenizer, text, stop)[0]) == before_the_first(text, stop)
+
+
+@example(("\nUser: hi", ("\nUser:",)))
+@given(texts_with_stops())
+def test_white_space_that_an_answer_begins_with_may_begin_a_stop_string(tokenizer, case):
+    text, stop = case
+    assert "".join(pieces_of(tokenizer, text, stop, strip=True)[0]) == before_the_first(text, stop).lstrip()
 
 
 @given(texts_with_stops())

@@ -54,13 +54,15 @@ def machine(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def fake_cuda(*devices: tuple[str, int, int]) -> SimpleNamespace:
-    """What torch says of GPUs with these names, total and free bytes."""
+def fake_cuda(*devices: tuple[str, int, int], cached: int = 0) -> SimpleNamespace:
+    """What torch says of GPUs with these names, total and free bytes, and of `cached` bytes in its store."""
     return SimpleNamespace(
         is_available=lambda: bool(devices),
         device_count=lambda: len(devices),
         get_device_name=lambda index: devices[index][0],
         mem_get_info=lambda index: (devices[index][2], devices[index][1]),
+        memory_reserved=lambda index: cached,
+        memory_allocated=lambda index: 0,
     )
 
 
@@ -348,3 +350,8 @@ def test_the_table_shows_no_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     shown = environment({"HF_HOME": str(tmp_path / "models")}, {})._repr_html_()
     assert ("~/models/hub" in shown, str(tmp_path) in shown) == (True, False)
+
+
+def test_memory_that_torch_keeps_in_store_is_free() -> None:
+    torch = SimpleNamespace(cuda=fake_cuda(("T4", 16, 5), cached=3), backends=NO_MPS)
+    assert [device.free_bytes for device in find_devices(torch)] == [8]

@@ -1,6 +1,7 @@
 """Generation: transformers' own `generate` and plain arithmetic are the oracles."""
 
 import dataclasses
+import math
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from itertools import zip_longest
 import pytest
 import torch
 from conftest import small_model
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from falcon_kit import load
 from falcon_kit.chat import encode
-from falcon_kit.generation import generate
+from falcon_kit.generation import Stats, generate
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"
 CHAT = [{"role": "user", "content": "What do giraffes eat?"}]
@@ -108,6 +109,22 @@ def test_a_seed_leaves_the_global_random_state_as_it_was(instruct):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_seed_is_for_no_other_device(instruct, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("every device was seeded"))
+    assert instruct.generate(QUESTION, **SAMPLED).tokens
+
+
+def test_a_stream_runs_on_the_gpu_that_its_caller_has_chosen(instruct, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: threading.current_thread().name != "falcon-stream")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    list(instruct.stream(QUESTION, max_new_tokens=2))
+    assert chosen == [("falcon-stream", 3)]
+
+
 def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(instruct):
     answer = instruct.generate(QUESTION, **SAMPLED)
     prompt = instruct.tokenizer(QUESTION)["input_ids"]
@@ -159,6 +176,13 @@ def test_the_tokenizers_end_token_counts_where_the_generation_config_names_anoth
     expected = instruct.generate(QUESTION).tokens
     monkeypatch.setattr(instruct.model.generation_config, "eos_token_id", expected[2])
     assert instruct.generate(QUESTION).tokens == expected
+
+
+def test_a_row_that_met_an_end_token_of_the_callers_ends_there(instruct):
+    full = instruct.generate(PROMPTS[:2], max_new_tokens=30)
+    end = full[0].tokens[3]
+    ended = instruct.generate(PROMPTS[:2], max_new_tokens=30, eos_token_id=[11, end])[0]
+    assert (ended.tokens, ended.finish_reason) == (full[0].tokens[: full[0].tokens.index(end) + 1], "eos")
 
 
 def test_the_limit_of_new_tokens_ends_the_text(instruct):
@@ -238,6 +262,19 @@ def test_a_closed_stream_has_the_text_so_far(instruct):
     first = next(answers)
     answers.close()
     assert (answers.generation.finish_reason, answers.generation.tokens[0]) == ("cancelled", first.token_id)
+
+
+def test_a_stream_can_be_closed_while_another_thread_waits_for_its_next_piece(instruct):
+    waits, read = threading.Event(), []
+    handle = instruct.model.register_forward_hook(lambda *_: waits.set() or time.sleep(0.05))
+    answers = long(instruct)
+    reader = threading.Thread(target=lambda: read.extend(answers))
+    reader.start()
+    waits.wait()
+    answers.close()
+    reader.join()
+    handle.remove()
+    assert (answers.generation.finish_reason, len(read) < 500, working_threads()) == ("cancelled", True, [])
 
 
 def test_leaving_the_loop_leaves_no_thread_behind(instruct):
@@ -341,6 +378,30 @@ def test_a_chat_gives_one_answer(instruct):
         instruct.chat(CHAT, num_return_sequences=2, top_k=5)
 
 
+# Generation configs
+
+
+@pytest.mark.parametrize("named", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"max_new_tokens": 4}])
+def test_a_generation_config_counts_as_the_arguments_that_it_holds(instruct, named):
+    settings = {"max_new_tokens": 12, "do_sample": False} | named
+    config = GenerationConfig(**settings)
+    assert (
+        instruct.generate(QUESTION, generation_config=config).tokens == instruct.generate(QUESTION, **settings).tokens
+    )
+
+
+def test_an_argument_by_name_wins_over_the_generation_config(instruct):
+    config = GenerationConfig(num_beams=2, max_length=200)
+    answer = instruct.generate(QUESTION, generation_config=config, max_new_tokens=4, num_beams=1)
+    assert (len(answer.tokens), len(answer.logprobs)) == (4, 4)
+
+
+def test_a_checkpoint_that_asks_for_a_beam_search_gets_one(instruct, monkeypatch):
+    expected = instruct.generate(QUESTION, num_beams=3, max_new_tokens=12).tokens
+    monkeypatch.setattr(instruct.model.generation_config, "num_beams", 3)
+    assert instruct.generate(QUESTION, max_new_tokens=12).tokens == expected
+
+
 # Statistics
 
 
@@ -388,6 +449,10 @@ def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
     assert (answers[0].stats.prompt_tokens, answers[0].stats.new_tokens) == (prompts, new)
 
 
+def test_the_speed_of_reading_is_unknown_where_no_token_came():
+    assert math.isnan(Stats(1, 5, 0, 0.0, 0.0).prefill_tokens_per_second)
+
+
 def test_the_first_token_comes_before_the_last(instruct):
     stats = instruct.generate(QUESTION).stats
     assert 0 < stats.first_token_seconds < stats.seconds
@@ -415,7 +480,28 @@ def test_truncating_on_the_left_keeps_the_end_of_the_prompt(tokenizer):
     assert generate(model, tokenizer, ids, max_new_tokens=8, truncate="left").tokens == expected
 
 
-@pytest.mark.parametrize("prompt", ["", [], ["Hello", ""]])
+def test_truncating_leaves_a_prompt_half_the_context_at_least(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    lengths = {4: 4, 14: 14, 30: 16, 40: 16}
+    written = {given: generate(model, tokenizer, [15] * given, max_new_tokens=32, truncate="left") for given in lengths}
+    assert {given: each.stats.prompt_tokens for given, each in written.items()} == lengths
+
+
+@pytest.mark.parametrize("token", [-1, 2048])
+def test_a_token_id_that_the_model_has_not_is_refused_with_those_it_has(instruct, token):
+    with pytest.raises(ValueError, match=f"{token} is no token id of this model: they go from 0 to 2047"):
+        instruct.generate([15, token])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [("", "is empty"), ("\ud83e", "has a lone surrogate"), ("giraffe " * 3000, "has .* tokens")]
+)
+def test_what_is_wrong_with_one_prompt_of_several_is_said_of_that_one(instruct, wrong, says):
+    with pytest.raises(ValueError, match=f"prompt 2 of 3 {says}"):
+        instruct.generate(["Hello", wrong, "Hello"])
+
+
+@pytest.mark.parametrize("prompt", ["", []])
 def test_an_empty_prompt_is_refused(instruct, prompt):
     with pytest.raises(ValueError, match="prompt is empty: give the model something to continue"):
         instruct.generate(prompt)

@@ -13,11 +13,12 @@ from falcon_kit.hub import hub_errors
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A hub cache that holds the config of somebody's Falcon, and not its weights."""
-    folder = tmp_path / "models--somebody--my-falcon"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    small_config("40b").save_pretrained(folder / "snapshots" / ("0" * 40))
+    """A hub cache that holds the configs of two Falcons, and not their weights."""
+    for name in ("somebody--my-falcon", "tiiuae--falcon-11B"):
+        folder = tmp_path / f"models--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        small_config("40b").save_pretrained(folder / "snapshots" / ("0" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
@@ -31,6 +32,11 @@ def test_a_hub_id_has_a_spec_by_its_config_alone():
 @pytest.mark.usefixtures("cached")
 def test_a_hub_id_can_be_planned_for():
     assert fk.plan("somebody/my-falcon", devices="T4").fits
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_falcon_of_its_makers_that_the_catalogue_lacks_has_a_spec_too():
+    assert fk.spec("tiiuae/falcon-11B").name == "tiiuae/falcon-11B"
 
 
 def test_a_hub_id_that_cannot_be_reached_says_so():
@@ -50,6 +56,7 @@ def test_a_path_is_not_taken_for_a_hub_id(name):
         (errors.LocalEntryNotFoundError("x"), ConnectionError, "copy the checkpoint into a directory"),
         (errors.OfflineModeIsEnabled("x"), ConnectionError, "or use 'falconet', which needs no download"),
         (errors.HFValidationError("x"), LookupError, r"the hub has no who/what .*check the spelling"),
+        (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "who/what .*try again later: 429"),
         (
             errors.RemoteEntryNotFoundError("config.json", response=Mock()),
             FileNotFoundError,

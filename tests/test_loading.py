@@ -1,5 +1,6 @@
 """`fk.load`: what it hands back equals what transformers loads; what is wrong is said before the weights are read."""
 
+import copy
 import gc
 import json
 import shutil
@@ -12,6 +13,8 @@ from transformers import CompileConfig, FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit import modeling
 from falcon_kit.catalogue import embedded_directory
+from falcon_kit.chat import install
+from falcon_kit.loading import _compile
 from falcon_kit.machines import Slot
 
 
@@ -168,6 +171,27 @@ def test_compile_without_a_gpu_is_refused_before_anything_is_loaded():
             fk.load("no/such/model", compile=given)
 
 
+def compiling_anywhere():
+    options = CompileConfig()
+    options._compile_all_devices = True
+    return options
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "int8"}, {"device_map": {"transformer": "cpu", "lm_head": "disk"}}])
+def test_what_transformers_would_not_compile_is_refused_before_its_weights_are_read(settings, checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"not even looked at")
+    with pytest.raises(ValueError, match=r"compile with .*not compiled: leave"):
+        fk.load(checkpoint, compile=compiling_anywhere(), **settings)
+
+
+@pytest.mark.parametrize(("places", "whole"), [({"": 0}, True), ({"a": 0, "b": 1}, False)])
+def test_a_model_on_several_devices_is_compiled_in_pieces(places, whole, instruct, monkeypatch):
+    monkeypatch.setattr(instruct.model, "hf_device_map", places, raising=False)
+    monkeypatch.setattr("falcon_kit.loading._warm_up", lambda *_: None)
+    decoding = _compile(instruct.model, "bfloat16", CompileConfig(fullgraph=True), True)
+    assert decoding["compile_config"].fullgraph == whole
+
+
 # Memory
 
 
@@ -201,6 +225,7 @@ def test_a_loaded_falcon_has_its_plan(instruct):
         ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
         ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
         ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
+        ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
         ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
         ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
         ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes where its weights lie"),
@@ -214,9 +239,32 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(setti
         fk.load("no/such/model", **settings)
 
 
+@pytest.mark.parametrize(
+    ("other", "instead"),
+    [
+        ("torch_dtype", "give dtype"),
+        ("load_in_4bit", "give dtype='nf4'"),
+        ("device", "give device_map"),
+        ("trust_remote_code", "no code of a checkpoint is ever run"),
+        ("colour", "its arguments are in its documentation"),
+    ],
+)
+def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
+    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
+        fk.load("falconet", **{other: "x"})
+
+
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
     with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
         fk.load(checkpoint, max_memory={"cpu": "1MiB"})
+
+
+def test_what_is_forced_stays_within_max_memory(checkpoint, instruct, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.slots_here", lambda *_: (Slot("T4", 0, 2**20),))
+    told = {}
+    monkeypatch.setattr("falcon_kit.loading._load_model", lambda *given: told.update(given[-1]) or instruct.model)
+    fk.load(checkpoint, force=True, max_memory={0: "1MiB"})
+    assert told == {"max_memory": {0: "1MiB"}}
 
 
 # Offloading
@@ -280,6 +328,13 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, mo
 def test_a_chat_format_asked_for_becomes_the_chat_template(name):
     falcon = fk.load("falconet", chat=name)
     assert falcon.tokenizer.chat_template == fk.chat_format(name).template
+
+
+@pytest.mark.parametrize("name", ["falcon", "hub", "baize"])
+def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path)
+    install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
+    assert fk.load(tmp_path).chat_format.name == name
 
 
 def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from falcon_kit.environment import environment
-from falcon_kit.machines import GPUS, MACHINES, Slot, find_slots, slots_here
+from falcon_kit.environment import Device, environment
+from falcon_kit.machines import GPUS, MACHINES, Slot, find_slots, slots_here, slots_of_ranks
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def test_devices_of_ones_own_are_taken_as_they_are():
         ("A100-800GB", "Unknown devices 'A100-800GB'. Nearest: A100-80GB"),
         ("a lot", "Or give a size, such as '4x40GiB'"),
         ("0x40GiB", "0 x 40GiB is no memory to plan with"),
-        ([], "devices is empty"),
+        ([], "devices=[] names none: leave it out"),
+        (4, "devices=4 names none: leave it out"),
+        ("1.5.5GiB", "Unknown devices '1.5.5GiB'"),
     ],
 )
 def test_words_that_stand_for_nothing_are_refused(words, message):
@@ -85,6 +87,26 @@ def test_without_wishes_the_devices_here_are_used(two_gpus):
 def test_max_memory_limits_and_leaves_alone_what_it_does_not_name():
     (slot,) = slots_here({1: "20GiB"})
     assert (slot.key, slot.free_bytes) == (1, 20 * 2**30)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1GB", "max_memory='1GB' names no device: give {0: '20GiB'}; here are 0, 1"),
+        ({"disk": "1TiB"}, "max_memory={'disk': '1TiB'} names no device that computes; here are 0, 1, 'cpu', 'disk'"),
+    ],
+)
+def test_max_memory_without_a_device_is_refused_with_those_there_are(given, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        slots_here(given, "disk" if "disk" in given else None, tmp_path)
+
+
+def test_a_rank_asks_for_the_memory_of_its_own_gpu_alone(monkeypatch):
+    asked = []
+    found = lambda only: asked.append(only) or (Device("T4", "cuda", only, 2000, 1000),)  # noqa: E731
+    monkeypatch.setattr("falcon_kit.machines.find_devices", found)
+    assert (slots_of_ranks(1, 2), asked) == ((Slot("T4", 0, 1000), Slot("T4", 1, 1000)), [1])
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -350,6 +350,39 @@ def test_the_processes_introduce_themselves(together):
     assert "cpu, 9.28 MiB" in together._repr_html_()
 
 
+def test_alternatives_come_back_as_they_do_from_one_process(together, instruct):
+    settings = {"max_new_tokens": 4, "alternatives": 2}
+    expected = [
+        [(each.text, each.token_id) for each in step] for step in instruct.generate(QUESTION, **settings).alternatives
+    ]
+    stream = together.stream(QUESTION, **settings)
+    pieces = [[(each.text, each.token_id) for each in piece.alternatives] for piece in stream]
+    whole = [[(each.text, each.token_id) for each in step] for step in stream.generation.alternatives]
+    assert (pieces, whole) == (expected, expected)
+
+
+def test_a_falcon_in_several_processes_knows_the_dtype_and_bytes_of_its_weights(together, instruct):
+    assert (together.dtype, together.weight_bytes) == (
+        instruct.dtype,
+        sum(rank.weight_bytes for rank in together.ranks),
+    )
+
+
+def test_the_weights_of_a_falcon_in_several_processes_say_where_their_bytes_are_told(together):
+    with pytest.raises(AttributeError, match="see weight_bytes, and ranks for each"):
+        together.weights  # noqa: B018
+
+
+def test_a_token_id_that_no_rank_has_is_refused(together):
+    with pytest.raises(ValueError, match="99999 is no token id of this model: they go from 0 to 2047"):
+        together.generate([99999, 1])
+
+
+def test_unpacking_a_falcon_in_several_processes_says_where_the_model_lives(together):
+    with pytest.raises(AttributeError, match="the model lives in 2 processes"):
+        _model, _tokenizer = together
+
+
 def test_weights_that_are_missing_are_reported_and_no_process_is_left(tokenizer, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(launching, "Workers", lambda *given: started.append(Workers(*given)) or started[0])
@@ -386,6 +419,17 @@ def test_what_a_worker_prints_is_no_message():
     workers = start("print('noise', flush=True); link.send(heard=link.receive()['word'])")
     workers.send({"word": "\u00e9\n"})
     assert workers.receive() == (0, {"heard": "\u00e9\n"})
+
+
+def test_what_is_printed_before_a_workers_code_begins_is_no_message(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('noise', flush=True); print('half a line', end='', flush=True)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert start("link.send(ready=1); link.receive()").receive(60) == (0, {"ready": 1})
+
+
+def test_what_an_import_prints_before_there_is_a_link_is_no_message():
+    workers = Workers("print('noise', flush=True)\nfrom falcon_kit.workers import Link; Link().send(ready=1)", [{}])
+    assert workers.receive(60) == (0, {"ready": 1})
 
 
 def test_the_last_words_of_a_worker_are_quoted():

@@ -195,6 +195,13 @@ def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
         assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
 
 
+@given(gpu=st.integers(0, 8), host=st.integers(0, 120), name=st.sampled_from(["falcon-40b", "falcon-7b"]))
+def test_there_is_a_device_map_exactly_where_it_fits(gpu, host, name):
+    slots = gpu_and(Slot("host memory", "cpu", host * GIB, stores=True), gib=gpu)
+    plan = fk.plan(name, devices=slots)
+    assert bool(plan.device_map) == plan.fits == (not plan.suggestions)
+
+
 # Suggestions
 
 
@@ -300,6 +307,10 @@ def test_the_picture_has_a_bar_for_every_device():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2", "3"]
 
 
+def test_what_has_no_memory_at_all_does_not_fit():
+    assert not fk.plan("falcon-7b", devices=[Slot("full", 0, 0), Slot("full", 1, 0)]).fits
+
+
 def test_the_error_carries_the_plan_and_its_suggestions():
     plan = fk.plan("falcon-40b", devices="T4")
     error = fk.NotEnoughMemory(plan)
@@ -319,6 +330,7 @@ def test_the_error_carries_the_plan_and_its_suggestions():
         ({"cache": "static"}, "Unknown cache 'static'. Known: grouped, transformers."),
         ({"context": 4096}, "context=4096 is not within 1 and 2048, the context of falcon-40b"),
         ({"batch": 0}, "batch=0: give at least one row"),
+        ({"rank": 0}, "rank=0: LoRA takes at least 1"),
     ],
 )
 def test_words_and_numbers_out_of_range_are_refused(arguments, message):

@@ -41,6 +41,13 @@ def test_the_plan_knows_the_bytes_beforehand(checkpoint, dtype):
     assert falcon.weight_bytes == pytest.approx(falcon.plan.weight_bytes, rel=0.02)
 
 
+def test_an_8_bit_model_that_has_computed_weighs_what_it_did(directory):
+    falcon = fk.load(directory, dtype="int8")
+    before = falcon.weight_bytes
+    logits(falcon.model)
+    assert falcon.weight_bytes == before
+
+
 def test_weights_that_are_not_quantised_are_counted_too(checkpoint, layout):
     falcon = fk.load(checkpoint, dtype="float32")
     assert falcon.weights.total_bytes == 4 * falcon.spec.parameters

@@ -35,6 +35,7 @@ from servers import (
 import falcon_kit as fk
 from falcon_kit.decoding import cut
 from falcon_kit.remote import protocol
+from falcon_kit.remote.endpoint import _token
 from falcon_kit.remote.protocol import Delta, Request
 from falcon_kit.remote.stream import Answer
 
@@ -537,6 +538,11 @@ def test_what_is_no_url_is_refused(url):
         fk.connect(url)
 
 
+def test_an_address_without_its_beginning_is_shown_as_it_was_given():
+    with pytest.raises(ValueError, match="'localhost:8000' is no endpoint: give http://"):
+        fk.connect("localhost:8000")
+
+
 def test_a_wrong_model_name_is_a_lookup_error_with_those_there_are(llama, tgi_endpoint):
     for each in (llama, tgi_endpoint):
         with pytest.raises(LookupError, match="falconet-instruct"):
@@ -679,6 +685,21 @@ def test_keys_of_others_stay_with_their_hosts(monkeypatch):
     with scripted(answering(Reply(DONE))) as server:
         fk.connect(f"{server.address}/v1").generate("Hi")
         assert "secret" not in str([headers for _, _, headers in server.requests])
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("https://huggingface.co/x", "hf_secret"),
+        ("https://router.huggingface.co/v1", "hf_secret"),
+        ("http://router.huggingface.co/v1", None),
+        ("https://anybody.endpoints.huggingface.cloud", None),
+        ("https://nothuggingface.co", None),
+    ],
+)
+def test_the_key_of_the_hub_goes_to_the_hub_alone_and_never_in_the_clear(url, key, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert _token(url) == key
 
 
 # SageMaker

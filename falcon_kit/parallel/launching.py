@@ -4,7 +4,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import ChatFormat, Message
-from falcon_kit.decoding import Piece
+from falcon_kit.decoding import Alternative, Piece
 from falcon_kit.generation import Generation, Prompt, Stats, Stream
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.planning import Plan
@@ -84,6 +84,27 @@ class ParallelFalcon:
             f"under torchrun --nproc-per-node {len(self.ranks)}, where fk.load gives each rank its part"
         )
 
+    @property
+    def weights(self) -> Any:
+        """Not here either. Raises AttributeError, which says what is."""
+        raise AttributeError(
+            "a model in several processes has no table of weights: see weight_bytes, and ranks for each"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """As `Falcon` unpacks: says that the model is not here."""
+        return iter((self.model, self.tokenizer))
+
+    @property
+    def dtype(self) -> str:
+        """How the weights are kept."""
+        return self.plan.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in all processes together; what each holds whole counts in each."""
+        return sum(rank.weight_bytes for rank in self.ranks)
+
     def generate(self, prompt: Prompt, **settings: Any) -> Any:
         """As `Falcon.generate`; `settings` are numbers, texts and lists, since they go to other processes."""
         many = not (isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)))
@@ -149,7 +170,7 @@ class ParallelFalcon:
                 self.close()
                 break
             if "piece" in message:
-                self._hand_on(Piece(**message["piece"]), writing, emit)
+                self._hand_on(_piece(message["piece"]), writing, emit)
             elif "error" in message:
                 errors[rank] = tuple(message["error"])
             else:
@@ -171,7 +192,7 @@ class ParallelFalcon:
     def _facts(self) -> dict[str, str]:
         return {
             "parameters": f"{self.spec.parameters:,}",
-            "dtype": f"{self.plan.dtype} ({self.dtype_reason})",
+            "dtype": f"{self.dtype} ({self.dtype_reason})",
             "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, dealt out to {len(self.ranks)} ranks",
             "context": f"{self.spec.context} tokens",
             "chat format": self.chat_format.name,
@@ -180,7 +201,7 @@ class ParallelFalcon:
 
     def __repr__(self) -> str:
         state = "closed" if self._workers.closed else f"{len(self.ranks)} processes on {self._devices()}"
-        return f"ParallelFalcon({self.spec.name}, {self.spec.parameters:,} parameters, {self.plan.dtype}, {state})"
+        return f"ParallelFalcon({self.spec.name}, {self.spec.parameters:,} parameters, {self.dtype}, {state})"
 
     def _devices(self) -> str:
         return ", ".join(dict.fromkeys(rank.device for rank in self.ranks))
@@ -215,11 +236,23 @@ def _plain(request: dict[str, Any]) -> dict[str, Any]:
     return request
 
 
+def _alternatives(told: Sequence[dict[str, Any]]) -> tuple[Alternative, ...]:
+    return tuple(Alternative(**each) for each in told)
+
+
+def _piece(told: dict[str, Any]) -> Piece:
+    """A piece as a rank told it."""
+    return Piece(**{**told, "alternatives": _alternatives(told["alternatives"])})
+
+
 def _generation(told: dict[str, Any], cache_bytes: int) -> Generation:
     """A generation as a rank told it, with the cache of all ranks."""
     logprobs = None if told["logprobs"] is None else tuple(told["logprobs"])
     stats = Stats(**{**told["stats"], "cache_bytes": cache_bytes})
-    return Generation(**{**told, "tokens": tuple(told["tokens"]), "logprobs": logprobs, "stats": stats})
+    steps = told["alternatives"]
+    alternatives = None if steps is None else tuple(_alternatives(step) for step in steps)
+    own = {"tokens": tuple(told["tokens"]), "logprobs": logprobs, "stats": stats, "alternatives": alternatives}
+    return Generation(**{**told, **own})
 
 
 def _error(errors: Mapping[int, tuple[str, str]]) -> Exception:

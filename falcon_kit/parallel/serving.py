@@ -63,7 +63,7 @@ class _Withdrawn(StoppingCriteria):
         self.link, self.number, self.ranks = link, number, ranks
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        over = anywhere(self.link.cancelled == self.number, self.ranks)
+        over = anywhere(self.link.cancelled == self.number, self.ranks, input_ids.device)
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
 

@@ -164,7 +164,7 @@ def connect(
 
     model: its name there; unset, the only one there is (`transformers serve` does not tell: give what it was started
     with). api: "openai" or "tgi"; unset, found out (on SageMaker "tgi", which is LMI's schema too).
-    token: its key; unset, FALCON_KIT_TOKEN, and HF_TOKEN for hosts of Hugging Face. It is never shown.
+    token: its key; unset, FALCON_KIT_TOKEN, and HF_TOKEN for huggingface.co itself. It is never shown.
     chat: "falcon", "hub" or "baize" writes conversations in that format as plain completions; unset, the endpoint's own
     template does, where its protocol has conversations (TGI's has none). context: tokens it takes, where it does not
     tell. timeout: seconds without a word from it. retries: further attempts, with growing pauses, where it is busy
@@ -225,9 +225,13 @@ async def _find(url: str, model: str | None, api: Api | None, wire: Wire, sessio
 
 
 def _token(url: str) -> str | None:
-    """The key from the environment; that of Hugging Face goes to its own hosts only."""
-    host = urlsplit(url).hostname or ""
-    ours = any(host == each or host.endswith(f".{each}") for each in ("huggingface.co", "huggingface.cloud"))
+    """The key from the environment; that of Hugging Face goes to its own hosts only, and never in the clear.
+
+    Those under huggingface.cloud are anybody's endpoints: who trusts one gives it the key by `token`.
+    """
+    parts = urlsplit(url.strip())
+    host = parts.hostname or ""
+    ours = parts.scheme == "https" and (host == "huggingface.co" or host.endswith(".huggingface.co"))
     return os.environ.get("FALCON_KIT_TOKEN") or (os.environ.get("HF_TOKEN") if ours else None)
 
 

@@ -177,8 +177,7 @@ def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, 
 
 def shown(url: str) -> str:
     """The address without query and fragment, in which a key may stand."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"
+    return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 def failure(status: int, text: str, address: str, headers: Mapping[str, str]) -> Exception:

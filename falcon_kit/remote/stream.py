@@ -10,7 +10,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from falcon_kit.decoding import FinishReason, Piece, cut, overlap
+from falcon_kit.decoding import FinishReason, Piece, Text
 from falcon_kit.generation import Generation, Stats
 from falcon_kit.remote.protocol import Delta, Server, persist
 
@@ -30,14 +30,22 @@ class Answer:
     """One text as it grows: deltas in, pieces out."""
 
     def __init__(self, prompt: str, stop: tuple[str, ...], strip: bool) -> None:
-        self.prompt, self._stop, self._strip = prompt, stop, strip
-        self.text, self._shown = "", 0
+        self.prompt, self._text = prompt, Text(stop, strip)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
-        self.cut = False
         self.prompt_tokens, self._counted, self._pieces = 0, 0, 0
         self.start = self.first = self.last = time.perf_counter()
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return str(self._text)
+
+    @property
+    def cut(self) -> bool:
+        """Whether a stop string has come."""
+        return self._text.stopped
 
     def push(self, delta: Delta) -> Piece | None:
         """Takes what came; a piece if there is a token or a character to hand on."""
@@ -47,10 +55,9 @@ class Answer:
         if delta.token_id is not None:
             self.tokens.append(delta.token_id)
             self.logprobs.append(delta.logprob)
-        text = self.text + delta.text
-        self.text, self.cut = cut(text.lstrip() if self._strip else text, self._stop)
+        self._text.add(delta.text)
         self.finish = "stop" if self.cut else delta.finish
-        text = self._show()
+        text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob) if text or delta.token_id is not None else None
 
     def count(self, delta: Delta) -> None:
@@ -74,12 +81,6 @@ class Answer:
                 seconds=self.last - self.start,
             ),
         )
-
-    def _show(self) -> str:
-        """What was not shown yet, less an end that may become a stop string."""
-        held = 0 if self.finish else overlap(self.text, self._stop)
-        shown, self._shown = self._shown, max(self._shown, len(self.text) - held)
-        return self.text[shown : self._shown]
 
     def _clock(self) -> None:
         self._pieces += 1
