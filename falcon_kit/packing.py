@@ -17,13 +17,12 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.chat import ChatFormat, encode_text, render_answers
 from falcon_kit.data import Documents, Problem, store
+from falcon_kit.falcon import Falcon
 from falcon_kit.losses import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from falcon_kit.falcon import Falcon
 
 FEATURES = Features({"ids": List(Value("int32")), "trained": List(Value("bool")), "where": Value("string")})
 
@@ -161,6 +160,7 @@ def pack(
     `together=False` gives every document a row of its own. Rows fill up first-fit, the longest documents first.
     Raises ValueError for a context out of range, a tokenizer without an end token, or where nothing is left to train.
     """
+    check_falcon(falcon)
     limit = falcon.spec.context
     context = limit if context is None else context
     if not 8 <= context <= limit:
@@ -178,6 +178,13 @@ def pack(
         first_fit([len(ids) for ids in examples["ids"]], context) if together else [[i] for i in range(len(examples))]
     )
     return Packed(examples, rows, context, falcon.tokenizer, problems, [folder])
+
+
+def check_falcon(given: Any) -> None:
+    """Raises TypeError for a name, a model or a tokenizer by itself."""
+    if not isinstance(given, Falcon):
+        hint = f": fk.load({given!r})" if isinstance(given, str) else ""
+        raise TypeError(f"give what fk.load returns{hint}; got {type(given).__name__}")
 
 
 def _lengths(examples: Dataset) -> list[int]:
