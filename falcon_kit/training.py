@@ -146,7 +146,8 @@ class AdapterTrainer(Trainer):
         mean = sum(loss for loss, _ in once.values()) / sum(count for _, count in once.values())
         metrics = {f"{metric_key_prefix}_loss": mean}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metric_key_prefix == "eval":  # patience has no use for what is measured before and after
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -1,6 +1,7 @@
 """Tuning: the adapter of an uninterrupted run whatever happened, a loss that is right, figures that mean something."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -166,6 +167,15 @@ def test_patience_stops_and_takes_the_best_adapter(falcon, tmp_path):
     losses = [each["eval_loss"] for each in run.history if "eval_loss" in each]
     assert len(losses) < 20
     assert run.figures["held-out loss after"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_patience_says_nothing_of_what_is_measured_before_and_after(falcon, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    try:
+        fk.tune(falcon, ROWS, output_dir=tmp_path, patience=2, **QUICK)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "early stopping" not in caplog.text
 
 
 def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
@@ -591,8 +601,9 @@ def run(tmp_path_factory):
     return fk.tune(fk.load("falconet", dtype="float32"), ROWS, output_dir=tmp_path_factory.mktemp("run"), **options)
 
 
-def test_a_merged_model_loads_in_plain_transformers(run, tmp_path):
+def test_a_merged_model_loads_in_plain_transformers(run, tmp_path, capfd):
     merged = fk.merge(run.adapter, output_dir=tmp_path)
+    assert "Writing model shards" not in capfd.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(plain).__module__.startswith("transformers.")
     torch.testing.assert_close(
@@ -639,6 +650,12 @@ def test_an_adapter_of_another_shape_is_refused(run, any_falcon):
 def test_a_folder_without_an_adapter_is_refused(falcon, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         fk.merge(tmp_path, falcon)
+
+
+def test_a_run_is_merged_like_its_folder_and_swapped_arguments_are_refused(run, falcon):
+    assert torch.equal(logits(fk.merge(run, falcon)), logits(fk.merge(run.adapter, falcon)))
+    with pytest.raises(TypeError, match="takes the adapter first, as its folder or the run that made it; got Falcon"):
+        fk.merge(falcon, run.adapter)
 
 
 # Quantised
