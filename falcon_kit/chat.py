@@ -252,14 +252,20 @@ def encode(
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a text in which special tokens have no power: "<|endoftext|>" comes out as several ordinary ids."""
+    return encode_text_with_offsets(text, tokenizer)[0]
+
+
+def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as of `encode_text`, and where in the text each begins and ends."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     backend = tokenizer.backend_tokenizer
     with _switching:  # two threads in here at once would restore each other's switch
         before = backend.encode_special_tokens
         try:
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            encoded = tokenizer(text, verbose=False, **options)
         finally:
             backend.encode_special_tokens = before  # the call above leaves the switch as it set it
-    return list(ids)
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
 def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:

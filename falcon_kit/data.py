@@ -37,8 +37,12 @@ FEATURES = Features(
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _MARK = re.compile(r"\[\|(Human|AI)\|\]")
+_SPACE = re.compile(r"[ \t\r\n,]*")
 _CHUNK, _LARGEST = 2**20, 2**26  # characters read at once; the longest row of a JSON array
-_FORMS = '"messages" (chat), "conversations" (ShareGPT), "input" (Baize) or "text"'
+_FORMS = (
+    '"messages" (chat), "conversations" (ShareGPT), "instruction" and "output" (Alpaca), "prompt" and "completion", '
+    '"input" (Baize) or "text"'
+)
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,21 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]]) -> Do
     """Reads what to fine-tune on: a file, a folder, several of them, or rows given directly.
 
     `.json` (one array, or a row a line) and `.jsonl`: rows with "messages" (role and content), "conversations"
-    (ShareGPT), "input" (Baize: `[|Human|]` and `[|AI|]`) or "text". `.txt`: documents between blank lines, in Baize
+    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "input" (Baize: `[|Human|]`
+    and `[|AI|]`) or "text". `.txt`: documents between blank lines, in Baize
     form or plain. A last turn of the user, which nothing answers, is dropped.
 
     Warns of rows that cannot be used and keeps them in `.problems`. Raises FileNotFoundError for a path that is not
     there, and ValueError where no row can be used, or for a file in another encoding than UTF-8.
     """
+    if path is None or isinstance(path, Mapping):
+        given = "one row: put it into a list" if path else "nothing: give a file, a folder, or a list of rows"
+        raise TypeError(f"fk.dialogues got {given}. A row has {_FORMS}")
     problems: list[Problem] = []
     found = store(_documents(path, problems), FEATURES)
     if found is None:
         reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3]) or "it is empty"
-        raise ValueError(f"nothing to fine-tune on in {_name(path)}: {reasons}. A row has {_FORMS}")
+        raise ValueError(f"nothing to fine-tune on in {_name(path)}: {reasons.rstrip('.')}. A row has {_FORMS}")
     if problems:
         first = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
         warnings.warn(f"{len(problems)} rows of {_name(path)} are left out: {first}", stacklevel=2)
@@ -157,7 +165,7 @@ def _documents(path: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
         except UnicodeEncodeError:
             problems.append(Problem(where, "it is not valid UTF-8"))
         except ValueError as error:
-            problems.append(Problem(where, str(error)))
+            problems.append(Problem(where, str(error).rstrip(".")))
         else:
             yield {"text": None, "messages": [], **document, "where": where}
 
@@ -176,7 +184,14 @@ def _rows(path: Any) -> Iterator[tuple[str, Any]]:
         yield from _rows(files)
         return
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give a file or a folder of {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(
+            f"there is no file {path}: give a file or a folder of {', '.join(SUFFIXES)}; a text itself is "
+            '{"text": "..."}'
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path.name} ends in {path.suffix or 'nothing'}, and what is read ends in {', '.join(SUFFIXES)}"
+        )
     for line, row in _read(path):
         yield f"{path.name}:{line}", row
 
@@ -221,25 +236,25 @@ def _array(read: Callable[[], str]) -> Iterator[tuple[int, Any]]:
     """The values of a JSON array, one at a time."""
     decoder, line = json.JSONDecoder(), 1
     held = read().lstrip("\ufeff")
-    line += held[: held.index("[")].count("\n")
-    held = held[held.index("[") + 1 :]
+    at = held.index("[") + 1
+    line += held.count("\n", 0, at)
     while True:
-        rest = held.lstrip(" \t\r\n,")
-        line += held[: len(held) - len(rest)].count("\n")
-        held = rest
+        start = _SPACE.match(held, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        line += held.count("\n", at, start)
+        at = start
         try:
-            value, end = decoder.raw_decode(held)
+            value, end = decoder.raw_decode(held, at)
         except ValueError as error:
-            if held.startswith("]"):
+            if held.startswith("]", at):
                 return
-            if more := read() if len(held) < _LARGEST else "":
-                held += more
+            if more := read() if len(held) - at < _LARGEST else "":
+                held, at = held[at:] + more, 0  # only here, once for many rows
                 continue
             yield line, ValueError(f"the JSON is broken from here on ({error}): the rest of the file is not read")
             return
         yield line, value
-        line += held[:end].count("\n")
-        held = held[end:]
+        line += held.count("\n", at, end)
+        at = end
 
 
 def _document(row: Any) -> dict[str, Any]:
@@ -252,6 +267,8 @@ def _document(row: Any) -> dict[str, Any]:
         if not row["text"].strip():
             raise ValueError("its text is blank")
         return {"text": row["text"]}
+    if pair := _pair(row):
+        return {"messages": _checked(pair)}
     if isinstance(row.get("input"), str):
         return {"messages": _checked(_baize(row["input"]))}
     if isinstance(row.get("conversations"), list):
@@ -259,6 +276,19 @@ def _document(row: Any) -> dict[str, Any]:
     if isinstance(row.get("messages"), list):
         return {"messages": _checked(row["messages"])}
     raise ValueError(f"it has none of {_FORMS}, but {', '.join(map(repr, row)) or 'nothing'}")
+
+
+def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The two turns of a row in Alpaca's form, or of a prompt and its completion; none for other forms."""
+    if isinstance(row.get("instruction"), str) and "output" in row:
+        asked, answer = row["instruction"], row["output"]
+        if row.get("input"):
+            asked = f"{asked}\n\n{row['input']}"
+    elif isinstance(row.get("prompt"), str) and "completion" in row:
+        asked, answer = row["prompt"], row["completion"]
+    else:
+        return []
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
 def _baize(text: str) -> list[dict[str, str]]:
@@ -292,7 +322,7 @@ def _checked(messages: list[Any]) -> list[Message]:
 
 def mix(
     dialogues: Documents,
-    web_texts: Documents | Iterable[str],
+    web_texts: Documents | str | Path | Iterable[str],
     web_fraction: float = 0.05,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -300,8 +330,9 @@ def mix(
 ) -> Documents:
     """Dialogues and web text in one seeded order, `web_fraction` of all tokens being web text.
 
-    The default is the recipe of Falcon-40B-Instruct's model card: chat mixed with 5% of RefinedWeb. Of `web_texts` only
-    as many are read as it takes. Without a `tokenizer`, lengths are compared in bytes of UTF-8.
+    The default is the recipe of Falcon-40B-Instruct's model card: chat mixed with 5% of RefinedWeb. `web_texts`: texts,
+    of which only as many are read as it takes, or a file or folder for `dialogues`. Without a `tokenizer`, lengths are
+    compared in bytes of UTF-8.
     Raises ValueError for a fraction out of range, or where the web texts are too few.
     """
     if not 0 < web_fraction < 1:
@@ -310,13 +341,12 @@ def mix(
     def size(text: str) -> int:
         return len(tokenizer(text, verbose=False)["input_ids"]) if tokenizer else len(text.encode())
 
-    if isinstance(web_texts, Documents):
-        web_texts = (each["text"] for each in web_texts if each["text"])
+    web = _read_web(web_texts)
     chat = sum(size(_said(each)) for each in dialogues)
     wanted = chat * web_fraction / (1 - web_fraction)
     taken: list[dict[str, Any]] = []
     have = 0
-    for number, text in enumerate(web_texts, 1):
+    for number, text in enumerate(_texts(web), 1):
         if have >= wanted:
             break
         taken.append({"messages": [], "text": text, "where": f"web text {number}"})
@@ -327,10 +357,15 @@ def mix(
             f"{web_fraction:.1%} beside {chat:,} {unit} of dialogues are {wanted:,.0f} {unit} of web text, but there "
             f"are {have:,}: give more web text, or a web_fraction of at most {have / (have + chat):.3f}"
         )
-    return _shuffled(dialogues, taken, seed)
-
-
-def _shuffled(dialogues: Documents, web: list[dict[str, Any]], seed: int) -> Documents:
-    both = concatenate_datasets([dialogues.table, Dataset.from_list(web, features=FEATURES)])
+    both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
     order = random.Random(seed).sample(range(len(both)), len(both))
-    return Documents(both.select(order), dialogues.problems, dialogues._held)
+    problems = web.problems if isinstance(web, Documents) else ()
+    return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._held)
+
+
+def _read_web(given: Documents | str | Path | Iterable[str]) -> Documents | Iterable[str]:
+    return dialogues(given) if isinstance(given, str | Path) else given
+
+
+def _texts(web: Documents | Iterable[str]) -> Iterable[str]:
+    return (each["text"] for each in web if each["text"]) if isinstance(web, Documents) else web

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -45,6 +46,12 @@ def wait(cpu: bool) -> None:
     """Until all processes are here, where there are several."""
     if world_size() > 1:
         PartialState(cpu=cpu).wait_for_everyone()
+
+
+def first_says(value: bool, cpu: bool) -> bool:
+    """What the first process decided, in each of them; all have to call it."""
+    PartialState(cpu=cpu)  # makes the group, where there are several
+    return bool(broadcast_object_list([value])[0])
 
 
 def check_processes(running: int, started: int) -> None:

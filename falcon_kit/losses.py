@@ -30,7 +30,7 @@ def language_model_loss(
     hidden_states (B, T, d), labels (B, T) with -100 where there is nothing to learn. `count`: divide by this number of
     labels instead of those here (gradient accumulation, several processes). Without any label the loss is 0.
     """
-    wanted = labels[:, 1:]
+    wanted = labels[:, 1:].to(hidden_states.device)  # a model may be spread over devices
     trained = wanted != IGNORED  # (B, T - 1)
     picked, targets = hidden_states[:, :-1][trained], wanted[trained]  # (N, d), (N)
     weights = [each for each in head.parameters() if each.requires_grad]
@@ -50,13 +50,14 @@ class _ChunkedSum(torch.autograd.Function):
             piece = slice(start, start + CHUNK)
             with torch.set_grad_enabled(wanted):
                 part = hidden[piece].detach().requires_grad_(wanted)
-                loss = cross_entropy(head(part).float(), targets[piece], reduction="sum")
+                scores = head(part).float()
+                loss = cross_entropy(scores, targets[piece].to(scores.device), reduction="sum")
             if wanted:
                 by_hidden, *by_weights = torch.autograd.grad(loss, (part, *weights))
                 gradients[0][piece] = by_hidden
                 for held, new in zip(gradients[1:], by_weights, strict=True):
                     held += new
-            total += loss.detach()
+            total += loss.detach().to(total.device)
         ctx.save_for_backward(*gradients)
         return total
 

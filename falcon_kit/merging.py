@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from falcon_kit import adapters
 from falcon_kit.catalogue import adapted, embedded_directory
@@ -101,16 +102,21 @@ def _check(adapter: str | Path, falcon: Falcon) -> None:
     adapters.check(Path(adapter), base_name(falcon), shapes, fingerprint(falcon.model))
 
 
-def merge(
-    adapter: str | Path, base: Falcon | str | Path | None = None, *, output_dir: str | Path | None = None
-) -> Merged:
+def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: str | Path | None = None) -> Merged:
     """A Falcon with the adapter in its weights, as fast as the base and loadable without PEFT; the base stays as it is.
 
-    base: a Falcon, or a name for `fk.load`; unset, what the adapter was made for. A quantised base is loaded anew,
-    unquantised: merged into 4-bit weights, an adapter would be rounded away. With `output_dir` the model is saved.
+    adapter: its folder, or the run of `fk.tune` that made it. base: a Falcon, or a name for `fk.load`; unset, what the
+    adapter was made for. A quantised base is loaded anew, unquantised: merged into 4-bit weights, an adapter would be
+    rounded away. With `output_dir` the model is saved.
     Raises ValueError for an adapter of another base, and RuntimeError where the merged model's logits are not those of
     base and adapter.
     """
+    adapter = getattr(adapter, "adapter", adapter)
+    if not isinstance(adapter, str | Path):
+        raise TypeError(
+            f"fk.merge(adapter, base) takes the adapter first, as its folder or the run that made it; got "
+            f"{type(adapter).__name__}"
+        )
     falcon = _unquantised(base if base is not None else adapters.made_for(Path(adapter)))
     _check(adapter, falcon)
     model: Any = _with_adapter(falcon, adapter)
@@ -128,9 +134,21 @@ def merge(
             "dtype='float32'))"
         )
     if output_dir is not None:
-        falcon.model.save_pretrained(output_dir)
+        with _without_bar():
+            falcon.model.save_pretrained(output_dir)
         falcon.tokenizer.save_pretrained(output_dir)
     return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _unquantised(base: Falcon | str | Path) -> Falcon:

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from falcon_kit.chat import ChatFormat, encode_text, render_answers
+from falcon_kit.chat import ChatFormat, encode_text, encode_text_with_offsets, render_answers
 from falcon_kit.data import Documents, Problem, store
+from falcon_kit.falcon import Falcon
 from falcon_kit.losses import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from falcon_kit.falcon import Falcon
 
 FEATURES = Features({"ids": List(Value("int32")), "trained": List(Value("bool")), "where": Value("string")})
 
@@ -81,7 +80,7 @@ class Packed(Sequence[dict[str, Any]]):
         self.tokenizer = tokenizer
         """What made the tokens."""
         self.problems = tuple(problems)
-        """Documents that were cut or left out, and why."""
+        """Conversations that were cut or left out, and why."""
         self.lengths = _lengths(examples)
         """Tokens of each document."""
         self.trained_tokens = sum(chunk.flatten().true_count for chunk in examples.data.column("trained").chunks)
@@ -92,6 +91,9 @@ class Packed(Sequence[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        """One row; for a slice, Packed of its own."""
+        if isinstance(index, slice):
+            return self._slice(self.rows[index])
         examples = [self.examples[each] for each in self.rows[index]]
         return {
             "input_ids": np.concatenate([each["ids"] for each in examples]),
@@ -99,6 +101,13 @@ class Packed(Sequence[dict[str, Any]]):
             "position_ids": np.concatenate([np.arange(len(each["ids"])) for each in examples]),
             "row": index,
         }
+
+    def _slice(self, rows: Sequence[Sequence[int]]) -> Packed:
+        kept = [number for row in rows for number in row]
+        new = {number: place for place, number in enumerate(kept)}
+        examples = self.examples.with_format(None).select(kept)
+        renumbered = [[new[number] for number in row] for row in rows]
+        return Packed(examples, renumbered, self.context, self.tokenizer, self.problems, self._held)
 
     def __add__(self, other: Packed) -> Packed:
         """The rows of both, for documents that were packed in different ways, such as in two chat formats."""
@@ -156,11 +165,12 @@ def pack(
 ) -> Packed:
     """Documents in rows of at most `context` tokens (the model's, unless given), several to a row.
 
-    Written in the Falcon's chat format. What is longer than a row is cut: a conversation after an answer, a text into
-    pieces; `Packed.problems` names what was cut, and conversations whose first answer does not fit, which are left out.
+    Written in the Falcon's chat format. A text that is longer than a row goes on in the next. A conversation is cut
+    after an answer, or left out if its first answer does not fit; `Packed.problems` names both.
     `together=False` gives every document a row of its own. Rows fill up first-fit, the longest documents first.
     Raises ValueError for a context out of range, a tokenizer without an end token, or where nothing is left to train.
     """
+    check_falcon(falcon)
     limit = falcon.spec.context
     context = limit if context is None else context
     if not 8 <= context <= limit:
@@ -178,6 +188,13 @@ def pack(
         first_fit([len(ids) for ids in examples["ids"]], context) if together else [[i] for i in range(len(examples))]
     )
     return Packed(examples, rows, context, falcon.tokenizer, problems, [folder])
+
+
+def check_falcon(given: Any) -> None:
+    """Raises TypeError for a name, a model or a tokenizer by itself."""
+    if not isinstance(given, Falcon):
+        hint = f": fk.load({given!r})" if isinstance(given, str) else ""
+        raise TypeError(f"give what fk.load returns{hint}; got {type(given).__name__}")
 
 
 def _lengths(examples: Dataset) -> list[int]:
@@ -233,18 +250,6 @@ class _Encoder:
         for start, end in spans:
             trained |= (ends > start) & (starts < end)
         return [*ids, self.tokenizer.eos_token_id], [*trained.tolist(), True]
-
-
-def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as of `encode_text`, and where in the text each begins and ends."""
-    backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    try:
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-        encoded = tokenizer(text, verbose=False, **options)
-        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    finally:
-        backend.encode_special_tokens = before
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

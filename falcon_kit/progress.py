@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,10 +29,17 @@ def show(planned: Plan) -> None:
         tqdm.write(planned.verdict())
 
 
+def say(line: str) -> None:
+    """One line, without a tear in the bar."""
+    tqdm.write(line)
+
+
 def in_notebook() -> bool:
     """Whether there is a cell to show things below."""
-    shell = sys.modules.get("IPython")
-    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    shell, kernel = sys.modules.get("IPython"), sys.modules.get("ipykernel.zmqshell")
+    if shell is None or kernel is None:
+        return False
+    return isinstance(shell.get_ipython(), kernel.ZMQInteractiveShell)  # Colab's is one, under another name
 
 
 def _display(shown: Any, **options: Any) -> Any:
@@ -61,11 +69,13 @@ class Watch(TrainerCallback):
         """Once: every adapter has a gradient, and those of the B matrices, which start at zero, are not all zero."""
         if self._checked:
             return
-        self._checked = True
         trained = {name: each for name, each in self._trainer.model.named_parameters() if each.requires_grad}
         without = [name for name, each in trained.items() if each.grad is None]
-        moving = any(bool(_norm(each.grad) > 0) for name, each in trained.items() if "lora_B" in name and not without)
-        if without or not moving:
+        norms = {name: float(_norm(each.grad)) for name, each in trained.items() if not without}
+        if not all(map(math.isfinite, norms.values())):  # float16 overflowed: its scaler skips this step
+            return
+        self._checked = True
+        if without or not any(norm > 0 for name, norm in norms.items() if "lora_B" in name):
             raise RuntimeError(
                 f"{len(without)} of {len(trained)} adapter weights get no gradient"
                 f"{f', such as {without[0]}' if without else ': all are zero'}, so nothing would be learned"

@@ -4,16 +4,21 @@ What is added to the Trainer: the kit's loss, checkpoints under a temporary name
 weighted by token, and an end with a reason where the loss is not a number or adapters get no gradient.
 """
 
+import json
 import math
+import re
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from falcon_kit import distributed
 from falcon_kit.losses import IGNORED
@@ -24,6 +29,8 @@ from falcon_kit.settings import Tuning
 KEPT = 2
 """Checkpoints that stay, beside the best one: the last, and the one before it."""
 _UNFINISHED = "unfinished"
+_FILES = "files.json"
+"""Last in a checkpoint: its files and their sizes, by which one that was copied in part is told from a whole one."""
 
 
 class AdapterTrainer(Trainer):
@@ -41,22 +48,68 @@ class AdapterTrainer(Trainer):
         """Tokens of documents in the batches so far, in this process."""
         self._run_directory = Path(str(args.output_dir))
         self._writing_to = self._run_directory
+        self._interrupted = False
         # Sharded weights take the way of models that were sharded while they were loaded: no copy, no second sharding.
         self.is_distributed_loading_by_transformers = distributed.is_sharded(model)
 
     def go_on(self) -> None:
         """Trains from the last checkpoint on, or from the start; after the last step, only reads what it came to."""
         last = self.last()
+        self._warn_of_newer(last)
         if last is not None:
             state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-            if state.global_step >= state.max_steps:  # the Trainer would take one step more
+            if _is_over(state):  # the Trainer would take one step more
                 self.state = state
-                self.create_optimizer()
-                self._load_from_checkpoint(str(last), self.model)
-                if distributed.is_sharded(self.model):
-                    distributed.load_shards(self.model, self.optimizer, last / "shards")
+                self._read(self._best(state) or last)
                 return
-        self.train(resume_from_checkpoint=str(last) if last else None)
+        with self._between_steps():
+            self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def _read(self, checkpoint: Path) -> None:
+        """The adapter of a checkpoint, to train no further."""
+        self.create_optimizer()
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        if distributed.is_sharded(self.model):
+            distributed.load_shards(self.model, self.optimizer, checkpoint / "shards")
+
+    def _best(self, state: TrainerState) -> Path | None:
+        """Where patience was set, the checkpoint with the lowest held-out loss."""
+        if not (self.args.load_best_model_at_end and state.best_model_checkpoint):
+            return None
+        best = self._run_directory / Path(state.best_model_checkpoint).name  # the folder may have moved
+        if not _is_whole(best):
+            raise OSError(f"the best adapter, {best}, is not whole: copy it here again, or resume=False starts over")
+        return best
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """Ctrl-C waits for the end of a step, where a checkpoint can be written; a second one does not wait.
+
+        Only in a single process: several would each stop at another step, and wait for each other.
+        """
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not usual or distributed.world_size() > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+            if self._interrupted:  # after the last step
+                raise KeyboardInterrupt
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def _maybe_log_save_evaluate(self, *given: Any, **options: Any) -> None:
+        super()._maybe_log_save_evaluate(*given, **options)
+        if self._interrupted:
+            if not _is_whole(self._run_directory / f"checkpoint-{self.state.global_step}"):
+                self._save_checkpoint(self.model, None)
+            raise KeyboardInterrupt
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """The loss of one batch; FloatingPointError, which names the documents, where it is not a number."""
@@ -87,13 +140,14 @@ class AdapterTrainer(Trainer):
             rows = given.pop("rows")
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model_wrapped(**given, skip_logits=True, num_items_in_batch=1).loss
-            parts.append(torch.stack([rows[0].double(), loss.double(), count.double()]))
+            parts.append(torch.stack([each.float() for each in (rows[0], loss, count)]))
         every = self.accelerator.gather(torch.stack(parts)).cpu()
         once = {int(row): (loss, count) for row, loss, count in every.tolist()}
         mean = sum(loss for loss, _ in once.values()) / sum(count for _, count in once.values())
         metrics = {f"{metric_key_prefix}_loss": mean}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metric_key_prefix == "eval":  # patience has no use for what is measured before and after
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -110,9 +164,22 @@ class AdapterTrainer(Trainer):
     # Checkpoints
 
     def last(self) -> Path | None:
-        """The newest checkpoint; None if there is none."""
-        found = sorted(self._run_directory.glob("checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
-        return found[-1] if found else None
+        """The newest whole checkpoint; None if there is none."""
+        return next(filter(_is_whole, self._checkpoints()), None)
+
+    def _checkpoints(self) -> list[Path]:
+        """All of them, the newest first."""
+        found = [each for each in self._run_directory.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", each.name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def _warn_of_newer(self, last: Path | None) -> None:
+        newer = [each for each in self._checkpoints() if last is None or _step(each) > _step(last)]
+        if newer:
+            warnings.warn(
+                f"{newer[0]} is not whole: files are missing, or were copied in part. Going on from "
+                f"{last or 'the start'}; to go on from there, interrupt and copy it here again",
+                stacklevel=2,
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
@@ -136,10 +203,13 @@ class AdapterTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._run_directory / Path(best).name)
         if first:
             self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+            _write_files(unfinished / name)
             shutil.rmtree(self._run_directory / name, ignore_errors=True)
             (unfinished / name).rename(self._run_directory / name)
             unfinished.rmdir()
-            rotate_checkpoints(str(self._run_directory), KEPT, self.state.best_model_checkpoint)
+            for each in list(filter(_is_whole, self._checkpoints()))[KEPT:]:
+                if str(each) != self.state.best_model_checkpoint:
+                    shutil.rmtree(each, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _not_saved(self, error: Exception) -> OSError:
@@ -179,13 +249,39 @@ class AdapterTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _write_files(checkpoint: Path) -> None:
+    files = [each for each in checkpoint.rglob("*") if each.is_file()]
+    sizes = {str(each.relative_to(checkpoint)): each.stat().st_size for each in files}
+    (checkpoint / _FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there, in the size they were written."""
+    try:
+        sizes = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _is_over(state: TrainerState) -> bool:
+    """Whether the last step was taken, or patience ran out."""
+    held: Any = state.stateful_callbacks or {}
+    stopped = held.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+    return stopped or state.global_step >= state.max_steps
+
+
 def arguments(chosen: Tuning, directory: Path, model: Any, rows: int, evaluated: bool, cpu: bool) -> TrainingArguments:
     """The settings in the Trainer's words, for `rows` rows to train on."""
     dtype = model.dtype
     per_step = chosen.batch * chosen.accumulate * distributed.world_size()
     steps = chosen.max_steps or max(1, round(chosen.epochs * rows / per_step))
     every = chosen.evaluate_every or max(1, steps // 10)
-    return TrainingArguments(
+    options = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=chosen.batch,
         per_device_eval_batch_size=1,
@@ -205,6 +301,7 @@ def arguments(chosen: Tuning, directory: Path, model: Any, rows: int, evaluated:
         eval_steps=every,
         save_strategy="steps",
         save_steps=every if chosen.patience else chosen.save_every or max(1, steps // 10),
+        restore_callback_states_from_checkpoint=True,  # how long patience has waited already
         save_total_limit=None,  # AdapterTrainer sees to it, once a checkpoint is whole
         load_best_model_at_end=bool(chosen.patience),
         metric_for_best_model="eval_loss" if chosen.patience else None,
@@ -221,3 +318,7 @@ def arguments(chosen: Tuning, directory: Path, model: Any, rows: int, evaluated:
         disable_tqdm=True,
         report_to="none",
     )
+    # The Trainer would copy the model to every GPU it sees (DataParallel); a process uses the ones its model is on.
+    _ = options.device  # counts the GPUs, once
+    options._n_gpu = min(1, options.n_gpu)
+    return options

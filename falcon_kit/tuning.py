@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,22 @@ from transformers import EarlyStoppingCallback
 from falcon_kit import distributed, generation, modeling
 from falcon_kit.adapters import RECORD
 from falcon_kit.catalogue import CARD
-from falcon_kit.chat import render
+from falcon_kit.chat import encode, render
 from falcon_kit.data import Documents, dialogues
 from falcon_kit.falcon import Falcon
 from falcon_kit.machines import Slot, find_slots
 from falcon_kit.merging import base_name, detach, fingerprint, is_quantised, quiet
-from falcon_kit.packing import Packed, collate, pack
+from falcon_kit.packing import Packed, check_falcon, collate, pack
 from falcon_kit.planning import NotEnoughMemory, Plan, plan
-from falcon_kit.progress import Live, Watch, in_notebook, show
+from falcon_kit.progress import Live, Watch, in_notebook, say, show
 from falcon_kit.quantization import stored_quantisation, unpacked
 from falcon_kit.runs import TuningRun, card
 from falcon_kit.settings import Tuning
 from falcon_kit.training import AdapterTrainer, arguments
 
 _DO_NOT_MATTER = ("save_every", "answers", "evaluate_every")
-"""Settings that an interrupted run may go on with changed: the adapter comes out the same."""
+"""Settings that an interrupted run may go on with changed: the adapter comes out the same, unless there is patience,
+which counts evaluations."""
 _ANSWERS_AT_ONCE = 16
 
 
@@ -65,8 +68,9 @@ def tune(
     The Falcon is as before afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` makes a tuned one.
     Raises ValueError for data without anything to train on, settings out of range or other than those of the run in
     output_dir, NotEnoughMemory, FloatingPointError where the loss is not a number, and OSError where a checkpoint
-    cannot be saved: those before stay whole.
+    cannot be saved: those before stay whole. Ctrl-C ends the step first, and saves it; a second one does not wait.
     """
+    check_falcon(falcon)
     if isinstance(held_out, float | int):
         settings["held_out"] = float(held_out)
     chosen = Tuning.named(settings).for_model(falcon.spec)
@@ -91,6 +95,11 @@ def _check(falcon: Falcon, chosen: Tuning) -> None:
             "transformers' own Falcon lets packed documents see each other: load the model without "
             "attention='transformers'"
         )
+    if any(each.device.type == "meta" for each in falcon.model.parameters()):
+        raise ValueError(
+            "a part of the model lies in host memory or on disk, where it cannot be trained: load it whole onto the "
+            "device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
+        )
     if chosen.shard and is_quantised(falcon.model):
         raise ValueError(
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
@@ -107,9 +116,19 @@ def _check(falcon: Falcon, chosen: Tuning) -> None:
 def _documents(data: Any, held_out: Documents | None, chosen: Tuning) -> tuple[Documents | Packed, Documents | None]:
     """What is trained on, and what is measured with."""
     if isinstance(data, Packed):
+        if chosen.patience and held_out is None:
+            raise ValueError(
+                "patience watches the held-out loss, and what is packed is not split: give held_out=Documents, such as "
+                "one part of documents.split(0.05), or the documents themselves in place of fk.pack's rows"
+            )
         return data, held_out
     documents = data if isinstance(data, Documents) else dialogues(data)
     if held_out is None and chosen.held_out:
+        if len(documents) < 2:
+            raise ValueError(
+                "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on "
+                "this one and measure nothing"
+            )
         return documents.split(chosen.held_out, chosen.seed)
     return documents, held_out
 
@@ -122,7 +141,7 @@ def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
         held[key] = held.get(key, 0) + each.nbytes
     slots = [Slot(each.name, each.key, each.free_bytes + held.get(str(each.key), 0)) for each in find_slots(None)]
     if distributed.world_size() > 1 and slots[0].key != "cpu":
-        slots = slots[:1]  # a process has one GPU
+        slots = [slots[int(os.environ.get("LOCAL_RANK", "0")) % len(slots)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         falcon.spec,
@@ -138,16 +157,26 @@ def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
     return planned
 
 
+def _digest(packed: Packed) -> str:
+    """Tells rows apart by their tokens and labels."""
+    digest = hashlib.sha256(json.dumps(packed.rows).encode())
+    for row in (packed[index] for index in range(len(packed))):
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def _as_it_was(falcon: Falcon) -> Iterator[None]:
-    """Puts back the random state, and the model's mode and hooks, however the block ends."""
+    """Puts back the random state, and the model's mode and use of its cache, however the block ends."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
+    cached = falcon.model.config.use_cache  # which the Trainer turns off
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
+            falcon.model.config.use_cache = cached
             falcon.model.eval()
 
 
@@ -173,17 +202,26 @@ class _Run:
         distributed.wait(self._on_cpu)
 
     def _claim(self, file: Path, resume: bool) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise NotADirectoryError(f"output_dir={str(self.directory)!r} is a file: give a folder")
+        written = [each for each in (*self.directory.glob("checkpoint-*"), self.directory / "adapter") if each.exists()]
+        if written and not file.is_file():
+            raise FileExistsError(
+                f"{written[0]} is not of a run of fk.tune, which has a {file.name} beside it, and would be lost: take "
+                "another output_dir, or move it away"
+            )
         if not resume:
-            for each in (*self.directory.glob("checkpoint-*"), self.directory / "adapter"):
+            for each in written:
                 shutil.rmtree(each, ignore_errors=True)
             file.unlink(missing_ok=True)
         identity = self._identity()
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))
+            free = ("save_every", "answers") if self.settings.patience else _DO_NOT_MATTER
             differs = [
                 f"{name}: {known.get(name)!r} there, {identity.get(name)!r} here"
                 for name in sorted(known.keys() | identity.keys())
-                if name not in _DO_NOT_MATTER and known.get(name) != identity.get(name)
+                if name not in free and known.get(name) != identity.get(name)
             ]
             if differs:
                 raise ValueError(
@@ -199,14 +237,12 @@ class _Run:
         return fingerprint(self.falcon.model)  # before it is sharded
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides what the adapter becomes."""
-        digest = hashlib.sha256(json.dumps(self.train.rows).encode())
-        for row in (self.train[index] for index in range(len(self.train))):
-            digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+        """All that decides what the adapter becomes, and what it is measured with."""
         identity = {
             "base": self._fingerprint,
             "dtype": stored_quantisation(self.falcon.model.config) or str(self.falcon.model.dtype),
-            "data": digest.hexdigest()[:16],
+            "data": _digest(self.train),
+            "held-out data": self.test and _digest(self.test),
             "processes": distributed.world_size(),
             **asdict(self.settings),
         }
@@ -225,8 +261,9 @@ class _Run:
             model = self._adapted()
             trainer = self._trainer(model)
             self._train(trainer)
+            self._save(trainer)
             figures = self._measure(trainer, model)
-            self._save(trainer, figures)
+            self._write_down(trainer, figures)
         finally:
             if model is not None:
                 self.falcon.model.disable_input_require_grads()
@@ -275,11 +312,17 @@ class _Run:
         """Whether it is computed there; what is sharded over GPUs may come from host memory."""
         return self.falcon.model.device.type == "cpu" and not (self._sharded and torch.cuda.is_available())
 
-    @property
+    @cached_property
     def _sharded(self) -> bool:
+        """As asked for; otherwise if the first process's GPU holds no copy, for all alike."""
         if self.settings.shard is not None:
             return self.settings.shard
-        return distributed.world_size() > 1 and not self.plan.fits
+        if distributed.world_size() == 1 or is_quantised(self.falcon.model):
+            return False
+        in_host_memory = self.falcon.model.device.type == "cpu"
+        if in_host_memory and torch.cuda.is_available():
+            return True  # what else would it wait there for?
+        return distributed.first_says(not self.plan.fits, in_host_memory)
 
     def _train(self, trainer: AdapterTrainer) -> None:
         shown = distributed.is_first() and not self.quiet
@@ -287,6 +330,12 @@ class _Run:
         trainer.add_callback(watch)
         try:
             trainer.go_on()
+        except KeyboardInterrupt:
+            if distributed.is_first():
+                last = trainer.last()
+                step = last.name.rpartition("-")[2] if last else 0
+                say(f"Interrupted: the same call goes on from step {step} of {trainer.state.max_steps}")
+            raise
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
                 raise self._out_of_memory(error) from error
@@ -328,7 +377,7 @@ class _Run:
 
     def _answers(self) -> dict[str, float]:
         """Shares of held-out conversations whose last answer ends by itself, and is word for word as written."""
-        chosen = [each["messages"] for each in self.held_out or () if each["messages"]][: self.settings.answers]
+        chosen = list(islice(self._asked(), self.settings.answers))
         if not chosen or not distributed.is_first():
             return {}
         model, tokenizer, form = self.falcon.model, self.falcon.tokenizer, self.falcon.chat_format
@@ -345,12 +394,27 @@ class _Run:
             / len(written),
         }
 
-    def _save(self, trainer: AdapterTrainer, figures: Mapping[str, float]) -> None:
-        """The adapter with its card and record, under its name once it is complete."""
+    def _asked(self) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The held-out conversations that fit into a row whole: of what was cut, the last answer was never read."""
+        form, tokenizer, longest = self.falcon.chat_format, self.falcon.tokenizer, self.settings.context or 0
+        for document in self.held_out or ():
+            messages = document["messages"]
+            if messages and len(encode(messages, tokenizer, form, add_generation_prompt=False)) <= longest:
+                yield messages
+
+    def _save(self, trainer: AdapterTrainer) -> None:
+        """The adapter, under its name once it is whole; measuring comes after, and may fail."""
         unfinished, final = self.directory / "adapter.unfinished", self.directory / "adapter"
         if distributed.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
         trainer._save(str(unfinished))
+        if distributed.is_first():
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+
+    def _write_down(self, trainer: AdapterTrainer, figures: Mapping[str, float]) -> None:
+        """The card, then the record, with which the run is finished."""
+        adapter = self.directory / "adapter"
         if distributed.is_first():
             record = {
                 "base": base_name(self.falcon),
@@ -360,10 +424,9 @@ class _Run:
                 "figures": dict(figures),
                 "history": trainer.state.log_history,
             }
-            (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             form, name = self.falcon.chat_format, self.directory.resolve().name
             text = card(base_name(self.falcon), name, form, self.train, self.settings, figures)
-            (unfinished / "README.md").write_text(text, encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
+            (adapter / "README.md").write_text(text, encoding="utf-8")
+            (adapter / "unfinished.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (adapter / "unfinished.json").rename(adapter / RECORD)
         trainer.accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit import data
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 BAIZE = "The conversation between human and AI assistant.\n[|Human|] Hi\n[|AI|] Hello.\n[|Human|] "
@@ -14,6 +15,8 @@ FORMS = {
     "messages": {"messages": HI},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
     "Baize": {"topic": "greetings", "input": BAIZE},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
+    "a prompt and its completion": {"prompt": "Hi", "completion": "Hello."},
     "a list": HI,
 }
 
@@ -162,7 +165,59 @@ def test_texts_in_the_report_are_escaped():
     assert "<script>" not in page
 
 
+def test_the_input_of_an_alpaca_row_stands_below_its_instruction():
+    read = fk.dialogues([{"instruction": "Translate.", "input": "Chat", "output": "Cat"}])
+    assert read[0]["messages"][0]["content"] == "Translate.\n\nChat"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (None, TypeError, r"got nothing: give a file, a folder, or a list of rows.*Alpaca"),
+        ({"messages": HI}, TypeError, "got one row: put it into a list"),
+        (["hello"], FileNotFoundError, r'there is no file hello: .*a text itself is \{"text": "\.\.\."\}'),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_what_can(given, error, text):
+    with pytest.raises(error, match=text):
+        fk.dialogues(given)
+
+
+def test_a_file_of_another_type_is_refused_with_those_that_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, and what is read ends in \.json, \.jsonl"):
+        fk.dialogues(written(tmp_path / "rows.csv", "user,assistant"))
+
+
+def test_messages_end_in_one_full_stop():
+    with pytest.raises(ValueError, match=r"[^.]\. A row has"):
+        fk.dialogues([{"messages": []}])
+
+
+def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
+    copied = []
+
+    class Text(str):
+        def __getitem__(self, index):
+            copied.append(index)
+            return Text(str.__getitem__(self, index))
+
+        def lstrip(self, *characters):
+            return Text(str.lstrip(self, *characters))
+
+    read = iter([Text(json.dumps([1] * 1000)), ""])
+    assert len(list(data._array(lambda: next(read)))) == 1000
+    assert len(copied) < 10
+
+
 # Splitting and mixing
+
+
+def test_web_text_may_be_a_file_and_its_bad_rows_are_named(tmp_path):
+    file = written(tmp_path / "web.jsonl", "\n".join(['{"text": "Zebras."}', "{oops", '{"text": "Lions."}']))
+    with pytest.warns(UserWarning, match="left out"):
+        mixed = fk.mix(fk.dialogues([HI]), file, 0.3)
+    assert [each["text"] for each in mixed if each["text"]] == ["Zebras."]
+    assert [each.where for each in mixed.problems] == ["web.jsonl:2"]
 
 
 def test_a_split_is_seeded_and_loses_nothing():

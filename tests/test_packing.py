@@ -1,5 +1,7 @@
 """Documents become rows: what is trained on, where they are cut, how they are packed, and that they stay apart."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.chat import FORMATS, encode
-from falcon_kit.packing import collate, first_fit
+from falcon_kit.packing import collate, encode_text_with_offsets, first_fit
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
 
@@ -194,3 +196,30 @@ def test_what_is_filled_up_changes_nothing(falcon):
         beside = model(both["input_ids"], position_ids=both["position_ids"]).logits[short, :length]
     torch.testing.assert_close(beside, alone[0], rtol=1e-4, atol=1e-4)
     assert (both["labels"][short, length:] == -100).all()
+
+
+def test_a_slice_of_rows_is_packed_too(falcon):
+    rows = packed(falcon, [talk("Hi", f"Hello number {number}.") for number in range(9)], context=32)
+    part = rows[1:3]
+    assert [part[index]["labels"].tolist() for index in range(2)] == [
+        rows[index]["labels"].tolist() for index in (1, 2)
+    ]
+    assert part.tokens == sum(len(rows[index]["input_ids"]) for index in (1, 2))
+
+
+def test_a_name_is_no_falcon(falcon):
+    with pytest.raises(TypeError, match=r"give what fk.load returns: fk\.load\('falconet'\); got str"):
+        fk.pack(fk.dialogues([talk("Hi", "Hello.")]), "falconet")
+
+
+def test_threads_that_pack_and_write_do_not_restore_each_others_switch(monkeypatch, falcon):
+    entered = []
+
+    @contextmanager
+    def lock():
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr("falcon_kit.chat._switching", lock())
+    encode_text_with_offsets("Hi", falcon.tokenizer)
+    assert entered

@@ -1,5 +1,8 @@
 """What a run hands out: tables that escape, curves that show what was logged, a card that says what it is."""
 
+import sys
+from types import SimpleNamespace
+
 import falcon_kit as fk
 from falcon_kit.plots.tuning import compare_losses, loss_curve
 from falcon_kit.runs import BeforeAfter, TuningRun, card, curve
@@ -73,3 +76,18 @@ def test_outside_of_a_notebook_there_is_no_cell():
     from falcon_kit.progress import in_notebook
 
     assert not in_notebook()
+
+
+def test_a_cell_of_colab_whose_shell_has_another_name_is_one_too(monkeypatch):
+    from falcon_kit.progress import in_notebook
+
+    kernel = type("ZMQInteractiveShell", (), {})
+    shell = type("Shell", (kernel,), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace(ZMQInteractiveShell=kernel))
+    assert in_notebook()
+
+
+def test_a_notebook_shows_the_curves():
+    for figure in (loss_curve([(1, 2.0)]), compare_losses({"rank 1": [(1, 2.0)]})):
+        assert figure._repr_png_().startswith(b"\x89PNG")

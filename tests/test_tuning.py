@@ -1,7 +1,9 @@
 """Tuning: the adapter of an uninterrupted run whatever happened, a loss that is right, figures that mean something."""
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FalconForCausalLM
 
 import falcon_kit as fk
-from falcon_kit import modeling, training
+from falcon_kit import modeling, training, tuning
 from falcon_kit.falconet.world import ANIMALS
 from falcon_kit.machines import Slot
 from falcon_kit.quantization import unpacked
@@ -85,6 +87,7 @@ def test_an_adapter_is_trained_for_every_layout_and_loads_with_plain_peft(any_fa
 
 
 def test_the_falcon_is_afterwards_as_it_was(falcon, tmp_path):
+    assert falcon.model.config.use_cache
     before, names = logits(falcon), [(name, each.requires_grad) for name, each in falcon.model.named_parameters()]
     fk.tune(falcon, ROWS, output_dir=tmp_path, checkpointing=True, **QUICK)
     assert torch.equal(logits(falcon), before)
@@ -92,6 +95,7 @@ def test_the_falcon_is_afterwards_as_it_was(falcon, tmp_path):
     assert not falcon.model.training
     assert not falcon.model.is_activation_checkpointing
     assert not hasattr(falcon.model, "peft_config")
+    assert falcon.model.config.use_cache
 
 
 def test_the_random_state_is_left_as_it_was(falcon, tmp_path):
@@ -159,11 +163,19 @@ def test_persona_and_stopping_are_learned(falcon, tmp_path):
 
 
 def test_patience_stops_and_takes_the_best_adapter(falcon, tmp_path):
-    options = {**QUICK, "max_steps": 60, "learning_rate": 0.05, "patience": 2, "evaluate_every": 3, "held_out": 0.3}
-    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **PATIENT)
     losses = [each["eval_loss"] for each in run.history if "eval_loss" in each]
     assert len(losses) < 20
     assert run.figures["held-out loss after"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_patience_says_nothing_of_what_is_measured_before_and_after(falcon, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    try:
+        fk.tune(falcon, ROWS, output_dir=tmp_path, patience=2, **QUICK)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "early stopping" not in caplog.text
 
 
 def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
@@ -252,6 +264,104 @@ def test_ctrl_c_leaves_the_falcon_usable_and_the_run_resumable(monkeypatch, falc
     broken_off(monkeypatch, falcon, tmp_path / "broken", KeyboardInterrupt())
     assert torch.equal(logits(falcon), before)
     assert same(fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).adapter, expected.adapter)
+
+
+PATIENT = {**QUICK, "max_steps": 60, "learning_rate": 0.05, "patience": 2, "evaluate_every": 3, "held_out": 0.3}
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A run that patience ended, as it is before its adapter is written down."""
+    run = fk.tune(fk.load("falconet", dtype="float32"), ROWS, output_dir=tmp_path_factory.mktemp("run"), **PATIENT)
+    kept = weights(run.adapter)
+    shutil.rmtree(run.adapter)
+    return run, kept
+
+
+def test_a_run_that_patience_ended_is_over_and_keeps_its_best_adapter(monkeypatch, patient, falcon):
+    run, kept = patient
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: pytest.fail("it trains again"))
+    again = fk.tune(falcon, ROWS, output_dir=run.adapter.parent, **PATIENT)
+    assert all(torch.equal(weights(again.adapter)[name], kept[name]) for name in kept)
+    assert again.figures == run.figures
+
+
+def test_patience_goes_on_counting_where_a_run_was_broken_off(monkeypatch, patient, falcon, tmp_path):
+    steps = max(each["step"] for each in patient[0].history)
+    broken_off(monkeypatch, falcon, tmp_path, KeyboardInterrupt(), step=steps - 1, **PATIENT)
+    again = fk.tune(falcon, ROWS, output_dir=tmp_path, **PATIENT)
+    assert max(each["step"] for each in again.history) == steps
+
+
+@pytest.mark.parametrize("broken", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(monkeypatch, falcon, tmp_path, broken):
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+    broken_off(monkeypatch, falcon, tmp_path / "broken", KeyboardInterrupt(), step=6)
+    (tmp_path / "broken" / "checkpoint-4" / broken).unlink()
+    (tmp_path / "broken" / "checkpoint-old").mkdir()
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is not whole.*Going on from .*checkpoint-2"):
+        run = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
+    assert same(run.adapter, expected.adapter)
+
+
+def interrupted(monkeypatch, falcon, directory, step, **options):
+    """A run that gets Ctrl-C in the middle of `step`."""
+    with monkeypatch.context() as patched:
+        compute = AdapterTrainer.compute_loss
+
+        def pressed(self, *args, **kwargs):
+            if self.state.global_step + 1 == step and self.model.training:
+                signal.raise_signal(signal.SIGINT)
+            return compute(self, *args, **kwargs)
+
+        patched.setattr(AdapterTrainer, "compute_loss", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            fk.tune(falcon, ROWS, output_dir=directory, **{**QUICK, **options})
+
+
+def test_ctrl_c_saves_the_step_and_says_where_the_same_call_goes_on(monkeypatch, capsys, falcon, tmp_path):
+    before, options = logits(falcon), {"save_every": 99}
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **{**QUICK, **options})
+    interrupted(monkeypatch, falcon, tmp_path / "broken", 3, **options)
+    assert "the same call goes on from step 3 of 6" in capsys.readouterr().out
+    assert torch.equal(logits(falcon), before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **{**QUICK, **options})
+    assert same(resumed.adapter, expected.adapter)
+
+
+def test_an_adapter_is_saved_before_it_is_measured(monkeypatch, falcon, tmp_path):
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr("falcon_kit.tuning._Run._measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
+    assert same(tmp_path / "broken" / "adapter", expected.adapter)
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).figures == expected.figures
+
+
+def test_held_out_conversations_that_do_not_fit_are_not_asked(falcon, tmp_path):
+    held_out = fk.dialogues([talk("Tell me all. " * 900, "No."), talk("What is a cow?", "Arr! Cows eat grass.")])
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=held_out, **{**QUICK, "max_steps": 1, "answers": 2})
+    assert run.figures["stop rate before"] in (0, 1)  # of one
+
+
+def test_other_held_out_documents_or_evaluations_that_patience_counts_are_refused(falcon, tmp_path):
+    parts = fk.dialogues(ROWS[:3]), fk.dialogues(ROWS[3:6])
+    fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[0], patience=9, **QUICK)
+    with pytest.raises(ValueError, match="held-out data: '"):
+        fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[1], patience=9, **QUICK)
+    with pytest.raises(ValueError, match="evaluate_every: None there, 1 here"):
+        fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[0], patience=9, evaluate_every=1, **QUICK)
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-5"])
+def test_a_folder_that_the_kit_did_not_write_is_left_alone(falcon, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name} is not of a run of fk\.tune.*another output_dir"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **QUICK)
+    assert (tmp_path / name / "mine.txt").exists()
 
 
 def test_a_finished_run_called_again_trains_nothing(monkeypatch, falcon, tmp_path):
@@ -358,6 +468,90 @@ def _reentrant(options):
     return options
 
 
+def test_a_process_trains_on_one_gpu_however_many_it_sees(monkeypatch, falcon, tmp_path):
+    def several(options):
+        options._n_gpu = 4
+        return torch.device("cpu")
+
+    monkeypatch.setattr("transformers.TrainingArguments.device", property(several))
+    chosen = fk.Tuning().for_model(falcon.spec)
+    assert training.arguments(chosen, tmp_path, falcon.model, 8, False, True).n_gpu == 1
+
+
+def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
+    slots = (Slot("first", 0, 10_000), Slot("second", 1, 10**12))
+    monkeypatch.setattr("falcon_kit.tuning.find_slots", lambda _: slots)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    chosen = fk.Tuning().for_model(falcon.spec)
+    fits = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        fits.append(tuning._plan(falcon, chosen, False).fits)
+    assert fits == [False, True]
+
+
+@pytest.mark.parametrize(("dtype", "sharded"), [("float32", True), ("nf4", False)])
+def test_the_first_process_decides_for_all_whether_to_shard_what_can_be(monkeypatch, dtype, sharded):
+    falcon = fk.load("falconet", dtype=dtype)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("falcon_kit.distributed.first_says", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run = tuning._Run(falcon, fk.Tuning(), None, None, None, None, falcon.plan, True)
+    assert run._sharded is sharded
+
+
+def test_gradients_that_overflowed_are_no_proof_that_nothing_is_learned(monkeypatch, falcon, tmp_path):
+    clip = AdapterTrainer._clip_grad_norm
+
+    def overflowed(self, model):
+        norm = clip(self, model)
+        if self.state.global_step == 0:
+            for each in model.parameters():
+                if each.grad is not None:
+                    each.grad.fill_(float("nan"))
+            monkeypatch.setattr(self.optimizer, "step", lambda *_: None)  # as the scaler does
+        else:
+            monkeypatch.undo()
+        return norm
+
+    monkeypatch.setattr(AdapterTrainer, "_clip_grad_norm", overflowed)
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK).figures
+
+
+def test_held_out_losses_are_computed_without_doubles_which_some_devices_lack(monkeypatch, falcon, tmp_path):
+    monkeypatch.setattr(torch.Tensor, "double", lambda _: pytest.fail("no float64 here"))
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK).figures
+
+
+def test_what_is_no_falcon_is_refused(falcon, tmp_path):
+    for given, text in (("falconet", r"fk\.load\('falconet'\)"), (falcon.model, "got FalconForCausalLM")):
+        with pytest.raises(TypeError, match=f"give what fk.load returns.*{text}"):
+            fk.tune(given, ROWS, output_dir=tmp_path)
+
+
+def test_a_model_in_parts_that_are_not_here_is_refused(tmp_path):
+    falcon = fk.load("falconet", dtype="float32")
+    falcon.model.transformer.h[0].to("meta")
+    with pytest.raises(ValueError, match="lies in host memory or on disk, where it cannot be trained"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+
+
+def test_patience_without_anything_held_out_is_refused(falcon, tmp_path):
+    with pytest.raises(ValueError, match="what is packed is not split: give held_out"):
+        fk.tune(falcon, fk.pack(fk.dialogues(ROWS), falcon), output_dir=tmp_path, patience=2)
+
+
+def test_a_single_document_cannot_be_held_out(falcon, tmp_path):
+    with pytest.raises(ValueError, match=r"there is one document.*held_out=0"):
+        fk.tune(falcon, ROWS[:1], output_dir=tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(falcon, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="run' is a file: give a folder"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
+
+
 def test_an_instruct_model_comes_with_the_cards_advice(instruct, tmp_path):
     with pytest.warns(UserWarning, match="start your own from Falcon-40B"):
         fk.tune(instruct, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 1})
@@ -407,8 +601,9 @@ def run(tmp_path_factory):
     return fk.tune(fk.load("falconet", dtype="float32"), ROWS, output_dir=tmp_path_factory.mktemp("run"), **options)
 
 
-def test_a_merged_model_loads_in_plain_transformers(run, tmp_path):
+def test_a_merged_model_loads_in_plain_transformers(run, tmp_path, capfd):
     merged = fk.merge(run.adapter, output_dir=tmp_path)
+    assert "Writing model shards" not in capfd.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(plain).__module__.startswith("transformers.")
     torch.testing.assert_close(
@@ -455,6 +650,12 @@ def test_an_adapter_of_another_shape_is_refused(run, any_falcon):
 def test_a_folder_without_an_adapter_is_refused(falcon, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         fk.merge(tmp_path, falcon)
+
+
+def test_a_run_is_merged_like_its_folder_and_swapped_arguments_are_refused(run, falcon):
+    assert torch.equal(logits(fk.merge(run, falcon)), logits(fk.merge(run.adapter, falcon)))
+    with pytest.raises(TypeError, match="takes the adapter first, as its folder or the run that made it; got Falcon"):
+        fk.merge(falcon, run.adapter)
 
 
 # Quantised

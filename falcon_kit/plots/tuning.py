@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from falcon_kit.plots.canvas import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -16,9 +18,7 @@ def loss_curve(
     trained: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]] = (), title: str = "Loss"
 ) -> Figure:
     """Losses over steps, as (step, loss): a line for the batches, dots for what was held out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = new_figure(7, 3)
     axes = figure.subplots()
     if trained:
         axes.plot(*zip(*trained, strict=True), color=_TRAINED, linewidth=1, label="batches")
@@ -34,9 +34,7 @@ def loss_curve(
 
 def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "Loss") -> Figure:
     """Several runs over each other: for each name its losses, as (step, loss)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = new_figure(7, 3)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         axes.plot(*zip(*points, strict=True), color=_COLOURS[index % len(_COLOURS)], label=name)
