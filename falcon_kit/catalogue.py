@@ -113,7 +113,9 @@ def adapter_base(directory: Path) -> str | None:
 def adapted(base: FalconSpec, adapter: Path) -> FalconSpec:
     """The spec of `base` with the adapter in a directory: the same shape under a name of its own."""
     folder = adapter.absolute()
+    own = {embedded_directory(name): name for name in _EMBEDDED}
     name = folder.parent.name if folder.name == "adapter" else folder.name  # `tune` writes output_dir/adapter
+    name = own.get(folder, name)
     return replace(base, name=name, fine_tuned_from=base.name, published=False, source=str(folder))
 
 

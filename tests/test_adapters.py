@@ -135,6 +135,11 @@ def test_an_adapter_in_the_folder_of_its_run_is_called_by_the_run(of_40b, tmp_pa
     assert fk.load(tmp_path / "persona" / "adapter").spec.name == "persona"
 
 
+def test_the_embedded_adapter_keeps_its_name_however_it_is_loaded():
+    shipped = embedded_directory("falconet-instruct")
+    assert [each.spec.name for each in (fk.load(shipped), fk.merge(shipped))] == ["falconet-instruct"] * 2
+
+
 def test_an_adapter_is_planned_for_like_its_base(of_40b, tmp_path):
     planned, base = (fk.plan(str(each), devices="T4") for each in (of_40b, tmp_path / "base"))
     assert (planned.spec.name, planned.total_bytes) == ("wise", base.total_bytes)
