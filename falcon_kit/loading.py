@@ -14,15 +14,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     CompileConfig,
     FalconConfig,
     FalconForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +29,7 @@ from falcon_kit.budget import QUANTISED
 from falcon_kit.catalogue import FalconSpec, format_bytes, unknown_name
 from falcon_kit.chat import FALCON, FORMATS, HUB, ChatFormat, chat_format
 from falcon_kit.checkpoints import Checkpoint, check_weights, locate
+from falcon_kit.compiling import check_compilable, compile_options, compiled
 from falcon_kit.environment import host_memory
 from falcon_kit.falcon import Falcon
 from falcon_kit.kernels import faster_without_onednn
@@ -109,7 +107,7 @@ def load(
         raise TypeError(f"load has no {other!r}: {_INSTEAD.get(other, 'its arguments are in its documentation')}")
     wanted = None if dtype == "auto" else dtype_name(dtype)
     _check_settings(wanted, device_map, max_memory, attention, offload)
-    compiling = _compile_options(compile)
+    compiling = compile_options(compile)
     parallel.check_request(
         tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload
     )
@@ -127,7 +125,7 @@ def load(
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
         if compiling:
-            _check_compilable(kept, _place(device_map, plans[0]))
+            check_compilable(kept, _place(device_map, plans[0]))
 
     found = locate(str(name), hub, decide)
     directory, shape = found.directory, found.spec
@@ -152,7 +150,7 @@ def load(
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
-    decoding = _compile(model, kept, compiling, compile is True) if compiling else {}
+    decoding = compiled(model, kept, compiling, compile is True) if compiling else {}
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
@@ -353,70 +351,6 @@ def _mend_generation_config(model: FalconForCausalLM, tokenizer: PreTrainedToken
     config = model.generation_config
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-class _Tick(StoppingCriteria):
-    """Moves a progress bar with each token, and stops when it is full."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.bar.update()
-        return torch.full((len(input_ids),), self.bar.n >= self.bar.total, device=input_ids.device)
-
-
-def _compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
-    """The options of torch.compile, None for no compilation; refused where transformers would leave it out."""
-    if not isinstance(compile, bool | CompileConfig):
-        raise ValueError(f"compile={compile!r} is neither True, False nor a transformers.CompileConfig")
-    if compile is False:
-        return None
-    options = CompileConfig(fullgraph=True) if compile is True else compile
-    if not (torch.cuda.is_available() or options._compile_all_devices):
-        raise ValueError(f"compile={compile!r} is for GPUs, and torch finds none here: leave it out")
-    return options
-
-
-def _check_compilable(dtype: str, place: Any) -> None:
-    """Raises ValueError where transformers would leave the compilation out, with no more than a warning."""
-    places = {str(each) for each in _values(place)}
-    if dtype in QUANTISED:
-        raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
-    if "disk" in places or ("cpu" in places and len(places) > 1):
-        raise ValueError(
-            "compile with layers kept on disk or in host memory, which are not compiled: leave compile out, or have "
-            "all layers on GPUs"
-        )
-
-
-def _compile(model: FalconForCausalLM, dtype: str, options: CompileConfig, default: bool) -> dict[str, Any]:
-    """The arguments of `generate` that decode compiled, once it is. `default`: whether the options are the kit's."""
-    places = getattr(model, "hf_device_map", {})
-    _check_compilable(dtype, places)
-    if default and len(set(places.values())) > 1:
-        options = CompileConfig(fullgraph=False)  # accelerate's hooks, which move on between devices, break the graph
-    decoding = {"cache_implementation": "static", "compile_config": options}
-    _warm_up(model, decoding)
-    return decoding
-
-
-def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
-    """Lets decoding compile: prefill, compilation, recording of the CUDA graph, one replay.
-
-    The static cache takes the whole context, so that no later text needs a longer one, which would compile again.
-    """
-    start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
-    with tqdm(total=4, desc="Compiling", unit="step") as bar:
-        model.generate(  # type: ignore[misc]  # its self is misdeclared
-            start,
-            attention_mask=torch.ones_like(start),
-            max_length=model.config.max_position_embeddings,
-            min_new_tokens=bar.total,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
-            **decoding,
-        )
 
 
 def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

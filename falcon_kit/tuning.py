@@ -11,11 +11,10 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
-from falcon_kit import distributed, generation, modeling
+from falcon_kit import distributed, modeling
 from falcon_kit.adapters import RECORD
+from falcon_kit.answers import answer_rates
 from falcon_kit.catalogue import CARD
-from falcon_kit.chat import encode, render
 from falcon_kit.data import Documents, dialogues
 from falcon_kit.falcon import Falcon
 from falcon_kit.machines import Slot, find_slots
@@ -43,7 +42,6 @@ from falcon_kit.training import AdapterTrainer, arguments
 _DO_NOT_MATTER = ("save_every", "answers", "evaluate_every")
 """Settings that an interrupted run may go on with changed: the adapter comes out the same, unless there is patience,
 which counts evaluations."""
-_ANSWERS_AT_ONCE = 16
 
 
 def tune(
@@ -368,39 +366,14 @@ class _Run:
         if self.test is None:
             return {}
         figures: dict[str, float] = {}
+        chosen = self.settings
         for name in ("before", "after"):
             with model.disable_adapter() if name == "before" else nullcontext():
                 figures[f"held-out loss {name}"] = trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
-                if not distributed.is_sharded(model):
-                    figures |= {f"{key} {name}": value for key, value in self._answers().items()}
+                if distributed.is_first() and not distributed.is_sharded(model):
+                    rates = answer_rates(self.falcon, self.held_out or (), chosen.answers, chosen.context or 0)
+                    figures |= {f"{key} {name}": value for key, value in rates.items()}
         return figures
-
-    def _answers(self) -> dict[str, float]:
-        """Shares of held-out conversations whose last answer ends by itself, and is word for word as written."""
-        chosen = list(islice(self._asked(), self.settings.answers))
-        if not chosen or not distributed.is_first():
-            return {}
-        model, tokenizer, form = self.falcon.model, self.falcon.tokenizer, self.falcon.chat_format
-        expected = [messages[-1]["content"].strip() for messages in chosen]
-        longest = max(len(ids) for ids in tokenizer(expected)["input_ids"])
-        written: list[Any] = []
-        for start in range(0, len(chosen), _ANSWERS_AT_ONCE):
-            prompts = [render(messages[:-1], form) for messages in chosen[start : start + _ANSWERS_AT_ONCE]]
-            options = {"max_new_tokens": min(256, longest + 16), "do_sample": False, "strip": True}
-            written += list(generation.generate(model, tokenizer, prompts, **options))  # type: ignore[arg-type]
-        return {
-            "stop rate": sum(each.finish_reason == "eos" for each in written) / len(written),
-            "exact answers": sum(str(each) == wanted for each, wanted in zip(written, expected, strict=True))
-            / len(written),
-        }
-
-    def _asked(self) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """The held-out conversations that fit into a row whole: of what was cut, the last answer was never read."""
-        form, tokenizer, longest = self.falcon.chat_format, self.falcon.tokenizer, self.settings.context or 0
-        for document in self.held_out or ():
-            messages = document["messages"]
-            if messages and len(encode(messages, tokenizer, form, add_generation_prompt=False)) <= longest:
-                yield messages
 
     def _save(self, trainer: AdapterTrainer) -> None:
         """The adapter, under its name once it is whole; measuring comes after, and may fail."""
