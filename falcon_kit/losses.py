@@ -44,14 +44,14 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *weights: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
+        targets = targets.to(next(head.parameters()).device)  # where the logits come out
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:])
         gradients = [torch.zeros_like(each) for each in (hidden, *weights)] if wanted else []
         for start in range(0, len(targets), CHUNK):
             piece = slice(start, start + CHUNK)
             with torch.set_grad_enabled(wanted):
                 part = hidden[piece].detach().requires_grad_(wanted)
-                scores = head(part).float()
-                loss = cross_entropy(scores, targets[piece].to(scores.device), reduction="sum")
+                loss = cross_entropy(head(part).float(), targets[piece], reduction="sum")  # no name keeps the logits
             if wanted:
                 by_hidden, *by_weights = torch.autograd.grad(loss, (part, *weights))
                 gradients[0][piece] = by_hidden
