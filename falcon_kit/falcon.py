@@ -9,8 +9,9 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit import generation, modeling
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import ChatFormat, Message, encode
-from falcon_kit.generation import Generation, Prompt, Stream
+from falcon_kit.generation import Generation, Stream
 from falcon_kit.planning import Plan
+from falcon_kit.prompts import Prompt
 from falcon_kit.quantization import Weights, stored_quantisation, weights
 
 

@@ -7,7 +7,7 @@ Works on a plain transformers model and tokenizer, through transformers' own `ge
 import html
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -19,11 +19,9 @@ from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenize
 
 from falcon_kit.catalogue import format_bytes, unknown_name
 from falcon_kit.decoding import Alternative, FinishReason, Piece, RandomState, Row, SharedEvent, Watch, shared_seed
+from falcon_kit.prompts import Prompt, check_tokens, room, token_ids
 from falcon_kit.sampling import Sampling, require
 
-Prompt = str | Sequence[str] | Sequence[int]
-"""One text, several texts, or one text already turned into token ids."""
-DEFAULT_NEW_TOKENS = 200
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -235,9 +233,9 @@ class _Run:
             copies == 1 or self.sampling.samples or self.beams,
             f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
         )
-        prompts = _encode(tokenizer, prompt)
-        _check_tokens(prompts, model.config.vocab_size)
-        self.new_tokens = _room(prompts, model.config.max_position_embeddings, self.sampling)
+        prompts = token_ids(tokenizer, prompt)
+        check_tokens(prompts, model.config.vocab_size)
+        self.new_tokens = room(prompts, model.config.max_position_embeddings, self.sampling)
         longest = model.config.max_position_embeddings - self.new_tokens
         self.prompts = [ids[-longest:] for ids in prompts]
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
@@ -341,59 +339,6 @@ def _check_names(options: dict[str, Any], own: set[str], model: FalconForCausalL
     for name in options:
         shown = known if get_close_matches(name, known) else own  # all of transformers' would bury the reader
         require(name in known, unknown_name("setting", name, sorted(shown)))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[int]]:
-    """The token ids of each prompt."""
-    kinds = "a prompt is a text, a list of texts, or one list of token ids"
-    require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
-    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(bool(prompts), "the prompt is empty: give the model something to continue")
-    if all(isinstance(each, int) for each in prompts):
-        return [prompts]
-    others = [type(each).__name__ for each in prompts if not isinstance(each, str)]
-    require(not others, f"{kinds}; got a list with {', '.join(others[:3])}")
-    for number, text in enumerate(prompts, 1):
-        which = _which(number, prompts)
-        require(text != "", f"{which} is empty: give the model something to continue")
-        require(
-            not any("\ud800" <= character <= "\udfff" for character in text),
-            f"{which} has a lone surrogate, which is no text and has no UTF-8: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
-        )
-    # verbose: transformers would warn of a prompt over the context, which `_room` refuses in clearer words
-    return [list(tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
-
-
-def _which(number: int, prompts: Sequence[Any]) -> str:
-    """A prompt by its number from 1, where there are several."""
-    return "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
-
-
-def _check_tokens(prompts: list[list[int]], vocabulary: int) -> None:
-    """Raises ValueError for a token id that the model has no row for."""
-    if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocabulary]:
-        raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocabulary - 1}")
-
-
-def _room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
-    """How many tokens may be generated so that neither the request nor the context is exceeded."""
-    longest = max(map(len, prompts))
-    which = _which(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
-    if sampling.max_length is not None:
-        require(
-            longest < sampling.max_length,
-            f"max_length={sampling.max_length} leaves no room: {which} has {longest} tokens",
-        )
-    wanted = sampling.max_length - longest if sampling.max_length else sampling.max_new_tokens or DEFAULT_NEW_TOKENS
-    if sampling.truncate == "left":
-        return min(wanted, max(context - longest, context // 2))  # of a long prompt, half the context stays at least
-    require(
-        longest < context,
-        f"{which} has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
-        f'shorten it, or give truncate="left" to drop its beginning',
-    )
-    return min(wanted, context - longest)
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from falcon_kit.catalogue import FalconSpec, format_bytes, html_table
 from falcon_kit.chat import ChatFormat, Message
 from falcon_kit.decoding import Alternative, Piece
-from falcon_kit.generation import Generation, Prompt, Stats, Stream
+from falcon_kit.generation import Generation, Stats, Stream
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.planning import Plan
+from falcon_kit.prompts import Prompt
 from falcon_kit.sampling import Sampling
 from falcon_kit.workers import Workers
 

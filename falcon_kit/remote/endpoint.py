@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from falcon_kit.catalogue import FalconSpec, html_table, spec, unknown_name
 from falcon_kit.chat import FALCON, HUB, ChatFormat, Message, chat_format, check_messages, render
 from falcon_kit.decoding import Piece
-from falcon_kit.generation import Generation, Prompt
+from falcon_kit.generation import Generation
+from falcon_kit.prompts import Prompt
 from falcon_kit.remote import openai_api, sagemaker, tgi
 from falcon_kit.remote.protocol import Request, Server, Wire, persist, shown
 from falcon_kit.remote.stream import Answer, RemoteStream, wait_for, write

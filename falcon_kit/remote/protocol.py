@@ -15,7 +15,7 @@ import httpx2
 from falcon_kit.catalogue import unknown_name
 from falcon_kit.chat import Message
 from falcon_kit.decoding import FinishReason
-from falcon_kit.generation import DEFAULT_NEW_TOKENS
+from falcon_kit.prompts import DEFAULT_NEW_TOKENS
 from falcon_kit.sampling import Sampling, require
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each one after
