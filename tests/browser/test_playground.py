@@ -309,7 +309,7 @@ def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(p
 
 def test_a_reload_in_the_middle_shows_the_rest(notebook: Notebook):
     words = [f" {number}" for number in range(2000)]
-    pad = typist(notebook, words, pause=0.05)
+    pad = typist(notebook, words, pause=0.2)
     pad.write("Count")
     expect(pad.said).to_contain_text(" 3 4")
     notebook.page.evaluate("jupyterapp.commands.execute('docmanager:save')")
