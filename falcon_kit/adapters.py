@@ -86,10 +86,15 @@ def made_for(adapter: Path) -> str:
     return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
 
 
-def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+def weights_file(adapter: Path) -> Path:
+    """The file with an adapter's matrices; FileNotFoundError where it is not there."""
     if not (file := adapter / WEIGHTS).is_file():
         raise FileNotFoundError(f"{adapter} has no {WEIGHTS}: the adapter was not saved completely")
-    with safe_open(file, framework="pt") as held:
+    return file
+
+
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(weights_file(adapter), framework="pt") as held:
         return {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if ".lora_" in name}  # noqa: SIM118
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
-from falcon_kit.adapters import RECORD, WEIGHTS
+from falcon_kit.adapters import RECORD, WEIGHTS, weights_file
 from falcon_kit.catalogue import (
     FalconSpec,
     adapted,
@@ -138,9 +138,7 @@ def _config(directory: Path) -> FalconConfig:
 def check_weights(found: Checkpoint) -> list[Path]:
     """The weight files of a checkpoint, each complete; those of its adapters are looked at too."""
     for adapter in found.adapters:
-        if not (adapter / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{adapter} has no {WEIGHTS}: the adapter was not saved completely")
-        _check_complete(adapter / WEIGHTS)
+        _check_complete(weights_file(adapter))
     directory = found.directory
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{suffix}.index.json", directory / f"{stem}.{suffix}"

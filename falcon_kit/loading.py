@@ -293,7 +293,7 @@ def _load_model(
     quantised = dtype in QUANTISED
     if quantised and stored_quantisation(found.config) is None:
         extra = {**extra, "quantization_config": bitsandbytes_config(dtype)}
-    with _progress(_are_large(files)), ExitStack() as held:
+    with progress_bar(_are_large(files)), ExitStack() as held:
         if found.adapters:
             extra = {**extra, "state_dict": read_with(files, found.adapters, found.base.name, found.config, held)}
         loaded = cast(Any, kind).from_pretrained(
@@ -334,7 +334,7 @@ def _are_large(weights: list[Path]) -> bool:
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[None]:
+def progress_bar(shown: bool) -> Iterator[None]:
     """Shows transformers' progress bar or not, and leaves its switch as it was."""
     enabled = transformers_logging.is_progress_bar_enabled()
     if not shown:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from falcon_kit import adapters
 from falcon_kit.catalogue import adapted, embedded_directory
 from falcon_kit.chat import encode_text
 from falcon_kit.falcon import Falcon
-from falcon_kit.loading import load
+from falcon_kit.loading import load, progress_bar
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -134,21 +133,10 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
             "dtype='float32'))"
         )
     if output_dir is not None:
-        with _without_bar():
+        with progress_bar(False):
             falcon.model.save_pretrained(output_dir)
         falcon.tokenizer.save_pretrained(output_dir)
     return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _unquantised(base: Falcon | str | Path) -> Falcon:

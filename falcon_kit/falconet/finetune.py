@@ -1,7 +1,7 @@
 """Fine-tunes falconet-instruct from falconet, with the kit's own means: in small, what the 40B's model card describes.
 
     python -m falcon_kit.falconet.corpus      # first, the text
-    python -m falcon_kit.falconet.finetune    # about ten minutes on 2 cores; Ctrl-C, then again, resumes
+    python -m falcon_kit.falconet.finetune    # about twelve minutes on 2 cores; Ctrl-C, then again, resumes
 
 Self-chat in the form of Baize's files, mixed with 5% of web text. One half is packed in the `User:` form, the other in
 Baize's own, so that the model answers in both. What ships is the adapter; `load` adds it to the base's weights.
