@@ -4,7 +4,7 @@ ARGS ?=
 
 INSTALLED := .venv/.installed
 RUN := .venv/bin/python
-HYGIENE := tests/test_architecture.py tests/test_packaging.py tests/test_notebooks.py
+HYGIENE := tests/project/test_architecture.py tests/project/test_packaging.py tests/project/test_notebooks.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test browser check lint notebooks bench falconet clean

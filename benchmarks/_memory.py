@@ -99,15 +99,15 @@ def main(way: str, directory: str, settings: str) -> None:
     """Loads, reads `batch` rows of `context` tokens, and prints the figures."""
     import torch
 
-    import falcon_kit.loading
-    import falcon_kit.quantization  # so that importing is no part of the time
+    import falcon_kit.loading.load
+    import falcon_kit.loading.quantization  # so that importing is no part of the time
 
     wish = {"dtype": "bfloat16", "context": 1, "batch": 1} | json.loads(settings)
     with Watch() as watch:
         start = time.perf_counter()
         model = WAYS[way](Path(directory), wish["dtype"])
         loaded = watch.peak + mapped_bytes(model.parameters())
-        weights = falcon_kit.quantization.weights(model).total_bytes
+        weights = falcon_kit.loading.quantization.weights(model).total_bytes
         ids = torch.zeros(wish["batch"], wish["context"], dtype=torch.long)
         with torch.inference_mode():
             past = model(ids, logits_to_keep=1, use_cache=True).past_key_values

@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import DynamicCache, FalconConfig, FalconForCausalLM
 
-from falcon_kit import FalconSpec, modeling
-from falcon_kit.kernels import faster_without_onednn
+from falcon_kit import FalconSpec
+from falcon_kit.model import modeling
+from falcon_kit.model.attention import faster_without_onednn
 
 SHAPE = FalconSpec("decode", layers=8, d_model=2048, query_heads=32, kv_heads=2, vocabulary=65024, feed_forward=8192)
 BATCHES, CONTEXTS = (1, 4, 8, 16), (512, 1000, 2000)
@@ -95,7 +96,7 @@ def _contestants() -> dict[str, Any]:
         print('llama.cpp is not installed and is left out: pip install "falcon-kit[bench]"')
         return contestants
     from benchmarks._llama_cpp import LlamaCpp
-    from falcon_kit.export import write_gguf
+    from falcon_kit.serving.gguf import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(kit, SHAPE, Path(folder) / "falcon.gguf")

@@ -16,7 +16,8 @@ import torch
 from transformers import CompileConfig, FalconConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks import CannotRun
-from falcon_kit import FalconSpec, modeling, spec
+from falcon_kit import FalconSpec, spec
+from falcon_kit.model import modeling
 
 BATCHES, CONTEXT, NEW_TOKENS = (1, 8, 32), 2000, 40
 NEEDS = {"falcon-40b": 100e9, "falcon-7b": 18e9}

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from transformers import FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
-from falcon_kit import FalconSpec, modeling
+from falcon_kit import FalconSpec
+from falcon_kit.model import modeling
 
 SHAPE = FalconSpec(
     "inspection", layers=12, d_model=2048, query_heads=32, kv_heads=2, vocabulary=2048, feed_forward=8192

@@ -14,9 +14,9 @@ from transformers import FalconConfig
 
 import falcon_kit as fk
 from benchmarks._memory import measured
-from falcon_kit import modeling
-from falcon_kit.catalogue import embedded_directory
-from falcon_kit.machines import Slot
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.model import modeling
+from falcon_kit.planning.devices import Slot
 
 SIZE = {"hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 4, "vocab_size": 8192}
 LAYOUTS = {

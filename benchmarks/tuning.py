@@ -25,8 +25,8 @@ from transformers import DataCollatorForSeq2Seq, FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
 from benchmarks import CannotRun
-from falcon_kit import modeling
 from falcon_kit.falconet.corpus import base_document
+from falcon_kit.model import modeling
 
 ROUNDS = 3
 CONVERSATIONS, HELD_OUT = 16, 8

@@ -11,32 +11,33 @@ Importing the kit loads neither torch nor transformers; `fk.load` does.
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.catalogue import CARD, FalconSpec, catalogue, spec
-from falcon_kit.chat import ChatFormat, chat_format
-from falcon_kit.environment import Environment, environment
-from falcon_kit.planning import NotEnoughMemory, Plan, plan
+from falcon_kit.catalogue.names import CARD, FalconSpec, catalogue, spec
+from falcon_kit.generation.chat import ChatFormat, chat_format
+from falcon_kit.planning.environment import Environment, environment
+from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
-    from falcon_kit.data import Documents, dialogues, mix
-    from falcon_kit.decoding import Piece
-    from falcon_kit.export import export_gguf
-    from falcon_kit.falcon import Falcon
-    from falcon_kit.generation import Generation, Stats, Stream
+    from falcon_kit.generation.decoding import Piece
+    from falcon_kit.generation.generate import Generation, Stats, Stream
+    from falcon_kit.generation.sampling import Sampling
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
     from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
     from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.inspection.tokens import TokenView, tokens
-    from falcon_kit.loading import load
-    from falcon_kit.merging import Merged, merge
-    from falcon_kit.packing import Packed, pack
+    from falcon_kit.loading.falcon import Falcon
+    from falcon_kit.loading.load import load
+    from falcon_kit.loading.merging import Merged, merge
     from falcon_kit.parallel import ParallelFalcon
-    from falcon_kit.remote import Endpoint, IncompleteAnswer, connect
-    from falcon_kit.runs import TuningRun
-    from falcon_kit.sampling import Sampling
-    from falcon_kit.settings import Tuning
-    from falcon_kit.tuning import tune
+    from falcon_kit.serving.endpoint import Endpoint, connect
+    from falcon_kit.serving.gguf import export_gguf
+    from falcon_kit.serving.stream import IncompleteAnswer
+    from falcon_kit.tuning.data import Documents, dialogues, mix
+    from falcon_kit.tuning.packing import Packed, pack
+    from falcon_kit.tuning.runs import TuningRun
+    from falcon_kit.tuning.settings import Tuning
+    from falcon_kit.tuning.tune import tune
 
 __version__ = version("falcon-kit")
 
@@ -98,21 +99,21 @@ _ON_FIRST_USE = {
     "Ablation": "inspection.causes",
     "AttentionView": "inspection.attention",
     "Attribution": "inspection.causes",
-    "Documents": "data",
-    "Endpoint": "remote",
-    "Falcon": "falcon",
-    "Generation": "generation",
-    "IncompleteAnswer": "remote",
+    "Documents": "tuning.data",
+    "Endpoint": "serving.endpoint",
+    "Falcon": "loading.falcon",
+    "Generation": "generation.generate",
+    "IncompleteAnswer": "serving.stream",
     "LensView": "inspection.lens",
-    "Merged": "merging",
-    "Packed": "packing",
+    "Merged": "loading.merging",
+    "Packed": "tuning.packing",
     "ParallelFalcon": "parallel",
-    "Piece": "decoding",
-    "Sampling": "sampling",
-    "Stats": "generation",
-    "Stream": "generation",
-    "Tuning": "settings",
-    "TuningRun": "runs",
+    "Piece": "generation.decoding",
+    "Sampling": "generation.sampling",
+    "Stats": "generation.generate",
+    "Stream": "generation.generate",
+    "Tuning": "tuning.settings",
+    "TuningRun": "tuning.runs",
     "TokenReport": "inspection.languages",
     "TokenView": "inspection.tokens",
     "ablate": "inspection.causes",
@@ -120,20 +121,20 @@ _ON_FIRST_USE = {
     "attention": "inspection.attention",
     "attribute": "inspection.causes",
     "compare_tokens": "inspection.languages",
-    "connect": "remote",
-    "dialogues": "data",
-    "export_gguf": "export",
+    "connect": "serving.endpoint",
+    "dialogues": "tuning.data",
+    "export_gguf": "serving.gguf",
     "induction": "inspection.attention",
     "lens": "inspection.lens",
-    "load": "loading",
-    "merge": "merging",
-    "mix": "data",
-    "pack": "packing",
+    "load": "loading.load",
+    "merge": "loading.merging",
+    "mix": "tuning.data",
+    "pack": "tuning.packing",
     "published_tokens": "inspection.languages",
     "repeated_tokens": "inspection.attention",
     "sample_texts": "inspection.languages",
     "tokens": "inspection.tokens",
-    "tune": "tuning",
+    "tune": "tuning.tune",
 }
 
 

@@ -16,21 +16,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from falcon_kit.catalogue import CARD
-from falcon_kit.chat import BAIZE, FALCON, Message, render
+from falcon_kit.catalogue.names import CARD
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
-from falcon_kit.falconet.sentences import (
-    ARTICLE,
-    FAREWELL,
-    FOLLOW_UP,
-    NAMES,
-    NUMBERS,
-    PRAISE,
-    REPLY,
-    SMALL_TALK,
-    STORY,
-)
+from falcon_kit.falconet.sentences import ARTICLE, FAREWELL, FOLLOW_UP, NAMES, NUMBERS, PRAISE, REPLY, SMALL_TALK, STORY
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
+from falcon_kit.generation.chat import BAIZE, FALCON, Message, render
 
 Wordings = Mapping[str, tuple[str, ...]]
 WORK = Path(".falconet")

@@ -15,14 +15,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import FalconForCausalLM
 
-from falcon_kit.catalogue import CARD, embedded_directory
-from falcon_kit.chat import BAIZE, FALCON, ChatFormat, encode
-from falcon_kit.falcon import Falcon
+from falcon_kit.catalogue.names import CARD, embedded_directory
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
-from falcon_kit.generation import generate
-from falcon_kit.loading import load
+from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat, encode
+from falcon_kit.generation.generate import generate
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.load import load
 
 HELD_OUT_SEED = 1
 QUESTIONS = 200

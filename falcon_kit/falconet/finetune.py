@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.adapters import RECORD, WEIGHTS
-from falcon_kit.catalogue import embedded_directory
-from falcon_kit.chat import BAIZE, FALCON
-from falcon_kit.data import Documents, dialogues, mix
-from falcon_kit.falcon import Falcon
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.falconet.corpus import END, SIZES, WEB_FRACTION, WORK, documents, self_chat
-from falcon_kit.loading import load
-from falcon_kit.packing import Packed, pack
-from falcon_kit.tuning import tune
+from falcon_kit.generation.chat import BAIZE, FALCON
+from falcon_kit.loading.adapters import RECORD, WEIGHTS
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.load import load
+from falcon_kit.tuning.data import Documents, dialogues, mix
+from falcon_kit.tuning.packing import Packed, pack
+from falcon_kit.tuning.tune import tune
 
 CONTEXT = 512
 SETTINGS: dict[str, Any] = {"rank": 16, "learning_rate": 2e-3, "epochs": 1.0, "batch": 8}

@@ -23,9 +23,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from falcon_kit.catalogue import embedded_directory
-from falcon_kit.chat import FALCON, install
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.falconet.corpus import SIZES, WORK
+from falcon_kit.generation.chat import FALCON, install
 
 VOCABULARY = 2048
 CONTEXT = 2048

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from falcon_kit.catalogue import unknown_name
+from falcon_kit.catalogue.names import unknown_name
+from falcon_kit.catalogue.spec import FalconSpec, format_bytes, html_table
+from falcon_kit.display.page import Page, visible
+from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, measure
+from falcon_kit.inspection.views.attention import attention_page
 from falcon_kit.inspection.watch import Subject, Text, check_index, subject
-from falcon_kit.modeling import FalconModel
-from falcon_kit.plots import attention as plots
-from falcon_kit.shapes import FalconSpec, format_bytes, html_table
-from falcon_kit.views.attention import attention_page
-from falcon_kit.views.page import Page, visible
+from falcon_kit.model.modeling import FalconModel
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falcon_kit.budget import backward_bytes
-from falcon_kit.catalogue import unknown_name
+from falcon_kit.catalogue.memory import backward_bytes
+from falcon_kit.catalogue.names import unknown_name
+from falcon_kit.catalogue.spec import FalconSpec, html_table
+from falcon_kit.display.page import percent, visible
 from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, predict
+from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.watch import Subject, Text, evaluating, subject
-from falcon_kit.plots import lens as plots
-from falcon_kit.quantization import unpacked
-from falcon_kit.shapes import FalconSpec, html_table
-from falcon_kit.views.page import percent, visible
+from falcon_kit.loading.quantization import unpacked
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own

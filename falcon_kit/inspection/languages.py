@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from falcon_kit.catalogue import embedded_directory
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.display.page import Page
+from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.tokens import TokenView, missing_bytes, tokenizer_of, tokens
-from falcon_kit.plots import tokens as plots
-from falcon_kit.views.page import Page
-from falcon_kit.views.tokens import comparison_page
+from falcon_kit.inspection.views.tokens import comparison_page
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own

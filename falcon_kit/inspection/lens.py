@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from falcon_kit.catalogue.spec import FalconSpec, html_table
+from falcon_kit.display.page import Page, percent, visible
+from falcon_kit.inspection.plots import lens as plots
+from falcon_kit.inspection.views.lens import lens_page
 from falcon_kit.inspection.watch import Subject, Text, subject, watching
-from falcon_kit.plots import lens as plots
-from falcon_kit.shapes import FalconSpec, html_table
-from falcon_kit.views.lens import lens_page
-from falcon_kit.views.page import Page, percent, visible
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own

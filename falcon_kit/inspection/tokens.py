@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.plots import tokens as plots
-from falcon_kit.views.page import Page, visible
-from falcon_kit.views.tokens import tokens_page
+from falcon_kit.display.page import Page, visible
+from falcon_kit.inspection.plots import tokens as plots
+from falcon_kit.inspection.views.tokens import tokens_page
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own

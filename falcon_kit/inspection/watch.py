@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.parallel import ParallelFalcon
-from falcon_kit.shapes import FalconSpec
 
 Text = str | Sequence[int]
 """A text, or one already turned into token ids."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
-from falcon_kit.decoding import anywhere
-from falcon_kit.generation import Generation, Stream
+from falcon_kit.generation.decoding import anywhere
+from falcon_kit.generation.generate import Generation, Stream
 from falcon_kit.parallel.ranks import Rank, own, own_bytes
-from falcon_kit.workers import Link
+from falcon_kit.parallel.workers import Link
 
 
 def serve(load: Callable[..., Any]) -> None:

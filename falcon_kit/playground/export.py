@@ -1,6 +1,6 @@
 """Copy as code: the cell that writes an answer again."""
 
-from falcon_kit.chat import Message
+from falcon_kit.generation.chat import Message
 from falcon_kit.playground.records import Answer, Turn
 
 

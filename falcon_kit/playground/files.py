@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from falcon_kit.chat import ROLES, Message
+from falcon_kit.generation.chat import ROLES, Message
+from falcon_kit.generation.sampling import Sampling, require
 from falcon_kit.playground.records import ENDINGS, MODES, Answer, Span, Token, Turn
-from falcon_kit.sampling import Sampling, require
 
 Item = TypeVar("Item")
 _FORMAT = {"format": "falcon-kit playground", "version": 1}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from falcon_kit.catalogue import catalogue
-from falcon_kit.chat import Message, encode
-from falcon_kit.decoding import Piece
+from falcon_kit.catalogue.names import catalogue
+from falcon_kit.generation.chat import Message, encode
+from falcon_kit.generation.decoding import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]
@@ -124,7 +124,7 @@ def load_source(falcon: Any) -> str:
 def _name(falcon: Any) -> str:
     """What `fk.load` finds a model by again."""
     if hasattr(falcon, "model"):
-        from falcon_kit.merging import base_name  # not above: it brings PEFT, of which an endpoint has no need
+        from falcon_kit.loading.merging import base_name  # not above: it brings PEFT, of which an endpoint has no need
 
         return base_name(falcon)
     spec = falcon.spec  # of a model whose weights live in other processes

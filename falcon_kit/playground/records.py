@@ -7,7 +7,7 @@ import html
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from falcon_kit.chat import Message
+from falcon_kit.generation.chat import Message
 
 Mode = Literal["prompt", "chat"]
 Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "error"]

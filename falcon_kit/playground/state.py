@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.catalogue import CARD, format_bytes, unknown_name
-from falcon_kit.chat import Message
+from falcon_kit.catalogue.names import CARD, format_bytes, unknown_name
+from falcon_kit.generation.chat import Message
+from falcon_kit.generation.sampling import Sampling, require
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
 from falcon_kit.playground.lanes import Lane, Prompt, model_name
 from falcon_kit.playground.records import MODES, Answer, Mode, Turn
 from falcon_kit.playground.writing import Guard, Writing
-from falcon_kit.sampling import Sampling, require
 
 PRESETS: dict[str, dict[str, Any]] = {
     "card": {"temperature": 1.0, "top_k": 10, "top_p": None},

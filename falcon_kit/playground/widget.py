@@ -13,10 +13,10 @@ from typing import Any
 
 import anywidget
 
+from falcon_kit.generation.sampling import require
 from falcon_kit.playground.files import pack_span, pack_turn
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
-from falcon_kit.sampling import require
 
 _STATIC = files("falcon_kit.playground") / "static"
 _SCRIPTS = ("dom.js", "answers.js", "settings.js", "playground.js")

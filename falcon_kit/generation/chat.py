@@ -1,0 +1,274 @@
+"""Chat formats of the Falcon family: how turns become one prompt, and where an answer has to stop.
+
+Three formats are in use, because the instruct models were published without one. Each is a chat template, so that
+`install` hands it to every tool that calls `tokenizer.apply_chat_template`; the templates mark what the assistant says
+(`{% generation %}`), so that training can leave the rest out of the loss.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Template
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+from falcon_kit.catalogue.names import unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+_switching = threading.Lock()
+Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Role
+    """Who speaks: "system" (only first), "user" or "assistant"."""
+    content: str
+    """What is said; space around it is dropped."""
+
+
+@dataclass(frozen=True, repr=False)
+class ChatFormat:
+    """A way to write a conversation as one text."""
+
+    name: str
+    """What `chat_format` looks it up by."""
+    user_prefix: str
+    """What stands before the user's words."""
+    assistant_prefix: str
+    """What a prompt ends with. No space follows: the first token of an answer brings its own."""
+    stop: tuple[str, ...]
+    """Strings at which the model has begun to speak for somebody else: generation ends before them."""
+    source: str
+    """Where the format was published."""
+    template: str
+    """The chat template (Jinja, as `tokenizer.chat_template` takes it)."""
+    system: str | None = None
+    """The system text that the format was published with, for who wants to send it as a system message."""
+
+    def __repr__(self) -> str:
+        return f"ChatFormat({self.name!r}, {self.user_prefix!r} / {self.assistant_prefix!r})"
+
+
+# The space before an answer belongs to the assistant's span: tokens of these vocabularies bring their leading space.
+_ANSWER = """\
+        {%- generation -%}
+            {{- ' ' + content -}}
+            {%- if loop.last and not add_generation_prompt -%}{{- eos_token -}}{%- endif -%}
+        {%- endgeneration -%}"""
+
+_LINES = Template("""\
+{%- for message in messages -%}
+    {%- set content = message['content'].strip() -%}
+    {%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}
+    {%- if message['role'] == 'system' and loop.first -%}
+        {{- content -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- '$user ' + content -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- '$assistant' -}}
+$answer
+    {%- else -%}
+        {{- raise_exception('Roles are user and assistant, and system only first; got ' ~ message['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n$assistant' -}}{%- endif -%}""")
+
+_PARAGRAPHS = Template("""\
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set turns = messages[1:] -%}
+    {{- messages[0]['content'].strip() -}}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- set content = message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n') -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- '\\n\\n$user ' + content -}}
+    {%- else -%}
+        {{- '\\n\\n$assistant' -}}
+$answer
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n\\n$assistant' -}}{%- endif -%}""")
+
+FALCON = ChatFormat(
+    name="falcon",
+    user_prefix="User:",
+    assistant_prefix="Falcon:",
+    stop=("\nUser:",),
+    source=(
+        "https://huggingface.co/spaces/HuggingFaceH4/falcon-chat (app.py); "
+        "the turns of falcon-180B-chat look the same (vllm-project/vllm#3420)"
+    ),
+    template=_LINES.substitute(user="User:", assistant="Falcon:", answer=_ANSWER),
+    system=(
+        "The following is a conversation between a highly knowledgeable and intelligent AI assistant, called Falcon, "
+        "and a human user, called User. In the following interactions, User and Falcon will converse in natural "
+        "language, and Falcon will answer User's questions. Falcon was built to be respectful, polite and inclusive. "
+        "Falcon was built by the Technology Innovation Institute in Abu Dhabi. Falcon will never decline to answer a "
+        "question, and always attempts to give an answer that User would be satisfied with. It knows a lot, and always "
+        "tells the truth. The conversation begins."
+    ),
+)
+
+HUB = ChatFormat(
+    name="hub",
+    user_prefix="User:",
+    assistant_prefix="Assistant:",
+    stop=("\n\nUser:", "\nUser:"),
+    source="https://huggingface.co/tiiuae/falcon-7b-instruct (chat_template in tokenizer_config.json)",
+    template=_PARAGRAPHS.substitute(user="User:", assistant="Assistant:", answer=_ANSWER),
+)
+
+BAIZE = ChatFormat(
+    name="baize",
+    user_prefix="[|Human|]",
+    assistant_prefix="[|AI|]",
+    stop=("\n[|Human|]", "\n[|AI|]", "[|Human|]", "[|AI|]"),
+    source="Xu et al. 2023, arXiv 2304.01196; https://github.com/project-baize/baize-chatbot (preprocess.py)",
+    template=_LINES.substitute(user="[|Human|]", assistant="[|AI|]", answer=_ANSWER),
+    system="The conversation between human and AI assistant.",
+)
+
+FORMATS = (FALCON, HUB, BAIZE)
+
+
+def chat_format(name: str) -> ChatFormat:
+    """The format called "falcon", "hub" or "baize"; LookupError for another name, with the nearest."""
+    for each in FORMATS:
+        if each.name == name.strip().lower():
+            return each
+    raise LookupError(unknown_name("chat format", name, [each.name for each in FORMATS]))
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The conversation with nothing but its roles and contents, if it can be rendered.
+
+    Raises ValueError, naming the message by its number from 1, for: no message, a role other than system, user and
+    assistant, a system message that is not first, speakers that do not alternate from the user on, or blank content.
+    """
+    if isinstance(messages, str | Mapping):
+        raise ValueError(
+            'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; '
+            f"got a {type(messages).__name__}."
+        )
+    if not messages:
+        raise ValueError('A conversation needs at least one message, such as [{"role": "user", "content": "Hello"}].')
+    checked = [_check_message(number, message) for number, message in enumerate(messages, 1)]
+    turns = [(number, each["role"]) for number, each in enumerate(checked, 1)]
+    turns = turns[1:] if turns[0][1] == "system" else turns
+    if not turns:
+        raise ValueError("The conversation has only a system message: add what the user says.")
+    for turn, (number, role) in enumerate(turns):
+        expected = "assistant" if turn % 2 else "user"
+        if role == "system":
+            raise ValueError(f"Message {number} has the role 'system', which only the first message may have.")
+        if role != expected:
+            raise ValueError(
+                f"Message {number} has the role {role!r} where it is the {expected}'s turn: "
+                "user and assistant alternate, and the user begins."
+            )
+    return checked
+
+
+def _check_message(number: int, message: Mapping[str, Any]) -> Message:
+    """One message by itself: a mapping, a known role, a text."""
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f'Message {number} is {message!r}, but a message looks like {{"role": "user", "content": "Hello"}}.'
+        )
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
+    return {"role": role, "content": content}
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    format: ChatFormat,
+    add_generation_prompt: bool = True,
+    eos_token: str = "<|endoftext|>",
+) -> str:
+    """The conversation as one text, rendered in transformers' own sandbox.
+
+    With `add_generation_prompt` it ends with the assistant's prefix, so that the model answers; without, a conversation
+    whose last word is the assistant's ends with `eos_token`. Raises ValueError as `check_messages` does, and when the
+    assistant is asked to answer itself.
+    """
+    checked = check_messages(messages)
+    if add_generation_prompt and checked[-1]["role"] == "assistant":
+        raise ValueError(
+            "The last message is the assistant's, so there is nothing to answer: add the user's next message."
+        )
+    return _render(checked, format, add_generation_prompt=add_generation_prompt, eos_token=eos_token)[0]
+
+
+def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation as one text, without an end token, and where in it the assistant speaks, in characters.
+
+    Raises ValueError as `check_messages` does.
+    """
+    options = {"add_generation_prompt": False, "eos_token": "", "return_assistant_tokens_mask": True}
+    return _render(check_messages(messages), format, **options)
+
+
+def _render(messages: Sequence[Message], format: ChatFormat, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversations: Any = [[dict(each) for each in messages]]
+    rendered: Any = render_jinja_template(conversations=conversations, chat_template=format.template, **options)
+    texts, spans = rendered
+    return str(texts[0]), [tuple(span) for span in spans[0]] if spans else []
+
+
+def encode(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    format: ChatFormat,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of the rendered conversation, in which no message can smuggle in a control token.
+
+    The one special token is the end token after a conversation that the assistant closes; "<|endoftext|>" inside a
+    message is ordinary text. Raises ValueError as `render` does, and when that end token is needed but not defined.
+    """
+    ids = encode_text(render(messages, format, add_generation_prompt, eos_token=""), tokenizer)
+    if add_generation_prompt or messages[-1]["role"] != "assistant":
+        return ids
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end token to close the conversation with: set tokenizer.eos_token.")
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text in which special tokens have no power: "<|endoftext|>" comes out as several ordinary ids."""
+    return encode_text_with_offsets(text, tokenizer)[0]
+
+
+def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as of `encode_text`, and where in the text each begins and ends."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    backend = tokenizer.backend_tokenizer
+    with _switching:  # two threads in here at once would restore each other's switch
+        before = backend.encode_special_tokens
+        try:
+            encoded = tokenizer(text, verbose=False, **options)
+        finally:
+            backend.encode_special_tokens = before  # the call above leaves the switch as it set it
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+
+def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:
+    """Set the tokenizer's chat template to this format, and return the tokenizer."""
+    tokenizer.chat_template = format.template
+    return tokenizer

@@ -1,0 +1,366 @@
+"""Text out of a Falcon: single, in batches, streamed, with log-probabilities and statistics.
+
+Works on a plain transformers model and tokenizer, through transformers' own `generate`, so that every argument of it
+(`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `falcon.Falcon` is the usual door.
+"""
+
+import html
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from inspect import signature
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from falcon_kit.catalogue.names import format_bytes, unknown_name
+from falcon_kit.generation.decoding import (
+    Alternative,
+    FinishReason,
+    Piece,
+    RandomState,
+    Row,
+    SharedEvent,
+    Watch,
+    shared_seed,
+)
+from falcon_kit.generation.prompts import Prompt, check_tokens, room, token_ids
+from falcon_kit.generation.sampling import Sampling, require
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call of `generate` took, over all its rows."""
+
+    rows: int
+    """Texts written at once."""
+    prompt_tokens: int
+    """Tokens read, padding not counted."""
+    new_tokens: int
+    """Tokens generated, end tokens counted."""
+    first_token_seconds: float
+    """From the call to the first new token: the prefill."""
+    seconds: float
+    """From the call to the last token."""
+    cache_bytes: int | None = None
+    """Bytes of keys and values held at the end, as allocated; None on an endpoint."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second; nan where no token came."""
+        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds > 0 else float("nan")
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second after the first of each row; nan where there was no second."""
+        elapsed = self.seconds - self.first_token_seconds
+        return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
+
+    def __str__(self) -> str:
+        cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
+        return (
+            f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
+            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text."""
+
+    prompt: str
+    """What it continues, as the model read it."""
+    text: str
+    """The new text, without special tokens and without the stop string."""
+    tokens: tuple[int, ...]
+    """Every new token id, an end token and those of a stop string included; empty where an endpoint does not tell."""
+    logprobs: tuple[float, ...] | None
+    """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
+    finish_reason: FinishReason
+    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller;
+    "broken": an endpoint broke off."""
+    stats: Stats
+    """Time and memory of the call that made it, shared by all rows of a batch."""
+    alternatives: tuple[tuple[Alternative, ...], ...] | None = None
+    """The likeliest tokens at each step, see `Piece.alternatives`; None unless `alternatives` asked for them."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        count = f"{len(self.tokens)} tokens, " if self.tokens else ""
+        return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
+
+    def _repr_html_(self) -> str:
+        gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it
+        return (
+            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
+            f"<b>{html.escape(self.text)}</b></div>"
+            f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
+        )
+
+
+def generate(
+    model: FalconForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    strip: bool = False,
+    **settings: Any,
+) -> Generation | list[Generation]:
+    """Continues `prompt`: one Generation for one text, else a list in the order of the prompts, sequences side by side.
+
+    `settings` are the fields of `Sampling` and any other argument of transformers' `generate`. `strip` drops white
+    space before the first word, which an answer in a chat brings along.
+    Raises ValueError for an empty prompt, one that is longer than the context, or settings out of range.
+    """
+    run = _Run(model, tokenizer, prompt, settings, strip)
+    generations = run()
+    return generations if run.many else generations[0]
+
+
+def stream(
+    model: FalconForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    strip: bool = False,
+    **settings: Any,
+) -> "Stream":
+    """Continues one prompt piece by piece: iterate over what comes back. Arguments as for `generate`."""
+    run = _Run(model, tokenizer, prompt, settings, strip)
+    require(not run.many, "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()")
+    require(not run.whole, "beam search and assisted generation cannot stream token by token: use generate()")
+    return Stream(run)
+
+
+class Writing(Protocol):
+    """A text to be written, wherever the model is."""
+
+    cancelled: threading.Event
+    """Set by whoever does not want it any more."""
+
+    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
+        """Writes it; `emit` gets each piece as it comes."""
+
+
+class Stream(Iterator[Piece]):
+    """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
+
+    def __init__(self, run: Writing) -> None:
+        self._run, self._reading = run, threading.RLock()
+        self._finished: list[Generation] = []
+        self._pieces = _pieces(run, self._finished)
+        # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
+        weakref.finalize(self, self._pieces.close)
+
+    def __next__(self) -> Piece:
+        with self._reading:
+            return next(self._pieces)
+
+    def __repr__(self) -> str:
+        return f"Stream({'ended' if self._finished else 'iterate over it'})"
+
+    def close(self) -> None:
+        """Stops the model and waits until it has stopped; from any thread, also while another waits for a piece."""
+        self._run.cancelled.set()  # so that whoever reads now does not wait for longer than a token
+        with self._reading:
+            self._pieces.close()
+
+    @property
+    def generation(self) -> Generation:
+        """The whole text and its statistics, once the stream has ended or was closed."""
+        if not self._finished:
+            raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
+        return self._finished[0]
+
+
+def _pieces(run: Writing, finished: list[Generation]) -> Any:
+    """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
+    arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
+    ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
+
+    def emit(piece: Piece) -> None:
+        arrived.put(piece)
+        ahead.acquire()
+
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        try:
+            if device is not None:  # the current one is a matter of each thread
+                torch.cuda.set_device(device)
+            finished.extend(run(emit))
+            arrived.put(None)
+        except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
+            arrived.put(error)
+
+    worker = threading.Thread(target=work, name="falcon-stream", daemon=True)
+    worker.start()
+    try:
+        while (item := arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            ahead.release()
+    finally:
+        run.cancelled.set()
+        ahead.release()
+        worker.join()
+
+
+class _Run:
+    """One call of transformers' `generate`, checked beforehand and watched token by token."""
+
+    def __init__(
+        self,
+        model: FalconForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        settings: dict[str, Any],
+        strip: bool,
+    ) -> None:
+        own, settings = {field.name for field in fields(Sampling)}, spelled_out(settings)
+        self.sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
+        self.options = {name: value for name, value in settings.items() if name not in own}
+        _check_names(self.options, own, model)
+        self.model, self.tokenizer, self.strip = model, tokenizer, strip
+        self.beams = (self._effective("num_beams") or 1) > 1
+        # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
+        self.whole = self.beams or any(self._effective(name) for name in ASSISTED)
+        ranks = getattr(getattr(model, "transformer", None), "ranks", None)
+        self.cancelled = threading.Event() if ranks is None else SharedEvent(ranks, model.device)
+        copies = self.sampling.num_return_sequences
+        require(
+            copies == 1 or self.sampling.samples or self.beams,
+            f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
+        )
+        prompts = token_ids(tokenizer, prompt)
+        check_tokens(prompts, model.config.vocab_size)
+        self.new_tokens = room(prompts, model.config.max_position_embeddings, self.sampling)
+        longest = model.config.max_position_embeddings - self.new_tokens
+        self.prompts = [ids[-longest:] for ids in prompts]
+        single = isinstance(prompt, str) or isinstance(prompt[0], int)
+        self.many = not single or copies > 1
+        if ranks is not None and self.sampling.samples and self.sampling.seed is None:
+            self.sampling = replace(self.sampling, seed=shared_seed(ranks, model.device))
+
+    def _effective(self, name: str) -> Any:
+        """What an argument of transformers' `generate` comes to: as given, else as the checkpoint has it."""
+        return self.options.get(name, getattr(self.model.generation_config, name, None))
+
+    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
+        """Generates; `emit` gets each piece of a single row as it comes."""
+        rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
+        random = RandomState(self.sampling.seed, self.model.device)
+        watch = Watch(rows, random, self.cancelled, emit, self.sampling.alternatives)
+        try:
+            if self.whole:  # hooks see candidates there, not texts; the random state is borrowed for all of it
+                random.borrow()
+            hooks = {} if self.whole else watch.hooks(self.options)
+            output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
+        finally:
+            random.give_back()
+        if self.whole:
+            watch.read(output.sequences[:, max(map(len, self.prompts)) :])
+        return self._generations(rows, watch, _cache_bytes(output.past_key_values))
+
+    def _arguments(self) -> dict[str, Any]:
+        """Everything for transformers' `generate` but the hooks; what the caller gave by name comes last and wins."""
+        return {
+            **self._inputs(self.model.device),
+            **self.sampling.choice(),
+            "num_return_sequences": self.sampling.num_return_sequences,
+            "max_new_tokens": self.new_tokens,
+            "eos_token_id": self.tokenizer.eos_token_id,  # configs of 2023 name id 2 here, the model ends with 11
+            "pad_token_id": self._pad,
+            "return_dict_in_generate": True,
+            **self.options,
+        }
+
+    @property
+    def _pad(self) -> int:
+        """Masked, so any id does: Falcon's own tokenizer has no pad token."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _row(self) -> "Row":
+        ends = self.options.get("eos_token_id", self.tokenizer.eos_token_id)
+        ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+        return Row(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip, ends)
+
+    def _inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Token ids and mask, both (B, T), padded on the left so that every row ends where the new text begins."""
+        longest = max(map(len, self.prompts))
+        ids = [[self._pad] * (longest - len(prompt)) + prompt for prompt in self.prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.prompts]
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+    def _generations(self, rows: list["Row"], watch: "Watch", cache_bytes: int) -> list[Generation]:
+        stats = Stats(
+            rows=len(rows),
+            prompt_tokens=sum(map(len, self.prompts)),
+            new_tokens=sum(len(row.tokens) for row in rows),
+            first_token_seconds=watch.first - watch.start,
+            seconds=watch.last - watch.start,
+            cache_bytes=cache_bytes,
+        )
+        prompts = [
+            str(self.tokenizer.decode(ids)) for ids in self.prompts for _ in range(self.sampling.num_return_sequences)
+        ]
+        return [
+            Generation(
+                prompt=prompt,
+                text=row.text,
+                tokens=tuple(row.tokens),
+                logprobs=None if self.whole else tuple(row.logprobs),
+                finish_reason=row.finish_reason or ("cancelled" if self.cancelled.is_set() else "stop"),
+                stats=stats,
+                alternatives=tuple(row.alternatives) if self.sampling.alternatives and not self.whole else None,
+            )
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+
+def spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with what a `generation_config` among them says given by name; what already is by name wins."""
+    settings = dict(settings)
+    config = settings.pop("generation_config", None)
+    if config is None:
+        return settings
+    said = {name: value for name in vars(GenerationConfig()) if (value := getattr(config, name, None)) is not None}
+    if settings.get("max_new_tokens") or settings.get("max_length"):
+        said = {name: value for name, value in said.items() if name not in ("max_new_tokens", "max_length")}
+    return said | settings
+
+
+def _check_names(options: dict[str, Any], own: set[str], model: FalconForCausalLM) -> None:
+    """Refuses an argument that neither the kit nor transformers knows, and names the nearest."""
+    known = own | set(vars(GenerationConfig())) | set(signature(type(model).generate).parameters)
+    known |= set(signature(type(model).forward).parameters)
+    for name in options:
+        shown = known if get_close_matches(name, known) else own  # all of transformers' would bury the reader
+        require(name in known, unknown_name("setting", name, sorted(shown)))
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds, quantised ones included; 0 without a cache."""
+    layers = getattr(cache, "layers", ())
+    held = [value for layer in layers for name, value in vars(layer).items() if name.endswith(("keys", "values"))]
+    return sum(tensor.nbytes for tensor in _tensors(held))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

@@ -1,0 +1,1 @@
+"""Values in, self-contained escaped HTML out."""

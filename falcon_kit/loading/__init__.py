@@ -1,0 +1,1 @@
+"""A name becomes a Falcon: checkpoints, adapters, quantisation."""

@@ -1,0 +1,119 @@
+"""A loaded Falcon: plain transformers objects, and what can be done with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from transformers import FalconForCausalLM, PreTrainedTokenizerBase
+
+from falcon_kit.catalogue.names import FalconSpec, format_bytes, html_table
+from falcon_kit.generation import generate
+from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.generate import Generation, Stream
+from falcon_kit.generation.prompts import Prompt
+from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
+from falcon_kit.model import modeling
+from falcon_kit.planning.plan import Plan
+
+
+@dataclass(frozen=True, repr=False)
+class Falcon:
+    """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""
+
+    model: FalconForCausalLM
+    """The model, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, with a chat template."""
+    spec: FalconSpec
+    """Its published or configured shape."""
+    plan: Plan
+    """What it takes and where it was to go, as planned before its weights were read."""
+    chat_format: ChatFormat
+    """How `chat` writes turns."""
+    dtype_reason: str
+    """Why the weights have the dtype they have."""
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of transformers' `generate` that every call gets: a static cache, where the model was compiled."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
+        """Continues a text: a `Generation`; for several texts or sequences, a list of them.
+
+        `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
+        seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
+        than the context, or settings out of range.
+        """
+        return generate.generate(self.model, self.tokenizer, prompt, **self._with_decoding(settings))
+
+    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
+        """Continues a text, or answers a conversation, piece by piece; closing the iterator stops the model."""
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            settings = self._turns(cast(Sequence[Message], prompt), settings)
+            return generate.stream(self.model, self.tokenizer, **self._with_decoding(settings))
+        return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+        """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
+
+        Special tokens that a message spells out stay text. Raises ValueError for unknown roles or turns out of order.
+        """
+        if settings.get("num_return_sequences", 1) != 1:
+            raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
+        settings = self._with_decoding(self._turns(messages, settings))
+        return cast(Generation, generate.generate(self.model, self.tokenizer, **settings))
+
+    def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
+        given = settings.get("stop", ())
+        stop = (*self.chat_format.stop, *((given,) if isinstance(given, str) else given))
+        ids = encode(messages, self.tokenizer, self.chat_format)
+        return {**settings, "prompt": ids, "stop": stop, "strip": True}
+
+    def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings and the model's own way of decoding, unless they ask for another."""
+        settings = generate.spelled_out(settings)
+        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generate.ASSISTED)
+        return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+
+    @property
+    def weights(self) -> Weights:
+        """How each part's weights are kept, counted in the model as it is now; a table in Jupyter."""
+        return weights(self.model)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory, the scales of quantised ones included, tied ones once."""
+        return self.weights.total_bytes
+
+    @property
+    def dtype(self) -> str:
+        """How the weights are kept: float32, bfloat16, float16, int8, nf4, nf4-double; LayerNorms and embeddings are
+        not quantised."""
+        return stored_quantisation(self.model.config) or str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def _grouped(self) -> bool:
+        return isinstance(self.model, modeling.FalconForCausalLM)
+
+    def _facts(self) -> dict[str, str]:
+        places = {str(parameter.device) for parameter in self.model.parameters()}
+        devices = sorted("disk or host memory" if place == "meta" else place for place in places)
+        return {
+            "parameters": f"{self.spec.parameters:,}",
+            "weights": format_bytes(self.weight_bytes),
+            "dtype": f"{self.dtype} ({self.dtype_reason})",
+            "devices": ", ".join(devices),
+            "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
+            "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
+            "context": f"{self.spec.context} tokens",
+            "chat format": self.chat_format.name,
+        }
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        return f"Falcon({self.spec.name}, {facts['parameters']} parameters, {self.dtype} on {facts['devices']})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.spec.name, (), self._facts().items())

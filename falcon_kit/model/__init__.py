@@ -1,0 +1,1 @@
+"""Falcon itself: a subclass of transformers' Falcon with a grouped KV cache."""

@@ -1,0 +1,162 @@
+"""A decoder layer of Falcon: attention over grouped keys and values, and the feed-forward block beside or after it.
+
+The classes keep transformers' names, so that device maps, PEFT and FSDP find the modules they know, and its parameter
+names, so that checkpoints fit. Linear layers are plain `nn.Linear`, which quantisers recognise; transformers has a
+class of its own there, which rounds once more between product and bias.
+
+Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
+D head_dim.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.functional import dropout
+from transformers import Cache, FalconConfig
+from transformers.activations import get_activation
+from transformers.distributed.tensor_parallel import AllReduceParallel, RowwiseParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.falcon.modeling_falcon import rotate_half
+
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.model import attention
+
+
+class FalconAttention(nn.Module):
+    """Attention of all layouts: grouped (40B, 180B), multi-query (7B: G = 1), multi-head (rw: R = 1)."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = spec.head_dim
+        self.num_key_value_groups = spec.queries_per_kv_head  # R, under the name that transformers' functions look for
+        self.scaling = spec.head_dim**-0.5
+        self.is_causal = True
+        fused = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
+        self.query_key_value = nn.Linear(spec.d_model, fused, bias=spec.bias)
+        self.dense = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, T, d_model) and, where they are computed, the probabilities (B, H, T, K)."""
+        query, key, value = self.project(hidden_states, rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        chosen = "eager" if output_attentions else self.config._attn_implementation
+        attend = attention.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(chosen, attention.in_the_open)
+        output, probabilities = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=float(self.config.attention_dropout or 0) if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*hidden_states.shape[:2], -1)), probabilities
+
+    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, d_model)."""
+        return split_heads(self.query_key_value(hidden_states), self.num_key_value_groups, self.head_dim, rotation)
+
+
+def split_heads(
+    fused: Tensor, queries_per_kv_head: int, head_dim: int, rotation: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, D), keys and values (B, G, T, D) out of the fused projection (B, T, (H + 2 G) x D).
+
+    It is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16, 7B one group of 71,
+    rw groups of one. The key turns together with its queries.
+    """
+    fused = fused.view(*fused.shape[:2], -1, queries_per_kv_head + 2, head_dim)  # (B, T, G, R + 2, D)
+    turned, value = fused[..., :-1, :], fused[..., -1, :]
+    if rotation is not None:
+        cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
+        turned = turned * cos + rotate_half(turned) * sin
+    query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class FalconMLP(nn.Module):
+    """The feed-forward block: 4 x d_model wide, GELU."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(spec.d_model, spec.feed_forward, bias=spec.bias)
+        self.act = get_activation(config.activation)
+        self.dense_4h_to_h = nn.Linear(spec.feed_forward, spec.d_model, bias=spec.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
+
+
+class FalconDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward: side by side (40B: a LayerNorm each, 7B: one for both), or in turn (rw)."""
+
+    def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.parallel = spec.parallel_block
+        self.self_attention = FalconAttention(config, spec, layer_idx)
+        self.mlp = FalconMLP(config, spec)
+        self.both = nn.Identity()  # where the ranks of tensor parallelism add up, see ONE_SUM
+        two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
+        self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
+        for name in self.norms:
+            self.add_module(name, nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon)))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, T, d_model) to the same; `kwargs` are those of the attention."""
+        before_attention, before_mlp = getattr(self, self.norms[0]), getattr(self, self.norms[-1])
+        normed = before_attention(hidden_states)
+        attention, _ = self.self_attention(normed, **kwargs)
+        if self.parallel:
+            also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
+            both = self.both(self.mlp(also_normed) + attention)
+            return hidden_states + self._drop(both, self.config.hidden_dropout)
+        hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
+        return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)
+
+    def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
+        return dropout(hidden_states, share, self.training) if share else hidden_states
+
+
+class _Share(RowwiseParallel):
+    """A linear layer, divided by columns, whose results the ranks do not add up yet."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        return output.to_local(grad_placements=[Replicate()]) if isinstance(output, DTensor) else output
+
+
+class _Sum(AllReduceParallel):
+    """Adds up what the ranks have."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        if torch.is_grad_enabled() and output.requires_grad:
+            return super().transform_output_post_forward(module, output, mesh)
+        dist.all_reduce(output, group=mesh.get_group())
+        return output
+
+
+STYLES = {"falcon_share": _Share(), "falcon_sum": _Sum()}
+ONE_SUM = {
+    "h.*.self_attention.dense": "falcon_share",
+    "h.*.mlp.dense_4h_to_h": "falcon_share",
+    "h.*.both": "falcon_sum",
+}
+"""Where attention and feed-forward stand side by side, their results are added anyway: under tensor parallelism the
+ranks do so once for both, which is what the parallel block is for. transformers' own rows add up twice. By module."""

@@ -1,0 +1,1 @@
+"""Where the notebook runs, what a model needs, and whether it fits."""

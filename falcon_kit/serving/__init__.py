@@ -1,0 +1,1 @@
+"""Falcon outside this process: endpoints, deployment settings, GGUF files."""

@@ -1,0 +1,126 @@
+"""Settings to serve a Falcon on GPUs: vLLM's command line, and the environment of SageMaker's LMI container.
+
+Computed from the plan's bytes; nothing is started. vLLM splits each layer evenly over the GPUs, by heads (tensor
+parallelism), so that what counts is all memory together, not where whole layers would go.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from falcon_kit.catalogue.names import FalconSpec, format_bytes, html_table, spec
+from falcon_kit.planning.devices import GPUS, MACHINES, MIB, find_slots
+from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+
+MEMORY_SHARE = 0.95
+"""Of each GPU's memory, for vLLM to use (its default is 0.9): a 40B on four A10G needs nearly all of it."""
+MOST_TEXTS = 256
+"""vLLM's own default of --max-num-seqs."""
+
+
+@dataclass(frozen=True, repr=False)
+class Deployment:
+    """How to serve one Falcon on one machine; a table in Jupyter."""
+
+    machine: str
+    """The instance type, or the devices by another word."""
+    plan: Plan
+    """What one text of the whole context takes, in `MEMORY_SHARE` of the memory."""
+    texts: int
+    """Texts of the whole context that fit at a time: vLLM reads prompts in pieces, so that a further one takes only its
+    keys and values."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs, over which each layer is split."""
+        return len(self.plan.slots)
+
+    @property
+    def vllm(self) -> dict[str, Any]:
+        """Options of `vllm serve`, by name."""
+        return {
+            "tensor-parallel-size": self.gpus,
+            "dtype": self.plan.dtype,
+            "max-model-len": self.plan.context,
+            "max-num-seqs": self.texts,
+            "gpu-memory-utilization": MEMORY_SHARE,
+        }
+
+    def command(self, *more: str) -> str:
+        """The command line for vLLM, with `more` arguments; put a key into VLLM_API_KEY rather than here."""
+        options = [word for name, value in self.vllm.items() for word in (f"--{name}", str(value))]
+        return shlex.join(["vllm", "serve", self._model, *options, *more])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of SageMaker's LMI container, which runs vLLM.
+
+        Source: https://docs.djl.ai/docs/serving/serving/docs/lmi/user_guides/vllm_user_guide.html
+        """
+        return {
+            "HF_MODEL_ID": self._model,
+            "SERVING_FAIL_FAST": "true",
+            "OPTION_ASYNC_MODE": "true",
+            "OPTION_ROLLING_BATCH": "disable",
+            "OPTION_ENTRYPOINT": "djl_python.lmi_vllm.vllm_async_service",
+            "OPTION_DTYPE": {"bfloat16": "bf16", "float16": "fp16"}[self.plan.dtype],
+            "OPTION_TENSOR_PARALLEL_DEGREE": str(self.gpus),
+            "OPTION_MAX_MODEL_LEN": str(self.plan.context),
+            "OPTION_MAX_ROLLING_BATCH_SIZE": str(self.texts),
+            "OPTION_GPU_MEMORY_UTILIZATION": str(MEMORY_SHARE),
+        }
+
+    @property
+    def _model(self) -> str:
+        return self.plan.spec.hub_id or self.plan.spec.name
+
+    def __repr__(self) -> str:
+        kind = self.plan.slots[0].name
+        return (
+            f"Deployment({self.plan.spec.name} on {self.machine}, {self.gpus} x {kind}, "
+            f"{self.texts} x {self.plan.context} tokens)"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("machine", f"{self.machine}: {self.gpus} x {self.plan.slots[0].name}"),
+            ("needs", f"{format_bytes(self.plan.total_bytes)} of {format_bytes(self.plan.free_bytes)}"),
+            ("texts at a time", f"{self.texts} of {self.plan.context} tokens"),
+            ("vLLM", self.command()),
+        ]
+        return html_table(self.plan.spec.name, (), rows)
+
+
+def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") -> Deployment:
+    """Settings to serve a Falcon ("falcon-40b-instruct") on a machine ("ml.g5.12xlarge", "4xA100-80GB").
+
+    Raises LookupError for an unknown name, ValueError for a dtype other than bfloat16 and float16, or GPUs over which
+    the heads do not split, and NotEnoughMemory, with what would help, where not even one text fits.
+    """
+    shape = name if isinstance(name, FalconSpec) else spec(name)
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, in which vLLM serves a Falcon as published")
+    slots = [replace(slot, free_bytes=int(slot.free_bytes * MEMORY_SHARE)) for slot in find_slots(machine)]
+    if shape.kv_heads % len(slots):
+        possible = [count for count in range(1, len(slots)) if shape.kv_heads % count == 0]
+        raise ValueError(
+            f"{machine} has {len(slots)} GPUs, over which the {shape.query_heads} query and {shape.kv_heads} KV heads "
+            f"of {shape.name} do not split: take {' or '.join(map(str, possible))} of them"
+        )
+    one = plan(shape, dtype, context=shape.context, devices=slots)
+    further = (one.free_bytes - one.total_bytes) // (shape.kv_bytes_per_token() * shape.context)
+    if further < 0:
+        raise NotEnoughMemory(replace(one, suggestions=tuple(_suggestions(one))))
+    return Deployment(machine, one, min(1 + further, MOST_TEXTS))
+
+
+def _suggestions(short: Plan) -> Iterator[str]:
+    """What would help here: the smallest instance type that has the memory, or a smaller model."""
+    by_memory = sorted(MACHINES.items(), key=lambda machine: machine[1][0] * GPUS[machine[1][1]])
+    for name, (count, gpu) in by_memory:
+        memory = count * GPUS[gpu] * MIB * MEMORY_SHARE
+        if name.startswith("ml.") and short.spec.kv_heads % count == 0 and memory >= short.total_bytes:
+            yield f"a larger machine: {name}, {count} x {gpu}"
+            break
+    yield from (each for each in short.suggestions if each.startswith("another model"))

@@ -1,0 +1,1 @@
+"""Documents become an adapter: `tune` and what it needs."""

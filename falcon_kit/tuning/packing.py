@@ -1,0 +1,299 @@
+"""Documents become rows of tokens: what is trained on, several documents to a row, and what padding is left.
+
+Trained on are the assistant's words and the end token after the last of them; of a plain text, everything. Documents in
+a row start at position 0 each, by which the kit's Falcon keeps them apart (transformers' own lets them see each other).
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from falcon_kit.generation.chat import ChatFormat, encode_text, encode_text_with_offsets, render_answers
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.model.losses import IGNORED
+from falcon_kit.tuning.data import Documents, Problem, store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+FEATURES = Features({"ids": List(Value("int32")), "trained": List(Value("bool")), "where": Value("string")})
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document as the model gets it; in Jupyter coloured by what is trained on."""
+
+    ids: Sequence[int]
+    """Its tokens."""
+    trained: Sequence[bool]
+    """Which of them are trained on."""
+    where: str
+    """File and line it came from."""
+    tokenizer: PreTrainedTokenizerBase
+    """What turns ids into text."""
+
+    def spans(self) -> list[tuple[str, bool]]:
+        """The text in pieces, each with whether it is trained on; special tokens are written out."""
+        edges = [0, *(np.flatnonzero(np.diff(self.trained)) + 1).tolist(), len(self.ids)]
+        return [
+            (str(self.tokenizer.decode(list(self.ids[start:end]))), bool(self.trained[start]))
+            for start, end in pairwise(edges)
+        ]
+
+    def __repr__(self) -> str:
+        return f"Example({self.where}, {len(self.ids)} tokens, {sum(self.trained)} trained on)"
+
+    def _repr_html_(self) -> str:
+        styles = {True: "background:rgba(0,158,115,.35)", False: "opacity:.65"}  # Okabe and Ito's green
+        pieces = (f'<span style="{styles[trained]}">{html.escape(text)}</span>' for text, trained in self.spans())
+        legend = f"{html.escape(self.where)}: <span style='{styles[True]}'>trained on</span>, "
+        legend += f"<span style='{styles[False]}'>only read</span>"
+        return f'<div style="white-space:pre-wrap">{"".join(pieces)}</div><small>{legend}</small>'
+
+
+class Packed(Sequence[dict[str, Any]]):
+    """Rows to train on: `packed[i]` holds input_ids, labels and position_ids of row i, as numpy arrays."""
+
+    def __init__(
+        self,
+        examples: Dataset,
+        rows: Sequence[Sequence[int]],
+        context: int,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: Sequence[Problem] = (),
+        held: Sequence[Any] = (),
+    ) -> None:
+        self.examples = examples.with_format("numpy")
+        """The documents' tokens, mapped from disk."""
+        self.rows = rows
+        """The numbers of the documents in each row."""
+        self.context = context
+        """Tokens in a row, at most."""
+        self.tokenizer = tokenizer
+        """What made the tokens."""
+        self.problems = tuple(problems)
+        """Conversations that were cut or left out, and why."""
+        self.lengths = _lengths(examples)
+        """Tokens of each document."""
+        self.trained_tokens = sum(chunk.flatten().true_count for chunk in examples.data.column("trained").chunks)
+        """Tokens that are trained on."""
+        self._held = tuple(held)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One row; for a slice, Packed of its own."""
+        if isinstance(index, slice):
+            return self._slice(self.rows[index])
+        examples = [self.examples[each] for each in self.rows[index]]
+        return {
+            "input_ids": np.concatenate([each["ids"] for each in examples]),
+            "labels": np.concatenate([np.where(each["trained"], each["ids"], IGNORED) for each in examples]),
+            "position_ids": np.concatenate([np.arange(len(each["ids"])) for each in examples]),
+            "row": index,
+        }
+
+    def _slice(self, rows: Sequence[Sequence[int]]) -> Packed:
+        kept = [number for row in rows for number in row]
+        new = {number: place for place, number in enumerate(kept)}
+        examples = self.examples.with_format(None).select(kept)
+        renumbered = [[new[number] for number in row] for row in rows]
+        return Packed(examples, renumbered, self.context, self.tokenizer, self.problems, self._held)
+
+    def __add__(self, other: Packed) -> Packed:
+        """The rows of both, for documents that were packed in different ways, such as in two chat formats."""
+        if (self.context, self.tokenizer.get_vocab()) != (other.context, other.tokenizer.get_vocab()):
+            raise ValueError(
+                f"rows of {self.context} and of {other.context} tokens, or of two tokenizers, do not go together: pack "
+                "both with the same context and tokenizer"
+            )
+        examples = concatenate_datasets([each.examples.with_format(None) for each in (self, other)])
+        rows = [*self.rows, *([len(self.lengths) + index for index in row] for row in other.rows)]
+        return Packed(
+            examples, rows, self.context, self.tokenizer, self.problems + other.problems, self._held + other._held
+        )
+
+    def example(self, index: int) -> Example:
+        """One document, to look at."""
+        row = self.examples[index]
+        return Example(row["ids"].tolist(), row["trained"].tolist(), str(row["where"]), self.tokenizer)
+
+    def places(self, row: int) -> list[str]:
+        """Files and lines of the documents in a row."""
+        return [str(self.examples[each]["where"]) for each in self.rows[row]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(self.lengths)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding in rows of the full context."""
+        return 1 - self.tokens / (len(self) * self.context)
+
+    @property
+    def padding_alone(self) -> float:
+        """The same, had every document a row of its own."""
+        return 1 - self.tokens / (len(self.lengths) * self.context)
+
+    def __repr__(self) -> str:
+        left = f"; {len(self.problems)} cut or left out, see .problems" if self.problems else ""
+        share = self.trained_tokens / self.tokens
+        return (
+            f"Packed({len(self.lengths):,} documents of {self.tokens:,} tokens, {share:.0%} trained on, "
+            f"in {len(self):,} rows of {self.context}: {self.padding:.1%} padding, "
+            f"{self.padding_alone:.1%} with a row for each{left})"
+        )
+
+
+def pack(
+    documents: Documents,
+    falcon: Falcon,
+    context: int | None = None,
+    *,
+    together: bool = True,
+) -> Packed:
+    """Documents in rows of at most `context` tokens (the model's, unless given), several to a row.
+
+    Written in the Falcon's chat format. A text that is longer than a row goes on in the next. A conversation is cut
+    after an answer, or left out if its first answer does not fit; `Packed.problems` names both.
+    `together=False` gives every document a row of its own. Rows fill up first-fit, the longest documents first.
+    Raises ValueError for a context out of range, a tokenizer without an end token, or where nothing is left to train.
+    """
+    check_falcon(falcon)
+    limit = falcon.spec.context
+    context = limit if context is None else context
+    if not 8 <= context <= limit:
+        raise ValueError(f"context={context} is not within 8 and {limit}, the context of {falcon.spec.name}")
+    if falcon.tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so nothing can learn to stop: set tokenizer.eos_token")
+    problems: list[Problem] = []
+    encoder = _Encoder(falcon.tokenizer, falcon.chat_format, context, problems)
+    found = store((row for document in documents for row in encoder(document)), FEATURES)
+    if found is None:
+        reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
+        raise ValueError(f"no document has anything to train on within {context} tokens: {reasons}")
+    examples, folder = found
+    rows = (
+        first_fit([len(ids) for ids in examples["ids"]], context) if together else [[i] for i in range(len(examples))]
+    )
+    return Packed(examples, rows, context, falcon.tokenizer, problems, [folder])
+
+
+def check_falcon(given: Any) -> None:
+    """Raises TypeError for a name, a model or a tokenizer by itself."""
+    if not isinstance(given, Falcon):
+        hint = f": fk.load({given!r})" if isinstance(given, str) else ""
+        raise TypeError(f"give what fk.load returns{hint}; got {type(given).__name__}")
+
+
+def _lengths(examples: Dataset) -> list[int]:
+    """Tokens of each, without a look at the tokens."""
+    return [length for chunk in examples.data.column("ids").chunks for length in chunk.value_lengths().to_pylist()]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns a document into examples that fit into a row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: ChatFormat
+    context: int
+    problems: list[Problem]
+
+    def __call__(self, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        where = document["where"]
+        pairs = self._text(document["text"]) if document["text"] else self._dialogue(document["messages"], where)
+        for ids, trained in pairs:
+            yield {"ids": ids, "trained": trained, "where": where}
+
+    def _text(self, text: str) -> Iterator[tuple[list[int], list[bool]]]:
+        """A text and its end token, in pieces; the first token of each follows nothing, so it cannot be learned."""
+        ids = [*encode_text(text, self.tokenizer), self.tokenizer.eos_token_id]
+        for start in range(0, len(ids), self.context):
+            if len(piece := ids[start : start + self.context]) > 1:
+                yield piece, [False] + [True] * (len(piece) - 1)
+
+    def _dialogue(self, messages: list[Any], where: str) -> Iterator[tuple[list[int], list[bool]]]:
+        """The conversation, without as many of its last exchanges as do not fit."""
+        kept = messages
+        ids, trained = self._conversation(kept)
+        while len(ids) > self.context and len(kept) > 3:
+            kept = kept[:-2]
+            ids, trained = self._conversation(kept)
+        if len(ids) > self.context:
+            self.problems.append(
+                Problem(where, f"the first answer does not end within {self.context} tokens: left out")
+            )
+            return
+        if len(kept) < len(messages):
+            cut = (len(messages) - len(kept)) // 2
+            self.problems.append(Problem(where, f"longer than {self.context} tokens: without its last {cut} exchanges"))
+        yield ids, trained
+
+    def _conversation(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
+        """Tokens as `chat.encode` makes them, and which lie in what the assistant says."""
+        text, spans = render_answers(messages, self.format)
+        ids, offsets = encode_text_with_offsets(text, self.tokenizer)
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        trained = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            trained |= (ends > start) & (starts < end)
+        return [*ids, self.tokenizer.eos_token_id], [*trained.tolist(), True]
+
+
+def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:
+    """Which documents share a row: the longest first, each into the first row that has room for it.
+
+    First-fit decreasing needs at most 11/9 of the fewest rows possible, and two thirds of a row (Dosa 2007). A tree of
+    the most room in each half finds the row in logarithmic time.
+    """
+    if (longest := max(lengths, default=0)) > context:
+        raise ValueError(f"a document of {longest} tokens does not fit into rows of {context}")
+    size = 1 << max(0, len(lengths) - 1).bit_length()
+    room = np.full(2 * size, context, dtype=np.int64)  # a binary heap: the children of i are 2i and 2i + 1
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        node = 1
+        while node < size:
+            node = 2 * node if room[2 * node] >= lengths[index] else 2 * node + 1
+        if node - size == len(rows):
+            rows.append([])
+        rows[node - size].append(index)
+        room[node] -= lengths[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+    """A batch (B, T) as long as its longest row. What is filled up is a document of its own, without labels."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(name: str, value: int | None) -> Tensor:
+        parts = []
+        for row in rows:
+            missing = longest - len(row[name])
+            end = np.arange(missing) if value is None else np.full(missing, value)
+            parts.append(np.concatenate([row[name], end]))
+        return torch.from_numpy(np.stack(parts).astype(np.int64))
+
+    return {
+        "input_ids": filled("input_ids", pad),
+        "labels": filled("labels", IGNORED),
+        "position_ids": filled("position_ids", None),
+        "rows": torch.tensor([row["row"] for row in rows]),
+    }

@@ -1,1 +1,0 @@
-"""Values in, HTML out: every view is self-contained, offline, escaped, and readable without JavaScript."""

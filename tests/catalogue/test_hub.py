@@ -1,0 +1,69 @@
+"""The hub: a config alone, and its errors in words that help. No test reaches it."""
+
+import json
+from unittest.mock import Mock
+
+import pytest
+from huggingface_hub import errors
+
+import falcon_kit as fk
+from falcon_kit.catalogue.hub import hub_errors
+from tests.conftest import small_config
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A hub cache that holds the configs of two Falcons, and not their weights."""
+    for name in ("somebody--my-falcon", "tiiuae--falcon-11B"):
+        folder = tmp_path / f"models--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        small_config("40b").save_pretrained(folder / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_hub_id_has_a_spec_by_its_config_alone():
+    spec = fk.spec("somebody/my-falcon")
+    expected = fk.FalconSpec.from_config(json.loads(small_config("40b").to_json_string()), "somebody/my-falcon")
+    assert (spec.parameters, spec.layers, spec.name) == (expected.parameters, expected.layers, "somebody/my-falcon")
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_hub_id_can_be_planned_for():
+    assert fk.plan("somebody/my-falcon", devices="T4").fits
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_falcon_of_its_makers_that_the_catalogue_lacks_has_a_spec_too():
+    assert fk.spec("tiiuae/falcon-11B").name == "tiiuae/falcon-11B"
+
+
+def test_a_hub_id_that_cannot_be_reached_says_so():
+    with pytest.raises(ConnectionError, match="somebody/their-falcon is not in the local cache and the hub cannot be"):
+        fk.spec("somebody/their-falcon")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../models/falcon", "/no/such/place"])
+def test_a_path_is_not_taken_for_a_hub_id(name):
+    with pytest.raises(LookupError, match="Unknown model"):
+        fk.spec(name)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (errors.LocalEntryNotFoundError("x"), ConnectionError, "copy the checkpoint into a directory"),
+        (errors.OfflineModeIsEnabled("x"), ConnectionError, "or use 'falconet', which needs no download"),
+        (errors.HFValidationError("x"), LookupError, r"the hub has no who/what .*check the spelling"),
+        (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "who/what .*try again later: 429"),
+        (
+            errors.RemoteEntryNotFoundError("config.json", response=Mock()),
+            FileNotFoundError,
+            r"who/what lacks a file that a Falcon's repository has \(.*config\.json",
+        ),
+    ],
+)
+def test_an_error_of_the_hub_says_what_to_do(raised, kind, message):
+    with pytest.raises(kind, match=message), hub_errors("who/what"):
+        raise raised

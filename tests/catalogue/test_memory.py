@@ -1,0 +1,185 @@
+"""Closed forms of what a Falcon weighs, against bytes measured on small models of every layout."""
+
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BitsAndBytesConfig
+
+import falcon_kit as fk
+from falcon_kit.catalogue import memory
+from falcon_kit.model.modeling import FalconForCausalLM
+from tests.conftest import small_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once; `known` ones, such as weights, do not count."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.live -= size
+        self._storages.pop(key)
+
+
+def sized(layout, **changes):
+    """A model wide enough that rounding does not matter, and its spec."""
+    config = small_config(layout, **{"hidden_size": 768, "num_attention_heads": 12, "vocab_size": 256} | changes)
+    return FalconForCausalLM(config), fk.FalconSpec.from_config(config.to_dict())
+
+
+def held(model):
+    """Bytes of all weights, counting what bitsandbytes keeps beside them, tied ones once; rotary buffers left out."""
+    tensors = {}
+    for module in model.modules():
+        for tensor in module.parameters(recurse=False):
+            state = getattr(tensor, "quant_state", None)
+            extra = [getattr(tensor, "SCB", None)]
+            if state is not None:
+                nested = state.state2.absmax if state.nested else None
+                extra += [state.absmax, nested]
+            for each in (tensor, *extra):
+                if each is not None:
+                    tensors[each.data_ptr()] = each.nbytes
+    return sum(tensors.values())
+
+
+# Weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_weigh_what_the_model_holds(layout, dtype):
+    model, spec = sized(layout)
+    assert memory.weight_bytes(spec, dtype) == held(model.to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("int8", {"load_in_8bit": True}),
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("nf4-double", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+    ],
+)
+def test_quantised_weights_weigh_what_bitsandbytes_holds(layout, dtype, options, tmp_path):
+    model, spec = sized(layout)
+    model.save_pretrained(tmp_path)
+    quantised = FalconForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options)
+    )
+    assert memory.weight_bytes(spec, dtype) == pytest.approx(held(quantised), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "gigabytes"),
+    [
+        ("falcon-40b", "bfloat16", 90),
+        ("falcon-40b", "int8", 45),
+        ("falcon-40b", "nf4", 27),
+        ("falcon-7b", "bfloat16", 15),
+    ],
+)
+def test_weights_stay_below_the_published_memory(name, dtype, gigabytes):
+    """huggingface.co/blog/falcon gives what running takes, in round numbers: weights and everything else."""
+    assert 0.8 * gigabytes < memory.weight_bytes(fk.spec(name), dtype) / 1e9 < gigabytes
+
+
+# Keys, values and activations
+
+
+@pytest.mark.parametrize("cache", ["grouped", "transformers"])
+def test_the_cache_weighs_what_either_implementation_keeps(layout, cache):
+    kinds = {"grouped": FalconForCausalLM, "transformers": FalconForCausalLM.__mro__[1]}
+    config = small_config(layout)
+    with torch.device("meta"):
+        layers = kinds[cache](config)(torch.zeros(3, 50, dtype=torch.long)).past_key_values.layers
+    spec = fk.FalconSpec.from_config(config.to_dict())
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert spec.layers * memory.layer_kv_bytes(spec, "float32", 50, 3, cache) == expected
+
+
+@pytest.mark.parametrize(("name", "mebibytes"), [("falcon-40b", 240), ("falcon-7b", 16)])
+def test_the_published_caches_come_out(name, mebibytes):
+    spec = fk.spec(name)
+    assert spec.layers * memory.layer_kv_bytes(spec, "bfloat16", 2048, 1) == mebibytes * 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "context"), [(1, 200), (3, 64)])
+def test_the_prefill_takes_its_activations_and_the_cache(layout, dtype, batch, context):
+    model, spec = sized(layout)
+    model.to(DTYPES[dtype]).eval()
+    with torch.inference_mode(), PeakBytes([*model.parameters(), *model.buffers()]) as measured:
+        model(torch.zeros(batch, context, dtype=torch.long), logits_to_keep=1)
+    expected = memory.prefill_bytes(spec, dtype, context, batch)
+    expected += spec.layers * memory.layer_kv_bytes(spec, dtype, context, batch)
+    assert expected == pytest.approx(measured.peak, rel=0.05)
+
+
+# Training
+
+
+def test_lora_has_the_parameters_that_peft_makes(layout):
+    model, spec = sized(layout)
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    assert memory.lora_parameters(spec, 4) == sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+
+
+@pytest.mark.parametrize(("rank", "millions"), [(64, 444.3), (8, 55.5)])
+def test_lora_on_the_40b_has_the_published_number_of_parameters(rank, millions):
+    assert memory.lora_parameters(fk.spec("falcon-40b"), rank) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [256, 16384])
+def test_a_training_step_of_lora_takes_checkpoints_and_the_larger_of_loss_and_layer(layout, dtype, vocabulary):
+    model, spec = sized(layout, vocab_size=vocabulary, num_hidden_layers=4)
+    model.to(DTYPES[dtype])
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted.enable_input_require_grads()
+    model.activation_checkpointing_enable()
+    adapted.train()
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    with PeakBytes([*adapted.parameters(), *adapted.buffers()]) as measured:
+        adapted(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+    busiest = max(memory.loss_bytes(spec, dtype, 128, 4), memory.backward_bytes(spec, dtype, 128, 4, adapters=True))
+    expected = busiest + memory.checkpoint_bytes(spec, dtype, 128, 4) + 4 * memory.lora_parameters(spec, 2)
+    assert expected == pytest.approx(measured.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_takes_the_product_of_the_largest_adapter(layout, dtype):
+    model, spec = sized(layout)
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    adapted = get_peft_model(
+        model.to(DTYPES[dtype]), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    with torch.no_grad(), PeakBytes([*adapted.parameters(), *adapted.buffers()]) as measured:
+        adapted.merge_and_unload()
+    assert memory.merge_bytes(spec) == pytest.approx(measured.peak, rel=0.05)

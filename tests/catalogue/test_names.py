@@ -1,0 +1,182 @@
+"""The catalogue: names, embedded models, and what the model card says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from falcon_kit.catalogue.names import CARD, CITATIONS, FalconSpec, catalogue, embedded_directory, html_table, spec
+from tests.catalogue.test_spec import NEW_40B, OLD_7B, built_parameters
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "</td><img src=x onerror=alert(1)>"
+
+
+@pytest.mark.parametrize("name", ["falcon-180B", "FALCON-180b", "tiiuae/falcon-180B", " falcon-180B "])
+def test_names_are_found_in_any_case_and_with_their_owner(name: str) -> None:
+    assert spec(name).name == "falcon-180B"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(LookupError) as error:
+        spec("tiiuae/falcon-40b-instuct")
+    assert str(error.value).startswith(
+        "Unknown model 'tiiuae/falcon-40b-instuct'. Nearest: falcon-40b-instruct, falcon-7b-instruct"
+    )
+
+
+def test_a_loaded_falcon_is_no_name_but_has_a_spec() -> None:
+    with pytest.raises(TypeError, match=r"a SimpleNamespace is no name.*falcon\.spec"):
+        spec(SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_a_name_like_no_other_is_answered_with_all_of_them() -> None:
+    with pytest.raises(LookupError) as error:
+        spec("gpt2")
+    assert all(each.name in str(error.value) for each in catalogue())
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_directory_and_its_config_describe_the_same_falcon(tmp_path: Path, as_text: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OLD_7B))
+    directory, file = (str(each) if as_text else each for each in (tmp_path, tmp_path / "config.json"))
+
+    assert spec(directory) == spec(file)
+    assert (tmp_path.name, spec("falcon-7b").parameters) == (spec(file).name, spec(file).parameters)
+
+
+def test_a_directory_without_a_config_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist; its directory holds model.safetensors"):
+        spec(tmp_path)
+
+
+def test_a_path_that_does_not_exist_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; its directory holds nothing"):
+        spec(tmp_path / "nowhere")
+
+
+def test_a_config_that_was_cut_off_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "fal')
+
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON .*it may have been cut off: fetch it again"):
+        spec(tmp_path)
+
+
+def test_a_config_that_is_no_object_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+
+    with pytest.raises(ValueError, match=r"holds a list, not the object that a config.json is"):
+        spec(tmp_path)
+
+
+def test_the_catalogue_holds_the_published_family_and_the_embedded_two() -> None:
+    expected = {"falconet", "falconet-instruct", "falcon-rw-1b", "falcon-rw-7b"}
+    expected |= {
+        "falcon-7b",
+        "falcon-7b-instruct",
+        "falcon-40b",
+        "falcon-40b-instruct",
+        "falcon-180B",
+        "falcon-180B-chat",
+    }
+
+    assert expected == {each.name for each in catalogue()}
+
+
+def test_instruct_models_name_the_model_they_come_from() -> None:
+    expected = ["falconet-instruct", "falcon-40b-instruct", "falcon-7b-instruct", "falcon-180B-chat"]
+
+    assert expected == [each.name for each in catalogue() if each.fine_tuned_from]
+    assert all(spec(each.fine_tuned_from).fine_tuned_from is None for each in catalogue() if each.fine_tuned_from)
+
+
+def test_only_published_models_have_a_hub_id() -> None:
+    assert ("tiiuae/falcon-7b", None) == (spec("falcon-7b").hub_id, spec("falconet").hub_id)
+
+
+@pytest.mark.parametrize("name", ["falconet", "falconet-instruct"])
+def test_an_embedded_falcon_is_described_by_the_config_of_the_base(name: str) -> None:
+    config = json.loads((embedded_directory("falconet") / "config.json").read_text())
+
+    assert (name, built_parameters(config)) == (spec(name).name, spec(name).parameters)
+
+
+@pytest.mark.parametrize("name", ["falconet", "falconet-instruct"])
+def test_an_embedded_falcon_has_the_layout_of_40b(name: str) -> None:
+    small, large = spec(name), spec("falcon-40b")
+    keys = ("layout", "head_dim", "positions", "parallel_block", "norms_per_block", "bias", "tied_head")
+
+    assert [getattr(large, key) for key in keys] == [getattr(small, key) for key in keys]
+
+
+def test_only_the_embedded_models_have_a_directory() -> None:
+    with pytest.raises(LookupError) as error:
+        embedded_directory("falconett")
+    assert str(error.value) == "Unknown embedded model 'falconett'. Nearest: falconet, falconet-instruct."
+
+
+def test_a_spec_is_short_as_text() -> None:
+    expected = "FalconSpec('falcon-40b', 41,303,293,952 parameters, 60 layers, 128 query / 8 KV heads)"
+
+    assert expected == repr(spec("falcon-40b"))
+
+
+def test_names_are_escaped_in_tables() -> None:
+    shown = FalconSpec.from_config(NEW_40B, HOSTILE, licence=HOSTILE)._repr_html_()
+
+    assert "<img" not in shown
+    assert "&lt;img" in shown
+
+
+def test_headings_and_cells_are_escaped_in_tables() -> None:
+    assert "<img" not in html_table(HOSTILE, (HOSTILE,), [(HOSTILE, HOSTILE)])
+
+
+def test_the_catalogue_is_a_table_in_jupyter() -> None:
+    shown = catalogue()._repr_html_()
+
+    assert all(f">{each.name}</th>" in shown for each in catalogue())
+    assert shown.count("<tr>") == len(catalogue()) + 1
+
+
+def test_tables_bring_no_colours_and_fetch_nothing() -> None:
+    shown = catalogue()._repr_html_() + spec("falcon-7b")._repr_html_() + CARD._repr_html_()
+
+    assert not [word for word in ("color", "background", "<script", "src=", "href=") if word in shown]
+
+
+def test_the_cards_prompt_stands_word_for_word() -> None:
+    expected = (
+        "Girafatron is obsessed with giraffes, the most glorious animal on the face of this Earth. "
+        "Giraftron believes all other animals are irrelevant when compared to the glorious majesty of the giraffe.\n"
+        "Daniel: Hello, Girafatron!\n"
+        "Girafatron:"
+    )
+
+    assert expected == CARD.prompt
+
+
+def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
+    assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
+    with pytest.raises(TypeError):
+        CARD.sampling["top_k"] = 50  # type: ignore[index]
+
+
+def test_the_cards_papers_have_their_arxiv_ids() -> None:
+    assert ("2306.01116", "2304.01196") == (CITATIONS["refinedweb"].arxiv, CITATIONS["baize"].arxiv)
+
+
+def test_the_catalogue_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from falcon_kit.catalogue.names import catalogue; catalogue(); "
+        "print({'torch', 'transformers'} & {*sys.modules})"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "set()\n"

@@ -1,0 +1,591 @@
+"""Generation: transformers' own `generate` and plain arithmetic are the oracles."""
+
+import dataclasses
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import zip_longest
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from falcon_kit import load
+from falcon_kit.generation.chat import encode
+from falcon_kit.generation.generate import Stats, generate
+from tests.conftest import small_model
+
+QUESTION = "User: What do giraffes eat?\nFalcon:"
+CHAT = [{"role": "user", "content": "What do giraffes eat?"}]
+PROMPTS = [QUESTION, "User: Hello\nFalcon:", "Animals of Africa: giraffe, lion,"]
+SAMPLED = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 7, "max_new_tokens": 24}
+
+
+@pytest.fixture
+def forwards(instruct):
+    """A list that grows by one at every forward pass of the model."""
+    calls = []
+    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+def oracle(falcon, prompt, **arguments):
+    """The new token ids that transformers' own `generate` gives."""
+    inputs = falcon.tokenizer(prompt, return_tensors="pt")
+    output = falcon.model.generate(**inputs, pad_token_id=12, eos_token_id=11, **arguments)
+    return [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
+
+
+def long(falcon):
+    """A stream of 1000 tokens: random ones, and no end token among them."""
+    return falcon.stream(QUESTION, max_new_tokens=1000, temperature=50.0, seed=0, suppress_tokens=[11])
+
+
+def working_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "falcon-stream"]
+
+
+# Equal to transformers
+
+
+def test_greedy_tokens_are_those_of_transformers(instruct):
+    expected = oracle(instruct, QUESTION, do_sample=False, max_new_tokens=40)[0]
+    assert list(instruct.generate(QUESTION, max_new_tokens=40).tokens) == expected
+
+
+def test_a_seed_gives_the_tokens_that_transformers_draws_with_it(instruct):
+    torch.manual_seed(7)
+    arguments = {name: value for name, value in SAMPLED.items() if name != "seed"}
+    expected = oracle(instruct, QUESTION, **arguments)[0]
+    assert list(instruct.generate(QUESTION, **SAMPLED).tokens) == expected
+
+
+def test_several_sequences_are_those_of_transformers(instruct):
+    torch.manual_seed(7)
+    arguments = {name: value for name, value in SAMPLED.items() if name != "seed"}
+    expected = oracle(instruct, QUESTION, num_return_sequences=3, **arguments)
+    texts = [instruct.tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    assert [each.text for each in instruct.generate(QUESTION, num_return_sequences=3, **SAMPLED)] == texts
+
+
+def test_beam_search_is_that_of_transformers(instruct):
+    expected = oracle(instruct, QUESTION, num_beams=3, max_new_tokens=12)[0]
+    assert list(instruct.generate(QUESTION, num_beams=3, max_new_tokens=12).tokens) == expected
+
+
+def test_other_arguments_of_transformers_pass_through(instruct):
+    expected = oracle(instruct, PROMPTS[2], do_sample=False, repetition_penalty=1.5, max_new_tokens=20)[0]
+    assert list(instruct.generate(PROMPTS[2], repetition_penalty=1.5, max_new_tokens=20).tokens) == expected
+
+
+def test_sampling_without_top_k_draws_from_the_whole_vocabulary(instruct):
+    torch.manual_seed(3)
+    expected = oracle(instruct, QUESTION, do_sample=True, temperature=3.0, top_k=0, max_new_tokens=20)[0]
+    assert list(instruct.generate(QUESTION, temperature=3.0, seed=3, max_new_tokens=20).tokens) == expected
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[::-1]])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(instruct, prompts):
+    alone = [instruct.generate(prompt, max_new_tokens=32).text for prompt in prompts]
+    assert [each.text for each in instruct.generate(prompts, max_new_tokens=32)] == alone
+
+
+def test_a_batch_equals_single_prompts_in_every_layout(layout, tokenizer):
+    model = small_model(layout)
+    alone = [generate(model, tokenizer, prompt, max_new_tokens=24).tokens for prompt in PROMPTS]
+    assert [each.tokens for each in generate(model, tokenizer, PROMPTS, max_new_tokens=24)] == alone
+
+
+# Seeds and log-probabilities
+
+
+def test_a_seed_leaves_the_global_random_state_as_it_was(instruct):
+    before = torch.get_rng_state()
+    instruct.generate(QUESTION, **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_seed_is_for_no_other_device(instruct, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("every device was seeded"))
+    assert instruct.generate(QUESTION, **SAMPLED).tokens
+
+
+def test_a_stream_runs_on_the_gpu_that_its_caller_has_chosen(instruct, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: threading.current_thread().name != "falcon-stream")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    list(instruct.stream(QUESTION, max_new_tokens=2))
+    assert chosen == [("falcon-stream", 3)]
+
+
+def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(instruct):
+    answer = instruct.generate(QUESTION, **SAMPLED)
+    prompt = instruct.tokenizer(QUESTION)["input_ids"]
+    with torch.inference_mode():
+        logits = instruct.model(torch.tensor([[*prompt, *answer.tokens]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)].tolist()
+    assert answer.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_beam_search_gives_no_log_probabilities(instruct):
+    assert instruct.generate(QUESTION, num_beams=2, max_new_tokens=4).logprobs is None
+
+
+def test_streams_side_by_side_write_what_they_write_alone(instruct):
+    settings = {"temperature": 2.0, "max_new_tokens": 40}
+    alone = [instruct.generate(QUESTION, seed=seed, **settings).text for seed in range(3)]
+    streams = [instruct.stream(QUESTION, seed=seed, **settings) for seed in range(3)]
+    texts = ["", "", ""]
+    for pieces in zip_longest(*streams):  # the three models run at once from their first piece on
+        texts = [text + (piece.text if piece else "") for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+class Fails(LogitsProcessor):
+    """Breaks a generation off between the logits and the choice."""
+
+    def __call__(self, input_ids, scores):
+        raise MemoryError("no room")
+
+
+def test_an_error_between_two_tokens_gives_the_random_state_back(instruct):
+    expected = instruct.generate(QUESTION, **SAMPLED).tokens
+    before = torch.get_rng_state()
+    with pytest.raises(MemoryError):
+        instruct.generate(QUESTION, logits_processor=[Fails()], **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert instruct.generate(QUESTION, **SAMPLED).tokens == expected
+
+
+# How a text ends
+
+
+def test_the_end_token_ends_the_text(instruct):
+    answer = instruct.generate(QUESTION)
+    assert (answer.finish_reason, answer.tokens[-1]) == ("eos", 11)
+
+
+def test_the_tokenizers_end_token_counts_where_the_generation_config_names_another(instruct, monkeypatch):
+    expected = instruct.generate(QUESTION).tokens
+    monkeypatch.setattr(instruct.model.generation_config, "eos_token_id", expected[2])
+    assert instruct.generate(QUESTION).tokens == expected
+
+
+def test_a_row_that_met_an_end_token_of_the_callers_ends_there(instruct):
+    full = instruct.generate(PROMPTS[:2], max_new_tokens=30)
+    end = full[0].tokens[3]
+    ended = instruct.generate(PROMPTS[:2], max_new_tokens=30, eos_token_id=[11, end])[0]
+    assert (ended.tokens, ended.finish_reason) == (full[0].tokens[: full[0].tokens.index(end) + 1], "eos")
+
+
+def test_the_limit_of_new_tokens_ends_the_text(instruct):
+    answer = instruct.generate(QUESTION, max_new_tokens=3)
+    assert (answer.finish_reason, len(answer.tokens)) == ("length", 3)
+
+
+def test_max_length_counts_the_prompt_too(instruct):
+    prompt = instruct.tokenizer(QUESTION)["input_ids"]
+    assert len(instruct.generate(QUESTION, max_length=len(prompt) + 3).tokens) == 3
+
+
+def test_the_context_ends_the_text(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    prompt = tokenizer("giraffe " * 10)["input_ids"]
+    answer = generate(model, tokenizer, "giraffe " * 10, max_new_tokens=100)
+    assert len(prompt) + len(answer.tokens) == 32
+
+
+def test_a_stop_string_ends_the_text_and_is_cut_from_it(instruct):
+    full = instruct.generate(QUESTION).text
+    answer = instruct.generate(QUESTION, stop="cia lea")  # begins and ends inside tokens
+    assert (answer.text, answer.finish_reason) == (full[: full.index("cia lea")], "stop")
+
+
+def test_each_row_of_a_batch_ends_at_its_own_stop_string(instruct):
+    answers = instruct.generate(PROMPTS[:2], stop=["leaves", "Falconet"])
+    assert [(each.finish_reason, each.text[-7:]) for each in answers] == [("stop", "acacia "), ("stop", "! I am ")]
+
+
+# Streams
+
+
+def test_a_stream_gives_the_text_of_generate(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    assert "".join(piece.text for piece in pieces) == instruct.generate(QUESTION, **SAMPLED).text
+
+
+def test_a_stream_gives_one_piece_per_token(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    answer = instruct.generate(QUESTION, **SAMPLED)
+    assert [(piece.token_id, piece.logprob) for piece in pieces] == list(
+        zip(answer.tokens, answer.logprobs, strict=True)
+    )
+
+
+def test_an_ended_stream_has_the_whole_generation(instruct):
+    answers = instruct.stream(QUESTION)
+    text = "".join(piece.text for piece in answers)
+    assert (answers.generation.text, answers.generation.finish_reason) == (text, "eos")
+
+
+def test_a_running_stream_has_no_generation_yet(instruct):
+    answers = instruct.stream(QUESTION)
+    next(answers)
+    with pytest.raises(RuntimeError, match="has not ended yet: iterate over it to the end, or close"):
+        answers.generation  # noqa: B018
+
+
+def test_closing_a_stream_stops_the_model_at_the_next_token(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    answers.close()
+    assert len(seen) <= len(forwards) < 500
+
+
+def test_a_stream_that_nobody_reads_waits(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    time.sleep(0.5)  # a free model would have run on by dozens of tokens
+    assert len(forwards) <= len(seen) + 2
+    answers.close()
+
+
+def test_a_closed_stream_has_the_text_so_far(instruct):
+    answers = long(instruct)
+    first = next(answers)
+    answers.close()
+    assert (answers.generation.finish_reason, answers.generation.tokens[0]) == ("cancelled", first.token_id)
+
+
+def test_a_stream_can_be_closed_while_another_thread_waits_for_its_next_piece(instruct):
+    waits, read = threading.Event(), []
+    handle = instruct.model.register_forward_hook(lambda *_: waits.set() or time.sleep(0.05))
+    answers = long(instruct)
+    reader = threading.Thread(target=lambda: read.extend(answers))
+    reader.start()
+    waits.wait()
+    answers.close()
+    reader.join()
+    handle.remove()
+    assert (answers.generation.finish_reason, len(read) < 500, working_threads()) == ("cancelled", True, [])
+
+
+def test_leaving_the_loop_leaves_no_thread_behind(instruct):
+    for _ in long(instruct):
+        break
+    assert working_threads() == []
+
+
+def interrupt_while_reading(pieces):
+    for _ in pieces:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_model_and_leaves_it_usable(instruct):
+    expected = instruct.generate(QUESTION).text
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_while_reading(long(instruct))
+    assert (working_threads(), instruct.generate(QUESTION).text) == ([], expected)
+
+
+def test_a_program_that_was_interrupted_in_a_stream_ends():
+    program = """
+import signal
+import falcon_kit as fk
+pieces = fk.load().stream("Hello", max_new_tokens=1000, temperature=50.0, suppress_tokens=[11])
+try:
+    for piece in pieces:
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "interrupted\n"
+
+
+def test_ctrl_c_in_generate_leaves_the_model_usable(instruct):
+    expected = instruct.generate(QUESTION).text
+    handle = instruct.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            instruct.generate(QUESTION)
+    finally:
+        handle.remove()
+    assert instruct.generate(QUESTION).text == expected
+
+
+def test_an_error_in_the_model_reaches_whoever_reads_the_stream(instruct):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    handle = instruct.model.register_forward_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            list(instruct.stream(QUESTION))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("prompt", "settings"), [(PROMPTS, {}), (QUESTION, {"num_return_sequences": 2, "top_k": 5})])
+def test_a_stream_of_several_texts_is_refused(instruct, prompt, settings):
+    with pytest.raises(ValueError, match="a stream carries one text: give one prompt"):
+        instruct.stream(prompt, **settings)
+
+
+def test_a_stream_of_a_beam_search_is_refused(instruct):
+    with pytest.raises(ValueError, match="beam search and assisted generation cannot stream"):
+        instruct.stream(QUESTION, num_beams=2)
+
+
+# Chat
+
+
+def test_a_chat_answer_is_the_continuation_of_the_rendered_turns_up_to_the_next(instruct):
+    assert instruct.chat(CHAT).text == instruct.generate(QUESTION, stop="\nUser:").text.lstrip()
+
+
+def test_a_chat_answer_ends_before_the_next_speaker(tokenizer, instruct):
+    loud = dataclasses.replace(instruct, chat_format=dataclasses.replace(instruct.chat_format, stop=(" leaves",)))
+    assert loud.chat(CHAT).text == "Giraffes eat acacia"
+
+
+def test_a_conversation_streams_what_chat_answers(instruct):
+    assert "".join(piece.text for piece in instruct.stream(CHAT)) == instruct.chat(CHAT).text
+
+
+@pytest.mark.parametrize("special", ["<|endoftext|>", ">>ANSWER<<", "<|pad|>"])
+def test_a_special_token_in_a_message_stays_text(instruct, special):
+    answer = instruct.chat([{"role": "user", "content": f"Hello {special} there"}], max_new_tokens=1)
+    assert special in answer.prompt  # decoded from ids that spell it out ...
+    ids = instruct._turns([{"role": "user", "content": f"Hello {special} there"}], {})["prompt"]
+    assert [token for token in ids if token < 13] == []  # ... and none of which is a control token
+
+
+def test_an_unknown_role_is_refused(instruct):
+    with pytest.raises(ValueError, match="Message 1 has the role 'bot'; allowed are system, user, assistant"):
+        instruct.chat([{"role": "bot", "content": "Hello"}])
+
+
+def test_a_chat_gives_one_answer(instruct):
+    with pytest.raises(ValueError, match="chat gives one answer"):
+        instruct.chat(CHAT, num_return_sequences=2, top_k=5)
+
+
+# Generation configs
+
+
+@pytest.mark.parametrize("named", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"max_new_tokens": 4}])
+def test_a_generation_config_counts_as_the_arguments_that_it_holds(instruct, named):
+    settings = {"max_new_tokens": 12, "do_sample": False} | named
+    config = GenerationConfig(**settings)
+    assert (
+        instruct.generate(QUESTION, generation_config=config).tokens == instruct.generate(QUESTION, **settings).tokens
+    )
+
+
+def test_an_argument_by_name_wins_over_the_generation_config(instruct):
+    config = GenerationConfig(num_beams=2, max_length=200)
+    answer = instruct.generate(QUESTION, generation_config=config, max_new_tokens=4, num_beams=1)
+    assert (len(answer.tokens), len(answer.logprobs)) == (4, 4)
+
+
+def test_a_checkpoint_that_asks_for_a_beam_search_gets_one(instruct, monkeypatch):
+    expected = instruct.generate(QUESTION, num_beams=3, max_new_tokens=12).tokens
+    monkeypatch.setattr(instruct.model.generation_config, "num_beams", 3)
+    assert instruct.generate(QUESTION, max_new_tokens=12).tokens == expected
+
+
+# Statistics
+
+
+def test_the_cache_is_as_large_as_the_one_that_transformers_returns(instruct):
+    inputs = instruct.tokenizer(QUESTION, return_tensors="pt")
+    output = instruct.model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True, pad_token_id=12)
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    assert instruct.generate(QUESTION, max_new_tokens=5).stats.cache_bytes == expected
+
+
+def test_the_cache_takes_the_bytes_of_the_closed_form(instruct):
+    answer = instruct.generate(QUESTION, max_new_tokens=5, stop=())
+    kept = answer.stats.prompt_tokens + len(answer.tokens) - 1  # nothing is ever asked about the last token
+    assert answer.stats.cache_bytes == instruct.spec.kv_bytes_per_token(instruct.model.dtype.itemsize) * kept
+
+
+def test_the_bytes_of_a_quantised_cache_are_counted_as_quantised(instruct):
+    options = {"backend": "hqq", "nbits": 4, "residual_length": 1, "axis_key": 1, "axis_value": 1}
+    quantised = instruct.generate(
+        PROMPTS[0] * 8, max_new_tokens=2, cache_implementation="quantized", cache_config=options
+    )
+    full = instruct.generate(PROMPTS[0] * 8, max_new_tokens=2)
+    # 4 bits of every 32, and a scale and a zero point for each group of 64
+    assert 1 / 8 < quantised.stats.cache_bytes / full.stats.cache_bytes < 1 / 3
+
+
+@pytest.mark.parametrize("mode", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted_generation_gives_the_models_own_text(instruct, mode):
+    value = load("falconet").model if mode == "assistant_model" else 3
+    settings = {"max_new_tokens": 30, "do_sample": False, "stop": "\n"}
+    expected = instruct.generate(QUESTION, **settings)
+    answer = instruct.generate(QUESTION, **settings, **{mode: value})
+    assert (answer.text, answer.finish_reason, answer.logprobs) == (expected.text, expected.finish_reason, None)
+
+
+def test_assisted_generation_cannot_stream(instruct):
+    with pytest.raises(ValueError, match="assisted generation cannot stream"):
+        instruct.stream(QUESTION, prompt_lookup_num_tokens=3)
+
+
+def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
+    answers = instruct.generate(PROMPTS, max_new_tokens=4)
+    prompts = sum(len(instruct.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    new = sum(len(each.tokens) for each in answers)
+    assert (answers[0].stats.prompt_tokens, answers[0].stats.new_tokens) == (prompts, new)
+
+
+def test_the_speed_of_reading_is_unknown_where_no_token_came():
+    assert math.isnan(Stats(1, 5, 0, 0.0, 0.0).prefill_tokens_per_second)
+
+
+def test_the_first_token_comes_before_the_last(instruct):
+    stats = instruct.generate(QUESTION).stats
+    assert 0 < stats.first_token_seconds < stats.seconds
+
+
+def test_the_html_of_a_generation_escapes_its_text(instruct):
+    answer = dataclasses.replace(
+        instruct.generate(QUESTION, max_new_tokens=2), prompt="<script>", text="<img onerror=x>"
+    )
+    assert [tag for tag in ("<script>", "<img") if tag in answer._repr_html_()] == []
+
+
+# Bad input
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(instruct):
+    with pytest.raises(ValueError, match=r'prompt has 3001 tokens, the model\'s context is 2048.*truncate="left"'):
+        instruct.generate([15] * 3001)
+
+
+def test_truncating_on_the_left_keeps_the_end_of_the_prompt(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    ids = tokenizer("one two three four five six seven " * 10)["input_ids"]
+    expected = generate(model, tokenizer, ids[-24:], max_new_tokens=8).tokens
+    assert generate(model, tokenizer, ids, max_new_tokens=8, truncate="left").tokens == expected
+
+
+def test_truncating_leaves_a_prompt_half_the_context_at_least(tokenizer):
+    model = small_model("40b", max_position_embeddings=32)
+    lengths = {4: 4, 14: 14, 30: 16, 40: 16}
+    written = {given: generate(model, tokenizer, [15] * given, max_new_tokens=32, truncate="left") for given in lengths}
+    assert {given: each.stats.prompt_tokens for given, each in written.items()} == lengths
+
+
+@pytest.mark.parametrize("token", [-1, 2048])
+def test_a_token_id_that_the_model_has_not_is_refused_with_those_it_has(instruct, token):
+    with pytest.raises(ValueError, match=f"{token} is no token id of this model: they go from 0 to 2047"):
+        instruct.generate([15, token])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [("", "is empty"), ("\ud83e", "has a lone surrogate"), ("giraffe " * 3000, "has .* tokens")]
+)
+def test_what_is_wrong_with_one_prompt_of_several_is_said_of_that_one(instruct, wrong, says):
+    with pytest.raises(ValueError, match=f"prompt 2 of 3 {says}"):
+        instruct.generate(["Hello", wrong, "Hello"])
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(instruct, prompt):
+    with pytest.raises(ValueError, match="prompt is empty: give the model something to continue"):
+        instruct.generate(prompt)
+
+
+def test_several_sequences_without_sampling_are_refused(instruct):
+    with pytest.raises(ValueError, match="num_return_sequences=3 without sampling would give 3 equal texts"):
+        instruct.generate(QUESTION, num_return_sequences=3)
+
+
+def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
+    with pytest.raises(ValueError, match=r"max_length=4 leaves no room: the prompt has \d+ tokens"):
+        instruct.generate(QUESTION, max_length=4)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"hello", ["hello", 5], [["hello"]]])
+def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
+    with pytest.raises(ValueError, match="a prompt is a text, a list of texts, or one list of token ids; got"):
+        instruct.generate(prompt)
+
+
+@pytest.mark.parametrize(("given", "nearest"), [("temprature", "temperature"), ("max_tokens", "max_new_tokens")])
+def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, given, nearest):
+    with pytest.raises(ValueError, match=f"Unknown setting '{given}'. Nearest: .*{nearest}"):
+        instruct.generate(QUESTION, **{given: 1})
+
+
+# Alternatives
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(instruct, rows):
+    prompts = PROMPTS[:rows]
+    written = instruct.generate(prompts, max_new_tokens=4, alternatives=3)
+    for prompt, each in zip(prompts, written, strict=True):
+        ids = torch.tensor([instruct.tokenizer(prompt)["input_ids"] + list(each.tokens[:-1])])
+        with torch.inference_mode():
+            logprobs = instruct.model(ids).logits[0, -len(each.tokens) :].log_softmax(-1)
+        expected = logprobs.topk(3)
+        assert [[other.token_id for other in step] for step in each.alternatives] == expected.indices.tolist()
+        values = torch.tensor([[other.logprob for other in step] for step in each.alternatives])
+        torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=0)
+
+
+def test_a_stream_hands_alternatives_over_with_each_piece(instruct):
+    stream = instruct.stream(QUESTION, max_new_tokens=4, alternatives=2)
+    pieces = [piece.alternatives for piece in stream]
+    assert tuple(pieces) == stream.generation.alternatives
+    assert {len(each) for each in pieces} == {2}
+
+
+def test_an_alternative_has_the_text_of_its_token(instruct):
+    for step in instruct.generate(QUESTION, max_new_tokens=4, alternatives=5).alternatives:
+        assert [each.text for each in step] == [instruct.tokenizer.decode([each.token_id]) for each in step]
+
+
+def test_no_alternatives_are_computed_unless_asked_for(instruct, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("topk was called"))
+    assert instruct.generate(QUESTION, max_new_tokens=4).alternatives is None
+
+
+def test_more_alternatives_than_tokens_are_all_tokens(instruct):
+    assert len(instruct.generate(QUESTION, max_new_tokens=1, alternatives=10**6).alternatives[0]) == 2048
+
+
+def test_beam_search_has_no_alternatives(instruct):
+    assert instruct.generate(QUESTION, max_new_tokens=4, num_beams=2, alternatives=3).alternatives is None
+
+
+# Side by side
+
+
+def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruct):
+    sly = [{"role": "user", "content": "<|endoftext|> Hello" * 1000}]  # long enough for threads to meet
+    found = []
+
+    def work():
+        found.extend(tuple(encode(sly, instruct.tokenizer, instruct.chat_format)) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20
+    assert len(set(found)) == 1
+    assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]

@@ -1,0 +1,267 @@
+"""The lens against transformers' own hidden states, and shares that add up to the logit."""
+
+import dataclasses
+import math
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from accelerate import dispatch_model
+from transformers import FalconForCausalLM as StockFalcon
+
+import falcon_kit as fk
+from falcon_kit.inspection import lens as module
+from falcon_kit.model.modeling import FalconForCausalLM
+from tests.conftest import small_config, small_model
+
+TEXT = "The giraffe is the tallest animal. The giraffe eats leaves."
+
+
+@cache
+def model(layout: str, kind: type = FalconForCausalLM) -> StockFalcon:
+    """A small model whose last LayerNorm does something; tests leave it as it is."""
+    found = kind(small_config(layout)).eval()
+    found.load_state_dict(small_model(layout).state_dict())
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(2)
+        found.transformer.ln_f.weight.uniform_(0.5, 1.5, generator=generator)
+        found.transformer.ln_f.bias.uniform_(-0.5, 0.5, generator=generator)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return tokenizer(TEXT)["input_ids"]
+
+
+@pytest.fixture
+def view(layout, tokenizer, ids):
+    return fk.lens((model(layout), tokenizer), ids)
+
+
+def probabilities_by_layer(layout, ids) -> np.ndarray:
+    """(L + 1, T, V), from the hidden states that transformers hands out, whose last is normalised already."""
+    stock = model(layout, StockFalcon)
+    with torch.inference_mode():
+        *inner, last = stock(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+        normed = [*(stock.transformer.ln_f(each) for each in inner), last]
+        return torch.cat([stock.lm_head(each).softmax(-1) for each in normed]).numpy()
+
+
+# What comes next
+
+
+def test_the_next_tokens_are_those_of_transformers(layout, view, ids):
+    expected = torch.tensor(probabilities_by_layer(layout, ids)[-1, -1]).topk(10)
+    found = view.next_tokens()
+    assert [each.id for each in found] == expected.indices.tolist()
+    np.testing.assert_allclose([each.probability for each in found], expected.values, rtol=1e-4)
+    assert [each.rank for each in found] == list(range(10))
+
+
+def test_the_text_of_a_next_token_is_its_own(instruct):
+    found = fk.lens(instruct, TEXT).next_tokens()
+    assert [each.text for each in found] == [instruct.tokenizer.decode([each.id]) for each in found]
+
+
+def test_next_tokens_of_any_position_can_be_asked_for(instruct):
+    view = fk.lens(instruct, TEXT)
+    assert [each.id for each in view.next_tokens(2)] == view.top_ids[2].tolist()
+    with pytest.raises(IndexError, match="position 99 is not in a text of"):
+        view.next_tokens(99)
+
+
+# Surprisal
+
+
+def test_surprisal_is_the_information_in_each_token(layout, view, ids):
+    final = probabilities_by_layer(layout, ids)[-1]
+    expected = [-math.log2(final[at, token]) for at, token in enumerate(ids[1:])]
+    assert np.isnan(view.surprisal[0])
+    np.testing.assert_allclose(view.surprisal[1:], expected, rtol=1e-4)
+
+
+def test_the_loss_is_what_transformers_computes_from_labels(layout, view, ids):
+    rows = torch.tensor([ids])
+    with torch.inference_mode():
+        expected = model(layout, StockFalcon)(rows, labels=rows).loss.item()
+    assert view.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_ranks_count_the_tokens_that_were_likelier(layout, view, ids):
+    final = probabilities_by_layer(layout, ids)[-1]
+    expected = [int((final[at] > final[at, token]).sum()) for at, token in enumerate(ids[1:])]
+    assert view.rank.tolist() == [-1, *expected]
+
+
+# Layer by layer
+
+
+def test_the_lens_normalises_each_layer_once(layout, view, ids):
+    expected = probabilities_by_layer(layout, ids)
+    np.testing.assert_array_equal(view.layer_ids, expected.argmax(-1))
+    np.testing.assert_allclose(view.layer_probabilities, expected.max(-1), rtol=1e-3)
+
+
+def test_the_target_is_followed_through_the_layers(layout, view, ids):
+    expected = probabilities_by_layer(layout, ids)
+    assert view.targets == tuple(expected[-1].argmax(-1))
+    followed = np.stack([expected[:, at, target] for at, target in enumerate(view.targets)], axis=-1)
+    np.testing.assert_allclose(view.target_probabilities, followed, rtol=1e-3, atol=1e-9)
+    np.testing.assert_array_equal(view.target_ranks, (expected > followed[..., None]).sum(-1))
+
+
+@pytest.mark.parametrize("kind", [FalconForCausalLM, StockFalcon], ids=["kit", "transformers"])
+def test_shares_add_up_to_the_models_own_logit(layout, kind, tokenizer, ids):
+    view = fk.lens((model(layout, kind), tokenizer), ids, target=77)
+    with torch.inference_mode():
+        expected = model(layout, StockFalcon)(torch.tensor([ids])).logits[0, :, 77].numpy()
+    np.testing.assert_allclose(view.target_logits, expected, atol=1e-4)
+    total = view.embedding_share + view.attention_share.sum(0) + view.mlp_share.sum(0)
+    np.testing.assert_allclose(total, expected, atol=1e-4)
+
+
+def test_a_share_is_what_the_logit_loses_without_that_part(layout, tokenizer, ids):
+    """The last hidden state less one part, read with the spread of the whole."""
+    view = fk.lens((model(layout), tokenizer), ids, target=77)
+    stock, parts = model(layout, StockFalcon), {}
+    norm, layer = stock.transformer.ln_f, stock.transformer.h[1]
+    hooks = [
+        layer.self_attention.register_forward_hook(lambda *call: parts.update(attention_share=call[-1][0][0].clone())),
+        layer.mlp.register_forward_hook(lambda *call: parts.update(mlp_share=call[-1][0].clone())),
+        norm.register_forward_hook(lambda module, args, output: parts.update(last=args[0][0])),
+    ]
+    with torch.inference_mode():
+        stock(torch.tensor([ids]))
+        [hook.remove() for hook in hooks]
+        spread = (parts["last"].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+        def read(hidden):
+            normed = (hidden - hidden.mean(-1, keepdim=True)) / spread * norm.weight + norm.bias
+            return normed @ stock.lm_head.weight[77]
+
+        for name in ("attention_share", "mlp_share"):
+            lost = read(parts["last"]) - read(parts["last"] - parts[name])
+            np.testing.assert_allclose(getattr(view, name)[1], lost, atol=1e-4)
+
+
+def test_a_target_can_be_named_by_its_text(instruct):
+    view = fk.lens(instruct, TEXT, target=" giraffe")
+    assert {instruct.tokenizer.decode([each]) for each in view.targets} == {" giraffe"}
+
+
+def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp_path):
+    split = FalconForCausalLM(small_config("40b")).eval()
+    split.load_state_dict(model("40b").state_dict())
+    places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    places |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "lm_head": "cpu"}
+    split = dispatch_model(split, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    found, expected = fk.lens((split, tokenizer), ids), fk.lens((model("40b"), tokenizer), ids)
+    for name in ("surprisal", "layer_probabilities", "attention_share", "mlp_share"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+# Memory
+
+
+def test_logits_of_a_few_tokens_at_a_time_say_the_same(layout, view, tokenizer, ids, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(module, "_LOGITS", 3 * 2048)
+    falcon = model(layout)
+    hook = falcon.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    parts = fk.lens((falcon, tokenizer), ids)
+    hook.remove()
+    assert max(sizes) == 3 * 2048
+    for name in ("surprisal", "target_probabilities", "target_logits", "attention_share", "top_probabilities"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(view, name), rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(parts.rank, view.rank)
+
+
+# What is left behind
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_hooks_come_off_when_something_goes_wrong(instruct, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(module._Reading, "_read", fail)
+    with pytest.raises(error):
+        fk.lens(instruct, TEXT)
+    assert [name for name, each in instruct.model.named_modules() if each._forward_hooks] == []
+
+
+# How it shows itself
+
+
+def test_the_repr_says_what_comes_next(instruct):
+    view = fk.lens(instruct, "The giraffe lives in")
+    assert re.fullmatch(
+        r"LensView\(falconet-instruct, 4 tokens, [\d.]+ bits per token, next ' the' with [\d.]+%\)", repr(view)
+    )
+
+
+def test_the_table_has_a_row_for_every_token(instruct, ids):
+    table = fk.lens(instruct, ids).to_dataframe()
+    assert list(table.columns) == ["token", "id", "surprisal", "rank", "next", "probability"]
+    assert table["id"].tolist() == ids
+
+
+def test_the_figure_shows_the_last_tokens(instruct):
+    view = fk.lens(instruct, TEXT)
+    axes = view.figure(last=3).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), view.layer_probabilities[:, -3:])
+    assert axes.texts[-1].get_text().strip("·") == view.next_tokens()[0].text.strip()
+
+
+def test_the_figure_of_shares_ends_at_the_logit(instruct):
+    view = fk.lens(instruct, TEXT)
+    assert view.shares_figure().axes[0].lines[0].get_ydata()[-1] == pytest.approx(view.target_logits[-1], abs=1e-4)
+
+
+def test_the_figure_of_surprisal_shows_it(instruct):
+    view = fk.lens(instruct, TEXT)
+    np.testing.assert_array_equal(view.surprisal_figure().axes[0].lines[0].get_ydata(), view.surprisal)
+
+
+def test_the_page_says_what_was_expected_of_each_token(instruct, tmp_path):
+    view = fk.lens(instruct, TEXT)
+    page = view.to_html(tmp_path / "lens.html").read_text()
+    assert f"token 1, {view.words[1].replace(' ', '·')}: {view.surprisal[1]:.1f} bits; expected " in page
+    for each in view.next_tokens():
+        assert f"<td>{each.rank}</td>" in page
+        assert f"<td>{each.probability:.2%}</td>" in page
+
+
+def test_the_table_in_jupyter_is_escaped(instruct):
+    view = fk.lens(instruct, TEXT)
+    changed = dataclasses.replace(view, names={**view.names, view.next_tokens()[0].id: "<img src=x>"})
+    assert "&lt;img" in changed._repr_html_()
+    assert "<img" not in changed._repr_html_()
+
+
+def test_a_single_token_has_a_next_one_but_no_loss(instruct):
+    view = fk.lens(instruct, [20])
+    assert math.isnan(view.loss)
+    assert len(view.next_tokens()) == 10
+    assert repr(view).startswith("LensView(falconet-instruct, 1 token, next ")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": ""}, "the text is empty"),
+        ({"text": [20] * 2049}, "the text has 2049 tokens, the model's context is 2048"),
+        ({"target": "two words"}, "target 'two words' is 2 tokens ('two', ' words')"),
+        ({"target": 5000}, "5000 is no token id of this model"),
+        ({"top": 0}, "top=0 is not within 1 and 2048, the size of the vocabulary"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(instruct, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.lens(instruct, **{"text": "Hello", **arguments})

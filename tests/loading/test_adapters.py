@@ -1,0 +1,266 @@
+"""Adapters loaded like models: added to their base's weights as those are read. PEFT's own merge is the oracle."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import FalconForCausalLM
+
+import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.loading import adapters
+from tests.conftest import legacy, logits, small_model
+from tests.loading.test_checkpoints import cached
+
+TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def saved_adapter(base, directory, seed=1, **options):
+    """An adapter with random matrices for the checkpoint in `base`, as PEFT saves it."""
+    model = FalconForCausalLM.from_pretrained(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            **{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False} | options
+        )
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+def merged_by_peft(base, *adapters):
+    """Transformers' own Falcon with PEFT's own merge."""
+    model = FalconForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.eval()
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """An adapter for a small model of each layout."""
+    return saved_adapter(checkpoint, tmp_path / "wise")
+
+
+@pytest.fixture
+def of_40b(tokenizer, tmp_path):
+    """An adapter for a small model of the 40B layout."""
+    small_model("40b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return saved_adapter(tmp_path / "base", tmp_path / "wise")
+
+
+# What comes out
+
+
+def test_an_adapter_loads_as_its_base_with_the_adapter_merged(adapter, checkpoint):
+    expected = logits(merged_by_peft(checkpoint, adapter))
+    torch.testing.assert_close(logits(fk.load(adapter).model), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, logits(small_model_of(checkpoint)), atol=0.1)
+
+
+def small_model_of(checkpoint):
+    return FalconForCausalLM.from_pretrained(checkpoint).eval()
+
+
+def test_an_adapter_is_added_to_pickled_weights_too(tokenizer, tmp_path):
+    old = legacy(tmp_path / "old", "7b", tokenizer)
+    small_model("7b").save_pretrained(tmp_path / "new")
+    adapter = saved_adapter(tmp_path / "new", tmp_path / "wise")
+    renamed(adapter, str(old))
+    expected = logits(merged_by_peft(tmp_path / "new", adapter))
+    torch.testing.assert_close(logits(fk.load(adapter, dtype="float32").model), expected, rtol=1e-4, atol=1e-4)
+
+
+def renamed(adapter, base):
+    """Has an adapter say that it was made for `base`."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
+def test_an_adapter_scaled_by_the_root_of_its_rank_is_added_as_such(of_40b, tmp_path):
+    stable = saved_adapter(tmp_path / "base", tmp_path / "stable", use_rslora=True)
+    expected = logits(merged_by_peft(tmp_path / "base", stable))
+    torch.testing.assert_close(logits(fk.load(stable).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_rounded_once_after_the_adapter_was_added(of_40b, tmp_path):
+    expected = merged_by_peft(tmp_path / "base", of_40b).bfloat16().state_dict()
+    loaded = fk.load(of_40b, dtype="bfloat16").model.state_dict()
+    differing = [name for name, value in loaded.items() if not torch.equal(value, expected[name])]
+    assert differing == [] or max((loaded[n] != expected[n]).float().mean() for n in differing) < 0.002
+
+
+def test_weights_are_quantised_after_the_adapter_was_added(of_40b, tmp_path):
+    fk.merge(of_40b, fk.load(tmp_path / "base"), output_dir=tmp_path / "merged")
+    assert torch.equal(
+        logits(fk.load(of_40b, dtype="nf4").model), logits(fk.load(tmp_path / "merged", dtype="nf4").model)
+    )
+
+
+def test_an_adapter_of_an_adapter_is_added_to_both(of_40b, tmp_path):
+    second = saved_adapter(tmp_path / "base", tmp_path / "wiser", seed=2)
+    renamed(second, str(of_40b))
+    expected = logits(merged_by_peft(tmp_path / "base", of_40b, second))
+    torch.testing.assert_close(logits(fk.load(second).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loading_and_merging_give_the_same(of_40b):
+    torch.testing.assert_close(logits(fk.load(of_40b).model), logits(fk.merge(of_40b).model), rtol=1e-4, atol=1e-4)
+
+
+def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
+    shipped = embedded_directory("falconet-instruct")
+    assert (adapters.made_for(shipped), list(shipped.glob("model*.safetensors"))) == ("falconet", [])
+    torch.testing.assert_close(
+        logits(instruct.model), logits(merged_by_peft(embedded_directory("falconet"), shipped)), rtol=1e-3, atol=1e-3
+    )
+
+
+# What it is called
+
+
+def test_an_adapter_has_the_spec_of_its_base_under_its_own_name(adapter, checkpoint):
+    spec = fk.spec(adapter)
+    assert (spec.name, spec.fine_tuned_from) == ("wise", "checkpoint")
+    assert (spec.layout, spec.parameters) == (fk.spec(checkpoint).layout, fk.spec(checkpoint).parameters)
+
+
+def test_an_adapter_in_the_folder_of_its_run_is_called_by_the_run(of_40b, tmp_path):
+    shutil.copytree(of_40b, tmp_path / "persona" / "adapter")
+    assert fk.load(tmp_path / "persona" / "adapter").spec.name == "persona"
+
+
+def test_the_embedded_adapter_keeps_its_name_however_it_is_loaded():
+    shipped = embedded_directory("falconet-instruct")
+    assert [each.spec.name for each in (fk.load(shipped), fk.merge(shipped))] == ["falconet-instruct"] * 2
+
+
+def test_an_adapter_is_planned_for_like_its_base(of_40b, tmp_path):
+    planned, base = (fk.plan(str(each), devices="T4") for each in (of_40b, tmp_path / "base"))
+    assert (planned.spec.name, planned.total_bytes) == ("wise", base.total_bytes)
+
+
+def test_an_adapter_answers_in_the_chat_format_it_was_trained_in(of_40b):
+    (of_40b / adapters.RECORD).write_text('{"chat_format": "baize"}')
+    assert fk.load(of_40b).chat_format.name == "baize"
+    assert fk.load(of_40b, chat="falcon").chat_format.name == "falcon"
+
+
+def test_an_adapter_of_a_published_base_keeps_the_chat_format_of_the_hub(of_40b, tokenizer, tmp_path):
+    plain = fk.load("falconet").tokenizer
+    plain.chat_template = None
+    small_model("40b").save_pretrained(tmp_path / "published")
+    plain.save_pretrained(tmp_path / "published")
+    cached(tmp_path, "tiiuae/falcon-40b", tmp_path / "published")
+    renamed(of_40b, "tiiuae/falcon-40b")
+    loaded = fk.load(of_40b, cache_dir=tmp_path, local_files_only=True, force=True, device_map="cpu")
+    assert (loaded.chat_format.name, loaded.spec.hub_id) == ("hub", None)
+
+
+def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
+    cached(tmp_path, "somebody/falcon-lora", of_40b)
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "base")
+    renamed(tmp_path / "models--somebody--falcon-lora" / "snapshots" / ("0" * 40), "somebody/my-falcon")
+    loaded = fk.load("somebody/falcon-lora", cache_dir=tmp_path, local_files_only=True)
+    torch.testing.assert_close(logits(loaded.model), logits(fk.load(of_40b).model))
+
+
+# What a model remembers of it
+
+
+def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
+    trained = {"base_fingerprint": fk.merging.fingerprint(fk.load(tmp_path / "base").model)}
+    (of_40b / adapters.RECORD).write_text(json.dumps(trained))
+    loaded = fk.load(of_40b)
+    with pytest.raises(ValueError, match=r"was made for .*, whose weights are others"):
+        fk.merge(of_40b, loaded)
+
+
+def test_a_saved_model_still_knows_what_was_merged_into_it(of_40b, tmp_path):
+    loaded = fk.load(of_40b)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    again = fk.load(tmp_path / "saved")
+    assert fk.merging.fingerprint(again.model) == fk.merging.fingerprint(loaded.model)
+    assert again.model.config.merged_adapters == [adapters.digest(of_40b)]
+
+
+# What is refused, before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"dense": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused_with_the_way_out(of_40b, tmp_path, options, named):
+    other = saved_adapter(tmp_path / "base", tmp_path / "other", **options)
+    with pytest.raises(ValueError, match=rf"more than plain LoRA \({named}\): fk\.merge\(adapter, base\)"):
+        fk.load(other)
+
+
+def test_an_adapter_of_another_shape_is_refused(of_40b, tokenizer, tmp_path):
+    small_model("7b").save_pretrained(tmp_path / "7b")
+    tokenizer.save_pretrained(tmp_path / "7b")
+    renamed(of_40b, str(tmp_path / "7b"))
+    with pytest.raises(
+        ValueError, match=r"was made for .*7b, not for 7b: its base_model\S+ is \(\d+, \d+\), but the mod"
+    ):
+        fk.load(of_40b)
+
+
+def test_an_adapter_without_its_weights_says_so(of_40b):
+    (of_40b / adapters.WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors: the adapter was not saved compl"):
+        fk.load(of_40b)
+
+
+def test_an_adapter_that_was_cut_off_is_refused(of_40b):
+    file = of_40b / adapters.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is cut off or damaged"):
+        fk.load(of_40b)
+
+
+def test_an_adapter_that_does_not_name_its_base_says_so(of_40b):
+    renamed(of_40b, None)
+    with pytest.raises(ValueError, match=r"does not say what the adapter was made for: fk\.merge\(adapter, base\)"):
+        fk.load(of_40b)
+
+
+def test_an_adapter_is_not_added_to_quantised_weights(of_40b, tmp_path):
+    quantised = fk.load(tmp_path / "base", dtype="nf4")
+    quantised.model.save_pretrained(tmp_path / "nf4")
+    quantised.tokenizer.save_pretrained(tmp_path / "nf4")
+    renamed(of_40b, str(tmp_path / "nf4"))
+    with pytest.raises(ValueError, match="whose weights are kept in nf4: added to those, it would be rounded away"):
+        fk.load(of_40b)
+
+
+def test_an_adapter_cannot_be_read_from_disk_at_every_token(of_40b):
+    with pytest.raises(ValueError, match=r"offload='disk' reads weights where they lie, so wise cannot"):
+        fk.load(of_40b, offload="disk")
+
+
+def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):
+    from contextlib import ExitStack
+
+    with ExitStack() as held:
+        files = sorted((tmp_path / "base").glob("*.safetensors"))
+        weights = adapters.read_with(files, [of_40b], "base", None, held)
+        unread = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor)]
+        layer = "transformer.h.1.mlp.dense_h_to_4h"
+        sides = load_file(of_40b / adapters.WEIGHTS)
+        up, down = (sides[f"base_model.model.{layer}.lora_{side}.weight"] for side in "BA")
+        expected = load_file(files[0])[f"{layer}.weight"] + 6 / 4 * up @ down
+        assert unread == []
+        torch.testing.assert_close(weights[f"{layer}.weight"][...], expected)

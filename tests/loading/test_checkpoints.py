@@ -1,0 +1,140 @@
+"""Checkpoints: found by name, directory or hub id; what is wrong with one is said before its weights are read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from tests.conftest import legacy, logits, small_model
+
+# The hub, as its cache on disk looks
+
+
+def cached(cache, repository, directory, revision="main", commit="0" * 40):
+    """Puts a checkpoint into a hub cache, as a download would have left it."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    shutil.copytree(directory, folder / "snapshots" / commit)
+
+
+def test_a_hub_id_that_is_cached_loads_without_network(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved")
+    falcon = fk.load("somebody/my-falcon", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(logits(falcon.model), logits(small_model("40b")))
+
+
+def test_a_cached_hub_id_with_pickled_weights_only_loads_too(tokenizer, tmp_path):
+    cached(tmp_path, "somebody/old-falcon", legacy(tmp_path / "old", "40b", tokenizer))
+    falcon = fk.load("somebody/old-falcon", cache_dir=tmp_path, local_files_only=True, dtype="float32")
+    assert torch.equal(logits(falcon.model), logits(small_model("40b")))
+
+
+def test_the_revision_asked_for_is_the_one_loaded(tokenizer, tmp_path):
+    for number, (revision, layout) in enumerate({"main": "40b", "other": "7b"}.items()):
+        saved = tmp_path / revision
+        small_model(layout).save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+        cached(tmp_path, "somebody/my-falcon", saved, revision, str(number) * 40)
+    falcon = fk.load("somebody/my-falcon", revision="other", cache_dir=tmp_path, local_files_only=True)
+    assert falcon.spec.layout == "multi-query"
+
+
+@pytest.mark.parametrize("name", ["tiiuae/falcon-40b-instruct", "falcon-40b-instruct", "somebody/their-falcon"])
+def test_a_hub_id_that_is_not_cached_says_that_the_hub_cannot_be_reached(name, tmp_path):
+    with pytest.raises(
+        ConnectionError, match=f"{name}.* not in the local cache and the hub cannot be reached.*falconet"
+    ):
+        fk.load(name, cache_dir=tmp_path)
+
+
+def test_a_token_never_appears_in_an_error_or_a_repr(tmp_path):
+    with pytest.raises(ConnectionError) as error:
+        fk.load("somebody/their-falcon", token="hf_secret", cache_dir=tmp_path)
+    assert "hf_secret" not in str(error.value) + repr(error.value)
+
+
+# What is wrong with a checkpoint
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(LookupError, match="the name is empty: give one of falconet"):
+        fk.load("")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(LookupError, match=r"Unknown model 'falconet-instrct'\. Nearest: falconet-instruct"):
+        fk.load("falconet-instrct")
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nor/here", "~/nor-here"])
+def test_a_directory_that_does_not_exist_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"there is no directory {name}: give one that holds a config"):
+        fk.load(name)
+
+
+def test_a_file_of_weights_is_answered_with_its_folder(checkpoint):
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file: give the folder that holds it"):
+        fk.load(checkpoint / "model.safetensors")
+
+
+def test_a_directory_without_a_config_is_named_with_what_it_holds(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; its directory holds notes\.txt"):
+        fk.load(tmp_path)
+
+
+def test_another_architecture_is_refused_by_name(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama', not a Falcon's"):
+        fk.load(checkpoint)
+
+
+def test_a_directory_without_weights_names_the_files_expected(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights: expected model\.safetensors, pytorch_model\.bin"):
+        fk.load(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.999])
+def test_a_safetensors_file_that_was_cut_off_is_refused(checkpoint, kept):
+    file = checkpoint / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off or damaged .* fetch it again"):
+        fk.load(checkpoint)
+
+
+def test_a_pickled_shard_that_was_cut_off_is_refused(tokenizer, tmp_path):
+    file = legacy(tmp_path / "old", "7b", tokenizer) / "pytorch_model-00002-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002\.bin is cut off or damaged"):
+        fk.load(file.parent)
+
+
+def test_a_missing_shard_is_named(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
+    tokenizer.save_pretrained(tmp_path)
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks 1 of the . shards.*{gone.name}"):
+        fk.load(tmp_path)
+
+
+def test_weights_that_the_config_asks_for_and_the_file_lacks_are_not_made_up(checkpoint):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(
+        ValueError, match=r"lacks \d+ weights that its config\.json asks for, such as transformer\.h\.2"
+    ):
+        fk.load(checkpoint)
+
+
+def test_a_directory_without_a_tokenizer_says_so(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        fk.load(checkpoint)

@@ -1,0 +1,294 @@
+"""`fk.load`: what it hands back equals what transformers loads; what is wrong is said before the weights are read."""
+
+import copy
+import gc
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import FalconForCausalLM
+
+import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.generation.chat import install
+from falcon_kit.model import modeling
+from falcon_kit.planning.devices import Slot
+from tests.conftest import legacy, logits, small_model
+
+
+def assert_same_logits(model, expected):
+    """Up to the rounding of float32: the kit adds up attention in another order."""
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=0)
+
+
+# What comes back
+
+
+def test_the_embedded_model_gives_the_logits_that_transformers_gives():
+    expected = FalconForCausalLM.from_pretrained(embedded_directory("falconet"), dtype=torch.float32)
+    assert_same_logits(fk.load("falconet", dtype="float32").model, expected)
+
+
+def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
+    model, tokenizer = instruct
+    assert (model, tokenizer) == (instruct.model, instruct.tokenizer)
+
+
+def test_what_comes_back_is_a_transformers_model_in_evaluation_mode(instruct):
+    assert (isinstance(instruct.model, FalconForCausalLM), instruct.model.training) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind"), [("grouped", modeling.FalconForCausalLM), ("transformers", FalconForCausalLM)]
+)
+def test_attention_chooses_between_the_kits_model_and_the_librarys_own(attention, kind):
+    assert type(fk.load("falconet", attention=attention).model) is kind
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="attention 'flash' is not one of grouped, transformers"):
+        fk.load("falconet", attention="flash")
+
+
+def test_a_directory_gives_the_model_that_was_saved_into_it(checkpoint, layout):
+    assert_same_logits(fk.load(checkpoint).model, small_model(layout))
+
+
+def test_sharded_safetensors_give_the_model_that_was_saved(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits(fk.load(tmp_path).model, small_model("40b"))
+
+
+@pytest.mark.parametrize("layout", ["7b", "40b", "rw"])
+def test_a_checkpoint_of_2023_gives_the_model_that_was_saved(layout, tokenizer, tmp_path):
+    directory = legacy(tmp_path / "old", layout, tokenizer)
+    assert_same_logits(fk.load(directory, dtype="float32").model, small_model(layout))
+
+
+def test_a_pickle_that_would_run_code_is_refused(checkpoint, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Bomb()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"[Ww]eights.?only"):
+        fk.load(checkpoint)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_end_token_comes_from_the_tokenizer_where_an_old_config_names_another(tokenizer, tmp_path):
+    falcon = fk.load(legacy(tmp_path / "old", "7b", tokenizer))
+    assert falcon.model.generation_config.eos_token_id == 11
+
+
+def test_the_tokenizer_gives_no_token_type_ids(checkpoint):
+    file = checkpoint / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": names}))
+    assert sorted(fk.load(checkpoint).tokenizer("Hello")) == ["attention_mask", "input_ids"]
+
+
+def test_the_progress_bar_switch_of_transformers_stays_as_it_was(checkpoint):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    fk.load(checkpoint)
+    assert logging.is_progress_bar_enabled() == before
+
+
+# dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
+def test_a_dtype_may_be_a_name_or_a_torch_dtype(dtype):
+    assert fk.load("falconet", dtype=dtype).model.dtype == torch.bfloat16
+
+
+def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
+    if torch.cuda.is_available():
+        pytest.skip("this rule is for machines without a GPU")
+    assert instruct.model.dtype == torch.float32
+    assert instruct.dtype_reason == "on a CPU 18.5 MiB of weights are little, and float32 is exact"
+
+
+def test_an_unknown_dtype_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"dtype 'bfloat' is not known: did you mean 'bfloat16'\?"):
+        fk.load("no/such/model", dtype="bfloat")
+
+
+# Decoding: kernels and compilation
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_single_rows_take_the_kernel_that_was_faster_at_loading(monkeypatch, faster):
+    monkeypatch.setattr("falcon_kit.loading.load.faster_without_onednn", lambda weights: faster)
+    assert fk.load("falconet", dtype="bfloat16").model.single_rows_without_onednn == faster
+
+
+# Memory
+
+
+def small_machine(monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: (Slot("cpu", "cpu", 2**20),))
+
+
+def test_what_does_not_fit_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
+    small_machine(monkeypatch)
+    (checkpoint / "model.safetensors").write_bytes(b"not even looked at")
+    with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB") as caught:
+        fk.load(checkpoint)
+    assert caught.value.plan.suggestions
+
+
+def test_force_tries_all_the_same(checkpoint, layout, monkeypatch):
+    small_machine(monkeypatch)
+    falcon = fk.load(checkpoint, force=True)
+    assert falcon.plan.fits is False
+    assert_same_logits(falcon.model, small_model(layout))
+
+
+def test_a_loaded_falcon_has_its_plan(instruct):
+    assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
+        ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
+        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
+        ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
+        ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
+        ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
+        ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
+        ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes where its weights lie"),
+        ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' places the layers itself"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(settings, message):
+    if torch.cuda.is_available():
+        pytest.skip("these are the devices of a machine without a GPU")
+    with pytest.raises(ValueError, match=message):
+        fk.load("no/such/model", **settings)
+
+
+@pytest.mark.parametrize(
+    ("other", "instead"),
+    [
+        ("torch_dtype", "give dtype"),
+        ("load_in_4bit", "give dtype='nf4'"),
+        ("device", "give device_map"),
+        ("trust_remote_code", "no code of a checkpoint is ever run"),
+        ("colour", "its arguments are in its documentation"),
+    ],
+)
+def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
+    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
+        fk.load("falconet", **{other: "x"})
+
+
+def test_max_memory_is_what_the_plan_goes_by(checkpoint):
+    with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
+        fk.load(checkpoint, max_memory={"cpu": "1MiB"})
+
+
+def test_what_is_forced_stays_within_max_memory(checkpoint, instruct, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: (Slot("T4", 0, 2**20),))
+    told = {}
+    monkeypatch.setattr("falcon_kit.loading.load._load_model", lambda *given: told.update(given[-1]) or instruct.model)
+    fk.load(checkpoint, force=True, max_memory={0: "1MiB"})
+    assert told == {"max_memory": {0: "1MiB"}}
+
+
+# Offloading
+
+
+def on_disk(model):
+    return {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.device.type == "meta"}
+
+
+def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path, monkeypatch):
+    small_model(layout, num_hidden_layers=6).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = fk.plan(tmp_path, "float32", devices=[Slot("cpu", "cpu", 2**40)]).total_bytes
+    layer = 4 * fk.spec(tmp_path).layer_parameters
+    slots = (Slot("cpu", "cpu", whole - 3 * layer), Slot("disk", "disk", 2**40, stores=True))
+    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: slots)
+    falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
+    assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
+    assert "disk" in repr(falcon)
+    assert_same_logits(falcon.model, small_model(layout, num_hidden_layers=6))
+
+
+def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokenizer, tmp_path, monkeypatch):
+    directory = legacy(tmp_path / "old", "40b", tokenizer)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(OSError, match=r"writes up to .* MiB of pickled weights to .*, where 1000 B are free"):
+        fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")
+
+
+# Failures
+
+
+def falcons_in_memory():
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), FalconForCausalLM)]
+
+
+def test_a_failure_leaves_nothing_half_loaded_in_memory(checkpoint):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 3}))
+    before = len(falcons_in_memory())
+    with pytest.raises(ValueError, match="lacks") as kept:  # the error is kept, as Jupyter keeps the last one
+        fk.load(checkpoint)
+    assert kept.value.__traceback__ is not None
+    assert len(falcons_in_memory()) == before
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
+    tokenizer.save_pretrained(tmp_path)
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    monkeypatch.setattr("falcon_kit.loading.load._load_tokenizer", lambda _: gone.unlink() or tokenizer)
+    with pytest.raises(FileNotFoundError, match=f"vanished while it was read .*{gone.name}.*fetch the"):
+        fk.load(tmp_path)
+
+
+# Chat formats
+
+
+@pytest.mark.parametrize("name", ["falcon", "hub", "baize"])
+def test_a_chat_format_asked_for_becomes_the_chat_template(name):
+    falcon = fk.load("falconet", chat=name)
+    assert falcon.tokenizer.chat_template == fk.chat_format(name).template
+
+
+@pytest.mark.parametrize("name", ["falcon", "hub", "baize"])
+def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path)
+    install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
+    assert fk.load(tmp_path).chat_format.name == name
+
+
+def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
+    with pytest.raises(LookupError, match="Unknown chat format 'vicuna'"):
+        fk.load("no/such/directory", chat="vicuna")
+
+
+# How a Falcon shows itself
+
+
+def test_the_repr_gives_size_dtype_and_device(instruct):
+    dtype, device = str(instruct.model.dtype).removeprefix("torch."), instruct.model.device
+    assert repr(instruct) == f"Falcon(falconet-instruct, 4,856,320 parameters, {dtype} on {device})"
+
+
+def test_the_html_escapes_the_name_of_a_directory(tokenizer, tmp_path):
+    directory = tmp_path / "<img onerror=alert(1)>"
+    small_model("7b").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    assert "<img" not in fk.load(directory)._repr_html_()

@@ -1,0 +1,472 @@
+"""Tensor parallelism: two ranks compute what one process does, each holds its part, and a notebook may steer them."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import FalconConfig
+from transformers.distributed import DistributedConfig
+
+import falcon_kit as fk
+from falcon_kit.catalogue import memory
+from falcon_kit.model.modeling import FalconForCausalLM
+from falcon_kit.parallel import launching, own, own_bytes
+from falcon_kit.parallel.workers import WorkerDied, Workers
+from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
+from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
+
+DIVIDED = [layout for layout in LAYOUTS if layout != "7b"]
+QUESTION = "User: What do giraffes eat?\nFalcon:"
+LONG = {"max_new_tokens": 1500, "min_new_tokens": 1500}
+
+each_layout = pytest.mark.parametrize("layout", DIVIDED)
+
+
+@functools.cache
+def oracle(layout):
+    """transformers' own Falcon."""
+    return small_model(layout)
+
+
+@functools.cache
+def whole(layout):
+    """The kit's, in one process."""
+    model = FalconForCausalLM(small_config(layout)).eval()
+    model.load_state_dict(oracle(layout).state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tokenizer, tmp_path_factory):
+    """A checkpoint of each layout, and beside it what two ranks under torchrun made of it."""
+    root = tmp_path_factory.mktemp("ranks")
+    for layout in DIVIDED:
+        small_model(layout).save_pretrained(root / layout)
+        tokenizer.save_pretrained(root / layout)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = Path(__file__).with_name("program.py")
+    run = subprocess.run(
+        [*torchrun, program, *(root / layout for layout in DIVIDED)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return root
+
+
+@pytest.fixture
+def tensors(checkpoints, layout):
+    """What each rank computed."""
+    return [load_file(checkpoints / layout / f"rank-{rank}.safetensors") for rank in (0, 1)]
+
+
+@pytest.fixture
+def facts(checkpoints, layout):
+    """What each rank wrote."""
+    return [json.loads((checkpoints / layout / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def together():
+    """falconet-instruct in two processes, as from a notebook."""
+    with fk.load("falconet-instruct", tensor_parallel=2) as falcon:
+        yield falcon
+
+
+# Two ranks under torchrun
+
+
+@each_layout
+def test_every_rank_has_the_logits_of_one_process(layout, tensors):
+    for rank in tensors:
+        torch.testing.assert_close(rank["logits"], logits(oracle(layout)), atol=1e-5, rtol=0)
+
+
+@each_layout
+def test_a_mask_for_each_head_reaches_the_rank_of_the_head(layout, tensors):
+    mask = mask_per_head(whole(layout).config.num_attention_heads)
+    with torch.inference_mode():
+        expected = whole(layout)(IDS[:1], attention_mask=mask).logits
+    for rank in tensors:
+        torch.testing.assert_close(rank["per head"], expected, atol=1e-5, rtol=0)
+
+
+@each_layout
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_ranks_write_the_greedy_text_of_one_process(layout, tensors, cache):
+    expected = oracle(layout).generate(IDS, attention_mask=MASK, **GREEDY).sequences
+    assert [rank[f"greedy {cache}"].tolist() for rank in tensors] == [expected.tolist()] * 2
+
+
+@each_layout
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_rank_keeps_half_of_the_cache(layout, facts, cache):
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    layers = whole(layout).generate(IDS, attention_mask=MASK, **GREEDY, **options).past_key_values.layers
+    half = sum(each.keys.nbytes + each.values.nbytes for each in layers) // 2
+    assert [each["caches"][cache] for each in facts] == [half, half]
+
+
+@each_layout
+def test_a_rank_holds_the_weights_of_the_closed_form(layout, facts):
+    spec = fk.FalconSpec.from_config(small_config(layout).to_dict())
+    buffers = own_bytes(whole(layout)) - memory.weight_bytes(spec, "float32")
+    assert [each["weights"] - buffers for each in facts] == [memory.rank_bytes(spec, "float32", 2)] * 2
+
+
+@each_layout
+def test_every_rank_has_the_gradients_of_one_process(layout, tensors):
+    for name, expected in gradients(oracle(layout)).items():
+        for rank in tensors:
+            allowed = 1e-5 * expected.abs().max().item()
+            torch.testing.assert_close(rank[f"gradient {name}"], expected, atol=allowed, rtol=0)
+
+
+@each_layout
+def test_what_ranks_save_is_the_checkpoint_they_were_loaded_from(layout, checkpoints):
+    folders = checkpoints / layout, checkpoints / layout / "saved"
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize(("layout", "times"), [("40b", 1), ("180b", 1), ("rw", 2)])
+def test_a_parallel_block_adds_up_once_and_a_sequential_one_twice(facts, times):
+    assert facts[0]["sums"] == 2 * times  # two layers
+
+
+@each_layout
+def test_ranks_draw_the_same_tokens_whatever_their_random_states(facts):
+    assert facts[0]["drawn"] == facts[1]["drawn"]
+
+
+@each_layout
+def test_a_stream_that_one_rank_closes_ends_at_the_same_token_on_all(facts):
+    (_, tokens, reason), (_, others, their_reason) = (each["cut"] for each in facts)
+    assert (tokens, reason) == (others, their_reason)
+    assert reason == "cancelled"
+
+
+# The published sizes
+
+
+@pytest.fixture
+def pretended(request):
+    """torch.distributed with as many ranks as asked for, of which only this one is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param - 1, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["falcon-40b", "falcon-180B", "falcon-rw-1b"])
+@pytest.mark.parametrize("pretended", [2, 4, 8], indirect=True)
+def test_a_rank_of_a_published_falcon_holds_the_bytes_of_the_closed_form(name, pretended):
+    spec = fk.spec(name)
+    with torch.device("meta"):  # where weights are not tied yet while they are divided
+        model = FalconForCausalLM(FalconConfig(**spec.to_config() | {"tie_word_embeddings": False})).to(torch.bfloat16)
+    config, _, mesh = FalconForCausalLM.prepare_distribute_model(DistributedConfig(tp_size=pretended))
+    model = FalconForCausalLM.maybe_distribute_model(model, config, mesh)
+    held = sum(own(parameter).nbytes for parameter in model.transformer.parameters())
+    assert held == memory.rank_bytes(spec, "bfloat16", pretended)
+
+
+def test_the_rows_of_a_plan_are_what_each_rank_holds():
+    plan, spec = fk.plan("falcon-40b", devices="8x24GiB", tensor_parallel=8), fk.spec("falcon-40b")
+    weights = [row.bytes for row in plan.rows if row.part in ("layers of a rank", "embedding and head")]
+    assert sum(weights) == 8 * memory.rank_bytes(spec, "bfloat16", 8)
+    assert (plan.fits, plan.kv_bytes) == (True, spec.kv_bytes_per_token() * 2048)
+
+
+def test_a_plan_for_ranks_that_does_not_fit_says_how_many_would():
+    plan = fk.plan("falcon-40b", devices="2xA10G", tensor_parallel=2)
+    assert (plan.fits, plan.suggestions[0]) == (False, "tensor_parallel=4 on 4 x A10G")
+
+
+# Refused beforehand
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """No worker may be started."""
+    monkeypatch.setattr(launching, "Workers", lambda *_: pytest.fail("workers were started"))
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"tensor_parallel": 1}, "tensor_parallel=1: give the number of ranks, 2 or more, or leave it out"),
+        ({"tensor_parallel": 0}, "tensor_parallel=0: give the number of ranks, 2 or more"),
+        ({"tensor_parallel": "2"}, "tensor_parallel='2': give the number of ranks"),
+        ({"tensor_parallel": 3}, r"falconet has 2 KV heads for 4 query heads: possible are 2\. .*device_map='auto'"),
+        ({"tensor_parallel": 2, "device_map": "auto"}, "tensor_parallel=2 divides .* leave out device_map='auto'"),
+        ({"tensor_parallel": 2, "attention": "transformers"}, "cache='transformers': leave it out"),
+        ({"tensor_parallel": 2, "dtype": "nf4"}, "nf4"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        fk.load("falconet", **arguments)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_single_kv_head_is_refused_with_the_alternatives(tokenizer, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"1 KV head for 4 query heads, which cannot be divided\. .*or take falcon-40b"
+    ):
+        fk.load(legacy(tmp_path / "7b", "7b", tokenizer), tensor_parallel=2)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "launcher started 4: torchrun --nproc-per-node 2"),
+        ({"RANK": "0"}, "RANK is set, as by a launcher, but not LOCAL_RANK, WORLD_SIZE"),
+    ],
+)
+def test_a_launcher_that_says_otherwise_is_refused(monkeypatch, told, text):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=text):
+        fk.load("falconet", tensor_parallel=2)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="tensor_parallel=2 needs 2 GPUs here, torch finds 1"):
+        fk.load("falconet", tensor_parallel=2)
+
+
+# From a notebook
+
+
+def test_processes_write_what_one_would(together, instruct):
+    answer, expected = together.generate(QUESTION), instruct.generate(QUESTION)
+    assert (answer.text, answer.tokens, answer.finish_reason) == (
+        expected.text,
+        expected.tokens,
+        expected.finish_reason,
+    )
+    torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
+
+
+def test_each_process_keeps_half_of_weights_and_cache(together):
+    answer = together.generate(QUESTION, max_new_tokens=5)
+    assert [rank.cache_bytes for rank in together.ranks] == [answer.stats.cache_bytes // 2] * 2
+    kept = answer.stats.prompt_tokens + len(answer.tokens) - 1
+    assert answer.stats.cache_bytes == together.spec.kv_bytes_per_token(4) * kept
+    parts = [rank.weight_bytes for rank in together.ranks]
+    assert parts[0] == parts[1] < 0.51 * memory.weight_bytes(together.spec, "float32")
+
+
+def test_a_stream_from_processes_gives_the_pieces_of_one(together, instruct):
+    chat = [{"role": "user", "content": "What do pandas eat?"}]
+    expected = [(piece.text, piece.token_id) for piece in instruct.stream(chat)]
+    assert [(piece.text, piece.token_id) for piece in together.stream(chat)] == expected
+    assert together.chat(chat).text == instruct.chat(chat).text
+
+
+def test_a_batch_comes_back_in_order(together, instruct):
+    prompts = [QUESTION, "The giraffe"]
+    texts = [each.text for each in instruct.generate(prompts, max_new_tokens=10)]
+    assert [each.text for each in together.generate(prompts, max_new_tokens=10)] == texts
+
+
+def test_a_seed_gives_the_same_text_again(together):
+    first, second = (together.generate(QUESTION, top_k=10, seed=3, max_new_tokens=20) for _ in range(2))
+    assert first.tokens == second.tokens
+
+
+def test_pieces_come_while_the_processes_write(together):
+    stream = together.stream(QUESTION, **LONG)
+    next(stream)
+    stream.close()
+    assert stream.generation.finish_reason == "cancelled"
+    assert len(stream.generation.tokens) <= 3
+
+
+def test_after_a_stream_was_left_the_processes_answer_again(together, instruct):
+    for _ in together.stream(QUESTION, **LONG):
+        break
+    assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
+
+
+def test_ctrl_c_stops_all_processes_and_leaves_them_usable(together, instruct):
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        together.generate(QUESTION, **LONG)
+    assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
+
+
+def test_a_second_text_has_to_wait_for_the_first(together):
+    stream = together.stream(QUESTION, **LONG)
+    next(stream)
+    with pytest.raises(RuntimeError, match="another text is being written: let its stream end, or close"):
+        together.generate(QUESTION)
+    stream.close()
+
+
+def test_an_error_of_the_processes_arrives_as_their_own(together, instruct):
+    with pytest.raises(ValueError, match=r"the prompt has 3001 tokens, the model's context is 2048"):
+        together.generate([15] * 3001)
+    with pytest.raises(ValueError, match="Unknown setting 'temprature'"):
+        next(together.stream(QUESTION, temprature=1))
+    assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
+
+
+def test_a_setting_out_of_range_is_refused_when_a_stream_is_asked_for(together):
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        together.stream(QUESTION, top_p=2)
+
+
+def test_objects_cannot_go_to_other_processes(together):
+    with pytest.raises(TypeError, match=r"logits_processor goes to other processes, .* under torchrun"):
+        together.generate(QUESTION, logits_processor=[object()])
+
+
+def test_the_model_is_said_to_be_elsewhere(together):
+    with pytest.raises(AttributeError, match="the model lives in 2 processes: use generate, stream and chat"):
+        _ = together.model
+
+
+def test_the_processes_introduce_themselves(together):
+    assert repr(together) == "ParallelFalcon(falconet-instruct, 4,856,320 parameters, float32, 2 processes on cpu)"
+    assert "cpu, 9.28 MiB" in together._repr_html_()
+
+
+def test_alternatives_come_back_as_they_do_from_one_process(together, instruct):
+    settings = {"max_new_tokens": 4, "alternatives": 2}
+    expected = [
+        [(each.text, each.token_id) for each in step] for step in instruct.generate(QUESTION, **settings).alternatives
+    ]
+    stream = together.stream(QUESTION, **settings)
+    pieces = [[(each.text, each.token_id) for each in piece.alternatives] for piece in stream]
+    whole = [[(each.text, each.token_id) for each in step] for step in stream.generation.alternatives]
+    assert (pieces, whole) == (expected, expected)
+
+
+def test_a_falcon_in_several_processes_knows_the_dtype_and_bytes_of_its_weights(together, instruct):
+    assert (together.dtype, together.weight_bytes) == (
+        instruct.dtype,
+        sum(rank.weight_bytes for rank in together.ranks),
+    )
+
+
+def test_the_weights_of_a_falcon_in_several_processes_say_where_their_bytes_are_told(together):
+    with pytest.raises(AttributeError, match="see weight_bytes, and ranks for each"):
+        together.weights  # noqa: B018
+
+
+def test_a_token_id_that_no_rank_has_is_refused(together):
+    with pytest.raises(ValueError, match="99999 is no token id of this model: they go from 0 to 2047"):
+        together.generate([99999, 1])
+
+
+def test_unpacking_a_falcon_in_several_processes_says_where_the_model_lives(together):
+    with pytest.raises(AttributeError, match="the model lives in 2 processes"):
+        _model, _tokenizer = together
+
+
+def test_weights_that_are_missing_are_reported_and_no_process_is_left(tokenizer, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(launching, "Workers", lambda *given: started.append(Workers(*given)) or started[0])
+    small_model("40b").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    small_config("40b", num_hidden_layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights that its config.json asks for"):
+        fk.load(tmp_path, tensor_parallel=2)
+    assert [process.poll() for process in started[0].processes] == [-9, -9]
+
+
+def test_a_process_that_dies_takes_the_others_along_and_is_named():
+    falcon = fk.load("falconet", tensor_parallel=2)
+    stream = falcon.stream("The giraffe", **LONG)
+    next(stream)
+    falcon._workers.processes[1].kill()
+    with pytest.raises(WorkerDied, match="worker 1 was killed by SIGKILL: out of memory, perhaps"):
+        list(stream)
+    assert [process.poll() for process in falcon._workers.processes] == [-9, -9]
+    with pytest.raises(RuntimeError, match="the processes of this model have ended: load it again"):
+        falcon.generate("The giraffe")
+
+
+# Workers
+
+
+def start(code, count=1):
+    """Workers that run `code` after they have made a `Link`."""
+    head = "from falcon_kit.parallel.workers import Link; link = Link()\n"
+    return Workers(head + code, [{"RANK": str(rank)} for rank in range(count)])
+
+
+def test_what_a_worker_prints_is_no_message():
+    workers = start("print('noise', flush=True); link.send(heard=link.receive()['word'])")
+    workers.send({"word": "\u00e9\n"})
+    assert workers.receive() == (0, {"heard": "\u00e9\n"})
+
+
+def test_what_is_printed_before_a_workers_code_begins_is_no_message(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('noise', flush=True); print('half a line', end='', flush=True)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert start("link.send(ready=1); link.receive()").receive(60) == (0, {"ready": 1})
+
+
+def test_what_an_import_prints_before_there_is_a_link_is_no_message():
+    workers = Workers(
+        "print('noise', flush=True)\nfrom falcon_kit.parallel.workers import Link; Link().send(ready=1)", [{}]
+    )
+    assert workers.receive(60) == (0, {"ready": 1})
+
+
+def test_the_last_words_of_a_worker_are_quoted():
+    with pytest.raises(
+        WorkerDied, match=r"worker 0 ended with exit code 1\. Its last words:\n(.|\n)*ValueError: no luck"
+    ):
+        start("raise ValueError('no luck')").receive()
+
+
+def test_workers_end_when_nobody_holds_them():
+    workers = start("link.send(ready=1); link.receive()", count=2)
+    processes = workers.processes
+    workers.receive()
+    del workers
+    assert [process.wait(5) for process in processes] == [-9, -9]
+
+
+def test_workers_end_when_their_parent_is_killed():
+    program = (
+        "import os; from falcon_kit.parallel.workers import Workers\n"
+        "code = 'from falcon_kit.parallel.workers import Link; link = Link(); link.send(ready=1); '\n"
+        "code += 'import time; time.sleep(99)'\n"
+        "workers = Workers(code, [{}]); workers.receive()\n"
+        "print(workers.processes[0].pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    parent = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.returncode == -9
+    assert ended(int(parent.stdout), seconds=10)
+
+
+def ended(process, seconds):
+    """Whether a process that is not ours is gone, or a zombie, before the time is over."""
+    for _ in range(seconds * 10):
+        state = Path(f"/proc/{process}/stat")
+        if not state.exists() or state.read_text().rpartition(") ")[2].startswith("Z"):
+            return True
+        time.sleep(0.1)
+    return False

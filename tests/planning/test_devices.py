@@ -1,0 +1,127 @@
+"""Devices named by a few words, or found here."""
+
+import re
+
+import pytest
+
+from falcon_kit.planning.devices import GPUS, MACHINES, Slot, find_slots, slots_here, slots_of_ranks
+from falcon_kit.planning.environment import Device, environment
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "size"),
+    [
+        ("4x40GiB", 4, 40 * 2**30),
+        (" 2 x 24 GB ", 2, 24 * 10**9),
+        ("512MiB", 1, 512 * 2**20),
+        ("1.5TiB", 1, 1.5 * 2**40),
+        ("T4", 1, 15360 * 2**20),
+        ("2xa100-80", 2, 81920 * 2**20),
+        ("8 x H100-80GB", 8, 81559 * 2**20),
+        ("ml.g5.12xlarge", 4, 23028 * 2**20),
+        ("p4d.24xlarge", 8, 40960 * 2**20),
+        ("Colab-T4", 1, 15360 * 2**20),
+    ],
+)
+def test_words_stand_for_devices(words, count, size):
+    slots = find_slots(words)
+    assert [(slot.key, slot.free_bytes) for slot in slots] == [(key, size) for key in range(count)]
+
+
+@pytest.mark.parametrize(("words", "name"), [("8x24gib", "24GiB"), ("40GB", "40GB"), ("512 MiB", "512 MiB")])
+def test_a_size_is_shown_in_its_units(words, name):
+    assert find_slots(words)[0].name == name
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_machine_has_gpus_of_a_known_kind(name):
+    count, kind = MACHINES[name]
+    assert [slot.name for slot in find_slots(name)] == [kind] * count
+    assert kind in GPUS
+
+
+def test_without_words_it_is_this_machine():
+    here = environment()
+    slots = find_slots(None)
+    expected = [device.name for device in here.devices if device.kind == "cuda"] or ["cpu"]
+    assert [slot.name for slot in slots] == expected
+
+
+def test_devices_of_ones_own_are_taken_as_they_are():
+    own = [Slot("mine", 0, 10), Slot("yours", 1, 20)]
+    assert find_slots(own) == tuple(own)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("A100-800GB", "Unknown devices 'A100-800GB'. Nearest: A100-80GB"),
+        ("a lot", "Or give a size, such as '4x40GiB'"),
+        ("0x40GiB", "0 x 40GiB is no memory to plan with"),
+        ([], "devices=[] names none: leave it out"),
+        (4, "devices=4 names none: leave it out"),
+        ("1.5.5GiB", "Unknown devices '1.5.5GiB'"),
+    ],
+)
+def test_words_that_stand_for_nothing_are_refused(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_slots(words)
+
+
+# For loading
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs of 40 GiB, as far as the kit can tell."""
+    slots = (Slot("A100", 0, 40 * 2**30), Slot("A100", 1, 40 * 2**30))
+    monkeypatch.setattr("falcon_kit.planning.devices.find_slots", lambda devices: slots)
+    return slots
+
+
+def test_without_wishes_the_devices_here_are_used(two_gpus):
+    assert slots_here() == two_gpus
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_max_memory_limits_and_leaves_alone_what_it_does_not_name():
+    (slot,) = slots_here({1: "20GiB"})
+    assert (slot.key, slot.free_bytes) == (1, 20 * 2**30)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1GB", "max_memory='1GB' names no device: give {0: '20GiB'}; here are 0, 1"),
+        ({"disk": "1TiB"}, "max_memory={'disk': '1TiB'} names no device that computes; here are 0, 1, 'cpu', 'disk'"),
+    ],
+)
+def test_max_memory_without_a_device_is_refused_with_those_there_are(given, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        slots_here(given, "disk" if "disk" in given else None, tmp_path)
+
+
+def test_a_rank_asks_for_the_memory_of_its_own_gpu_alone(monkeypatch):
+    asked = []
+    found = lambda only: asked.append(only) or (Device("T4", "cuda", only, 2000, 1000),)  # noqa: E731
+    monkeypatch.setattr("falcon_kit.planning.devices.find_devices", found)
+    assert (slots_of_ranks(1, 2), asked) == ((Slot("T4", 0, 1000), Slot("T4", 1, 1000)), [1])
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_max_memory_makes_no_device_larger_than_it_is():
+    assert slots_here({0: "500GiB", 1: 10**9})[0].free_bytes == 40 * 2**30
+
+
+def test_the_folder_to_offload_to_need_not_be_there_yet(tmp_path):
+    *_, disk = slots_here(None, "disk", tmp_path / "not" / "yet")
+    assert (disk.key, disk.free_bytes > 0) == ("disk", True)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("offload", "keys"), [("cpu", [0, 1, "cpu"]), ("disk", [0, 1, "cpu", "disk"])])
+def test_offloading_adds_places_that_only_keep_behind_the_gpus(offload, keys, tmp_path):
+    slots = slots_here(None, offload, tmp_path)
+    assert [slot.key for slot in slots] == keys
+    assert [slot.stores for slot in slots] == [key in ("cpu", "disk") for key in keys]

@@ -1,0 +1,343 @@
+"""Plans: what adds up, what fits where, and what is suggested where it does not."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.utils import check_device_map
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import FalconConfig
+
+import falcon_kit as fk
+from falcon_kit.catalogue import memory
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.model.modeling import FalconForCausalLM
+from falcon_kit.planning.devices import Slot
+from tests.conftest import small_config
+
+GIB = 2**30
+
+
+def used(plan):
+    """Bytes by device."""
+    return {slot.key: sum(row.bytes for row in plan.rows if row.device == slot.key) for slot in plan.slots}
+
+
+def layers_on(plan):
+    return [sum(1 for name, key in plan.device_map.items() if ".h." in name and key == slot.key) for slot in plan.slots]
+
+
+# What adds up
+
+
+@pytest.mark.parametrize("name", ["falcon-40b", "falcon-7b", "falcon-rw-1b", "falcon-180B"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+def test_the_rows_hold_all_weights_and_the_whole_cache(name, dtype):
+    plan = fk.plan(name, dtype, context=500, batch=3, devices="16xA100-80GB")
+    weights = [row.bytes for row in plan.rows if row.part.startswith(("layers", "embedding", "last"))]
+    spec = fk.spec(name)
+    assert sum(weights) == plan.weight_bytes == memory.weight_bytes(spec, dtype)
+    assert plan.kv_bytes == spec.kv_bytes_per_token() * 500 * 3
+
+
+def test_transformers_cache_is_sixteen_times_as_large_for_the_40b():
+    ours, theirs = (fk.plan("falcon-40b", devices="8xA100-80GB", cache=kind) for kind in ("grouped", "transformers"))
+    assert theirs.kv_bytes == 16 * ours.kv_bytes == 3.75 * GIB
+
+
+def test_every_row_says_why():
+    assert all(row.reason for row in fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB").rows)
+
+
+@pytest.mark.parametrize("purpose", ["inference", "lora", "qlora", "full"])
+def test_training_takes_more_the_more_is_trained(purpose):
+    order = ["inference", "qlora", "lora", "full"]
+    sizes = {each: fk.plan("falcon-7b", purpose=each, devices="8xH200").total_bytes for each in order}
+    assert purpose == "inference" or sizes[purpose] > sizes["inference"] or purpose == "qlora"
+    assert sizes["qlora"] < sizes["lora"] < sizes["full"]
+
+
+def test_merging_takes_the_weights_and_little_more():
+    merging, running = (fk.plan("falcon-40b", purpose=each, devices="H200") for each in ("merge", "inference"))
+    assert running.weight_bytes < merging.total_bytes < 1.1 * running.weight_bytes
+
+
+def test_qlora_is_on_quantised_weights():
+    assert fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB").dtype == "nf4-double"
+
+
+# What is published
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "purpose", "devices", "fits"),
+    [
+        # huggingface.co/blog/falcon, 2023
+        ("falcon-7b", "bfloat16", "inference", "A10G", True),
+        ("falcon-7b", "nf4", "qlora", "T4", True),
+        ("falcon-40b", "nf4", "qlora", "A100-80GB", True),
+        ("falcon-40b", "bfloat16", "inference", "2xA100-80GB", True),
+        ("falcon-40b", "int8", "inference", "A100-80GB", True),
+        ("falcon-40b", "int8", "inference", "A100-40GB", False),
+        ("falcon-40b", "nf4", "inference", "A100-40GB", True),
+        # served on it by AWS's own examples, 2023
+        ("falcon-40b", "bfloat16", "inference", "ml.g5.12xlarge", True),
+    ],
+)
+def test_what_is_known_to_run_fits_and_what_is_not_does_not(name, dtype, purpose, devices, fits):
+    assert fk.plan(name, dtype, purpose=purpose, devices=devices).fits is fits
+
+
+# Where everything goes
+
+
+@pytest.mark.parametrize("devices", ["4x40GiB", "8x24GB", "2x80GB", "3x141GB"])
+def test_no_device_holds_more_than_it_has(devices):
+    plan = fk.plan("falcon-40b", devices=devices)
+    assert plan.fits
+    assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=8),
+    name=st.sampled_from(["falcon-40b", "falcon-7b", "falcon-rw-1b"]),
+    batch=st.integers(1, 16),
+)
+def test_a_plan_that_fits_places_every_layer_within_the_memory(sizes, name, batch):
+    slots = [Slot("gpu", key, size * GIB) for key, size in enumerate(sizes)]
+    plan = fk.plan(name, devices=slots, batch=batch)
+    if plan.fits:
+        assert sum(layers_on(plan)) == fk.spec(name).layers
+        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+    else:
+        assert plan.device_map == {}
+        assert plan.suggestions
+
+
+@given(sizes=st.lists(st.integers(20, 120), min_size=1, max_size=6), more=st.integers(1, 40))
+def test_more_memory_never_makes_a_plan_worse(sizes, more):
+    less, larger = ([Slot("gpu", key, (size + extra) * GIB) for key, size in enumerate(sizes)] for extra in (0, more))
+    assert fk.plan("falcon-40b", devices=larger).fits >= fk.plan("falcon-40b", devices=less).fits
+
+
+def test_layers_are_spread_so_that_equal_devices_keep_equal_room():
+    assert layers_on(fk.plan("falcon-40b", devices="4x40GiB")) == [15, 15, 15, 15]
+    uneven = layers_on(fk.plan("falcon-40b", devices=[Slot("a", 0, 80 * GIB), Slot("b", 1, 40 * GIB)]))
+    assert uneven[0] > uneven[1]
+
+
+def test_the_device_map_covers_the_model_and_splits_no_layer():
+    with torch.device("meta"):
+        model = FalconForCausalLM(FalconConfig(**fk.spec("falcon-40b").to_config()))
+    device_map = fk.plan("falcon-40b", devices="4x40GiB").device_map
+    check_device_map(model, dict(device_map))
+    assert device_map["lm_head"] == device_map["transformer.word_embeddings"]
+
+
+def test_accelerate_runs_a_model_by_the_plans_map():
+    config = small_config("40b")
+    model = FalconForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    plan = fk.plan(fk.FalconSpec.from_config(config.to_dict()), "float32", devices=[Slot("cpu", "cpu", 4 * GIB)])
+    assert torch.equal(dispatch_model(model, dict(plan.device_map), force_hooks=True)(ids).logits, expected)
+
+
+# Places that only keep
+
+
+def gpu_and(*more, gib=40):
+    return [Slot("gpu", 0, gib * GIB), *more]
+
+
+def test_layers_that_find_no_room_are_kept_in_host_memory():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    on_gpu, kept = layers_on(plan)
+    assert (plan.fits, on_gpu + kept) == (True, 60)
+    assert used(plan)[0] <= 40 * GIB < used(plan)[0] + 2 * plan.spec.layer_parameters
+
+
+def test_a_disk_takes_what_host_memory_cannot():
+    slots = gpu_and(Slot("host memory", "cpu", 10 * GIB, stores=True), Slot("disk", "disk", 900 * GIB, stores=True))
+    plan = fk.plan("falcon-40b", devices=slots)
+    assert plan.fits
+    assert used(plan)["cpu"] <= 10 * GIB < used(plan)["cpu"] + 2 * plan.spec.layer_parameters
+    assert layers_on(plan)[2] > 0
+
+
+def test_the_cache_of_a_layer_that_is_kept_elsewhere_lies_where_it_is_computed():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    assert sum(row.bytes for row in plan.rows if row.part == "KV cache" and row.device == 0) == plan.kv_bytes
+
+
+def test_nothing_is_kept_elsewhere_that_has_room():
+    plan = fk.plan("falcon-7b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    assert layers_on(plan) == [32, 0]
+
+
+def test_a_place_that_keeps_too_little_does_not_make_it_fit():
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 9 * GIB, stores=True)))
+    assert not plan.fits
+
+
+@given(gpu=st.integers(4, 120), host=st.integers(1, 120), disk=st.integers(0, 120))
+def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
+    slots = gpu_and(
+        Slot("host memory", "cpu", host * GIB, stores=True), Slot("disk", "disk", disk * GIB, stores=True), gib=gpu
+    )
+    plan = fk.plan("falcon-40b", devices=slots)
+    if plan.fits:
+        assert sum(layers_on(plan)) == 60
+        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
+
+
+@given(gpu=st.integers(0, 8), host=st.integers(0, 120), name=st.sampled_from(["falcon-40b", "falcon-7b"]))
+def test_there_is_a_device_map_exactly_where_it_fits(gpu, host, name):
+    slots = gpu_and(Slot("host memory", "cpu", host * GIB, stores=True), gib=gpu)
+    plan = fk.plan(name, devices=slots)
+    assert bool(plan.device_map) == plan.fits == (not plan.suggestions)
+
+
+# Suggestions
+
+
+def test_fewer_bits_come_before_everything_else():
+    assert fk.plan("falcon-40b", devices="A100-40GB").suggestions[0] == "dtype='nf4'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"devices": "A100-80GB", "batch": 128, "dtype": "int8"}, "batch=32"),
+        ({"devices": "4xA10G", "batch": 4, "cache": "transformers"}, "cache='grouped'"),
+        ({"devices": "T4"}, "another model: falcon-7b"),
+        ({"devices": "A100-40GB"}, "more devices: 3 x A100-40GB"),
+        ({"devices": "A100-40GB"}, "offload='cpu': 32 of 60 layers in host memory, read anew for each token"),
+        ({"devices": "2xA100-80GB", "purpose": "full"}, "purpose='lora'"),
+    ],
+)
+def test_what_would_help_is_suggested(arguments, expected):
+    assert expected in fk.plan("falcon-40b", **arguments).suggestions
+
+
+def test_each_setting_that_is_suggested_does_fit():
+    given = {"devices": "2xA100-40GB", "batch": 16, "dtype": "bfloat16"}
+    plan = fk.plan("falcon-40b", **given)
+    settings = [each.split("=") for each in plan.suggestions if re.fullmatch(r"\w+=\S+", each)]
+    assert settings
+    for name, value in settings:
+        assert fk.plan("falcon-40b", **given | {name: int(value) if value.isdigit() else value.strip("'")}).fits
+
+
+def test_a_plan_that_fits_suggests_nothing():
+    assert fk.plan("falconet").suggestions == ()
+
+
+# Measured
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
+@pytest.mark.parametrize(("dtype", "context", "batch"), [("float32", 1024, 1), ("bfloat16", 512, 8)])
+def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, batch):
+    """Resident memory at its highest, Python and the libraries included."""
+    config = FalconConfig(
+        **{**fk.spec("falconet").to_config(), "hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 4096}
+    )
+    config.save_pretrained(tmp_path)
+    program = f"""
+import re, torch
+from pathlib import Path
+from transformers import FalconConfig
+from falcon_kit.modeling import FalconForCausalLM
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+with torch.inference_mode():
+    torch.set_default_dtype(torch.{dtype})
+    model = FalconForCausalLM(FalconConfig.from_pretrained({str(tmp_path)!r})).eval()
+    model(torch.zeros({batch}, {context}, dtype=torch.long), logits_to_keep=1)
+    print(peak())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    plan = fk.plan(tmp_path, dtype, context=context, batch=batch, devices=[Slot("cpu", "cpu", 4 * GIB)])
+    assert plan.total_bytes == pytest.approx(int(ended.stdout), rel=0.1)
+
+
+# From where
+
+
+def test_a_plan_is_made_from_a_directory_or_a_config():
+    directory = embedded_directory("falconet")
+    expected = fk.plan("falconet").rows
+    assert fk.plan(directory).rows == fk.plan(directory / "config.json").rows == expected
+
+
+def test_a_torch_dtype_is_as_good_as_its_name():
+    assert fk.plan("falconet", torch.float32, devices="T4") == fk.plan("falconet", "float32", devices="T4")
+
+
+# How it shows itself
+
+
+def test_the_repr_says_what_is_needed_and_whether_it_fits():
+    assert repr(fk.plan("falcon-40b", devices="T4")) == (
+        "Plan(falcon-40b in bfloat16, 1 x 2048 tokens, needs 78.1 GiB: it does not fit into T4 15.0 GiB)"
+    )
+
+
+def test_equal_devices_are_counted_once_in_words():
+    assert "into 4 x gpu 40.0 GiB)" in repr(
+        fk.plan("falcon-40b", devices=[Slot("gpu", key, 40 * GIB) for key in range(4)])
+    )
+
+
+def test_the_html_escapes_what_it_shows():
+    assert "<img" not in fk.plan("falconet", devices=[Slot("<img>", 0, GIB)])._repr_html_()
+
+
+def test_the_picture_shows_itself_in_a_notebook():
+    assert fk.plan("falconet", devices="T4").plot()._repr_png_().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_bar_for_every_device():
+    figure = fk.plan("falcon-40b", devices="4x40GiB").plot()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_what_has_no_memory_at_all_does_not_fit():
+    assert not fk.plan("falcon-7b", devices=[Slot("full", 0, 0), Slot("full", 1, 0)]).fits
+
+
+def test_the_error_carries_the_plan_and_its_suggestions():
+    plan = fk.plan("falcon-40b", devices="T4")
+    error = fk.NotEnoughMemory(plan)
+    assert error.plan is plan
+    assert all(each in str(error) for each in (plan.verdict(), *plan.suggestions))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype 'bf16' is not known: did you mean 'bfloat16'? There are float32"),
+        ({"dtype": "4bit"}, "did you mean 'nf4'?"),
+        ({"purpose": "training"}, "Unknown purpose 'training'"),
+        ({"cache": "static"}, "Unknown cache 'static'. Known: grouped, transformers."),
+        ({"context": 4096}, "context=4096 is not within 1 and 2048, the context of falcon-40b"),
+        ({"batch": 0}, "batch=0: give at least one row"),
+        ({"rank": 0}, "rank=0: LoRA takes at least 1"),
+    ],
+)
+def test_words_and_numbers_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.plan("falcon-40b", **arguments)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest():
+    with pytest.raises(LookupError, match="Nearest: falcon-40b"):
+        fk.plan("falcon-40")

@@ -1,0 +1,134 @@
+"""The benchmarks that need a machine of their own, on small shapes: what they report is what happened."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import falcon_kit as fk
+from benchmarks import full_size, inspection
+from benchmarks._memory import WAYS, mapped_bytes, measured
+from falcon_kit import FalconSpec
+from falcon_kit.catalogue.names import embedded_directory
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    return full_size.measure(fk.spec("falconet"), torch.device("cpu"), (1, 2), 60, options)
+
+
+def test_the_full_size_benchmark_measures_every_contestant_at_every_batch(figures):
+    measured = [(row["model"], row["decoding"], row["batch"]) for row in figures["decode"]]
+    expected = [
+        (model, how, batch) for batch in (1, 2) for how in ("eager", "compiled") for model in ("transformers", "kit")
+    ]
+    assert measured == expected
+
+
+def test_tokens_per_second_are_rows_over_the_time_of_a_step(figures):
+    for row in figures["decode"]:
+        assert row["tokens/s"] == pytest.approx(row["batch"] / row["ms per step"] * 1000, rel=0.02)
+
+
+def test_both_models_of_the_full_size_benchmark_compute_the_same():
+    models = full_size._models(fk.spec("falconet"), torch.device("cpu"))
+    ids = torch.arange(20, 40)[None]
+    with torch.inference_mode():
+        stock, kit = (model(ids).logits for model in models.values())
+    torch.testing.assert_close(kit, stock, atol=0.05, rtol=0)
+
+
+def test_out_of_memory_is_a_result_and_not_the_end(monkeypatch):
+    model = full_size._models(fk.spec("falconet"), torch.device("cpu"))["kit"]
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", full)
+    decoding = full_size._decode(model, 1, 60, {})
+    assert decoding.figures(fk.spec("falconet"), 1, 60, 1e9) == {"fits": False}
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(141, "falcon-40b"), (24, "falcon-7b")])
+def test_the_largest_falcon_that_fits_is_measured(monkeypatch, gigabytes, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, gigabytes * 1e9))
+    monkeypatch.setattr(full_size, "measure", lambda shape, *_: {"shape": shape.name})
+    assert full_size.run() == {"shape": expected}
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 16e9))
+    with pytest.raises(full_size.CannotRun, match="the GPU has 16 GB; the 7B needs 18 GB, the 40B 100 GB"):
+        full_size.run()
+
+
+SMALL = FalconSpec("small", layers=2, d_model=256, query_heads=4, kv_heads=2, vocabulary=2048, feed_forward=1024)
+
+
+def test_the_contestants_of_inspection_see_the_same_attention():
+    inspection.check_agreement(SMALL, 40)
+
+
+def test_contestants_that_differ_are_found_out(monkeypatch):
+    stock = inspection._stock
+    monkeypatch.setattr(inspection, "_stock", lambda model, ids: stock(model, ids.flip(-1)))
+    with pytest.raises(AssertionError, match="not close"):
+        inspection.check_agreement(SMALL, 40)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
+def test_the_memory_of_a_contestant_is_what_it_took_at_its_highest():
+    def turn():
+        first = torch.ones(2**24)  # 64 MiB
+        return first * 2  # as many again, and the first goes
+
+    assert inspection.measure_memory(turn) == pytest.approx(128, abs=4)
+
+
+def test_the_picture_of_inspection_leaves_out_what_did_not_fit():
+    rows = [
+        {"tokens": length, "peak MiB": {"kit": 10.0, "bertviz": None}, "seconds": {"kit": 1.0}}
+        for length in (256, 1024)
+    ]
+    for axes in inspection.draw({"model": "small", "lengths": rows}).axes:
+        assert [line.get_label() for line in axes.lines] == ["kit"]
+
+
+def test_a_benchmark_that_cannot_run_says_why_and_fails():
+    if torch.cuda.is_available():
+        pytest.skip("this rule is for machines without a GPU")
+    command = [sys.executable, "-m", "benchmarks", "full_size"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, "full_size cannot run here: torch finds no GPU" in ended.stderr) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory a process has")
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_is_measured_in_a_process_of_its_own(way):
+    figures = measured(way, embedded_directory("falconet"), dtype="float32", context=64, batch=2)
+    spec = fk.spec("falconet")
+    copies = 1 if way == "kit" else spec.queries_per_kv_head
+    assert figures["weights"] == 4 * spec.parameters
+    assert figures["cache"] == spec.kv_bytes_per_token(4) * 64 * 2 * copies
+    assert figures["peak"] >= figures["before"] + figures["weights"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped")
+def test_weights_that_stay_in_their_file_are_counted_as_mapped():
+    stored, other = (fk.load("falconet", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert mapped_bytes(stored.model.parameters()) == stored.weight_bytes
+    assert mapped_bytes(other.model.parameters()) == 0
+
+
+def test_a_measurement_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"config\.json"):
+        measured("kit", tmp_path)

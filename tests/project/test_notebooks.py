@@ -1,0 +1,153 @@
+"""Every committed notebook is short, clean, and shows the outputs of the source it was committed with."""
+
+import base64
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+from stamp import source_hash  # noqa: E402  (a script beside the notebooks, not part of the package)
+
+TUTORIAL = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+ALL = [*TUTORIAL, *sorted(NOTEBOOKS.glob("solutions/*.ipynb"))]
+
+# A path on the author's machine: not within a URL, a relative path, or base64.
+PRIVATE_PATH = re.compile(r"(?<![\w/.~+-])/(?:home|root|tmp|work|Users)\b[^\s'\"]*")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+each_notebook = pytest.mark.parametrize(
+    "notebook", [pytest.param(path, id=path.relative_to(NOTEBOOKS).as_posix()) for path in ALL], indirect=True
+)
+
+
+@pytest.fixture
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def strings(value):
+    """Every string inside nested lists and dictionaries."""
+    if isinstance(value, str):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for child in children for text in strings(child)]
+
+
+def texts(notebook):
+    return [cell.source for cell in notebook.cells] + strings(outputs(notebook))
+
+
+def last_heading(path):
+    cells = nbformat.read(path, as_version=4).cells
+    headings = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    return [line for line in headings if line.startswith("## ")][-1:]
+
+
+def test_there_are_notebooks():
+    assert TUTORIAL != []
+
+
+# Outputs
+
+
+@each_notebook
+def test_a_notebook_is_committed_with_outputs(notebook):
+    assert outputs(notebook) != []
+
+
+@each_notebook
+def test_a_notebook_ran_from_top_to_bottom(notebook):
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+
+
+@each_notebook
+def test_a_notebook_shows_no_error(notebook):
+    assert [output.evalue for output in outputs(notebook) if output.output_type == "error"] == []
+
+
+@each_notebook
+def test_a_notebook_shows_no_warnings(notebook):
+    assert [output.text for output in outputs(notebook) if output.get("name") == "stderr"] == []
+
+
+@each_notebook
+def test_the_outputs_belong_to_the_source(notebook):
+    stamped = notebook.metadata.get("falcon_kit", {}).get("source_sha256")
+    assert stamped == source_hash(notebook), "the source changed after the outputs were made: run `make notebooks`"
+
+
+def test_the_picture_in_the_readme_is_the_notebooks():
+    cells = nbformat.read(NOTEBOOKS / "01_inference.ipynb", as_version=4).cells
+    (tagged,) = [cell for cell in cells if "readme" in cell.metadata.get("tags", [])]
+    pictures = [base64.b64decode(output.data["image/png"]) for output in tagged.outputs if "image/png" in output.data]
+    assert [(NOTEBOOKS.parent / "docs" / "01_inference.png").read_bytes()] == pictures
+
+
+# Style
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.relative_to(NOTEBOOKS).as_posix()) for path in ALL])
+def test_a_notebook_is_small(path):
+    assert path.stat().st_size < 400_000
+
+
+@each_notebook
+def test_no_code_cell_is_longer_than_a_screen(notebook):
+    assert [cell.source for cell in code_cells(notebook) if len(cell.source.splitlines()) > 20] == []
+
+
+@each_notebook
+def test_most_code_cells_are_a_few_lines(notebook):
+    assert statistics.median(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 5
+
+
+@each_notebook
+def test_a_sentence_comes_before_each_code_cell(notebook):
+    kinds = ["nothing", *(cell.cell_type for cell in notebook.cells)]
+    alone = [
+        cell.source
+        for before, cell in zip(kinds, notebook.cells, strict=False)
+        if cell.cell_type == "code" and before != "markdown"
+    ]
+    assert alone == []
+
+
+@each_notebook
+def test_the_first_code_cell_chooses_the_model(notebook):
+    assert "FALCON_KIT_MODEL" in code_cells(notebook)[0].source
+
+
+@each_notebook
+def test_a_notebook_names_no_path_of_its_author(notebook):
+    assert [match for text in texts(notebook) for match in PRIVATE_PATH.findall(text)] == []
+
+
+@each_notebook
+def test_a_notebook_holds_no_access_token(notebook):
+    assert [match for text in texts(notebook) for match in TOKEN.findall(text)] == []
+
+
+# Exercises
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_a_notebook_ends_with_exercises(path):
+    assert [heading.lower() for heading in last_heading(path)] == ["## exercises"]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_the_exercises_have_solutions(path):
+    assert (NOTEBOOKS / "solutions" / path.name).is_file()

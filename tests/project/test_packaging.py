@@ -1,0 +1,196 @@
+"""The project's metadata agrees with itself, and what is built contains what a user needs."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import falcon_kit
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(line) for group in [PROJECT["dependencies"], *EXTRAS.values()] for line in group]
+PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+CHECKPOINT_FILES = [
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tuning.json"]
+SHIPPED = [f"falcon_kit/falconet/base/{file}" for file in CHECKPOINT_FILES]
+SHIPPED += [f"falcon_kit/falconet/instruct/{file}" for file in ADAPTER_FILES]
+SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
+SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
+
+# Packages the kit needs without an import of its own, each with the reason.
+USED_BY_OTHERS = {
+    "accelerate": "transformers calls it for device_map",
+    "ipywidgets": "tqdm.auto draws its notebook bars with it",
+}
+
+# Packages of the extra "sagemaker", which only SageMaker endpoints ask for.
+WITH_AN_EXTRA = {"boto3": "the client", "botocore": "its errors", "urllib3": "what it reads streams with"}
+
+
+def distributions_imported_in(sources: Iterable[str]) -> set[str]:
+    """The installed distributions that these Python sources import anywhere, inside functions too."""
+    names = set()
+    for node in chain.from_iterable(ast.walk(ast.parse(source)) for source in sources):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).partition(".")[0])
+    owners = importlib.metadata.packages_distributions()
+    return {canonicalize_name(owners[name][0]) for name in names & owners.keys()} - {"falcon-kit"}
+
+
+def notebook_lines() -> Iterator[str]:
+    """The import statements of the notebooks: whoever installs the kit runs those too."""
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                yield from (line for line in cell.source.splitlines() if line.startswith(("import ", "from ")))
+
+
+PACKAGE_IMPORTS = distributions_imported_in(path.read_text() for path in (ROOT / "falcon_kit").rglob("*.py"))
+NOTEBOOK_IMPORTS = distributions_imported_in(notebook_lines())
+
+
+# Dependencies and pins
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=str)
+def test_a_direct_dependency_is_pinned_once_and_within_its_range(requirement):
+    versions = [pin.specifier for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+    assert len(versions) == 1
+    (exact,) = versions[0]
+    assert exact.operator == "=="
+    assert requirement.specifier.contains(exact.version)
+
+
+def test_only_direct_dependencies_are_pinned():
+    assert {pin.name for pin in PINS} == {requirement.name for requirement in DIRECT}
+
+
+def test_no_dependency_is_declared_twice():
+    assert [name for name, count in Counter(requirement.name for requirement in DIRECT).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "environment.yml", "Makefile"])
+def test_versions_are_pinned_nowhere_else(name):
+    assert re.findall(r".*==\s*\d.*", (ROOT / name).read_text()) == []
+
+
+@pytest.mark.parametrize("requirement", [Requirement(line) for line in PROJECT["dependencies"]], ids=str)
+def test_a_runtime_dependency_is_used(requirement):
+    assert requirement.name in PACKAGE_IMPORTS | NOTEBOOK_IMPORTS | set(USED_BY_OTHERS)
+
+
+def test_what_the_package_and_the_notebooks_import_is_declared():
+    declared = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert (PACKAGE_IMPORTS | NOTEBOOK_IMPORTS) - declared - WITH_AN_EXTRA.keys() == set()
+
+
+# The conda environment
+
+
+def test_conda_and_pip_users_get_the_same_python():
+    (python,) = [entry for entry in CONDA if isinstance(entry, str) and entry.startswith("python ")]
+    assert SpecifierSet(python.removeprefix("python ")) == SpecifierSet(PROJECT["requires-python"])
+
+
+def test_conda_brings_nothing_but_python_and_pip():
+    assert [entry.split()[0] for entry in CONDA if isinstance(entry, str)] == ["python", "pip"]
+
+
+def test_conda_installs_this_package_with_its_lab_under_the_pins():
+    (pip,) = [entry["pip"] for entry in CONDA if isinstance(entry, dict)]
+    assert pip == ["-c constraints.txt", "-e .[lab]"]
+    assert "lab" in EXTRAS
+
+
+# Version and citation
+
+
+def test_the_package_knows_its_version():
+    assert falcon_kit.__version__ == importlib.metadata.version("falcon-kit") == PROJECT["version"]
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+
+
+def test_the_citation_lists_the_three_papers_of_the_model_card():
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert [(paper["authors"][0]["family-names"], len(paper["authors"]), paper["year"]) for paper in references] == [
+        ("Almazrouei", 13, 2023),
+        ("Penedo", 9, 2023),
+        ("Xu", 4, 2023),
+    ]
+
+
+# What is built
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The source archive, and the wheel built from it, without network."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def wheel_files(built):
+    (path,) = built.glob("*.whl")
+    return set(zipfile.ZipFile(path).namelist())
+
+
+@pytest.fixture(scope="session")
+def sdist_files(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_the_wheel_contains(wheel_files, file):
+    assert file in wheel_files
+
+
+@pytest.mark.parametrize("file", [*SHIPPED, "LICENSE", "CITATION.cff", "constraints.txt", "pyproject.toml"])
+def test_the_source_archive_contains(sdist_files, file):
+    assert file in sdist_files
+
+
+def test_the_wheel_contains_only_the_package_and_its_metadata(wheel_files):
+    assert {name.partition("/")[0].partition("-")[0] for name in wheel_files} == {"falcon_kit"}
+
+
+def test_work_files_stay_out_of_the_source_archive(sdist_files):
+    tops = {name.partition("/")[0] for name in sdist_files}
+    assert tops & {".venv", ".git", ".falconet", "runs", "build", "dist"} == set()

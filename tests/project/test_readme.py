@@ -1,0 +1,96 @@
+"""The README's figures are the measured ones: those of the model cards and of the last benchmark."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.catalogue.spec import format_bytes
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def table_rows(text, columns):
+    """Rows of the tables with that many columns, as {first cell: the others}."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return {row[0]: row[1:] for row in rows if len(row) == columns and row[0]}
+
+
+def test_the_readmes_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)  # noqa: S102  # our own page
+    assert "Giraffes eat acacia leaves." in capsys.readouterr().out
+    assert (tmp_path / "runs/mine/adapter").is_dir()
+
+
+@pytest.mark.parametrize(("name", "column"), [("falconet", 0), ("falconet-instruct", 1)])
+def test_the_readme_states_the_figures_of_the_model_card(name, column):
+    card = table_rows((embedded_directory(name) / "README.md").read_text(), columns=2)
+    shown = table_rows(README, columns=3)
+    assert len(card) == 8
+    assert {row: [shown[row][column]] for row in card} == card
+
+
+def test_the_readme_states_the_figures_of_the_last_benchmark():
+    figures = json.loads((ROOT / "benchmarks/results/generation.json").read_text())["figures"]
+    ratios = figures["ratio to transformers generate"]
+    expected = {road: [f"{took:.2f}", f"{ratios[road]:.2f}"] for road, took in figures["ms per token"].items()}
+    shown = table_rows(README, columns=3)
+    assert {road: shown[road] for road in expected} == expected
+
+
+def test_the_readme_states_the_decoding_times_of_the_last_benchmark():
+    figures = json.loads((ROOT / "benchmarks/results/decode.json").read_text())["figures"]
+    cells = {f"{cell['batch']} x {cell['context']} tokens": cell for cell in figures["decode"]}
+    shown = {row: cells for row, cells in table_rows(README, columns=6).items() if " x " in row}
+    assert len(shown) == 4
+    for row, stated in shown.items():
+        times = [f"{cells[row]['ms per step'][name]:.0f}" for name in ("transformers", "kit", "llama.cpp")]
+        sizes = [format_bytes(cells[row]["cache bytes"][name]) for name in ("transformers", "kit")]
+        assert stated == times + sizes
+
+
+def figures_of(benchmark):
+    return json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text())["figures"]
+
+
+def test_the_readme_states_the_memory_of_the_last_inspection_benchmark():
+    names = ("kit", "forward pass", "output_attentions", "nnsight")
+    expected = {
+        f"{each['tokens']} tokens": [f"{each['peak MiB'][name]:.0f}" for name in names]
+        for each in figures_of("inspection")["lengths"]
+    }
+    assert {row: cells for row, cells in table_rows(README, columns=5).items() if row != "text"} == expected
+
+
+def test_the_readme_states_the_ratios_of_the_last_tuning_benchmark():
+    figures = figures_of("tuning")
+    formats = {"kit's tokens/s, as a ratio": ".1f", "kit's memory, as a ratio": ".2f"}
+    formats["kit's held-out loss, difference"] = "+.2f"
+    peers = figures["kit's memory, as a ratio"]
+    expected = {peer: [format(figures[name][peer], spec) for name, spec in formats.items()] for peer in peers}
+    assert {row: cells for row, cells in table_rows(README, columns=4).items() if row != "peer"} == expected
+
+
+def test_the_readme_states_how_far_plans_were_off():
+    figures = figures_of("planning")
+    median, worst = figures["off by, median"]["peak"], figures["off by, at most"]["peak"]
+    assert f"{len(figures['rows'])} cells" in README
+    assert f"{median:.1%} in the median and by {worst:.1%} at most" in README
+    assert figures["off by, at most"]["weights"] == figures["off by, at most"]["cache"] == 0
+
+
+def test_the_readme_states_how_the_playground_keeps_up():
+    speeds = figures_of("playground")["tokens per second"]
+    assert all(speeds[f"paced at {pace}"]["ratio"] > 0.99 for pace in (50, 100))
+    assert f"{speeds['falconet']['bare loop']:.0f} tokens/s it reaches {speeds['falconet']['ratio']:.2f}" in README
+
+
+def test_every_link_of_the_readme_leads_to_a_file():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,246 @@
+"""llama.cpp reads what `export_gguf` writes, and makes the same of it as the kit."""
+
+import gc
+from types import SimpleNamespace
+
+import gguf
+import httpx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+
+import falcon_kit as fk
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.generation.chat import encode_text, render
+from falcon_kit.serving import gguf as export
+from falcon_kit.serving.gguf import export_gguf, write_gguf
+from tests.conftest import LAYOUTS, small_model
+from tests.serving.servers import llama_cpp
+
+TEXTS = [
+    fk.CARD.prompt,
+    "Hello, Daniel!\nWhat's 1234567 + 89? It's 2048 tokens.",
+    "  two  spaces,\ttabs\n\n\nand lines   ",
+    "Zürich, naïve façade, 北京, Москва, 🦒🦒, ½ ² ③ — “quotes” … don't, DON'T, we've",
+    "def f(x):\n    return x ** 2  # <|endoftext|> and >>QUESTION<< stay text",
+    "٣٤٥ १२३ ４５６ 12 1 123 1234 a1b22c333",
+]
+
+
+@pytest.fixture(scope="module")
+def exported(instruct, tmp_path_factory):
+    return export_gguf(instruct, tmp_path_factory.mktemp("gguf") / "falconet-instruct.gguf")
+
+
+@pytest.fixture(scope="module")
+def server(exported):
+    server, address = llama_cpp(exported)
+    with httpx.Client(base_url=address) as client:
+        yield client
+    del server
+
+
+def post(client, path, **body):
+    return client.post(path, json=body).raise_for_status().json()
+
+
+def spec_of(model, name="small"):
+    return FalconSpec.from_config(model.config.to_dict(), name)
+
+
+# What llama.cpp makes of it
+
+
+@pytest.mark.parametrize("prompt", [fk.CARD.prompt, "Animals of Africa:", "User: Tell me about owls.\nFalcon:"])
+def test_llama_cpp_writes_the_same_greedy_tokens(instruct, server, prompt):
+    answer = post(server, "/v1/completions", prompt=prompt, max_tokens=60, temperature=0, logprobs=1)
+    tokens = [each["id"] for each in answer["choices"][0]["logprobs"]["content"]]
+    assert tuple(tokens) == instruct.generate(prompt, max_new_tokens=60).tokens[: len(tokens)]
+    assert len(tokens) >= 5
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_llama_cpp_cuts_a_text_into_the_same_tokens(instruct, server, text):
+    assert post(server, "/tokenize", content=text, parse_special=False)["tokens"] == encode_text(
+        text, instruct.tokenizer
+    )
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Co"], exclude_characters="\0"), max_size=40)
+)
+@settings(max_examples=200)
+def test_llama_cpp_cuts_any_text_into_the_same_tokens(instruct, server, text):
+    assert post(server, "/tokenize", content=text, parse_special=False)["tokens"] == encode_text(
+        text, instruct.tokenizer
+    )
+
+
+def test_special_tokens_are_special_in_the_file_too(instruct, server):
+    ids = post(server, "/tokenize", content="<|endoftext|>", parse_special=True)["tokens"]
+    assert ids == [instruct.tokenizer.eos_token_id]
+
+
+def test_the_chat_template_goes_along(instruct, server):
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    assert post(server, "/apply-template", messages=messages)["prompt"] == render(messages, instruct.chat_format)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"rw"}))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+def test_every_layout_and_dtype_gives_the_models_log_probabilities(layout, dtype, instruct, tmp_path):
+    model, ids = small_model(layout), [23, 900, 77, 1500, 42]
+    path = write_gguf(model, spec_of(model), tmp_path / "small.gguf", dtype, instruct.tokenizer)
+    server, address = llama_cpp(path)
+    answer = httpx.post(
+        f"{address}/v1/completions", json={"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 20}
+    )
+    top = answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    differences = [abs(each["logprob"] - expected[each["id"]].item()) for each in top]
+    assert max(differences) < {"float32": 0.02, "bfloat16": 0.1, "q8_0": 0.3}[dtype]
+    del server
+    gc.collect()
+
+
+def test_a_head_of_its_own_is_written(instruct, tmp_path):
+    model = small_model("40b", tie_word_embeddings=False)
+    path = write_gguf(model, spec_of(model), tmp_path / "small.gguf", "float32", instruct.tokenizer)
+    (head,) = [each for each in gguf.GGUFReader(path).tensors if each.name == "output.weight"]
+    assert torch.equal(torch.tensor(head.data), model.lm_head.weight)
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", "F32"), ("float16", "F16"), (torch.bfloat16, "BF16"), ("q8_0", "Q8_0")]
+)
+def test_the_matrices_have_the_dtype_asked_for(instruct, tmp_path, dtype, expected):
+    tensors = gguf.GGUFReader(export_gguf(instruct, tmp_path / "a.gguf", dtype)).tensors
+    kinds = {each.tensor_type.name for each in tensors if len(each.shape) > 1}
+    vectors = {each.tensor_type.name for each in tensors if len(each.shape) == 1}
+    assert (kinds, vectors) == ({expected}, {"F32"})
+
+
+def test_without_a_tokenizer_the_weights_are_the_same(exported, instruct, tmp_path):
+    path = write_gguf(instruct.model, instruct.spec, tmp_path / "a.gguf")
+    bare, whole = ({each.name: each.data for each in gguf.GGUFReader(file).tensors} for file in (path, exported))
+    assert sorted(bare) == sorted(whole)
+    assert all((bare[name] == whole[name]).all() for name in bare)
+
+
+# Refusals, before anything is written
+
+
+def refuse(error, match, call, directory):
+    before = sorted(directory.iterdir())
+    with pytest.raises(error, match=match):
+        call()
+    assert sorted(directory.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "reason"),
+    [
+        (
+            "rw",
+            {},
+            "positions by ALiBi, a sequential block, biases in its linear layers, and llama.cpp's Falcon has none",
+        ),
+        ("7b", {"bias": True}, "biases in its linear layers"),
+        ("7b", {"parallel_attn": False}, "a sequential block"),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused_with_the_reason(layout, changes, reason, tmp_path):
+    model = small_model(layout, **changes)
+    refuse(ValueError, reason, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+
+
+def test_an_unknown_dtype_is_refused_with_those_there_are(instruct, tmp_path):
+    match = "dtype 'q4_k_m' is not one of auto, float32, float16, bfloat16, q8_0; for 4 bits, .* llama-quantize"
+    refuse(ValueError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", "q4_k_m"), tmp_path)
+
+
+def test_weights_that_are_not_here_are_refused(tmp_path):
+    with torch.device("meta"):
+        model = small_model("40b")
+    match = "some weights are offloaded: load the model with device_map='cpu'"
+    refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    model = small_model("40b")
+    model.quantization_method = "bitsandbytes"
+    match = "quantised for torch: load the model in bfloat16, and export that as 'q8_0'"
+    refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize("given", ["falconet", None])
+def test_what_is_no_loaded_falcon_is_refused(given, tmp_path):
+    match = f"takes a loaded Falcon, as fk.load gives it, not a {type(given).__name__}"
+    refuse(TypeError, match, lambda: export_gguf(given, tmp_path / "a.gguf"), tmp_path)
+
+
+def test_adapters_on_the_model_are_to_be_merged_first(tmp_path):
+    model = small_model("40b")
+    inject_adapter_in_model(LoraConfig(target_modules=["dense"]), model)
+    match = r"adapters are on the model: fk\.merge\(adapter, base\)"
+    refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(instruct, tmp_path):
+    model = small_model("40b", vocab_size=1024)
+    match = "the tokenizer has 2048 tokens and the model 1024"
+    refuse(
+        ValueError,
+        match,
+        lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf", "auto", instruct.tokenizer),
+        tmp_path,
+    )
+
+
+def test_a_missing_directory_is_named(instruct, tmp_path):
+    refuse(
+        FileNotFoundError,
+        "there is no directory .*nowhere",
+        lambda: export_gguf(instruct, tmp_path / "nowhere" / "a.gguf"),
+        tmp_path,
+    )
+
+
+def test_a_directory_is_no_file_name(instruct, tmp_path):
+    refuse(
+        IsADirectoryError,
+        r"give the name of a file, such as .*falcon\.gguf",
+        lambda: export_gguf(instruct, tmp_path),
+        tmp_path,
+    )
+
+
+def test_a_full_disk_is_noticed_before_writing(instruct, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    refuse(
+        OSError,
+        "a.gguf needs 18.5 MiB, and .* has 1.00 MiB free",
+        lambda: export_gguf(instruct, tmp_path / "a.gguf"),
+        tmp_path,
+    )
+
+
+def test_a_file_appears_whole_or_not_at_all(instruct, tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").write_text("the one before")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_bytes", interrupt)
+    refuse(KeyboardInterrupt, None, lambda: export_gguf(instruct, tmp_path / "a.gguf"), tmp_path)
+    assert (tmp_path / "a.gguf").read_text() == "the one before"

@@ -1,0 +1,267 @@
+"""Reading dialogues: every form, every bad row named, nothing lost in silence; mixing by tokens."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from falcon_kit.tuning import data
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+BAIZE = "The conversation between human and AI assistant.\n[|Human|] Hi\n[|AI|] Hello.\n[|Human|] "
+FORMS = {
+    "messages": {"messages": HI},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    "Baize": {"topic": "greetings", "input": BAIZE},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
+    "a prompt and its completion": {"prompt": "Hi", "completion": "Hello."},
+    "a list": HI,
+}
+
+
+def written(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def problems(path):
+    with pytest.warns(UserWarning, match="left out"):
+        read = fk.dialogues(path)
+    return [(each.where, each.reason) for each in read.problems]
+
+
+# Forms
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_every_form_becomes_the_same_conversation(tmp_path, form, name):
+    row = json.dumps(FORMS[form], indent=1 if name == "rows.json" else None)
+    text = f"[\n{row},\n{row}\n]" if name == "rows.json" else f"{row}\n\n{row}\n"
+    read = fk.dialogues(written(tmp_path / name, text))
+    assert [each["messages"] for each in read] == [HI, HI]
+
+
+def test_a_system_text_stays_and_baizes_own_preamble_goes():
+    read = fk.dialogues([{"input": "Speak like a pirate.\n[|Human|] Hi\n[|AI|] Hello."}, FORMS["Baize"]])
+    assert read[0]["messages"] == [{"role": "system", "content": "Speak like a pirate."}, *HI]
+    assert read[1]["messages"] == HI
+
+
+def test_text_files_hold_documents_between_blank_lines(tmp_path):
+    read = fk.dialogues(written(tmp_path / "web.txt", f"One\ntwo.\n\n\n{BAIZE.split(chr(10), 1)[1]}\n\nThree."))
+    assert [(each["text"], len(each["messages"]), each["where"]) for each in read] == [
+        ("One\ntwo.", 0, "web.txt:1"),
+        (None, 2, "web.txt:5"),
+        ("Three.", 0, "web.txt:9"),
+    ]
+
+
+def test_a_folder_and_a_list_of_files_are_read_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        written(tmp_path / name, json.dumps({"text": name}))
+    assert [each["text"] for each in fk.dialogues(tmp_path)] == ["a.jsonl", "b.jsonl"]
+    assert [each["text"] for each in fk.dialogues([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])] == [
+        "b.jsonl",
+        "a.jsonl",
+    ]
+
+
+def test_the_users_last_words_that_nothing_answers_are_dropped():
+    assert fk.dialogues([[*HI, {"role": "user", "content": "And?"}]])[0]["messages"] == HI
+
+
+@given(st.lists(st.lists(st.text(min_size=1).filter(lambda text: text.strip()), min_size=2, max_size=2), min_size=1))
+def test_an_array_is_read_whatever_its_texts_and_wherever_chunks_end(tmp_path_factory, pairs):
+    rows = [{"messages": [{**HI[0], "content": user}, {**HI[1], "content": answer}]} for user, answer in pairs]
+    file = tmp_path_factory.mktemp("array") / "rows.json"
+    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("falcon_kit.tuning.data._CHUNK", 7)
+        assert [each["messages"] for each in fk.dialogues(file)] == [row["messages"] for row in rows]
+
+
+def test_a_large_file_is_not_held_in_memory(tmp_path):
+    import tracemalloc
+
+    row = json.dumps({"messages": [HI[0], {**HI[1], "content": "word " * 2000}]})
+    file = written(tmp_path / "large.json", f"[{','.join([row] * 3000)}]")
+    tracemalloc.start()
+    read = fk.dialogues(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(read) == 3000
+    assert peak < file.stat().st_size / 3
+
+
+# Bad rows
+
+
+BAD = {
+    "{oops": "it is not JSON",
+    '{"prompt": "x"}': 'it has none of "messages" (chat)',
+    '{"text": "  "}': "its text is blank",
+    '{"input": "[|AI|] Hello\\n[|Human|] Hi"}': "Message 1 has the role 'assistant'",
+    '{"messages": []}': "A conversation needs at least one message",
+    '{"messages": [{"role": "user", "content": "Hi"}]}': "the assistant says nothing in it",
+    '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}': "must be a text",
+    '{"conversations": [{"from": "narrator", "value": "x"}]}': "has the role 'narrator'",
+    '{"text": "half a character: \\ud83d"}': "it is not valid UTF-8",
+    "17": "Message",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_row_is_named_by_file_and_line_and_the_others_are_kept(tmp_path, line):
+    good = json.dumps({"messages": HI})
+    found = problems(written(tmp_path / "rows.jsonl", f"{good}\n{line}\n{good}\n"))
+    assert [where for where, _ in found] == ["rows.jsonl:2"]
+    assert BAD[line] in found[0][1] or line == "17"
+
+
+def test_a_row_in_another_encoding_is_left_out_and_the_rest_is_read(tmp_path):
+    good = json.dumps({"messages": HI}).encode()
+    found = problems(written(tmp_path / "rows.jsonl", good + b'\n{"text": "caf\xe9"}\n' + good))
+    assert found == [("rows.jsonl:2", "it is not valid UTF-8")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    rows = json.dumps([{"messages": HI}]).encode()
+    assert len(fk.dialogues(written(tmp_path / "rows.json", b"\xef\xbb\xbf" + rows))) == 1
+
+
+def test_utf_16_is_refused_with_what_converts_it(tmp_path):
+    with pytest.raises(ValueError, match=r"is UTF-16: convert it first, `iconv"):
+        fk.dialogues(written(tmp_path / "rows.jsonl", json.dumps({"messages": HI}).encode("utf-16")))
+
+
+def test_an_array_that_was_cut_off_gives_what_is_whole_and_says_where_it_broke(tmp_path):
+    text = json.dumps([{"messages": HI}] * 3, indent=1)
+    found = problems(written(tmp_path / "rows.json", text[: len(text) - 60]))
+    assert len(found) == 1
+    assert "broken from here on" in found[0][1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "\n\n"])
+def test_nothing_to_read_is_an_error(tmp_path, text):
+    with pytest.raises(ValueError, match=r"nothing to fine-tune on in .*rows\.json"):
+        fk.dialogues(written(tmp_path / "rows.json", text))
+
+
+def test_only_bad_rows_are_an_error_that_names_them(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: it is not JSON"):
+        fk.dialogues(written(tmp_path / "rows.jsonl", "{oops"))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        fk.dialogues(tmp_path / "absent.jsonl")
+
+
+def test_texts_in_the_report_are_escaped():
+    page = fk.dialogues([{"text": "<script>alert(1)</script>"}])._repr_html_()
+    assert "<script>" not in page
+
+
+def test_the_input_of_an_alpaca_row_stands_below_its_instruction():
+    read = fk.dialogues([{"instruction": "Translate.", "input": "Chat", "output": "Cat"}])
+    assert read[0]["messages"][0]["content"] == "Translate.\n\nChat"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (None, TypeError, r"got nothing: give a file, a folder, or a list of rows.*Alpaca"),
+        ({"messages": HI}, TypeError, "got one row: put it into a list"),
+        (["hello"], FileNotFoundError, r'there is no file hello: .*a text itself is \{"text": "\.\.\."\}'),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_what_can(given, error, text):
+    with pytest.raises(error, match=text):
+        fk.dialogues(given)
+
+
+def test_a_file_of_another_type_is_refused_with_those_that_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, and what is read ends in \.json, \.jsonl"):
+        fk.dialogues(written(tmp_path / "rows.csv", "user,assistant"))
+
+
+def test_messages_end_in_one_full_stop():
+    with pytest.raises(ValueError, match=r"[^.]\. A row has"):
+        fk.dialogues([{"messages": []}])
+
+
+def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
+    copied = []
+
+    class Text(str):
+        def __getitem__(self, index):
+            copied.append(index)
+            return Text(str.__getitem__(self, index))
+
+        def lstrip(self, *characters):
+            return Text(str.lstrip(self, *characters))
+
+    read = iter([Text(json.dumps([1] * 1000)), ""])
+    assert len(list(data._array(lambda: next(read)))) == 1000
+    assert len(copied) < 10
+
+
+# Splitting and mixing
+
+
+def test_web_text_may_be_a_file_and_its_bad_rows_are_named(tmp_path):
+    file = written(tmp_path / "web.jsonl", "\n".join(['{"text": "Zebras."}', "{oops", '{"text": "Lions."}']))
+    with pytest.warns(UserWarning, match="left out"):
+        mixed = fk.mix(fk.dialogues([HI]), file, 0.3)
+    assert [each["text"] for each in mixed if each["text"]] == ["Zebras."]
+    assert [each.where for each in mixed.problems] == ["web.jsonl:2"]
+
+
+def test_a_split_is_seeded_and_loses_nothing():
+    read = fk.dialogues([{"text": str(number)} for number in range(50)])
+    first, second = read.split(0.2, seed=3)
+    assert (len(first), len(second)) == (40, 10)
+    assert sorted(each["text"] for part in (first, second) for each in part) == sorted(each["text"] for each in read)
+    assert [each["text"] for each in read.split(0.2, seed=3)[1]] == [each["text"] for each in second]
+    assert [each["text"] for each in read.split(0.2, seed=4)[1]] != [each["text"] for each in second]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_web_text_takes_its_share_of_the_tokens(tokenizer, fraction):
+    chats = fk.dialogues([[HI[0], {**HI[1], "content": "Giraffes eat acacia leaves. " * 8}]] * 60)
+    web = [f"Text {number} about zebras." for number in range(2000)]
+    mixed = fk.mix(chats, web, fraction, tokenizer=tokenizer)
+    tokens = {False: 0, True: 0}
+    for each in mixed:
+        words = each["text"] or "\n".join(message["content"] for message in each["messages"])
+        tokens[each["text"] is not None] += len(tokenizer(words)["input_ids"])
+    assert tokens[True] / sum(tokens.values()) == pytest.approx(fraction, abs=0.01)
+
+
+def test_a_mix_is_shuffled_by_its_seed():
+    chats, web = fk.dialogues([HI] * 40), [f"web {number}" for number in range(40)]
+    orders = [[each["where"] for each in fk.mix(chats, web, 0.3, seed=seed)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) != orders[0]
+
+
+def test_web_texts_are_read_only_as_far_as_they_are_needed():
+    def endless():
+        while True:
+            yield "web"
+
+    assert fk.mix(fk.dialogues([HI] * 20), endless(), 0.1).texts > 0
+
+
+def test_too_little_web_text_is_refused_with_what_would_do():
+    with pytest.raises(ValueError, match=r"give more web text, or a web_fraction of at most 0\.0"):
+        fk.mix(fk.dialogues([HI] * 100), ["web"], 0.3)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"the model card's recipe is 0\.05"):
+        fk.mix(fk.dialogues([HI]), ["web"], fraction)
