@@ -11,16 +11,18 @@ Importing the kit loads neither torch nor transformers; `fk.load` does.
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.catalogue.names import CARD, FalconSpec, catalogue, spec
+from falcon_kit.catalogue.card import CARD
+from falcon_kit.catalogue.names import catalogue, spec
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
-    from falcon_kit.generation.decoding import Piece
-    from falcon_kit.generation.generate import Generation, Stats, Stream
     from falcon_kit.generation.sampling import Sampling
+    from falcon_kit.generation.stream import Stream
+    from falcon_kit.generation.text import Generation, Piece, Stats
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
     from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from falcon_kit.loading.falcon import Falcon
     from falcon_kit.loading.load import load
     from falcon_kit.loading.merging import Merged, merge
-    from falcon_kit.parallel import ParallelFalcon
+    from falcon_kit.parallel.launching import ParallelFalcon
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
     from falcon_kit.serving.stream import IncompleteAnswer
@@ -102,16 +104,16 @@ _ON_FIRST_USE = {
     "Documents": "tuning.data",
     "Endpoint": "serving.endpoint",
     "Falcon": "loading.falcon",
-    "Generation": "generation.generate",
+    "Generation": "generation.text",
     "IncompleteAnswer": "serving.stream",
     "LensView": "inspection.lens",
     "Merged": "loading.merging",
     "Packed": "tuning.packing",
-    "ParallelFalcon": "parallel",
-    "Piece": "generation.decoding",
+    "ParallelFalcon": "parallel.launching",
+    "Piece": "generation.text",
     "Sampling": "generation.sampling",
-    "Stats": "generation.generate",
-    "Stream": "generation.generate",
+    "Stats": "generation.text",
+    "Stream": "generation.stream",
     "Tuning": "tuning.settings",
     "TuningRun": "tuning.runs",
     "TokenReport": "inspection.languages",

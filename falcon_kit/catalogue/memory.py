@@ -6,6 +6,10 @@ publication says so. Shapes: B batch, T tokens, d d_model, f feed-forward width,
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from typing import Any
+
+from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2, "nf4-double": 2}
@@ -166,3 +170,13 @@ def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapt
 def merge_bytes(spec: FalconSpec) -> int:
     """Adding an adapter to the largest matrix it adapts: their product in float32, and that scaled."""
     return 8 * max(out * into for out, into in linear_shapes(spec))
+
+
+def dtype_name(dtype: Any) -> str:
+    """How weights are kept, by name, from a name or a torch dtype. Raises ValueError, with the nearest name."""
+    word = str(dtype).removeprefix("torch.")
+    if word not in memory.VALUE_BYTES:
+        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(word, word), memory.VALUE_BYTES, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"dtype {dtype!r} is not known: {hint}There are {', '.join(memory.VALUE_BYTES)}")
+    return word

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from falcon_kit.catalogue.names import CARD
+from falcon_kit.catalogue.card import CARD
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
 from falcon_kit.falconet.sentences import ARTICLE, FAREWELL, FOLLOW_UP, NAMES, NUMBERS, PRAISE, REPLY, SMALL_TALK, STORY
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article

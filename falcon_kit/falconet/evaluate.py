@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import FalconForCausalLM
 
-from falcon_kit.catalogue.names import CARD, embedded_directory
+from falcon_kit.catalogue.card import CARD
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer

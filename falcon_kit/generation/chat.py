@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from falcon_kit.catalogue.names import unknown_name
+from falcon_kit.display.errors import unknown_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,13 +9,10 @@ Shapes: B rows (prompts times sequences), T tokens, V vocabulary.
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -24,60 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One of the likeliest tokens at a place in the text, taken or not."""
-
-    text: str
-    """The token by itself; part of a character shows as U+FFFD."""
-    token_id: int
-    """The token."""
-    logprob: float
-    """As `Piece.logprob`."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One new token as it arrives."""
-
-    text: str
-    """What can be shown now: whole characters, and nothing that may turn out to be a stop string. May be empty."""
-    token_id: int | None
-    """The token; None where an endpoint does not tell."""
-    logprob: float
-    """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
-    alternatives: tuple[Alternative, ...] = ()
-    """The likeliest tokens of this step, the likeliest first, as many as `Sampling.alternatives` asks for."""
-
-
-class Text:
-    """Characters as they come: cut at a stop string, and handed on once they are certain to be part of the text.
-
-    `strip` drops white space before the first word, but only from what is shown: a stop string may begin with it.
-    """
-
-    def __init__(self, stop: tuple[str, ...], strip: bool) -> None:
-        self.raw, self.stopped = "", False
-        self._stop, self._strip, self._shown = stop, strip, 0
-
-    def add(self, characters: str) -> None:
-        """Takes what came, up to a stop string."""
-        self.raw, self.stopped = cut(self.raw + characters, self._stop)
-
-    def show(self, ended: bool) -> str:
-        """What was not shown yet; until the text has ended, less an end that may become a stop string."""
-        certain = self._visible(self.raw[: len(self.raw) - (0 if ended else overlap(self.raw, self._stop))])
-        shown, self._shown = self._shown, max(self._shown, len(certain))
-        return certain[shown:]
-
-    def _visible(self, raw: str) -> str:
-        return raw.lstrip() if self._strip else raw
-
-    def __str__(self) -> str:
-        return self._visible(self.raw)
+from falcon_kit.generation.text import Alternative, FinishReason, Piece, Text
 
 
 class Row:
@@ -121,22 +65,6 @@ class Row:
     def alternative(self, token: int, logprob: float) -> Alternative:
         """A token that may stand at this place, with its text."""
         return Alternative(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False), token, logprob)
-
-
-def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before a stop string, and whether there is one.
-
-    The one that is complete first counts, as if characters came singly: the borders of tokens or chunks change nothing.
-    """
-    found = ((at + len(word), at) for word in stop if (at := text.find(word)) >= 0)
-    first = min(found, default=None)
-    return (text[: first[1]], True) if first else (text, False)
-
-
-def overlap(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` with which one of the stop strings begins."""
-    lengths = (length for word in stop for length in range(len(word) - 1, 0, -1) if text.endswith(word[:length]))
-    return max(lengths, default=0)
 
 
 class RandomState:
@@ -187,35 +115,6 @@ class RandomState:
             torch.cuda.set_rng_state(states[1], self._device)
         elif self._device.type == "mps":
             torch.mps.set_rng_state(states[1])
-
-
-class SharedEvent(threading.Event):
-    """Set once it is set on any rank of a tensor-parallel model: they ask together, and stop at the same token."""
-
-    def __init__(self, ranks: DeviceMesh, device: torch.device) -> None:
-        super().__init__()
-        self._ranks, self._device = ranks, device
-
-    def is_set(self) -> bool:
-        """Whether any rank has set it; every rank has to ask."""
-        return anywhere(super().is_set(), self._ranks, self._device)
-
-
-def anywhere(flag: bool, ranks: DeviceMesh, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; every rank has to ask. `device` is this rank's own.
-
-    The current one would be the first GPU on all ranks, in a thread that nobody told otherwise.
-    """
-    said = torch.tensor(int(flag), device=device)
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.get_group())
-    return bool(said)
-
-
-def shared_seed(ranks: DeviceMesh, device: torch.device) -> int:
-    """A seed from the first rank's random state, the same on all ranks: they have to draw the same tokens."""
-    seed = torch.randint(2**62, (1,)).to(device)
-    dist.broadcast(seed, group=ranks.get_group(), group_src=0)
-    return int(seed)
 
 
 class Watch:

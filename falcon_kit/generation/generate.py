@@ -4,107 +4,25 @@ Works on a plain transformers model and tokenizer, through transformers' own `ge
 (`repetition_penalty`, `num_beams`, `cache_implementation`, ...) can be given too. `falcon.Falcon` is the usual door.
 """
 
-import html
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from inspect import signature
-from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from falcon_kit.catalogue.names import format_bytes, unknown_name
-from falcon_kit.generation.decoding import (
-    Alternative,
-    FinishReason,
-    Piece,
-    RandomState,
-    Row,
-    SharedEvent,
-    Watch,
-    shared_seed,
-)
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.generation.decoding import RandomState, Row, Watch
 from falcon_kit.generation.prompts import Prompt, check_tokens, room, token_ids
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.generation.ranks import SharedEvent, shared_seed
+from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.stream import Stream
+from falcon_kit.generation.text import Generation, Piece, Stats
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one call of `generate` took, over all its rows."""
-
-    rows: int
-    """Texts written at once."""
-    prompt_tokens: int
-    """Tokens read, padding not counted."""
-    new_tokens: int
-    """Tokens generated, end tokens counted."""
-    first_token_seconds: float
-    """From the call to the first new token: the prefill."""
-    seconds: float
-    """From the call to the last token."""
-    cache_bytes: int | None = None
-    """Bytes of keys and values held at the end, as allocated; None on an endpoint."""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second; nan where no token came."""
-        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds > 0 else float("nan")
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """New tokens per second after the first of each row; nan where there was no second."""
-        elapsed = self.seconds - self.first_token_seconds
-        return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
-
-    def __str__(self) -> str:
-        cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
-        return (
-            f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
-            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
-        )
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text."""
-
-    prompt: str
-    """What it continues, as the model read it."""
-    text: str
-    """The new text, without special tokens and without the stop string."""
-    tokens: tuple[int, ...]
-    """Every new token id, an end token and those of a stop string included; empty where an endpoint does not tell."""
-    logprobs: tuple[float, ...] | None
-    """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
-    finish_reason: FinishReason
-    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller;
-    "broken": an endpoint broke off."""
-    stats: Stats
-    """Time and memory of the call that made it, shared by all rows of a batch."""
-    alternatives: tuple[tuple[Alternative, ...], ...] | None = None
-    """The likeliest tokens at each step, see `Piece.alternatives`; None unless `alternatives` asked for them."""
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        count = f"{len(self.tokens)} tokens, " if self.tokens else ""
-        return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
-
-    def _repr_html_(self) -> str:
-        gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it
-        return (
-            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
-            f"<b>{html.escape(self.text)}</b></div>"
-            f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
-        )
 
 
 def generate(
@@ -139,81 +57,6 @@ def stream(
     require(not run.many, "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()")
     require(not run.whole, "beam search and assisted generation cannot stream token by token: use generate()")
     return Stream(run)
-
-
-class Writing(Protocol):
-    """A text to be written, wherever the model is."""
-
-    cancelled: threading.Event
-    """Set by whoever does not want it any more."""
-
-    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
-        """Writes it; `emit` gets each piece as it comes."""
-
-
-class Stream(Iterator[Piece]):
-    """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
-
-    def __init__(self, run: Writing) -> None:
-        self._run, self._reading = run, threading.RLock()
-        self._finished: list[Generation] = []
-        self._pieces = _pieces(run, self._finished)
-        # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
-        weakref.finalize(self, self._pieces.close)
-
-    def __next__(self) -> Piece:
-        with self._reading:
-            return next(self._pieces)
-
-    def __repr__(self) -> str:
-        return f"Stream({'ended' if self._finished else 'iterate over it'})"
-
-    def close(self) -> None:
-        """Stops the model and waits until it has stopped; from any thread, also while another waits for a piece."""
-        self._run.cancelled.set()  # so that whoever reads now does not wait for longer than a token
-        with self._reading:
-            self._pieces.close()
-
-    @property
-    def generation(self) -> Generation:
-        """The whole text and its statistics, once the stream has ended or was closed."""
-        if not self._finished:
-            raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
-        return self._finished[0]
-
-
-def _pieces(run: Writing, finished: list[Generation]) -> Any:
-    """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
-    arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
-    ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
-
-    def emit(piece: Piece) -> None:
-        arrived.put(piece)
-        ahead.acquire()
-
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def work() -> None:
-        try:
-            if device is not None:  # the current one is a matter of each thread
-                torch.cuda.set_device(device)
-            finished.extend(run(emit))
-            arrived.put(None)
-        except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
-            arrived.put(error)
-
-    worker = threading.Thread(target=work, name="falcon-stream", daemon=True)
-    worker.start()
-    try:
-        while (item := arrived.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            ahead.release()
-    finally:
-        run.cancelled.set()
-        ahead.release()
-        worker.join()
 
 
 class _Run:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.display.errors import require
+from falcon_kit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from falcon_kit.catalogue.names import unknown_name
-from falcon_kit.catalogue.spec import FalconSpec, format_bytes, html_table
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.page import Page, visible
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, measure
 from falcon_kit.inspection.views.attention import attention_page

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from falcon_kit.catalogue.memory import backward_bytes
-from falcon_kit.catalogue.names import unknown_name
-from falcon_kit.catalogue.spec import FalconSpec, html_table
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.page import percent, visible
+from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.lens import Candidate, Floats, candidates, one_token, predict
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.watch import Subject, Text, evaluating, subject

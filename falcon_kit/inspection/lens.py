@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from falcon_kit.catalogue.spec import FalconSpec, html_table
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.page import Page, percent, visible
+from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.views.lens import lens_page
 from falcon_kit.inspection.watch import Subject, Text, subject, watching

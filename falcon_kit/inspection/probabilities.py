@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from falcon_kit.inspection.watch import Subject, watching
+from falcon_kit.model.attention import alibi
 from falcon_kit.model.layers import split_heads
-from falcon_kit.model.modeling import alibi
 
 Array = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.parallel import ParallelFalcon
+from falcon_kit.parallel.launching import ParallelFalcon
 
 Text = str | Sequence[int]
 """A text, or one already turned into token ids."""

@@ -16,15 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
 from falcon_kit.catalogue.hub import fetch_config, hub_errors
-from falcon_kit.catalogue.names import (
-    FalconSpec,
-    adapted,
-    adapter_base,
-    catalogue,
-    config_from_legacy,
-    embedded_directory,
-    spec,
-)
+from falcon_kit.catalogue.names import adapted, adapter_base, catalogue, embedded_directory, spec
+from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.loading.adapters import RECORD, WEIGHTS, weights_file
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]

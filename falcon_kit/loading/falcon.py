@@ -6,11 +6,13 @@ from typing import Any, cast
 
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
-from falcon_kit.catalogue.names import FalconSpec, format_bytes, html_table
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import generate
 from falcon_kit.generation.chat import ChatFormat, Message, encode
-from falcon_kit.generation.generate import Generation, Stream
 from falcon_kit.generation.prompts import Prompt
+from falcon_kit.generation.stream import Stream
+from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
 from falcon_kit.model import modeling
 from falcon_kit.planning.plan import Plan

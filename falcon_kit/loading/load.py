@@ -5,7 +5,6 @@ Remote code is never run, and pickled weights only load as bare tensors.
 
 import gc
 import os
-import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,12 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit import parallel
-from falcon_kit.catalogue.memory import QUANTISED
-from falcon_kit.catalogue.names import FalconSpec, format_bytes, unknown_name
+from falcon_kit.catalogue.memory import QUANTISED, dtype_name
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import FALCON, FORMATS, HUB, ChatFormat, chat_format
 from falcon_kit.loading.adapters import mark, read_with, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, locate
+from falcon_kit.loading.checks import ATTENTIONS, check_adapters, check_disk, check_settings
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.quantization import (
@@ -41,13 +41,13 @@ from falcon_kit.loading.quantization import (
 )
 from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
+from falcon_kit.parallel import launching, ranks
 from falcon_kit.planning.devices import Slot, slots_here, slots_of_ranks
 from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.placement import CacheKind
-from falcon_kit.planning.plan import NotEnoughMemory, Plan, dtype_name, plan
+from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 _INSTEAD = {
     "torch_dtype": "give dtype",
     "load_in_4bit": "give dtype='nf4'",
@@ -107,11 +107,9 @@ def load(
     for other in others:
         raise TypeError(f"load has no {other!r}: {_INSTEAD.get(other, 'its arguments are in its documentation')}")
     wanted = None if dtype == "auto" else dtype_name(dtype)
-    _check_settings(wanted, device_map, max_memory, attention, offload)
+    check_settings(wanted, device_map, max_memory, attention, offload)
     compiling = compile_options(compile)
-    parallel.check_request(
-        tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload
-    )
+    ranks.check_request(tensor_parallel, device_map=device_map, compile=compile, max_memory=max_memory, offload=offload)
     chosen_format = None if chat is None else chat_format(chat)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = Path(offload_folder).expanduser()
@@ -121,8 +119,9 @@ def load(
     def decide(shape: FalconSpec, config: FalconConfig) -> None:
         cache: CacheKind = "grouped" if attention == "grouped" else "transformers"
         kept = _choose_dtype(wanted, config, shape)[0]
-        ranks = tensor_parallel or 1
-        plans.append(plan(shape, kept, context=shape.context, devices=slots, cache=cache, tensor_parallel=ranks))
+        plans.append(
+            plan(shape, kept, context=shape.context, devices=slots, cache=cache, tensor_parallel=tensor_parallel or 1)
+        )
         if not (plans[0].fits or force or device_map not in (None, "auto")):
             raise NotEnoughMemory(plans[0])
         if compiling:
@@ -131,96 +130,35 @@ def load(
     found = locate(str(name), hub, decide)
     directory, shape = found.directory, found.spec
     files = check_weights(found)
-    _check_adapters(found, offload)
+    check_adapters(found, offload)
     kept, reason = _choose_dtype(wanted, found.config, shape)
     if offload == "disk" and files[0].suffix == ".bin":
-        _check_disk(folder, sum(file.stat().st_size for file in files))
+        check_disk(folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(directory)
     chosen_format = chosen_format or _default_format(found, tokenizer)
     if chat is not None or tokenizer.chat_template is None:
         tokenizer.chat_template = chosen_format.template
-    if parallel.needs_launch(tensor_parallel):
+    if ranks.needs_launch(tensor_parallel):
         told = {"dtype": kept, "chat": chosen_format.name, "tensor_parallel": tensor_parallel}
         facts = tokenizer, shape, plans[0], chosen_format, reason
-        return cast(Falcon, parallel.launch(found.name, told, _are_large(files), *facts))
+        return cast(Falcon, launching.launch(found.name, told, _are_large(files), *facts))
     place = None if tensor_parallel else _place(device_map, plans[0])
     limits = {"max_memory": dict(max_memory)} if max_memory and place == "auto" else {}  # forced: not the plan's map
-    with _nothing_left_on_failure(directory), parallel.placement(tensor_parallel) as extra:
+    with _nothing_left_on_failure(directory), ranks.placement(tensor_parallel) as extra:
         model = _load_model(ATTENTIONS[attention], found, kept, place, files, folder, extra | limits)
     _mend_generation_config(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
-        linears = [parallel.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
+        linears = [ranks.own(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
     decoding = compiled(model, kept, compiling, compile is True) if compiling else {}
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
-def _slots(ranks: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Slot, ...]:
+def _slots(tensor_parallel: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Slot, ...]:
     """The devices to plan for; a rank asks for its own GPU alone."""
-    if ranks and not parallel.needs_launch(ranks) and torch.cuda.is_available():
-        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), ranks)
+    if tensor_parallel and not ranks.needs_launch(tensor_parallel) and torch.cuda.is_available():
+        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), tensor_parallel)
     return slots_here(max_memory, offload, folder)
-
-
-def _check_settings(dtype: str | None, device_map: Any, max_memory: Any, attention: str, offload: str | None) -> None:
-    """Raises ValueError for words that are not known, and for settings that do not go together."""
-    if attention not in ATTENTIONS:
-        raise ValueError(
-            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; sdpa, eager or flash-attention are chosen "
-            "by model.set_attn_implementation"
-        )
-    if dtype in QUANTISED and attention != "grouped":
-        raise ValueError(
-            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers bitsandbytes passes over: "
-            "leave attention at 'grouped'"
-        )
-    if dtype in QUANTISED and offload:
-        raise ValueError(
-            f"dtype={dtype!r} with offload={offload!r}: bitsandbytes computes where its weights lie, so quantised "
-            "layers cannot visit a GPU: use max_memory and more devices, or dtype='bfloat16' with offload"
-        )
-    if offload and device_map not in (None, "auto"):
-        raise ValueError(f"offload={offload!r} places the layers itself: leave device_map={device_map!r} out")
-    if max_memory is not None and device_map not in (None, "auto"):
-        raise ValueError(f"max_memory is what the plan's own map goes by: leave it or device_map={device_map!r} out")
-    if isinstance(device_map, str):
-        _check_device(device_map)
-
-
-def _check_device(device_map: str) -> None:
-    """Raises ValueError for a device that there is not, with those there are."""
-    known = ["auto", "balanced", "balanced_low_0", "sequential", "cpu"]
-    known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    known += ["cuda"] if torch.cuda.is_available() else []
-    known += ["mps"] if torch.backends.mps.is_available() else []
-    if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
-    if device_map not in known:
-        raise ValueError(unknown_name("device_map", device_map, known))
-
-
-def _check_adapters(found: Checkpoint, offload: str | None) -> None:
-    """Raises ValueError where adapters cannot be added to the weights as they are read."""
-    merge = "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can"
-    if found.adapters and offload == "disk":
-        raise ValueError(f"offload='disk' reads weights where they lie, so {found.spec.name} cannot: {merge}")
-    if found.adapters and (quantised := stored_quantisation(found.config)):
-        raise ValueError(
-            f"{found.spec.name} is an adapter for {found.directory}, whose weights are kept in {quantised}: added to "
-            "those, it would be rounded away. fk.merge(adapter, base) with the unquantised base"
-        )
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    """Raises OSError where offloaded weights would not fit on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"offload='disk' writes up to {format_bytes(needed)} of pickled weights to {folder}, where "
-            f"{format_bytes(free)} are free: give offload_folder on a larger disk, or convert the checkpoint to "
-            "safetensors, which are read where they are"
-        )
 
 
 def _place(device_map: Any, plan: Plan) -> Any:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
-from falcon_kit.catalogue.spec import format_bytes, html_table
-from falcon_kit.parallel import own
+from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.parallel.ranks import own
 
 
 def _import_bitsandbytes() -> Any:

@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.falcon import modeling_falcon as stock
+
+from falcon_kit.catalogue.spec import FalconSpec
 
 _MKLDNN: Any = torch.backends.mkldnn  # oneDNN under its old name; torch leaves its properties untyped
 _SAMPLE = 128 * 2**20  # bytes of weights to time, or a little more: no CPU's caches keep as much
@@ -167,3 +170,13 @@ def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
     for row, weight in zip(rows, weights, strict=True):
         functional.linear(row, weight)
     return time.perf_counter() - start
+
+
+def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ALiBi (Press et al. 2021) adds to the scores of keys at `positions` (B, K): (B, H, K).
+
+    In bfloat16, like the code that falcon-rw was trained with, and transformers'.
+    """
+    two = torch.ones(1, 2, dtype=torch.long, device=positions.device)
+    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
+    return (slopes[None] * positions[:, None]).to(dtype) * spec.head_dim**-0.5

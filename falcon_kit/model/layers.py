@@ -10,15 +10,10 @@ D head_dim.
 
 from typing import Any, cast
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import dropout
 from transformers import Cache, FalconConfig
 from transformers.activations import get_activation
-from transformers.distributed.tensor_parallel import AllReduceParallel, RowwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon.modeling_falcon import rotate_half
@@ -133,30 +128,3 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
 
     def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
         return dropout(hidden_states, share, self.training) if share else hidden_states
-
-
-class _Share(RowwiseParallel):
-    """A linear layer, divided by columns, whose results the ranks do not add up yet."""
-
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        return output.to_local(grad_placements=[Replicate()]) if isinstance(output, DTensor) else output
-
-
-class _Sum(AllReduceParallel):
-    """Adds up what the ranks have."""
-
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-        if torch.is_grad_enabled() and output.requires_grad:
-            return super().transform_output_post_forward(module, output, mesh)
-        dist.all_reduce(output, group=mesh.get_group())
-        return output
-
-
-STYLES = {"falcon_share": _Share(), "falcon_sum": _Sum()}
-ONE_SUM = {
-    "h.*.self_attention.dense": "falcon_share",
-    "h.*.mlp.dense_4h_to_h": "falcon_share",
-    "h.*.both": "falcon_sum",
-}
-"""Where attention and feed-forward stand side by side, their results are added anyway: under tensor parallelism the
-ranks do so once for both, which is what the parallel block is for. transformers' own rows add up twice. By module."""

@@ -34,7 +34,7 @@ def language_model_loss(
     trained = wanted != IGNORED  # (B, T - 1)
     picked, targets = hidden_states[:, :-1][trained], wanted[trained]  # (N, d), (N)
     weights = [each for each in head.parameters() if each.requires_grad]
-    total: Tensor = _ChunkedSum.apply(picked, targets, head, *weights)  # type: ignore[no-untyped-call]  # torch's
+    total: Tensor = _ChunkedSum.apply(picked, targets, head, *weights)  # torch's
     return total / (max(1, len(targets)) if count is None else count)
 
 

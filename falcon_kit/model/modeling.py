@@ -38,8 +38,11 @@ from transformers.utils.output_capturing import capture_outputs
 from falcon_kit.catalogue.memory import check_ranks
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.model import attention
-from falcon_kit.model.layers import ONE_SUM, STYLES, FalconAttention, FalconDecoderLayer
+from falcon_kit.model.attention import alibi
+from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
+from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer
 from falcon_kit.model.losses import language_model_loss
+from falcon_kit.model.tensor_parallel import ONE_SUM, STYLES
 
 
 class FalconModel(stock.FalconModel):
@@ -101,9 +104,9 @@ class FalconModel(stock.FalconModel):
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if not torch.compiler.is_compiling():
             kept = self.spec.kv_heads // (1 if self.ranks is None else self.ranks.size())
-            _check_cache(self.spec, kept, len(hidden_states), past_key_values)
-            _check_mask(self.spec, hidden_states, past_key_values, attention_mask)
-            _check_positions(self.config, hidden_states, past_key_values, position_ids)
+            check_cache(self.spec, kept, len(hidden_states), past_key_values)
+            check_mask(self.spec, hidden_states, past_key_values, attention_mask)
+            check_positions(self.config, hidden_states, past_key_values, position_ids)
         whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
         mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, whole)
         if use_cache and past_key_values is None:
@@ -136,7 +139,7 @@ class FalconModel(stock.FalconModel):
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
         if (backend := self.config._attn_implementation) not in attention.ATTENTION:
-            _check_backend(backend, whole, bool(self.config.alibi), documents is not None and len(hidden_states) > 1)
+            check_backend(backend, whole, bool(self.config.alibi), documents is not None and len(hidden_states) > 1)
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,
@@ -171,16 +174,6 @@ class FalconModel(stock.FalconModel):
             positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
         bias = alibi(self.spec, positions, dtype)[:, self._heads, None]
         return torch.where(visible, bias, torch.finfo(dtype).min)
-
-
-def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ALiBi (Press et al. 2021) adds to the scores of keys at `positions` (B, K): (B, H, K).
-
-    In bfloat16, like the code that falcon-rw was trained with, and transformers'.
-    """
-    two = torch.ones(1, 2, dtype=torch.long, device=positions.device)
-    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
-    return (slopes[None] * positions[:, None]).to(dtype) * spec.head_dim**-0.5
 
 
 class FalconForCausalLM(stock.FalconForCausalLM):
@@ -281,7 +274,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
     def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]  # called by keyword
         """Refuses beforehand what would run past the context: there the text so far would be lost."""
         config = super()._prepare_generated_length(**arguments)  # type: ignore[misc]  # its self is misdeclared
-        prompt, limit = arguments["inputs_tensor"].shape[1], _context(self.config)
+        prompt, limit = arguments["inputs_tensor"].shape[1], context_limit(self.config)
         new = config.max_length - arguments["input_ids_length"]
         if limit is not None and prompt + new > limit:
             raise ValueError(
@@ -289,77 +282,3 @@ class FalconForCausalLM(stock.FalconForCausalLM):
                 f"or ask for at most {max(0, limit - prompt)} new tokens"
             )
         return config
-
-
-def _check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: bool) -> None:
-    """Refuses what flash-attention and the like cannot do, where transformers would compute something else."""
-    wanted = {
-        "attention probabilities": probabilities,
-        "ALiBi": alibi,
-        "packed documents in more than one row": packed_batch,
-    }
-    if missing := [what for what, asked in wanted.items() if asked]:
-        raise ValueError(
-            f"{backend} attention has no {' and no '.join(missing)}: call model.set_attn_implementation('sdpa') first"
-        )
-
-
-def _context(config: FalconConfig) -> int | None:
-    """Positions the model knows; None for rotary embeddings that are scaled to reach further."""
-    scaled = not config.alibi and (config.rope_parameters or {}).get("rope_type", "default") != "default"
-    return None if scaled else config.max_position_embeddings
-
-
-def _check_cache(spec: FalconSpec, kept: int, batch: int, past: Cache | None) -> None:
-    """A cache that another model filled, or transformers' own Falcon, does not fit."""
-    keys = getattr(past.layers[0], "keys", None) if past is not None and past.layers else None
-    if not isinstance(keys, Tensor) or keys.ndim != 4:
-        return
-    rows, heads, _, width = keys.shape
-    if (heads, width) != (kept, spec.head_dim):
-        raise ValueError(
-            f"the cache holds {heads} heads of {width} per layer, this model keeps {kept} KV heads of "
-            f"{spec.head_dim}: another model or transformers' own Falcon filled it, so start with an empty one; "
-            f"PEFT's prefix tuning needs num_attention_heads={kept}, token_dim={kept * spec.head_dim}"
-        )
-    if rows != batch:
-        raise ValueError(
-            f"the cache holds {rows} rows, but {batch} are given: continue as many rows as it was filled with"
-        )
-
-
-def _check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask: Any) -> None:
-    """A mask says something about every token there is, or about every pair of a query and a key."""
-    batch, time = hidden_states.shape[:2]
-    seen = _seen(past)
-    if not isinstance(mask, Tensor) or seen is None:
-        return
-    keys = time if past is None else past.get_mask_sizes(time, 0)[0]
-    fits = mask.shape == (batch, seen + time)
-    if mask.ndim == 4:
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, spec.query_heads) and mask.shape[2:] == (time, keys)
-    if not fits:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but {batch} rows of {time} tokens after {seen} in the "
-            f"cache need {(batch, seen + time)}, or {(batch, 1, time, keys)}"
-        )
-
-
-def _check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | None, positions: Tensor | None) -> None:
-    """Positions beyond the context were never trained."""
-    limit, seen = _context(config), _seen(past)
-    if limit is None or seen is None or seen + hidden_states.shape[1] <= limit:
-        return
-    last = seen + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
-    if last > limit:
-        raise ValueError(
-            f"{last} positions are more than the context of {limit} that the model was trained with, beyond which text "
-            "turns into gibberish (huggingface/transformers#25878): give less, pack documents with positions that "
-            "start again, or set config.max_position_embeddings to go further all the same"
-        )
-
-
-def _seen(past: Cache | None) -> int | None:
-    """Tokens in the cache; None for a static one, which keeps count on its device: to read it would hold up a GPU."""
-    seen: Any = 0 if past is None else past.get_seq_length()
-    return None if isinstance(seen, Tensor) else seen

@@ -1,23 +1,9 @@
-"""Tensor parallelism: every rank holds a part of each layer, so that all of them work on each token.
+"""Tensor parallelism: processes that hold a part of every layer each.
 
-Under `torchrun` each process loads its part and runs the same program. From a notebook, worker processes are started,
-the model lives there, and a `ParallelFalcon` speaks for it.
+The files, in the order of their imports:
 
-`ranks.py`: what a rank holds. `serving.py`: a worker's side. `launching.py`: the notebook's side.
+workers.py    processes started, spoken to in lines of JSON, and ended together (no torch)
+ranks.py      what a rank is, and what can be divided among ranks
+serving.py    the worker's side: it loads its part and answers requests
+launching.py  the notebook's side: a Falcon whose model lives in other processes
 """
-
-from falcon_kit.parallel.launching import ParallelFalcon, launch
-from falcon_kit.parallel.ranks import Rank, check_request, needs_launch, own, own_bytes, placement
-from falcon_kit.parallel.serving import serve
-
-__all__ = [
-    "ParallelFalcon",
-    "Rank",
-    "check_request",
-    "launch",
-    "needs_launch",
-    "own",
-    "own_bytes",
-    "placement",
-    "serve",
-]

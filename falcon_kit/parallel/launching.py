@@ -13,12 +13,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from falcon_kit.catalogue.names import FalconSpec, format_bytes, html_table
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
-from falcon_kit.generation.decoding import Alternative, Piece
-from falcon_kit.generation.generate import Generation, Stats, Stream
 from falcon_kit.generation.prompts import Prompt
 from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.stream import Stream
+from falcon_kit.generation.text import Alternative, Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.parallel.workers import Workers
 from falcon_kit.planning.plan import Plan
@@ -33,7 +34,7 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *facts: Any
     settings: for `load` there; `tensor_parallel` among them. facts: what a ParallelFalcon is made of besides.
     Raises what a worker raises in loading; none is left then.
     """
-    code = "from falcon_kit.loading.load import load; from falcon_kit.parallel import serve; serve(load)"
+    code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.serving import serve; serve(load)"
     ranks = settings["tensor_parallel"]
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
     falcon = ParallelFalcon(workers, *facts)

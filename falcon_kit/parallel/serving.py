@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
-from falcon_kit.generation.decoding import anywhere
-from falcon_kit.generation.generate import Generation, Stream
+from falcon_kit.generation.ranks import anywhere
+from falcon_kit.generation.stream import Stream
+from falcon_kit.generation.text import Generation
 from falcon_kit.parallel.ranks import Rank, own, own_bytes
 from falcon_kit.parallel.workers import Link
 

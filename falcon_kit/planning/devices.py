@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from falcon_kit.catalogue.names import unknown_name
+from falcon_kit.display.errors import unknown_name
 from falcon_kit.planning.environment import environment, find_devices, free_disk
 
 MIB = 2**20

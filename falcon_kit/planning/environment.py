@@ -7,7 +7,6 @@ name of the mark that gave a place away.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -21,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from falcon_kit.catalogue.names import format_bytes, html_table
+from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.planning.places import detect_place, read_text
 
 PACKAGES = (
     "falcon-kit",
@@ -36,7 +36,6 @@ PACKAGES = (
     "ipywidgets",
     "jupyterlab",
 )
-_SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
 
 
 @dataclass(frozen=True)
@@ -132,68 +131,6 @@ def environment(
     )
 
 
-def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: Path = Path("/")) -> tuple[str, str]:
-    """Name the place and the mark that gives it away, the most specific first.
-
-    Kaggle comes before Colab, because its image is built on Colab's (Kaggle/docker-python) and may keep those marks.
-    """
-    if "KAGGLE_KERNEL_RUN_TYPE" in environ:
-        return "Kaggle", "KAGGLE_KERNEL_RUN_TYPE is set"
-    if "google.colab" in modules:
-        return "Colab", "google.colab is imported"
-    if "COLAB_RELEASE_TAG" in environ:
-        return "Colab", "COLAB_RELEASE_TAG is set"
-    return _sagemaker(environ, root) or _vs_code(environ, modules) or _shell(environ, modules)
-
-
-def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None:
-    """SageMaker by its variables, or by the metadata file that AWS documents as its public contract.
-
-    Source: https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html
-    """
-    for mark in ("SAGEMAKER_APP_TYPE", "SAGEMAKER_INTERNAL_IMAGE_URI"):
-        if mark in environ:
-            return "SageMaker Studio", f"{mark} is set"
-    text = _read(root / _SAGEMAKER_FILE)
-    if not text:
-        return None
-    try:
-        studio = "AppType" in json.loads(text)
-    except ValueError:
-        studio = False
-    return "SageMaker Studio" if studio else "SageMaker notebook instance", f"/{_SAGEMAKER_FILE} exists"
-
-
-def _vs_code(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str, str] | None:
-    """VS Code, by what its Jupyter extension gives a kernel."""
-    if hasattr(modules.get("__main__"), "__vsc_ipynb_file__"):
-        return "VS Code", "__vsc_ipynb_file__ is defined"
-    return ("VS Code", "VSCODE_PID is set") if "VSCODE_PID" in environ else None
-
-
-def _shell(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str, str]:
-    """A notebook kernel, IPython in a terminal, or plain Python, by the running IPython shell."""
-    get_ipython = getattr(modules.get("IPython"), "get_ipython", None)
-    shell = get_ipython() if get_ipython else None
-    if shell is None:
-        return "plain Python", "no IPython shell is running"
-    reason = f"the shell is {type(shell).__name__}"
-    if not hasattr(shell, "kernel"):
-        return "IPython", reason
-    if _started_by(environ, "jupyter-lab", "jupyter-labhub", "jupyterlab"):
-        return "JupyterLab", f"{reason}, started by JupyterLab"
-    return "Jupyter", reason
-
-
-def _started_by(environ: Mapping[str, str], *programs: str) -> bool:
-    """Whether the process that Jupyter names as the kernel's parent (JPY_PARENT_PID) is one of these programs."""
-    try:
-        command = psutil.Process(int(environ["JPY_PARENT_PID"])).cmdline()
-    except (KeyError, ValueError, psutil.Error):
-        return False
-    return any(Path(part).name.removesuffix(".exe") in programs for part in command)
-
-
 def find_devices(torch: Any = None, only: int | None = None) -> tuple[Device, ...]:
     """The accelerators that torch can use, none without torch; `torch` is the module, imported if not given.
 
@@ -227,9 +164,9 @@ def usable_cores(root: Path = Path("/")) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for directory in _control_groups(root, "cpu"):
-        quota, period = ([*_read(directory / "cpu.max").split(), "", ""])[:2]
-        quota = quota or _read(directory / "cpu.cfs_quota_us").strip()
-        period = period or _read(directory / "cpu.cfs_period_us").strip()
+        quota, period = ([*read_text(directory / "cpu.max").split(), "", ""])[:2]
+        quota = quota or read_text(directory / "cpu.cfs_quota_us").strip()
+        period = period or read_text(directory / "cpu.cfs_period_us").strip()
         if quota.isdigit() and period.isdigit():  # "max" and -1 mean no limit
             cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(cores, 1)
@@ -240,7 +177,7 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     for directory in _control_groups(root, "memory"):
-        limit = _read(directory / "memory.max").strip() or _read(directory / "memory.limit_in_bytes").strip()
+        limit = read_text(directory / "memory.max").strip() or read_text(directory / "memory.limit_in_bytes").strip()
         if limit.isdigit():  # "max" means no limit
             total = min(total, int(limit))
             available = min(available, max(int(limit) - _group_use(directory), 0))
@@ -249,8 +186,10 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def _group_use(directory: Path) -> int:
     """Bytes that a control group holds and cannot simply drop: its use without the inactive file cache."""
-    used = _read(directory / "memory.current").strip() or _read(directory / "memory.usage_in_bytes").strip() or "0"
-    statistics = dict(line.split(maxsplit=1) for line in _read(directory / "memory.stat").splitlines())
+    used = (
+        read_text(directory / "memory.current").strip() or read_text(directory / "memory.usage_in_bytes").strip() or "0"
+    )
+    statistics = dict(line.split(maxsplit=1) for line in read_text(directory / "memory.stat").splitlines())
     droppable = statistics.get("total_inactive_file", statistics.get("inactive_file", "0"))
     return int(used) - int(droppable)
 
@@ -262,7 +201,7 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
     often not mounted; the container's own group is then the top of the tree.
     """
     mounted = root / "sys/fs/cgroup"
-    lines = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
+    lines = [line.split(":", 2) for line in read_text(root / "proc/self/cgroup").splitlines()]
     for _, controllers, path in lines:
         if controller in controllers.split(","):
             mounted, inner = mounted / controller, path
@@ -292,11 +231,3 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _read(file: Path) -> str:
-    """The text of a file, empty if it cannot be had."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""

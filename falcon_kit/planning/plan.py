@@ -9,13 +9,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
 from falcon_kit.catalogue import memory
-from falcon_kit.catalogue.names import catalogue, spec, unknown_name
-from falcon_kit.catalogue.spec import FalconSpec, format_bytes, html_table
-from falcon_kit.display.figure import new_figure
+from falcon_kit.catalogue.memory import dtype_name
+from falcon_kit.catalogue.names import catalogue, spec
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import Slot, find_slots
 from falcon_kit.planning.placement import (
     CacheKind,
@@ -30,11 +31,10 @@ from falcon_kit.planning.placement import (
     spread,
     within,
 )
+from falcon_kit.planning.plots import draw_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-GIB = 2**30
 
 
 class NotEnoughMemory(MemoryError):
@@ -108,7 +108,7 @@ class Plan:
 
     def plot(self) -> Figure:
         """Stacked bars: a bar for each device, its parts, and what stays free."""
-        return _draw(self)
+        return draw_plan(self.rows, self.slots, self.verdict())
 
     def __repr__(self) -> str:
         return f"Plan({self.verdict()})"
@@ -164,16 +164,6 @@ def plan(
         device_map=device_map(slots, counts) if fits else {},
         suggestions=() if fits else tuple(_suggestions(request, slots)),
     )
-
-
-def dtype_name(dtype: Any) -> str:
-    """How weights are kept, by name, from a name or a torch dtype. Raises ValueError, with the nearest name."""
-    word = str(dtype).removeprefix("torch.")
-    if word not in memory.VALUE_BYTES:
-        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(word, word), memory.VALUE_BYTES, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"dtype {dtype!r} is not known: {hint}There are {', '.join(memory.VALUE_BYTES)}")
-    return word
 
 
 def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str, rank: int) -> None:
@@ -268,38 +258,3 @@ def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
         each for each in catalogue() if each.published and bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)
     ]
     return sorted((each for each in alike if each.parameters < shape.parameters), key=lambda each: -each.parameters)
-
-
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999")  # Okabe and Ito's
-
-
-def _draw(plan: Plan) -> Figure:
-    figure = new_figure(8, 1.6 + 0.4 * len(plan.slots))
-    axes = figure.subplots()
-    names = list(dict.fromkeys(_kind(row) for row in plan.rows))
-    left = dict.fromkeys((slot.key for slot in plan.slots), 0.0)
-    for name, colour in zip(names, _COLOURS * 2, strict=False):
-        sizes = {
-            key: sum(row.bytes for row in plan.rows if row.device == key and _kind(row) == name) / GIB for key in left
-        }
-        axes.barh([str(key) for key in left], list(sizes.values()), left=list(left.values()), color=colour, label=name)
-        left = {key: at + sizes[key] for key, at in left.items()}
-    for index, slot in enumerate(plan.slots):
-        free = slot.free_bytes / GIB
-        axes.barh(
-            index, max(0.0, free - left[slot.key]), left=left[slot.key], color="none", edgecolor="#999999", hatch="//"
-        )
-        axes.plot([free, free], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
-    axes.invert_yaxis()
-    axes.set(
-        title=plan.verdict(),
-        xlabel="GiB (the black line is what a device has, hatched what stays free)",
-        ylabel="device",
-    )
-    axes.title.set_fontsize(9)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return figure
-
-
-def _kind(row: Part) -> str:
-    return "layers" if row.part.startswith("layers ") else row.part

@@ -1,6 +1,14 @@
-"""The playground: prompts by hand in a notebook, on a local model or an endpoint, alone or beside another.
+"""The playground: prompts by hand in a notebook, on one model or two.
 
-Imported with the kit, because the function has the module's name; so what weighs is imported when it is called.
+The files, in the order of their imports:
+
+records.py  turns, answers, tokens
+export.py   the code that writes an answer again
+files.py    the history as a JSON file
+lanes.py    the models, each read in its own thread
+writing.py  a turn while it is written
+state.py    Session: the playground without its widget
+widget.py   Playground: what the browser shows
 """
 
 from __future__ import annotations

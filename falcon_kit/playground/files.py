@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from falcon_kit.display.errors import require
 from falcon_kit.generation.chat import ROLES, Message
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.generation.sampling import Sampling
 from falcon_kit.playground.records import ENDINGS, MODES, Answer, Span, Token, Turn
 
 Item = TypeVar("Item")

@@ -9,7 +9,7 @@ from typing import Any
 
 from falcon_kit.catalogue.names import catalogue
 from falcon_kit.generation.chat import Message, encode
-from falcon_kit.generation.decoding import Piece
+from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.catalogue.names import CARD, format_bytes, unknown_name
+from falcon_kit.catalogue.card import CARD
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.generation.sampling import Sampling
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
 from falcon_kit.playground.lanes import Lane, Prompt, model_name

@@ -13,7 +13,7 @@ from typing import Any
 
 import anywidget
 
-from falcon_kit.generation.sampling import require
+from falcon_kit.display.errors import require
 from falcon_kit.playground.files import pack_span, pack_turn
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session

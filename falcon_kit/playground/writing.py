@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from falcon_kit.generation.decoding import Piece
+from falcon_kit.generation.text import Piece
 from falcon_kit.playground.lanes import Lane, Reading
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from falcon_kit.catalogue.names import FalconSpec, format_bytes, html_table, spec
+from falcon_kit.catalogue.names import spec
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import GPUS, MACHINES, MIB, find_slots
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
-from falcon_kit.catalogue.names import FalconSpec, html_table, spec, unknown_name
+from falcon_kit.catalogue.names import spec
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import FALCON, HUB, ChatFormat, Message, chat_format, check_messages, render
-from falcon_kit.generation.decoding import Piece
-from falcon_kit.generation.generate import Generation
 from falcon_kit.generation.prompts import Prompt
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.protocol import Request, Server, Wire, persist, shown
 from falcon_kit.serving.stream import Answer, RemoteStream, wait_for, write

@@ -20,7 +20,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
-from falcon_kit.catalogue.names import FalconSpec, format_bytes
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.loading.falcon import Falcon
 
 FILE_TYPES = {

@@ -12,8 +12,7 @@ from typing import Any
 import httpx2
 import openai
 
-from falcon_kit.catalogue.names import unknown_name
-from falcon_kit.generation.sampling import require
+from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,

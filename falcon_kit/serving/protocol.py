@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from falcon_kit.catalogue.names import unknown_name
+from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.decoding import FinishReason
 from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS
-from falcon_kit.generation.sampling import Sampling, require
+from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.text import FinishReason
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each one after
 LONGEST_PAUSE, LONGEST_ASKED = 8.0, 60.0  # seconds: what the growing ends at, and what an endpoint may ask for

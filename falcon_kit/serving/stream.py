@@ -10,8 +10,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from falcon_kit.generation.decoding import FinishReason, Piece, Text
-from falcon_kit.generation.generate import Generation, Stats
+from falcon_kit.generation.text import FinishReason, Generation, Piece, Stats, Text
 from falcon_kit.serving.protocol import Delta, Server, persist
 
 T = TypeVar("T")

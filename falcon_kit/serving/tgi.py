@@ -9,9 +9,8 @@ from typing import Any
 
 import httpx2
 
-from falcon_kit.catalogue.names import unknown_name
-from falcon_kit.generation.decoding import FinishReason
-from falcon_kit.generation.sampling import require
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.protocol import (
     UNKNOWN,
     Delta,

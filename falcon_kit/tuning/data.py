@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from falcon_kit.catalogue.spec import html_table
+from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import BAIZE, Message, check_messages
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from itertools import islice
 from typing import Any
 
 from falcon_kit.generation.chat import encode, render
-from falcon_kit.generation.generate import Generation, generate
+from falcon_kit.generation.generate import generate
+from falcon_kit.generation.text import Generation
 from falcon_kit.loading.falcon import Falcon
 
 _AT_ONCE = 16

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.catalogue.spec import format_bytes, html_table
+from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import attached, base_name

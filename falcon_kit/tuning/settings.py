@@ -3,9 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from falcon_kit.catalogue.names import unknown_name
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.generation.sampling import require
+from falcon_kit.display.errors import require, unknown_name
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a block."""

@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
-from falcon_kit.catalogue.names import CARD
+from falcon_kit.catalogue.card import CARD
 from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import base_name, detach, fingerprint, is_quantised, quiet

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from falcon_kit.catalogue.names import CARD, CITATIONS, FalconSpec, catalogue, embedded_directory, html_table, spec
+from falcon_kit.catalogue.card import CARD, CITATIONS
+from falcon_kit.catalogue.names import catalogue, embedded_directory, spec
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import html_table
 from tests.catalogue.test_spec import NEW_40B, OLD_7B, built_parameters
 
 ROOT = Path(__file__).parents[2]

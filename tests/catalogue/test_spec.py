@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import FalconConfig, FalconForCausalLM
 
-from falcon_kit.catalogue.names import FalconSpec, catalogue, config_from_legacy, format_bytes, spec
+from falcon_kit.catalogue.names import catalogue, spec
+from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
+from falcon_kit.display.tables import format_bytes
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</td><img src=x onerror=alert(1)>"

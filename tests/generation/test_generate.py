@@ -15,7 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from falcon_kit import load
 from falcon_kit.generation.chat import encode
-from falcon_kit.generation.generate import Stats, generate
+from falcon_kit.generation.generate import generate
+from falcon_kit.generation.text import Stats
 from tests.conftest import small_model
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"

@@ -17,7 +17,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.inspection import probabilities as module
 from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.model.modeling import FalconForCausalLM
-from falcon_kit.parallel import ParallelFalcon
+from falcon_kit.parallel.launching import ParallelFalcon
 from tests.conftest import small_config, small_model
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves, and the giraffe sleeps."

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import falcon_kit as fk
-from falcon_kit.parallel import own_bytes
+from falcon_kit.parallel.ranks import own_bytes
 from tests.conftest import logits
 
 IDS = torch.tensor([[23, 900, 77, 1500, 42], [11, 11, 77, 1500, 42]])

@@ -21,7 +21,8 @@ from transformers.distributed import DistributedConfig
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.model.modeling import FalconForCausalLM
-from falcon_kit.parallel import launching, own, own_bytes
+from falcon_kit.parallel import launching
+from falcon_kit.parallel.ranks import own, own_bytes
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head

@@ -16,12 +16,12 @@ from falcon_kit.planning.environment import (
     Device,
     Environment,
     cache_directory,
-    detect_place,
     environment,
     find_devices,
     host_memory,
     usable_cores,
 )
+from falcon_kit.planning.places import detect_place
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.generation.decoding import Piece
+from falcon_kit.generation.text import Piece
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
 from falcon_kit.playground.lanes import load_source

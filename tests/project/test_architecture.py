@@ -17,21 +17,34 @@ ROOT = PACKAGE.parent
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 README = (ROOT / "README.md").read_text()
 
-# Rows of the module table: | `chat.py` | what it holds | no torch | today |
-ROWS = re.findall(r"^\| `(\w+)(?:\.py|/)` \|.*\| *(no torch|) *\| *(today|planned) *\|$", PAGE, re.MULTILINE)
-ORDER = [name for name, _, _ in ROWS]
-LIGHT = [name for name, torch, state in ROWS if torch == "no torch" and state == "today"]
+# Items of the list of folders: - `display/` (no torch): what it holds
+FOLDERS = dict(re.findall(r"^- `(\w+)/`( \(no torch\)|):", PAGE, re.MULTILINE))
+ORDER = list(FOLDERS)
 HEAVY = {"torch", "transformers"}
 
 
-def unit(path: Path) -> str:
-    """The module of the order that a file belongs to: inspection/lens.py is part of inspection."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def folder_of(path: Path) -> str:
+    """The folder of the package that a file belongs to: inspection/views/lens.py is part of inspection."""
+    return path.relative_to(PACKAGE).parts[0]
 
 
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-UNITS = sorted({unit(path) for path in FILES.values()} - {"__init__"})
-FREE = {"__init__", "falconet"}  # may import everything
+INSIDE = {name: path for name, path in FILES.items() if name != "__init__.py"}  # which is the public list
+
+
+def entries(folder: str) -> dict[str, str]:
+    """The files and folders that a folder's docstring lists, in order, each with what is said of it."""
+    page = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())) or ""
+    return dict(re.findall(r"^(\w+(?:\.py|/)) +(.+)$", page, re.MULTILINE))
+
+
+ENTRIES = {folder: entries(folder) for folder in ORDER}
+LIGHT = [
+    f"{folder}/{entry}"
+    for folder, held in ENTRIES.items()
+    for entry, text in held.items()
+    if entry.endswith(".py") and (FOLDERS[folder] or text.endswith("(no torch)"))
+]
 
 
 def imported(path: Path, body: ast.AST) -> Iterator[str]:
@@ -70,28 +83,52 @@ def heavy_modules_after(statement: str) -> list[str]:
 # One order
 
 
-@pytest.mark.parametrize("name", [name for name, path in FILES.items() if unit(path) not in FREE])
-def test_a_file_imports_only_from_modules_above_it(name):
-    path = FILES[name]
-    own = unit(path)
+def own_imports(name: str) -> list[list[str]]:
+    """The kit's own modules that a file imports, split at the dots, without "falcon_kit"."""
+    path = INSIDE[name]
+    modules = imported(path, ast.parse(path.read_text()))
+    return [[*module.split(".")[1:], ""] for module in modules if module.startswith("falcon_kit")]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_file_imports_only_from_folders_above_its_own(name):
+    own = folder_of(INSIDE[name])
     allowed = {*ORDER[: ORDER.index(own)], own}
-    own_imports = [module for module in imported(path, ast.parse(path.read_text())) if module.startswith("falcon_kit")]
-    assert [module for module in own_imports if [*module.split("."), ""][1] not in allowed] == []
+    assert [module for module in own_imports(name) if module[0] not in allowed] == []
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_a_module_has_its_row_in_architecture_md(name):
-    assert name in ORDER
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_file_imports_only_from_files_above_it_in_its_folder(name):
+    folder, inside, *_ = [*Path(name).parts, ""]
+    order = [entry.rstrip("/").removesuffix(".py") for entry in ENTRIES[folder]]
+    own = inside.removesuffix(".py")
+    allowed = {*order[: order.index(own)], own} if own != "__init__" else {*order}
+    assert [module for module in own_imports(name) if module[0] == folder and module[1] not in allowed] == []
 
 
-def test_architecture_md_says_what_exists_today():
-    assert sorted(name for name, _, state in ROWS if state == "today") == UNITS
+def test_architecture_md_lists_every_folder():
+    assert sorted(ORDER) == sorted({folder_of(path) for path in INSIDE.values()})
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_a_folders_docstring_lists_what_it_holds(folder):
+    held = {path.name + ("" if path.suffix else "/") for path in (PACKAGE / folder).iterdir() if holds_python(path)}
+    assert sorted(ENTRIES[folder]) == sorted(held - {"__init__.py"})
+
+
+def holds_python(path: Path) -> bool:
+    return path.suffix == ".py" or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in INSIDE if not name.endswith("__init__.py")])
+def test_a_file_is_tested_where_its_folder_is(name):
+    assert (ROOT / "tests" / folder_of(INSIDE[name])).is_dir()
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     tree = re.search(r"^```\n(falcon_kit/ .*?)^```", README, re.DOTALL | re.MULTILINE)[1]
-    shown = {line.split()[0].rstrip("/").removesuffix(".py") for line in tree.splitlines() if line.startswith("    ")}
-    assert sorted(shown) == UNITS
+    shown = [line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("    ")]
+    assert shown == ORDER
 
 
 def test_every_folder_is_in_the_tree_of_the_readme():
@@ -107,16 +144,17 @@ def test_helpers_live_with_their_only_caller():
 # A light import
 
 
-@pytest.mark.parametrize("name", [name for name, path in FILES.items() if unit(path) in LIGHT])
-def test_a_light_module_asks_for_no_torch_when_imported(name):
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_light_file_asks_for_no_torch_when_imported(name):
     path = FILES[name]
     tree = runs_at_import(ast.parse(path.read_text()))
     assert {module.partition(".")[0] for module in imported(path, tree)} & HEAVY == set()
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_a_light_module_loads_no_torch_through_others(name):
-    assert heavy_modules_after(f"import falcon_kit.{name}") == []
+@pytest.mark.parametrize("folder", sorted({name.partition("/")[0] for name in LIGHT}))
+def test_light_files_load_no_torch_through_others(folder):
+    modules = [name.removesuffix(".py").replace("/", ".") for name in LIGHT if name.startswith(f"{folder}/")]
+    assert heavy_modules_after("; ".join(f"import falcon_kit.{module}" for module in modules)) == []
 
 
 def test_importing_the_kit_loads_no_torch():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.catalogue.spec import format_bytes
+from falcon_kit.display.tables import format_bytes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.decoding import cut
+from falcon_kit.generation.text import cut
 from falcon_kit.serving import protocol
 from falcon_kit.serving.endpoint import _token
 from falcon_kit.serving.protocol import Delta, Request

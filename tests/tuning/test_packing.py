@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import FORMATS, encode
-from falcon_kit.tuning.packing import collate, encode_text_with_offsets, first_fit
+from falcon_kit.generation.chat import FORMATS, encode, encode_text_with_offsets
+from falcon_kit.tuning.packing import collate, first_fit
 from tests.conftest import small_model
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())

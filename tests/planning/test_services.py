@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from falcon_kit.planning.places import enable_widgets, sagemaker_place, secret
+from falcon_kit.planning.services import enable_widgets, sagemaker_place, secret
 
 COLAB, KAGGLE = {"COLAB_RELEASE_TAG": "release-colab"}, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
 ROLE = "arn:aws:iam::123456789012:role/service-role/AmazonSageMaker-ExecutionRole"
@@ -132,7 +132,7 @@ def test_no_other_service_has_anything_to_switch_on(environ):
 
 def test_importing_has_no_effect():
     code = (
-        "import sys, falcon_kit.planning.places; "
+        "import sys, falcon_kit.planning.services; "
         "print({'google.colab', 'kaggle_secrets', 'boto3', 'torch'} & {*sys.modules})"
     )
     environ = {"COLAB_RELEASE_TAG": "x", "PYTHONPATH": ":".join(sys.path)}

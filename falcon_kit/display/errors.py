@@ -1,0 +1,20 @@
+"""Checks of what a caller gave, and what an error says about a wrong name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
+    """The text of an error about a name that is not one of `known`: it gives the nearest ones, or else all of them."""
+    names = {name.lower(): name for name in known}
+    nearest = [names[name] for name in get_close_matches(given.strip().lower().rpartition("/")[2], names, cutoff=0.55)]
+    hint = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."
+    return f"Unknown {kind} {given!r}. {hint}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
