@@ -22,7 +22,9 @@ from falcon_kit import FalconSpec
 from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
 
-SHAPE = FalconSpec("decode", layers=8, d_model=2048, query_heads=32, kv_heads=2, vocabulary=65024, feed_forward=8192)
+SHAPE = FalconSpec(
+    "decode", layers=8, d_model=2048, query_heads=32, kv_heads=2, vocabulary=65024, intermediate_size=8192
+)
 BATCHES, CONTEXTS = (1, 4, 8, 16), (512, 1000, 2000)
 PROMPTS = (512, 2000)
 ROUNDS = {1: 21, 4: 9, 8: 9, 16: 7}  # by batch: of short steps more, for they are the noisier; the first warms up

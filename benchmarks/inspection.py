@@ -28,7 +28,7 @@ from falcon_kit import FalconSpec
 from falcon_kit.model import modeling
 
 SHAPE = FalconSpec(
-    "inspection", layers=12, d_model=2048, query_heads=32, kv_heads=2, vocabulary=2048, feed_forward=8192
+    "inspection", layers=12, d_model=2048, query_heads=32, kv_heads=2, vocabulary=2048, intermediate_size=8192
 )
 LENGTHS = (256, 1024, 2048)
 ROUNDS = {256: 5, 1024: 3, 2048: 3}

@@ -22,7 +22,7 @@ _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values to a scale, scales to a scale of s
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
     """(out, in) of the four linear layers of a block: fused QKV, attention output, feed-forward up and down."""
-    d, f = spec.d_model, spec.feed_forward
+    d, f = spec.d_model, spec.intermediate_size
     return ((spec.query_heads + 2 * spec.kv_heads) * spec.head_dim, d), (d, d), (f, d), (d, f)
 
 
@@ -104,7 +104,7 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, ranks:
     the GELU. ALiBi adds its bias for every pair of tokens, (B, H, T, T).
     """
     channels = (2 + spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model
-    channels += 2 * spec.feed_forward // ranks
+    channels += 2 * spec.intermediate_size // ranks
     values = batch * context * channels
     if spec.positions == "alibi":
         values += batch * spec.query_heads // ranks * context**2
@@ -118,7 +118,7 @@ def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_c
     16 bits; on a CPU it is packed anew at first use, through int32.
     """
     if dtype == "int8":
-        return batch * context * spec.feed_forward * (32 if on_cpu else 6)
+        return batch * context * spec.intermediate_size * (32 if on_cpu else 6)
     if dtype in QUANTISED:
         return max(out * into for out, into in linear_shapes(spec)) * (9 if on_cpu else 2)
     return 0
@@ -158,9 +158,9 @@ def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapt
     Three times f and, by the number of LayerNorms, nine or eleven times d. Adapters are float32 (PEFT's default), and
     beside 16-bit weights so is a copy of what they read.
     """
-    values = 3 * spec.feed_forward + (7 + 2 * spec.norms_per_block) * spec.d_model
+    values = 3 * spec.intermediate_size + (7 + 2 * spec.norms_per_block) * spec.d_model
     if adapters and VALUE_BYTES[dtype] == 2:
-        values += 2 * spec.feed_forward + 5 * spec.d_model
+        values += 2 * spec.intermediate_size + 5 * spec.d_model
     values *= batch * context
     if spec.positions == "alibi":
         values += batch * spec.query_heads * context**2

@@ -107,6 +107,14 @@ def embedded_directory(name: str) -> Path:
     return Path(__file__).parents[1] / "falconet" / _EMBEDDED[name]
 
 
+def loadable_name(spec: FalconSpec, directory: str | os.PathLike[str]) -> str:
+    """What `fk.load` finds a model by again: a hub id, the name of an embedded model, or its directory."""
+    for name in _EMBEDDED:
+        if str(directory) == str(embedded_directory(name)):
+            return name
+    return spec.hub_id or str(directory) or spec.name
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     """A config.json as a dictionary."""
     if not file.is_file():
@@ -131,7 +139,7 @@ def _embedded_specs() -> tuple[FalconSpec, ...]:
 
 def _published(name: str, layers: int, d_model: int, query_heads: int, kv_heads: int, **other: Any) -> FalconSpec:
     """A published Falcon: what all of them share, and where its config stands."""
-    shared = {"vocabulary": 65024, "feed_forward": 4 * d_model, "licence": "Apache 2.0", "published": True}
+    shared = {"vocabulary": 65024, "intermediate_size": 4 * d_model, "licence": "Apache 2.0", "published": True}
     source = f"https://huggingface.co/tiiuae/{name}/blob/main/config.json"
     return FalconSpec(name, layers, d_model, query_heads, kv_heads, source=source, **{**shared, **other})
 

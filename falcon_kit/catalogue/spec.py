@@ -37,7 +37,7 @@ class FalconSpec:
     """KV heads per layer (G): what a KV cache has to hold."""
     vocabulary: int
     """Rows of the embedding (V)."""
-    feed_forward: int
+    intermediate_size: int
     """Hidden width of the feed-forward block; 4 x d_model in all published Falcons of this family."""
     context: int = 2048
     """Tokens seen in training; text beyond it comes out as gibberish (huggingface/transformers#25878)."""
@@ -102,8 +102,8 @@ class FalconSpec:
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer: fused QKV, attention output, feed-forward and its LayerNorms."""
         d, qkv = self.d_model, (self.query_heads + 2 * self.kv_heads) * self.head_dim
-        biases = qkv + d + self.feed_forward + d if self.bias else 0
-        return d * (qkv + d + 2 * self.feed_forward) + biases + self.norms_per_block * 2 * d
+        biases = qkv + d + self.intermediate_size + d if self.bias else 0
+        return d * (qkv + d + 2 * self.intermediate_size) + biases + self.norms_per_block * 2 * d
 
     @property
     def parameters(self) -> int:
@@ -138,7 +138,7 @@ class FalconSpec:
             query_heads=_whole(config, "num_attention_heads", name),
             kv_heads=_kv_heads(config, name),
             vocabulary=_whole(config, "vocab_size", name),
-            feed_forward=_whole(config, "ffn_hidden_size", name, 4 * d_model),
+            intermediate_size=_whole(config, "ffn_hidden_size", name, 4 * d_model),
             context=_whole(config, "max_position_embeddings", name, 2048),
             positions="alibi" if config.get("alibi") else "rotary",
             parallel_block=parallel,
@@ -159,7 +159,7 @@ class FalconSpec:
             "num_kv_heads": self.kv_heads,
             "multi_query": self.kv_heads == 1,
             "vocab_size": self.vocabulary,
-            "ffn_hidden_size": self.feed_forward,
+            "ffn_hidden_size": self.intermediate_size,
             "max_position_embeddings": self.context,
             "alibi": self.positions == "alibi",
             "parallel_attn": self.parallel_block,

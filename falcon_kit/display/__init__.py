@@ -4,6 +4,7 @@ The files, in the order of their imports:
 
 errors.py  a check with its message, and the text about an unknown name
 tables.py  byte counts as text, HTML tables
-figure.py  the empty matplotlib figure that every plot starts from
+saving.py  files and folders that are complete or absent
+figure.py  the palette, and the empty matplotlib figure that every plot starts from
 page.py    the self-contained HTML page that every view starts from, with its escaping
 """

@@ -22,8 +22,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart; in a view's style `var(--c0)` to `var(--c7)`."""
+from falcon_kit.display.figure import PALETTE
 
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # letters and marks by category, yet nothing to see
 

@@ -7,15 +7,19 @@ Three formats are in use, because the instruct models were published without one
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
 
 if TYPE_CHECKING:
+    import jinja2
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["system", "user", "assistant"]
@@ -141,6 +145,11 @@ BAIZE = ChatFormat(
 FORMATS = (FALCON, HUB, BAIZE)
 
 
+def default_format(spec: FalconSpec | None) -> ChatFormat:
+    """The hub's format for the published models but the 180B, Falcon's own for all others."""
+    return HUB if spec and spec.published and not spec.name.startswith("falcon-180B") else FALCON
+
+
 def chat_format(name: str) -> ChatFormat:
     """The format called "falcon", "hub" or "baize"; LookupError for another name, with the nearest."""
     for each in FORMATS:
@@ -199,7 +208,7 @@ def render(
     add_generation_prompt: bool = True,
     eos_token: str = "<|endoftext|>",
 ) -> str:
-    """The conversation as one text, rendered in transformers' own sandbox.
+    """The conversation as one text, rendered in a sandbox; neither torch nor transformers is imported.
 
     With `add_generation_prompt` it ends with the assistant's prefix, so that the model answers; without, a conversation
     whose last word is the assistant's ends with `eos_token`. Raises ValueError as `check_messages` does, and when the
@@ -210,7 +219,31 @@ def render(
         raise ValueError(
             "The last message is the assistant's, so there is nothing to answer: add the user's next message."
         )
-    return _render(checked, format, add_generation_prompt=add_generation_prompt, eos_token=eos_token)[0]
+    template = _compiled(plain_template(format.template))
+    return template.render(messages=checked, add_generation_prompt=add_generation_prompt, eos_token=eos_token)
+
+
+def plain_template(template: str) -> str:
+    """The chat template without `{% generation %}`, which only transformers knows; what it renders stays the same."""
+    opened = re.sub(r"(\{%-?)\s*generation\s*(-?%\})", r"\1 if true \2", template)
+    return re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", opened)
+
+
+@lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    """The template in jinja2's sandbox, with the settings and functions that transformers gives to chat templates."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    sandbox.globals["raise_exception"] = _raise
+    return sandbox.from_string(template)
+
+
+def _raise(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
 
 
 def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
@@ -218,17 +251,18 @@ def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) ->
 
     Raises ValueError as `check_messages` does.
     """
-    options = {"add_generation_prompt": False, "eos_token": "", "return_assistant_tokens_mask": True}
-    return _render(check_messages(messages), format, **options)
-
-
-def _render(messages: Sequence[Message], format: ChatFormat, **options: Any) -> tuple[str, list[tuple[int, int]]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    conversations: Any = [[dict(each) for each in messages]]
-    rendered: Any = render_jinja_template(conversations=conversations, chat_template=format.template, **options)
-    texts, spans = rendered
-    return str(texts[0]), [tuple(span) for span in spans[0]] if spans else []
+    conversations: Any = [[dict(each) for each in check_messages(messages)]]
+    rendered: Any = render_jinja_template(
+        conversations=conversations,
+        chat_template=format.template,
+        add_generation_prompt=False,
+        eos_token="",
+        return_assistant_tokens_mask=True,
+    )
+    (text,), (spans,) = rendered
+    return str(text), [tuple(span) for span in spans]
 
 
 def encode(

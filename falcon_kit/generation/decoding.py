@@ -67,7 +67,7 @@ class Row:
         return Alternative(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False), token, logprob)
 
 
-class RandomState:
+class SamplingRNG:
     """torch's random state, lent to one choice of a token at a time.
 
     With a seed the text has a state of its own, so that nothing else that draws, another stream included, changes it;
@@ -84,15 +84,15 @@ class RandomState:
             places = [torch.device("cpu"), *([] if device.type == "cpu" else [device])]
             self._own = [torch.Generator(place).manual_seed(seed).get_state() for place in places]
 
-    def borrow(self) -> None:
+    def swap_in(self) -> None:
         """Takes the global state, and puts the text's own in its place."""
         self._lent.acquire()
         self._global = self._read()
         if self._own:
             self._write(self._own)
 
-    def give_back(self) -> None:
-        """Undoes `borrow`; nothing happens if there is nothing to give back."""
+    def swap_out(self) -> None:
+        """Undoes `swap_in`; nothing happens if there is nothing to give back."""
         if self._global is None:
             return
         if self._own:
@@ -123,7 +123,7 @@ class Watch:
     def __init__(
         self,
         rows: list[Row],
-        random: RandomState,
+        random: SamplingRNG,
         cancelled: threading.Event,
         emit: Callable[[Piece], None] | None,
         alternatives: int = 0,
@@ -185,7 +185,7 @@ class _BeforeChoice(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.watch.logprobs = torch.log_softmax(scores, dim=-1)
-        self.watch.random.borrow()
+        self.watch.random.swap_in()
         return scores
 
 
@@ -196,5 +196,5 @@ class _AfterChoice(StoppingCriteria):
         self.watch = watch
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.watch.random.give_back()
+        self.watch.random.swap_out()
         return torch.tensor(self.watch.step(input_ids), device=input_ids.device)

@@ -6,7 +6,7 @@ Works on a plain transformers model and tokenizer, through transformers' own `ge
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.generation.decoding import RandomState, Row, Watch
-from falcon_kit.generation.prompts import Prompt, check_tokens, room, token_ids
+from falcon_kit.generation.decoding import Row, SamplingRNG, Watch
+from falcon_kit.generation.prompts import Prompt, check_prompt, check_tokens, room, token_ids
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, split_settings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 
@@ -70,10 +70,8 @@ class _Run:
         settings: dict[str, Any],
         strip: bool,
     ) -> None:
-        own, settings = {field.name for field in fields(Sampling)}, spelled_out(settings)
-        self.sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
-        self.options = {name: value for name, value in settings.items() if name not in own}
-        _check_names(self.options, own, model)
+        self.sampling, self.options = split_settings(spelled_out(settings))
+        _check_names(self.options, model)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         self.beams = (self._effective("num_beams") or 1) > 1
         # An assistant, or the prompt, proposes several tokens at a time: nothing to watch token by token there either.
@@ -85,12 +83,12 @@ class _Run:
             copies == 1 or self.sampling.samples or self.beams,
             f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
         )
-        prompts = token_ids(tokenizer, prompt)
+        given, single = check_prompt(prompt)
+        prompts = token_ids(tokenizer, given)
         check_tokens(prompts, model.config.vocab_size)
         self.new_tokens = room(prompts, model.config.max_position_embeddings, self.sampling)
         longest = model.config.max_position_embeddings - self.new_tokens
         self.prompts = [ids[-longest:] for ids in prompts]
-        single = isinstance(prompt, str) or isinstance(prompt[0], int)
         self.many = not single or copies > 1
         if ranks is not None and self.sampling.samples and self.sampling.seed is None:
             self.sampling = replace(self.sampling, seed=shared_seed(ranks, model.device))
@@ -102,15 +100,15 @@ class _Run:
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates; `emit` gets each piece of a single row as it comes."""
         rows = [self._row() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
-        random = RandomState(self.sampling.seed, self.model.device)
+        random = SamplingRNG(self.sampling.seed, self.model.device)
         watch = Watch(rows, random, self.cancelled, emit, self.sampling.alternatives)
         try:
             if self.whole:  # hooks see candidates there, not texts; the random state is borrowed for all of it
-                random.borrow()
+                random.swap_in()
             hooks = {} if self.whole else watch.hooks(self.options)
             output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
         finally:
-            random.give_back()
+            random.swap_out()
         if self.whole:
             watch.read(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(rows, watch, _cache_bytes(output.past_key_values))
@@ -184,8 +182,9 @@ def spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
     return said | settings
 
 
-def _check_names(options: dict[str, Any], own: set[str], model: FalconForCausalLM) -> None:
+def _check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
     """Refuses an argument that neither the kit nor transformers knows, and names the nearest."""
+    own = set(SAMPLING_FIELDS)
     known = own | set(vars(GenerationConfig())) | set(signature(type(model).generate).parameters)
     known |= set(signature(type(model).forward).parameters)
     for name in options:

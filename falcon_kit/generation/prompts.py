@@ -16,14 +16,17 @@ Prompt = str | Sequence[str] | Sequence[int]
 DEFAULT_NEW_TOKENS = 200
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[int]]:
-    """The token ids of each prompt."""
+def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
+    """Each prompt, a text or token ids, and whether the caller gave only one.
+
+    Raises ValueError for anything else, for an empty prompt, and for half a surrogate pair.
+    """
     kinds = "a prompt is a text, a list of texts, or one list of token ids"
     require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     require(bool(prompts), "the prompt is empty: give the model something to continue")
     if all(isinstance(each, int) for each in prompts):
-        return [prompts]
+        return [prompts], True
     others = [type(each).__name__ for each in prompts if not isinstance(each, str)]
     require(not others, f"{kinds}; got a list with {', '.join(others[:3])}")
     for number, text in enumerate(prompts, 1):
@@ -34,8 +37,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[list[i
             f"{which} has a lone surrogate, which is no text and has no UTF-8: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
         )
+    return prompts, isinstance(prompt, str)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    """The token ids of each prompt that `check_prompt` returned."""
     # verbose: transformers would warn of a prompt over the context, which `room` refuses in clearer words
-    return [list(tokenizer(text, verbose=False)["input_ids"]) for text in prompts]
+    return [list(tokenizer(each, verbose=False)["input_ids"]) if isinstance(each, str) else each for each in prompts]
 
 
 def check_tokens(prompts: list[list[int]], vocabulary: int) -> None:

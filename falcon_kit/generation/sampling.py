@@ -1,7 +1,7 @@
 """Settings of generation, checked before anything runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from falcon_kit.display.errors import require
@@ -93,6 +93,16 @@ class Sampling:
         # 0 switches top_k off; left out, transformers would fall back on 50.
         chosen = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
         return {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+"""The names of the kit's own settings of generation."""
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+    """The kit's own settings, checked, and all others, which are transformers' or an endpoint's."""
+    own = {name: value for name, value in settings.items() if name in SAMPLING_FIELDS}
+    return Sampling(**own), {name: value for name, value in settings.items() if name not in own}
 
 
 def _whole(value: object) -> bool:

@@ -256,7 +256,7 @@ class _Reading:
 
     def second(self) -> None:
         """What its layers would have said, and what they add."""
-        self._turn()
+        self._prepare_logit_attribution()
         self._run(self._hooks())
 
     def _run(self, hooks: list[tuple[Any, Any]]) -> None:
@@ -289,7 +289,7 @@ class _Reading:
             self.found["rank"][after] = rank[:count]
 
     @torch.inference_mode()
-    def _turn(self) -> None:
+    def _prepare_logit_attribution(self) -> None:
         """Between the runs: the direction in which a part of the last hidden state speaks for the targets."""
         weight: Tensor = self.watched.model.get_output_embeddings().weight
         rows = weight[self.targets.to(weight.device)].float()  # (T, d_model)

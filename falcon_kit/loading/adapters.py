@@ -1,6 +1,6 @@
 """LoRA adapters as they lie on disk, and the weights of a checkpoint with one added to them as they are read.
 
-Added before anything else happens to a weight: before it is rounded, quantised, or divided among ranks.
+The adapter is added before anything else happens to a weight: before it is rounded, quantised, or divided among ranks.
 """
 
 import hashlib
@@ -103,15 +103,15 @@ def _module(key: str) -> str:
     return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
 
 
-# Added as the weights are read
+# Added while the weights are read
 
 
 @dataclass(frozen=True)
-class Added:
+class LazyMergedWeight:
     """A weight on disk and what an adapter adds to it, (out, in), computed in float32 when it is asked for."""
 
     weight: Any
-    """A slice of safetensors, a tensor that is mapped from disk, or another `Added`."""
+    """A slice of safetensors, a tensor that is mapped from disk, or another `LazyMergedWeight`."""
     down: Tensor
     """A of the adapter, (rank, in)."""
     up: Tensor
@@ -169,7 +169,7 @@ def _beyond_lora(config: PeftConfig) -> list[str]:
     return [name for name, value in given.items() if value != usual.get(name) and (value or usual.get(name))]
 
 
-def _added(weights: Mapping[str, Any], adapter: Path) -> dict[str, Added]:
+def _added(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyMergedWeight]:
     config = PeftConfig.from_pretrained(str(adapter))
     more = _beyond_lora(config)
     if more or not isinstance(config, LoraConfig):
@@ -181,7 +181,7 @@ def _added(weights: Mapping[str, Any], adapter: Path) -> dict[str, Added]:
     sides = load_file(adapter / WEIGHTS)
     layers = {_module(key) for key in sides}
     return {
-        f"{layer}.weight": Added(
+        f"{layer}.weight": LazyMergedWeight(
             weights[f"{layer}.weight"],
             sides[f"base_model.model.{layer}.lora_A.weight"],
             sides[f"base_model.model.{layer}.lora_B.weight"],

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
+from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import generate
@@ -78,6 +79,11 @@ class Falcon:
         settings = generate.spelled_out(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generate.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+
+    @property
+    def name(self) -> str:
+        """What `fk.load` finds this model by again: a hub id, the name of an embedded model, or a directory."""
+        return loadable_name(self.spec, self.model.name_or_path or "")
 
     @property
     def weights(self) -> Weights:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from falcon_kit.catalogue.memory import QUANTISED, dtype_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import FALCON, FORMATS, HUB, ChatFormat, chat_format
+from falcon_kit.generation.chat import FORMATS, ChatFormat, chat_format, default_format
 from falcon_kit.loading.adapters import mark, read_with, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, locate
 from falcon_kit.loading.checks import ATTENTIONS, check_adapters, check_disk, check_settings
@@ -135,7 +135,7 @@ def load(
     if offload == "disk" and files[0].suffix == ".bin":
         check_disk(folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(directory)
-    chosen_format = chosen_format or _default_format(found, tokenizer)
+    chosen_format = chosen_format or _format_of(found, tokenizer)
     if chat is not None or tokenizer.chat_template is None:
         tokenizer.chat_template = chosen_format.template
     if ranks.needs_launch(tensor_parallel):
@@ -292,7 +292,7 @@ def _mend_generation_config(model: FalconForCausalLM, tokenizer: PreTrainedToken
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+def _format_of(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """The format an adapter was trained in, or whose speakers the tokenizer's template names; else the base model's."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):
@@ -301,4 +301,4 @@ def _default_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Ch
     for each in FORMATS:
         if each.user_prefix in template and each.assistant_prefix in template:
             return each
-    return HUB if found.base.published and not found.base.name.startswith("falcon-180B") else FALCON
+    return default_format(found.base)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from falcon_kit.catalogue.names import adapted, embedded_directory
+from falcon_kit.catalogue.names import adapted
 from falcon_kit.generation.chat import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
@@ -34,15 +34,6 @@ class Merged(Falcon):
 
     def _facts(self) -> dict[str, str]:
         return {**super()._facts(), "merged": f"logits differ by {self.gap:.0e} from those of base and adapter"}
-
-
-def base_name(falcon: Falcon) -> str:
-    """What `fk.load` would find this model by again: a hub id, the name of an embedded one, or a directory."""
-    path = str(falcon.model.name_or_path)
-    for name in ("falconet", "falconet-instruct"):
-        if path == str(embedded_directory(name)):
-            return name
-    return falcon.spec.hub_id or path or falcon.spec.name
 
 
 def fingerprint(model: Any) -> str:
@@ -98,7 +89,7 @@ def _check(adapter: str | Path, falcon: Falcon) -> None:
     """Raises FileNotFoundError where there is no adapter, and ValueError where it belongs to another model."""
     sizes = {name: tuple(each.shape) for name, each in falcon.model.named_parameters()}
     shapes = {} if is_quantised(falcon.model) else sizes
-    adapters.check(Path(adapter), base_name(falcon), shapes, fingerprint(falcon.model))
+    adapters.check(Path(adapter), falcon.name, shapes, fingerprint(falcon.model))
 
 
 def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: str | Path | None = None) -> Merged:
@@ -144,7 +135,7 @@ def _unquantised(base: Falcon | str | Path) -> Falcon:
     if not isinstance(base, Falcon):
         return load(base)
     if is_quantised(base.model):
-        return load(base_name(base), dtype="bfloat16", chat=base.chat_format.name)
+        return load(base.name, dtype="bfloat16", chat=base.chat_format.name)
     return replace(base, model=copy.deepcopy(base.model))
 
 

@@ -30,7 +30,7 @@ _ROUNDS = 5
 _MARGIN = 0.9  # noise must not switch kernels: the other one has to be a tenth faster
 
 
-def fused(
+def fused_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -66,7 +66,7 @@ def fused(
     return output.reshape(batch, heads, time, width).transpose(1, 2), None
 
 
-def in_the_open(
+def eager_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -90,7 +90,7 @@ def in_the_open(
     return output.view(batch, heads, time, width).transpose(1, 2), probabilities
 
 
-ATTENTION = {"sdpa": fused, "eager": in_the_open}
+ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """Attention by transformers' names; any other, such as flash_attention_2, is transformers' own and takes GQA."""
 
 

@@ -51,7 +51,9 @@ class FalconAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         chosen = "eager" if output_attentions else self.config._attn_implementation
-        attend = attention.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(chosen, attention.in_the_open)
+        attend = attention.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(
+            chosen, attention.eager_attention
+        )
         output, probabilities = attend(
             self,
             query,
@@ -91,9 +93,9 @@ class FalconMLP(nn.Module):
 
     def __init__(self, config: FalconConfig, spec: FalconSpec) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(spec.d_model, spec.feed_forward, bias=spec.bias)
+        self.dense_h_to_4h = nn.Linear(spec.d_model, spec.intermediate_size, bias=spec.bias)
         self.act = get_activation(config.activation)
-        self.dense_4h_to_h = nn.Linear(spec.feed_forward, spec.d_model, bias=spec.bias)
+        self.dense_4h_to_h = nn.Linear(spec.intermediate_size, spec.d_model, bias=spec.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
@@ -108,7 +110,7 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         self.parallel = spec.parallel_block
         self.self_attention = FalconAttention(config, spec, layer_idx)
         self.mlp = FalconMLP(config, spec)
-        self.both = nn.Identity()  # where the ranks of tensor parallelism add up, see ONE_SUM
+        self.block_output = nn.Identity()  # where the ranks of tensor parallelism add up, see PARALLEL_BLOCK_TP_PLAN
         two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
         self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
         for name in self.norms:
@@ -121,7 +123,7 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         attention, _ = self.self_attention(normed, **kwargs)
         if self.parallel:
             also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
-            both = self.both(self.mlp(also_normed) + attention)
+            both = self.block_output(self.mlp(also_normed) + attention)
             return hidden_states + self._drop(both, self.config.hidden_dropout)
         hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
         return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)

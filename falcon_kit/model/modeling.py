@@ -42,7 +42,7 @@ from falcon_kit.model.attention import alibi
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer
 from falcon_kit.model.losses import language_model_loss
-from falcon_kit.model.tensor_parallel import ONE_SUM, STYLES
+from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, STYLES
 
 
 class FalconModel(stock.FalconModel):
@@ -73,7 +73,7 @@ class FalconModel(stock.FalconModel):
         self.gradient_checkpointing = False
         self.post_init()
         if spec.parallel_block and not spec.bias:
-            self._tp_plan |= ONE_SUM
+            self._tp_plan |= PARALLEL_BLOCK_TP_PLAN
 
     @merge_with_config_defaults
     @capture_outputs

@@ -28,10 +28,10 @@ class _Sum(AllReduceParallel):
 STYLES = {"falcon_share": _Share(), "falcon_sum": _Sum()}
 
 
-ONE_SUM = {
+PARALLEL_BLOCK_TP_PLAN = {
     "h.*.self_attention.dense": "falcon_share",
     "h.*.mlp.dense_4h_to_h": "falcon_share",
-    "h.*.both": "falcon_sum",
+    "h.*.block_output": "falcon_sum",
 }
 """Where attention and feed-forward stand side by side, their results are added anyway: under tensor parallelism the
 ranks do so once for both, which is what the parallel block is for. transformers' own rows add up twice. By module."""

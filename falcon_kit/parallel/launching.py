@@ -13,11 +13,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
-from falcon_kit.generation.prompts import Prompt
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Alternative, Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
@@ -37,7 +38,7 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *facts: Any
     code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.serving import serve; serve(load)"
     ranks = settings["tensor_parallel"]
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
-    falcon = ParallelFalcon(workers, *facts)
+    falcon = ParallelFalcon(workers, directory, *facts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
         falcon._collect(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
@@ -66,6 +67,7 @@ class ParallelFalcon:
     def __init__(
         self,
         workers: Workers,
+        directory: str,
         tokenizer: PreTrainedTokenizerBase,
         spec: FalconSpec,
         plan: Plan,
@@ -74,6 +76,8 @@ class ParallelFalcon:
     ) -> None:
         self.tokenizer, self.spec, self.plan = tokenizer, spec, plan
         self.chat_format, self.dtype_reason = chat_format, dtype_reason
+        self.name = loadable_name(spec, directory)
+        """What `fk.load` finds this model by again."""
         self.ranks: tuple[Rank, ...] = ()
         """The processes, and what each held after the last request."""
         self._workers, self._turn, self._numbers = workers, threading.Lock(), count()
@@ -109,9 +113,9 @@ class ParallelFalcon:
 
     def generate(self, prompt: Prompt, **settings: Any) -> Any:
         """As `Falcon.generate`; `settings` are numbers, texts and lists, since they go to other processes."""
-        many = not (isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)))
+        _, single = check_prompt(prompt)
         generations = self._ask("generate", prompt, settings)
-        return generations if many or settings.get("num_return_sequences", 1) > 1 else generations[0]
+        return generations if not single or settings.get("num_return_sequences", 1) > 1 else generations[0]
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
         """As `Falcon.stream`: pieces as they come; closing it, or Ctrl-C, stops all ranks at the next token."""
@@ -216,8 +220,7 @@ class _Writing:
     """A text that the ranks write piece by piece."""
 
     def __init__(self, falcon: ParallelFalcon, prompt: Any, settings: dict[str, Any]) -> None:
-        own_settings = {field.name for field in fields(Sampling)} & set(settings)
-        Sampling(**{name: settings[name] for name in own_settings})  # says at once what is out of range
+        split_settings(settings)  # raises at once for what is out of range
         self.cancelled = threading.Event()
         self._falcon, self._prompt, self._settings = falcon, prompt, settings
 

@@ -27,11 +27,11 @@ _Arrived = queue.SimpleQueue[tuple[int, Message | None]]
 
 _PARENT, _FOLDER = "FALCON_KIT_PARENT", "FALCON_KIT_FOLDER"  # what a worker finds in its environment
 _LINE = "FALCON_KIT_LINE"  # there too, put by the worker itself: the number of its end of the line
-_ALONE = (
+_REDIRECT_STDOUT = (
     f"import os; os.environ[{_LINE!r}] = str(os.dup(1)); os.dup2(2, 1); "  # before an import can print into the line
 )
-_GLANCE = 1.0  # seconds between two looks at whether the parent is alive
-_LAST_WORDS = 2000  # characters quoted of what a dead worker wrote
+_PARENT_POLL_SECONDS = 1.0  # seconds between two looks at whether the parent is alive
+_STDERR_TAIL = 2000  # characters quoted of what a dead worker wrote
 
 
 class WorkerDied(RuntimeError):
@@ -61,7 +61,7 @@ class Workers:
         inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # what can be imported here
         with self._words(rank).open("a") as words:
             return subprocess.Popen(  # noqa: S603  # this interpreter, and code of the kit's own
-                [sys.executable, "-c", _ALONE + code],
+                [sys.executable, "-c", _REDIRECT_STDOUT + code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
@@ -88,16 +88,16 @@ class Workers:
         block = seconds is None or seconds > 0
         rank, message = self._arrived.get(block, seconds if block else None)
         if message is None:
-            raise WorkerDied(self._obituary(rank))
+            raise WorkerDied(self._death_message(rank))
         return rank, message
 
-    def _obituary(self, rank: int) -> str:
+    def _death_message(self, rank: int) -> str:
         if self.closed:
             return "the workers were closed"
         code = self.processes[rank].wait()
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = ": out of memory, perhaps" if cause.endswith("SIGKILL") else ""  # Windows has no such signal
-        words = self._words(rank).read_text(errors="replace").strip()[-_LAST_WORDS:]
+        words = self._words(rank).read_text(errors="replace").strip()[-_STDERR_TAIL:]
         self.close()
         return f"worker {rank} {cause}{hint}" + (f". Its last words:\n{words}" if words else "")
 
@@ -185,5 +185,5 @@ class Link:
 def _follow(parent: int) -> None:
     """Ends this process when its parent is gone. Linux's signal for that comes when the thread that started it ends."""
     while os.getppid() == parent:
-        time.sleep(_GLANCE)
+        time.sleep(_PARENT_POLL_SECONDS)
     os._exit(1)

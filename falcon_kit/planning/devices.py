@@ -63,7 +63,7 @@ class Slot:
     """For a device map: the number of the GPU, or "cpu"."""
     free_bytes: int
     """Memory that may be used."""
-    stores: bool = False
+    offload_target: bool = False
     """Layers are only kept here, and visit a GPU, or host memory, to be computed: host memory beside GPUs, or a disk.
     Such places come last."""
 
@@ -117,11 +117,11 @@ def slots_here(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and slots[0].key != "cpu":
-        slots.append(Slot("host memory", "cpu", environment().available_bytes, stores=True))
+        slots.append(Slot("host memory", "cpu", environment().available_bytes, offload_target=True))
     elif offload == "cpu":
         raise ValueError("offload='cpu' is for layers that find no room on a GPU, and there is none here: try 'disk'")
     if offload == "disk":
-        slots.append(Slot("disk", "disk", free_disk(folder), stores=True))
+        slots.append(Slot("disk", "disk", free_disk(folder), offload_target=True))
     if max_memory is None:
         return tuple(slots)
     keys = [slot.key for slot in slots]
@@ -130,7 +130,7 @@ def slots_here(
         raise ValueError(f"max_memory={max_memory!r} names no device: give {{{keys[0]!r}: '20GiB'}}; {here}")
     if unknown := [key for key in max_memory if key not in keys]:
         raise ValueError(f"max_memory names {unknown[0]!r}, but {here}")
-    if not any(slot.key in max_memory for slot in slots if not slot.stores):
+    if not any(slot.key in max_memory for slot in slots if not slot.offload_target):
         raise ValueError(f"max_memory={dict(max_memory)!r} names no device that computes; {here}")
     return tuple(
         replace(slot, free_bytes=min(slot.free_bytes, _limit(max_memory[slot.key])))

@@ -84,7 +84,7 @@ class Request:
         weights, reason = self.layer()["weights"]
         return {"weights": (weights, f"{reason}, read anew for each token")}
 
-    def visitor(self, away: int) -> dict[str, tuple[int, str]]:
+    def offload_overhead(self, away: int) -> dict[str, tuple[int, str]]:
         """What `away` layers that are kept elsewhere take on the device that computes them, one at a time."""
         parts = self.layer()
         weights, _ = parts.pop("weights")
@@ -133,13 +133,13 @@ def _room(request: Request, slots: Sequence[Slot], away: int) -> list[int]:
     room = [slot.free_bytes - _total(request.device(slot)) for slot in slots]
     room[0] -= _total(request.first()) + memory.last_norm_bytes(request.spec, request.dtype)
     if away:
-        room[0] -= _total(request.visitor(away))
+        room[0] -= _total(request.offload_overhead(away))
     return room
 
 
 def spread(request: Request, slots: Sequence[Slot]) -> list[int]:
     """Layers on each device, as few as can be where they are only kept; none anywhere if they do not fit."""
-    computing = [slot for slot in slots if not slot.stores]
+    computing = [slot for slot in slots if not slot.offload_target]
     stores, layers = slots[len(computing) :], request.spec.layers
     weights, _ = request.layer()["weights"]
     for away in range(layers + 1) if stores else (0,):
@@ -175,7 +175,7 @@ def _balance(request: Request, slots: Sequence[Slot], away: int = 0) -> list[int
     return counts
 
 
-def crowd(request: Request, slots: Sequence[Slot]) -> list[int]:
+def split_by_memory(request: Request, slots: Sequence[Slot]) -> list[int]:
     """Layers by memory, whether they fit or not: how a plan that does not fit is shown."""
     total, wanted = max(1, sum(slot.free_bytes for slot in slots)), request.spec.layers
     counts = [wanted * slot.free_bytes // total for slot in slots]
@@ -185,18 +185,18 @@ def crowd(request: Request, slots: Sequence[Slot]) -> list[int]:
 
 def rows(request: Request, slots: Sequence[Slot], counts: Sequence[int]) -> Iterator[Part]:
     """Every part with its device, size and reason."""
-    done, away = 0, sum(count for slot, count in zip(slots, counts, strict=True) if slot.stores)
+    done, away = 0, sum(count for slot, count in zip(slots, counts, strict=True) if slot.offload_target)
     for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         if index == 0:
             yield from _parts(slot, request.first())
-            yield from _parts(slot, request.visitor(away) if away else {})
+            yield from _parts(slot, request.offload_overhead(away) if away else {})
         if count:
             span = f"layers {done}-{done + count - 1}"
-            held = request.stored_layer() if slot.stores else request.layer()
+            held = request.stored_layer() if slot.offload_target else request.layer()
             yield from _parts(
                 slot, {span if name == "weights" else name: each for name, each in held.items()}, times=count
             )
-        if index == 0 or (count and not slot.stores):
+        if index == 0 or (count and not slot.offload_target):
             yield from _parts(slot, request.device(slot))
         done += count
     norm = memory.last_norm_bytes(request.spec, request.dtype)

@@ -23,11 +23,11 @@ from falcon_kit.planning.placement import (
     Part,
     Purpose,
     Request,
-    crowd,
     device_map,
     rank_rows,
     rank_slots,
     rows,
+    split_by_memory,
     spread,
     within,
 )
@@ -152,7 +152,7 @@ def plan(
         return _plan_ranks(request, rank_slots(request, slots))
     counts = spread(request, slots)
     fits = sum(counts) == shape.layers
-    counts = counts if fits else crowd(request, slots)
+    counts = counts if fits else split_by_memory(request, slots)
     return Plan(
         spec=shape,
         dtype=kept,
@@ -221,7 +221,7 @@ def _suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
         found = next((value for value in values if _fits(_changed(request, name, value), slots)), None)
         if found is not None:
             yield f"another model: {found.name}" if isinstance(found, FalconSpec) else f"{name}={found!r}"
-    if slots[0].key != "cpu" and not slots[-1].stores:
+    if slots[0].key != "cpu" and not slots[-1].offload_target:
         yield from _other_places(request, slots)
     yield "an endpoint that serves it, on a machine of its own"
 
@@ -234,7 +234,7 @@ def _other_places(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
             yield f"more devices: {count} x {kind.name}"
             break
     if request.purpose == "inference" and request.dtype not in memory.QUANTISED:
-        roomy = [*slots, Slot("host memory", "cpu", 2**50, stores=True)]
+        roomy = [*slots, Slot("host memory", "cpu", 2**50, offload_target=True)]
         if away := spread(request, roomy)[-1]:
             yield f"offload='cpu': {away} of {request.spec.layers} layers in host memory, read anew for each token"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import GREY, PALETTE, new_figure
 from falcon_kit.planning.devices import Slot
 from falcon_kit.planning.placement import (
     Part,
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999")  # Okabe and Ito's
-
 
 def draw_plan(rows: Sequence[Part], slots: Sequence[Slot], title: str) -> Figure:
     """What each device holds, part by part, beside what it has."""
@@ -25,15 +23,13 @@ def draw_plan(rows: Sequence[Part], slots: Sequence[Slot], title: str) -> Figure
     axes = figure.subplots()
     names = list(dict.fromkeys(_kind(row) for row in rows))
     left = dict.fromkeys((slot.key for slot in slots), 0.0)
-    for name, colour in zip(names, _COLOURS * 2, strict=False):
+    for name, colour in zip(names, PALETTE * 2, strict=False):
         sizes = {key: sum(row.bytes for row in rows if row.device == key and _kind(row) == name) / GIB for key in left}
         axes.barh([str(key) for key in left], list(sizes.values()), left=list(left.values()), color=colour, label=name)
         left = {key: at + sizes[key] for key, at in left.items()}
     for index, slot in enumerate(slots):
         free = slot.free_bytes / GIB
-        axes.barh(
-            index, max(0.0, free - left[slot.key]), left=left[slot.key], color="none", edgecolor="#999999", hatch="//"
-        )
+        axes.barh(index, max(0.0, free - left[slot.key]), left=left[slot.key], color="none", edgecolor=GREY, hatch="//")
         axes.plot([free, free], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
     axes.invert_yaxis()
     axes.set(

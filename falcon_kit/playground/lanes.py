@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from falcon_kit.catalogue.names import catalogue
 from falcon_kit.generation.chat import Message, encode
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
@@ -26,7 +25,7 @@ class Lane:
     """A `Falcon`, or an endpoint with the same `stream`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Sampling` that it is always given."""
-    turnstile: threading.Lock = field(default_factory=threading.Lock)
+    semaphore: threading.Lock = field(default_factory=threading.Lock)
     """Lets one text through at a time. Lanes of one compiled model share it, because that has one cache."""
 
     @property
@@ -85,7 +84,7 @@ class Reading(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self._lane.turnstile:
+            with self._lane.semaphore:
                 if not self._ended.is_set():
                     self._put(self._read())
         except BaseException as error:  # noqa: BLE001  # shown where the answer would stand
@@ -114,22 +113,11 @@ class Reading(threading.Thread):
 
 def load_source(falcon: Any) -> str:
     """The call of `fk.load` that a model came from, as far as it decides what the model writes."""
-    arguments = [repr(_name(falcon))]
+    arguments = [repr(falcon.name)]
     if falcon.dtype_reason == "as asked":
         arguments.append(f"dtype={falcon.plan.dtype!r}")
     arguments.append(f"chat={falcon.chat_format.name!r}")
     return f"fk.load({', '.join(arguments)})"
-
-
-def _name(falcon: Any) -> str:
-    """What `fk.load` finds a model by again."""
-    if hasattr(falcon, "model"):
-        from falcon_kit.loading.merging import base_name  # not above: it brings PEFT, of which an endpoint has no need
-
-        return base_name(falcon)
-    spec = falcon.spec  # of a model whose weights live in other processes
-    known = spec in catalogue() or "/" not in spec.source
-    return str(spec.hub_id or (spec.name if known else spec.source.removesuffix("/config.json")))
 
 
 def connect_source(endpoint: Any) -> str:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.playground import files
 from falcon_kit.playground.export import code
 from falcon_kit.playground.lanes import Lane, Prompt, model_name
@@ -310,7 +310,7 @@ def _lanes(falcon: Any, compare: Any) -> tuple[Lane, ...]:
             Lane(f"{model_name(falcon)}, {changes}", falcon, dict(compare)),
         )
         if getattr(falcon, "decoding", None):
-            second.turnstile = first.turnstile
+            second.semaphore = first.semaphore
         return first, second
     require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
     names = [model_name(falcon), model_name(compare)]
@@ -320,7 +320,7 @@ def _lanes(falcon: Any, compare: Any) -> tuple[Lane, ...]:
 
 def _check_names(settings: Mapping[str, Any]) -> None:
     """Raises TypeError for a setting that does not exist, with the nearest."""
-    names = [each.name for each in fields(Sampling)]
+    names = list(SAMPLING_FIELDS)
     for name in settings:
         if name not in names:
             raise TypeError(unknown_name("setting", name, names))

@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
@@ -13,12 +13,12 @@ from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.tables import html_table
-from falcon_kit.generation.chat import FALCON, HUB, ChatFormat, Message, chat_format, check_messages, render
-from falcon_kit.generation.prompts import Prompt
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
+from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
-from falcon_kit.serving.protocol import Request, Server, Wire, persist, shown
+from falcon_kit.serving.protocol import Connection, Request, Server, redact_url, retry_stream
 from falcon_kit.serving.stream import Answer, RemoteStream, wait_for, write
 
 Api = Literal["openai", "tgi"]
@@ -56,8 +56,8 @@ class Endpoint:
         Raises LookupError for a wrong model name, PermissionError for a refused key, ConnectionError where nobody
         answers, TimeoutError where nobody speaks, and `IncompleteAnswer`, with the text so far, where one breaks off.
         """
-        sampling, options = _settings(settings)
-        prompts, single = _prompts(prompt)
+        sampling, options = split_settings(settings)
+        prompts, single = check_prompt(prompt)
         copies = sampling.num_return_sequences
         require(
             copies == 1 or sampling.samples,
@@ -74,11 +74,11 @@ class Endpoint:
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> RemoteStream:
         """Continues a text, or answers a conversation, piece by piece; closing the iterator closes the connection."""
-        sampling, options = _settings(settings)
+        sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream carries one text: leave num_return_sequences at 1")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             return self._stream(self._turns(cast(Sequence[Message], prompt), sampling, options), strip=True)
-        prompts, single = _prompts(cast(Prompt, prompt))
+        prompts, single = check_prompt(cast(Prompt, prompt))
         require(single, "a stream carries one text: give one prompt, or use generate()")
         return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), strip=False)
 
@@ -88,7 +88,7 @@ class Endpoint:
         Raises ValueError for unknown roles, turns out of order, or a message that spells out a control token, besides
         what `generate` raises.
         """
-        sampling, options = _settings(settings)
+        sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "chat gives one answer: leave num_return_sequences at 1")
         return self._write_all([self._turns(messages, sampling, options)], strip=True)[0]
 
@@ -119,10 +119,10 @@ class Endpoint:
         answers = [_answer(each, strip) for each in requests]
 
         async def work() -> list[Generation]:
-            turnstile = asyncio.Semaphore(AT_ONCE)
+            semaphore = asyncio.Semaphore(AT_ONCE)
 
             async def one(body: dict[str, Any], answer: Answer) -> Generation:
-                async with turnstile:
+                async with semaphore:
                     return await write(self._server, body, answer, self._retries, self.context)
 
             tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
@@ -179,7 +179,7 @@ def connect(
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
     chosen = None if chat is None else chat_format(chat)
-    wire = Wire(token or _token(url), timeout, retries)
+    wire = Connection(token or _token(url), timeout, retries)
     server = wait_for(_found(url, model, api, wire, session))
     facts, shape = server.facts, _shape(server.facts.model)
     return Endpoint(
@@ -188,30 +188,30 @@ def connect(
         address=facts.address,
         context=context or facts.context or (shape.context if shape else None),
         spec=shape,
-        chat_format=chosen or _default_format(shape),
+        chat_format=chosen or default_format(shape),
         own_format=chosen is not None or not server.chats,
         _server=server,
         _retries=retries,
     )
 
 
-async def _found(url: str, model: str | None, api: Api | None, wire: Wire, session: Any) -> Server:
+async def _found(url: str, model: str | None, api: Api | None, wire: Connection, session: Any) -> Server:
     """The endpoint, asked until it answers."""
 
     async def once() -> AsyncIterator[Server]:
         yield await _find(url, model, api, wire, session)
 
-    async for server in persist(once, wire.retries):
+    async for server in retry_stream(once, wire.retries):
         return server
-    raise AssertionError("persist yields or raises")
+    raise AssertionError("retry_stream yields or raises")
 
 
-async def _find(url: str, model: str | None, api: Api | None, wire: Wire, session: Any) -> Server:
+async def _find(url: str, model: str | None, api: Api | None, wire: Connection, session: Any) -> Server:
     """What speaks at the URL."""
     parts = urlsplit(url.strip())
     require(
         parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc),
-        f"{shown(url)!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
+        f"{redact_url(url)!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
     )
     require("@" not in parts.netloc, "the URL holds a user or password, which logs would show: give a key by token=")
     if parts.scheme == "sagemaker":
@@ -223,7 +223,7 @@ async def _find(url: str, model: str | None, api: Api | None, wire: Wire, sessio
         if found := await tgi.discover(base.geturl(), model, wire):
             return found
         if api == "tgi":
-            raise ConnectionError(f"{shown(url)} is no TGI: its /info tells no model. Check the URL")
+            raise ConnectionError(f"{redact_url(url)} is no TGI: its /info tells no model. Check the URL")
     return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, wire)
 
 
@@ -244,30 +244,6 @@ def _shape(model: str) -> FalconSpec | None:
         return spec(model if Path(model).is_dir() else model.rpartition("/")[2].removesuffix(".gguf"))
     except (LookupError, ValueError, OSError):
         return None
-
-
-def _default_format(shape: FalconSpec | None) -> ChatFormat:
-    """As `load` chooses it: the hub's for the published instruct models, Falcon's own for the others."""
-    return HUB if shape and shape.published and not shape.name.startswith("falcon-180B") else FALCON
-
-
-def _settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """The kit's own settings, checked, and the others."""
-    own = {each.name for each in fields(Sampling)}
-    sampling = Sampling(**{name: value for name, value in settings.items() if name in own})
-    return sampling, {name: value for name, value in settings.items() if name not in own}
-
-
-def _prompts(prompt: Prompt) -> tuple[list[str | list[int]], bool]:
-    """Each prompt, and whether there is only one."""
-    kinds = "a prompt is a text, a list of texts, or one list of token ids"
-    require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
-    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(bool(prompts) and "" not in prompts, "the prompt is empty: give the model something to continue")
-    if all(isinstance(each, int) for each in prompts):
-        return [prompts], True
-    require(all(isinstance(each, str) for each in prompts), f"{kinds}; got a list of other things")
-    return prompts, isinstance(prompt, str)
 
 
 def _answer(request: Request, strip: bool) -> Answer:

@@ -138,7 +138,7 @@ def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -
     writer.add_tensor_data_layout("jploski")  # llama.cpp's name for a projection that is not per group any more
     writer.add_context_length(spec.context)
     writer.add_embedding_length(spec.d_model)
-    writer.add_feed_forward_length(spec.feed_forward)
+    writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_block_count(spec.layers)
     writer.add_head_count(spec.query_heads)
     writer.add_head_count_kv(spec.kv_heads)

@@ -14,15 +14,15 @@ import openai
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.serving.protocol import (
+    Connection,
     Delta,
     Facts,
     Request,
-    Wire,
-    carry,
     failure,
-    look,
+    get_json,
+    map_settings,
     message_in,
-    shown,
+    redact_url,
     unreachable,
 )
 
@@ -81,19 +81,19 @@ class OpenAIServer:
 
     chats = True
 
-    def __init__(self, url: str, facts: Facts, dialect: Dialect, wire: Wire) -> None:
+    def __init__(self, url: str, facts: Facts, dialect: Dialect, wire: Connection) -> None:
         self.facts, self.stops, self._dialect, self._wire = facts, dialect.stops, dialect, wire
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=wire.token or "none",  # the client insists on one
-            max_retries=0,  # `persist` knows when to
+            max_retries=0,  # `retry_stream` knows when to
             timeout=wire.waiting,
         )
 
     def body(self, request: Request) -> dict[str, Any]:
         """The fields of a completion, or of a chat completion."""
         dialect, sampling = self._dialect, request.sampling
-        carried = carry(request, dialect.name, dialect.fields)
+        carried = map_settings(request, dialect.name, dialect.fields)
         body: dict[str, Any] = {"model": self.facts.model, "max_tokens": request.new_tokens, "stream": True}
         body |= dialect.extra
         if dialect.usage:
@@ -195,31 +195,30 @@ def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
     return [(id, logprob) for id, logprob in zip(ids, entries, strict=False) if id is not None]
 
 
-async def discover(url: str, model: str | None, wire: Wire) -> OpenAIServer:
+async def discover(url: str, model: str | None, wire: Connection) -> OpenAIServer:
     """Finds out what serves at `url`, by its list of models or else the paths it documents, and which model."""
-    status, listed = await look(f"{url}/models", wire)
+    status, listed = await get_json(f"{url}/models", wire)
     data = listed.get("data") if isinstance(listed, dict) else None
     models = [each for each in data if isinstance(each, dict) and each.get("id")] if isinstance(data, list) else []
     dialect = await _dialect(url, models, wire)
     if dialect is None:
         raise ConnectionError(
-            f"{shown(url)} does not speak the OpenAI protocol: asked for its models, it answers with HTTP {status} "
-            "and no list of them. Check the URL"
+            f"{redact_url(url)} does not speak the OpenAI protocol: its list of models is HTTP {status}. Check the URL"
         )
     entry = {"id": model} if dialect is TRANSFORMERS else _chosen(models, model)
     if not entry["id"]:
         raise ValueError("`transformers serve` does not tell: pass model=, the name or directory it was started with")
-    facts = Facts(dialect.name, shown(url), entry["id"], await _context(url, entry, dialect, wire))
+    facts = Facts(dialect.name, redact_url(url), entry["id"], await _context(url, entry, dialect, wire))
     return OpenAIServer(url, facts, dialect, wire)
 
 
-async def _dialect(url: str, models: list[dict[str, Any]], wire: Wire) -> Dialect | None:
+async def _dialect(url: str, models: list[dict[str, Any]], wire: Connection) -> Dialect | None:
     """By the owner that the list names; `transformers serve` has a path that no other has, and maybe no list."""
     owners = {each.get("owned_by") for each in models}
     for owner, dialect in (("vllm", VLLM), ("llamacpp", LLAMA_CPP)):
         if owner in owners:
             return dialect
-    _, documented = await look(f"{url.removesuffix('/v1')}/openapi.json", wire)
+    _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", wire)
     if isinstance(documented, dict) and "/load_model" in documented.get("paths", {}):
         return TRANSFORMERS
     return STANDARD if models else None
@@ -236,10 +235,10 @@ def _chosen(models: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     raise LookupError(unknown_name("model", str(model), names))
 
 
-async def _context(url: str, entry: dict[str, Any], dialect: Dialect, wire: Wire) -> int | None:
+async def _context(url: str, entry: dict[str, Any], dialect: Dialect, wire: Connection) -> int | None:
     """Tokens of prompt and answer that one request may have, as vLLM lists and llama.cpp's /props tells."""
     if dialect is not LLAMA_CPP:
         return entry.get("max_model_len")
-    _, properties = await look(f"{url.removesuffix('/v1')}/props", wire)
+    _, properties = await get_json(f"{url.removesuffix('/v1')}/props", wire)
     settings = properties.get("default_generation_settings") if isinstance(properties, dict) else None
     return settings.get("n_ctx") if isinstance(settings, dict) else None

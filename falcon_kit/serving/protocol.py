@@ -15,7 +15,7 @@ import httpx2
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import FinishReason
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each one after
@@ -94,14 +94,14 @@ class Server(Protocol):
     """Whether the protocol carries a conversation for the endpoint's own template."""
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The request as the protocol writes it; ValueError for what it cannot carry."""
+        """The request as the protocol writes it; ValueError for what it has no field for."""
 
     def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends it and yields what comes back."""
 
 
 @dataclass(frozen=True)
-class Wire:
+class Connection:
     """How to reach an endpoint."""
 
     token: str | None = field(repr=False)
@@ -135,7 +135,7 @@ class Unavailable(ConnectionError):
         self.pause = pause
 
 
-async def persist(attempt: Callable[[], AsyncIterator[T]], retries: int) -> AsyncIterator[T]:
+async def retry_stream(attempt: Callable[[], AsyncIterator[T]], retries: int) -> AsyncIterator[T]:
     """Yields what `attempt` does, and begins anew while it is `Unavailable` before its first item."""
     for number in range(retries + 1):
         begun = False
@@ -153,7 +153,7 @@ async def persist(attempt: Callable[[], AsyncIterator[T]], retries: int) -> Asyn
         await asyncio.sleep(pause)
 
 
-def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, Any]:
+def map_settings(request: Request, server: str, names: Mapping[str, str]) -> dict[str, Any]:
     """The options under the endpoint's names; `names` are those of transformers that it has a field for.
 
     Raises ValueError for what it has none for, with what to do instead: nothing is left out silently.
@@ -163,19 +163,19 @@ def carry(request: Request, server: str, names: Mapping[str, str]) -> dict[str, 
         value = getattr(sampling, each.name)
         instead = INSTEAD.get(each.name, "leave it out")
         require(
-            each.name in CARRIED or value == each.default, f"{server} cannot carry {each.name}={value!r}: {instead}"
+            each.name in CARRIED or value == each.default, f"{server} has no field for {each.name}={value!r}: {instead}"
         )
     require(
         sampling.top_k is None or "top_k" in names,
         f"{server} has no field for top_k={sampling.top_k}: give top_p instead",
     )
-    known = dict.fromkeys([each.name for each in fields(Sampling)] + list(names))
+    known = dict.fromkeys(list(SAMPLING_FIELDS) + list(names))
     for name in request.options:
         require(name in names, unknown_name(f"setting for {server}:", name, list(known)))
     return {names[name]: value for name, value in request.options.items()}
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """The address without query and fragment, in which a key may stand."""
     return urlsplit(url)._replace(query="", fragment="").geturl()
 
@@ -211,20 +211,22 @@ def unreachable(error: httpx2.HTTPError, address: str, timeout: float) -> Except
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
         return Unavailable(f"nothing answers at {address}: start the server, or check host and port")
     if isinstance(error, httpx2.TimeoutException):
-        return TimeoutError(f"{address} has not said a word for {timeout:g} s: give a longer timeout=, or look there")
+        return TimeoutError(
+            f"{address} has not said a word for {timeout:g} s: give a longer timeout=, or look at its log"
+        )
     return ConnectionError(f"{address} broke the connection off ({type(error).__name__}): look at its log")
 
 
-async def look(url: str, wire: Wire) -> tuple[int, Any]:
+async def get_json(url: str, wire: Connection) -> tuple[int, Any]:
     """What a GET brings: the status, and the content if it is JSON. Raises for a refused key and a busy endpoint."""
     try:
         async with httpx2.AsyncClient(headers=wire.headers, timeout=wire.waiting) as client:
             response = await client.get(url)
     except httpx2.HTTPError as error:
-        raise unreachable(error, shown(url), wire.timeout) from None
+        raise unreachable(error, redact_url(url), wire.timeout) from None
     if response.status_code in (401, 403, 429, 503):
         said = wire.scrub(message_in(as_json(response.text) or response.text))
-        raise failure(response.status_code, said, shown(url), response.headers)
+        raise failure(response.status_code, said, redact_url(url), response.headers)
     return response.status_code, as_json(response.text)
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
-from falcon_kit.serving.protocol import Delta, Facts, Request, Unavailable, Wire, as_json, failure, message_in
+from falcon_kit.serving.protocol import Connection, Delta, Facts, Request, Unavailable, as_json, failure, message_in
 
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
 REFUSED = (
@@ -25,7 +25,7 @@ REFUSED = (
 class SageMakerServer:
     """Speaks with one endpoint: "tgi" is the schema of TGI and LMI containers, "openai" that of vLLM's."""
 
-    def __init__(self, name: str, api: str, model: str | None, wire: Wire, session: Any) -> None:
+    def __init__(self, name: str, api: str, model: str | None, wire: Connection, session: Any) -> None:
         self._name, self._wire = name, wire
         self._control, self._runtime = _clients(session, wire)
         address = f"sagemaker://{name}"
@@ -130,7 +130,7 @@ class SageMakerServer:
         return ConnectionError(f"{address} failed. AWS says: {said}")
 
 
-def _clients(session: Any, wire: Wire) -> tuple[Any, Any]:
+def _clients(session: Any, wire: Connection) -> tuple[Any, Any]:
     """boto3's clients for the control plane and for invoking."""
     try:
         import boto3
@@ -140,7 +140,7 @@ def _clients(session: Any, wire: Wire) -> tuple[Any, Any]:
         raise ModuleNotFoundError('SageMaker endpoints need boto3: pip install "falcon-kit[sagemaker]"') from None
     # boto3 itself does not know AWS_REGION, which Lambda, ECS and SageMaker set
     session = session or boto3.Session(region_name=os.environ.get("AWS_REGION"))
-    # `persist` knows when to try again
+    # `retry_stream` knows when to try again
     config = Config(retries={"total_max_attempts": 1}, read_timeout=wire.timeout, connect_timeout=min(wire.timeout, 10))
     try:
         return session.client("sagemaker", config=config), session.client("sagemaker-runtime", config=config)

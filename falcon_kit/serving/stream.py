@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from falcon_kit.generation.text import FinishReason, Generation, Piece, Stats, Text
-from falcon_kit.serving.protocol import Delta, Server, persist
+from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
 _LINGER = 1.0  # seconds to wait, after a stop string, for the endpoint's own count of tokens
@@ -99,7 +99,7 @@ async def write(
     """Lets the endpoint write `answer`. Leaving, by whatever cause, closes the connection."""
     begun = False
     try:
-        async with aclosing(persist(lambda: server.deltas(body), retries)) as deltas:  # type: ignore[type-var]
+        async with aclosing(retry_stream(lambda: server.deltas(body), retries)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 begun = True
                 if piece := answer.push(delta):

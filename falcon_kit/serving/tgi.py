@@ -13,16 +13,16 @@ from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.protocol import (
     UNKNOWN,
+    Connection,
     Delta,
     Facts,
     Request,
-    Wire,
     as_json,
-    carry,
     failure,
-    look,
+    get_json,
+    map_settings,
     message_in,
-    shown,
+    redact_url,
     unreachable,
 )
 
@@ -37,7 +37,7 @@ class TGIServer:
     stops = True
     chats = False
 
-    def __init__(self, url: str, facts: Facts, wire: Wire) -> None:
+    def __init__(self, url: str, facts: Facts, wire: Connection) -> None:
         self.facts, self._url, self._wire = facts, url, wire
         self._client = httpx2.AsyncClient(headers=wire.headers, timeout=wire.waiting)
 
@@ -64,7 +64,7 @@ class TGIServer:
 def body(request: Request, server: str) -> dict[str, Any]:
     """GenerateRequest: the prompt, and its GenerateParameters."""
     sampling = request.sampling
-    carried = carry(request, server, _NAMES)
+    carried = map_settings(request, server, _NAMES)
     require(
         isinstance(request.prompt, str),
         f"{server} has no field for token ids or a conversation: give a text, or connect with chat='falcon'",
@@ -104,11 +104,11 @@ def read(line: str, address: str) -> Delta | None:
     )
 
 
-async def discover(url: str, model: str | None, wire: Wire) -> TGIServer | None:
+async def discover(url: str, model: str | None, wire: Connection) -> TGIServer | None:
     """The TGI at `url`, None if what answers there is none."""
-    _, info = await look(f"{url}/info", wire)
+    _, info = await get_json(f"{url}/info", wire)
     if not isinstance(info, dict) or "model_id" not in info:
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))
-    return TGIServer(url, Facts("TGI", shown(url), info["model_id"], info.get("max_total_tokens")), wire)
+    return TGIServer(url, Facts("TGI", redact_url(url), info["model_id"], info.get("max_total_tokens")), wire)

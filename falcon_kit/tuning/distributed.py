@@ -48,7 +48,7 @@ def wait(cpu: bool) -> None:
         PartialState(cpu=cpu).wait_for_everyone()
 
 
-def first_says(value: bool, cpu: bool) -> bool:
+def broadcast_from_rank0(value: bool, cpu: bool) -> bool:
     """What the first process decided, in each of them; all have to call it."""
     PartialState(cpu=cpu)  # makes the group, where there are several
     return bool(broadcast_object_list([value])[0])

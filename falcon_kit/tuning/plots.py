@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import BLUE, PALETTE, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_TRAINED, _HELD_OUT = "#0072B2", "#D55E00"  # Okabe and Ito's
-_COLOURS = (_TRAINED, "#E69F00", "#009E73", _HELD_OUT, "#CC79A7", "#56B4E9")
 
 
 def loss_curve(
@@ -21,9 +18,9 @@ def loss_curve(
     figure = new_figure(7, 3)
     axes = figure.subplots()
     if trained:
-        axes.plot(*zip(*trained, strict=True), color=_TRAINED, linewidth=1, label="batches")
+        axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1, label="batches")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=_HELD_OUT, markersize=4, label="held out")
+        axes.plot(*zip(*held_out, strict=True), "o-", color=VERMILION, markersize=4, label="held out")
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -37,7 +34,7 @@ def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
     figure = new_figure(7, 3)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), color=_COLOURS[index % len(_COLOURS)], label=name)
+        axes.plot(*zip(*points, strict=True), color=PALETTE[index % len(PALETTE)], label=name)
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import attached, base_name
+from falcon_kit.loading.merging import attached
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.plots import loss_curve
@@ -69,7 +69,7 @@ class TuningRun:
         size = sum(file.stat().st_size for file in self.adapter.iterdir())
         facts = {
             "adapter": f"{self.adapter} ({format_bytes(size)})",
-            "base": base_name(self.falcon),
+            "base": self.falcon.name,
             "data": repr(self.packed),
             "steps": str(max((int(each["step"]) for each in self.history if "step" in each), default=0)),
         }
@@ -77,10 +77,10 @@ class TuningRun:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"TuningRun({base_name(self.falcon)}, rank {self.settings.rank}; {figures}; {self.adapter})"
+        return f"TuningRun({self.falcon.name}, rank {self.settings.rank}; {figures}; {self.adapter})"
 
     def _repr_html_(self) -> str:
-        return html_table(f"Tuned {base_name(self.falcon)}", (), self._facts().items())
+        return html_table(f"Tuned {self.falcon.name}", (), self._facts().items())
 
 
 @dataclass(frozen=True, repr=False)

@@ -52,7 +52,7 @@ class AdapterTrainer(Trainer):
         # Sharded weights take the way of models that were sharded while they were loaded: no copy, no second sharding.
         self.is_distributed_loading_by_transformers = distributed.is_sharded(model)
 
-    def go_on(self) -> None:
+    def train_or_resume(self) -> None:
         """Trains from the last checkpoint on, or from the start; after the last step, only reads what it came to."""
         last = self.last()
         self._warn_of_newer(last)
@@ -62,7 +62,7 @@ class AdapterTrainer(Trainer):
                 self.state = state
                 self._read(self._best(state) or last)
                 return
-        with self._between_steps():
+        with self._defer_interrupts():
             self.train(resume_from_checkpoint=str(last) if last else None)
 
     def _read(self, checkpoint: Path) -> None:
@@ -82,7 +82,7 @@ class AdapterTrainer(Trainer):
         return best
 
     @contextmanager
-    def _between_steps(self) -> Iterator[None]:
+    def _defer_interrupts(self) -> Iterator[None]:
         """Ctrl-C waits for the end of a step, where a checkpoint can be written; a second one does not wait.
 
         Only in a single process: several would each stop at another step, and wait for each other.

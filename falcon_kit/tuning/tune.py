@@ -26,7 +26,7 @@ from transformers import EarlyStoppingCallback
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import base_name, detach, fingerprint, is_quantised, quiet
+from falcon_kit.loading.merging import detach, fingerprint, is_quantised, quiet
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Slot, find_slots
@@ -40,7 +40,7 @@ from falcon_kit.tuning.runs import TuningRun, card
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer, arguments
 
-_DO_NOT_MATTER = ("save_every", "answers", "evaluate_every")
+_MAY_CHANGE_ON_RESUME = ("save_every", "answers", "evaluate_every")
 """Settings that an interrupted run may go on with changed: the adapter comes out the same, unless there is patience,
 which counts evaluations."""
 
@@ -80,7 +80,7 @@ def tune(
     test = None if apart is None else packs(apart)
     planned = _plan(falcon, chosen, force)
     run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, apart, planned, quiet)
-    run.claim(resume)
+    run.prepare_output_dir(resume)
     if distributed.is_first() and not quiet:
         show(planned)
     with _as_it_was(falcon), unpacked(falcon.model):
@@ -194,13 +194,13 @@ class _Run:
 
     # The folder belongs to one run
 
-    def claim(self, resume: bool) -> None:
+    def prepare_output_dir(self, resume: bool) -> None:
         """Writes down what this run is, or compares it with what is going on in the folder already."""
         if distributed.is_first():  # the others wait below; if this one refuses, the launcher ends them
-            self._claim(self.directory / "run.json", resume)
+            self._prepare_output_dir(self.directory / "run.json", resume)
         distributed.wait(self._on_cpu)
 
-    def _claim(self, file: Path, resume: bool) -> None:
+    def _prepare_output_dir(self, file: Path, resume: bool) -> None:
         if self.directory.exists() and not self.directory.is_dir():
             raise NotADirectoryError(f"output_dir={str(self.directory)!r} is a file: give a folder")
         written = [each for each in (*self.directory.glob("checkpoint-*"), self.directory / "adapter") if each.exists()]
@@ -216,7 +216,7 @@ class _Run:
         identity = self._identity()
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))
-            free = ("save_every", "answers") if self.settings.patience else _DO_NOT_MATTER
+            free = ("save_every", "answers") if self.settings.patience else _MAY_CHANGE_ON_RESUME
             differs = [
                 f"{name}: {known.get(name)!r} there, {identity.get(name)!r} here"
                 for name in sorted(known.keys() | identity.keys())
@@ -287,7 +287,7 @@ class _Run:
             self.falcon.model.enable_input_require_grads()  # or the first layer's adapters would get no gradient
         with quiet():
             model: PeftModel = get_peft_model(self.falcon.model, config)
-        model.peft_config["default"].base_model_name_or_path = base_name(self.falcon)
+        model.peft_config["default"].base_model_name_or_path = self.falcon.name
         return model
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
@@ -321,14 +321,14 @@ class _Run:
         in_host_memory = self.falcon.model.device.type == "cpu"
         if in_host_memory and torch.cuda.is_available():
             return True  # what else would it wait there for?
-        return distributed.first_says(not self.plan.fits, in_host_memory)
+        return distributed.broadcast_from_rank0(not self.plan.fits, in_host_memory)
 
     def _train(self, trainer: AdapterTrainer) -> None:
         shown = distributed.is_first() and not self.quiet
         watch = Watch(trainer, shown, Live() if shown and in_notebook() else lambda *_, **__: None)
         trainer.add_callback(watch)
         try:
-            trainer.go_on()
+            trainer.train_or_resume()
         except KeyboardInterrupt:
             if distributed.is_first():
                 last = trainer.last()
@@ -352,7 +352,7 @@ class _Run:
         if not chosen.checkpointing:
             tries.append("checkpointing=True: keep less, compute it again")
         if not is_quantised(self.falcon.model):
-            tries.append(f"fk.load({base_name(self.falcon)!r}, dtype='nf4'): QLoRA")
+            tries.append(f"fk.load({self.falcon.name!r}, dtype='nf4'): QLoRA")
         if (chosen.context or 0) >= 256:
             tries.append(f"context={(chosen.context or 0) // 2}: longer conversations are cut")
         happened = (
@@ -391,7 +391,7 @@ class _Run:
         adapter = self.directory / "adapter"
         if distributed.is_first():
             record = {
-                "base": base_name(self.falcon),
+                "base": self.falcon.name,
                 "base_fingerprint": self._fingerprint,
                 "chat_format": self.falcon.chat_format.name,
                 "settings": asdict(self.settings),
@@ -399,7 +399,7 @@ class _Run:
                 "history": trainer.state.log_history,
             }
             form, name = self.falcon.chat_format, self.directory.resolve().name
-            text = card(base_name(self.falcon), name, form, self.train, self.settings, figures)
+            text = card(self.falcon.name, name, form, self.train, self.settings, figures)
             (adapter / "README.md").write_text(text, encoding="utf-8")
             (adapter / "unfinished.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (adapter / "unfinished.json").rename(adapter / RECORD)

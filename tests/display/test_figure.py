@@ -11,7 +11,7 @@ from falcon_kit.display.figure import new_figure
 PROGRAM = """
 import sys
 from IPython.core.formatters import DisplayFormatter
-from falcon_kit.plots.canvas import new_figure
+from falcon_kit.display.figure import new_figure
 shown, _ = DisplayFormatter().format(new_figure(2, 1))
 print(sorted(shown), "matplotlib.pyplot" in sys.modules)
 """

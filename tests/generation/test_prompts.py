@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_kit.generation.prompts import check_tokens, room, token_ids
+from falcon_kit.generation.prompts import check_prompt, check_tokens, room, token_ids
 from falcon_kit.generation.sampling import Sampling
 
 CONTEXT = 64
@@ -27,13 +27,22 @@ def test_of_a_prompt_that_is_cut_on_the_left_half_the_context_stays(lengths, wan
     assert left >= min(max(lengths), CONTEXT // 2)
 
 
-@pytest.mark.parametrize("text", ["", "Hello", "two\nlines 🦒"])
+@pytest.mark.parametrize("text", ["Hello", "two\nlines 🦒"])
 def test_texts_become_the_ids_that_the_tokenizer_gives(tokenizer, text):
-    if text:
-        assert token_ids(tokenizer, [text, text]) == [tokenizer(text)["input_ids"]] * 2
-    else:
-        with pytest.raises(ValueError, match="prompt 2 of 3 is empty"):
-            token_ids(tokenizer, ["Hello", text, "Hello"])
+    assert token_ids(tokenizer, [text, [7, 8]]) == [tokenizer(text)["input_ids"], [7, 8]]
+
+
+def test_an_empty_prompt_is_named_by_its_number():
+    with pytest.raises(ValueError, match="prompt 2 of 3 is empty"):
+        check_prompt(["Hello", "", "Hello"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts", "single"),
+    [("a", ["a"], True), (["a"], ["a"], False), (["a", "b"], ["a", "b"], False), ([7, 8], [[7, 8]], True)],
+)
+def test_a_prompt_is_one_text_several_or_token_ids(prompt, prompts, single):
+    assert check_prompt(prompt) == (prompts, single)
 
 
 @pytest.mark.parametrize("wrong", [-1, 100])

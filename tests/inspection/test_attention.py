@@ -473,7 +473,9 @@ def test_a_model_that_is_no_falcon_is_refused(tokenizer):
 
 
 def test_a_model_in_other_processes_is_refused(instruct):
-    parallel = ParallelFalcon(None, instruct.tokenizer, instruct.spec, instruct.plan, instruct.chat_format, "as asked")
+    parallel = ParallelFalcon(
+        None, "falconet", instruct.tokenizer, instruct.spec, instruct.plan, instruct.chat_format, "as asked"
+    )
     with pytest.raises(
         TypeError, match="live in other processes, where they cannot be watched: load the model without"
     ):

@@ -12,6 +12,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.loading import adapters
+from falcon_kit.loading.merging import fingerprint
 from tests.conftest import legacy, logits, small_model
 from tests.loading.test_checkpoints import cached
 
@@ -174,7 +175,7 @@ def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
 
 
 def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
-    trained = {"base_fingerprint": fk.merging.fingerprint(fk.load(tmp_path / "base").model)}
+    trained = {"base_fingerprint": fingerprint(fk.load(tmp_path / "base").model)}
     (of_40b / adapters.RECORD).write_text(json.dumps(trained))
     loaded = fk.load(of_40b)
     with pytest.raises(ValueError, match=r"was made for .*, whose weights are others"):
@@ -186,7 +187,7 @@ def test_a_saved_model_still_knows_what_was_merged_into_it(of_40b, tmp_path):
     loaded.model.save_pretrained(tmp_path / "saved")
     loaded.tokenizer.save_pretrained(tmp_path / "saved")
     again = fk.load(tmp_path / "saved")
-    assert fk.merging.fingerprint(again.model) == fk.merging.fingerprint(loaded.model)
+    assert fingerprint(again.model) == fingerprint(loaded.model)
     assert again.model.config.merged_adapters == [adapters.digest(of_40b)]
 
 

@@ -216,7 +216,7 @@ def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path
     tokenizer.save_pretrained(tmp_path)
     whole = fk.plan(tmp_path, "float32", devices=[Slot("cpu", "cpu", 2**40)]).total_bytes
     layer = 4 * fk.spec(tmp_path).layer_parameters
-    slots = (Slot("cpu", "cpu", whole - 3 * layer), Slot("disk", "disk", 2**40, stores=True))
+    slots = (Slot("cpu", "cpu", whole - 3 * layer), Slot("disk", "disk", 2**40, offload_target=True))
     monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: slots)
     falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go

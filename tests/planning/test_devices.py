@@ -124,4 +124,4 @@ def test_the_folder_to_offload_to_need_not_be_there_yet(tmp_path):
 def test_offloading_adds_places_that_only_keep_behind_the_gpus(offload, keys, tmp_path):
     slots = slots_here(None, offload, tmp_path)
     assert [slot.key for slot in slots] == keys
-    assert [slot.stores for slot in slots] == [key in ("cpu", "disk") for key in keys]
+    assert [slot.offload_target for slot in slots] == [key in ("cpu", "disk") for key in keys]

@@ -155,14 +155,16 @@ def gpu_and(*more, gib=40):
 
 
 def test_layers_that_find_no_room_are_kept_in_host_memory():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
     on_gpu, kept = layers_on(plan)
     assert (plan.fits, on_gpu + kept) == (True, 60)
     assert used(plan)[0] <= 40 * GIB < used(plan)[0] + 2 * plan.spec.layer_parameters
 
 
 def test_a_disk_takes_what_host_memory_cannot():
-    slots = gpu_and(Slot("host memory", "cpu", 10 * GIB, stores=True), Slot("disk", "disk", 900 * GIB, stores=True))
+    slots = gpu_and(
+        Slot("host memory", "cpu", 10 * GIB, offload_target=True), Slot("disk", "disk", 900 * GIB, offload_target=True)
+    )
     plan = fk.plan("falcon-40b", devices=slots)
     assert plan.fits
     assert used(plan)["cpu"] <= 10 * GIB < used(plan)["cpu"] + 2 * plan.spec.layer_parameters
@@ -170,24 +172,26 @@ def test_a_disk_takes_what_host_memory_cannot():
 
 
 def test_the_cache_of_a_layer_that_is_kept_elsewhere_lies_where_it_is_computed():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
     assert sum(row.bytes for row in plan.rows if row.part == "KV cache" and row.device == 0) == plan.kv_bytes
 
 
 def test_nothing_is_kept_elsewhere_that_has_room():
-    plan = fk.plan("falcon-7b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, stores=True)))
+    plan = fk.plan("falcon-7b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
     assert layers_on(plan) == [32, 0]
 
 
 def test_a_place_that_keeps_too_little_does_not_make_it_fit():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 9 * GIB, stores=True)))
+    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 9 * GIB, offload_target=True)))
     assert not plan.fits
 
 
 @given(gpu=st.integers(4, 120), host=st.integers(1, 120), disk=st.integers(0, 120))
 def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
     slots = gpu_and(
-        Slot("host memory", "cpu", host * GIB, stores=True), Slot("disk", "disk", disk * GIB, stores=True), gib=gpu
+        Slot("host memory", "cpu", host * GIB, offload_target=True),
+        Slot("disk", "disk", disk * GIB, offload_target=True),
+        gib=gpu,
     )
     plan = fk.plan("falcon-40b", devices=slots)
     if plan.fits:
@@ -197,7 +201,7 @@ def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
 
 @given(gpu=st.integers(0, 8), host=st.integers(0, 120), name=st.sampled_from(["falcon-40b", "falcon-7b"]))
 def test_there_is_a_device_map_exactly_where_it_fits(gpu, host, name):
-    slots = gpu_and(Slot("host memory", "cpu", host * GIB, stores=True), gib=gpu)
+    slots = gpu_and(Slot("host memory", "cpu", host * GIB, offload_target=True), gib=gpu)
     plan = fk.plan(name, devices=slots)
     assert bool(plan.device_map) == plan.fits == (not plan.suggestions)
 
@@ -252,7 +256,7 @@ def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, ba
 import re, torch
 from pathlib import Path
 from transformers import FalconConfig
-from falcon_kit.modeling import FalconForCausalLM
+from falcon_kit.model.modeling import FalconForCausalLM
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 with torch.inference_mode():
     torch.set_default_dtype(torch.{dtype})

@@ -662,11 +662,16 @@ def test_the_code_of_a_model_with_an_adapter_loads_the_adapter(tmp_path):
 def test_the_code_of_a_model_in_other_processes_loads_it_by_name(instruct):
     assert load_source(parallel(instruct)).startswith("fk.load('falconet-instruct', ")
     spec = replace(instruct.spec, name="mine", source="/models/mine/config.json")
-    assert load_source(parallel(replace(instruct, spec=spec))).startswith("fk.load('/models/mine', ")
+    assert load_source(parallel(replace(instruct, spec=spec), "/models/mine")).startswith("fk.load('/models/mine', ")
 
 
-def parallel(falcon):
-    return fk.ParallelFalcon(None, falcon.tokenizer, falcon.spec, falcon.plan, falcon.chat_format, "by default")
+INSTRUCT = str(embedded_directory("falconet-instruct"))
+
+
+def parallel(falcon, directory=INSTRUCT):
+    return fk.ParallelFalcon(
+        None, directory, falcon.tokenizer, falcon.spec, falcon.plan, falcon.chat_format, "by default"
+    )
 
 
 @given(turns)

@@ -71,7 +71,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(monkeypatch):
         full_size.run()
 
 
-SMALL = FalconSpec("small", layers=2, d_model=256, query_heads=4, kv_heads=2, vocabulary=2048, feed_forward=1024)
+SMALL = FalconSpec("small", layers=2, d_model=256, query_heads=4, kv_heads=2, vocabulary=2048, intermediate_size=1024)
 
 
 def test_the_contestants_of_inspection_see_the_same_attention():

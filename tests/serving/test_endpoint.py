@@ -288,9 +288,9 @@ def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
     class Later(fk.Sampling):
         new: int = 0
 
-    protocol.carry(Request("Hello", (), Later(), {}, ()), "vLLM", {})
+    protocol.map_settings(Request("Hello", (), Later(), {}, ()), "vLLM", {})
     with pytest.raises(ValueError, match="vLLM cannot carry new=3: leave it out"):
-        protocol.carry(Request("Hello", (), Later(new=3), {}, ()), "vLLM", {})
+        protocol.map_settings(Request("Hello", (), Later(new=3), {}, ()), "vLLM", {})
 
 
 # Ending it
@@ -481,7 +481,7 @@ def test_nothing_is_begun_again_once_a_piece_has_come():
         raise protocol.Unavailable("busy")
 
     async def collect():
-        return [item async for item in protocol.persist(attempt, retries=3)]
+        return [item async for item in protocol.retry_stream(attempt, retries=3)]
 
     # In a thread of its own: tests in a browser leave a running loop in this one.
     with ThreadPoolExecutor(1) as thread, pytest.raises(ConnectionError, match="busy"):

@@ -495,7 +495,7 @@ def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
 def test_the_first_process_decides_for_all_whether_to_shard_what_can_be(monkeypatch, dtype, sharded):
     falcon = fk.load("falconet", dtype=dtype)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("falcon_kit.tuning.distributed.first_says", lambda *_: True)
+    monkeypatch.setattr("falcon_kit.tuning.distributed.broadcast_from_rank0", lambda *_: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run = tune._Run(falcon, fk.Tuning(), None, None, None, None, falcon.plan, True)
     assert run._sharded is sharded

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import BLUE, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 _NUMBERED = 64  # heads up to which each has its number written into it
 _LABELLED = 40  # tokens up to which each is written beside a map
 _PIXELS = 512  # of a map: more would not be seen
@@ -111,7 +110,7 @@ def likeness(within: Floats, across: Floats) -> Figure:
     layers = np.arange(len(within))
     axes.plot(np.repeat(layers, within.shape[1]), within.ravel(), "o", color=BLUE, alpha=0.6, label="of one KV group")
     axes.plot(layers, within.mean(-1), color=BLUE, label="their mean")
-    axes.plot(layers, across, "s--", color=ORANGE, label="of different KV groups, mean")
+    axes.plot(layers, across, "s--", color=VERMILION, label="of different KV groups, mean")
     axes.set(xlabel="layer", ylabel="likeness, 0 to 1", ylim=(-0.02, 1.02))
     figure.suptitle("How alike two query heads attend (Bhattacharyya coefficient, mean over queries)", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

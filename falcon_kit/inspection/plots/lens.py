@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 _LABELLED = 60  # tokens up to which each is written below a line
 
 
@@ -56,7 +55,7 @@ def shares(embedding: float, attention: Floats, mlp: Floats, title: str) -> Figu
     at = np.arange(len(mlp))
     axes.bar([-1], [embedding], 0.4, color=GREY, label="embedding")
     axes.bar(at - 0.2, attention, 0.4, color=BLUE, label="attention")
-    axes.bar(at + 0.2, mlp, 0.4, color=ORANGE, label="feed-forward")
+    axes.bar(at + 0.2, mlp, 0.4, color=VERMILION, label="feed-forward")
     axes.plot([-1, *at], embedding + np.cumsum([0, *(attention + mlp)]), "o-", color=GREEN, label="sum so far")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks([-1, *at], ["emb.", *map(str, at)], fontsize=9 if len(at) <= 32 else 5)
@@ -70,7 +69,7 @@ def surprisal(words: Sequence[str], lines: Mapping[str, Floats], title: str = "S
     """Bits of surprise at each token, a line for each name."""
     figure = new_figure(max(6.0, min(12.0, 0.2 * len(words) + 2)), 3.2)
     axes = figure.subplots()
-    for (name, values), colour, mark in zip(lines.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
+    for (name, values), colour, mark in zip(lines.items(), (BLUE, VERMILION, GREEN), "os^", strict=False):
         axes.plot(values, f"{mark}-", color=colour, label=name, markersize=3, linewidth=1)
     _name_tokens(axes, words)
     axes.set(ylabel="bits", ylim=(0, None))
@@ -85,7 +84,7 @@ def attribution(words: Sequence[str], scores: Floats, title: str) -> Figure:
     """What each token adds to the log-probability of a prediction."""
     figure = new_figure(max(6.0, min(12.0, 0.25 * len(words) + 2)), 3.2)
     axes = figure.subplots()
-    axes.bar(range(len(words)), scores, color=[BLUE if score >= 0 else ORANGE for score in scores])
+    axes.bar(range(len(words)), scores, color=[BLUE if score >= 0 else VERMILION for score in scores])
     axes.axhline(0, color="black", linewidth=0.8)
     _name_tokens(axes, words)
     axes.set(ylabel="nats of log-probability")

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-_KINDS = {"whole": (BLUE, "whole characters"), "part": (ORANGE, "part of a character"), "special": (GREEN, "special")}
+_KINDS = {
+    "whole": (BLUE, "whole characters"),
+    "part": (VERMILION, "part of a character"),
+    "special": (GREEN, "special"),
+}
 _LABELLED = 60  # tokens up to which each is written below its bar
 
 
@@ -65,7 +68,7 @@ def languages(
 def _bars(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
     height = 0.8 / len(series)
     for row, (name, values) in enumerate(series.items()):
-        colour = (BLUE, ORANGE, GREEN, GREY)[row % 4]
+        colour = (BLUE, VERMILION, GREEN, GREY)[row % 4]
         at = np.arange(len(values)) + (row - (len(series) - 1) / 2) * height
         axes.barh(at, np.nan_to_num(values), height, color=colour, label=name)
     axes.grid(alpha=0.3, axis="x")

@@ -1,0 +1,117 @@
+"""A file or folder that is written anew is the old one or the new one, whatever happens in between."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from falcon_kit.display.saving import atomic_file, atomic_folder, write_text
+
+DEAD = 2**22 + 1  # above the largest process id that Linux gives
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_under_its_name_with_what_was_written(tmp_path):
+    assert write_text(tmp_path / "a.json", "é").read_bytes() == "é".encode()
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_file_is_the_one_before_where_writing_fails(tmp_path):
+    (tmp_path / "a").write_text("before")
+
+    def interrupted():
+        with atomic_file(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "a").read_text() == "before"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stale").touch()
+    with atomic_folder(tmp_path / "run") as partial:
+        (partial / "fresh").touch()
+    assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["fresh"])
+
+
+def test_a_folder_is_the_one_before_where_filling_fails(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "good").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "run"):
+        _ = 1 / 0
+    assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["good"])
+
+
+@pytest.mark.parametrize("context", [atomic_file, atomic_folder])
+def test_a_symbolic_link_is_replaced_and_what_it_led_to_is_not_touched(context, tmp_path):
+    (tmp_path / "real").mkdir()
+    if context is atomic_file:
+        (tmp_path / "link").symlink_to(tmp_path / "precious")
+        (tmp_path / "precious").write_text("precious")
+    else:
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        (tmp_path / "real" / "precious").write_text("precious")
+    with context(tmp_path / "link") as partial:
+        (partial / "a" if context is atomic_folder else partial).write_text("new")
+    assert not (tmp_path / "link").is_symlink()
+    assert [path.read_text() for path in tmp_path.rglob("precious")] == ["precious"]
+
+
+def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
+    (tmp_path / f".a.{DEAD}.new.partial").write_text("half")
+    (tmp_path / f".a.{os.getpid()}.other.partial").write_text("still being written")
+    write_text(tmp_path / "a", "whole")
+    assert names(tmp_path) == [f".a.{os.getpid()}.other.partial", "a"]
+
+
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path):
+    (tmp_path / f".run.{DEAD}.old.partial").mkdir()
+    (tmp_path / f".run.{DEAD}.old.partial" / "good").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "run"):
+        _ = 1 / 0
+    assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["good"])
+
+
+def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
+    (tmp_path / "a").write_text("before")
+    code = (
+        "import os, sys; from falcon_kit.display.saving import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "a"]).returncode == -9
+    assert (tmp_path / "a").read_text() == "before"
+    write_text(tmp_path / "a", "after")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 2**20))
+    with (
+        pytest.raises(OSError, match=r"a needs 2.00 MiB, and .* has 1.00 MiB free"),
+        atomic_file(tmp_path / "a", 2**21),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_place_of_the_wrong_kind_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(FileNotFoundError, match=r"there is no directory .* make it first"),
+        atomic_file(tmp_path / "x/a"),
+    ):
+        pass
+    with pytest.raises(IsADirectoryError, match="give the name of a file in it"), atomic_file(tmp_path):
+        pass
+    with pytest.raises(NotADirectoryError, match="is a file: give a folder"), atomic_folder(tmp_path / "file"):
+        pass
