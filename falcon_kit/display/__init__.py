@@ -2,9 +2,9 @@
 
 The files, in the order of their imports:
 
-errors.py  a check with its message, and the text about an unknown name
+errors.py  a check that raises ValueError, and the error text for an unknown name
 tables.py  byte counts as text, HTML tables
-saving.py  files and folders that are complete or absent
-figure.py  the palette, and the empty matplotlib figure that every plot starts from
-page.py    the self-contained HTML page that every view starts from, with its escaping
+saving.py  atomic writes of files and folders
+figure.py  the colour palette, and an empty matplotlib figure that notebooks display
+page.py    a self-contained HTML page for a view, and the escaping of text
 """

@@ -1,4 +1,4 @@
-"""Checks of what a caller gave, and what an error says about a wrong name."""
+"""Checks of arguments, and the error text for an unknown name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
-    """The text of an error about a name that is not one of `known`: it gives the nearest ones, or else all of them."""
+    """The error text for a name that is not one of `known`: it lists the nearest names, or all if none is near."""
     names = {name.lower(): name for name in known}
     nearest = [names[name] for name in get_close_matches(given.strip().lower().rpartition("/")[2], names, cutoff=0.55)]
     hint = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."

@@ -1,4 +1,4 @@
-"""The ground every figure stands on."""
+"""The colour palette and the empty figure that every plot uses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 BLUE, AMBER, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, YELLOW, GREY = "#56B4E9", "#D55E00", "#F0E442", "#777777"
 PALETTE = (BLUE, AMBER, GREEN, PURPLE, SKY, VERMILION, YELLOW, GREY)
-"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
-_DPI = 96  # pyplot's figures in Jupyter have 72, at which labels of 9 points are hard to read
+"""The colours of Okabe and Ito, which colour-blind readers can tell apart."""
+_DPI = 96  # Jupyter renders pyplot's figures at 72, where labels of 9 points are hard to read
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches wide and high, that a notebook shows whether or not it has imported pyplot.
+    """An empty figure of this width and height in inches. A notebook displays it without importing pyplot.
 
-    It does not belong to pyplot, so it needs no closing, and threads may draw it.
+    The figure is not registered with pyplot: it needs no `plt.close`, and it may be drawn in any thread.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    cast(Any, figure)._repr_png_ = partial(_png, figure)  # what Jupyter asks an object for
+    cast(Any, figure)._repr_png_ = partial(_png, figure)  # Jupyter calls this method to display an object
     return figure
 
 
 def _png(figure: Figure) -> bytes:
-    """The picture in a palette of 256 colours: a third of the bytes in every notebook that keeps it."""
+    """The figure as a PNG of 256 colours, which takes a third of the bytes of a full-colour PNG in a saved notebook."""
     from PIL import Image
 
-    drawn, written = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=_DPI)
-    Image.open(drawn).convert("RGB").quantize(256).save(written, format="png", optimize=True)
-    return written.getvalue()
+    full, reduced = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=_DPI)
+    Image.open(full).convert("RGB").quantize(256).save(reduced, format="png", optimize=True)
+    return reduced.getvalue()

@@ -1,11 +1,11 @@
-"""The shell of every HTML view: a fragment for a notebook cell, and the same as a whole page in a file.
+"""`Page`, the base of every HTML view: a fragment for a notebook cell, or a complete HTML file.
 
-A view may not touch what stands around it, nor be touched by what it shows:
+A view is isolated from the surrounding notebook and from the text that it displays:
 
-- its style and script apply below one element, whose class is the hash of the view, so that many fit in one notebook;
-- text goes through `text_html`: escaped, isolated from its neighbours' reading direction, invisible characters shown;
-- data for the script goes through `Page.data`, as JSON that cannot end its element;
-- as a file it has a policy that forbids the browser everything but this style and this script.
+- its style and script apply to one element, whose class is a hash of the view, so that a notebook can hold many views;
+- text goes through `text_html`, which escapes it, isolates its direction and makes invisible characters visible;
+- data for the script goes through `Page.data`, as JSON in which `<`, `>` and `&` are escaped;
+- the HTML file has a Content-Security-Policy that allows only this style and this script.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 
 from falcon_kit.display.figure import PALETTE
 
-_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # letters and marks by category, yet nothing to see
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # invisible letters and marks
 
-# Text has the colour of whatever holds the view, and shades are mixed from it, so that both themes come out right. What
-# covers other text (a popup, a button) takes the pair of ink and paper, which JupyterLab, Colab and VS Code name in
-# variables, and a page of our own has from the browser.
+# Text inherits its colour, and shades are mixed from it, so that the view fits light and dark themes. Elements that
+# cover other text (popups, buttons) use --ink and --paper: the theme's variables in JupyterLab, Colab and VS Code, and
+# the browser's system colours in a file.
 _STYLE = """
   --ink: var(--jp-ui-font-color1, var(--colab-primary-text-color, var(--vscode-editor-foreground, CanvasText)));
   --paper: var(--jp-layout-color1, var(--colab-primary-surface-color, var(--vscode-editor-background, Canvas)));
@@ -51,7 +51,7 @@ _STYLE = """
   & .scroll { overflow: auto; max-height: 30em; }
 """
 
-# Views that are alike share their class; each is brought to life once.
+# Identical views share a class; `data-live` marks those that the script has already initialised.
 _SCRIPT = """
 for (const root of document.querySelectorAll(".SCOPE:not([data-live])")) {
   root.dataset.live = "";
@@ -65,29 +65,29 @@ _PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1em auto; max-
 
 @dataclass(frozen=True, repr=False)
 class Page:
-    """One HTML view. In Jupyter it draws itself; `write` makes it a file."""
+    """One HTML view. Jupyter displays it; `write` saves it as a file."""
 
     title: str
-    """Plain text: the heading, and the title of the file."""
+    """Plain text: the heading of the view and the title of the file."""
     body: str
-    """HTML in which every text went through `text_html` or `html.escape`."""
+    """HTML. All text in it is already escaped with `text_html` or `html.escape`."""
     style: str = ""
-    """CSS inside the view's own element: `& .cell { ... }`, or bare declarations for the element itself."""
+    """CSS nested in the view's element: `& .cell { ... }`, or declarations for the element itself."""
     script: str = ""
-    """Body of a JavaScript function of `root`, the element, and `data`; it adds comfort, never content."""
+    """Body of a JavaScript function of `root` (the element) and `data`. It only adds interaction, no content."""
     data: Any = None
-    """What the script reads: anything that JSON can hold."""
+    """Data for the script; it must be serialisable as JSON."""
 
     def __post_init__(self) -> None:
         if "</" in self.script or "</" in self.style:
-            raise ValueError("'</' in a view's script or style could end its element: write '<\\/' instead")
+            raise ValueError("'</' in a view's script or style could close its element: write '<\\/' instead")
 
     def __repr__(self) -> str:
         return f"Page({visible(self.title)!r}, {len(self.body):,} characters)"
 
     @property
     def scope(self) -> str:
-        """The class of the view's element: the same for the same view, so that committed outputs stay as they are."""
+        """The class of the view's element. It depends on the content only, so that saved outputs do not change."""
         parts = json.dumps([self.title, self.body, self.style, self.script, self.data])
         return f"fk-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
@@ -96,7 +96,7 @@ class Page:
         return self._fragment(self._source())
 
     def document(self) -> str:
-        """The view as a whole page, which loads nothing and runs nothing but its own script."""
+        """The view as a complete HTML page. It loads nothing and runs only its own script."""
         source = self._source()
         allowed = b64encode(hashlib.sha256(source.encode()).digest()).decode()
         policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
@@ -109,7 +109,7 @@ class Page:
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the whole page to a file and returns its path. Raises OSError where that cannot be."""
+        """Writes the complete page to a file and returns the path. Raises OSError if the file cannot be written."""
         file = Path(path)
         file.write_text(self.document(), encoding="utf-8", newline="\n")
         return file
@@ -127,50 +127,50 @@ class Page:
 
 
 def _data(value: Any) -> str:
-    """Data in an element of its own. JSON escaped so far that no browser sees a tag, a comment or an entity in it."""
-    text = json.dumps(value, separators=(",", ":"))  # pure ASCII, lone surrogates and line separators included
+    """The data as a JSON script element, escaped so that it contains no HTML tag, comment or entity."""
+    text = json.dumps(value, separators=(",", ":"))  # ASCII only: lone surrogates and line separators are escaped too
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return f'<script type="application/json">{text}</script>'
 
 
 def text_html(text: str, spaces: bool = False) -> str:
-    """Text as HTML: escaped, its reading direction kept to itself, and nothing in it invisible.
+    """Text as HTML: escaped, with its reading direction isolated, and with invisible characters made visible.
 
-    spaces: shows them too, as a raised dot.
+    spaces: show spaces as a raised dot.
     """
-    marked = ((each, _mark(each, spaces)) for each in text)
-    shown = "".join(escape(each) if mark is None else f'<i class="mark">{mark}</i>' for each, mark in marked)
-    return f"<bdi>{_seat(text)}{shown}</bdi>"
+    pairs = ((each, _stand_in(each, spaces)) for each in text)
+    escaped = "".join(escape(each) if mark is None else f'<i class="mark">{mark}</i>' for each, mark in pairs)
+    return f"<bdi>{_base_for_mark(text)}{escaped}</bdi>"
 
 
 def visible(text: str, spaces: bool = False) -> str:
-    """The text without anything that is invisible or acts on its neighbours: "a\\x00" is "a␀", U+202E is "[U+202E]".
+    """The text with visible stand-ins for invisible and control characters: "a\\x00" is "a␀", U+202E is "[U+202E]".
 
-    For places that take plain text: labels of a figure, a title, an attribute (after `html.escape`).
+    For plain text: labels of a figure, a title, an HTML attribute (after `html.escape`).
     """
-    return _seat(text) + "".join(_mark(each, spaces) or each for each in text)
+    return _base_for_mark(text) + "".join(_stand_in(each, spaces) or each for each in text)
 
 
 def percent(probability: float) -> str:
-    """A probability in percent, never rounded up to certainty."""
+    """A probability in percent, rounded down: 0.9996 is "99.9%", not "100.0%"."""
     return f"{math.floor(1000 * probability + 1e-6) / 10:.1f}%"
 
 
 def direction(text: str) -> str:
-    """For the attribute `dir`: "rtl" if the first letter that has a direction is written from right to left."""
+    """The value of the HTML attribute `dir`: "rtl" if the first letter that has a direction is right-to-left."""
     strong = (kind for each in text if (kind := unicodedata.bidirectional(each)) in ("L", "R", "AL"))
     return "ltr" if next(strong, "L") == "L" else "rtl"
 
 
-def _seat(text: str) -> str:
-    """What an accent that comes first sits on, or it would sit on whatever stands before it."""
-    return "◌" if text and unicodedata.category(text[0]) in ("Mn", "Me", "Mc") and not _mark(text[0], False) else ""
+def _base_for_mark(text: str) -> str:
+    """A dotted circle if the text starts with a combining mark, which would combine with the text before it."""
+    return "◌" if text and unicodedata.category(text[0]) in ("Mn", "Me", "Mc") and not _stand_in(text[0], False) else ""
 
 
 @lru_cache(maxsize=4096)
-def _mark(character: str, spaces: bool) -> str | None:
-    """What to show in place of a character that shows nothing itself; None for one that does."""
+def _stand_in(character: str, spaces: bool) -> str | None:
+    """The visible stand-in for an invisible character; None for a visible one."""
     code = ord(character)
     if code < 0x20 or code == 0x7F:
         return {"\n": "↵", "\t": "⇥", "\x7f": "␡"}.get(character, chr(0x2400 + code % 0x20))

@@ -1,4 +1,4 @@
-"""Sizes and tables as people read them."""
+"""Byte counts as text, and HTML tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 
 def format_bytes(count: float) -> str:
-    """A byte count in binary units, to three digits or more: 122880 is "120 KiB", 4026531840 is "3.75 GiB"."""
+    """A byte count in binary units with at least three digits: 122880 is "120 KiB", 4026531840 is "3.75 GiB"."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1023.5 and len(units) > 1:
         value /= 1024
@@ -17,7 +17,7 @@ def format_bytes(count: float) -> str:
 
 
 def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table of text, all of it escaped; it brings no colours, so that it reads in light and dark themes."""
+    """An HTML table with escaped text. It sets no colours, so that light and dark themes can both display it."""
     left = ' style="text-align: left"'
     head = "".join(f'<th scope="col"{left}>{escape(text)}</th>' for text in header)
     body = "".join(

@@ -1,4 +1,4 @@
-"""Figures show themselves in a notebook."""
+"""Jupyter displays figures without pyplot."""
 
 import io
 import subprocess

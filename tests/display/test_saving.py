@@ -1,4 +1,4 @@
-"""A file or folder that is written anew is the old one or the new one, whatever happens in between."""
+"""A file or folder is the old or the new version after an error or a kill, never a mixture."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from falcon_kit.display.saving import atomic_file, atomic_folder, write_text
 
-DEAD = 2**22 + 1  # above the largest process id that Linux gives
+DEAD = 2**22 + 1  # above the largest process id of Linux
 
 
 def names(folder):

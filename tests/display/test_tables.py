@@ -1,0 +1,38 @@
+"""Byte counts as text, and HTML tables with escaped text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from falcon_kit.display.tables import format_bytes, html_table
+
+HOSTILE = "</td><img src=x onerror=alert(1)>"
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (122_880, "120 KiB"),
+        (240 * 2**20, "240 MiB"),
+        (4_026_531_840, "3.75 GiB"),
+        (83_671_941_120, "77.9 GiB"),
+        (2**20 - 1, "1.00 MiB"),
+        (5000 * 2**40, "5000 TiB"),
+    ],
+)
+def test_bytes_are_written_in_binary_units(count: int, expected: str) -> None:
+    assert expected == format_bytes(count)
+
+
+@given(st.integers(0, 2**50))
+def test_written_bytes_can_be_read_back_to_half_a_percent(count: int) -> None:
+    number, unit = format_bytes(count).split()
+
+    assert float(number) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit) == pytest.approx(count, rel=5e-3)
+
+
+def test_headings_and_cells_are_escaped_in_tables() -> None:
+    assert "<img" not in html_table(HOSTILE, (HOSTILE,), [(HOSTILE, HOSTILE)])
