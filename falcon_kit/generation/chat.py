@@ -1,8 +1,8 @@
-"""Chat formats of the Falcon family: how turns become one prompt, and where an answer has to stop.
+"""Chat formats of the Falcon family: how a conversation becomes one prompt, and which stop strings end an answer.
 
-Three formats are in use, because the instruct models were published without one. Each is a chat template, so that
-`install` hands it to every tool that calls `tokenizer.apply_chat_template`; the templates mark what the assistant says
-(`{% generation %}`), so that training can leave the rest out of the loss.
+Three formats are in use, because the instruct models were published without one. Each has a chat template, which
+`install` sets for all tools that call `tokenizer.apply_chat_template`. The templates mark the assistant's messages with
+`{% generation %}`, so that training can compute the loss on them alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-_switching = threading.Lock()
+_encode_lock = threading.Lock()
 Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
 
 
@@ -32,35 +32,35 @@ class Message(TypedDict):
     """One turn of a conversation."""
 
     role: Role
-    """Who speaks: "system" (only first), "user" or "assistant"."""
+    """The author: "system" (first message only), "user" or "assistant"."""
     content: str
-    """What is said; space around it is dropped."""
+    """The text; the templates strip white space around it."""
 
 
 @dataclass(frozen=True, repr=False)
 class ChatFormat:
-    """A way to write a conversation as one text."""
+    """A chat template with its prefixes and stop strings."""
 
     name: str
-    """What `chat_format` looks it up by."""
+    """The name that `chat_format` takes."""
     user_prefix: str
-    """What stands before the user's words."""
+    """The text before each message of the user."""
     assistant_prefix: str
-    """What a prompt ends with. No space follows: the first token of an answer brings its own."""
+    """The last text of a prompt. No space follows: the first token of an answer begins with one."""
     stop: tuple[str, ...]
-    """Strings at which the model has begun to speak for somebody else: generation ends before them."""
+    """Stop strings: each begins the next speaker's message, which is not part of the answer."""
     source: str
-    """Where the format was published."""
+    """Where the format is published."""
     template: str
     """The chat template (Jinja, as `tokenizer.chat_template` takes it)."""
     system: str | None = None
-    """The system text that the format was published with, for who wants to send it as a system message."""
+    """The system message that was published with the format; it is not sent by default."""
 
     def __repr__(self) -> str:
         return f"ChatFormat({self.name!r}, {self.user_prefix!r} / {self.assistant_prefix!r})"
 
 
-# The space before an answer belongs to the assistant's span: tokens of these vocabularies bring their leading space.
+# The space before an answer is inside the assistant's span, because the first token of the answer contains it.
 _ANSWER = """\
         {%- generation -%}
             {{- ' ' + content -}}
@@ -110,7 +110,7 @@ FALCON = ChatFormat(
     stop=("\nUser:",),
     source=(
         "https://huggingface.co/spaces/HuggingFaceH4/falcon-chat (app.py); "
-        "the turns of falcon-180B-chat look the same (vllm-project/vllm#3420)"
+        "falcon-180B-chat has the same format (vllm-project/vllm#3420)"
     ),
     template=_LINES.substitute(user="User:", assistant="Falcon:", answer=_ANSWER),
     system=(
@@ -146,12 +146,12 @@ FORMATS = (FALCON, HUB, BAIZE)
 
 
 def default_format(spec: FalconSpec | None) -> ChatFormat:
-    """The hub's format for the published models but the 180B, Falcon's own for all others."""
+    """`HUB` for the published models except falcon-180B, `FALCON` for all others."""
     return HUB if spec and spec.published and not spec.name.startswith("falcon-180B") else FALCON
 
 
 def chat_format(name: str) -> ChatFormat:
-    """The format called "falcon", "hub" or "baize"; LookupError for another name, with the nearest."""
+    """The format "falcon", "hub" or "baize". Raises LookupError for another name; the error lists the nearest."""
     for each in FORMATS:
         if each.name == name.strip().lower():
             return each
@@ -159,10 +159,11 @@ def chat_format(name: str) -> ChatFormat:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The conversation with nothing but its roles and contents, if it can be rendered.
+    """The conversation, reduced to roles and contents.
 
-    Raises ValueError, naming the message by its number from 1, for: no message, a role other than system, user and
-    assistant, a system message that is not first, speakers that do not alternate from the user on, or blank content.
+    Raises ValueError for an empty conversation, a role other than system, user and assistant, a system message that is
+    not the first, messages that do not alternate between user and assistant, and blank content. The error numbers
+    messages from 1.
     """
     if isinstance(messages, str | Mapping):
         raise ValueError(
@@ -175,24 +176,24 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     turns = [(number, each["role"]) for number, each in enumerate(checked, 1)]
     turns = turns[1:] if turns[0][1] == "system" else turns
     if not turns:
-        raise ValueError("The conversation has only a system message: add what the user says.")
+        raise ValueError("The conversation has only a system message: add a message of the user.")
     for turn, (number, role) in enumerate(turns):
         expected = "assistant" if turn % 2 else "user"
         if role == "system":
             raise ValueError(f"Message {number} has the role 'system', which only the first message may have.")
         if role != expected:
             raise ValueError(
-                f"Message {number} has the role {role!r} where it is the {expected}'s turn: "
+                f"Message {number} has the role {role!r}, but it must have {expected!r}: "
                 "user and assistant alternate, and the user begins."
             )
     return checked
 
 
 def _check_message(number: int, message: Mapping[str, Any]) -> Message:
-    """One message by itself: a mapping, a known role, a text."""
+    """Role and content of one message, checked without the others."""
     if not isinstance(message, Mapping):
         raise ValueError(
-            f'Message {number} is {message!r}, but a message looks like {{"role": "user", "content": "Hello"}}.'
+            f'Message {number} is {message!r}, but it must be like {{"role": "user", "content": "Hello"}}.'
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -208,30 +209,33 @@ def render(
     add_generation_prompt: bool = True,
     eos_token: str = "<|endoftext|>",
 ) -> str:
-    """The conversation as one text, rendered in a sandbox; neither torch nor transformers is imported.
+    """The conversation as one text, rendered by jinja2's sandbox without torch and transformers.
 
-    With `add_generation_prompt` it ends with the assistant's prefix, so that the model answers; without, a conversation
-    whose last word is the assistant's ends with `eos_token`. Raises ValueError as `check_messages` does, and when the
-    assistant is asked to answer itself.
+    With `add_generation_prompt` it ends with the assistant's prefix, so that the model answers. Without it, `eos_token`
+    follows the last message if that is the assistant's. Raises ValueError as `check_messages` does, and with
+    `add_generation_prompt` if the last message is the assistant's.
     """
     checked = check_messages(messages)
     if add_generation_prompt and checked[-1]["role"] == "assistant":
         raise ValueError(
-            "The last message is the assistant's, so there is nothing to answer: add the user's next message."
+            "The last message is the assistant's, so there is nothing to answer: add a message of the user."
         )
     template = _compiled(plain_template(format.template))
     return template.render(messages=checked, add_generation_prompt=add_generation_prompt, eos_token=eos_token)
 
 
 def plain_template(template: str) -> str:
-    """The chat template without `{% generation %}`, which only transformers knows; what it renders stays the same."""
-    opened = re.sub(r"(\{%-?)\s*generation\s*(-?%\})", r"\1 if true \2", template)
-    return re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", opened)
+    """A chat template that plain jinja2 parses and that renders the same text.
+
+    Only transformers parses `{% generation %}`. It becomes `{% if true %}`, which keeps the white space control ("-").
+    """
+    started = re.sub(r"(\{%-?)\s*generation\s*(-?%\})", r"\1 if true \2", template)
+    return re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", started)
 
 
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> jinja2.Template:
-    """The template in jinja2's sandbox, with the settings and functions that transformers gives to chat templates."""
+    """The compiled template, with the jinja2 settings and functions that transformers uses for chat templates."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -247,7 +251,7 @@ def _raise(message: str) -> None:
 
 
 def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
-    """The whole conversation as one text, without an end token, and where in it the assistant speaks, in characters.
+    """The conversation as one text without `eos_token`, and the spans of the assistant's messages, in characters.
 
     Raises ValueError as `check_messages` does.
     """
@@ -271,38 +275,38 @@ def encode(
     format: ChatFormat,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of the rendered conversation, in which no message can smuggle in a control token.
+    """Token ids of the rendered conversation. Special tokens in messages, as "<|endoftext|>", are encoded as text.
 
-    The one special token is the end token after a conversation that the assistant closes; "<|endoftext|>" inside a
-    message is ordinary text. Raises ValueError as `render` does, and when that end token is needed but not defined.
+    Only the end-of-sequence token is added as a special token, as in `render`. Raises ValueError as `render` does, and
+    if that token is needed but the tokenizer has none.
     """
     ids = encode_text(render(messages, format, add_generation_prompt, eos_token=""), tokenizer)
     if add_generation_prompt or messages[-1]["role"] != "assistant":
         return ids
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end token to close the conversation with: set tokenizer.eos_token.")
+        raise ValueError("The tokenizer has no end-of-sequence token to end the conversation: set tokenizer.eos_token.")
     return [*ids, tokenizer.eos_token_id]
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text in which special tokens have no power: "<|endoftext|>" comes out as several ordinary ids."""
+    """Token ids of a text. Special tokens in it are encoded as text: "<|endoftext|>" becomes several ordinary ids."""
     return encode_text_with_offsets(text, tokenizer)[0]
 
 
 def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as of `encode_text`, and where in the text each begins and ends."""
+    """Token ids as from `encode_text`, and the span of each in the text, in characters."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     backend = tokenizer.backend_tokenizer
-    with _switching:  # two threads in here at once would restore each other's switch
+    with _encode_lock:  # the setting belongs to the tokenizer, not to the thread
         before = backend.encode_special_tokens
         try:
             encoded = tokenizer(text, verbose=False, **options)
         finally:
-            backend.encode_special_tokens = before  # the call above leaves the switch as it set it
+            backend.encode_special_tokens = before  # the call changes the setting and does not restore it
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
 def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:
-    """Set the tokenizer's chat template to this format, and return the tokenizer."""
+    """Sets the tokenizer's chat template to this format and returns the tokenizer."""
     tokenizer.chat_template = format.template
     return tokenizer

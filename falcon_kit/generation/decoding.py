@@ -1,9 +1,9 @@
-"""Token by token: what transformers' loop chooses becomes text, and ends where it should.
+"""transformers' `generate`, observed token by token.
 
-A `Row` turns tokens into characters; a `Watch` follows transformers' `generate` through its two hooks and feeds the
-rows.
+A `SequenceDecoder` turns the tokens of one sequence into text and ends it. A `GenerationObserver` feeds the decoders
+of a batch from two hooks of `generate`.
 
-Shapes: B rows (prompts times sequences), T tokens, V vocabulary.
+Shapes: B sequences (prompts times sequences per prompt), T tokens, V vocabulary.
 """
 
 import threading
@@ -24,8 +24,8 @@ from transformers import (
 from falcon_kit.generation.text import Alternative, FinishReason, Piece, Text
 
 
-class Row:
-    """One text as it grows: tokens in, characters out."""
+class SequenceDecoder:
+    """Decodes one sequence incrementally, until an end-of-sequence token, a stop string or the limit of new tokens."""
 
     def __init__(
         self,
@@ -33,16 +33,16 @@ class Row:
         stop: tuple[str, ...],
         limit: int,
         strip: bool,
-        ends: Collection[int] | None = None,
+        eos_token_ids: Collection[int] | None = None,
     ) -> None:
-        """`ends`: the tokens that end the text, unset the tokenizer's end token."""
+        """`eos_token_ids`: the tokens that end the text; by default the tokenizer's."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._limit, self._text = tokenizer, limit, Text(stop, strip)
-        self._ends = (tokenizer.eos_token_id,) if ends is None else ends
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._eos_token_ids = (tokenizer.eos_token_id,) if eos_token_ids is None else eos_token_ids
+        self._decode_stream = DecodeStream(skip_special_tokens=True)
 
     @property
     def text(self) -> str:
@@ -50,56 +50,65 @@ class Row:
         return str(self._text)
 
     def push(self, token: int, logprob: float) -> str:
-        """Takes one token and returns the characters that are now certain to be part of the text."""
+        """Appends a token and returns the text that can be shown now."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self._text.add(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+        self._text.add(self._decode_stream.step(self._tokenizer.backend_tokenizer, token) or "")
         if self._text.stopped:
             self.finish_reason = "stop"
-        elif token in self._ends or len(self.tokens) == self._limit:
-            self.finish_reason = "eos" if token in self._ends else "length"
-            # A last, incomplete character shows as U+FFFD, as transformers decodes it.
+        elif token in self._eos_token_ids or len(self.tokens) == self._limit:
+            self.finish_reason = "eos" if token in self._eos_token_ids else "length"
+            # The decode stream withholds an incomplete last character; `decode` returns it as U+FFFD.
             self._text.raw = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
         return self._text.show(self.finish_reason is not None)
 
-    def alternative(self, token: int, logprob: float) -> Alternative:
-        """A token that may stand at this place, with its text."""
-        return Alternative(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False), token, logprob)
+    def add_alternatives(self, likeliest: list[tuple[int, float]]) -> tuple[Alternative, ...]:
+        """Stores and returns the most probable tokens of a step, given as pairs of token id and log-probability."""
+        decode = self._tokenizer.backend_tokenizer.decode
+        self.alternatives.append(
+            tuple(
+                Alternative(decode([token], skip_special_tokens=False), token, logprob) for token, logprob in likeliest
+            )
+        )
+        return self.alternatives[-1]
 
 
 class SamplingRNG:
-    """torch's random state, lent to one choice of a token at a time.
+    """A generator per request, swapped in around each sampling step.
 
-    With a seed the text has a state of its own, so that nothing else that draws, another stream included, changes it;
-    the global one is as it was after each choice.
+    transformers samples from torch's global generators. With a seed, a request has generator states of its own, so that
+    neither another stream nor other code changes what it samples, and the global states are restored after each step.
     """
 
-    _lent = threading.Lock()
+    _lock = threading.Lock()  # the global generators belong to the process: one request samples at a time
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._device = device
-        self._own: list[torch.Tensor] | None = None
-        self._global: list[torch.Tensor] | None = None
-        if seed is not None:  # generators of its own: torch.manual_seed would seed every device there is
-            places = [torch.device("cpu"), *([] if device.type == "cpu" else [device])]
-            self._own = [torch.Generator(place).manual_seed(seed).get_state() for place in places]
+        self._states: list[torch.Tensor] | None = None
+        self._global_states: list[torch.Tensor] | None = None
+        if seed is not None:  # not torch.manual_seed, which seeds the global generators of all devices
+            devices = [torch.device("cpu"), *([] if device.type == "cpu" else [device])]
+            self._states = [torch.Generator(each).manual_seed(seed).get_state() for each in devices]
 
     def swap_in(self) -> None:
-        """Takes the global state, and puts the text's own in its place."""
-        self._lent.acquire()
-        self._global = self._read()
-        if self._own:
-            self._write(self._own)
+        """Saves the global generator states and, with a seed, replaces them by the request's.
+
+        Waits while another request is between `swap_in` and `swap_out`.
+        """
+        self._lock.acquire()
+        self._global_states = self._read()
+        if self._states:
+            self._write(self._states)
 
     def swap_out(self) -> None:
-        """Undoes `swap_in`; nothing happens if there is nothing to give back."""
-        if self._global is None:
+        """Saves the request's generator states and restores the global ones; without `swap_in`, does nothing."""
+        if self._global_states is None:
             return
-        if self._own:
-            self._own = self._read()
-            self._write(self._global)
-        self._global = None
-        self._lent.release()
+        if self._states:
+            self._states = self._read()
+            self._write(self._global_states)
+        self._global_states = None
+        self._lock.release()
 
     def _read(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
@@ -117,84 +126,98 @@ class SamplingRNG:
             torch.mps.set_rng_state(states[1])
 
 
-class Watch:
-    """Follows transformers' loop through its two hooks: logits before each choice, tokens after it."""
+class GenerationObserver:
+    """Reads logits before and tokens after each step of `generate`, decodes them, and stops finished sequences."""
 
     def __init__(
         self,
-        rows: list[Row],
-        random: SamplingRNG,
+        decoders: list[SequenceDecoder],
+        rng: SamplingRNG,
         cancelled: threading.Event,
         emit: Callable[[Piece], None] | None,
         alternatives: int = 0,
     ) -> None:
-        self.rows, self.random, self.cancelled, self.emit = rows, random, cancelled, emit
-        self.alternatives = alternatives
-        self.start = self.first = self.last = time.perf_counter()
-        self.logprobs: torch.Tensor  # (B, V), of the step that is under way
+        """`emit` is called with each piece; `alternatives` is the number of most probable tokens to keep per step."""
+        self.decoders, self._rng, self._cancelled, self._emit = decoders, rng, cancelled, emit
+        self._alternatives = alternatives
+        self._start = self._first_token = self._last_token = time.perf_counter()
+        self._logprobs: torch.Tensor  # (B, V), of the current step
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From creation to the first token."""
+        return self._first_token - self._start
+
+    @property
+    def seconds(self) -> float:
+        """From creation to the last token."""
+        return self._last_token - self._start
 
     def hooks(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that put this object into `generate`, before those of the caller's `options`."""
+        """The hooks as arguments of `generate`, followed by those of the caller's `options`."""
         processors, criteria = options.get("logits_processor") or (), options.get("stopping_criteria") or ()
         return {
-            "logits_processor": LogitsProcessorList([_BeforeChoice(self), *processors]),
-            "stopping_criteria": StoppingCriteriaList([_AfterChoice(self), *criteria]),
+            "logits_processor": LogitsProcessorList([_ObservingLogitsProcessor(self), *processors]),
+            "stopping_criteria": StoppingCriteriaList([_ObservingStoppingCriteria(self), *criteria]),
         }
 
-    def step(self, ids: torch.Tensor) -> list[bool]:
-        """Takes the newest token of each row, ids (B, T), and says which rows are done."""
+    def before_sampling(self, logits: torch.Tensor) -> None:
+        """Keeps the log-probabilities of this step's logits (B, V) and swaps the request's generator in."""
+        self._logprobs = torch.log_softmax(logits, dim=-1)
+        self._rng.swap_in()
+
+    def after_sampling(self, ids: torch.Tensor) -> list[bool]:
+        """Decodes the newest token of each sequence, ids (B, T); returns which sequences are finished."""
+        self._rng.swap_out()
         newest = ids[:, -1:]
-        tokens, logprobs = newest[:, 0].tolist(), self.logprobs.gather(1, newest)[:, 0].tolist()
+        tokens, logprobs = newest[:, 0].tolist(), self._logprobs.gather(1, newest)[:, 0].tolist()
         likeliest = self._likeliest()
-        self._clock()
-        for row, token, logprob, others in zip(self.rows, tokens, logprobs, likeliest, strict=True):
-            if row.finish_reason is None:
-                text = row.push(token, logprob)
-                row.alternatives.append(tuple(row.alternative(*each) for each in others))
-                if self.emit:
-                    self.emit(Piece(text, token, logprob, row.alternatives[-1]))
-        over = self.cancelled.is_set()
-        return [row.finish_reason is not None or over for row in self.rows]
+        self._record_time()
+        for decoder, token, logprob, alternatives in zip(self.decoders, tokens, logprobs, likeliest, strict=True):
+            if decoder.finish_reason is None:
+                piece = Piece(decoder.push(token, logprob), token, logprob, decoder.add_alternatives(alternatives))
+                if self._emit:
+                    self._emit(piece)
+        cancelled = self._cancelled.is_set()
+        return [cancelled or decoder.finish_reason is not None for decoder in self.decoders]
+
+    def read_sequences(self, ids: torch.Tensor) -> None:
+        """Decodes the new tokens (B, T) of a call without hooks, such as beam search; log-probabilities are nan."""
+        self._record_time()
+        for decoder, tokens in zip(self.decoders, ids.tolist(), strict=True):
+            for token in tokens:
+                if decoder.finish_reason is None:
+                    decoder.push(token, float("nan"))
 
     def _likeliest(self) -> list[list[tuple[int, float]]]:
-        """Token and log-probability of the likeliest tokens of each row; nothing is computed unless asked for."""
-        if not self.alternatives:
-            return [[] for _ in self.rows]
-        values, tokens = self.logprobs.topk(min(self.alternatives, self.logprobs.shape[-1]))  # (B, alternatives)
+        """Token and log-probability of the most probable tokens of each sequence; empty lists if none are kept."""
+        if not self._alternatives:
+            return [[] for _ in self.decoders]
+        values, tokens = self._logprobs.topk(min(self._alternatives, self._logprobs.shape[-1]))  # (B, alternatives)
         return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
 
-    def read(self, sequences: torch.Tensor) -> None:
-        """Takes whole rows of new tokens (B, T) at once, as a beam search hands them over."""
-        self._clock()
-        for row, tokens in zip(self.rows, sequences.tolist(), strict=True):
-            for token in tokens:
-                if row.finish_reason is None:
-                    row.push(token, float("nan"))
-
-    def _clock(self) -> None:
-        self.last = time.perf_counter()
-        if self.first == self.start:
-            self.first = self.last
+    def _record_time(self) -> None:
+        self._last_token = time.perf_counter()
+        if self._first_token == self._start:
+            self._first_token = self._last_token
 
 
-class _BeforeChoice(LogitsProcessor):
-    """Keeps the model's log-probabilities (B, V); runs before temperature, top_k and top_p."""
+class _ObservingLogitsProcessor(LogitsProcessor):
+    """Passes the model's logits to the observer. It stands first, before temperature, top_k and top_p."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, observer: GenerationObserver) -> None:
+        self._observer = observer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.watch.logprobs = torch.log_softmax(scores, dim=-1)
-        self.watch.random.swap_in()
+        self._observer.before_sampling(scores)
         return scores
 
 
-class _AfterChoice(StoppingCriteria):
-    """Hands the chosen tokens over and ends the rows that are done."""
+class _ObservingStoppingCriteria(StoppingCriteria):
+    """Passes the new tokens to the observer and ends the sequences that it reports as finished."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, observer: GenerationObserver) -> None:
+        self._observer = observer
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.watch.random.swap_out()
-        return torch.tensor(self.watch.step(input_ids), device=input_ids.device)
+        return torch.tensor(self._observer.after_sampling(input_ids), device=input_ids.device)

@@ -1,4 +1,4 @@
-"""Prompts become token ids, checked, and leave room for an answer."""
+"""Prompts are checked, become token ids, and leave room for new tokens in the context."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[str] | Sequence[int]
-"""One text, several texts, or one text already turned into token ids."""
+"""One text, several texts, or the token ids of one text."""
 DEFAULT_NEW_TOKENS = 200
 
 
 def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
-    """Each prompt, a text or token ids, and whether the caller gave only one.
+    """A list of prompts (texts, or one list of token ids), and whether `prompt` is a single one.
 
-    Raises ValueError for anything else, for an empty prompt, and for half a surrogate pair.
+    Raises ValueError for another type, an empty prompt, or a text with a lone surrogate.
     """
     kinds = "a prompt is a text, a list of texts, or one list of token ids"
     require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
@@ -27,14 +27,14 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
     require(bool(prompts), "the prompt is empty: give the model something to continue")
     if all(isinstance(each, int) for each in prompts):
         return [prompts], True
-    others = [type(each).__name__ for each in prompts if not isinstance(each, str)]
-    require(not others, f"{kinds}; got a list with {', '.join(others[:3])}")
+    wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
+    require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}")
     for number, text in enumerate(prompts, 1):
-        which = _which(number, prompts)
-        require(text != "", f"{which} is empty: give the model something to continue")
+        label = _label(number, prompts)
+        require(text != "", f"{label} is empty: give the model something to continue")
         require(
             not any("\ud800" <= character <= "\udfff" for character in text),
-            f"{which} has a lone surrogate, which is no text and has no UTF-8: "
+            f"{label} has a lone surrogate, which cannot be encoded as UTF-8: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
         )
     return prompts, isinstance(prompt, str)
@@ -42,36 +42,39 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
     """The token ids of each prompt that `check_prompt` returned."""
-    # verbose: transformers would warn of a prompt over the context, which `room` refuses in clearer words
+    # verbose=False: transformers would warn about a prompt over the context, for which `new_token_limit` raises
     return [list(tokenizer(each, verbose=False)["input_ids"]) if isinstance(each, str) else each for each in prompts]
 
 
-def check_tokens(prompts: list[list[int]], vocabulary: int) -> None:
-    """Raises ValueError for a token id that the model has no row for."""
-    if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocabulary]:
-        raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocabulary - 1}")
+def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
+    """Raises ValueError for a token id outside the vocabulary."""
+    if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocab_size - 1}")
 
 
-def room(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
-    """How many tokens may be generated so that neither the request nor the context is exceeded."""
+def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
+    """The largest number of new tokens that fits the settings and the context for every prompt.
+
+    Raises ValueError for a prompt that fills `max_length`, or the context unless `truncate` is "left".
+    """
     longest = max(map(len, prompts))
-    which = _which(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
+    label = _label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
     if sampling.max_length is not None:
         require(
             longest < sampling.max_length,
-            f"max_length={sampling.max_length} leaves no room: {which} has {longest} tokens",
+            f"max_length={sampling.max_length} leaves no room: {label} has {longest} tokens",
         )
     wanted = sampling.max_length - longest if sampling.max_length else sampling.max_new_tokens or DEFAULT_NEW_TOKENS
     if sampling.truncate == "left":
-        return min(wanted, max(context - longest, context // 2))  # of a long prompt, half the context stays at least
+        return min(wanted, max(context - longest, context // 2))  # at least half the context stays for the prompt
     require(
         longest < context,
-        f"{which} has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
+        f"{label} has {longest} tokens, the model's context is {context}, and the answer needs at least one: "
         f'shorten it, or give truncate="left" to drop its beginning',
     )
     return min(wanted, context - longest)
 
 
-def _which(number: int, prompts: Sequence[Any]) -> str:
-    """A prompt by its number from 1, where there are several."""
+def _label(number: int, prompts: Sequence[Any]) -> str:
+    """The name of a prompt in an error: its number, counted from 1, if there are several."""
     return "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"

@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel model agree on while they generate."""
+"""State that the ranks of a tensor-parallel model share while they generate."""
 
 import threading
 
@@ -8,29 +8,29 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class SharedEvent(threading.Event):
-    """Set once it is set on any rank of a tensor-parallel model: they ask together, and stop at the same token."""
+    """An event that is set for all ranks once one rank has set it, so that all stop after the same token."""
 
-    def __init__(self, ranks: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         super().__init__()
-        self._ranks, self._device = ranks, device
+        self._mesh, self._device = mesh, device
 
     def is_set(self) -> bool:
-        """Whether any rank has set it; every rank has to ask."""
-        return anywhere(super().is_set(), self._ranks, self._device)
+        """Whether any rank has set it. A collective operation: all ranks must call it together."""
+        return any_rank(super().is_set(), self._mesh, self._device)
 
 
-def anywhere(flag: bool, ranks: DeviceMesh, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; every rank has to ask. `device` is this rank's own.
+def any_rank(flag: bool, mesh: DeviceMesh, device: torch.device) -> bool:
+    """Whether the flag is true on any rank. A collective operation: all ranks must call it together.
 
-    The current one would be the first GPU on all ranks, in a thread that nobody told otherwise.
+    `device` is this rank's device: in a new thread, the current CUDA device is the first GPU on every rank.
     """
-    said = torch.tensor(int(flag), device=device)
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.get_group())
-    return bool(said)
+    largest = torch.tensor(int(flag), device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group())
+    return bool(largest)
 
 
-def shared_seed(ranks: DeviceMesh, device: torch.device) -> int:
-    """A seed from the first rank's random state, the same on all ranks: they have to draw the same tokens."""
+def shared_seed(mesh: DeviceMesh, device: torch.device) -> int:
+    """A random seed, drawn on rank 0 and broadcast, so that all ranks sample the same tokens."""
     seed = torch.randint(2**62, (1,)).to(device)
-    dist.broadcast(seed, group=ranks.get_group(), group_src=0)
+    dist.broadcast(seed, group=mesh.get_group(), group_src=0)
     return int(seed)

@@ -1,4 +1,4 @@
-"""Settings of generation, checked before anything runs."""
+"""The settings of generation, checked on creation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,34 +9,34 @@ from falcon_kit.display.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen and when to stop. Names and meanings are those of transformers where it has them."""
+    """How the next token is chosen and when generation stops. Settings that transformers has keep their meanings."""
 
     max_new_tokens: int | None = None
-    """Tokens to generate at most; 200 unless `max_length` is given. Never past the model's context."""
+    """Maximum number of new tokens; 200 unless `max_length` is given. The context of the model limits it too."""
     max_length: int | None = None
-    """Tokens of prompt and answer together, as in the model card's example."""
+    """Maximum number of tokens of prompt and new text together, as in the model card's example."""
     do_sample: bool | None = None
-    """Draw the next token (True) or take the likeliest (False); unset, draw if temperature, top_k or top_p is given."""
+    """Sample the next token, or take the most probable one. Unset: sample if temperature, top_k or top_p is given."""
     temperature: float | None = None
-    """Logits are divided by it; below 1 sharper, above 1 flatter, 0 means the likeliest token."""
+    """Logits are divided by it: below 1 sharpens, above 1 flattens, 0 takes the most probable token."""
     top_k: int | None = None
-    """Draw among the k likeliest tokens only."""
+    """Sample from the k most probable tokens only."""
     top_p: float | None = None
-    """Draw among the fewest tokens whose probabilities add up to p (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Sample from the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020, arXiv 1904.09751)."""
     num_return_sequences: int = 1
     """Texts per prompt."""
     stop: str | Sequence[str] = ()
-    """Strings that end the text. They are cut from it, wherever token borders fall."""
+    """Stop strings: they end the text and are cut from it, also inside a token."""
     seed: int | None = None
-    """Same seed, same text, on the same machine and batch. The global random state is left as it was."""
+    """The same seed gives the same text, on the same machine and batch. torch's global random state does not change."""
     truncate: Literal["left"] | None = None
-    """"left" drops the oldest tokens of a prompt that is too long, or leaves too little room for the answer, which has
-    half the context at most then; unset refuses it."""
+    """"left" drops the first tokens of a prompt that leaves too little room for the new tokens, which then get at most
+    half the context. Unset: a prompt over the context is an error."""
     alternatives: int = 0
-    """How many of the likeliest tokens at each step to hand over beside the one that was taken."""
+    """Number of most probable tokens to return at each step, see `Piece.alternatives`."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range, naming it and the range."""
+        """Raises ValueError for a value out of range."""
         for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
             value = getattr(self, name)
             require(value is None or _whole(value), f"{name} must be a whole number, got {value!r}")
@@ -58,51 +58,51 @@ class Sampling:
         )
         require(
             self.temperature is None or 0 <= self.temperature < float("inf"),
-            f"temperature must be 0 (the likeliest token) or more, got {self.temperature}",
+            f"temperature must be 0 (the most probable token) or more, got {self.temperature}",
         )
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
         require(
             self.max_new_tokens is None or self.max_length is None,
             f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
         )
-        require(all(self.stop_strings), "stop must not contain an empty string: it would stop before the first word")
+        require(all(self.stop_strings), "stop must not contain an empty string: it would end every text at once")
         require(self.truncate in (None, "left"), f'truncate must be None or "left", got {self.truncate!r}')
         require(
-            self.do_sample is not False or not self._drawn,
+            self.do_sample is not False or not self._sampling_is_set,
             "temperature, top_k and top_p have no effect with do_sample=False: leave them out, or set do_sample=True",
         )
 
     @property
-    def _drawn(self) -> bool:
+    def _sampling_is_set(self) -> bool:
         return bool(self.temperature) or (self.temperature is None and bool(self.top_k or self.top_p))
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
-        return self._drawn if self.do_sample is None else self.do_sample and self.temperature != 0
+        """Whether tokens are sampled; otherwise the most probable one is taken."""
+        return self._sampling_is_set if self.do_sample is None else self.do_sample and self.temperature != 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def choice(self) -> dict[str, Any]:
-        """The arguments of transformers' `generate` that say how a token is chosen."""
+    def generate_arguments(self) -> dict[str, Any]:
+        """The arguments of transformers' `generate` that set how a token is chosen."""
         if not self.samples:
             return {"do_sample": False}
-        # 0 switches top_k off; left out, transformers would fall back on 50.
-        chosen = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
-        return {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+        # 0 disables top_k; without it, transformers would use 50.
+        given = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
+        return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
-"""The names of the kit's own settings of generation."""
+"""The names of the kit's own settings; all others belong to transformers or an endpoint."""
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """The kit's own settings, checked, and all others, which are transformers' or an endpoint's."""
-    own = {name: value for name, value in settings.items() if name in SAMPLING_FIELDS}
-    return Sampling(**own), {name: value for name, value in settings.items() if name not in own}
+    """The kit's own settings as `Sampling`, and all others. Raises ValueError as `Sampling` does."""
+    sampling = {name: value for name, value in settings.items() if name in SAMPLING_FIELDS}
+    return Sampling(**sampling), {name: value for name, value in settings.items() if name not in sampling}
 
 
 def _whole(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""A stream: the model runs in a thread, one token ahead of its reader."""
+"""A stream: the model generates in a thread, at most one token ahead of the reader."""
 
 import threading
 import weakref
@@ -11,76 +11,76 @@ import torch
 from falcon_kit.generation.text import Generation, Piece
 
 
-class Writing(Protocol):
-    """A text to be written, wherever the model is."""
+class GenerationTask(Protocol):
+    """A function that generates one text, in this process or in others."""
 
     cancelled: threading.Event
-    """Set by whoever does not want it any more."""
+    """Set to stop the generation after the current token."""
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
-        """Writes it; `emit` gets each piece as it comes."""
+        """Generates the text; `emit` is called with each piece."""
 
 
 class Stream(Iterator[Piece]):
-    """Iterator over the pieces of one text. Closing it, dropping it or Ctrl-C stops the model at the next token."""
+    """Iterator over the pieces of one text. Closing it, deleting it or Ctrl-C stops the model after the next token."""
 
-    def __init__(self, run: Writing) -> None:
-        self._run, self._reading = run, threading.RLock()
+    def __init__(self, task: GenerationTask) -> None:
+        self._task, self._read_lock = task, threading.RLock()
         self._finished: list[Generation] = []
-        self._pieces = _pieces(run, self._finished)
-        # With the last reference, and before the interpreter shuts down: a thread inside torch must not outlive it.
+        self._pieces = _run_in_thread(task, self._finished)
+        # It also runs before the interpreter shuts down: a thread inside torch must not outlive the interpreter.
         weakref.finalize(self, self._pieces.close)
 
     def __next__(self) -> Piece:
-        with self._reading:
+        with self._read_lock:
             return next(self._pieces)
 
     def __repr__(self) -> str:
         return f"Stream({'ended' if self._finished else 'iterate over it'})"
 
     def close(self) -> None:
-        """Stops the model and waits until it has stopped; from any thread, also while another waits for a piece."""
-        self._run.cancelled.set()  # so that whoever reads now does not wait for longer than a token
-        with self._reading:
+        """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
+        self._task.cancelled.set()  # before the lock: a thread that reads releases it after at most one token
+        with self._read_lock:
             self._pieces.close()
 
     @property
     def generation(self) -> Generation:
-        """The whole text and its statistics, once the stream has ended or was closed."""
+        """The whole text and its statistics. Raises RuntimeError before the stream has ended or was closed."""
         if not self._finished:
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
         return self._finished[0]
 
 
-def _pieces(run: Writing, finished: list[Generation]) -> Any:
-    """Runs the model in a thread and hands its pieces over; whoever stops listening stops the model."""
-    arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
-    ahead = threading.Semaphore(1)  # the model is one token ahead of its reader at most, and waits for one who paused
+def _run_in_thread(task: GenerationTask, finished: list[Generation]) -> Any:
+    """A generator of the task's pieces; the task runs in a thread. Closing the generator cancels the task."""
+    results: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
+    may_continue = threading.Semaphore(1)  # the model waits here once it is one token ahead of the reader
 
     def emit(piece: Piece) -> None:
-        arrived.put(piece)
-        ahead.acquire()
+        results.put(piece)
+        may_continue.acquire()
 
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def work() -> None:
         try:
-            if device is not None:  # the current one is a matter of each thread
+            if device is not None:  # the current device is a setting of each thread
                 torch.cuda.set_device(device)
-            finished.extend(run(emit))
-            arrived.put(None)
-        except BaseException as error:  # noqa: BLE001  # raised again where the pieces are read
-            arrived.put(error)
+            finished.extend(task(emit))
+            results.put(None)
+        except BaseException as error:  # noqa: BLE001  # raised again in the reader's thread
+            results.put(error)
 
     worker = threading.Thread(target=work, name="falcon-stream", daemon=True)
     worker.start()
     try:
-        while (item := arrived.get()) is not None:
+        while (item := results.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
-            ahead.release()
+            may_continue.release()
     finally:
-        run.cancelled.set()
-        ahead.release()
+        task.cancelled.set()
+        may_continue.release()
         worker.join()

@@ -1,4 +1,4 @@
-"""Generated text: pieces as they arrive, stop strings, the finished text and its statistics."""
+"""Generated text: the pieces of a stream, stop strings, the finished text and its statistics."""
 
 import html
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
 
 @dataclass(frozen=True)
 class Alternative:
-    """One of the likeliest tokens at a place in the text, taken or not."""
+    """One of the most probable tokens of a decoding step, generated or not."""
 
     text: str
-    """The token by itself; part of a character shows as U+FFFD."""
+    """The token decoded by itself; an incomplete character is U+FFFD."""
     token_id: int
-    """The token."""
+    """Its id."""
     logprob: float
     """As `Piece.logprob`."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One new token as it arrives."""
+    """One new token of a stream, and the text to show with it."""
 
     text: str
-    """What can be shown now: whole characters, and nothing that may turn out to be a stop string. May be empty."""
+    """What can be shown now: whole characters, and nothing that may become a stop string. May be empty."""
     token_id: int | None
-    """The token; None where an endpoint does not tell."""
+    """The token; None where an endpoint does not send it."""
     logprob: float
     """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
     alternatives: tuple[Alternative, ...] = ()
-    """The likeliest tokens of this step, the likeliest first, as many as `Sampling.alternatives` asks for."""
+    """The most probable tokens of this step, in descending order, as many as `Sampling.alternatives`."""
 
 
 class Text:
-    """Characters as they come: cut at a stop string, and handed on once they are certain to be part of the text.
+    """A text that grows, cut at the first stop string. It shows only what cannot become part of a stop string.
 
-    `strip` drops white space before the first word, but only from what is shown: a stop string may begin with it.
+    `strip` removes leading white space from what is shown, not from `raw`: a stop string may begin with white space.
     """
 
     def __init__(self, stop: tuple[str, ...], strip: bool) -> None:
@@ -46,70 +46,72 @@ class Text:
         self._stop, self._strip, self._shown = stop, strip, 0
 
     def add(self, characters: str) -> None:
-        """Takes what came, up to a stop string."""
+        """Appends the characters and cuts the text at a stop string."""
         self.raw, self.stopped = cut(self.raw + characters, self._stop)
 
     def show(self, ended: bool) -> str:
-        """What was not shown yet; until the text has ended, less an end that may become a stop string."""
-        certain = self._visible(self.raw[: len(self.raw) - (0 if ended else overlap(self.raw, self._stop))])
-        shown, self._shown = self._shown, max(self._shown, len(certain))
-        return certain[shown:]
+        """The characters that were not returned before; unless `ended`, without the beginning of a stop string."""
+        pending = 0 if ended else overlap(self.raw, self._stop)
+        visible = self._stripped(self.raw[: len(self.raw) - pending])
+        shown, self._shown = self._shown, max(self._shown, len(visible))
+        return visible[shown:]
 
-    def _visible(self, raw: str) -> str:
+    def _stripped(self, raw: str) -> str:
         return raw.lstrip() if self._strip else raw
 
     def __str__(self) -> str:
-        return self._visible(self.raw)
+        return self._stripped(self.raw)
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before a stop string, and whether there is one.
+    """The text before the first stop string, and whether there is one.
 
-    The one that is complete first counts, as if characters came singly: the borders of tokens or chunks change nothing.
+    The first is the one that is complete first when the text is read character by character, so the result does not
+    depend on where tokens or chunks end.
     """
-    found = ((at + len(word), at) for word in stop if (at := text.find(word)) >= 0)
-    first = min(found, default=None)
+    matches = ((start + len(word), start) for word in stop if (start := text.find(word)) >= 0)
+    first = min(matches, default=None)
     return (text[: first[1]], True) if first else (text, False)
 
 
 def overlap(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` with which one of the stop strings begins."""
+    """Length of the longest suffix of `text` that is an incomplete stop string."""
     lengths = (length for word in stop for length in range(len(word) - 1, 0, -1) if text.endswith(word[:length]))
     return max(lengths, default=0)
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one call of `generate` took, over all its rows."""
+    """Tokens, time and memory of one call of `generate`, over all its rows."""
 
     rows: int
-    """Texts written at once."""
+    """Sequences generated in one batch."""
     prompt_tokens: int
-    """Tokens read, padding not counted."""
+    """Tokens of the prompts, without padding."""
     new_tokens: int
-    """Tokens generated, end tokens counted."""
+    """Generated tokens, end-of-sequence tokens included."""
     first_token_seconds: float
     """From the call to the first new token: the prefill."""
     seconds: float
     """From the call to the last token."""
     cache_bytes: int | None = None
-    """Bytes of keys and values held at the end, as allocated; None on an endpoint."""
+    """Bytes of the KV cache at the end, as allocated; None on an endpoint."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second; nan where no token came."""
+        """Prompt tokens per second of prefill; nan if no token was generated."""
         return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds > 0 else float("nan")
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens per second after the first of each row; nan where there was no second."""
+        """New tokens per second, without the first token of each row; nan if there are no others."""
         elapsed = self.seconds - self.first_token_seconds
         return (self.new_tokens - self.rows) / elapsed if elapsed > 0 else float("nan")
 
     def __str__(self) -> str:
         cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
         return (
-            f"{self.prompt_tokens} prompt tokens, first word after {self.first_token_seconds * 1000:.0f} ms; "
+            f"{self.prompt_tokens} prompt tokens, first token after {self.first_token_seconds * 1000:.0f} ms; "
             f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
         )
 
@@ -119,20 +121,20 @@ class Generation:
     """A finished text."""
 
     prompt: str
-    """What it continues, as the model read it."""
+    """The prompt that the text continues, decoded from its token ids."""
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """Every new token id, an end token and those of a stop string included; empty where an endpoint does not tell."""
+    """All new token ids, those of the end and of a stop string included; empty where an endpoint does not send them."""
     logprobs: tuple[float, ...] | None
-    """One per token, see `Piece.logprob`; None after beam search or assisted generation: they give whole texts."""
+    """One per token, see `Piece.logprob`; None after beam search or assisted generation."""
     finish_reason: FinishReason
-    """"eos": the end token; "stop": a stop string; "length": no tokens or room left; "cancelled": by the caller;
-    "broken": an endpoint broke off."""
+    """"eos": end-of-sequence token; "stop": stop string; "length": limit of new tokens, or context full;
+    "cancelled": by the caller; "broken": the endpoint's connection broke."""
     stats: Stats
-    """Time and memory of the call that made it, shared by all rows of a batch."""
+    """Time and memory of the call, shared by all rows of a batch."""
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
-    """The likeliest tokens at each step, see `Piece.alternatives`; None unless `alternatives` asked for them."""
+    """The most probable tokens of each step, see `Piece.alternatives`; None unless `Sampling.alternatives` is set."""
 
     def __str__(self) -> str:
         return self.text
@@ -143,7 +145,7 @@ class Generation:
         return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
-        gap = "" if self.text[:1].isspace() else " "  # the answer in a chat comes without the space before it
+        gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space
         return (
             f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
             f"<b>{html.escape(self.text)}</b></div>"

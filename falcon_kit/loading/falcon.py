@@ -9,7 +9,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.generation import generate
+from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.prompts import Prompt
 from falcon_kit.generation.stream import Stream
@@ -76,8 +76,8 @@ class Falcon:
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings and the model's own way of decoding, unless they ask for another."""
-        settings = generate.spelled_out(settings)
-        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *generate.ASSISTED)
+        settings = arguments.expand_generation_config(settings)
+        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
 
     @property

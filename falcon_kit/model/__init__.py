@@ -2,10 +2,10 @@
 
 The files, in the order of their imports:
 
-attention.py        attention over grouped keys, ALiBi, the matmul kernel of a single row on a CPU
-tensor_parallel.py  how the ranks of tensor parallelism add up a layer's outputs
+attention.py        attention over grouped KV heads, ALiBi, the matmul kernel for a single row on a CPU
+tensor_parallel.py  one all-reduce per layer for the parallel block
 layers.py           a decoder layer
-losses.py           cross-entropy that never holds all logits
-checks.py           masks, caches and positions that are refused
+losses.py           cross-entropy in chunks of tokens, without all logits in memory
+checks.py           errors for masks, caches and positions that do not fit
 modeling.py         FalconModel and FalconForCausalLM
 """

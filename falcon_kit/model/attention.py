@@ -1,10 +1,10 @@
-"""How grouped keys are read, and which matmul kernel a single row takes on a CPU.
+"""Attention over grouped KV heads, and the choice of the matmul kernel for a single row on a CPU.
 
-**Attention.** In decoding, the queries that share a KV head are rows of one attention, so each key is read once.
+**Attention.** In decoding, the queries that share a KV head become the rows of one attention, so each key is read once.
 
-**Single rows.** Decoding one text multiplies one row with every weight, so it takes as long as reading the weights.
-oneDNN, torch's default, is built for many rows; for a single one, torch's own kernel reads 16-bit weights faster on
-some CPUs. `faster_without_onednn` measures which is which on the machine at hand.
+**Single rows.** A decoding step of one text multiplies one row by every weight matrix, so reading the weights limits
+its speed. oneDNN, torch's default on CPUs, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit
+weights faster for a single row. `faster_without_onednn` measures both kernels.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
@@ -24,10 +24,10 @@ from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
 
-_MKLDNN: Any = torch.backends.mkldnn  # oneDNN under its old name; torch leaves its properties untyped
-_SAMPLE = 128 * 2**20  # bytes of weights to time, or a little more: no CPU's caches keep as much
+_MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
+_SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
 _ROUNDS = 5
-_MARGIN = 0.9  # noise must not switch kernels: the other one has to be a tenth faster
+_MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
 
 
 def fused_attention(
@@ -40,17 +40,20 @@ def fused_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """torch's fused attention, (B, T, H, D). transformers' own repeats keys when compiled, or where there is a mask."""
+    """Fused attention (`scaled_dot_product_attention`), without repeated keys wherever a kernel allows it.
+
+    Returns the output (B, T, H, D) and None. transformers' function repeats keys when compiled or given a mask.
+    """
     batch, heads, time, width = query.shape
     grouped = heads != key.shape[1]
-    if time == 1:  # the queries of a group are rows of one attention, which reads each key once
+    if time == 1:  # the queries of a group become rows of one attention, which reads each key once
         query = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
         if attention_mask is not None and attention_mask.shape[1] == heads:
             attention_mask = attention_mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
         grouped = False
-    elif attention_mask is None:  # a static cache is longer than what it holds
+    elif attention_mask is None:  # a static cache is longer than the keys in it
         key, value = key[:, :, :time], value[:, :, :time]
-    elif grouped and query.device.type != "cpu":  # elsewhere no fused kernel takes a mask together with groups
+    elif grouped and query.device.type != "cpu":  # on other devices no fused kernel takes a mask and grouped keys
         key, value = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (key, value))
         grouped = False
     output = functional.scaled_dot_product_attention(
@@ -76,7 +79,10 @@ def eager_attention(
     scaling: float = 1.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in the open, (B, T, H, D), with its probabilities (B, H, T, K); keys are not repeated here either."""
+    """Unfused attention that also returns the probabilities. Keys are not repeated.
+
+    Returns the output (B, T, H, D) and the attention probabilities (B, H, T, K).
+    """
     (batch, heads, time, width), groups = query.shape, key.shape[1]
     rows = query.reshape(batch, groups, -1, width)  # (B, G, R x T, D)
     scores = (rows @ key.transpose(-1, -2) * scaling).view(batch, heads, time, -1)
@@ -85,17 +91,17 @@ def eager_attention(
     elif attention_mask is not None:
         scores = scores + attention_mask
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    kept = functional.dropout(probabilities, dropout, module.training)
-    output = kept.view(batch, groups, -1, kept.shape[-1]) @ value  # (B, G, R x T, D)
+    weights = functional.dropout(probabilities, dropout, module.training)
+    output = weights.view(batch, groups, -1, weights.shape[-1]) @ value  # (B, G, R x T, D)
     return output.view(batch, heads, time, width).transpose(1, 2), probabilities
 
 
 ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
-"""Attention by transformers' names; any other, such as flash_attention_2, is transformers' own and takes GQA."""
+"""The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
 
 
-class _Switch:
-    """torch's oneDNN switch, which is the process's, off for as long as anybody wants it off."""
+class _OneDNNSwitch:
+    """Turns oneDNN off until the last of several users has left. The setting belongs to the whole process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -112,18 +118,19 @@ class _Switch:
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and not _MKLDNN.enabled:  # if somebody else has switched it on meanwhile, it stays on
+            if self._users == 0 and not _MKLDNN.enabled:  # other code may have turned it on: then it stays on
                 _MKLDNN.enabled = self._before
 
 
-_onednn = _Switch()
+_onednn = _OneDNNSwitch()
 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """torch's own CPU kernels inside. Threads may overlap; what others compute meanwhile is as right, not as fast.
+    """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
 
-    Nothing happens where `torch.backends.disable_global_flags` has locked the switch.
+    The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
+    after `torch.backends.disable_global_flags`, which locks the setting.
     """
     if torch.backends.flags_frozen():
         yield
@@ -136,26 +143,26 @@ def without_onednn() -> Iterator[None]:
 
 
 def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
-    """Whether torch's own kernel multiplies one row with these weights at least a tenth faster than oneDNN does.
+    """Whether torch's own kernel multiplies one row by these weights at least 10% faster than oneDNN.
 
-    `weights`: matrices (out, in). Only 16-bit ones on a CPU are looked at, about 128 MiB of them, a tenth of a second;
-    False without any. Both kernels take turns, and their medians count.
+    `weights`: matrices (out, in). Only 16-bit weights on a CPU are timed, about 128 MiB of them, in about 0.1 seconds;
+    without any, returns False. The kernels alternate, and their median times are compared.
     """
     sample = _sample(weights)
     if not sample or not _MKLDNN.is_available():
         return False
     with torch.inference_mode():
         rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
-        theirs, ours = [], []
+        onednn, own = [], []
         for _ in range(_ROUNDS):
-            theirs.append(_seconds(rows, sample))
+            onednn.append(_seconds(rows, sample))
             with without_onednn():
-                ours.append(_seconds(rows, sample))
-    return statistics.median(ours) < _MARGIN * statistics.median(theirs)
+                own.append(_seconds(rows, sample))
+    return statistics.median(own) < _MARGIN * statistics.median(onednn)
 
 
 def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The first of the weights that count, until they are `_SAMPLE` bytes."""
+    """The first 16-bit weights on a CPU, up to about `_SAMPLE` bytes."""
     sample: list[Tensor] = []
     for weight in weights:
         if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
@@ -173,10 +180,10 @@ def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ALiBi (Press et al. 2021) adds to the scores of keys at `positions` (B, K): (B, H, K).
+    """The ALiBi bias (Press et al. 2021) on the attention scores of keys at `positions` (B, K): (B, H, K).
 
-    In bfloat16, like the code that falcon-rw was trained with, and transformers'.
+    Computed in bfloat16, as in the code that trained falcon-rw and in transformers.
     """
     two = torch.ones(1, 2, dtype=torch.long, device=positions.device)
-    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1), at position 1
+    slopes = stock.build_alibi_tensor(two, spec.query_heads, torch.bfloat16)[:, :, 1]  # (H, 1): the bias of position 1
     return (slopes[None] * positions[:, None]).to(dtype) * spec.head_dim**-0.5

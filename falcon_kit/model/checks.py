@@ -1,4 +1,4 @@
-"""Refuses masks, caches and positions that would compute something else than asked."""
+"""Errors for masks, caches and positions that would silently give a wrong result."""
 
 from typing import Any
 
@@ -9,44 +9,45 @@ from falcon_kit.catalogue.spec import FalconSpec
 
 
 def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: bool) -> None:
-    """Refuses what flash-attention and the like cannot do, where transformers would compute something else."""
-    wanted = {
+    """Raises ValueError for features that an attention backend of transformers, such as flash-attention, lacks."""
+    requested = {
         "attention probabilities": probabilities,
         "ALiBi": alibi,
         "packed documents in more than one row": packed_batch,
     }
-    if missing := [what for what, asked in wanted.items() if asked]:
+    if missing := [feature for feature, used in requested.items() if used]:
         raise ValueError(
             f"{backend} attention has no {' and no '.join(missing)}: call model.set_attn_implementation('sdpa') first"
         )
 
 
 def context_limit(config: FalconConfig) -> int | None:
-    """Positions the model knows; None for rotary embeddings that are scaled to reach further."""
+    """The longest context that the model was trained with; None for scaled rotary embeddings, which allow more."""
     scaled = not config.alibi and (config.rope_parameters or {}).get("rope_type", "default") != "default"
     return None if scaled else config.max_position_embeddings
 
 
-def check_cache(spec: FalconSpec, kept: int, batch: int, past: Cache | None) -> None:
-    """A cache that another model filled, or transformers' own Falcon, does not fit."""
+def check_cache(spec: FalconSpec, kv_heads: int, batch: int, past: Cache | None) -> None:
+    """Raises ValueError for a cache of another model, of transformers' own Falcon, or of another batch size.
+
+    `kv_heads`: the KV heads on this rank.
+    """
     keys = getattr(past.layers[0], "keys", None) if past is not None and past.layers else None
     if not isinstance(keys, Tensor) or keys.ndim != 4:
         return
     rows, heads, _, width = keys.shape
-    if (heads, width) != (kept, spec.head_dim):
+    if (heads, width) != (kv_heads, spec.head_dim):
         raise ValueError(
-            f"the cache holds {heads} heads of {width} per layer, this model keeps {kept} KV heads of "
-            f"{spec.head_dim}: another model or transformers' own Falcon filled it, so start with an empty one; "
-            f"PEFT's prefix tuning needs num_attention_heads={kept}, token_dim={kept * spec.head_dim}"
+            f"the cache holds {heads} heads of {width} per layer, this model caches {kv_heads} KV heads of "
+            f"{spec.head_dim}: the cache is from another model or transformers' own Falcon, so start with an empty "
+            f"one; PEFT's prefix tuning needs num_attention_heads={kv_heads}, token_dim={kv_heads * spec.head_dim}"
         )
     if rows != batch:
-        raise ValueError(
-            f"the cache holds {rows} rows, but {batch} are given: continue as many rows as it was filled with"
-        )
+        raise ValueError(f"the cache holds {rows} rows, but {batch} are given: give as many rows as the cache has")
 
 
 def check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask: Any) -> None:
-    """A mask says something about every token there is, or about every pair of a query and a key."""
+    """Raises ValueError for a mask that has neither one value per token nor one per query and key."""
     batch, time = hidden_states.shape[:2]
     seen = _seen(past)
     if not isinstance(mask, Tensor) or seen is None:
@@ -63,20 +64,20 @@ def check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask
 
 
 def check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | None, positions: Tensor | None) -> None:
-    """Positions beyond the context were never trained."""
+    """Raises ValueError for positions beyond the context that the model was trained with."""
     limit, seen = context_limit(config), _seen(past)
     if limit is None or seen is None or seen + hidden_states.shape[1] <= limit:
         return
     last = seen + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
     if last > limit:
         raise ValueError(
-            f"{last} positions are more than the context of {limit} that the model was trained with, beyond which text "
-            "turns into gibberish (huggingface/transformers#25878): give less, pack documents with positions that "
-            "start again, or set config.max_position_embeddings to go further all the same"
+            f"{last} positions are more than the context of {limit} that the model was trained with; beyond it, the "
+            "generated text is gibberish (huggingface/transformers#25878): give fewer tokens, restart the positions of "
+            "each packed document, or set config.max_position_embeddings to use more positions anyway"
         )
 
 
 def _seen(past: Cache | None) -> int | None:
-    """Tokens in the cache; None for a static one, which keeps count on its device: to read it would hold up a GPU."""
+    """Tokens in the cache; None for a static cache, whose count is on the GPU: reading it would synchronise."""
     seen: Any = 0 if past is None else past.get_seq_length()
     return None if isinstance(seen, Tensor) else seen

@@ -1,8 +1,8 @@
-"""A decoder layer of Falcon: attention over grouped keys and values, and the feed-forward block beside or after it.
+"""A decoder layer of Falcon: attention over grouped KV heads, and the MLP in parallel with it or after it.
 
-The classes keep transformers' names, so that device maps, PEFT and FSDP find the modules they know, and its parameter
-names, so that checkpoints fit. Linear layers are plain `nn.Linear`, which quantisers recognise; transformers has a
-class of its own there, which rounds once more between product and bias.
+Classes have the names that they have in transformers, so that device maps, PEFT and FSDP find them; parameters too, so
+that checkpoints load. Linear layers are plain `nn.Linear`, which quantisation libraries replace. transformers uses
+`FalconLinear` instead, which rounds once more between product and bias.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
@@ -30,7 +30,9 @@ class FalconAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = spec.head_dim
-        self.num_key_value_groups = spec.queries_per_kv_head  # R, under the name that transformers' functions look for
+        self.num_key_value_groups = (
+            spec.queries_per_kv_head
+        )  # R, under the name that transformers' attention functions read
         self.scaling = spec.head_dim**-0.5
         self.is_causal = True
         fused = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
@@ -46,7 +48,7 @@ class FalconAttention(nn.Module):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output (B, T, d_model) and, where they are computed, the probabilities (B, H, T, K)."""
+        """Output (B, T, d_model), and the attention probabilities (B, H, T, K) or None."""
         query, key, value = self.project(hidden_states, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -74,22 +76,22 @@ class FalconAttention(nn.Module):
 def split_heads(
     fused: Tensor, queries_per_kv_head: int, head_dim: int, rotation: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, D), keys and values (B, G, T, D) out of the fused projection (B, T, (H + 2 G) x D).
+    """Queries (B, H, T, D), keys and values (B, G, T, D) of the fused projection (B, T, (H + 2 G) x D).
 
-    It is laid out per group, [R queries, key, value] x G, in every layout: 40B has G = 8, R = 16, 7B one group of 71,
-    rw groups of one. The key turns together with its queries.
+    The projection is laid out by group, [R queries, key, value] x G, in every layout: 40B has G = 8 and R = 16, 7B has
+    G = 1 and R = 71, rw has R = 1. The rotary embedding `rotation` applies to queries and keys.
     """
     fused = fused.view(*fused.shape[:2], -1, queries_per_kv_head + 2, head_dim)  # (B, T, G, R + 2, D)
-    turned, value = fused[..., :-1, :], fused[..., -1, :]
+    rotated, value = fused[..., :-1, :], fused[..., -1, :]  # queries and keys, before their rotation
     if rotation is not None:
         cos, sin = (each[:, :, None, None] for each in rotation)  # (B, T, 1, 1, D)
-        turned = turned * cos + rotate_half(turned) * sin
-    query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+        rotated = rotated * cos + rotate_half(rotated) * sin
+    query, key = rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :]
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class FalconMLP(nn.Module):
-    """The feed-forward block: 4 x d_model wide, GELU."""
+    """The MLP with GELU; `intermediate_size` is 4 x d_model."""
 
     def __init__(self, config: FalconConfig, spec: FalconSpec) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class FalconMLP(nn.Module):
 
 
 class FalconDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward: side by side (40B: a LayerNorm each, 7B: one for both), or in turn (rw)."""
+    """Attention and MLP, in parallel (40B: one LayerNorm each, 7B: one for both) or one after the other (rw)."""
 
     def __init__(self, config: FalconConfig, spec: FalconSpec, layer_idx: int) -> None:
         super().__init__()
@@ -110,23 +112,23 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         self.parallel = spec.parallel_block
         self.self_attention = FalconAttention(config, spec, layer_idx)
         self.mlp = FalconMLP(config, spec)
-        self.block_output = nn.Identity()  # where the ranks of tensor parallelism add up, see PARALLEL_BLOCK_TP_PLAN
-        two = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
-        self.norms = two if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
+        self.block_output = nn.Identity()  # tensor parallelism hooks its all-reduce here, see PARALLEL_BLOCK_TP_PLAN
+        pair = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
+        self.norms = pair if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
         for name in self.norms:
             self.add_module(name, nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon)))
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T, d_model) to the same; `kwargs` are those of the attention."""
+        """Hidden states (B, T, d_model) after the layer; `kwargs` are those of `FalconAttention.forward`."""
         before_attention, before_mlp = getattr(self, self.norms[0]), getattr(self, self.norms[-1])
         normed = before_attention(hidden_states)
         attention, _ = self.self_attention(normed, **kwargs)
         if self.parallel:
-            also_normed = normed if before_mlp is before_attention else before_mlp(hidden_states)
-            both = self.block_output(self.mlp(also_normed) + attention)
-            return hidden_states + self._drop(both, self.config.hidden_dropout)
+            mlp_input = normed if before_mlp is before_attention else before_mlp(hidden_states)
+            output = self.block_output(self.mlp(mlp_input) + attention)
+            return hidden_states + self._drop(output, self.config.hidden_dropout)
         hidden_states = hidden_states + self._drop(attention, self.config.attention_dropout)
         return hidden_states + self._drop(self.mlp(before_mlp(hidden_states)), self.config.hidden_dropout)
 
-    def _drop(self, hidden_states: Tensor, share: float | None) -> Tensor:
-        return dropout(hidden_states, share, self.training) if share else hidden_states
+    def _drop(self, hidden_states: Tensor, p: float | None) -> Tensor:
+        return dropout(hidden_states, p, self.training) if p else hidden_states

@@ -1,22 +1,22 @@
-"""Falcon with a truly grouped KV cache: a subclass of transformers' Falcon, on the same checkpoints.
+"""Falcon with a grouped KV cache: a subclass of transformers' Falcon that loads and saves the same checkpoints.
 
-What transformers 5.23 does and this does not:
+It fixes these faults of Falcon in transformers 5.23:
 
-- it copies keys and values to every query head before it caches them: 16 times the cache for Falcon-40B, 29 for 180B;
-- it lets documents that are packed into one row look at each other;
-- it builds a mask even where none is needed;
-- its linear layers are of a class of their own, which quantisers pass over;
-- its attention probabilities, asked for beside fused attention, look into the future;
-- it adds ALiBi twice in eager attention, and fails with ALiBi in a static cache.
+- keys and values are copied to every query head before they are cached: 16 times the cache for Falcon-40B, 29 for 180B;
+- documents packed into one row attend to each other;
+- an attention mask is built even if attention is only causal;
+- linear layers are a class of their own, which quantisation libraries do not replace;
+- attention probabilities returned beside fused attention include future tokens;
+- eager attention adds ALiBi twice, and ALiBi fails with a static cache.
 
-Each is held against the unmended library in `tests/test_modeling.py`. One difference is none of its faults: here
-`attention_dropout` acts in every layout, there only with ALiBi. The classes keep transformers' names, so that a saved
-checkpoint is a plain Falcon.
+`tests/model/test_faults.py` shows each fault in transformers. Another difference is not a fault: here
+`attention_dropout` applies in every layout, in transformers only with ALiBi. The classes have the names that they have
+in transformers, so that a saved checkpoint is a plain Falcon.
 
 Shapes: B batch, T time (queries), K time (keys), H query heads, V vocabulary.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -42,16 +42,16 @@ from falcon_kit.model.attention import alibi
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer
 from falcon_kit.model.losses import language_model_loss
-from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, STYLES
+from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
 class FalconModel(stock.FalconModel):
-    """The decoder without its head."""
+    """The decoder without the language-modelling head."""
 
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
     _can_record_outputs = {"hidden_states": FalconDecoderLayer, "attentions": FalconAttention}  # noqa: RUF012
-    # Tensor parallelism, in transformers' words. Rows of the fused projection hold whole groups of heads.
+    # The fused projection is split by rows, so that each rank has whole groups of heads.
     _tp_plan = {  # noqa: RUF012
         "word_embeddings": "embedding_rowwise",
         "h.*.self_attention.query_key_value": "colwise",
@@ -60,8 +60,8 @@ class FalconModel(stock.FalconModel):
         "h.*.mlp.dense_4h_to_h": "rowwise",
     }
 
-    ranks: DeviceMesh | None = None
-    """The ranks of tensor parallelism that hold this model together; None where it is whole."""
+    tp_mesh: DeviceMesh | None = None
+    """The device mesh of tensor parallelism; None if the model is not split."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -87,33 +87,25 @@ class FalconModel(stock.FalconModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, T, d_model) after the last LayerNorm, of `input_ids` (B, T) or `inputs_embeds` instead.
+        """Hidden states (B, T, d_model) after the last LayerNorm, for `input_ids` (B, T) or `inputs_embeds`.
 
-        `attention_mask`: (B, time seen + T), 0 where there is padding; or (B, 1, T, K), True where a query may look, or
-        numbers to add to the scores (with ALiBi: 0, or far below). `position_ids` (B, T) that start again within a row,
-        given without a cache, mean packed documents: they do not see each other.
-        Raises ValueError for a mask or a cache of another shape, and for rows longer than the context, unless
-        `position_ids` stay within it. Nothing is checked while compiled or with a static cache: it would hold up a GPU.
+        `attention_mask`: (B, cached tokens + T), 0 for padding; or (B, 1, T, K), boolean (True: attend) or added to the
+        scores (with ALiBi: 0 or a large negative number). Without a cache, `position_ids` (B, T) that start again
+        within a row separate packed documents, which do not attend to each other.
+        Raises ValueError for a mask or a cache of another shape, and for positions beyond the context. Compiled code
+        and static caches are not checked, which would synchronise the GPU.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if input_ids is not None and input_ids.ndim != 2:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}, not (rows, tokens): for one text give [ids]"
-            )
-        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self._embed(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
-            kept = self.spec.kv_heads // (1 if self.ranks is None else self.ranks.size())
-            check_cache(self.spec, kept, len(hidden_states), past_key_values)
-            check_mask(self.spec, hidden_states, past_key_values, attention_mask)
-            check_positions(self.config, hidden_states, past_key_values, position_ids)
-        whole = kwargs["output_attentions"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, whole)
+            self._check_inputs(hidden_states, past_key_values, attention_mask, position_ids)
+        probabilities = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        kwargs["output_attentions"] = probabilities
+        mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, probabilities)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached)[None]
         rotation = None if self.config.alibi else self.rotary_emb(hidden_states, position_ids)
         for layer in self.h:
             hidden_states = layer(
@@ -126,49 +118,70 @@ class FalconModel(stock.FalconModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
 
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embeddings (B, T, d_model) of the input. Raises ValueError unless exactly one input is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, not (rows, tokens): for one text give [ids]"
+            )
+        return self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _check_inputs(
+        self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        kv_heads = self.spec.kv_heads // (1 if self.tp_mesh is None else self.tp_mesh.size())
+        check_cache(self.spec, kv_heads, len(hidden_states), past)
+        check_mask(self.spec, hidden_states, past, attention_mask)
+        check_positions(self.config, hidden_states, past, position_ids)
+
     def _mask(
         self,
         hidden_states: Tensor,
         past: Cache | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        whole: bool,
+        probabilities: bool,
     ) -> Tensor | None:
-        """What attention needs to know beyond "causal", (B, 1 or H, T, K); None for nothing, unless `whole`."""
+        """The attention mask (B, 1 or H, T, K); None if attention is only causal and returns no probabilities."""
         documents = None
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
         if (backend := self.config._attn_implementation) not in attention.ATTENTION:
-            check_backend(backend, whole, bool(self.config.alibi), documents is not None and len(hidden_states) > 1)
+            check_backend(
+                backend, probabilities, bool(self.config.alibi), documents is not None and len(hidden_states) > 1
+            )
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,
             attention_mask,
             past,
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
-            allow_is_causal_skip=not (whole or self.config.alibi),
+            allow_is_causal_skip=not (probabilities or self.config.alibi),
         )
-        if self.ranks is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
-            mask = mask[:, self._heads]  # a mask for each head
+        if self.tp_mesh is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, self._heads]  # a mask per query head: this rank's heads
         if not self.config.alibi:
             return mask
-        # Masks of eager attention are to be added: 0, or the least number there is.
+        # A mask that is added to the scores is 0 for visible keys and a large negative number for others.
         visible = mask if mask.dtype == torch.bool else mask > -1
         return self._alibi(visible, None if documents is None else position_ids, hidden_states.dtype)
 
     @property
     def _heads(self) -> slice:
-        """The query heads that are computed here: all, or this rank's."""
-        if self.ranks is None:
+        """The query heads of this rank."""
+        if self.tp_mesh is None:
             return slice(None)
-        share = self.spec.query_heads // self.ranks.size()
-        first = self.ranks.get_local_rank() * share
-        return slice(first, first + share)
+        count = self.spec.query_heads // self.tp_mesh.size()
+        first = self.tp_mesh.get_local_rank() * count
+        return slice(first, first + count)
 
     def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The bias (B, H, T, K) of ALiBi where `visible` (B, 1, T, K) lets a query look.
+        """The ALiBi bias (B, H, T, K), masked where `visible` (B, 1, T, K) is False.
 
-        Only distances matter, so a key's place among those that some query of its row sees will do.
+        `positions` (B, K) may have any offset, since only distances matter. By default, they count the keys that some
+        query of their row attends to.
         """
         if positions is None:
             positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
@@ -177,7 +190,7 @@ class FalconModel(stock.FalconModel):
 
 
 class FalconForCausalLM(stock.FalconForCausalLM):
-    """Falcon with its language-modelling head; everything else about it is transformers' own."""
+    """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
     _supports_attention_backend = True
@@ -185,7 +198,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
-    """On a CPU, compute steps of one row with torch's own kernels (see `attention.py`); `fk.load` decides."""
+    """Whether a CPU computes steps of one row without oneDNN, see `attention.py`; `fk.load` measures and sets it."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -207,12 +220,12 @@ class FalconForCausalLM(stock.FalconForCausalLM):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the loss where `labels` (B, T) are given.
+        """Logits (B, T, V) of all or the last `logits_to_keep` tokens, and the loss if `labels` (B, T) are given.
 
-        `skip_logits`: only the loss, for which logits are never whole in memory (see `falcon_kit.model.losses`).
-        Other arguments as for `FalconModel`, which raises the errors.
+        `skip_logits`: returns only the loss and computes it in chunks, see `falcon_kit.model.losses`. Other arguments
+        and errors are those of `FalconModel.forward`.
         """
-        with self._kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
+        with self._matmul_kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
             outputs = self.transformer(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
@@ -241,38 +254,37 @@ class FalconForCausalLM(stock.FalconForCausalLM):
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
-        """transformers' own, once it is sure that the heads can be dealt out; the model then knows its rank."""
+        """As in transformers, after a check that the heads divide among the ranks. Sets `tp_mesh`."""
         if mesh_manager is not None and distributed_config.tp_size > 1:
             decoder = cast(FalconModel, model.get_submodule("transformer"))
             check_ranks(decoder.spec, distributed_config.tp_size)
-            decoder.ranks = mesh_manager.get_mesh("tp")
-            for name, style in STYLES.items():
+            decoder.tp_mesh = mesh_manager.get_mesh("tp")
+            for name, style in PARALLEL_STYLES.items():
                 ALL_PARALLEL_STYLES[name] = style
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def gather_sharded_state_dict_for_save(
         self, model_to_save: Any, state_dict: dict[str, Any], *arguments: Any, **more: Any
     ) -> dict[str, Any]:
-        """transformers' own, which would gather a tied head beside the embedding, and store both."""
-        tied = set(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else set()
-        once = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        parallel = self.transformer.ranks is not None
-        return super().gather_sharded_state_dict_for_save(
-            model_to_save, once if parallel else state_dict, *arguments, **more
-        )
+        """As in transformers, but without a tied head, which would be stored beside the embedding."""
+        if self.transformer.tp_mesh is not None and self.config.tie_word_embeddings:
+            tied = set(self._tied_weights_keys or ())
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *arguments, **more)
 
-    def _kernels(self, tokens: Tensor | None) -> Any:
+    def _matmul_kernels(self, tokens: Tensor | None) -> AbstractContextManager[None]:
+        """The context of a step: `without_onednn` for one token on a CPU, if `fk.load` measured that it is faster."""
         if not self.single_rows_without_onednn or torch.compiler.is_compiling():
             return nullcontext()
-        weight = self.lm_head.weight  # it may have been moved since it was loaded
-        fitting = weight.device.type == "cpu" and weight.dtype.itemsize == 2
-        return attention.without_onednn() if fitting and tokens is not None and tokens.numel() == 1 else nullcontext()
+        weight = self.lm_head.weight  # its device and dtype may have changed since the measurement
+        on_cpu = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+        return attention.without_onednn() if on_cpu and tokens is not None and tokens.numel() == 1 else nullcontext()
 
     def _get_static_cache_init_shape(self) -> None:
-        """Chunked prefill would size a static cache by query heads before anything is in it: it waits for the first."""
+        """No shape: with one, chunked prefill would allocate a static cache for all query heads."""
 
     def _prepare_generated_length(self, **arguments: Any) -> Any:  # type: ignore[override]  # called by keyword
-        """Refuses beforehand what would run past the context: there the text so far would be lost."""
+        """As in transformers, but raises ValueError beforehand if prompt and new tokens exceed the context."""
         config = super()._prepare_generated_length(**arguments)  # type: ignore[misc]  # its self is misdeclared
         prompt, limit = arguments["inputs_tensor"].shape[1], context_limit(self.config)
         new = config.max_length - arguments["input_ids_length"]

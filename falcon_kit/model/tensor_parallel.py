@@ -1,4 +1,4 @@
-"""Tensor parallelism of a decoder layer, in transformers' terms."""
+"""Tensor parallelism of the parallel block, as a plan for transformers: one all-reduce per layer instead of two."""
 
 import torch
 import torch.distributed as dist
@@ -8,15 +8,15 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed.tensor_parallel import AllReduceParallel, RowwiseParallel
 
 
-class _Share(RowwiseParallel):
-    """A linear layer, divided by columns, whose results the ranks do not add up yet."""
+class _PartialSum(RowwiseParallel):
+    """A row-wise parallel linear layer whose output stays a partial sum on each rank, without an all-reduce."""
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
         return output.to_local(grad_placements=[Replicate()]) if isinstance(output, DTensor) else output
 
 
-class _Sum(AllReduceParallel):
-    """Adds up what the ranks have."""
+class _AllReduce(AllReduceParallel):
+    """The sum of the module's outputs over all ranks. Without gradients the all-reduce is in place."""
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
         if torch.is_grad_enabled() and output.requires_grad:
@@ -25,13 +25,13 @@ class _Sum(AllReduceParallel):
         return output
 
 
-STYLES = {"falcon_share": _Share(), "falcon_sum": _Sum()}
-
-
+PARALLEL_STYLES = {"falcon_partial_sum": _PartialSum(), "falcon_all_reduce": _AllReduce()}
+"""The parallel styles that PARALLEL_BLOCK_TP_PLAN adds to those of transformers, by name."""
 PARALLEL_BLOCK_TP_PLAN = {
-    "h.*.self_attention.dense": "falcon_share",
-    "h.*.mlp.dense_4h_to_h": "falcon_share",
-    "h.*.block_output": "falcon_sum",
+    "h.*.self_attention.dense": "falcon_partial_sum",
+    "h.*.mlp.dense_4h_to_h": "falcon_partial_sum",
+    "h.*.block_output": "falcon_all_reduce",
 }
-"""Where attention and feed-forward stand side by side, their results are added anyway: under tensor parallelism the
-ranks do so once for both, which is what the parallel block is for. transformers' own rows add up twice. By module."""
+"""Attention and MLP outputs stay partial sums; one all-reduce adds both. The plan maps module names to styles.
+
+transformers' own "rowwise" style needs two all-reduces per layer."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
-from falcon_kit.generation.ranks import anywhere
+from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.parallel.ranks import Rank, own, own_bytes
@@ -64,13 +64,13 @@ class _Withdrawn(StoppingCriteria):
         self.link, self.number, self.ranks = link, number, ranks
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        over = anywhere(self.link.cancelled == self.number, self.ranks, input_ids.device)
+        over = any_rank(self.link.cancelled == self.number, self.ranks, input_ids.device)
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
 
 def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, Any]:
     """What a request asks for, from this rank."""
-    prompt, settings, ranks = request["prompt"], request["settings"], falcon.model.transformer.ranks
+    prompt, settings, ranks = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
     if request["call"] == "stream":
         generations = [_stream(falcon.stream(prompt, **settings), link, ranks.get_local_rank() == 0)]
     else:

@@ -153,7 +153,7 @@ def _choice(request: Request, carried: dict[str, Any], dialect: Dialect) -> dict
 
 def _transformers_choice(request: Request, carried: dict[str, Any], _: Dialect) -> dict[str, Any]:
     """The same for `transformers serve`, which takes all but the standard fields from a GenerationConfig as JSON."""
-    return {"generation_config": json.dumps(request.sampling.choice() | carried)}
+    return {"generation_config": json.dumps(request.sampling.generate_arguments() | carried)}
 
 
 def read(chunk: Mapping[str, Any]) -> Iterator[Delta]:

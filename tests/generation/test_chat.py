@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from falcon_kit.generation.chat import (
     encode,
     encode_text,
     install,
+    plain_template,
     render,
 )
 
@@ -53,6 +56,7 @@ CLOSED = [*TALK, {"role": "assistant", "content": "Grass, mostly."}]
 SYSTEM = {"role": "system", "content": "Answer briefly."}
 
 NAMES = [each.name for each in FORMATS]
+PLAIN_JINJA = jinja2.Environment()  # noqa: S701  # prompts are not HTML
 
 # Any text, and text full of what could be taken for something else: control tokens, turn markers, Jinja.
 markers = [
@@ -222,6 +226,34 @@ def test_rendering_equals_what_transformers_renders(messages: list[dict[str, str
     assert expected == render(messages, format, add_generation_prompt=prompt)
 
 
+@given(conversations(), formats, st.booleans())
+def test_a_plain_template_renders_what_transformers_renders(
+    messages: list[dict[str, str]], format: ChatFormat, prompt: bool
+) -> None:
+    options = {"add_generation_prompt": prompt, "eos_token": "<|endoftext|>"}
+    plain = PLAIN_JINJA.from_string(plain_template(format.template))
+
+    (expected,), _ = render_jinja_template(conversations=[messages], chat_template=format.template, **options)
+
+    assert expected == plain.render(messages=messages, **options)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=NAMES)
+def test_only_a_plain_template_is_parsed_by_plain_jinja(format: ChatFormat) -> None:
+    with pytest.raises(jinja2.TemplateSyntaxError, match="unknown tag 'generation'"):
+        PLAIN_JINJA.parse(format.template)
+    assert PLAIN_JINJA.parse(plain_template(format.template))
+
+
+@pytest.mark.parametrize("minus", ["", "-"])
+def test_a_plain_template_keeps_the_control_of_white_space(minus: str) -> None:
+    template = f"a {{%{minus} generation {minus}%}} b {{%{minus} endgeneration {minus}%}} c"
+
+    (expected,), _ = render_jinja_template(conversations=[CLOSED], chat_template=template)
+
+    assert expected == PLAIN_JINJA.from_string(plain_template(template)).render()
+
+
 @given(conversations(), st.sampled_from([FALCON, BAIZE]))
 def test_every_turn_begins_a_line_with_its_speaker_and_keeps_its_words(
     messages: list[dict[str, str]], format: ChatFormat
@@ -297,7 +329,9 @@ def test_closing_a_conversation_needs_an_end_token() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
 
-    with pytest.raises(ValueError, match=r"has no end token to close the conversation with: set tokenizer.eos_token"):
+    with pytest.raises(
+        ValueError, match=r"has no end-of-sequence token to end the conversation: set tokenizer.eos_token"
+    ):
         encode(CLOSED, tokenizer, FALCON, add_generation_prompt=False)
 
 
@@ -367,7 +401,7 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
             'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; got a dict.',
         ),
         ([], 'A conversation needs at least one message, such as [{"role": "user", "content": "Hello"}].'),
-        ([SYSTEM], "The conversation has only a system message: add what the user says."),
+        ([SYSTEM], "The conversation has only a system message: add a message of the user."),
         (
             [{"role": "robot", "content": "Hi"}],
             "Message 1 has the role 'robot'; allowed are system, user, assistant.",
@@ -380,12 +414,12 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
         ([*TALK[:1], SYSTEM], "Message 2 has the role 'system', which only the first message may have."),
         (
             [TALK[0], TALK[0]],
-            "Message 2 has the role 'user' where it is the assistant's turn: "
+            "Message 2 has the role 'user', but it must have 'assistant': "
             "user and assistant alternate, and the user begins.",
         ),
         (
             [SYSTEM, TALK[1]],
-            "Message 2 has the role 'assistant' where it is the user's turn: "
+            "Message 2 has the role 'assistant', but it must have 'user': "
             "user and assistant alternate, and the user begins.",
         ),
         (
@@ -393,7 +427,7 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
             "Message 1 has the content ' \\n', but it must be a text that is not blank.",
         ),
         ([{"role": "user"}], "Message 1 has the content None, but it must be a text that is not blank."),
-        (["Hi"], 'Message 1 is \'Hi\', but a message looks like {"role": "user", "content": "Hello"}.'),
+        (["Hi"], 'Message 1 is \'Hi\', but it must be like {"role": "user", "content": "Hello"}.'),
     ],
 )
 def test_a_conversation_that_cannot_be_rendered_says_why(messages: Any, expected: str) -> None:
@@ -404,7 +438,7 @@ def test_a_conversation_that_cannot_be_rendered_says_why(messages: Any, expected
 
 def test_the_assistant_is_not_asked_to_answer_itself() -> None:
     with pytest.raises(
-        ValueError, match="last message is the assistant's, so there is nothing to answer: add the user's"
+        ValueError, match="last message is the assistant's, so there is nothing to answer: add a message of the user"
     ):
         render(CLOSED, FALCON)
 
@@ -427,3 +461,20 @@ def test_rendering_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout == "set() False\n"
+
+
+def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruct):
+    sly = [{"role": "user", "content": "<|endoftext|> Hello" * 1000}]  # long enough for threads to meet
+    found = []
+
+    def work():
+        found.extend(tuple(encode(sly, instruct.tokenizer, instruct.chat_format)) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20
+    assert len(set(found)) == 1
+    assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]

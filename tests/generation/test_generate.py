@@ -1,22 +1,14 @@
 """Generation: transformers' own `generate` and plain arithmetic are the oracles."""
 
 import dataclasses
-import math
 import signal
-import subprocess
-import sys
-import threading
-import time
-from itertools import zip_longest
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 
 from falcon_kit import load
-from falcon_kit.generation.chat import encode
 from falcon_kit.generation.generate import generate
-from falcon_kit.generation.text import Stats
 from tests.conftest import small_model
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -25,29 +17,11 @@ PROMPTS = [QUESTION, "User: Hello\nFalcon:", "Animals of Africa: giraffe, lion,"
 SAMPLED = {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 7, "max_new_tokens": 24}
 
 
-@pytest.fixture
-def forwards(instruct):
-    """A list that grows by one at every forward pass of the model."""
-    calls = []
-    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    handle.remove()
-
-
 def oracle(falcon, prompt, **arguments):
     """The new token ids that transformers' own `generate` gives."""
     inputs = falcon.tokenizer(prompt, return_tensors="pt")
     output = falcon.model.generate(**inputs, pad_token_id=12, eos_token_id=11, **arguments)
     return [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
-
-
-def long(falcon):
-    """A stream of 1000 tokens: random ones, and no end token among them."""
-    return falcon.stream(QUESTION, max_new_tokens=1000, temperature=50.0, seed=0, suppress_tokens=[11])
-
-
-def working_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "falcon-stream"]
 
 
 # Equal to transformers
@@ -101,70 +75,6 @@ def test_a_batch_equals_single_prompts_in_every_layout(layout, tokenizer):
     assert [each.tokens for each in generate(model, tokenizer, PROMPTS, max_new_tokens=24)] == alone
 
 
-# Seeds and log-probabilities
-
-
-def test_a_seed_leaves_the_global_random_state_as_it_was(instruct):
-    before = torch.get_rng_state()
-    instruct.generate(QUESTION, **SAMPLED)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_seed_is_for_no_other_device(instruct, monkeypatch):
-    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("every device was seeded"))
-    assert instruct.generate(QUESTION, **SAMPLED).tokens
-
-
-def test_a_stream_runs_on_the_gpu_that_its_caller_has_chosen(instruct, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: threading.current_thread().name != "falcon-stream")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
-    )
-    list(instruct.stream(QUESTION, max_new_tokens=2))
-    assert chosen == [("falcon-stream", 3)]
-
-
-def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(instruct):
-    answer = instruct.generate(QUESTION, **SAMPLED)
-    prompt = instruct.tokenizer(QUESTION)["input_ids"]
-    with torch.inference_mode():
-        logits = instruct.model(torch.tensor([[*prompt, *answer.tokens]])).logits[0, len(prompt) - 1 : -1]
-    expected = logits.log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)].tolist()
-    assert answer.logprobs == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_beam_search_gives_no_log_probabilities(instruct):
-    assert instruct.generate(QUESTION, num_beams=2, max_new_tokens=4).logprobs is None
-
-
-def test_streams_side_by_side_write_what_they_write_alone(instruct):
-    settings = {"temperature": 2.0, "max_new_tokens": 40}
-    alone = [instruct.generate(QUESTION, seed=seed, **settings).text for seed in range(3)]
-    streams = [instruct.stream(QUESTION, seed=seed, **settings) for seed in range(3)]
-    texts = ["", "", ""]
-    for pieces in zip_longest(*streams):  # the three models run at once from their first piece on
-        texts = [text + (piece.text if piece else "") for text, piece in zip(texts, pieces, strict=True)]
-    assert texts == alone
-
-
-class Fails(LogitsProcessor):
-    """Breaks a generation off between the logits and the choice."""
-
-    def __call__(self, input_ids, scores):
-        raise MemoryError("no room")
-
-
-def test_an_error_between_two_tokens_gives_the_random_state_back(instruct):
-    expected = instruct.generate(QUESTION, **SAMPLED).tokens
-    before = torch.get_rng_state()
-    with pytest.raises(MemoryError):
-        instruct.generate(QUESTION, logits_processor=[Fails()], **SAMPLED)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert instruct.generate(QUESTION, **SAMPLED).tokens == expected
-
-
 # How a text ends
 
 
@@ -214,103 +124,6 @@ def test_each_row_of_a_batch_ends_at_its_own_stop_string(instruct):
     assert [(each.finish_reason, each.text[-7:]) for each in answers] == [("stop", "acacia "), ("stop", "! I am ")]
 
 
-# Streams
-
-
-def test_a_stream_gives_the_text_of_generate(instruct):
-    pieces = list(instruct.stream(QUESTION, **SAMPLED))
-    assert "".join(piece.text for piece in pieces) == instruct.generate(QUESTION, **SAMPLED).text
-
-
-def test_a_stream_gives_one_piece_per_token(instruct):
-    pieces = list(instruct.stream(QUESTION, **SAMPLED))
-    answer = instruct.generate(QUESTION, **SAMPLED)
-    assert [(piece.token_id, piece.logprob) for piece in pieces] == list(
-        zip(answer.tokens, answer.logprobs, strict=True)
-    )
-
-
-def test_an_ended_stream_has_the_whole_generation(instruct):
-    answers = instruct.stream(QUESTION)
-    text = "".join(piece.text for piece in answers)
-    assert (answers.generation.text, answers.generation.finish_reason) == (text, "eos")
-
-
-def test_a_running_stream_has_no_generation_yet(instruct):
-    answers = instruct.stream(QUESTION)
-    next(answers)
-    with pytest.raises(RuntimeError, match="has not ended yet: iterate over it to the end, or close"):
-        answers.generation  # noqa: B018
-
-
-def test_closing_a_stream_stops_the_model_at_the_next_token(instruct, forwards):
-    answers = long(instruct)
-    seen = [next(answers), next(answers)]
-    answers.close()
-    assert len(seen) <= len(forwards) < 500
-
-
-def test_a_stream_that_nobody_reads_waits(instruct, forwards):
-    answers = long(instruct)
-    seen = [next(answers), next(answers)]
-    time.sleep(0.5)  # a free model would have run on by dozens of tokens
-    assert len(forwards) <= len(seen) + 2
-    answers.close()
-
-
-def test_a_closed_stream_has_the_text_so_far(instruct):
-    answers = long(instruct)
-    first = next(answers)
-    answers.close()
-    assert (answers.generation.finish_reason, answers.generation.tokens[0]) == ("cancelled", first.token_id)
-
-
-def test_a_stream_can_be_closed_while_another_thread_waits_for_its_next_piece(instruct):
-    waits, read = threading.Event(), []
-    handle = instruct.model.register_forward_hook(lambda *_: waits.set() or time.sleep(0.05))
-    answers = long(instruct)
-    reader = threading.Thread(target=lambda: read.extend(answers))
-    reader.start()
-    waits.wait()
-    answers.close()
-    reader.join()
-    handle.remove()
-    assert (answers.generation.finish_reason, len(read) < 500, working_threads()) == ("cancelled", True, [])
-
-
-def test_leaving_the_loop_leaves_no_thread_behind(instruct):
-    for _ in long(instruct):
-        break
-    assert working_threads() == []
-
-
-def interrupt_while_reading(pieces):
-    for _ in pieces:
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_ctrl_c_stops_the_model_and_leaves_it_usable(instruct):
-    expected = instruct.generate(QUESTION).text
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_while_reading(long(instruct))
-    assert (working_threads(), instruct.generate(QUESTION).text) == ([], expected)
-
-
-def test_a_program_that_was_interrupted_in_a_stream_ends():
-    program = """
-import signal
-import falcon_kit as fk
-pieces = fk.load().stream("Hello", max_new_tokens=1000, temperature=50.0, suppress_tokens=[11])
-try:
-    for piece in pieces:
-        signal.raise_signal(signal.SIGINT)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout == "interrupted\n"
-
-
 def test_ctrl_c_in_generate_leaves_the_model_usable(instruct):
     expected = instruct.generate(QUESTION).text
     handle = instruct.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
@@ -320,29 +133,6 @@ def test_ctrl_c_in_generate_leaves_the_model_usable(instruct):
     finally:
         handle.remove()
     assert instruct.generate(QUESTION).text == expected
-
-
-def test_an_error_in_the_model_reaches_whoever_reads_the_stream(instruct):
-    def fail(*_):
-        raise MemoryError("no room")
-
-    handle = instruct.model.register_forward_hook(fail)
-    try:
-        with pytest.raises(MemoryError, match="no room"):
-            list(instruct.stream(QUESTION))
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize(("prompt", "settings"), [(PROMPTS, {}), (QUESTION, {"num_return_sequences": 2, "top_k": 5})])
-def test_a_stream_of_several_texts_is_refused(instruct, prompt, settings):
-    with pytest.raises(ValueError, match="a stream carries one text: give one prompt"):
-        instruct.stream(prompt, **settings)
-
-
-def test_a_stream_of_a_beam_search_is_refused(instruct):
-    with pytest.raises(ValueError, match="beam search and assisted generation cannot stream"):
-        instruct.stream(QUESTION, num_beams=2)
 
 
 # Chat
@@ -355,10 +145,6 @@ def test_a_chat_answer_is_the_continuation_of_the_rendered_turns_up_to_the_next(
 def test_a_chat_answer_ends_before_the_next_speaker(tokenizer, instruct):
     loud = dataclasses.replace(instruct, chat_format=dataclasses.replace(instruct.chat_format, stop=(" leaves",)))
     assert loud.chat(CHAT).text == "Giraffes eat acacia"
-
-
-def test_a_conversation_streams_what_chat_answers(instruct):
-    assert "".join(piece.text for piece in instruct.stream(CHAT)) == instruct.chat(CHAT).text
 
 
 @pytest.mark.parametrize("special", ["<|endoftext|>", ">>ANSWER<<", "<|pad|>"])
@@ -438,11 +224,6 @@ def test_assisted_generation_gives_the_models_own_text(instruct, mode):
     assert (answer.text, answer.finish_reason, answer.logprobs) == (expected.text, expected.finish_reason, None)
 
 
-def test_assisted_generation_cannot_stream(instruct):
-    with pytest.raises(ValueError, match="assisted generation cannot stream"):
-        instruct.stream(QUESTION, prompt_lookup_num_tokens=3)
-
-
 def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
     answers = instruct.generate(PROMPTS, max_new_tokens=4)
     prompts = sum(len(instruct.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
@@ -450,20 +231,9 @@ def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):
     assert (answers[0].stats.prompt_tokens, answers[0].stats.new_tokens) == (prompts, new)
 
 
-def test_the_speed_of_reading_is_unknown_where_no_token_came():
-    assert math.isnan(Stats(1, 5, 0, 0.0, 0.0).prefill_tokens_per_second)
-
-
 def test_the_first_token_comes_before_the_last(instruct):
     stats = instruct.generate(QUESTION).stats
     assert 0 < stats.first_token_seconds < stats.seconds
-
-
-def test_the_html_of_a_generation_escapes_its_text(instruct):
-    answer = dataclasses.replace(
-        instruct.generate(QUESTION, max_new_tokens=2), prompt="<script>", text="<img onerror=x>"
-    )
-    assert [tag for tag in ("<script>", "<img") if tag in answer._repr_html_()] == []
 
 
 # Bad input
@@ -528,65 +298,3 @@ def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
 def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, given, nearest):
     with pytest.raises(ValueError, match=f"Unknown setting '{given}'. Nearest: .*{nearest}"):
         instruct.generate(QUESTION, **{given: 1})
-
-
-# Alternatives
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_alternatives_are_the_likeliest_tokens_of_the_model_itself(instruct, rows):
-    prompts = PROMPTS[:rows]
-    written = instruct.generate(prompts, max_new_tokens=4, alternatives=3)
-    for prompt, each in zip(prompts, written, strict=True):
-        ids = torch.tensor([instruct.tokenizer(prompt)["input_ids"] + list(each.tokens[:-1])])
-        with torch.inference_mode():
-            logprobs = instruct.model(ids).logits[0, -len(each.tokens) :].log_softmax(-1)
-        expected = logprobs.topk(3)
-        assert [[other.token_id for other in step] for step in each.alternatives] == expected.indices.tolist()
-        values = torch.tensor([[other.logprob for other in step] for step in each.alternatives])
-        torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=0)
-
-
-def test_a_stream_hands_alternatives_over_with_each_piece(instruct):
-    stream = instruct.stream(QUESTION, max_new_tokens=4, alternatives=2)
-    pieces = [piece.alternatives for piece in stream]
-    assert tuple(pieces) == stream.generation.alternatives
-    assert {len(each) for each in pieces} == {2}
-
-
-def test_an_alternative_has_the_text_of_its_token(instruct):
-    for step in instruct.generate(QUESTION, max_new_tokens=4, alternatives=5).alternatives:
-        assert [each.text for each in step] == [instruct.tokenizer.decode([each.token_id]) for each in step]
-
-
-def test_no_alternatives_are_computed_unless_asked_for(instruct, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "topk", lambda *_: pytest.fail("topk was called"))
-    assert instruct.generate(QUESTION, max_new_tokens=4).alternatives is None
-
-
-def test_more_alternatives_than_tokens_are_all_tokens(instruct):
-    assert len(instruct.generate(QUESTION, max_new_tokens=1, alternatives=10**6).alternatives[0]) == 2048
-
-
-def test_beam_search_has_no_alternatives(instruct):
-    assert instruct.generate(QUESTION, max_new_tokens=4, num_beams=2, alternatives=3).alternatives is None
-
-
-# Side by side
-
-
-def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruct):
-    sly = [{"role": "user", "content": "<|endoftext|> Hello" * 1000}]  # long enough for threads to meet
-    found = []
-
-    def work():
-        found.extend(tuple(encode(sly, instruct.tokenizer, instruct.chat_format)) for _ in range(5))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 20
-    assert len(set(found)) == 1
-    assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]

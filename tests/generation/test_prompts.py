@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_kit.generation.prompts import check_prompt, check_tokens, room, token_ids
+from falcon_kit.generation.prompts import check_prompt, check_tokens, new_token_limit, token_ids
 from falcon_kit.generation.sampling import Sampling
 
 CONTEXT = 64
@@ -16,14 +16,16 @@ def test_prompt_and_answer_fit_into_the_context_or_are_refused(lengths, wanted):
     prompts = [[13] * length for length in lengths]
     if max(lengths) >= CONTEXT:
         with pytest.raises(ValueError, match=rf"has {max(lengths)} tokens, the model's context is {CONTEXT}"):
-            room(prompts, CONTEXT, Sampling(max_new_tokens=wanted))
+            new_token_limit(prompts, CONTEXT, Sampling(max_new_tokens=wanted))
     else:
-        assert room(prompts, CONTEXT, Sampling(max_new_tokens=wanted)) == min(wanted, CONTEXT - max(lengths))
+        assert new_token_limit(prompts, CONTEXT, Sampling(max_new_tokens=wanted)) == min(wanted, CONTEXT - max(lengths))
 
 
 @given(lengths, st.integers(1, 3 * CONTEXT))
 def test_of_a_prompt_that_is_cut_on_the_left_half_the_context_stays(lengths, wanted):
-    left = CONTEXT - room([[13] * each for each in lengths], CONTEXT, Sampling(max_new_tokens=wanted, truncate="left"))
+    left = CONTEXT - new_token_limit(
+        [[13] * each for each in lengths], CONTEXT, Sampling(max_new_tokens=wanted, truncate="left")
+    )
     assert left >= min(max(lengths), CONTEXT // 2)
 
 

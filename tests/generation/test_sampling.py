@@ -24,11 +24,11 @@ def test_tokens_are_drawn_when_a_setting_says_so(settings, expected):
 
 
 def test_greedy_decoding_passes_no_setting_of_drawing_on():
-    assert Sampling(temperature=0, top_k=5).choice() == {"do_sample": False}
+    assert Sampling(temperature=0, top_k=5).generate_arguments() == {"do_sample": False}
 
 
 def test_an_unset_top_k_is_switched_off_rather_than_left_to_transformers():
-    assert Sampling(do_sample=True).choice() == {"do_sample": True, "top_k": 0}
+    assert Sampling(do_sample=True).generate_arguments() == {"do_sample": True, "top_k": 0}
 
 
 @pytest.mark.parametrize(("stop", "expected"), [((), ()), ("a", ("a",)), (["a", "b"], ("a", "b"))])

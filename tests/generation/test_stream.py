@@ -1,0 +1,185 @@
+"""Streams: the text of `generate` piece by piece, and a thread that ends with its reader."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from tests.generation.test_generate import CHAT, PROMPTS, QUESTION, SAMPLED
+
+
+def long(falcon):
+    """A stream of 1000 tokens: random ones, and no end token among them."""
+    return falcon.stream(QUESTION, max_new_tokens=1000, temperature=50.0, seed=0, suppress_tokens=[11])
+
+
+def working_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "falcon-stream"]
+
+
+@pytest.fixture
+def forwards(instruct):
+    """A list that grows by one at every forward pass of the model."""
+    calls = []
+    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+def test_a_stream_runs_on_the_gpu_that_its_caller_has_chosen(instruct, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: threading.current_thread().name != "falcon-stream")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    list(instruct.stream(QUESTION, max_new_tokens=2))
+    assert chosen == [("falcon-stream", 3)]
+
+
+def test_streams_side_by_side_write_what_they_write_alone(instruct):
+    settings = {"temperature": 2.0, "max_new_tokens": 40}
+    alone = [instruct.generate(QUESTION, seed=seed, **settings).text for seed in range(3)]
+    streams = [instruct.stream(QUESTION, seed=seed, **settings) for seed in range(3)]
+    texts = ["", "", ""]
+    for pieces in zip_longest(*streams):  # the three models run at once from their first piece on
+        texts = [text + (piece.text if piece else "") for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+def test_a_stream_gives_the_text_of_generate(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    assert "".join(piece.text for piece in pieces) == instruct.generate(QUESTION, **SAMPLED).text
+
+
+def test_a_stream_gives_one_piece_per_token(instruct):
+    pieces = list(instruct.stream(QUESTION, **SAMPLED))
+    answer = instruct.generate(QUESTION, **SAMPLED)
+    assert [(piece.token_id, piece.logprob) for piece in pieces] == list(
+        zip(answer.tokens, answer.logprobs, strict=True)
+    )
+
+
+def test_an_ended_stream_has_the_whole_generation(instruct):
+    answers = instruct.stream(QUESTION)
+    text = "".join(piece.text for piece in answers)
+    assert (answers.generation.text, answers.generation.finish_reason) == (text, "eos")
+
+
+def test_a_running_stream_has_no_generation_yet(instruct):
+    answers = instruct.stream(QUESTION)
+    next(answers)
+    with pytest.raises(RuntimeError, match="has not ended yet: iterate over it to the end, or close"):
+        answers.generation  # noqa: B018
+
+
+def test_closing_a_stream_stops_the_model_at_the_next_token(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    answers.close()
+    assert len(seen) <= len(forwards) < 500
+
+
+def test_a_stream_that_nobody_reads_waits(instruct, forwards):
+    answers = long(instruct)
+    seen = [next(answers), next(answers)]
+    time.sleep(0.5)  # a free model would have run on by dozens of tokens
+    assert len(forwards) <= len(seen) + 2
+    answers.close()
+
+
+def test_a_closed_stream_has_the_text_so_far(instruct):
+    answers = long(instruct)
+    first = next(answers)
+    answers.close()
+    assert (answers.generation.finish_reason, answers.generation.tokens[0]) == ("cancelled", first.token_id)
+
+
+def test_a_stream_can_be_closed_while_another_thread_waits_for_its_next_piece(instruct):
+    waits, read = threading.Event(), []
+    handle = instruct.model.register_forward_hook(lambda *_: waits.set() or time.sleep(0.05))
+    answers = long(instruct)
+    reader = threading.Thread(target=lambda: read.extend(answers))
+    reader.start()
+    waits.wait()
+    answers.close()
+    reader.join()
+    handle.remove()
+    assert (answers.generation.finish_reason, len(read) < 500, working_threads()) == ("cancelled", True, [])
+
+
+def test_leaving_the_loop_leaves_no_thread_behind(instruct):
+    for _ in long(instruct):
+        break
+    assert working_threads() == []
+
+
+def interrupt_while_reading(pieces):
+    for _ in pieces:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_model_and_leaves_it_usable(instruct):
+    expected = instruct.generate(QUESTION).text
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_while_reading(long(instruct))
+    assert (working_threads(), instruct.generate(QUESTION).text) == ([], expected)
+
+
+def test_a_program_that_was_interrupted_in_a_stream_ends():
+    program = """
+import signal
+import falcon_kit as fk
+pieces = fk.load().stream("Hello", max_new_tokens=1000, temperature=50.0, suppress_tokens=[11])
+try:
+    for piece in pieces:
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "interrupted\n"
+
+
+def test_an_error_in_the_model_reaches_whoever_reads_the_stream(instruct):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    handle = instruct.model.register_forward_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            list(instruct.stream(QUESTION))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("prompt", "settings"), [(PROMPTS, {}), (QUESTION, {"num_return_sequences": 2, "top_k": 5})])
+def test_a_stream_of_several_texts_is_refused(instruct, prompt, settings):
+    with pytest.raises(ValueError, match="a stream carries one text: give one prompt"):
+        instruct.stream(prompt, **settings)
+
+
+def test_a_stream_of_a_beam_search_is_refused(instruct):
+    with pytest.raises(ValueError, match="beam search and assisted generation cannot stream"):
+        instruct.stream(QUESTION, num_beams=2)
+
+
+def test_assisted_generation_cannot_stream(instruct):
+    with pytest.raises(ValueError, match="assisted generation cannot stream"):
+        instruct.stream(QUESTION, prompt_lookup_num_tokens=3)
+
+
+def test_a_conversation_streams_what_chat_answers(instruct):
+    assert "".join(piece.text for piece in instruct.stream(CHAT)) == instruct.chat(CHAT).text
+
+
+def test_a_stream_hands_alternatives_over_with_each_piece(instruct):
+    stream = instruct.stream(QUESTION, max_new_tokens=4, alternatives=2)
+    pieces = [piece.alternatives for piece in stream]
+    assert tuple(pieces) == stream.generation.alternatives
+    assert {len(each) for each in pieces} == {2}
