@@ -2,12 +2,13 @@
 
 The files, in the order of their imports:
 
-adapters.py      LoRA adapters on disk, and their sum with a checkpoint's weights
-checkpoints.py   where a checkpoint lies and whether it is complete
+adapters.py      LoRA adapters on disk, and a checkpoint's state dict with adapters added
+checkpoints.py   a checkpoint: found by name, fetched from the hub, checked
 quantization.py  8-bit and 4-bit weights: chosen, counted after loading, saved
-compiling.py     decoding with a static cache and a compiled step
-checks.py        settings of load() that do not go together
-falcon.py        Falcon: a model, its tokenizer, and what can be done with them
+compiling.py     decoding with a static cache and torch.compile
+checks.py        the settings of load(), and what it refuses before a download
+falcon.py        Falcon: a model and its tokenizer, with methods to generate, stream and chat
+reading.py       weights read into a model: device map, adapters, quantisation
 load.py          load(): find, plan, fetch, read
 merging.py       merge(): an adapter added to the weights, checked by its logits
 """

@@ -1,13 +1,12 @@
-"""Where a checkpoint lies and whether it is whole: embedded, in a directory, or fetched from the hub.
+"""A checkpoint found by name, fetched from the hub and checked: embedded, in a directory, or in a hub repository.
 
-Everything that can be wrong is said before the weights are read: another architecture, a missing or cut-off shard, a
-hub that cannot be reached.
+Every error comes before the weights are read: another architecture, a missing or cut-off shard, an unreachable hub.
 """
 
 import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,95 +25,88 @@ _ADAPTER_FILES = ["adapter_config.json", WEIGHTS, RECORD]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found, before its weights are read."""
+    """A checkpoint, with the adapters to add to it. Its weights may still have to be fetched."""
 
     directory: Path
-    """What holds weights, config and tokenizer."""
+    """The folder of weights, config and tokenizer; for a hub repository its snapshot in the cache."""
     base: FalconSpec
     """The shape of those weights."""
     config: FalconConfig
-    """Their config, as today's transformers wants it."""
+    """Their config, in the form that this version of transformers reads."""
     spec: FalconSpec
-    """The model asked for: the base, or the base with adapters in it."""
+    """The model asked for: the base, or the base with adapters."""
     adapters: tuple[Path, ...] = ()
-    """Folders of adapters to add to the weights, in this order."""
+    """The folders of the adapters, in the order in which they are added to the weights."""
+    repositories: Mapping[Path, str] = field(default_factory=dict)
+    """The hub repository of each folder that is a snapshot in the cache."""
+    hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """token, cache_dir and local_files_only, as in huggingface_hub."""
 
     @property
     def name(self) -> str:
-        """The directory by which the same is found again."""
+        """The folder from which `load` loads the same model again."""
         return str((self.directory, *self.adapters)[-1])
 
 
-Decide = Callable[[FalconSpec, FalconConfig], None]
+def find(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that a name stands for; of a hub repository only the config is downloaded.
 
-
-def locate(name: str, hub: dict[str, Any], decide: Decide = lambda *_: None) -> Checkpoint:
-    """Where the checkpoint lies, downloaded where needed; for an adapter, its base's.
-
-    `decide` is told the spec and the config before weights are fetched, and may raise.
+    For an adapter, the checkpoint of its base, with the adapter to add. hub: revision, token, cache_dir and
+    local_files_only, as in huggingface_hub. Raises LookupError, FileNotFoundError, ConnectionError, PermissionError,
+    and ValueError for a config that is not a Falcon's.
     """
     known = {each.name.lower(): each for each in catalogue()}
     short = name.strip().lower().removeprefix("tiiuae/")
-    embedded = short in known and not known[short].published
-    if embedded or (short and Path(name).expanduser().is_dir()):
-        directory = embedded_directory(short) if embedded else Path(name).expanduser()
-        if base := adapter_base(directory):
-            return _with_adapter(directory, base, hub, decide, known[short] if embedded else None)
-        shape, config = known[short] if embedded else spec(directory), _config(directory)
-        decide(shape, config)
-        return Checkpoint(directory, shape, config, shape)
-    if Path(name).expanduser().is_file():
+    path = Path(name).expanduser()
+    if short in known and not known[short].published:
+        return _from_directory(embedded_directory(short), hub, known[short])
+    if short and path.is_dir():
+        return _from_directory(path, hub)
+    if path.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds it, with its config.json and tokenizer")
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
     if not short:
         raise LookupError(f"the name is empty: give one of {', '.join(known)}, or a directory")
     if short not in known and "/" not in name:
-        spec(name)  # raises, and names the nearest
-    repository = f"tiiuae/{known[short].name}" if short in known else name
-    return _download(repository, hub, decide)
+        spec(name)  # raises LookupError with the nearest names
+    return _from_hub(f"tiiuae/{known[short].name}" if short in known else name, hub)
 
 
-def _with_adapter(
-    adapter: Path, base: str, hub: dict[str, Any], decide: Decide, known: FalconSpec | None = None
-) -> Checkpoint:
-    """The checkpoint of an adapter's base, and the adapter to add to it. A revision asked for is the adapter's."""
-    found = locate(
-        base,
-        {**hub, "revision": None},
-        lambda of_base, config: decide(known or adapted(of_base, adapter), config),
-    )
-    return replace(found, spec=known or adapted(found.spec, adapter), adapters=(*found.adapters, adapter))
+def _from_directory(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None = None) -> Checkpoint:
+    """The checkpoint in a directory. shape: its spec, where that is not the one of its config.json."""
+    if base := adapter_base(directory):
+        found = find(base, {**hub, "revision": None})  # the revision is the adapter's, not its base's
+        shape = shape or adapted(found.spec, directory)
+        return replace(found, spec=shape, adapters=(*found.adapters, directory))
+    shape = shape or spec(directory)
+    return Checkpoint(directory, shape, _config(directory), shape, hub=hub)
 
 
-def _download(repository: str, hub: dict[str, Any], decide: Decide) -> Checkpoint:
-    """Fetches a hub repository: config first, so that what is no Falcon, or too large, costs no more than that."""
+def _from_hub(repository: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a hub repository, after the download of its config.json or adapter_config.json."""
+    shape = None
     try:
-        config_file = fetch_config(repository, **hub)
-    except (ConnectionError, FileNotFoundError):  # an adapter's repository has no config.json, in a cache least of all
-        if (adapter := _fetch_adapter(repository, hub)) is None:
+        file = fetch_config(repository, **hub)
+    except (ConnectionError, FileNotFoundError):  # an adapter's repository has no config.json
+        if (adapter_config := _fetch_adapter_config(repository, hub)) is None:
             raise
-        return _with_adapter(adapter, str(adapter_base(adapter)), hub, decide)
-    shape = FalconSpec.from_config(_read(config_file), repository)  # raises for a model that is no Falcon
-    config = _config(config_file.parent)
-    shape = {f"tiiuae/{each.name}": each for each in catalogue()}.get(repository, shape)
-    decide(shape, config)
-    with hub_errors(repository):
-        directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.safetensors"], **hub))
-        if not any(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(repository, allow_patterns=[*_TEXT_FILES, "*.bin"], **hub))
-    return Checkpoint(directory, shape, config, shape)
+        file = adapter_config
+    else:
+        shape = FalconSpec.from_config(_read(file), repository)  # raises ValueError for another architecture
+        shape = next((each for each in catalogue() if each.hub_id == repository), shape)
+    found = _from_directory(file.parent, hub, shape)
+    named = shape or replace(found.spec, name=repository)  # an adapter's snapshot is a folder named after a commit
+    return replace(found, spec=named, repositories={**found.repositories, file.parent: repository})
 
 
-def _fetch_adapter(repository: str, hub: dict[str, Any]) -> Path | None:
-    """The folder of an adapter on the hub; None where the repository holds none, or cannot be reached."""
+def _fetch_adapter_config(repository: str, hub: Mapping[str, Any]) -> Path | None:
+    """The config of an adapter on the hub; None where the repository holds no adapter or cannot be reached."""
     try:
         with hub_errors(repository):
-            hf_hub_download(repository, "adapter_config.json", **hub)
+            return Path(hf_hub_download(repository, "adapter_config.json", **hub))
     except (ConnectionError, FileNotFoundError):
         return None
-    with hub_errors(repository):
-        return Path(snapshot_download(repository, allow_patterns=_ADAPTER_FILES, **hub))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -123,16 +115,37 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _config(directory: Path) -> FalconConfig:
-    """The config as today's transformers wants it, whatever its age."""
+    """The config in the form that this version of transformers reads, also where it was written in 2023."""
     stored = _read(directory / "config.json")
     return FalconConfig.from_dict(stored if stored["model_type"] == "falcon" else config_from_legacy(stored))
 
 
-def check_weights(found: Checkpoint) -> list[Path]:
-    """The weight files of a checkpoint, each complete; those of its adapters are looked at too."""
-    for adapter in found.adapters:
-        _check_complete(weights_file(adapter))
-    directory = found.directory
+# Fetched and checked
+
+
+def fetch(found: Checkpoint) -> list[Path]:
+    """The weight files of a checkpoint; weights, tokenizer and adapters are downloaded where the cache lacks them.
+
+    safetensors are preferred to pickled weights. Raises FileNotFoundError for missing weights or shards, and what
+    `find` raises for the hub.
+    """
+    for directory, repository in found.repositories.items():
+        if directory in found.adapters:
+            _download(directory, repository, _ADAPTER_FILES, found.hub)
+            continue
+        _download(directory, repository, [*_TEXT_FILES, "*.safetensors"], found.hub)
+        if not any(directory.glob("*.safetensors")):
+            _download(directory, repository, ["*.bin"], found.hub)
+    return _weight_files(found.directory)
+
+
+def _download(snapshot: Path, repository: str, patterns: list[str], hub: Mapping[str, Any]) -> None:
+    """Completes a snapshot in the cache, whose folder is named after its commit."""
+    with hub_errors(repository):
+        snapshot_download(repository, allow_patterns=patterns, **{**hub, "revision": snapshot.name})
+
+
+def _weight_files(directory: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{suffix}.index.json", directory / f"{stem}.{suffix}"
         if index.is_file():
@@ -141,14 +154,11 @@ def check_weights(found: Checkpoint) -> list[Path]:
             files = [single]
         else:
             continue
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(
                 f"{directory} lacks {len(missing)} of the {len(files)} shards that {index.name} names: "
                 f"{', '.join(missing[:3])}; fetch them again"
             )
-        for file in files:
-            _check_complete(file)
         return files
     raise FileNotFoundError(
         f"{directory} has a config.json but no weights: expected model.safetensors, pytorch_model.bin, or their index "
@@ -156,15 +166,21 @@ def check_weights(found: Checkpoint) -> list[Path]:
     )
 
 
+def check_weights(found: Checkpoint, files: list[Path]) -> None:
+    """Raises ValueError where a weight file, or an adapter's, was cut off, and FileNotFoundError for a missing one."""
+    for file in (*map(weights_file, found.adapters), *files):
+        _check_complete(file)
+
+
 def _check_complete(file: Path) -> None:
-    """Raises ValueError for a file that was cut off. Reads its table of contents, not its tensors."""
+    """Reads a file's header, not its tensors."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return
         if zipfile.is_zipfile(file):
             return
-        cause = "no end of archive"
+        cause = "the end of the zip archive is missing"
     except SafetensorError as error:
         cause = str(error)
     raise ValueError(f"{file} is cut off or damaged ({file.stat().st_size:,} bytes; {cause}): fetch it again")

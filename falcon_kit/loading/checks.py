@@ -1,51 +1,111 @@
-"""Refuses settings of `load` that do not go together, before anything is downloaded."""
+"""The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FalconForCausalLM
+from transformers import CompileConfig, FalconForCausalLM
 
-from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.catalogue.memory import QUANTISED, dtype_name
 from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.tables import format_bytes
+from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.loading.checkpoints import Checkpoint
-from falcon_kit.loading.quantization import (
-    stored_quantisation,
-)
+from falcon_kit.loading.compiling import compile_options
+from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
+from falcon_kit.parallel import ranks
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
+"""The model class for each value of load's argument `attention`."""
+_REPLACED_ARGUMENTS = {
+    "torch_dtype": "give dtype",
+    "load_in_4bit": "give dtype='nf4'",
+    "load_in_8bit": "give dtype='int8'",
+    "quantization_config": "give dtype='int8', 'nf4' or 'nf4-double'",
+    "device": "give device_map, which takes a device too",
+    "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
+}
+"""What replaces the arguments of `from_pretrained` that `load` does not have."""
 
 
-def check_settings(dtype: str | None, device_map: Any, max_memory: Any, attention: str, offload: str | None) -> None:
-    """Raises ValueError for words that are not known, and for settings that do not go together."""
+@dataclass(frozen=True)
+class LoadSettings:
+    """The arguments of `load` other than the name and those for the hub; raises ValueError for those it cannot use."""
+
+    dtype: str | torch.dtype
+    device_map: str | dict[str, Any] | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload: str | None
+    offload_folder: str | Path
+    attention: str
+    compile: bool | CompileConfig
+    force: bool
+    chat: str | None
+    tensor_parallel: int | None
+
+    def __post_init__(self) -> None:
+        _check_combinations(self.dtype_name, self.device_map, self.max_memory, self.attention, self.offload)
+        compile_options(self.compile)
+        one_process = {name: getattr(self, name) for name in ("device_map", "compile", "max_memory", "offload")}
+        ranks.check_request(self.tensor_parallel, **one_process)
+        _ = self.chat_format  # raises LookupError for an unknown one
+
+    @property
+    def dtype_name(self) -> str | None:
+        """The dtype by name; None for "auto"."""
+        return None if self.dtype == "auto" else dtype_name(self.dtype)
+
+    @property
+    def folder(self) -> Path:
+        """`offload_folder` with ~ expanded."""
+        return Path(self.offload_folder).expanduser()
+
+    @property
+    def chat_format(self) -> ChatFormat | None:
+        """The chat format asked for, if any."""
+        return None if self.chat is None else chat_format(self.chat)
+
+
+def check_names(arguments: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments that `load` does not have, with the one to give instead."""
+    for name in arguments:
+        replacement = _REPLACED_ARGUMENTS.get(name, "its arguments are in its documentation")
+        raise TypeError(f"load has no {name!r}: {replacement}")
+
+
+def _check_combinations(
+    dtype: str | None, device_map: Any, max_memory: Any, attention: str, offload: str | None
+) -> None:
+    """Raises ValueError for an unknown value, and for settings that exclude each other."""
     if attention not in ATTENTIONS:
         raise ValueError(
-            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; sdpa, eager or flash-attention are chosen "
-            "by model.set_attn_implementation"
+            f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; choose sdpa, eager or flash-attention "
+            "with model.set_attn_implementation"
         )
     if dtype in QUANTISED and attention != "grouped":
         raise ValueError(
-            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers bitsandbytes passes over: "
+            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers bitsandbytes skips: "
             "leave attention at 'grouped'"
         )
     if dtype in QUANTISED and offload:
         raise ValueError(
-            f"dtype={dtype!r} with offload={offload!r}: bitsandbytes computes where its weights lie, so quantised "
-            "layers cannot visit a GPU: use max_memory and more devices, or dtype='bfloat16' with offload"
+            f"dtype={dtype!r} with offload={offload!r}: bitsandbytes computes on the device that holds the weights, so "
+            "quantised layers cannot be offloaded: use max_memory and more devices, or dtype='bfloat16' with offload"
         )
     if offload and device_map not in (None, "auto"):
-        raise ValueError(f"offload={offload!r} places the layers itself: leave device_map={device_map!r} out")
+        raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
     if max_memory is not None and device_map not in (None, "auto"):
-        raise ValueError(f"max_memory is what the plan's own map goes by: leave it or device_map={device_map!r} out")
+        raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
     if isinstance(device_map, str):
-        check_device(device_map)
+        _check_device(device_map)
 
 
-def check_device(device_map: str) -> None:
-    """Raises ValueError for a device that there is not, with those there are."""
+def _check_device(device_map: str) -> None:
+    """Raises ValueError for a device that this machine does not have; the error lists those it has."""
     known = ["auto", "balanced", "balanced_low_0", "sequential", "cpu"]
     known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     known += ["cuda"] if torch.cuda.is_available() else []
@@ -57,24 +117,26 @@ def check_device(device_map: str) -> None:
 
 
 def check_adapters(found: Checkpoint, offload: str | None) -> None:
-    """Raises ValueError where adapters cannot be added to the weights as they are read."""
-    merge = "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can"
+    """Raises ValueError where adapters cannot be added to the weights while these are read."""
     if found.adapters and offload == "disk":
-        raise ValueError(f"offload='disk' reads weights where they lie, so {found.spec.name} cannot: {merge}")
+        raise ValueError(
+            f"offload='disk' reads weights from the checkpoint at each step, without the adapter {found.spec.name}: "
+            "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can be offloaded"
+        )
     if found.adapters and (quantised := stored_quantisation(found.config)):
         raise ValueError(
-            f"{found.spec.name} is an adapter for {found.directory}, whose weights are kept in {quantised}: added to "
-            "those, it would be rounded away. fk.merge(adapter, base) with the unquantised base"
+            f"{found.spec.name} is an adapter for {found.directory}, whose weights are stored in {quantised}: added to "
+            "these, it would be lost in rounding. Use fk.merge(adapter, base) with the unquantised base"
         )
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raises OSError where offloaded weights would not fit on the disk."""
+    """Raises OSError where the disk has no room for offloaded weights of `needed` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"offload='disk' writes up to {format_bytes(needed)} of pickled weights to {folder}, where "
             f"{format_bytes(free)} are free: give offload_folder on a larger disk, or convert the checkpoint to "
-            "safetensors, which are read where they are"
+            "safetensors, which are read from the checkpoint itself"
         )

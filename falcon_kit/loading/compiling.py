@@ -1,4 +1,4 @@
-"""Decoding on a GPU with a static cache and a compiled step, by transformers' own means: checked, and warmed up."""
+"""Decoding with a static cache and torch.compile, through transformers' `generate`: checked, and warmed up."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from falcon_kit.catalogue.memory import QUANTISED
 
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
-    """The options of torch.compile, None for no compilation; refused where transformers would leave it out."""
+    """The options of torch.compile; None for no compilation. Raises ValueError where transformers would not compile."""
     if not isinstance(compile, bool | CompileConfig):
         raise ValueError(f"compile={compile!r} is neither True, False nor a transformers.CompileConfig")
     if compile is False:
@@ -22,31 +22,34 @@ def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
     return options
 
 
-def check_compilable(dtype: str, place: Any) -> None:
-    """Raises ValueError where transformers would leave the compilation out, with no more than a warning."""
-    places = {str(each) for each in (place.values() if isinstance(place, dict) else [place])}
+def check_compilable(dtype: str, device_map: Any) -> None:
+    """Raises ValueError where transformers would not compile and only warn. device_map: as in `from_pretrained`."""
+    devices = {str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])}
     if dtype in QUANTISED:
         raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
-    if "disk" in places or ("cpu" in places and len(places) > 1):
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
         raise ValueError(
-            "compile with layers kept on disk or in host memory, which are not compiled: leave compile out, or have "
+            "compile with layers offloaded to disk or host memory, which are not compiled: leave compile out, or put "
             "all layers on GPUs"
         )
 
 
 def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig, default: bool) -> dict[str, Any]:
-    """The arguments of `generate` that decode compiled, once it is. `default`: whether the options are the kit's."""
-    places = getattr(model, "hf_device_map", {})
-    check_compilable(dtype, places)
-    if default and len(set(places.values())) > 1:
-        options = CompileConfig(fullgraph=False)  # accelerate's hooks, which move on between devices, break the graph
+    """The arguments of `generate` for compiled decoding, after a warm-up that compiles.
+
+    default: whether the options are the kit's own, which may then be changed for several devices.
+    """
+    device_map = getattr(model, "hf_device_map", {})
+    check_compilable(dtype, device_map)
+    if default and len(set(device_map.values())) > 1:
+        options = CompileConfig(fullgraph=False)  # accelerate's hooks between devices break the graph
     decoding = {"cache_implementation": "static", "compile_config": options}
     _warm_up(model, decoding)
     return decoding
 
 
-class _Tick(StoppingCriteria):
-    """Moves a progress bar with each token, and stops when it is full."""
+class _Progress(StoppingCriteria):
+    """Advances a progress bar by one with each token, and stops generation when it is full."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
@@ -57,9 +60,9 @@ class _Tick(StoppingCriteria):
 
 
 def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
-    """Lets decoding compile: prefill, compilation, recording of the CUDA graph, one replay.
+    """Generates four tokens: prefill, compilation, recording of the CUDA graph, one replay.
 
-    The static cache takes the whole context, so that no later text needs a longer one, which would compile again.
+    The static cache takes the whole context, since a longer cache for a later text would compile again.
     """
     start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
     with tqdm(total=4, desc="Compiling", unit="step") as bar:
@@ -69,6 +72,6 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
             max_length=model.config.max_position_embeddings,
             min_new_tokens=bar.total,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_Tick(bar)]),
+            stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
             **decoding,
         )

@@ -1,4 +1,4 @@
-"""A loaded Falcon: plain transformers objects, and what can be done with them."""
+"""A loaded Falcon: a transformers model and tokenizer, with methods to generate, stream and chat."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,19 +30,19 @@ class Falcon:
     spec: FalconSpec
     """Its published or configured shape."""
     plan: Plan
-    """What it takes and where it was to go, as planned before its weights were read."""
+    """The memory plan made before the weights were read."""
     chat_format: ChatFormat
-    """How `chat` writes turns."""
+    """The format in which `chat` writes messages."""
     dtype_reason: str
-    """Why the weights have the dtype they have."""
+    """The reason for the dtype of the weights."""
     decoding: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of transformers' `generate` that every call gets: a static cache, where the model was compiled."""
+    """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
     def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
-        """Continues a text: a `Generation`; for several texts or sequences, a list of them.
+        """The continuation of a prompt as a `Generation`; for several prompts or sequences a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
         seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
@@ -51,16 +51,17 @@ class Falcon:
         return generate.generate(self.model, self.tokenizer, prompt, **self._with_decoding(settings))
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
-        """Continues a text, or answers a conversation, piece by piece; closing the iterator stops the model."""
+        """The continuation of a prompt, or the answer to a conversation, piece by piece; closing it stops the model."""
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
             return generate.stream(self.model, self.tokenizer, **self._with_decoding(settings))
         return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
-        """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
+        """The answer to a conversation: [{"role": "user", "content": "..."}]. It ends before the next user message.
 
-        Special tokens that a message spells out stay text. Raises ValueError for unknown roles or turns out of order.
+        Special tokens written out in a message are encoded as plain text. Raises ValueError for unknown roles or
+        messages out of order.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
@@ -68,37 +69,37 @@ class Falcon:
         return cast(Generation, generate.generate(self.model, self.tokenizer, **settings))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `generate` for a conversation: its token ids, and the next speaker as a stop string."""
-        given = settings.get("stop", ())
-        stop = (*self.chat_format.stop, *((given,) if isinstance(given, str) else given))
+        """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
+        stop = settings.get("stop", ())
+        stop = (*self.chat_format.stop, *((stop,) if isinstance(stop, str) else stop))
         ids = encode(messages, self.tokenizer, self.chat_format)
         return {**settings, "prompt": ids, "stop": stop, "strip": True}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings and the model's own way of decoding, unless they ask for another."""
+        """The settings with `decoding` added, unless they choose another cache or way of decoding."""
         settings = arguments.expand_generation_config(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
 
     @property
     def name(self) -> str:
-        """What `fk.load` finds this model by again: a hub id, the name of an embedded model, or a directory."""
+        """The name that `fk.load` loads this model by: a hub id, the name of an embedded model, or a directory."""
         return loadable_name(self.spec, self.model.name_or_path or "")
 
     @property
     def weights(self) -> Weights:
-        """How each part's weights are kept, counted in the model as it is now; a table in Jupyter."""
+        """The dtype and bytes of each part's weights, counted in the model as it is now; a table in Jupyter."""
         return weights(self.model)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in memory, the scales of quantised ones included, tied ones once."""
+        """Bytes of all weights in memory, with the scales of quantised ones; tied weights count once."""
         return self.weights.total_bytes
 
     @property
     def dtype(self) -> str:
-        """How the weights are kept: float32, bfloat16, float16, int8, nf4, nf4-double; LayerNorms and embeddings are
-        not quantised."""
+        """The dtype of the weights: float32, bfloat16, float16, int8, nf4, nf4-double; LayerNorms and embeddings are
+        never quantised."""
         return stored_quantisation(self.model.config) or str(self.model.dtype).removeprefix("torch.")
 
     @property

@@ -1,4 +1,7 @@
-"""Adapters on and off a model, and merged into its weights, with a proof that the merged model says the same."""
+"""Adapters attached to a model with PEFT, and merged into its weights.
+
+A merged model's logits are compared with those of the base with the adapter attached.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ from peft import PeftModel
 from torch import Tensor
 
 from falcon_kit.catalogue.names import adapted
+from falcon_kit.display.saving import atomic_folder
 from falcon_kit.generation.chat import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import load, progress_bar
+from falcon_kit.loading.load import load
+from falcon_kit.loading.reading import progress_bar
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest gap between logits, as a share of the largest logit, that rounding merged weights explains."""
+"""The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,69 +42,74 @@ class Merged(Falcon):
 
 
 def fingerprint(model: Any) -> str:
-    """Tells models apart, whether quantised or not."""
+    """A hash of a model that quantisation does not change; see `adapters.fingerprint`."""
     norm = model.transformer.ln_f
-    return adapters.fingerprint({"weight": norm.weight, "bias": norm.bias}, adapters.added_to(model.config))
+    return adapters.fingerprint({"weight": norm.weight, "bias": norm.bias}, adapters.merged_adapters(model.config))
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether its weights are kept in fewer bits than they are computed with."""
+    """Whether a model has quantised weights."""
     return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
 
 
 @contextmanager
 def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
-    """The Falcon's own model with the adapter on, for the time of a `with` block; then as it was.
+    """The Falcon's own model with the adapter attached in a `with` block; afterwards the model is as it was.
 
     Raises ValueError for an adapter that was made for another model.
     """
-    _check(adapter, falcon)
+    _check_base(adapter, falcon)
     flags = {id(each): each.requires_grad for each in falcon.model.parameters()}
-    model = _with_adapter(falcon, adapter)
+    model = _attach(falcon.model, adapter)
     try:
         yield model
     finally:
         detach(model, flags)
 
 
-def _with_adapter(falcon: Falcon, adapter: str | Path) -> PeftModel:
-    with torch.random.fork_rng(), quiet():  # matrices are drawn before they are read
-        return PeftModel.from_pretrained(falcon.model, str(adapter)).eval()
+def _attach(model: Any, adapter: str | Path) -> PeftModel:
+    with torch.random.fork_rng(), quiet():  # PEFT draws random matrices before it reads the adapter's
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back PEFT's one warning, about an attribute of transformers that it still calls by its old name."""
+    """Hides PEFT's warning about an attribute of transformers that PEFT still reads by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def detach(model: PeftModel, flags: dict[int, bool]) -> None:
-    """Takes the adapter off and gives each parameter its `requires_grad` back, by id."""
-    plain: Any = model.unload()
-    for each in plain.parameters():
+    """Removes the adapter and restores each parameter's `requires_grad`, by the parameter's id."""
+    base: Any = model.unload()
+    for each in base.parameters():
         each.requires_grad_(flags.get(id(each), False))
     for name in ("peft_config", "_hf_peft_config_loaded"):
-        plain.__dict__.pop(name, None)
-    plain.eval()
+        base.__dict__.pop(name, None)
+    base.eval()
 
 
-def _check(adapter: str | Path, falcon: Falcon) -> None:
-    """Raises FileNotFoundError where there is no adapter, and ValueError where it belongs to another model."""
+def _check_base(adapter: str | Path, falcon: Falcon) -> None:
+    """Raises FileNotFoundError where there is no adapter, and ValueError where it was made for another model."""
     sizes = {name: tuple(each.shape) for name, each in falcon.model.named_parameters()}
     shapes = {} if is_quantised(falcon.model) else sizes
-    adapters.check(Path(adapter), falcon.name, shapes, fingerprint(falcon.model))
+    adapters.check_base(Path(adapter), falcon.name, shapes, fingerprint(falcon.model))
+
+
+# Merged
 
 
 def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: str | Path | None = None) -> Merged:
-    """A Falcon with the adapter in its weights, as fast as the base and loadable without PEFT; the base stays as it is.
+    """A Falcon with the adapter in its weights, as fast as the base and loadable without PEFT; the base is not changed.
 
-    adapter: its folder, or the run of `fk.tune` that made it. base: a Falcon, or a name for `fk.load`; unset, what the
-    adapter was made for. A quantised base is loaded anew, unquantised: merged into 4-bit weights, an adapter would be
-    rounded away. With `output_dir` the model is saved.
-    Raises ValueError for an adapter of another base, and RuntimeError where the merged model's logits are not those of
-    base and adapter.
+    adapter: its folder, or the run of `fk.tune` that made it. base: a Falcon, or a name for `fk.load`; unset, the model
+    that the adapter was made for. Weights of a Falcon count as they are in memory; a quantised one is loaded again,
+    unquantised, since 4-bit weights would round the adapter away.
+    output_dir: a new folder to save the model in, or one with a checkpoint, which the model replaces once it is saved.
+
+    Raises ValueError for an adapter of another base, RuntimeError where the merged model's logits are not those of base
+    and adapter, and NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
     """
     adapter = getattr(adapter, "adapter", adapter)
     if not isinstance(adapter, str | Path):
@@ -107,31 +117,33 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
             f"fk.merge(adapter, base) takes the adapter first, as its folder or the run that made it; got "
             f"{type(adapter).__name__}"
         )
-    falcon = _unquantised(base if base is not None else adapters.made_for(Path(adapter)))
-    _check(adapter, falcon)
-    model: Any = _with_adapter(falcon, adapter)
-    expected = _logits(falcon)
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.__dict__.pop("peft_config", None)
-    adapters.mark(merged, [Path(adapter)])
-    merged.name_or_path = merged.config.name_or_path = str(adapter)
-    falcon = replace(falcon, spec=adapted(falcon.spec, Path(adapter)))
-    gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
-    if not gap <= _ALLOWED[falcon.model.dtype]:
-        raise RuntimeError(
-            f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
-            f"explains ({_ALLOWED[falcon.model.dtype]:.0e}): merge in float32, fk.merge(adapter, fk.load(name, "
-            "dtype='float32'))"
-        )
     if output_dir is not None:
-        with progress_bar(False):
-            falcon.model.save_pretrained(output_dir)
-        falcon.tokenizer.save_pretrained(output_dir)
-    return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+        _check_replaceable(Path(output_dir))
+    falcon = _unquantised_copy(base if base is not None else adapters.base_name(Path(adapter)))
+    if output_dir is None:
+        return _merge(falcon, Path(adapter))
+    with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
+        merged = _merge(falcon, Path(adapter))
+        merged.model.save_pretrained(folder)
+        merged.tokenizer.save_pretrained(folder)
+    return merged
 
 
-def _unquantised(base: Falcon | str | Path) -> Falcon:
-    """A copy of the base that may be changed."""
+def _check_replaceable(folder: Path) -> None:
+    """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that."""
+    if folder.is_file():
+        raise NotADirectoryError(f"output_dir={str(folder)!r} is a file: give a folder")
+    content = sorted(folder.iterdir()) if folder.is_dir() else []
+    other = [each.name for each in content if each.is_dir() or each.name == "adapter_config.json"]
+    if content and (other or not (folder / "config.json").is_file()):
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} holds {(other or [content[0].name])[0]}, which saving a model there would "
+            "remove: give a new folder, or one that holds only a checkpoint"
+        )
+
+
+def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
+    """A Falcon whose weights may be changed."""
     if not isinstance(base, Falcon):
         return load(base)
     if is_quantised(base.model):
@@ -139,8 +151,38 @@ def _unquantised(base: Falcon | str | Path) -> Falcon:
     return replace(base, model=copy.deepcopy(base.model))
 
 
+def _merge(falcon: Falcon, adapter: Path) -> Merged:
+    """Adds the adapter to the Falcon's weights in place, and compares the logits with PEFT's."""
+    with attached(falcon, adapter):
+        expected = _logits(falcon)
+    _add(falcon.model, adapter)
+    adapters.record_merged(falcon.model, [adapter])
+    falcon.model.name_or_path = falcon.model.config.name_or_path = str(adapter)
+    falcon = replace(falcon, spec=adapted(falcon.spec, adapter))
+    gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
+    allowed = _ALLOWED[falcon.model.dtype]
+    if not gap <= allowed:  # also where the gap is NaN
+        raise RuntimeError(
+            f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
+            f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
+        )
+    return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+
+
+def _add(model: Any, adapter: Path) -> None:
+    """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA and for offloaded layers."""
+    parameters = dict(model.named_parameters())
+    if adapters.fields_beyond_lora(adapter) or any(each.is_meta for each in parameters.values()):
+        _attach(model, adapter).merge_and_unload(safe_merge=True)
+        model.__dict__.pop("peft_config", None)
+        return
+    with torch.no_grad():
+        for name, weight in adapters.merged_weights(parameters, adapter).items():
+            parameters[name].copy_(weight[...])
+
+
 def _logits(falcon: Falcon) -> Tensor:
-    """What the model makes of a fixed text, (T, V) in float32."""
+    """The model's logits for a fixed text, (T, V) in float32."""
     ids = torch.tensor([encode_text(_PROBE, falcon.tokenizer)], device=falcon.model.device)
     with torch.inference_mode():
         return falcon.model(ids, use_cache=False).logits[0].float().cpu()

@@ -1,9 +1,9 @@
-"""8-bit and 4-bit weights through bitsandbytes: chosen, counted after loading, and saved without harm.
+"""8-bit and 4-bit weights through bitsandbytes: chosen, counted after loading, and saved correctly.
 
-Two faults are mended here. transformers' own Falcon has linear layers of a class that bitsandbytes passes over: it
-loads "in 4 bits" and every weight is still in 16, so the kit counts. And bitsandbytes 0.50 re-packs 4-bit weights for
-the CPU in the first forward pass and unpacks them wrongly when they are saved: the file holds another model, and so
-does memory from then on.
+Two faults of the libraries are corrected here. transformers' own Falcon has linear layers of a class that bitsandbytes
+skips: it loads "in 4 bits" and every weight is still in 16, so the kit counts quantised layers. And bitsandbytes 0.50
+packs 4-bit weights for the CPU in the first forward pass and unpacks them wrongly when they are saved: the saved model
+is another one, and so is the model in memory from then on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.parallel.ranks import own
+from falcon_kit.parallel.ranks import local_tensor
 
 
 def _import_bitsandbytes() -> Any:
-    """The package, without its warning on a faster kernel that it would download from the hub."""
+    """bitsandbytes, imported without its warning about a faster kernel on the hub."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -41,7 +41,7 @@ _KINDS = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"}
 
 
 def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
-    """The settings of "int8", "nf4" or "nf4-double"; computes in bfloat16, on GPUs without it in float16."""
+    """The settings for "int8", "nf4" or "nf4-double"; computes in bfloat16, on GPUs without it in float16."""
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -52,44 +52,45 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def hush_casts() -> None:
-    """Drops bitsandbytes' warning, at each 8-bit product, that it rounds bfloat16 to float16: it always does."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_a_cast)
+def hide_cast_warnings() -> None:
+    """Hides bitsandbytes' warning, at each 8-bit product, that it rounds bfloat16 to float16, which it always does."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
 
 
-def _not_a_cast(record: logging.LogRecord) -> bool:
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.msg
 
 
 def stored_quantisation(config: Any) -> str | None:
-    """The word for how a checkpoint's weights are already quantised, None where they are not.
+    """The dtype that a checkpoint's weights are already quantised to: "int8", "nf4", "nf4-double"; None for no such.
 
     Raises ValueError for another method than bitsandbytes' int8 and nf4.
     """
-    given = getattr(config, "quantization_config", None)
-    if given is None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
         return None
-    how = given if isinstance(given, dict) else given.to_dict()
-    if how.get("quant_method") == "bitsandbytes" and how.get("load_in_8bit"):
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = settings.get("quant_method")
+    if method == "bitsandbytes" and settings.get("load_in_8bit"):
         return "int8"
-    if how.get("quant_method") == "bitsandbytes" and how.get("bnb_4bit_quant_type") == "nf4":
-        return "nf4-double" if how.get("bnb_4bit_use_double_quant") else "nf4"
+    if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"
     raise ValueError(
-        f"the checkpoint is quantised by {how.get('quant_method')!r}; the kit reads bitsandbytes' int8 and nf4: load "
-        "the original weights, with dtype='nf4' or another"
+        f"the checkpoint is quantised by {method!r}; the kit reads bitsandbytes' int8 and nf4: load the original "
+        "weights, with dtype='nf4' for example"
     )
 
 
 def compute_dtype() -> torch.dtype:
-    """What quantised weights are multiplied in, and what is not quantised is kept in."""
+    """The dtype of products with quantised weights, and of the weights that are not quantised."""
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
 
 def kept_as(module: nn.Module) -> str:
-    """The word for how a module's weights are kept: "int8", "nf4", "nf4-double", "bfloat16", ..."""
-    kind = next((word for cls, word in _KINDS.items() if isinstance(module, cls)), None)
+    """The dtype of a module's weights: "int8", "nf4", "nf4-double", "bfloat16", ..."""
+    kind = next((name for cls, name in _KINDS.items() if isinstance(module, cls)), None)
     if kind == "nf4":
         state = getattr(module.weight, "quant_state", None)
         return "nf4-double" if state is not None and _nested(state) else "nf4"
@@ -97,34 +98,34 @@ def kept_as(module: nn.Module) -> str:
 
 
 def tensors(module: nn.Module) -> Iterator[Tensor]:
-    """What a module itself keeps in this process: parameters, and the scales that bitsandbytes keeps beside them."""
+    """A module's own parameters in this process, and the scales of quantised ones."""
     for parameter in module.parameters(recurse=False):
-        yield own(parameter)
+        yield local_tensor(parameter)
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
-        moved = getattr(module, "state", None)  # where the first forward pass moves int8's scales
-        scales = (getattr(parameter, "SCB", None), getattr(moved, "SCB", None))
-        beside = (*scales, getattr(state, "absmax", None), getattr(nested, "absmax", None))
-        yield from (each for each in beside if each is not None)
+        matmul_state = getattr(module, "state", None)  # the first forward pass moves int8's scales into it
+        int8_scales = (getattr(parameter, "SCB", None), getattr(matmul_state, "SCB", None))
+        scales = (*int8_scales, getattr(state, "absmax", None), getattr(nested, "absmax", None))
+        yield from (each for each in scales if each is not None)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How the modules of one kind are kept."""
+    """The weights of all modules of one name and dtype."""
 
     part: str
-    """Their name, such as "query_key_value"."""
+    """The modules' name, such as "query_key_value"."""
     count: int
-    """How many there are."""
+    """The number of modules."""
     kept_as: str
-    """"nf4", "bfloat16" and so on."""
+    """The dtype: "nf4", "bfloat16" and so on."""
     bytes: int
-    """Together, scales included; what is shared with another part counts there."""
+    """Bytes of all these modules, scales included; a tied weight counts in the first part that has it."""
 
 
 @dataclass(frozen=True, repr=False)
 class Weights:
-    """How a model's weights are kept, counted in the model itself; a table in Jupyter."""
+    """The dtype and bytes of a model's weights by part, counted in the model itself; a table in Jupyter."""
 
     rows: tuple[Kept, ...]
     """By part, in the order of the model."""
@@ -136,7 +137,7 @@ class Weights:
 
     @property
     def quantised(self) -> int:
-        """Modules that are kept in 8 or 4 bits."""
+        """The number of modules in 8 or 4 bits."""
         return sum(row.count for row in self.rows if row.kept_as in QUANTISED)
 
     def __repr__(self) -> str:
@@ -150,45 +151,44 @@ class Weights:
 
 
 def weights(model: nn.Module) -> Weights:
-    """Counts what a model holds, part by part. Weights that lie on disk or are yet to be loaded count as nothing."""
-    seen: set[int] = set()
-    found = []
+    """The weights that a model has in memory, by part. Weights offloaded to disk count as zero bytes."""
+    counted: set[int] = set()
+    modules = []
     for name, module in model.named_modules():
-        own = [each for each in tensors(module) if each.device.type != "meta" and each.data_ptr() not in seen]
+        new = [each for each in tensors(module) if each.device.type != "meta" and each.data_ptr() not in counted]
         if next(module.parameters(recurse=False), None) is not None:
-            found.append((name.rpartition(".")[2], kept_as(module), sum(each.nbytes for each in own)))
-            seen |= {each.data_ptr() for each in own}
-    order = {part: at for at, (part, _, _) in reversed(list(enumerate(found)))}
-    found.sort(key=lambda each: (order[each[0]], each[1]))
-    grouped = ((key, list(rows)) for key, rows in groupby(found, key=lambda each: each[:2]))
-    return Weights(tuple(Kept(part, len(rows), how, sum(row[2] for row in rows)) for (part, how), rows in grouped))
+            modules.append((name.rpartition(".")[2], kept_as(module), sum(each.nbytes for each in new)))
+            counted |= {each.data_ptr() for each in new}
+    order = {part: index for index, (part, _, _) in reversed(list(enumerate(modules)))}
+    modules.sort(key=lambda each: (order[each[0]], each[1]))
+    grouped = ((key, list(rows)) for key, rows in groupby(modules, key=lambda each: each[:2]))
+    return Weights(tuple(Kept(part, len(rows), dtype, sum(row[2] for row in rows)) for (part, dtype), rows in grouped))
 
 
 def check_quantised(model: nn.Module, dtype: str) -> None:
-    """Raises RuntimeError where a linear layer of the blocks is not kept as `dtype`: nothing else would say so."""
+    """Raises RuntimeError where a linear layer of the blocks is not in `dtype`; the libraries raise nothing."""
     linear = [(name, kept_as(each)) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
-    inside = [(name, how) for name, how in linear if ".h." in name]
-    missed = [name for name, how in inside if how != dtype]
-    if missed or not inside:
+    in_blocks = [(name, actual) for name, actual in linear if ".h." in name]
+    missed = [name for name, actual in in_blocks if actual != dtype]
+    if missed or not in_blocks:
         raise RuntimeError(
-            f"{len(missed)} of {len(inside)} linear layers were not quantised to {dtype}, such as "
+            f"{len(missed)} of {len(in_blocks)} linear layers were not quantised to {dtype}, such as "
             f"{missed[0] if missed else 'all'}: load with attention='grouped', whose layers bitsandbytes recognises"
         )
 
 
 def make_savable(model: Any) -> None:
-    """Has 4-bit layers unpacked rightly whenever their state is read, so that what is saved is what computes."""
+    """Makes `state_dict()` unpack 4-bit layers correctly, so that the saved weights are those that compute."""
     for module in model.modules():
         if isinstance(module, _BNB.nn.Linear4bit):
             module.register_state_dict_pre_hook(_unpack)
 
 
 def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Undoes bitsandbytes' packing for the CPU, which the next forward pass does again.
+    """Undoes bitsandbytes' packing for the CPU; the next forward pass packs again.
 
-    bitsandbytes' own way back leaves the scales (K / 64, N) as packed, where (N x K / 64) is read afterwards, unless
-    they are quantised too. They were rounded to bfloat16 in packing: the model that computes, and the one saved, have
-    these.
+    bitsandbytes' own inverse leaves the scales as packed, (K / 64, N), and reads them as (N x K / 64) afterwards,
+    unless they are quantised too. Packing rounds the scales to bfloat16, in memory and so in what is saved.
     """
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
@@ -201,10 +201,10 @@ def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 @contextmanager
 def unpacked(model: Any) -> Iterator[None]:
-    """Keeps 4-bit layers as training needs them for the time of a `with` block.
+    """Keeps 4-bit layers unpacked in a `with` block, as training needs them.
 
-    Packed for the CPU, which bitsandbytes does in the first forward pass without gradients, a layer hands no gradient
-    back, and says so only in a warning: adapters before it would learn nothing.
+    bitsandbytes packs a layer for the CPU in the first forward pass without gradients. A packed layer passes no
+    gradient back, with no more than a warning, so adapters before it would not be trained.
     """
     layers = [module for module in model.modules() if isinstance(module, _BNB.nn.Linear4bit)]
     packing = [layer.support_avx512bf16_for_cpu for layer in layers]

@@ -2,8 +2,8 @@
 
 The files, in the order of their imports:
 
-workers.py    processes started, spoken to in lines of JSON, and ended together (no torch)
-ranks.py      what a rank is, and what can be divided among ranks
-serving.py    the worker's side: it loads its part and answers requests
-launching.py  the notebook's side: a Falcon whose model lives in other processes
+workers.py    worker processes: started, sent lines of JSON, ended together (no torch)
+ranks.py      the ranks: what can be loaded on them, and what one process holds
+serving.py    the worker process: it loads its part and answers requests
+launching.py  the notebook's process: a Falcon whose weights are in worker processes
 """

@@ -1,7 +1,7 @@
-"""What a rank is: a process with a part of every layer, and what can be divided so.
+"""The ranks of tensor parallelism: what can be loaded on them, and what one process holds of a divided model.
 
-transformers' own engine divides the weights while it reads them (torch's DTensor); how Falcon's layers are divided
-stands in `modeling.py` and `layers.py`.
+transformers divides the weights while it reads them, as torch's DTensor; `modeling.py` and `layers.py` say how Falcon's
+layers are divided.
 """
 
 import logging
@@ -17,17 +17,17 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each process
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by torchrun in each process
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a `ParallelFalcon`, and what it holds."""
+    """One process of a `ParallelFalcon`, and the bytes it holds."""
 
     rank: int
     """Its number."""
     device: str
-    """Where its part lies."""
+    """The device of its weights."""
     weight_bytes: int
     """Its part of the weights."""
     cache_bytes: int
@@ -35,28 +35,30 @@ class Rank:
 
 
 def check_request(ranks: int | None, **others: Any) -> None:
-    """Refuses what cannot be loaded on `ranks` ranks here; `others` are arguments of `load` that do not go with it.
+    """Raises ValueError where a model cannot be loaded on `ranks` ranks here; None, for one process, always passes.
 
-    None, for one process, is always right. Whether the model's heads can be dealt out is for `budget.check_ranks`.
-    Raises ValueError.
+    others: arguments of `load` that exclude tensor_parallel. `memory.check_ranks` checks whether the model's KV heads
+    can be divided.
     """
     if ranks is None:
         return
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 2:
         raise ValueError(f"tensor_parallel={ranks!r}: give the number of ranks, 2 or more, or leave it out")
-    if given := [f"{name}={value!r}" for name, value in others.items() if value]:
-        raise ValueError(f"tensor_parallel={ranks} divides the kit's own model by itself: leave out {', '.join(given)}")
-    local = _check_launcher(ranks)
+    if excluded := [f"{name}={value!r}" for name, value in others.items() if value]:
+        raise ValueError(
+            f"tensor_parallel={ranks} divides every layer of the model among the ranks: leave out {', '.join(excluded)}"
+        )
+    local = _local_ranks(ranks)
     if torch.cuda.is_available() and torch.cuda.device_count() < local:
         raise ValueError(f"tensor_parallel={ranks} needs {local} GPUs here, torch finds {torch.cuda.device_count()}")
 
 
-def _check_launcher(ranks: int) -> int:
-    """Refuses what a launcher says otherwise; the number of ranks on this machine."""
-    if found := [name for name in _LAUNCHED if name in os.environ]:
-        if missing := [name for name in _LAUNCHED if name not in os.environ]:
+def _local_ranks(ranks: int) -> int:
+    """The number of ranks on this machine. Raises ValueError where a launcher's variables contradict `ranks`."""
+    if present := [name for name in _LAUNCHER_VARIABLES if name in os.environ]:
+        if missing := [name for name in _LAUNCHER_VARIABLES if name not in os.environ]:
             raise ValueError(
-                f"{', '.join(found)} is set, as by a launcher, but not {', '.join(missing)}: start with torchrun "
+                f"{', '.join(present)} is set, as by a launcher, but not {', '.join(missing)}: start with torchrun "
                 f"--nproc-per-node {ranks}, or remove it from the environment"
             )
         if (started := int(os.environ["WORLD_SIZE"])) != ranks:
@@ -67,29 +69,29 @@ def _check_launcher(ranks: int) -> int:
 
 
 def needs_launch(ranks: int | None) -> bool:
-    """Whether the ranks are still to be started, by `launch`; torchrun has, where it started this process."""
-    return ranks is not None and not any(name in os.environ for name in _LAUNCHED)
+    """Whether `launch` has to start the ranks: there are several, and no launcher started this process."""
+    return ranks is not None and not any(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
 @contextmanager
 def placement(ranks: int | None) -> Iterator[dict[str, Any]]:
-    """The arguments of `from_pretrained` that have each rank read its part; none for one process."""
+    """The arguments of `from_pretrained` with which each rank reads its part; none for one process."""
     if ranks is None:
         yield {}
         return
-    remarks = transformers_logging.get_logger("transformers.distributed.tensor_parallel")
-    before, remarks.level = remarks.level, logging.ERROR  # that LayerNorms are not divided is no news
+    logger = transformers_logging.get_logger("transformers.distributed.tensor_parallel")
+    before, logger.level = logger.level, logging.ERROR  # it warns that LayerNorms are not divided, which is intended
     try:
         yield {"distributed_config": DistributedConfig(tp_size=ranks)}
     finally:
-        remarks.setLevel(before)
+        logger.setLevel(before)
 
 
-def own(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its part where it is divided, else all of it."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's part of a divided tensor; a tensor that is not divided, as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in this process, tied ones once."""
-    return sum(own(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers in this process; tied ones count once."""
+    return sum(local_tensor(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -1,4 +1,4 @@
-"""A worker's life: it joins the other ranks, loads its part, and answers what the notebook asks."""
+"""A worker process: it joins the process group, loads its part of the model, and answers requests."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,76 +15,81 @@ from transformers import StoppingCriteria
 from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
-from falcon_kit.parallel.ranks import Rank, own, own_bytes
+from falcon_kit.parallel.ranks import Rank, local_bytes, local_tensor
 from falcon_kit.parallel.workers import Link
 
 
 def serve(load: Callable[..., Any]) -> None:
-    """A worker's life: joins the others, loads its part with `load`, and answers requests until it is ended."""
+    """Loads this rank's part of the model with `load`, and answers requests until the process is ended."""
     link = Link()
     try:
-        rank = _join(link.folder)
+        rank = _init_process_group(link.folder)
         request = link.receive()
         falcon = load(request["directory"], **request["settings"])
-        link.send(done=_describe(falcon, rank, 0))
+        link.send(done=_rank(falcon, rank, 0))
         while True:
             request = link.receive()
             try:
                 link.send(done=_answer(falcon, request, link))
             except EOFError:
                 raise
-            except Exception as error:  # noqa: BLE001  # raised again where it was asked for
+            except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
                 link.send(error=[type(error).__name__, str(error)])
     except EOFError:
         return
-    except Exception as error:  # noqa: BLE001  # told in words to whoever waits for it, who then ends us all
+    except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
         link.send(error=[type(error).__name__, str(error)])
         link.receive()
 
 
-def _join(folder: Path) -> int:
-    """Makes this process a rank. They find each other by a file, for this user's eyes only, instead of an open port."""
+def _init_process_group(folder: Path) -> int:
+    """Joins the process group and returns this process's rank.
+
+    The ranks meet through a file that only this user can read, instead of an open port.
+    """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.device("cuda", rank) if torch.cuda.is_available() else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    backend, meeting = "gloo" if gpu is None else "nccl", f"file://{folder}/store"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks, device_id=gpu)
+    backend, store = "gloo" if gpu is None else "nccl", f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, device_id=gpu)
     return rank
 
 
-def _describe(falcon: Any, rank: int, cache_bytes: int) -> dict[str, Any]:
-    return asdict(Rank(rank, str(own(falcon.model.lm_head.weight).device), own_bytes(falcon.model), cache_bytes))
+def _rank(falcon: Any, rank: int, cache_bytes: int) -> dict[str, Any]:
+    """The fields of this process's `Rank`."""
+    device = str(local_tensor(falcon.model.lm_head.weight).device)
+    return asdict(Rank(rank, device, local_bytes(falcon.model), cache_bytes))
 
 
-class _Withdrawn(StoppingCriteria):
-    """Stops all ranks at the same token once the request is not wanted any more."""
+class _CancelledCriteria(StoppingCriteria):
+    """Stops all ranks at the same token once the request is cancelled."""
 
     def __init__(self, link: Link, number: int, ranks: DeviceMesh) -> None:
         self.link, self.number, self.ranks = link, number, ranks
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        over = any_rank(self.link.cancelled == self.number, self.ranks, input_ids.device)
-        return torch.full((len(input_ids),), over, device=input_ids.device)
+        cancelled = any_rank(self.link.cancelled == self.number, self.ranks, input_ids.device)
+        return torch.full((len(input_ids),), cancelled, device=input_ids.device)
 
 
 def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, Any]:
-    """What a request asks for, from this rank."""
+    """This rank's answer to a request: the fields of its `Rank`, and from rank 0 the generated texts."""
     prompt, settings, ranks = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
     if request["call"] == "stream":
         generations = [_stream(falcon.stream(prompt, **settings), link, ranks.get_local_rank() == 0)]
     else:
-        ends = [_Withdrawn(link, request["number"], ranks)]
-        written = getattr(falcon, request["call"])(prompt, stopping_criteria=ends, **settings)
-        generations = written if isinstance(written, list) else [written]
-    answer = _describe(falcon, ranks.get_local_rank(), generations[0].stats.cache_bytes or 0)
-    if ranks.get_local_rank() == 0:  # the others have written the same
+        criteria = [_CancelledCriteria(link, request["number"], ranks)]
+        result = getattr(falcon, request["call"])(prompt, stopping_criteria=criteria, **settings)
+        generations = result if isinstance(result, list) else [result]
+    answer = _rank(falcon, ranks.get_local_rank(), generations[0].stats.cache_bytes or 0)
+    if ranks.get_local_rank() == 0:  # all ranks generate the same texts
         answer |= {"generations": [asdict(each) for each in generations]}
     return answer
 
 
 def _stream(stream: Stream, link: Link, first: bool) -> Generation:
-    """Runs a stream; the first rank hands its pieces over, one at a time, and stops all when told to."""
+    """Runs a stream to its end. The first rank sends each piece, and continues or stops all ranks as the reply says."""
     for piece in stream:
         if first:
             link.send(piece=asdict(piece))

@@ -1,8 +1,8 @@
-"""Processes that work for this one: started, spoken to in lines of JSON, ended together.
+"""Worker processes: started together, sent messages as lines of JSON, and ended together.
 
-Both ends trust each other only as far as JSON goes: no pickle, no open port. A worker's standard output is its line to
-whoever started it; what else is printed goes to its standard error, whose end is quoted if it dies. Workers end when
-they are closed, and when the process that started them is gone, however that happened.
+Messages are JSON through pipes: no pickle, no open port. A worker sends its messages through its stdout. What its code
+prints goes to its stderr, whose end is quoted if the worker dies. Workers end when they are closed, and when the
+process that started them ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -25,54 +25,56 @@ from typing import IO, Any, cast
 Message = dict[str, Any]
 _Arrived = queue.SimpleQueue[tuple[int, Message | None]]
 
-_PARENT, _FOLDER = "FALCON_KIT_PARENT", "FALCON_KIT_FOLDER"  # what a worker finds in its environment
-_LINE = "FALCON_KIT_LINE"  # there too, put by the worker itself: the number of its end of the line
-_REDIRECT_STDOUT = (
-    f"import os; os.environ[{_LINE!r}] = str(os.dup(1)); os.dup2(2, 1); "  # before an import can print into the line
+_PARENT, _FOLDER = "FALCON_KIT_PARENT", "FALCON_KIT_FOLDER"  # environment variables of a worker: parent's pid, folder
+_MESSAGES_FD = "FALCON_KIT_MESSAGES_FD"  # set by the worker itself: the file descriptor for its messages
+_REDIRECT_STDOUT = (  # runs first, before an import can print between the messages
+    f"import os; os.environ[{_MESSAGES_FD!r}] = str(os.dup(1)); os.dup2(2, 1); "
 )
-_PARENT_POLL_SECONDS = 1.0  # seconds between two looks at whether the parent is alive
-_STDERR_TAIL = 2000  # characters quoted of what a dead worker wrote
+_PARENT_POLL_SECONDS = 1.0  # how often a worker checks that its parent is alive
+_STDERR_TAIL = 2000  # characters of a dead worker's stderr in the error
 
 
 class WorkerDied(RuntimeError):
-    """A worker ended without having been asked to."""
+    """A worker ended although it was not closed."""
 
 
 class Workers:
-    """As many processes as there are environments, all running the same code."""
+    """One process for each environment; all run the same code."""
 
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
-        self._folder = TemporaryDirectory(prefix="falcon-kit-", ignore_cleanup_errors=True)  # for this user's eyes only
+        self._folder = TemporaryDirectory(
+            prefix="falcon-kit-", ignore_cleanup_errors=True
+        )  # only this user can read it
         self._arrived: _Arrived = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end, self.processes, self._folder)
         for rank, environment in enumerate(environments):
             self.processes.append(self._start(rank, code, environment))
-            facts = rank, self.processes[rank], self._arrived, self._words(rank)
-            threading.Thread(target=_read, args=facts, daemon=True).start()
+            arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
+            threading.Thread(target=_read, args=arguments, daemon=True).start()
 
     @property
     def folder(self) -> Path:
-        """A folder that lives as long as the workers do; they know it as `Link.folder`."""
+        """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
         return Path(self._folder.name)
 
     def _start(self, rank: int, code: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-        inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # what can be imported here
-        with self._words(rank).open("a") as words:
-            return subprocess.Popen(  # noqa: S603  # this interpreter, and code of the kit's own
+        inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same imports
+        with self._stderr(rank).open("a") as stderr:
+            return subprocess.Popen(  # noqa: S603  # this interpreter, and the kit's own code
                 [sys.executable, "-c", _REDIRECT_STDOUT + code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=words,
+                stderr=stderr,
                 text=True,
                 errors="replace",
                 env=inherited | dict(environment) | {_PARENT: str(os.getpid()), _FOLDER: str(self.folder)},
-                start_new_session=True,  # Ctrl-C is for this process, which then asks the workers to stop
+                start_new_session=True,  # Ctrl-C reaches only this process, which then cancels the request
             )
 
     def send(self, message: Message, rank: int | None = None) -> None:
-        """Sends to one worker, or to all. One that is gone is noticed by `receive`."""
+        """Sends a message to one worker, or to all. `receive` raises for a worker that has ended."""
         line = json.dumps(message) + "\n"
         with self._sending:
             for process in self.processes if rank is None else [self.processes[rank]]:
@@ -84,7 +86,10 @@ class Workers:
                     continue
 
     def receive(self, seconds: float | None = None) -> tuple[int, Message]:
-        """The next message, and whose it is. Raises WorkerDied, with all workers ended, or queue.Empty for silence."""
+        """The rank of a worker and its next message. Raises queue.Empty after `seconds`.
+
+        Raises WorkerDied, after it has ended all workers, when one has ended.
+        """
         block = seconds is None or seconds > 0
         rank, message = self._arrived.get(block, seconds if block else None)
         if message is None:
@@ -96,44 +101,44 @@ class Workers:
             return "the workers were closed"
         code = self.processes[rank].wait()
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = ": out of memory, perhaps" if cause.endswith("SIGKILL") else ""  # Windows has no such signal
-        words = self._words(rank).read_text(errors="replace").strip()[-_STDERR_TAIL:]
+        hint = ": perhaps out of memory" if cause.endswith("SIGKILL") else ""  # Windows has no such signal
+        stderr = self._stderr(rank).read_text(errors="replace").strip()[-_STDERR_TAIL:]
         self.close()
-        return f"worker {rank} {cause}{hint}" + (f". Its last words:\n{words}" if words else "")
+        return f"worker {rank} {cause}{hint}" + (f". The end of its stderr:\n{stderr}" if stderr else "")
 
-    def _words(self, rank: int) -> Path:
+    def _stderr(self, rank: int) -> Path:
         return self.folder / f"stderr-{rank}"
 
     @property
     def closed(self) -> bool:
-        """Whether they have been ended."""
+        """Whether the workers were ended."""
         return not self._end.alive
 
     def close(self) -> None:
-        """Ends all of them, at once if need be. Nothing happens the second time."""
+        """Kills all workers. A second call does nothing."""
         self._end()
 
 
-def _read(rank: int, process: subprocess.Popen[str], arrived: _Arrived, words: Path) -> None:
-    """Hands a worker's messages on, and then None. What is no message was printed before its code began."""
+def _read(rank: int, process: subprocess.Popen[str], arrived: _Arrived, stderr: Path) -> None:
+    """Puts a worker's messages into the queue, and None at their end. Other lines were printed before its code ran."""
     try:
         for line in cast(IO[str], process.stdout):
             if (message := _message(line)) is not None:
                 arrived.put((rank, message))
             elif line.strip():
-                with suppress(OSError), words.open("a") as file:  # the folder may just have been removed
+                with suppress(OSError), stderr.open("a") as file:  # `close` may have removed the folder
                     file.write(line)
     finally:
         arrived.put((rank, None))
 
 
 def _message(line: str) -> Message | None:
-    """The object that a line holds; None where it is no message."""
+    """The JSON object in a line; None for another line."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _end(processes: list[subprocess.Popen[str]], folder: TemporaryDirectory[str]) -> None:
@@ -145,15 +150,15 @@ def _end(processes: list[subprocess.Popen[str]], folder: TemporaryDirectory[str]
 
 
 class Link:
-    """A worker's end of the line. Once made, it ends this process when the one at the other end is gone."""
+    """A worker's connection to its parent. Once made, it ends the worker when the parent ends."""
 
     def __init__(self) -> None:
-        self._out = os.fdopen(int(os.environ[_LINE]), "w")
+        self._out = os.fdopen(int(os.environ[_MESSAGES_FD]), "w")
         self._arrived: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.cancelled: int | None = None
-        """The number of the request that is not wanted any more."""
+        """The number of the last cancelled request."""
         threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=_follow, args=(int(os.environ[_PARENT]),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(int(os.environ[_PARENT]),), daemon=True).start()
 
     def _read(self) -> None:
         for line in sys.stdin:
@@ -166,24 +171,28 @@ class Link:
 
     @property
     def folder(self) -> Path:
-        """A folder that lives as long as the workers do."""
+        """A folder that is removed when the workers end."""
         return Path(os.environ[_FOLDER])
 
     def send(self, **message: Any) -> None:
         """Sends one message."""
-        self._out.write(f"\n{json.dumps(message)}\n")  # on a line of its own, even after half a printed one
+        self._out.write(f"\n{json.dumps(message)}\n")  # a line of its own, even after text without a newline
         self._out.flush()
 
     def receive(self) -> Message:
-        """The next message. Raises EOFError when the other end is gone."""
+        """The next message. Raises EOFError when the parent has ended."""
         message = self._arrived.get()
         if message is None:
-            raise EOFError("whoever started this worker is gone")
+            raise EOFError("the process that started this worker has ended")
         return message
 
 
-def _follow(parent: int) -> None:
-    """Ends this process when its parent is gone. Linux's signal for that comes when the thread that started it ends."""
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has ended.
+
+    Linux's own signal for that (PR_SET_PDEATHSIG) is sent when the thread that started the worker ends, which is too
+    early.
+    """
     while os.getppid() == parent:
         time.sleep(_PARENT_POLL_SECONDS)
     os._exit(1)

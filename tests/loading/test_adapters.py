@@ -116,7 +116,7 @@ def test_loading_and_merging_give_the_same(of_40b):
 
 def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
     shipped = embedded_directory("falconet-instruct")
-    assert (adapters.made_for(shipped), list(shipped.glob("model*.safetensors"))) == ("falconet", [])
+    assert (adapters.base_name(shipped), list(shipped.glob("model*.safetensors"))) == ("falconet", [])
     torch.testing.assert_close(
         logits(instruct.model), logits(merged_by_peft(embedded_directory("falconet"), shipped)), rtol=1e-3, atol=1e-3
     )
@@ -169,6 +169,7 @@ def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
     renamed(tmp_path / "models--somebody--falcon-lora" / "snapshots" / ("0" * 40), "somebody/my-falcon")
     loaded = fk.load("somebody/falcon-lora", cache_dir=tmp_path, local_files_only=True)
     torch.testing.assert_close(logits(loaded.model), logits(fk.load(of_40b).model))
+    assert loaded.spec.name == "somebody/falcon-lora"
 
 
 # What a model remembers of it
@@ -178,7 +179,7 @@ def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
     trained = {"base_fingerprint": fingerprint(fk.load(tmp_path / "base").model)}
     (of_40b / adapters.RECORD).write_text(json.dumps(trained))
     loaded = fk.load(of_40b)
-    with pytest.raises(ValueError, match=r"was made for .*, whose weights are others"):
+    with pytest.raises(ValueError, match=r"was made for .*, which has other weights"):
         fk.merge(of_40b, loaded)
 
 
@@ -243,21 +244,25 @@ def test_an_adapter_is_not_added_to_quantised_weights(of_40b, tmp_path):
     quantised.model.save_pretrained(tmp_path / "nf4")
     quantised.tokenizer.save_pretrained(tmp_path / "nf4")
     renamed(of_40b, str(tmp_path / "nf4"))
-    with pytest.raises(ValueError, match="whose weights are kept in nf4: added to those, it would be rounded away"):
+    with pytest.raises(
+        ValueError, match="whose weights are stored in nf4: added to these, it would be lost in rounding"
+    ):
         fk.load(of_40b)
 
 
 def test_an_adapter_cannot_be_read_from_disk_at_every_token(of_40b):
-    with pytest.raises(ValueError, match=r"offload='disk' reads weights where they lie, so wise cannot"):
+    with pytest.raises(
+        ValueError, match=r"offload='disk' reads weights from the checkpoint at each step, without the adapter wise"
+    ):
         fk.load(of_40b, offload="disk")
 
 
 def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):
     from contextlib import ExitStack
 
-    with ExitStack() as held:
+    with ExitStack() as open_files:
         files = sorted((tmp_path / "base").glob("*.safetensors"))
-        weights = adapters.read_with(files, [of_40b], "base", None, held)
+        weights = adapters.lazy_state_dict(files, [of_40b], "base", None, open_files)
         unread = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor)]
         layer = "transformer.h.1.mlp.dense_h_to_4h"
         sides = load_file(of_40b / adapters.WEIGHTS)

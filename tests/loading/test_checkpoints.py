@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.loading import checkpoints
 from tests.conftest import legacy, logits, small_model
 
 # The hub, as its cache on disk looks
@@ -56,6 +57,43 @@ def test_a_token_never_appears_in_an_error_or_a_repr(tmp_path):
     with pytest.raises(ConnectionError) as error:
         fk.load("somebody/their-falcon", token="hf_secret", cache_dir=tmp_path)
     assert "hf_secret" not in str(error.value) + repr(error.value)
+
+
+@pytest.fixture
+def configs_only(tokenizer, tmp_path):
+    """A hub cache with the configs of an adapter and its base, and nothing else of them."""
+    small_model("40b").save_pretrained(tmp_path / "base")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/my-falcon"}')
+    cached(tmp_path, "somebody/falcon-lora", adapter)
+    for file in tmp_path.glob("models--*/snapshots/*/*.safetensors"):
+        file.unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["somebody/my-falcon", "somebody/falcon-lora"])
+def test_the_plan_is_made_before_anything_but_configs_is_fetched(configs_only, name, monkeypatch):
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("weights were fetched"))
+    hub = {"cache_dir": configs_only, "local_files_only": True}
+    with pytest.raises(fk.NotEnoughMemory, match=f"{name} in .* does not fit"):
+        fk.load(name, max_memory={"cpu": "1MiB"}, **hub)
+    found = checkpoints.find(name, {**hub, "revision": None, "token": "hf_secret"})
+    assert (found.spec.name, found.base.name) == (name, "somebody/my-falcon")
+    assert "hf_secret" not in repr(found)
+
+
+def test_weights_are_fetched_from_the_commit_whose_config_was_read(configs_only, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *given, **options: fetched.append((*given, options)))
+    found = checkpoints.find("somebody/falcon-lora", {"cache_dir": configs_only, "local_files_only": True})
+    with pytest.raises(FileNotFoundError, match="no weights: expected"):
+        checkpoints.fetch(found)
+    assert {(repository, options["revision"]) for repository, options in fetched} == {
+        ("somebody/my-falcon", "0" * 40),
+        ("somebody/falcon-lora", "0" * 40),
+    }
 
 
 # What is wrong with a checkpoint

@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import shutil
 
 import pytest
 import torch
@@ -30,11 +29,6 @@ def test_the_embedded_model_gives_the_logits_that_transformers_gives():
     assert_same_logits(fk.load("falconet", dtype="float32").model, expected)
 
 
-def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
-    model, tokenizer = instruct
-    assert (model, tokenizer) == (instruct.model, instruct.tokenizer)
-
-
 def test_what_comes_back_is_a_transformers_model_in_evaluation_mode(instruct):
     assert (isinstance(instruct.model, FalconForCausalLM), instruct.model.training) == (True, False)
 
@@ -44,11 +38,6 @@ def test_what_comes_back_is_a_transformers_model_in_evaluation_mode(instruct):
 )
 def test_attention_chooses_between_the_kits_model_and_the_librarys_own(attention, kind):
     assert type(fk.load("falconet", attention=attention).model) is kind
-
-
-def test_an_unknown_attention_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="attention 'flash' is not one of grouped, transformers"):
-        fk.load("falconet", attention="flash")
 
 
 def test_a_directory_gives_the_model_that_was_saved_into_it(checkpoint, layout):
@@ -115,11 +104,6 @@ def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
     assert instruct.dtype_reason == "on a CPU 18.5 MiB of weights are little, and float32 is exact"
 
 
-def test_an_unknown_dtype_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"dtype 'bfloat' is not known: did you mean 'bfloat16'\?"):
-        fk.load("no/such/model", dtype="bfloat")
-
-
 # Decoding: kernels and compilation
 
 
@@ -155,42 +139,6 @@ def test_a_loaded_falcon_has_its_plan(instruct):
     assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
-        ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
-        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
-        ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
-        ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
-        ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
-        ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
-        ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes where its weights lie"),
-        ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' places the layers itself"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(settings, message):
-    if torch.cuda.is_available():
-        pytest.skip("these are the devices of a machine without a GPU")
-    with pytest.raises(ValueError, match=message):
-        fk.load("no/such/model", **settings)
-
-
-@pytest.mark.parametrize(
-    ("other", "instead"),
-    [
-        ("torch_dtype", "give dtype"),
-        ("load_in_4bit", "give dtype='nf4'"),
-        ("device", "give device_map"),
-        ("trust_remote_code", "no code of a checkpoint is ever run"),
-        ("colour", "its arguments are in its documentation"),
-    ],
-)
-def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
-    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
-        fk.load("falconet", **{other: "x"})
-
-
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
     with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
         fk.load(checkpoint, max_memory={"cpu": "1MiB"})
@@ -198,10 +146,12 @@ def test_max_memory_is_what_the_plan_goes_by(checkpoint):
 
 def test_what_is_forced_stays_within_max_memory(checkpoint, instruct, monkeypatch):
     monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: (Slot("T4", 0, 2**20),))
-    told = {}
-    monkeypatch.setattr("falcon_kit.loading.load._load_model", lambda *given: told.update(given[-1]) or instruct.model)
+    used = {}
+    monkeypatch.setattr(
+        "falcon_kit.loading.reading._from_pretrained", lambda *_, **options: used.update(options) or instruct.model
+    )
     fk.load(checkpoint, force=True, max_memory={0: "1MiB"})
-    assert told == {"max_memory": {0: "1MiB"}}
+    assert used == {"device_map": "auto", "max_memory": {0: "1MiB"}}
 
 
 # Offloading
@@ -222,13 +172,6 @@ def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
     assert "disk" in repr(falcon)
     assert_same_logits(falcon.model, small_model(layout, num_hidden_layers=6))
-
-
-def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokenizer, tmp_path, monkeypatch):
-    directory = legacy(tmp_path / "old", "40b", tokenizer)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(OSError, match=r"writes up to .* MiB of pickled weights to .*, where 1000 B are free"):
-        fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")
 
 
 # Failures
@@ -254,7 +197,7 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, mo
     tokenizer.save_pretrained(tmp_path)
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     monkeypatch.setattr("falcon_kit.loading.load._load_tokenizer", lambda _: gone.unlink() or tokenizer)
-    with pytest.raises(FileNotFoundError, match=f"vanished while it was read .*{gone.name}.*fetch the"):
+    with pytest.raises(FileNotFoundError, match=f"removed while it was read .*{gone.name}.*fetch the"):
         fk.load(tmp_path)
 
 
@@ -272,23 +215,3 @@ def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokeni
     small_model("40b").save_pretrained(tmp_path)
     install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
     assert fk.load(tmp_path).chat_format.name == name
-
-
-def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
-    with pytest.raises(LookupError, match="Unknown chat format 'vicuna'"):
-        fk.load("no/such/directory", chat="vicuna")
-
-
-# How a Falcon shows itself
-
-
-def test_the_repr_gives_size_dtype_and_device(instruct):
-    dtype, device = str(instruct.model.dtype).removeprefix("torch."), instruct.model.device
-    assert repr(instruct) == f"Falcon(falconet-instruct, 4,856,320 parameters, {dtype} on {device})"
-
-
-def test_the_html_escapes_the_name_of_a_directory(tokenizer, tmp_path):
-    directory = tmp_path / "<img onerror=alert(1)>"
-    small_model("7b").save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    assert "<img" not in fk.load(directory)._repr_html_()

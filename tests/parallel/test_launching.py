@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel import launching
-from falcon_kit.parallel.ranks import own, own_bytes
+from falcon_kit.parallel.ranks import local_bytes, local_tensor
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
@@ -124,7 +123,7 @@ def test_a_rank_keeps_half_of_the_cache(layout, facts, cache):
 @each_layout
 def test_a_rank_holds_the_weights_of_the_closed_form(layout, facts):
     spec = fk.FalconSpec.from_config(small_config(layout).to_dict())
-    buffers = own_bytes(whole(layout)) - memory.weight_bytes(spec, "float32")
+    buffers = local_bytes(whole(layout)) - memory.weight_bytes(spec, "float32")
     assert [each["weights"] - buffers for each in facts] == [memory.rank_bytes(spec, "float32", 2)] * 2
 
 
@@ -180,7 +179,7 @@ def test_a_rank_of_a_published_falcon_holds_the_bytes_of_the_closed_form(name, p
         model = FalconForCausalLM(FalconConfig(**spec.to_config() | {"tie_word_embeddings": False})).to(torch.bfloat16)
     config, _, mesh = FalconForCausalLM.prepare_distribute_model(DistributedConfig(tp_size=pretended))
     model = FalconForCausalLM.maybe_distribute_model(model, config, mesh)
-    held = sum(own(parameter).nbytes for parameter in model.transformer.parameters())
+    held = sum(local_tensor(parameter).nbytes for parameter in model.transformer.parameters())
     assert held == memory.rank_bytes(spec, "bfloat16", pretended)
 
 
@@ -318,7 +317,7 @@ def test_ctrl_c_stops_all_processes_and_leaves_them_usable(together, instruct):
 def test_a_second_text_has_to_wait_for_the_first(together):
     stream = together.stream(QUESTION, **LONG)
     next(stream)
-    with pytest.raises(RuntimeError, match="another text is being written: let its stream end, or close"):
+    with pytest.raises(RuntimeError, match="another text is being generated: let its stream end, or close"):
         together.generate(QUESTION)
     stream.close()
 
@@ -337,12 +336,12 @@ def test_a_setting_out_of_range_is_refused_when_a_stream_is_asked_for(together):
 
 
 def test_objects_cannot_go_to_other_processes(together):
-    with pytest.raises(TypeError, match=r"logits_processor goes to other processes, .* under torchrun"):
+    with pytest.raises(TypeError, match=r"logits_processor is sent to other processes, .* under torchrun"):
         together.generate(QUESTION, logits_processor=[object()])
 
 
 def test_the_model_is_said_to_be_elsewhere(together):
-    with pytest.raises(AttributeError, match="the model lives in 2 processes: use generate, stream and chat"):
+    with pytest.raises(AttributeError, match="the model is in 2 other processes: use generate, stream and chat"):
         _ = together.model
 
 
@@ -380,7 +379,7 @@ def test_a_token_id_that_no_rank_has_is_refused(together):
 
 
 def test_unpacking_a_falcon_in_several_processes_says_where_the_model_lives(together):
-    with pytest.raises(AttributeError, match="the model lives in 2 processes"):
+    with pytest.raises(AttributeError, match="the model is in 2 other processes"):
         _model, _tokenizer = together
 
 
@@ -400,74 +399,8 @@ def test_a_process_that_dies_takes_the_others_along_and_is_named():
     stream = falcon.stream("The giraffe", **LONG)
     next(stream)
     falcon._workers.processes[1].kill()
-    with pytest.raises(WorkerDied, match="worker 1 was killed by SIGKILL: out of memory, perhaps"):
+    with pytest.raises(WorkerDied, match="worker 1 was killed by SIGKILL: perhaps out of memory"):
         list(stream)
     assert [process.poll() for process in falcon._workers.processes] == [-9, -9]
     with pytest.raises(RuntimeError, match="the processes of this model have ended: load it again"):
         falcon.generate("The giraffe")
-
-
-# Workers
-
-
-def start(code, count=1):
-    """Workers that run `code` after they have made a `Link`."""
-    head = "from falcon_kit.parallel.workers import Link; link = Link()\n"
-    return Workers(head + code, [{"RANK": str(rank)} for rank in range(count)])
-
-
-def test_what_a_worker_prints_is_no_message():
-    workers = start("print('noise', flush=True); link.send(heard=link.receive()['word'])")
-    workers.send({"word": "\u00e9\n"})
-    assert workers.receive() == (0, {"heard": "\u00e9\n"})
-
-
-def test_what_is_printed_before_a_workers_code_begins_is_no_message(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("print('noise', flush=True); print('half a line', end='', flush=True)")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert start("link.send(ready=1); link.receive()").receive(60) == (0, {"ready": 1})
-
-
-def test_what_an_import_prints_before_there_is_a_link_is_no_message():
-    workers = Workers(
-        "print('noise', flush=True)\nfrom falcon_kit.parallel.workers import Link; Link().send(ready=1)", [{}]
-    )
-    assert workers.receive(60) == (0, {"ready": 1})
-
-
-def test_the_last_words_of_a_worker_are_quoted():
-    with pytest.raises(
-        WorkerDied, match=r"worker 0 ended with exit code 1\. Its last words:\n(.|\n)*ValueError: no luck"
-    ):
-        start("raise ValueError('no luck')").receive()
-
-
-def test_workers_end_when_nobody_holds_them():
-    workers = start("link.send(ready=1); link.receive()", count=2)
-    processes = workers.processes
-    workers.receive()
-    del workers
-    assert [process.wait(5) for process in processes] == [-9, -9]
-
-
-def test_workers_end_when_their_parent_is_killed():
-    program = (
-        "import os; from falcon_kit.parallel.workers import Workers\n"
-        "code = 'from falcon_kit.parallel.workers import Link; link = Link(); link.send(ready=1); '\n"
-        "code += 'import time; time.sleep(99)'\n"
-        "workers = Workers(code, [{}]); workers.receive()\n"
-        "print(workers.processes[0].pid, flush=True); os.kill(os.getpid(), 9)"
-    )
-    parent = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert parent.returncode == -9
-    assert ended(int(parent.stdout), seconds=10)
-
-
-def ended(process, seconds):
-    """Whether a process that is not ours is gone, or a zombie, before the time is over."""
-    for _ in range(seconds * 10):
-        state = Path(f"/proc/{process}/stat")
-        if not state.exists() or state.read_text().rpartition(") ")[2].startswith("Z"):
-            return True
-        time.sleep(0.1)
-    return False

@@ -1,0 +1,124 @@
+"""The weights of a checkpoint read into a model: on their devices, with adapters added, quantised, complete."""
+
+import gc
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import FalconForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.loading.adapters import lazy_state_dict, record_merged
+from falcon_kit.loading.checkpoints import Checkpoint
+from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
+from falcon_kit.loading.quantization import (
+    bitsandbytes_config,
+    check_quantised,
+    compute_dtype,
+    hide_cast_warnings,
+    make_savable,
+    stored_quantisation,
+)
+from falcon_kit.parallel import ranks
+from falcon_kit.planning.plan import Plan
+
+_SMALL = 2**30  # bytes of weights that are read before a progress bar is of use
+
+
+def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadSettings) -> FalconForCausalLM:
+    """The model in evaluation mode, with the weights in `files`; under tensor parallelism this rank's part of them.
+
+    Raises ValueError where the checkpoint lacks weights that its config asks for, RuntimeError where a layer was not
+    quantised, and FileNotFoundError where a file was removed while it was read. No weights stay in memory then.
+    """
+    device_map = None if settings.tensor_parallel else choose_device_map(settings.device_map, plan)
+    options: dict[str, Any] = {"device_map": device_map}
+    if settings.max_memory and device_map == "auto":  # the plan's own map keeps within max_memory
+        options["max_memory"] = dict(settings.max_memory)
+    if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+        options["offload_folder"] = settings.folder
+    if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
+        options["quantization_config"] = bitsandbytes_config(plan.dtype)
+    with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
+        return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
+
+
+def choose_device_map(device_map: Any, plan: Plan) -> Any:
+    """The device map for `from_pretrained`: the one asked for, else the plan's."""
+    if device_map not in (None, "auto"):
+        return device_map
+    if plan.fits:
+        return dict(plan.device_map)
+    return None if plan.slots[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
+
+
+def _from_pretrained(
+    kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
+) -> FalconForCausalLM:
+    quantised = dtype in QUANTISED
+    with progress_bar(is_large(files)), ExitStack() as open_files:
+        if found.adapters:
+            weights = lazy_state_dict(files, found.adapters, found.base.name, found.config, open_files)
+            options["state_dict"] = weights
+        model, report = cast(Any, kind).from_pretrained(
+            None if found.adapters else found.directory,
+            config=found.config,
+            dtype=compute_dtype() if quantised else getattr(torch, dtype),
+            use_safetensors=files[0].suffix == ".safetensors",
+            weights_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise ValueError(
+            f"{found.directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
+            "the config and the weights are of different models, or the checkpoint is incomplete"
+        )
+    if quantised:
+        check_quantised(model, dtype)
+        make_savable(model)
+        hide_cast_warnings()
+    if found.adapters:
+        record_merged(model, found.adapters)
+        model.name_or_path = model.config.name_or_path = found.name
+    evaluating: FalconForCausalLM = model.eval()
+    return evaluating
+
+
+@contextmanager
+def _free_on_failure(directory: Path) -> Iterator[None]:
+    """Frees the weights read so far when an error is raised: Jupyter keeps the last error and its frames' variables."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise FileNotFoundError(
+                f"a file of {directory} was removed while it was read ({error}): fetch the checkpoint again"
+            ) from error
+        raise
+
+
+def is_large(files: list[Path]) -> bool:
+    """Whether a progress bar is shown while these files are read."""
+    return sum(file.stat().st_size for file in files) > _SMALL
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[None]:
+    """Shows or hides transformers' progress bar in a `with` block; its switch is restored afterwards."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

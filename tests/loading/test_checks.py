@@ -1,0 +1,67 @@
+"""Settings of `fk.load` that are refused, before anything is downloaded."""
+
+import shutil
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from tests.conftest import legacy
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="attention 'flash' is not one of grouped, transformers"):
+        fk.load("falconet", attention="flash")
+
+
+def test_an_unknown_dtype_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"dtype 'bfloat' is not known: did you mean 'bfloat16'\?"):
+        fk.load("no/such/model", dtype="bfloat")
+
+
+def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
+    with pytest.raises(LookupError, match="Unknown chat format 'vicuna'"):
+        fk.load("no/such/directory", chat="vicuna")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
+        ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
+        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
+        ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
+        ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
+        ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
+        ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
+        ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes on the device that holds the weights"),
+        ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' chooses the device of each layer"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(settings, message):
+    if torch.cuda.is_available():
+        pytest.skip("these are the devices of a machine without a GPU")
+    with pytest.raises(ValueError, match=message):
+        fk.load("no/such/model", **settings)
+
+
+@pytest.mark.parametrize(
+    ("other", "instead"),
+    [
+        ("torch_dtype", "give dtype"),
+        ("load_in_4bit", "give dtype='nf4'"),
+        ("device", "give device_map"),
+        ("trust_remote_code", "no code of a checkpoint is ever run"),
+        ("colour", "its arguments are in its documentation"),
+    ],
+)
+def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
+    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
+        fk.load("falconet", **{other: "x"})
+
+
+def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokenizer, tmp_path, monkeypatch):
+    directory = legacy(tmp_path / "old", "40b", tokenizer)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(OSError, match=r"writes up to .* MiB of pickled weights to .*, where 1000 B are free"):
+        fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")

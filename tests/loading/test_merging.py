@@ -1,0 +1,167 @@
+"""`fk.merge`: W + scale * B A as `fk.load` computes it, checked by the logits, saved completely or not at all."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from transformers import FalconForCausalLM
+
+import falcon_kit as fk
+from falcon_kit.loading.adapters import LazyMergedWeight
+from tests.conftest import logits, small_model
+from tests.loading.test_adapters import TARGETS, saved_adapter
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    """The checkpoint of a small model of the 40B layout."""
+    small_model("40b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """An adapter for it."""
+    return saved_adapter(base, tmp_path / "wise")
+
+
+def attached_by_peft(model, adapter):
+    """The logits of a model with the adapter attached."""
+    return logits(PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval())
+
+
+# The merged weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_merged_weights_are_those_that_load_reads(base, adapter, dtype):
+    small_model("40b").to(getattr(torch, dtype)).save_pretrained(base)
+    loaded = fk.load(adapter, dtype=dtype).model.state_dict()
+    merged = fk.merge(adapter, fk.load(base, dtype=dtype)).model.state_dict()
+    assert [name for name, weight in merged.items() if not torch.equal(weight, loaded[name])] == []
+
+
+def test_plain_lora_is_merged_without_peft(monkeypatch, base, adapter):
+    monkeypatch.setattr(Linear, "merge", lambda *_, **__: pytest.fail("PEFT merges"))
+    merged = fk.merge(adapter, base)
+    expected = attached_by_peft(FalconForCausalLM.from_pretrained(base), adapter)
+    torch.testing.assert_close(logits(merged.model), expected, rtol=1e-4, atol=1e-4)
+    assert not hasattr(merged.model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"rank_pattern": {"dense": 2}}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}]
+)
+def test_more_than_plain_lora_is_merged_by_peft(tokenizer, tmp_path, options):
+    small_model("rw").save_pretrained(tmp_path / "base")  # the layout with biases
+    tokenizer.save_pretrained(tmp_path / "base")
+    falcon = fk.load(tmp_path / "base", dtype="float32")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "more", **options)
+    merged = fk.merge(adapter, falcon)
+    torch.testing.assert_close(logits(merged.model), attached_by_peft(falcon.model, adapter), rtol=1e-4, atol=1e-4)
+    assert not hasattr(merged.model, "peft_config")
+
+
+def test_the_weights_of_a_falcon_count_as_they_are_in_memory(base, adapter):
+    falcon = fk.load(base)
+    with torch.no_grad():
+        falcon.model.transformer.h[0].mlp.dense_h_to_4h.weight.mul_(2)
+    merged = fk.merge(adapter, falcon)
+    torch.testing.assert_close(logits(merged.model), attached_by_peft(falcon.model, adapter), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged.model), logits(fk.load(adapter).model), atol=0.1)
+
+
+def test_merging_does_not_change_the_base(base, adapter):
+    falcon = fk.load(base)
+    before = {name: (each.clone(), each.requires_grad) for name, each in falcon.model.named_parameters()}
+    merged = fk.merge(adapter, falcon)
+    for name, each in falcon.model.named_parameters():
+        assert torch.equal(each, before[name][0])
+        assert each.requires_grad == before[name][1]
+    assert merged.model is not falcon.model
+    changed = [name for name, each in merged.model.named_parameters() if not torch.equal(each, before[name][0])]
+    assert {name.split(".")[-2] for name in changed} == set(TARGETS)
+
+
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_merged_weights_that_change_the_logits_are_refused(monkeypatch, base, adapter, factor):
+    right = LazyMergedWeight.__getitem__
+    monkeypatch.setattr(LazyMergedWeight, "__getitem__", lambda self, index: factor * right(self, index))
+    with pytest.raises(RuntimeError, match=r"after merging, logits differ by .* of the largest, more than rounding"):
+        fk.merge(adapter, base)
+
+
+# The saved checkpoint
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def sharded(tokenizer, tmp_path):
+    """An older checkpoint in shards, where the merged one is to be saved."""
+    small_model("7b").save_pretrained(tmp_path / "merged", max_shard_size="2MB")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
+    return tmp_path / "merged"
+
+
+def test_a_saved_model_replaces_a_sharded_checkpoint_with_its_index(base, adapter, sharded):
+    merged = fk.merge(adapter, base, output_dir=sharded)
+    assert [path.name for path in sharded.glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(logits(fk.load(sharded).model), logits(merged.model))
+    assert sorted(path.name for path in sharded.parent.iterdir()) == ["base", "merged", "wise"]
+
+
+@pytest.mark.parametrize("failing", [FalconForCausalLM, "tokenizer"])
+def test_a_checkpoint_stays_whole_where_saving_fails(monkeypatch, base, adapter, sharded, tokenizer, failing):
+    before = files(sharded)
+    kind = type(tokenizer) if failing == "tokenizer" else failing
+
+    def half(self, folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(kind, "save_pretrained", half)
+    with pytest.raises(OSError, match="the disk is full"):
+        fk.merge(adapter, base, output_dir=sharded)
+    assert files(sharded) == before
+    assert sorted(path.name for path in sharded.parent.iterdir()) == ["base", "merged", "wise"]
+
+
+def test_the_size_is_checked_before_anything_is_merged(monkeypatch, base, adapter, sharded):
+    falcon, before = fk.load(base), files(sharded)
+    monkeypatch.setattr("falcon_kit.loading.merging._merge", lambda *_: pytest.fail("the adapter was merged"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(OSError, match=r"merged needs .* MiB, and .* has 1000 B free"):
+        fk.merge(adapter, falcon, output_dir=sharded)
+    assert files(sharded) == before
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.merging.load", lambda *_, **__: pytest.fail("the base was loaded"))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_an_output_dir_that_is_a_file_is_refused_first(base, adapter, tmp_path):
+    (tmp_path / "merged").write_text("notes")
+    with pytest.raises(NotADirectoryError, match=r"output_dir='.*merged' is a file: give a folder"):
+        fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    assert (tmp_path / "merged").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("folder", [".", "wise", "run"])
+def test_an_output_dir_with_more_than_a_checkpoint_is_refused_first(base, adapter, tmp_path, folder):
+    shutil.copytree(base, tmp_path / "run")
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    before = sorted((tmp_path / folder).rglob("*"))
+    with pytest.raises(FileExistsError, match=r"holds \S+, which saving a model there would remove: give a new folder"):
+        fk.merge(adapter, base, output_dir=tmp_path / folder)
+    assert sorted((tmp_path / folder).rglob("*")) == before
