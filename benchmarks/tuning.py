@@ -117,8 +117,9 @@ def _kit(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) 
     from dataclasses import replace
 
     own = replace(falcon, model=model.eval(), spec=fk.FalconSpec.from_config(model.config.to_dict(), "random"))
-    options: dict[str, Any] = {"held_out": 0, "epochs": 1, "save_every": 10_000, "quiet": True, "checkpointing": True}
-    options |= {"rank": RANK, "alpha": 32, "dropout": 0, "learning_rate": RATE, "schedule": "linear", "warmup": 0}
+    options: dict[str, Any] = {"held_out": 0, "num_train_epochs": 1, "save_steps": 10_000, "quiet": True}
+    options |= {"r": RANK, "lora_alpha": 32, "lora_dropout": 0, "gradient_checkpointing": True}
+    options |= {"learning_rate": RATE, "lr_scheduler_type": "linear", "warmup_ratio": 0}
     start = time.perf_counter()
     run = fk.tune(own, rows, output_dir=folder, **options)
     seconds = time.perf_counter() - start
@@ -145,7 +146,7 @@ def _arguments(folder: Path, batch: int, accumulate: int) -> dict[str, Any]:
 def _lora() -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=32, target_modules=list(fk.Tuning().targets), task_type="CAUSAL_LM")
+    return LoraConfig(r=RANK, lora_alpha=32, target_modules=list(fk.Tuning().target_modules), task_type="CAUSAL_LM")
 
 
 def _sft(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) -> tuple[Any, float]:

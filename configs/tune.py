@@ -1,6 +1,6 @@
 """Fine-tunes a Falcon, in as many processes as it is started in.
 
-    python configs/tune.py --model falconet --data chats.jsonl --output runs/mine --set epochs=1 batch=4
+    python configs/tune.py --model falconet --data chats.jsonl --output runs/mine --set num_train_epochs=1
     torchrun --nproc-per-node 8 configs/tune.py --model tiiuae/falcon-40b --data chats.jsonl --output runs/mine --shard
     accelerate launch --config_file configs/accelerate_8gpu.yaml configs/tune.py --model tiiuae/falcon-7b ...
 
