@@ -31,6 +31,31 @@ def test_ctrl_c_saves_the_step_and_says_where_the_same_call_goes_on(monkeypatch,
     assert same(resumed.adapter, expected.adapter)
 
 
+def test_ctrl_c_during_an_evaluation_saves_the_step(monkeypatch, capsys, falcon, tmp_path):
+    evaluate = AdapterTrainer.evaluate
+
+    def interrupted_evaluation(self, *args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(self, *args, **options)
+
+    monkeypatch.setattr(AdapterTrainer, "evaluate", interrupted_evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"eval_steps": 3, "save_steps": 99})
+    assert "resumes from step 3 of 6" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(monkeypatch, capsys, falcon, tmp_path):
+    def pressed_twice(self, *args, **options):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", pressed_twice)
+    with pytest.raises(KeyboardInterrupt):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert "resumes from step 0 of 6" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_adapters_without_a_gradient_are_noticed(monkeypatch, falcon, tmp_path):
     monkeypatch.setattr(modeling.FalconForCausalLM, "enable_input_require_grads", lambda self: None)
     monkeypatch.setattr(
