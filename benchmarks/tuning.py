@@ -1,9 +1,10 @@
 """LoRA on a CPU: the kit beside TRL's SFTTrainer (padded, and its packing) and a plain Trainer.
 
-The same random Falcon with the 65,024 words of the published ones, the same conversations with the spread of lengths of
-Baize's (mean about 300 tokens, to 2048), the same adapters and rate; one pass over them. Each contestant runs in a
-process of its own, for its memory, and they take turns. The packed ones take more steps in a pass (a row each) than the
-padded (eight conversations each), which their held-out losses show. TRL comes with the extra "bench".
+All train a random Falcon with the 65,024 tokens of the published models on the same conversations for one epoch, with
+the same adapters and learning rate. The lengths are distributed like Baize's (mean about 300 tokens, at most 2048).
+Each contestant runs in a separate process, because its memory is measured, and they alternate. With packing, an epoch
+has more steps (one row each) than with padding (eight conversations each), so held-out losses differ. TRL is installed
+by the extra "bench".
 """
 
 import json
@@ -36,7 +37,7 @@ CONTESTANTS = ("kit", "SFTTrainer", "SFTTrainer, packing", "Trainer")
 
 
 def run() -> dict[str, Any]:
-    """Medians of the rounds: trained tokens per second, memory, and held-out loss after the same tokens."""
+    """Medians of the rounds: trained tokens per second, memory, and held-out loss after one epoch."""
     try:
         import trl  # noqa: F401
     except ImportError as error:
@@ -53,7 +54,7 @@ def run() -> dict[str, Any]:
     kit = medians["kit"]
     return {
         "model": f"random, {SIZES}, float32, LoRA of rank {RANK} on all four linear layers, gradient checkpointing",
-        "data": f"{CONVERSATIONS} conversations, {kit['tokens']:,.0f} tokens, to {CONTEXT}; one pass",
+        "data": f"{CONVERSATIONS} conversations, {kit['tokens']:,.0f} tokens, at most {CONTEXT} each; one epoch",
         "rounds": ROUNDS,
         "medians": medians,
         "kit's tokens/s, as a ratio": _ratios(medians, "tokens per second", lambda own, other: own / other),
@@ -113,12 +114,13 @@ def measure(name: str) -> dict[str, float]:
 
 
 def _kit(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) -> tuple[Any, float]:
-    """fk.tune, packed, timed from documents to saved adapter (the others from `train()` on). Nothing is held out."""
+    """fk.tune with packing, timed from documents to the saved adapter; the others are timed in `train()` only."""
     from dataclasses import replace
 
     own = replace(falcon, model=model.eval(), spec=fk.FalconSpec.from_config(model.config.to_dict(), "random"))
-    options: dict[str, Any] = {"held_out": 0, "epochs": 1, "save_every": 10_000, "quiet": True, "checkpointing": True}
-    options |= {"rank": RANK, "alpha": 32, "dropout": 0, "learning_rate": RATE, "schedule": "linear", "warmup": 0}
+    options: dict[str, Any] = {"held_out": 0, "num_train_epochs": 1, "save_steps": 10_000, "quiet": True}
+    options |= {"r": RANK, "lora_alpha": 32, "lora_dropout": 0, "gradient_checkpointing": True}
+    options |= {"learning_rate": RATE, "lr_scheduler_type": "linear", "warmup_ratio": 0}
     start = time.perf_counter()
     run = fk.tune(own, rows, output_dir=folder, **options)
     seconds = time.perf_counter() - start
@@ -126,7 +128,7 @@ def _kit(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) 
 
 
 def _arguments(folder: Path, batch: int, accumulate: int) -> dict[str, Any]:
-    """What the others are given."""
+    """Arguments of the other trainers."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch,
@@ -145,11 +147,11 @@ def _arguments(folder: Path, batch: int, accumulate: int) -> dict[str, Any]:
 def _lora() -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=32, target_modules=list(fk.Tuning().targets), task_type="CAUSAL_LM")
+    return LoraConfig(r=RANK, lora_alpha=32, target_modules=list(fk.Tuning().target_modules), task_type="CAUSAL_LM")
 
 
 def _sft(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) -> tuple[Any, float]:
-    """TRL with its defaults (8 rows, gradient checkpointing), but for the length, and only the assistant's labels."""
+    """TRL with its defaults (8 rows, gradient checkpointing), except for the length and labels on answers only."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -168,7 +170,7 @@ def _sft(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) 
 
 
 def _trainer(model: Any, falcon: Any, rows: list[Any], folder: Path, packing: bool) -> tuple[Any, float]:
-    """transformers' own, padded; in parts of two rows, since eight rows of logits would take 13 GB."""
+    """transformers' Trainer with padding; in batches of two rows, since the logits of eight would take 13 GB."""
     from peft import get_peft_model
 
     packed = fk.pack(fk.dialogues(rows), falcon, CONTEXT, together=False)
@@ -191,7 +193,7 @@ TRAIN: Mapping[str, Callable[..., Any]] = {"kit": _kit, "SFTTrainer": _sft, "Tra
 
 
 def _loss(model: Any, packed: fk.Packed) -> float:
-    """Mean loss of the trained tokens of what was held out, one conversation at a time."""
+    """Mean loss per trained token of the held-out conversations, one conversation at a time."""
     total, count = 0.0, 0
     model.eval()
     with torch.inference_mode():
@@ -204,7 +206,7 @@ def _loss(model: Any, packed: fk.Packed) -> float:
 
 
 class _Memory:
-    """The most memory that this process held, above what it held at the start, in bytes; looked at every 5 ms."""
+    """The peak memory of this process above its memory at the start, in bytes; sampled every 5 ms."""
 
     def __enter__(self) -> "_Memory":
         self.peak, self._over = 0, threading.Event()

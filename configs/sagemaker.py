@@ -3,8 +3,8 @@
     python configs/sagemaker.py --role arn:aws:iam::...:role/sagemaker --image <training image> \
         --data s3://bucket/chats/ --output s3://bucket/runs/mine --model tiiuae/falcon-40b --shard
 
-Images with torch: https://github.com/aws/deep-learning-containers, those called pytorch-training. Checkpoints go to
---output as they are written. On spot instances (--spot) an interrupted job starts again and goes on from there.
+Images with torch: https://github.com/aws/deep-learning-containers, those called pytorch-training. Checkpoints are
+copied to --output during the training. With --spot, an interrupted job on spot instances is restarted and resumes.
 """
 
 import argparse
@@ -14,33 +14,33 @@ from typing import Any
 CODE, DATA, CHECKPOINTS = "/opt/ml/input/data/code", "/opt/ml/input/data/training", "/opt/ml/checkpoints"
 
 
-def job(given: argparse.Namespace) -> dict[str, Any]:
-    """The request, as boto3's `create_training_job` takes it."""
-    options = ["--model", given.model, "--data", DATA, "--output", CHECKPOINTS, "--dtype", given.dtype]
-    options += ["--shard"] if given.shard else []
-    options += ["--set", *given.set] if given.set else []
-    start = shlex.join(["torchrun", "--nproc-per-node", str(given.gpus), "configs/tune.py", *options])
-    hours = 3600 * given.hours
-    waiting = {"MaxWaitTimeInSeconds": 2 * hours} if given.spot else {}
+def job(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of boto3's `create_training_job`."""
+    options = ["--model", args.model, "--data", DATA, "--output", CHECKPOINTS, "--dtype", args.dtype]
+    options += ["--shard"] if args.shard else []
+    options += ["--set", *args.set] if args.set else []
+    start = shlex.join(["torchrun", "--nproc-per-node", str(args.gpus), "configs/tune.py", *options])
+    hours = 3600 * args.hours
+    waiting = {"MaxWaitTimeInSeconds": 2 * hours} if args.spot else {}
     return {
-        "TrainingJobName": given.name,
-        "RoleArn": given.role,
+        "TrainingJobName": args.name,
+        "RoleArn": args.role,
         "AlgorithmSpecification": {
-            "TrainingImage": given.image,
+            "TrainingImage": args.image,
             "TrainingInputMode": "File",
             "ContainerEntrypoint": ["bash", "-c"],
             "ContainerArguments": [f"cd {CODE} && pip install -c constraints.txt . && {start}"],
         },
-        "InputDataConfig": [_channel("code", given.code), _channel("training", given.data)],
-        "CheckpointConfig": {"S3Uri": given.output, "LocalPath": CHECKPOINTS},
-        "OutputDataConfig": {"S3OutputPath": given.output},
+        "InputDataConfig": [_channel("code", args.code), _channel("training", args.data)],
+        "CheckpointConfig": {"S3Uri": args.output, "LocalPath": CHECKPOINTS},
+        "OutputDataConfig": {"S3OutputPath": args.output},
         "ResourceConfig": {
-            "InstanceType": given.instance,
+            "InstanceType": args.instance,
             "InstanceCount": 1,
-            "VolumeSizeInGB": given.disk,
+            "VolumeSizeInGB": args.disk,
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": hours, **waiting},
-        "EnableManagedSpotTraining": given.spot,
+        "EnableManagedSpotTraining": args.spot,
     }
 
 
@@ -52,9 +52,9 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a Falcon on SageMaker.")
-    parser.add_argument("--name", default="falcon-kit-tune", help="of the job")
+    parser.add_argument("--name", default="falcon-kit-tune", help="name of the job")
     for name, text in {
-        "--role": "ARN of the role that the job takes",
+        "--role": "ARN of the role of the job",
         "--image": "training image with torch",
         "--code": "s3:// folder with this repository",
         "--data": "s3:// folder of dialogues",
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--instance", default="ml.p4d.24xlarge", help="instance type")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the instance")
     parser.add_argument("--disk", type=int, default=300, help="GB, for the weights")
-    parser.add_argument("--hours", type=int, default=24, help="at most")
+    parser.add_argument("--hours", type=int, default=24, help="maximum duration")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
     parser.add_argument("--spot", action="store_true", help="spot instances")

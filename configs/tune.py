@@ -1,11 +1,11 @@
-"""Fine-tunes a Falcon, in as many processes as it is started in.
+"""Fine-tunes a Falcon, in one process or several.
 
-    python configs/tune.py --model falconet --data chats.jsonl --output runs/mine --set epochs=1 batch=4
+    python configs/tune.py --model falconet --data chats.jsonl --output runs/mine --set num_train_epochs=1
     torchrun --nproc-per-node 8 configs/tune.py --model tiiuae/falcon-40b --data chats.jsonl --output runs/mine --shard
     accelerate launch --config_file configs/accelerate_8gpu.yaml configs/tune.py --model tiiuae/falcon-7b ...
 
-With --shard each process holds a part of every layer (FSDP2), for a model that one GPU does not hold; without, a copy.
-Started again after an interruption, it goes on where it was.
+With --shard each process has a part of every layer (FSDP2), for a model that does not fit on one GPU; without it, a
+copy. After an interruption, the same command resumes the run.
 """
 
 import argparse
@@ -27,22 +27,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help='"nf4-double" is QLoRA (with copies, not with --shard)')
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of fk.Tuning")
-    given = parser.parse_args()
-    falcon = fk.load(given.model, dtype=given.dtype, device_map={"": device(given.shard)})
-    run = fk.tune(falcon, given.data, output_dir=given.output, shard=given.shard, **settings(given.set))
+    args = parser.parse_args()
+    falcon = fk.load(args.model, dtype=args.dtype, device_map={"": device(args.shard)})
+    run = fk.tune(falcon, args.data, output_dir=args.output, shard=args.shard, **settings(args.set))
     if int(os.environ.get("RANK", "0")) == 0:
         print(run)
 
 
 def device(shard: bool) -> str:
-    """Where this process loads the model: onto its GPU, or into host memory, to be sharded from there."""
+    """The device for the weights: the GPU of this process, or host memory without GPUs and before sharding."""
     if shard or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE, the values as JSON: numbers, true, null, or text."""
+    """The settings in NAME=VALUE pairs. Values are JSON (numbers, true, null) or else text."""
     split = [pair.partition("=") for pair in pairs]
     return {name: _value(value) for name, _, value in split}
 

@@ -2,14 +2,18 @@
 
 The files, in the order of their imports:
 
-data.py         dialogues and web text: read, checked, mixed
-settings.py     settings of fine-tuning, with defaults by size of the model (no torch)
-packing.py      documents become rows of tokens
-distributed.py  several processes: copies of the weights, or shards
-plots.py        loss curves (no torch)
-measure.py      how many held-out answers end, and how many are exact
-runs.py         TuningRun: the adapter, its losses, before and after, its model card
-trainer.py      transformers' Trainer for adapters
-progress.py     the plan, the progress bar and the live loss curve
-tune.py         tune(): plan, train or resume, measure
+files.py             rows of files, each with its line (no torch)
+data.py              rows become documents: checked, split, mixed
+settings.py          settings of fine-tuning, with defaults by size of the model (no torch)
+packing.py           documents become rows of tokens
+distributed.py       several processes: copies of the weights, or shards
+plots.py             loss curves (no torch)
+measure.py           stop rate and exact answers on held-out conversations
+checkpoint_files.py  complete checkpoints: names, file lists, which to keep (no torch)
+callbacks.py         Ctrl-C saves the step first; adapters without a gradient are an error
+runs.py              TuningRun: the adapter, its losses, before and after, its model card
+trainer.py           transformers' Trainer for adapters
+run_folder.py        the output_dir belongs to one run: run.json, the adapter and its record
+progress.py          the plan, the progress bar and the live loss curve
+tune.py              tune(): plan, train or resume, measure
 """

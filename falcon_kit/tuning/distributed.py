@@ -1,8 +1,8 @@
-"""Training in several processes: what each of them is, and weights sharded over all of them.
+"""Training in several processes: rank and world size, sharded weights and their checkpoints.
 
-With copies (DDP) every process holds the whole model and they average gradients. Sharded (FSDP2, torch's
-`fully_shard`), each holds its part of every layer and fetches the rest while it computes; that is for models which one
-device does not hold. Shards are saved and read as shards (torch's distributed checkpoints).
+With copies (DDP) every process has the whole model, and gradients are averaged. With shards (FSDP2, torch's
+`fully_shard`) every process has a part of each layer and gathers the other parts during the computation, for models
+that do not fit on one device. Shards are saved and loaded as shards (torch's distributed checkpoints).
 """
 
 import os
@@ -29,49 +29,52 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 _ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
-_WHOLE = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
+_GATHERED = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
 
 def world_size() -> int:
-    """How many processes `torchrun` or `accelerate launch` started, by what they left in the environment."""
+    """The number of processes that `torchrun` or `accelerate launch` started (the environment variable WORLD_SIZE)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
-    """Whether this process is the one that reports."""
+def is_rank0() -> bool:
+    """Whether this process has rank 0. Only that one prints, and writes files that are not shards."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def wait(cpu: bool) -> None:
-    """Until all processes are here, where there are several."""
+def barrier(cpu: bool) -> None:
+    """Waits until every process has called it; returns at once in a single process."""
     if world_size() > 1:
         PartialState(cpu=cpu).wait_for_everyone()
 
 
 def broadcast_from_rank0(value: bool, cpu: bool) -> bool:
-    """What the first process decided, in each of them; all have to call it."""
-    PartialState(cpu=cpu)  # makes the group, where there are several
+    """The `value` of rank 0, in every process. Every process has to call it."""
+    PartialState(cpu=cpu)  # initialises the process group if there are several processes
     return bool(broadcast_object_list([value])[0])
 
 
 def check_processes(running: int, started: int) -> None:
-    """Raises RuntimeError where processes do not know of each other: each would train alone, and overwrite the rest."""
+    """Raises RuntimeError for processes without a common group: each would train alone and overwrite the others' files.
+
+    running: the size of the process group. started: `world_size()`. Also refuses accelerate's own sharding.
+    """
     if running != started:
         raise RuntimeError(
-            f"{started} processes were started, but {running} train together: start them with `torchrun "
+            f"{started} processes were started, but their group has {running}: start them with `torchrun "
             "--nproc-per-node N`, on CPUs with ACCELERATE_USE_CPU=true set"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise RuntimeError(
-            "accelerate was told to shard (use_fsdp), which on CPUs it silently does not: leave it to "
-            "fk.tune(..., shard=True), and launch with distributed_type MULTI_GPU, as in configs/accelerate_8gpu.yaml"
+            "accelerate is configured to shard (use_fsdp), which it silently omits on CPUs: set fk.tune(shard=True) "
+            "instead, and launch with distributed_type MULTI_GPU, as in configs/accelerate_8gpu.yaml"
         )
 
 
 def shard(model: nn.Module, layers: nn.ModuleList, device: str) -> None:
-    """Shards the parameters of a model over all processes, in place: each layer by itself, then what remains.
+    """Shards the parameters of a model over all processes, in place: each layer separately, then the remaining ones.
 
-    Raises RuntimeError without other processes, or where parameters did not become shards.
+    Raises RuntimeError in a single process, and for parameters that are not sharded afterwards.
     """
     if not dist.is_initialized() or dist.get_world_size() < 2:
         raise RuntimeError(
@@ -81,41 +84,41 @@ def shard(model: nn.Module, layers: nn.ModuleList, device: str) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    whole = [name for name, each in model.named_parameters() if not isinstance(each, DTensor)]
-    if whole:
-        raise RuntimeError(f"{len(whole)} parameters are not sharded, such as {whole[0]}")
+    unsharded = [name for name, each in model.named_parameters() if not isinstance(each, DTensor)]
+    if unsharded:
+        raise RuntimeError(f"{len(unsharded)} parameters are not sharded, such as {unsharded[0]}")
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are shards."""
-    return isinstance(model, FSDPModule)  # parameters that are in use are whole for a moment
+    return isinstance(model, FSDPModule)  # parameters in use are gathered, so their type does not tell
 
 
-def whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters, gathered on the first process; the others get nothing. All have to call it."""
-    whole: Any = get_model_state_dict(model, options=_WHOLE)
-    return dict(whole)
+def gathered_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters, gathered on rank 0; empty on the other ranks. Every process has to call it."""
+    state: Any = get_model_state_dict(model, options=_GATHERED)
+    return dict(state)
 
 
 def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Trained parameters and the state of the optimizer; each process writes its own part."""
+    """Saves the trained parameters and the optimizer's state; every process writes its own shard."""
     weights, state = get_state_dict(model, optimizer, options=_ADAPTERS)
     save({"model": weights, "optimizer": state}, checkpoint_id=directory)
 
 
 def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Reads what `save_shards` wrote, in place."""
+    """Loads what `save_shards` saved into the model and the optimizer."""
     weights, state = get_state_dict(model, optimizer, options=_ADAPTERS)
-    held: dict[str, Any] = {"model": weights, "optimizer": state}
-    load(held, checkpoint_id=directory)
+    loaded: dict[str, Any] = {"model": weights, "optimizer": state}
+    load(loaded, checkpoint_id=directory)
     set_state_dict(
-        model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"], options=_ADAPTERS
+        model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=_ADAPTERS
     )
 
 
 @contextmanager
 def without_reduction(model: Any) -> Iterator[None]:
-    """Gradients stay where they are until the last batch of a step."""
+    """Within the block, gradients are accumulated in each process and not reduced."""
     model.set_requires_gradient_sync(False)
     try:
         yield

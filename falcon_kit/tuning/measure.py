@@ -1,4 +1,4 @@
-"""What a Falcon answers to conversations that it was not trained on: does it end by itself, is it right to the word?"""
+"""Stop rate and exact answers on conversations that the model was not trained on."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -9,33 +9,33 @@ from falcon_kit.generation.generate import generate
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.falcon import Falcon
 
-_AT_ONCE = 16
-_LONGEST = 256  # tokens of an answer
+_BATCH = 16
+_MAX_NEW_TOKENS = 256
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: int, context: int) -> dict[str, float]:
-    """Shares of the last answers, written greedily without stop strings, that end by themselves and that are exact.
+    """Of the last answers, generated greedily without stop strings: the shares that end by eos_token and are exact.
 
-    documents: of `fk.dialogues`; up to `count` conversations that fit into `context` tokens are asked. Empty if none
-    does.
+    documents: of `fk.dialogues`; the first `count` conversations of at most `context` tokens are used. Empty if there
+    are none.
     """
-    asked = list(islice(_fitting(falcon, documents, context), count))
-    if not asked:
+    conversations = list(islice(_fitting(falcon, documents, context), count))
+    if not conversations:
         return {}
-    expected = [messages[-1]["content"].strip() for messages in asked]
+    expected = [messages[-1]["content"].strip() for messages in conversations]
     longest = max(len(ids) for ids in falcon.tokenizer(expected)["input_ids"])
-    written = _write(falcon, asked, min(_LONGEST, longest + 16))
-    exact = [str(each) == wanted for each, wanted in zip(written, expected, strict=True)]
+    answers = _answers(falcon, conversations, min(_MAX_NEW_TOKENS, longest + 16))
+    exact = [str(answer) == text for answer, text in zip(answers, expected, strict=True)]
     return {
-        "stop rate": sum(each.finish_reason == "eos" for each in written) / len(written),
-        "exact answers": sum(exact) / len(written),
+        "stop rate": sum(each.finish_reason == "eos" for each in answers) / len(answers),
+        "exact answers": sum(exact) / len(answers),
     }
 
 
 def _fitting(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[Messages]:
-    """Conversations that fit whole: of one that was cut for training, the last answer was never read."""
+    """The conversations that fit into `context` tokens: a longer one is cut for training, before its last answer."""
     for document in documents:
         messages = document["messages"]
         if not messages:
@@ -44,10 +44,11 @@ def _fitting(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: in
             yield messages
 
 
-def _write(falcon: Falcon, asked: Sequence[Messages], most: int) -> list[Generation]:
-    written: list[Generation] = []
-    for start in range(0, len(asked), _AT_ONCE):
-        prompts = [render(messages[:-1], falcon.chat_format) for messages in asked[start : start + _AT_ONCE]]
-        settings: Any = {"max_new_tokens": most, "do_sample": False, "strip": True}
-        written += generate(falcon.model, falcon.tokenizer, prompts, **settings)  # type: ignore[arg-type]  # a list for a list
-    return written
+def _answers(falcon: Falcon, conversations: Sequence[Messages], max_new_tokens: int) -> list[Generation]:
+    """The generated last answer of each conversation."""
+    answers: list[Generation] = []
+    for start in range(0, len(conversations), _BATCH):
+        prompts = [render(messages[:-1], falcon.chat_format) for messages in conversations[start : start + _BATCH]]
+        settings: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "strip": True}
+        answers += generate(falcon.model, falcon.tokenizer, prompts, **settings)  # type: ignore[arg-type]  # a list for a list
+    return answers

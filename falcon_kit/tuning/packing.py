@@ -1,7 +1,8 @@
-"""Documents become rows of tokens: what is trained on, several documents to a row, and what padding is left.
+"""Documents become rows of tokens, several documents to a row, with a mark on the tokens that are trained on.
 
-Trained on are the assistant's words and the end token after the last of them; of a plain text, everything. Documents in
-a row start at position 0 each, by which the kit's Falcon keeps them apart (transformers' own lets them see each other).
+The model is trained on the answers of the assistant and on the end-of-sequence token after the last one; of a plain
+text, on all tokens. The positions of every document in a row start at 0. From them the kit's Falcon derives a mask that
+keeps documents apart; with transformers' own Falcon, a document attends to those before it.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ FEATURES = Features({"ids": List(Value("int32")), "trained": List(Value("bool"))
 
 @dataclass(frozen=True)
 class Example:
-    """One document as the model gets it; in Jupyter coloured by what is trained on."""
+    """The tokens of one document; Jupyter colours those that are trained on."""
 
     ids: Sequence[int]
     """Its tokens."""
     trained: Sequence[bool]
-    """Which of them are trained on."""
+    """For each token whether it is trained on."""
     where: str
-    """File and line it came from."""
+    """File and line of the document."""
     tokenizer: PreTrainedTokenizerBase
-    """What turns ids into text."""
+    """Decodes the ids."""
 
     def spans(self) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether it is trained on; special tokens are written out."""
+        """The text in pieces, each with whether it is trained on; special tokens are included."""
         edges = [0, *(np.flatnonzero(np.diff(self.trained)) + 1).tolist(), len(self.ids)]
         return [
             (str(self.tokenizer.decode(list(self.ids[start:end]))), bool(self.trained[start]))
@@ -60,7 +61,7 @@ class Example:
 
 
 class Packed(Sequence[dict[str, Any]]):
-    """Rows to train on: `packed[i]` holds input_ids, labels and position_ids of row i, as numpy arrays."""
+    """Rows to train on: `packed[i]` has input_ids, labels and position_ids of row i, as numpy arrays."""
 
     def __init__(
         self,
@@ -69,29 +70,29 @@ class Packed(Sequence[dict[str, Any]]):
         context: int,
         tokenizer: PreTrainedTokenizerBase,
         problems: Sequence[Problem] = (),
-        held: Sequence[Any] = (),
+        folders: Sequence[Any] = (),
     ) -> None:
         self.examples = examples.with_format("numpy")
-        """The documents' tokens, mapped from disk."""
+        """The tokens of the documents, mapped from disk."""
         self.rows = rows
-        """The numbers of the documents in each row."""
+        """For each row the indices of its documents."""
         self.context = context
         """Tokens in a row, at most."""
         self.tokenizer = tokenizer
-        """What made the tokens."""
+        """The tokenizer of the tokens."""
         self.problems = tuple(problems)
         """Conversations that were cut or left out, and why."""
         self.lengths = _lengths(examples)
-        """Tokens of each document."""
+        """The number of tokens of each document."""
         self.trained_tokens = sum(chunk.flatten().true_count for chunk in examples.data.column("trained").chunks)
-        """Tokens that are trained on."""
-        self._held = tuple(held)
+        """The number of tokens that are trained on."""
+        self._folders = tuple(folders)  # temporary folders, which exist as long as rows in them are used
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        """One row; for a slice, Packed of its own."""
+        """One row; for a slice, Packed."""
         if isinstance(index, slice):
             return self._slice(self.rows[index])
         examples = [self.examples[each] for each in self.rows[index]]
@@ -103,27 +104,30 @@ class Packed(Sequence[dict[str, Any]]):
         }
 
     def _slice(self, rows: Sequence[Sequence[int]]) -> Packed:
-        kept = [number for row in rows for number in row]
-        new = {number: place for place, number in enumerate(kept)}
+        kept = [index for row in rows for index in row]
+        new_index = {old: new for new, old in enumerate(kept)}
         examples = self.examples.with_format(None).select(kept)
-        renumbered = [[new[number] for number in row] for row in rows]
-        return Packed(examples, renumbered, self.context, self.tokenizer, self.problems, self._held)
+        renumbered = [[new_index[old] for old in row] for row in rows]
+        return Packed(examples, renumbered, self.context, self.tokenizer, self.problems, self._folders)
 
     def __add__(self, other: Packed) -> Packed:
-        """The rows of both, for documents that were packed in different ways, such as in two chat formats."""
+        """The rows of both, for documents that were packed separately, such as in two chat formats.
+
+        Raises ValueError for another context or vocabulary.
+        """
         if (self.context, self.tokenizer.get_vocab()) != (other.context, other.tokenizer.get_vocab()):
             raise ValueError(
-                f"rows of {self.context} and of {other.context} tokens, or of two tokenizers, do not go together: pack "
+                f"rows of {self.context} and of {other.context} tokens, or of two tokenizers, cannot be joined: pack "
                 "both with the same context and tokenizer"
             )
         examples = concatenate_datasets([each.examples.with_format(None) for each in (self, other)])
         rows = [*self.rows, *([len(self.lengths) + index for index in row] for row in other.rows)]
         return Packed(
-            examples, rows, self.context, self.tokenizer, self.problems + other.problems, self._held + other._held
+            examples, rows, self.context, self.tokenizer, self.problems + other.problems, self._folders + other._folders
         )
 
     def example(self, index: int) -> Example:
-        """One document, to look at."""
+        """One document."""
         row = self.examples[index]
         return Example(row["ids"].tolist(), row["trained"].tolist(), str(row["where"]), self.tokenizer)
 
@@ -133,7 +137,7 @@ class Packed(Sequence[dict[str, Any]]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents."""
+        """The number of tokens of all documents."""
         return sum(self.lengths)
 
     @property
@@ -143,7 +147,7 @@ class Packed(Sequence[dict[str, Any]]):
 
     @property
     def padding_alone(self) -> float:
-        """The same, had every document a row of its own."""
+        """Share of padding with one document to a row."""
         return 1 - self.tokens / (len(self.lengths) * self.context)
 
     def __repr__(self) -> str:
@@ -163,48 +167,50 @@ def pack(
     *,
     together: bool = True,
 ) -> Packed:
-    """Documents in rows of at most `context` tokens (the model's, unless given), several to a row.
+    """Rows of at most `context` tokens (by default the model's context), with several documents to a row.
 
-    Written in the Falcon's chat format. A text that is longer than a row goes on in the next. A conversation is cut
-    after an answer, or left out if its first answer does not fit; `Packed.problems` names both.
-    `together=False` gives every document a row of its own. Rows fill up first-fit, the longest documents first.
-    Raises ValueError for a context out of range, a tokenizer without an end token, or where nothing is left to train.
+    Conversations are rendered in the Falcon's chat format. A text longer than a row is continued in another one. A
+    longer conversation is cut after an answer, or left out if its first answer does not fit; `Packed.problems` names
+    both. `together=False`: one document to a row. Rows are filled first-fit, the longest documents first.
+    Raises ValueError for a context out of range, a tokenizer without an eos_token, or nothing to train on.
     """
     check_falcon(falcon)
     limit = falcon.spec.context
     context = limit if context is None else context
     if not 8 <= context <= limit:
-        raise ValueError(f"context={context} is not within 8 and {limit}, the context of {falcon.spec.name}")
+        raise ValueError(f"context={context} is not between 8 and {limit}, the context of {falcon.spec.name}")
     if falcon.tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token, so nothing can learn to stop: set tokenizer.eos_token")
+        raise ValueError(
+            "the tokenizer has no end-of-sequence token, so the model cannot learn to stop: set tokenizer.eos_token"
+        )
     problems: list[Problem] = []
     encoder = _Encoder(falcon.tokenizer, falcon.chat_format, context, problems)
-    found = store((row for document in documents for row in encoder(document)), FEATURES)
-    if found is None:
+    stored = store((row for document in documents for row in encoder(document)), FEATURES)
+    if stored is None:
         reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
         raise ValueError(f"no document has anything to train on within {context} tokens: {reasons}")
-    examples, folder = found
+    examples, folder = stored
     rows = (
         first_fit([len(ids) for ids in examples["ids"]], context) if together else [[i] for i in range(len(examples))]
     )
     return Packed(examples, rows, context, falcon.tokenizer, problems, [folder])
 
 
-def check_falcon(given: Any) -> None:
-    """Raises TypeError for a name, a model or a tokenizer by itself."""
-    if not isinstance(given, Falcon):
-        hint = f": fk.load({given!r})" if isinstance(given, str) else ""
-        raise TypeError(f"give what fk.load returns{hint}; got {type(given).__name__}")
+def check_falcon(value: Any) -> None:
+    """Raises TypeError for anything but a Falcon, such as a name or a transformers model."""
+    if not isinstance(value, Falcon):
+        hint = f": fk.load({value!r})" if isinstance(value, str) else ""
+        raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}")
 
 
 def _lengths(examples: Dataset) -> list[int]:
-    """Tokens of each, without a look at the tokens."""
+    """The number of tokens of each example, without reading the tokens."""
     return [length for chunk in examples.data.column("ids").chunks for length in chunk.value_lengths().to_pylist()]
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Turns a document into examples that fit into a row."""
+    """Encodes a document as examples that fit into a row."""
 
     tokenizer: PreTrainedTokenizerBase
     format: ChatFormat
@@ -218,14 +224,14 @@ class _Encoder:
             yield {"ids": ids, "trained": trained, "where": where}
 
     def _text(self, text: str) -> Iterator[tuple[list[int], list[bool]]]:
-        """A text and its end token, in pieces; the first token of each follows nothing, so it cannot be learned."""
+        """A text and its eos_token, in pieces; the first token of a piece has no context, so it is not trained on."""
         ids = [*encode_text(text, self.tokenizer), self.tokenizer.eos_token_id]
         for start in range(0, len(ids), self.context):
             if len(piece := ids[start : start + self.context]) > 1:
                 yield piece, [False] + [True] * (len(piece) - 1)
 
     def _dialogue(self, messages: list[Any], where: str) -> Iterator[tuple[list[int], list[bool]]]:
-        """The conversation, without as many of its last exchanges as do not fit."""
+        """The conversation without those of its last exchanges that do not fit."""
         kept = messages
         ids, trained = self._conversation(kept)
         while len(ids) > self.context and len(kept) > 3:
@@ -242,7 +248,7 @@ class _Encoder:
         yield ids, trained
 
     def _conversation(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
-        """Tokens as `chat.encode` makes them, and which lie in what the assistant says."""
+        """The tokens of `chat.encode`, and for each whether it belongs to an answer."""
         text, spans = render_answers(messages, self.format)
         ids, offsets = encode_text_with_offsets(text, self.tokenizer)
         starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
@@ -253,10 +259,10 @@ class _Encoder:
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:
-    """Which documents share a row: the longest first, each into the first row that has room for it.
+    """The documents of each row: the longest first, each put into the first row that has room for it.
 
-    First-fit decreasing needs at most 11/9 of the fewest rows possible, and two thirds of a row (Dosa 2007). A tree of
-    the most room in each half finds the row in logarithmic time.
+    First-fit decreasing takes at most 11/9 of the fewest rows possible plus two thirds of a row (Dosa 2007). A tree of
+    the largest room below each node finds the row in logarithmic time.
     """
     if (longest := max(lengths, default=0)) > context:
         raise ValueError(f"a document of {longest} tokens does not fit into rows of {context}")
@@ -278,22 +284,22 @@ def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch (B, T) as long as its longest row. What is filled up is a document of its own, without labels."""
+    """A batch (B, T), padded to its longest row. The padding of a row is one more document, without labels."""
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)
 
-    def filled(name: str, value: int | None) -> Tensor:
+    def padded(name: str, value: int | None) -> Tensor:
         parts = []
         for row in rows:
             missing = longest - len(row[name])
-            end = np.arange(missing) if value is None else np.full(missing, value)
-            parts.append(np.concatenate([row[name], end]))
+            padding = np.arange(missing) if value is None else np.full(missing, value)
+            parts.append(np.concatenate([row[name], padding]))
         return torch.from_numpy(np.stack(parts).astype(np.int64))
 
     return {
-        "input_ids": filled("input_ids", pad),
-        "labels": filled("labels", IGNORED),
-        "position_ids": filled("position_ids", None),
+        "input_ids": padded("input_ids", pad),
+        "labels": padded("labels", IGNORED),
+        "position_ids": padded("position_ids", None),
         "rows": torch.tensor([row["row"] for row in rows]),
     }

@@ -1,4 +1,4 @@
-"""How a loss went down."""
+"""Loss curves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def loss_curve(
     trained: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]] = (), title: str = "Loss"
 ) -> Figure:
-    """Losses over steps, as (step, loss): a line for the batches, dots for what was held out."""
+    """Losses over steps, as (step, loss): a line for the batches, dots for the held-out documents."""
     figure = new_figure(7, 3)
     axes = figure.subplots()
     if trained:
@@ -30,7 +30,7 @@ def loss_curve(
 
 
 def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "Loss") -> Figure:
-    """Several runs over each other: for each name its losses, as (step, loss)."""
+    """The losses of several runs in one figure; for each name its losses, as (step, loss)."""
     figure = new_figure(7, 3)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):

@@ -1,4 +1,4 @@
-"""What a run of tuning gave: the adapter, the curve, what it says before and after, and its model card."""
+"""The result of a run: its adapter, losses, answers before and after, and model card."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
@@ -22,26 +23,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TuningRun:
-    """A finished run: the adapter, how it came about, and what it changed."""
+    """A finished run: its adapter, settings, losses, and what was measured before and after."""
 
     adapter: Path
-    """The folder with the adapter, as PEFT saves it."""
+    """The folder of the adapter, in the format of PEFT."""
     falcon: Falcon
-    """The model it was made for, as it was before."""
+    """The model it was trained on, without the adapter."""
     settings: Tuning
-    """How it was trained."""
+    """The settings of the run."""
     plan: Plan
-    """What that was to take."""
+    """The memory plan of the run."""
     packed: Packed
-    """What it was trained on."""
+    """The rows it was trained on."""
     history: tuple[Mapping[str, float], ...]
-    """What was logged: at each step the loss, now and then the held-out loss."""
+    """The log: the loss of each step, and every `eval_steps` the held-out loss."""
     figures: Mapping[str, float]
-    """Measured on held-out documents, before and after: loss, and shares of answers that stop and that are exact."""
+    """Measured on held-out documents before and after the run: loss, stop rate, exact answers."""
 
     def plot(self) -> Figure:
-        """The loss, step by step."""
-        return curve(self.history, f"Tuning {self.falcon.spec.name}, rank {self.settings.rank}")
+        """The loss over the steps."""
+        return history_curve(self.history, f"Tuning {self.falcon.spec.name}, r={self.settings.r}")
 
     figure = plot
 
@@ -52,18 +53,17 @@ class TuningRun:
         return pd.DataFrame(list(self.history))
 
     def before_after(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **settings: Any) -> BeforeAfter:
-        """What the model says to each prompt without and with the adapter, greedily unless `settings` draw."""
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        """The model's answer to each prompt without and with the adapter; greedy, unless `settings` set do_sample."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
 
         def answers() -> list[str]:
-            said = (self.falcon.chat([{"role": "user", "content": each}], **options) for each in asked)
-            return [str(each) for each in said]
+            return [str(self.falcon.chat([{"role": "user", "content": each}], **options)) for each in prompts]
 
         options: Any = {"max_new_tokens": max_new_tokens, **settings}
         before = answers()
         with attached(self.falcon, self.adapter):
             after = answers()
-        return BeforeAfter(tuple(zip(asked, before, after, strict=True)))
+        return BeforeAfter(tuple(zip(prompts, before, after, strict=True)))
 
     def _facts(self) -> dict[str, str]:
         size = sum(file.stat().st_size for file in self.adapter.iterdir())
@@ -77,7 +77,7 @@ class TuningRun:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"TuningRun({self.falcon.name}, rank {self.settings.rank}; {figures}; {self.adapter})"
+        return f"TuningRun({self.falcon.name}, r={self.settings.r}; {figures}; {self.adapter})"
 
     def _repr_html_(self) -> str:
         return html_table(f"Tuned {self.falcon.name}", (), self._facts().items())
@@ -99,30 +99,31 @@ class BeforeAfter:
         return html_table("Before and after", ("prompt", "before", "after"), self.rows)
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes the table as a page of its own."""
-        Path(path).write_text(f"<!doctype html><meta charset=utf-8>{self._repr_html_()}", encoding="utf-8")
-        return Path(path)
+        """Writes the table as an HTML page; returns its path."""
+        return write_text(path, f"<!doctype html><meta charset=utf-8>{self._repr_html_()}")
 
 
-def curve(logged: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """The losses of a history, drawn."""
+def history_curve(logged: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """The loss curve of a history, as `TuningRun.history` has it."""
     trained, held_out = (
         [(each["step"], each[name]) for each in logged if name in each] for name in ("loss", "eval_loss")
     )
     return loss_curve(trained, held_out, title)
 
 
-def card(base: str, name: str, form: ChatFormat, packed: Packed, chosen: Tuning, figures: Mapping[str, float]) -> str:
-    """An adapter's model card: data, settings, figures."""
+def model_card(
+    base: str, name: str, chat_format: ChatFormat, packed: Packed, settings: Tuning, figures: Mapping[str, float]
+) -> str:
+    """The model card of an adapter: data, figures, settings."""
     measured = [f"| {label} | {value:.4g} |" for label, value in figures.items()]
-    settings = [f"| {label} | {value} |" for label, value in asdict(chosen).items()]
+    chosen = [f"| {label} | {value} |" for label, value in asdict(settings).items()]
     return _CARD.format(
         base=base,
         name=name,
-        form=form,
+        form=chat_format,
         data=repr(packed).removeprefix("Packed(").removesuffix(")"),
         figures="\n".join([*_HEAD, *measured]) if measured else "Nothing was held out to measure with.",
-        settings="\n".join([*_HEAD, *settings]),
+        settings="\n".join([*_HEAD, *chosen]),
     )
 
 
@@ -148,7 +149,7 @@ A LoRA adapter for `{base}`, trained with Falcon Kit. Chat format: `{form.user_p
 
 {figures}
 
-Held-out documents, greedy answers without stop strings: "stop rate" is the share that ends with the end token.
+Held-out documents, greedy answers without stop strings. "stop rate": the share that ends with `eos_token`.
 
 ## Settings
 

@@ -1,116 +1,142 @@
-"""Settings of fine-tuning, checked, with defaults by the size of the model."""
+"""Settings of fine-tuning, checked, with defaults by the size of the model.
+
+They have the names of peft's `LoraConfig` and transformers' `TrainingArguments` where those have one.
+"""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, unknown_name
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a block."""
+_SCHEDULES = ("constant_with_warmup", "linear", "cosine")
 _TINY, _MIDDLE = 100e6, 20e9  # parameters
+_AT_LEAST_1 = ("r", "per_device_train_batch_size", "gradient_accumulation_steps")
+_NONE_OR_AT_LEAST_1 = ("max_steps", "eval_steps", "patience", "save_steps")
+_OTHER_NAMES = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r, as in LoraConfig"),
+    "alpha": "lora_alpha, as in LoraConfig",
+    "dropout": "lora_dropout, as in LoraConfig",
+    **dict.fromkeys(("targets", "lora_target_modules"), "target_modules, as in LoraConfig"),
+    "lr": "learning_rate, as in TrainingArguments",
+    **dict.fromkeys(("schedule", "lr_scheduler"), "lr_scheduler_type, as in TrainingArguments"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "warmup_ratio, a share of the steps"),
+    "epochs": "num_train_epochs, as in TrainingArguments",
+    **dict.fromkeys(("batch", "batch_size"), "per_device_train_batch_size, as in TrainingArguments"),
+    "accumulate": "gradient_accumulation_steps, as in TrainingArguments",
+    **dict.fromkeys(("checkpointing", "activation_checkpointing"), "gradient_checkpointing"),
+    **dict.fromkeys(("evaluate_every", "eval_every"), "eval_steps, as in TrainingArguments"),
+    "save_every": "save_steps, as in TrainingArguments",
+    **dict.fromkeys(("max_length", "max_seq_length"), "context"),
+    "early_stopping_patience": "patience",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How adapters are trained. What is None takes a value by the size of the model, see `for_model`."""
+    """How adapters are trained. `for_model` replaces each None by a value for the size of the model."""
 
-    rank: int = 8
-    """Columns of the adapter matrices (Hu et al. 2021, arXiv 2106.09685)."""
-    alpha: float | None = None
-    """The adapter's product is scaled by alpha / rank; unset, 4 x rank: 32 at rank 8, as AWS tuned Falcon-40B."""
-    dropout: float | None = None
+    r: int = 8
+    """Rank of the adapter matrices (Hu et al. 2021, arXiv 2106.09685)."""
+    lora_alpha: float | None = None
+    """The adapter's product is scaled by lora_alpha / r; unset, 4 x r: 32 at r=8, as AWS tuned Falcon-40B."""
+    lora_dropout: float | None = None
     """Share of an adapter's inputs set to zero. QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix B.2): 0.1 up to
     13B, 0.05 beyond; Falconet: 0."""
-    targets: tuple[str, ...] = TARGETS
-    """Linear layers that get an adapter: all of them, which QLoRA found to matter more than rank."""
+    target_modules: tuple[str, ...] | str = TARGETS
+    """Linear layers that get an adapter, or "all-linear", the default. QLoRA found it to matter more than r."""
     learning_rate: float | None = None
-    """At its highest. QLoRA, table 9: 2e-4 up to 13B, 1e-4 beyond; Falconet: 5e-3, measured."""
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
-    """How the rate falls."""
-    warmup: float = 0.03
-    """Share of the steps in which the rate rises to its highest (QLoRA)."""
-    epochs: float = 3.0
-    """Times that all documents are seen; parts of one are possible."""
+    """The highest rate, after warmup. QLoRA, table 9: 2e-4 up to 13B, 1e-4 beyond; Falconet: 5e-3, measured."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
+    """How the rate falls after warmup."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the rate rises to learning_rate (QLoRA)."""
+    num_train_epochs: float = 3.0
+    """Passes over all documents; fractions are possible."""
     max_steps: int | None = None
-    """Steps, in place of epochs."""
-    batch: int = 1
-    """Rows at once in each process."""
-    accumulate: int = 1
-    """Batches whose gradients are added up to one step."""
+    """Number of steps; replaces num_train_epochs."""
+    per_device_train_batch_size: int = 1
+    """Rows in a batch of one process."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are summed for one step."""
     context: int | None = None
-    """Tokens in a row; unset, the model's context."""
+    """Tokens in a row, at most; unset, the model's context."""
     packing: bool = True
-    """Several documents to a row; they do not see each other."""
+    """Several documents to a row; no document attends to another."""
     max_grad_norm: float = 1.0
     """Larger gradients are scaled down to this norm."""
-    checkpointing: bool | None = None
-    """Keep only what comes into each layer and compute the rest anew; unset, for all but tiny models."""
+    gradient_checkpointing: bool | None = None
+    """Store only the inputs of layers and recompute the rest in the backward pass; unset, for all but tiny models."""
     shard: bool | None = None
-    """In several processes: a part of the weights in each (True) or a copy (False); unset, parts if no copy fits."""
+    """With several processes: each has a shard of the weights (True) or a copy (False); unset, a copy if it fits."""
     held_out: float = 0.05
-    """Share of the documents that is not trained on, to measure with; 0 measures nothing."""
-    evaluate_every: int | None = None
-    """Steps from one held-out loss to the next; unset, ten times a run."""
+    """Share of the documents that is not trained on but measured with; 0 measures nothing."""
+    eval_steps: int | None = None
+    """Steps between two held-out losses; unset, a tenth of the run."""
     patience: int | None = None
-    """Stop once the held-out loss has not fallen for so many evaluations, and take the best adapter."""
+    """Stop after this many evaluations without a lower held-out loss, and return the best adapter."""
     answers: int = 32
-    """Held-out conversations whose last answer is written before and after, to measure stop rate and exact answers."""
-    save_every: int | None = None
-    """Steps from one checkpoint to the next; unset, ten times a run. With `patience` as often as it is evaluated."""
+    """Held-out conversations whose last answer is generated before and after: for stop rate and exact answers."""
+    save_steps: int | None = None
+    """Steps between two checkpoints; unset, a tenth of the run. With `patience`, eval_steps is used instead."""
     seed: int = 0
-    """Same seed, same adapter, on the same machine."""
+    """On the same machine, the same seed trains the same adapter."""
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Raises TypeError for a setting that does not exist, with its name here or the nearest one."""
+        names = [each.name for each in fields(cls)]
+        for name in (name for name in settings if name not in names):
+            if name in _OTHER_NAMES:
+                raise TypeError(f"fk.tune has no {name!r}: it is called {_OTHER_NAMES[name]}")
+            raise TypeError(unknown_name("setting", name, names))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range, naming it and the range."""
-        for name in ("rank", "batch", "accumulate"):
-            require(_whole(getattr(self, name), 1), f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("max_steps", "evaluate_every", "patience", "save_every"):
+        """Raises ValueError for a value out of range, with its name and the range."""
+        for name in _AT_LEAST_1:
+            require(_is_int(getattr(self, name), 1), f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in _NONE_OR_AT_LEAST_1:
             value = getattr(self, name)
-            require(value is None or _whole(value, 1), f"{name} must be at least 1, got {value!r}")
-        require(_whole(self.answers, 0), f"answers must be 0 or more, got {self.answers!r}")
-        require(self.epochs > 0, f"epochs must be more than 0, got {self.epochs}")
-        require(0 <= self.held_out < 1, f"held_out must be at least 0 and below 1, got {self.held_out}")
-        require(0 <= self.warmup < 1, f"warmup must be at least 0 and below 1, got {self.warmup}")
-        require(self.alpha is None or self.alpha > 0, f"alpha must be more than 0, got {self.alpha}")
+            require(value is None or _is_int(value, 1), f"{name} must be at least 1, got {value!r}")
+        require(_is_int(self.answers, 0), f"answers must be 0 or more, got {self.answers!r}")
+        for name in ("num_train_epochs", "lora_alpha"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be more than 0, got {value}")
+        for name in ("held_out", "warmup_ratio", "lora_dropout"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}")
+        rate = self.learning_rate
+        require(rate is None or 0 < rate < 1, f"learning_rate must be above 0 and below 1, got {rate}")
+        kind = self.lr_scheduler_type
+        require(kind in _SCHEDULES, f"lr_scheduler_type must be one of {', '.join(_SCHEDULES)}, got {kind!r}")
+        self._check_target_modules()
         require(
-            self.learning_rate is None or 0 < self.learning_rate < 1,
-            f"learning_rate must be above 0 and below 1, got {self.learning_rate}",
-        )
-        require(
-            self.dropout is None or 0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, got {self.dropout}"
-        )
-        known = ("constant_with_warmup", "linear", "cosine")
-        require(self.schedule in known, f"schedule must be one of {', '.join(known)}, got {self.schedule!r}")
-        wrong = [name for name in self.targets if name not in TARGETS]
-        require(
-            bool(self.targets) and not wrong, f"targets must be among {', '.join(TARGETS)}, got {wrong or self.targets}"
-        )
-        require(
-            self.patience is None or self.held_out > 0, "patience watches the held-out loss: set held_out above 0 too"
+            self.patience is None or self.held_out > 0, "patience needs the held-out loss: set held_out above 0 too"
         )
 
-    @classmethod
-    def named(cls, settings: dict[str, Any]) -> "Tuning":
-        """Settings by name; TypeError for an unknown one, with the nearest."""
-        names = [each.name for each in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise TypeError(unknown_name("setting", name, names))
-        return cls(**settings)
+    def _check_target_modules(self) -> None:
+        modules = self.target_modules
+        if isinstance(modules, str):
+            modules = TARGETS if modules == "all-linear" else (modules,)
+        wrong = [name for name in modules if name not in TARGETS]
+        known = ", ".join(TARGETS)
+        require(bool(modules) and not wrong, f"target_modules must be among {known}, got {wrong or modules}")
+        object.__setattr__(self, "target_modules", tuple(modules))  # the dataclass is frozen
 
     def for_model(self, spec: FalconSpec) -> "Tuning":
         """The settings with a value in place of each None that has a default for a model of this size."""
         tiny, middle = spec.parameters < _TINY, spec.parameters < _MIDDLE
         by_size: dict[str, Any] = {
-            "alpha": 4.0 * self.rank,
-            "dropout": 0.0 if tiny else 0.1 if middle else 0.05,
+            "lora_alpha": 4.0 * self.r,
+            "lora_dropout": 0.0 if tiny else 0.1 if middle else 0.05,
             "learning_rate": 5e-3 if tiny else 2e-4 if middle else 1e-4,
             "context": spec.context,
-            "checkpointing": not tiny,
+            "gradient_checkpointing": not tiny,
         }
         return replace(self, **{name: value for name, value in by_size.items() if getattr(self, name) is None})
 
 
-def _whole(value: object, least: int) -> bool:
+def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

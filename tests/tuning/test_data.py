@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.tuning import data
+from falcon_kit.tuning import files
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 BAIZE = "The conversation between human and AI assistant.\n[|Human|] Hi\n[|AI|] Hello.\n[|Human|] "
@@ -79,7 +79,7 @@ def test_an_array_is_read_whatever_its_texts_and_wherever_chunks_end(tmp_path_fa
     file = tmp_path_factory.mktemp("array") / "rows.json"
     file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("falcon_kit.tuning.data._CHUNK", 7)
+        patched.setattr("falcon_kit.tuning.files._CHUNK", 7)
         assert [each["messages"] for each in fk.dialogues(file)] == [row["messages"] for row in rows]
 
 
@@ -105,7 +105,7 @@ BAD = {
     '{"text": "  "}': "its text is blank",
     '{"input": "[|AI|] Hello\\n[|Human|] Hi"}': "Message 1 has the role 'assistant'",
     '{"messages": []}': "A conversation needs at least one message",
-    '{"messages": [{"role": "user", "content": "Hi"}]}': "the assistant says nothing in it",
+    '{"messages": [{"role": "user", "content": "Hi"}]}': "it has no message of the assistant",
     '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}': "must be a text",
     '{"conversations": [{"from": "narrator", "value": "x"}]}': "has the role 'narrator'",
     '{"text": "half a character: \\ud83d"}': "it is not valid UTF-8",
@@ -184,7 +184,7 @@ def test_what_cannot_be_read_is_refused_with_what_can(given, error, text):
 
 
 def test_a_file_of_another_type_is_refused_with_those_that_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, and what is read ends in \.json, \.jsonl"):
+    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, but only files that end in \.json, \.jsonl"):
         fk.dialogues(written(tmp_path / "rows.csv", "user,assistant"))
 
 
@@ -205,7 +205,7 @@ def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
             return Text(str.lstrip(self, *characters))
 
     read = iter([Text(json.dumps([1] * 1000)), ""])
-    assert len(list(data._array(lambda: next(read)))) == 1000
+    assert len(list(files._array(lambda: next(read)))) == 1000
     assert len(copied) < 10
 
 

@@ -26,7 +26,7 @@ ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate_8gpu.yaml")),
     *("--num_processes", "2", "--main_process_port", "0"),
 ]
-OPTIONS = {"packing": False, "rank": 2, "max_steps": 8, "context": 64, "answers": 0, "save_every": 1, "held_out": 0.2}
+OPTIONS = {"packing": False, "r": 2, "max_steps": 8, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0.2}
 
 
 def load_script(name):
@@ -61,9 +61,9 @@ def start(launcher, data, output, *arguments, **options):
 
 
 def finished(process):
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def record(output):
@@ -84,7 +84,7 @@ def alone(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    fk.tune(fk.load("falconet", dtype="float32"), data, output_dir=output, **{**OPTIONS, "batch": 2})
+    fk.tune(fk.load("falconet", dtype="float32"), data, output_dir=output, **OPTIONS, per_device_train_batch_size=2)
     torch.set_num_threads(threads)
     return output
 
@@ -104,6 +104,7 @@ def together(kind, data, tmp_path_factory):
 
 def test_two_processes_have_the_losses_of_one(alone, together):
     assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
+    assert losses(together, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-2)
     assert losses(together, "eval_loss") == pytest.approx(losses(alone, "eval_loss"), rel=1e-3)
 
 
@@ -111,8 +112,8 @@ def test_two_processes_make_the_adapter_of_one(alone, together):
     expected, found = weights(alone), weights(together)
     assert found.keys() == expected.keys()
     for name, weight in found.items():
-        likeness = torch.cosine_similarity(weight.flatten(), expected[name].flatten(), 0)
-        assert likeness > 0.98, name  # Adam makes much of the rounding of tiny gradients
+        similarity = torch.cosine_similarity(weight.flatten(), expected[name].flatten(), 0)
+        assert similarity > 0.98, name  # Adam amplifies the rounding of tiny gradients
 
 
 def test_checkpoints_hold_shards_only_where_it_was_asked_for(kind, together):
@@ -142,13 +143,13 @@ def test_accelerate_launch_with_the_configuration_file_does_the_same(alone, data
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused():
-    with pytest.raises(RuntimeError, match="2 processes were started, but 1 train together"):
+    with pytest.raises(RuntimeError, match="2 processes were started, but their group has 1"):
         distributed.check_processes(running=1, started=2)
 
 
 def test_a_second_way_to_shard_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RuntimeError, match=r"leave it to fk\.tune"):
+    with pytest.raises(RuntimeError, match=r"set fk\.tune\(shard=True\) instead"):
         distributed.check_processes(running=2, started=2)
 
 
@@ -174,8 +175,8 @@ def test_the_configuration_is_for_eight_gpus_and_leaves_sharding_to_the_call():
 
 
 def test_the_command_line_takes_every_setting():
-    settings = load_script("tune").settings(["rank=4", "learning_rate=1e-4", "schedule=linear", "packing=false"])
-    assert fk.Tuning.named(settings) == fk.Tuning(rank=4, learning_rate=1e-4, schedule="linear", packing=False)
+    settings = load_script("tune").settings(["r=4", "learning_rate=1e-4", "lr_scheduler_type=linear", "packing=false"])
+    assert fk.Tuning(**settings) == fk.Tuning(r=4, learning_rate=1e-4, lr_scheduler_type="linear", packing=False)
 
 
 JOB = ["--role", "arn:aws:iam::123456789012:role/sagemaker", "--image", "123456789012.dkr.ecr/pytorch", "--shard"]
@@ -187,11 +188,11 @@ def test_sagemaker_accepts_the_job(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     script, client = load_script("sagemaker"), boto3.client("sagemaker", region_name="us-east-1")
-    client.create_training_job(**script.job(script.parse([*JOB, "--spot", "--set", "epochs=1"])))
+    client.create_training_job(**script.job(script.parse([*JOB, "--spot", "--set", "num_train_epochs=1"])))
     made = client.describe_training_job(TrainingJobName="falcon-kit-tune")
     (command,) = made["AlgorithmSpecification"]["ContainerArguments"]
     assert command.endswith(
         "torchrun --nproc-per-node 8 configs/tune.py --model falcon --data /opt/ml/input/data/training "
-        "--output /opt/ml/checkpoints --dtype bfloat16 --shard --set epochs=1"
+        "--output /opt/ml/checkpoints --dtype bfloat16 --shard --set num_train_epochs=1"
     )
     assert made["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"

@@ -108,7 +108,7 @@ def test_nothing_that_fits_is_an_error(falcon):
 
 @pytest.mark.parametrize("context", [4, 4096])
 def test_a_context_out_of_range_is_refused(falcon, context):
-    with pytest.raises(ValueError, match="is not within 8 and 2048"):
+    with pytest.raises(ValueError, match="is not between 8 and 2048"):
         packed(falcon, [talk("Hi", "Hello.")], context=context)
 
 

@@ -1,11 +1,8 @@
 """What a run hands out: tables that escape, curves that show what was logged, a card that says what it is."""
 
-import sys
-from types import SimpleNamespace
-
 import falcon_kit as fk
 from falcon_kit.tuning.plots import compare_losses, loss_curve
-from falcon_kit.tuning.runs import BeforeAfter, TuningRun, card, curve
+from falcon_kit.tuning.runs import BeforeAfter, TuningRun, history_curve, model_card
 
 HISTORY = (
     {"step": 1, "loss": 3.0},
@@ -22,7 +19,7 @@ def lines(figure):
 
 
 def test_the_curve_shows_the_batches_and_what_was_held_out_apart():
-    assert lines(curve(HISTORY, "Tuning")) == {"batches": ([1, 2], [3.0, 2.0]), "held out": ([2], [2.5])}
+    assert lines(history_curve(HISTORY, "Tuning")) == {"batches": ([1, 2], [3.0, 2.0]), "held out": ([2], [2.5])}
 
 
 def test_a_curve_of_nothing_can_be_drawn():
@@ -50,17 +47,17 @@ def test_a_run_is_a_table_and_a_data_frame(instruct, tmp_path):
     run = TuningRun(tmp_path, instruct, fk.Tuning(), instruct.plan, packed, HISTORY, {"stop rate after": 0.5})
     assert list(run.to_dataframe()["loss"].dropna()) == [3.0, 2.0]
     assert "stop rate after" in run._repr_html_()
-    assert "falconet-instruct, rank 8; stop rate after 0.5" in repr(run)
+    assert "falconet-instruct, r=8; stop rate after 0.5" in repr(run)
 
 
 def test_the_card_names_base_data_settings_and_figures(instruct):
     packed = fk.pack(fk.dialogues(ROWS), instruct)
-    text = card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(rank=4), {"held-out loss after": 1.25})
+    text = model_card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
     wanted = (
         "base_model: falconet",
         "# mine",
         "1 documents of",
-        "| rank | 4 |",
+        "| r | 4 |",
         "| held-out loss after | 1.25 |",
         "`User:`",
     )
@@ -69,23 +66,7 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
 
 def test_a_card_without_figures_says_so(instruct):
     packed = fk.pack(fk.dialogues(ROWS), instruct)
-    assert "Nothing was held out" in card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(), {})
-
-
-def test_outside_of_a_notebook_there_is_no_cell():
-    from falcon_kit.tuning.progress import in_notebook
-
-    assert not in_notebook()
-
-
-def test_a_cell_of_colab_whose_shell_has_another_name_is_one_too(monkeypatch):
-    from falcon_kit.tuning.progress import in_notebook
-
-    kernel = type("ZMQInteractiveShell", (), {})
-    shell = type("Shell", (kernel,), {})()
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace(ZMQInteractiveShell=kernel))
-    assert in_notebook()
+    assert "Nothing was held out" in model_card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(), {})
 
 
 def test_a_notebook_shows_the_curves():

@@ -1,0 +1,83 @@
+"""Callbacks of the Trainer: Ctrl-C saves the step first; adapters that get no gradient are an error."""
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from falcon_kit.tuning import distributed
+
+
+class DeferredInterrupt(TrainerCallback):
+    """Ctrl-C raises KeyboardInterrupt at the end of the step, after a checkpoint was saved; a second one at once."""
+
+    def __init__(self) -> None:
+        self._interrupted = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Handles SIGINT within the block, in a single process: several processes would stop at different steps."""
+        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not default or not in_main_thread or distributed.world_size() > 1:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+            if self._interrupted:  # after the last step
+                raise KeyboardInterrupt
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Requests a checkpoint after an interrupt."""
+        control.should_save = control.should_save or self._interrupted
+
+    on_evaluate = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises the interrupt, once the checkpoint is saved."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+
+class GradientCheck(TrainerCallback):
+    """Raises RuntimeError before the first step if adapters get no gradient, so that nothing would be learned."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Checks once that every adapter has a gradient, and that those of the B matrices are not all zero."""
+        if self._checked:
+            return
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        without = [name for name, each in trained.items() if each.grad is None]
+        norms = {name: float(_norm(each.grad)) for name, each in trained.items() if not without}
+        if not all(map(math.isfinite, norms.values())):  # float16 overflowed: its scaler skips this step
+            return
+        self._checked = True
+        if without or not any(norm > 0 for name, norm in norms.items() if "lora_B" in name):
+            reason = f", such as {without[0]}" if without else ": all gradients are zero"
+            raise RuntimeError(
+                f"{len(without)} of {len(trained)} adapter weights get no gradient{reason}, so nothing would be learned"
+            )
+
+
+def _norm(gradient: Any) -> Tensor:
+    """The norm of a gradient, which may be sharded."""
+    norm: Any = gradient.norm()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,138 @@
+"""The output_dir of `fk.tune`, which belongs to one run.
+
+run.json         what determines the adapter: base model, data, settings
+checkpoint-N/    see checkpoint_files.py
+adapter/         the adapter, its model card, and its record tuning.json, written last: then the run is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from falcon_kit.display.saving import atomic_folder, write_text
+from falcon_kit.loading.adapters import RECORD
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.merging import fingerprint
+from falcon_kit.loading.quantization import stored_quantisation
+from falcon_kit.tuning import distributed
+from falcon_kit.tuning.packing import Packed
+from falcon_kit.tuning.runs import model_card
+from falcon_kit.tuning.settings import Tuning
+from falcon_kit.tuning.trainer import AdapterTrainer
+
+_MAY_CHANGE_ON_RESUME = {"save_steps", "answers", "eval_steps"}
+"""Settings that a resumed run may change, because the adapter does not depend on them. With patience it depends on
+eval_steps, because patience counts evaluations."""
+
+
+def digest(packed: Packed) -> str:
+    """A hash of all tokens and labels."""
+    digest = hashlib.sha256(json.dumps(packed.rows).encode())
+    for row in (packed[index] for index in range(len(packed))):
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(falcon: Falcon, settings: Tuning, train: Packed, held_out: Packed | None) -> dict[str, Any]:
+    """Everything that determines the adapter and what is measured; computed before the model is sharded."""
+    values = {
+        "base": fingerprint(falcon.model),
+        "dtype": stored_quantisation(falcon.model.config) or str(falcon.model.dtype),
+        "data": digest(train),
+        "held-out data": held_out and digest(held_out),
+        "processes": distributed.world_size(),
+        **asdict(settings),
+    }
+    return dict(json.loads(json.dumps(values)))
+
+
+def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Writes run.json into a new folder, or checks that the run in the folder is the same one.
+
+    resume=False deletes an earlier run first. Raises NotADirectoryError for a file, FileExistsError for checkpoints or
+    an adapter that `fk.tune` did not write, and ValueError for another run or a damaged run.json.
+    """
+    file = directory / "run.json"
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"output_dir={str(directory)!r} is a file: give a folder")
+    results = [each for each in (*directory.glob("checkpoint-*"), directory / "adapter") if each.exists()]
+    if results and not file.is_file():
+        raise FileExistsError(
+            f"{results[0]} is not of a run of fk.tune, which has a {file.name} in the same folder, and would be "
+            "overwritten: take another output_dir, or move it away"
+        )
+    if not resume:
+        for each in results:
+            shutil.rmtree(each, ignore_errors=True)
+        file.unlink(missing_ok=True)
+    if file.is_file():
+        _check_same_run(file, identity)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(identity, indent=2) + "\n")
+
+
+def _check_same_run(file: Path, identity: Mapping[str, Any]) -> None:
+    remedy = "another output_dir, or resume=False to start over there"
+    started = _read_json(file, f"take {remedy}")
+    may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
+    differences = [
+        f"{name}: {started.get(name)!r} there, {identity.get(name)!r} here"
+        for name in sorted((started.keys() | identity.keys()) - may_change)
+        if started.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"the run in {file.parent} has other settings ({'; '.join(differences)}): take the same, {remedy}"
+        )
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished run; None for a run that is not finished."""
+    file = directory / "adapter" / RECORD
+    return _read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is empty or damaged ({error}): {remedy}") from error
+
+
+def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
+    """Saves the adapter, completely or not at all; returns its folder. Every process has to call it."""
+    adapter = directory / "adapter"
+    with atomic_folder(adapter) if distributed.is_rank0() else nullcontext(adapter) as folder:
+        trainer.save_model(str(folder))
+    return adapter
+
+
+def write_record(
+    adapter: Path,
+    falcon: Falcon,
+    settings: Tuning,
+    base_fingerprint: str,
+    packed: Packed,
+    history: Sequence[Mapping[str, float]],
+    figures: Mapping[str, float],
+) -> None:
+    """Writes the model card, then the record, which marks the run as finished."""
+    record = {
+        "base": falcon.name,
+        "base_fingerprint": base_fingerprint,
+        "chat_format": falcon.chat_format.name,
+        "settings": asdict(settings),
+        "figures": dict(figures),
+        "history": history,
+    }
+    name = adapter.parent.resolve().name
+    write_text(adapter / "README.md", model_card(falcon.name, name, falcon.chat_format, packed, settings, figures))
+    write_text(adapter / RECORD, json.dumps(record, indent=2) + "\n")

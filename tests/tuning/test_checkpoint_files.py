@@ -1,0 +1,93 @@
+"""Checkpoints are complete or absent, and training resumes from the last complete one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from tests.tuning.small_runs import QUICK, ROWS, broken_off, same
+
+SCRIPT = """
+import sys, json
+import falcon_kit as fk
+rows, options = json.load(open(sys.argv[1]))
+fk.tune(fk.load("falconet", dtype="float32"), rows, output_dir=sys.argv[2], **options)
+"""
+
+
+def start(tmp_path, rows, options, directory):
+    (tmp_path / "arguments.json").write_text(json.dumps([rows, options]))
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path / "arguments.json", directory],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def killed(process, directory, step):
+    """Ends the process with SIGKILL as soon as a step is saved; whether it was still running."""
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if any(int(each.name.rpartition("-")[2]) >= step for each in directory.glob("checkpoint-*")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_run_that_was_killed_ends_with_the_same_adapter(falcon, tmp_path, step):
+    options = {**QUICK, "max_steps": 14, "save_steps": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 99}
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **options)
+    assert killed(start(tmp_path, ROWS, options, tmp_path / "broken"), tmp_path / "broken", step)
+    resumed = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **options)
+    assert same(resumed.adapter, expected.adapter)
+    assert [each["loss"] for each in resumed.history if "loss" in each] == [
+        each["loss"] for each in expected.history if "loss" in each
+    ]
+
+
+@pytest.mark.parametrize("broken", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(monkeypatch, falcon, tmp_path, broken):
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+    broken_off(monkeypatch, falcon, tmp_path / "broken", KeyboardInterrupt(), step=6)
+    (tmp_path / "broken" / "checkpoint-4" / broken).unlink()
+    (tmp_path / "broken" / "checkpoint-old").mkdir()
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is incomplete.*Training resumes from .*checkpoint-2"):
+        run = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
+    assert same(run.adapter, expected.adapter)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, tmp_path):
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patched:
+        save = torch.save
+
+        def full(held, file, *args, **kwargs):
+            if "checkpoint-4" in str(file):
+                raise OSError(28, "No space left on device")
+            return save(held, file, *args, **kwargs)
+
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"step 4 could not be saved.*No space left.*checkpoint-2 is complete"):
+            fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
+    assert [each.name for each in (tmp_path / "broken").iterdir()].count("unfinished") == 0
+    assert same(fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).adapter, expected.adapter)
+
+
+def test_nothing_that_is_saved_is_a_pickle_of_objects(falcon, tmp_path):
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    for file in tmp_path.rglob("*.pt*"):
+        with torch.serialization.safe_globals([]):
+            if (
+                "rng_state" not in file.name
+            ):  # numpy's state is a tuple with an array, which transformers allows by name
+                torch.load(file, weights_only=True)
+    assert list(tmp_path.rglob("*.bin")) == []

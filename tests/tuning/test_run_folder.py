@@ -1,0 +1,127 @@
+"""The output_dir: one run, resumed only with the same settings and data; a record when it is finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from falcon_kit.tuning.trainer import AdapterTrainer
+from tests.tuning.small_runs import QUICK, ROWS, broken_off, same, weights
+
+# One run
+
+
+def test_a_file_in_place_of_the_folder_is_refused(falcon, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="run' is a file: give a folder"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-5"])
+def test_a_folder_that_the_kit_did_not_write_is_left_alone(falcon, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name} is not of a run of fk\.tune.*another output_dir"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **QUICK)
+    assert (tmp_path / name / "mine.txt").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(monkeypatch, falcon, tmp_path):
+    broken_off(monkeypatch, falcon, tmp_path, KeyboardInterrupt())
+    with pytest.raises(ValueError, match=r"r: 2 there, 4 here.*another output_dir, or resume=False"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **{**QUICK, "r": 4})
+
+
+def test_other_data_in_the_same_folder_is_refused(monkeypatch, falcon, tmp_path):
+    broken_off(monkeypatch, falcon, tmp_path, KeyboardInterrupt())
+    with pytest.raises(ValueError, match="data: '"):
+        fk.tune(falcon, ROWS[1:], output_dir=tmp_path, **QUICK)
+
+
+def test_other_held_out_documents_or_evaluations_that_patience_counts_are_refused(falcon, tmp_path):
+    parts = fk.dialogues(ROWS[:3]), fk.dialogues(ROWS[3:6])
+    fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[0], patience=9, **QUICK)
+    with pytest.raises(ValueError, match="held-out data: '"):
+        fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[1], patience=9, **QUICK)
+    with pytest.raises(ValueError, match="eval_steps: None there, 1 here"):
+        fk.tune(falcon, ROWS[6:], output_dir=tmp_path, held_out=parts[0], patience=9, eval_steps=1, **QUICK)
+
+
+def test_resume_false_starts_over(monkeypatch, falcon, tmp_path):
+    broken_off(monkeypatch, falcon, tmp_path / "one", KeyboardInterrupt())
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path / "one", resume=False, **{**QUICK, "r": 4})
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "two", **{**QUICK, "r": 4})
+    assert same(run.adapter, expected.adapter)
+
+
+def test_a_run_json_that_is_empty_is_refused_with_what_to_do(falcon, tmp_path):
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json is empty or damaged .*another output_dir, or resume=False"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **QUICK).figures
+
+
+@pytest.mark.parametrize("full", ["run.json", "tuning.json", "README.md"])
+def test_a_full_disk_leaves_no_half_written_file_and_the_same_call_resumes(monkeypatch, falcon, tmp_path, full):
+    write = Path.write_text
+
+    def fails(self, text, **options):
+        if f".{full}." in self.name:
+            write(self, text[: len(text) // 2], **options)
+            raise OSError(28, "No space left on device")
+        return write(self, text, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fails)
+        with pytest.raises(OSError, match="No space left"):
+            fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
+    names = [each.name for each in (tmp_path / "run").rglob("*")]
+    assert [
+        name for name in names if name.startswith(".") or (name in (full, "tuning.json") and full != "README.md")
+    ] == []
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK).figures
+
+
+# The result
+
+
+def test_a_finished_run_called_again_trains_nothing(monkeypatch, falcon, tmp_path):
+    first = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    kept = weights(first.adapter)
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: pytest.fail("it trains again"))
+    again = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert all(torch.equal(weights(again.adapter)[name], kept[name]) for name in kept)
+    assert (again.figures, len(again.history)) == (first.figures, len(first.history))
+
+
+def test_a_run_that_was_killed_after_its_last_step_only_has_to_be_written_down(monkeypatch, falcon, tmp_path):
+    first = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    kept = weights(first.adapter)
+    first.adapter.rename(tmp_path / "lost")
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: pytest.fail("it trains again"))
+    again = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert all(torch.equal(weights(again.adapter)[name], kept[name]) for name in kept)
+    assert again.figures == first.figures
+
+
+def test_an_adapter_is_saved_before_it_is_measured(monkeypatch, falcon, tmp_path):
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr("falcon_kit.tuning.tune._Run._measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
+    assert same(tmp_path / "broken" / "adapter", expected.adapter)
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).figures == expected.figures
+
+
+def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    card = (run.adapter / "README.md").read_text()
+    record = json.loads((run.adapter / "tuning.json").read_text())
+    assert [word for word in ("base_model: falconet", "| r | 2 |", "held-out loss after") if word not in card] == []
+    assert record["figures"] == dict(run.figures)
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "falconet"
