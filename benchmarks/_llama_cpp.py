@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: prefill, and decoding steps over a filled cache.
+"""llama.cpp for comparison: prefill, and decoding steps with a filled KV cache.
 
-Needs the extra "bench" (llama-cpp-python, which pip compiles for the processor it runs on).
+Needs the extra "bench" (llama-cpp-python, which pip compiles for this processor).
 """
 
 import ctypes
@@ -16,11 +16,11 @@ from falcon_kit import FalconSpec
 
 
 class LlamaCpp:
-    """A GGUF file, loaded; `fill` a cache, then `step` as often as wanted: each step is undone."""
+    """A loaded GGUF file. After `fill`, `step` can be called any number of times: it removes its token again."""
 
     def __init__(self, path: Path, spec: FalconSpec, threads: int) -> None:
         self._spec, self._threads = spec, threads
-        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it
+        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # C code keeps a pointer to it
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if self._model is None:
@@ -29,23 +29,23 @@ class LlamaCpp:
         self._batch, self._filled = 0, 0
 
     def fill(self, batch: int, context: int) -> None:
-        """A cache with `context` tokens in each of `batch` rows."""
+        """Fills a KV cache with `context` tokens in each of `batch` rows."""
         self._open(batch, context + 8)
         self._decode([(7, at, 0) for at in range(context)], last_only=True)
         memory = llama_cpp.llama_get_memory(self._context)
-        for row in range(1, batch):  # streams of their own, so this copies
+        for row in range(1, batch):  # each row is a stream, so this copies the data
             llama_cpp.llama_memory_seq_cp(memory, 0, row, -1, -1)
         self._batch, self._filled = batch, context
 
     def step(self) -> None:
-        """One new token in every row."""
+        """Computes one new token in every row."""
         self._decode([(7, self._filled, row) for row in range(self._batch)])
         memory = llama_cpp.llama_get_memory(self._context)
         for row in range(self._batch):
             llama_cpp.llama_memory_seq_rm(memory, row, self._filled, -1)
 
     def prefill(self, ids: list[int]) -> np.ndarray:
-        """Reads a prompt into an empty cache and returns the logits (V,) after its last token."""
+        """Computes a prompt with an empty cache and returns the logits (V,) after its last token."""
         if self._context is None or self._filled < len(ids):
             self._open(1, len(ids) + 8)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
@@ -69,7 +69,7 @@ class LlamaCpp:
         options.n_threads = options.n_threads_batch = self._threads
         self._context = llama_cpp.llama_init_from_model(self._model, options)
         if self._context is None:
-            raise RuntimeError(f"llama.cpp could not make a cache for {rows} rows of {length} tokens")
+            raise RuntimeError(f"llama.cpp could not allocate a cache for {rows} rows of {length} tokens")
 
     def _decode(self, entries: list[tuple[int, int, int]], last_only: bool = False) -> None:
         """Computes (token, position, row) entries; logits for all of them, or the last."""

@@ -1,12 +1,12 @@
-"""The playground in JupyterLab and Chromium beside the bare loop: how much of a model's speed reaches the screen.
+"""The playground in JupyterLab and Chromium compared with a plain loop: how much of a model's speed it shows.
 
-- streaming: the same tokens by `for piece in stream` and through the widget on an open page, taking turns; from a model
-  that is paced, at two speeds, and from Falconet at its own;
-- updates: what the page's main thread does per update, with an empty conversation and with 10,000 tokens of it;
+- streaming: the same tokens by `for piece in stream` and through the widget on an open page, alternately; from a model
+  with a fixed speed, at two speeds, and from Falconet;
+- updates: time of the page's main thread per update, with an empty conversation and with one of 10,000 tokens;
 - first word: from the model's first token to the character in the page, and to the frame that paints it;
-- stop: from the key to the end, on a model that says nothing.
+- stop: from the key to the end, on a model that generates nothing more.
 
-Times in the page come from Chromium's own counters, and from the clock that kernel and browser share.
+Times in the page are from Chromium's counters and from the clock that kernel and browser share.
 """
 
 import json
@@ -24,14 +24,14 @@ TOKENS = 200
 ROUNDS = 5
 HISTORY = 10_000
 
-# In the kernel. A paced model is always on time: what a reader costs it has to show as a lower speed.
+# In the kernel. A paced model generates each token on schedule, so any overhead of its reader lowers the speed.
 KERNEL = f"""
 import json, statistics, time
 from types import SimpleNamespace
 import falcon_kit as fk
-from falcon_kit.decoding import Alternative, Piece
+from falcon_kit.generation.text import Alternative, Piece
 
-ODDS = tuple(Alternative(f" word{{n}}", n, -1.0 - n) for n in range(5))
+ALTERNATIVES = tuple(Alternative(f" word{{n}}", n, -1.0 - n) for n in range(5))
 
 class Paced:
     def __init__(self, pace=None, tokens={TOKENS}, silent=False):
@@ -42,7 +42,7 @@ class Paced:
 
 class Pieces:
     def __init__(self, model):
-        self.model, self.closed, self.said = model, False, 0
+        self.model, self.closed = model, False
 
     def __iter__(self):
         start = time.perf_counter()
@@ -53,8 +53,7 @@ class Pieces:
                 return
             if number == 0:
                 self.model.first = time.time() * 1000
-            self.said += 1
-            yield Piece(f" word{{number}}", number, -1.0, ODDS)
+            yield Piece(f" word{{number}}", number, -1.0, ALTERNATIVES)
         while self.model.silent and not self.closed:
             time.sleep(0.01)
 
@@ -80,14 +79,14 @@ def through(session, prompt):
 
 def compare(model, session, settings, rounds={ROUNDS}):
     session.set(**settings)
-    roads = {{
+    ways = {{
         "bare loop": lambda: bare(model.stream("Animals", **settings)),
         "playground": lambda: through(session, "Animals"),
     }}
-    speeds = {{name: [] for name in roads}}
+    speeds = {{name: [] for name in ways}}
     for _ in range(rounds + 1):  # the first round warms up
-        for name, road in roads.items():
-            speeds[name].append(road())
+        for name, way in ways.items():
+            speeds[name].append(way())
     return {{name: statistics.median(each[1:]) for name, each in speeds.items()}}
 """
 
@@ -114,21 +113,21 @@ def run() -> dict[str, Any]:
 
 
 def _open(notebook: Notebook, model: str) -> None:
-    """A playground for a model, on the page, alone."""
+    """Shows a playground for a model on an otherwise empty page."""
     notebook.clear()
     notebook.start(f"model = {model}\npad = fk.playground(model)\npad").locator(".fk-playground h2").wait_for()
     notebook.page.wait_for_function("document.querySelector('.fk-playground h2').textContent !== ''")
 
 
 def _streaming(notebook: Notebook) -> dict[str, dict[str, float]]:
-    found = {}
+    results = {}
     for pace in PACES:
         _open(notebook, f"Paced({pace})")
-        found[f"paced at {pace}"] = _compare(notebook, "{}")
+        results[f"paced at {pace}"] = _compare(notebook, "{}")
     _open(notebook, "falcon")
     settings = f"dict(max_new_tokens={TOKENS}, temperature=1.0, top_k=50, seed=0)"
-    found["falconet"] = _compare(notebook, settings)
-    return found
+    results["falconet"] = _compare(notebook, settings)
+    return results
 
 
 def _compare(notebook: Notebook, settings: str) -> dict[str, float]:
@@ -138,13 +137,13 @@ def _compare(notebook: Notebook, settings: str) -> dict[str, float]:
 
 
 def _updates(notebook: Notebook) -> dict[str, dict[str, float]]:
-    """Work of the page per update while 300 tokens arrive at 100 a second, less and more text standing above them."""
+    """Time of the main thread per update while 300 tokens are shown at 100 per second, below little or much text."""
     counters = notebook.page.context.new_cdp_session(notebook.page)
     counters.send("Performance.enable")
-    found = {}
+    results = {}
     for history in (0, HISTORY):
         _open(notebook, "Paced(None, 1000)")
-        notebook.page.get_by_label("Token odds").check()
+        notebook.page.get_by_label("Token probabilities").check()
         notebook.python("pad.session.switch('chat')")
         notebook.python(f"for _ in range({history // 1000}): pad.session.generate('Go on')")
         notebook.page.wait_for_function(f"document.querySelectorAll('.fk-token').length === {history}")
@@ -154,30 +153,30 @@ def _updates(notebook: Notebook) -> dict[str, dict[str, float]]:
         notebook.page.wait_for_function(f"document.querySelectorAll('.fk-token').length === {history + 300}")
         after, seen = _busy(counters), notebook.page.evaluate("window.seen")
         mean = (after - before) / seen["updates"] * 1000
-        found[f"{history} tokens of history"] = {
+        results[f"{history} tokens of history"] = {
             "mean": round(mean, 1),
             "longest task": round(max(seen["long"], default=0)),
         }
-    return found
+    return results
 
 
 _WATCH = """() => {
     window.seen = { updates: 0, long: [] };
-    const note = () => (window.seen.updates += 1);
-    new MutationObserver(note).observe(document.querySelector(".fk-log"), { childList: true, subtree: true });
+    const count = () => (window.seen.updates += 1);
+    new MutationObserver(count).observe(document.querySelector(".fk-log"), { childList: true, subtree: true });
     new PerformanceObserver((list) => window.seen.long.push(...list.getEntries().map((each) => each.duration)))
         .observe({ type: "longtask" });
 }"""
 
 
 def _busy(counters: Any) -> float:
-    """Seconds that the page's main thread has worked so far."""
+    """Seconds of work of the page's main thread so far."""
     metrics = {each["name"]: each["value"] for each in counters.send("Performance.getMetrics")["metrics"]}
     return metrics["TaskDuration"]
 
 
 def _first_word(notebook: Notebook) -> dict[str, float]:
-    """From the moment the model gives its first token, on the clock of the machine."""
+    """Milliseconds from the model's first token, by the clock of the machine."""
     inserted, painted = [], []
     for _ in range(10):
         _open(notebook, "Paced(50, 20)")
@@ -185,7 +184,7 @@ def _first_word(notebook: Notebook) -> dict[str, float]:
             """() => {
                 window.word = {};
                 const look = () => {
-                    if (!document.querySelector(".fk-said")?.textContent || window.word.inserted) return;
+                    if (!document.querySelector(".fk-generated")?.textContent || window.word.inserted) return;
                     window.word.inserted = Date.now();
                     requestAnimationFrame(() => setTimeout(() => (window.word.painted = Date.now())));
                 };
@@ -208,7 +207,7 @@ def _first_word(notebook: Notebook) -> dict[str, float]:
 
 
 def _stop(notebook: Notebook) -> dict[str, float]:
-    """The answer hangs in the middle; Esc ends it all the same."""
+    """Milliseconds from Esc to the end of an answer whose model has stopped generating without an end."""
     took = []
     for _ in range(10):
         _open(notebook, "Paced(None, 5, silent=True)")

@@ -3,10 +3,9 @@
 The files, in the order of their imports:
 
 records.py  turns, answers, tokens
-export.py   the code that writes an answer again
-files.py    the history as a JSON file
-lanes.py    the models, each read in its own thread
-writing.py  a turn while it is written
+files.py    the history as a JSON file, an answer as code
+columns.py  the models, each with a thread that reads its stream
+writing.py  a turn while its answers are generated
 state.py    Session: the playground without its widget
 widget.py   Playground: what the browser shows
 """
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def playground(falcon: Any, compare: Any = None, guardrails: Guard | None = None) -> Playground:
-    """A widget to write prompts and chat in: words appear as they come, with the odds behind each token.
+    """A widget for prompts and conversations: generated text appears as it is streamed, with token probabilities.
 
     falcon: what `fk.load` or `fk.connect` returned. compare: another one, or a dict of settings such as
-    {"temperature": 0}; both write side by side. guardrails: a function that takes a text and gives a reason to refuse
-    it, or None; it sees every prompt, and every answer sentence by sentence before it is shown.
+    {"temperature": 0}; both generate side by side. guardrails: a function that takes a text and returns a reason to
+    refuse it, or None; it checks every prompt, and every answer sentence by sentence before it is shown.
 
-    What it shows can be read and set as plain Python: `playground(falcon).session`. Everything stays in the kernel and
-    its page. Raises ValueError for something that cannot write.
+    `playground(falcon).session` reads and changes what it shows from Python. All data stays in the kernel and the
+    browser. Raises ValueError for an object without a `stream` method.
     """
     from falcon_kit.playground.state import Session
     from falcon_kit.playground.widget import Playground

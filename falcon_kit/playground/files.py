@@ -1,52 +1,142 @@
-"""A playground's history as a JSON file, and back: checked field by field, and nothing in it is ever run.
+"""A playground's history as a JSON file, and an answer as Python code.
 
-Tokens are lists rather than objects: names for each of 10,000 numbers would be most of the file.
+A file is validated completely before it is used, and no code in it is run. Tokens are lists, not objects: the names of
+the fields would take most of the file.
 """
 
 import ast
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from falcon_kit.display.errors import require
-from falcon_kit.generation.chat import ROLES, Message
+from falcon_kit.display.saving import write_text
+from falcon_kit.generation.chat import Message, Role
 from falcon_kit.generation.sampling import Sampling
-from falcon_kit.playground.records import ENDINGS, MODES, Answer, Span, Token, Turn
+from falcon_kit.playground.records import Answer, Ending, Mode, Span, Token, Turn
 
-Item = TypeVar("Item")
 _FORMAT = {"format": "falcon-kit playground", "version": 1}
 
 
+# The file format
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Sampling(**settings)
+    except TypeError as error:  # pydantic handles ValueError only
+        raise ValueError(str(error)) from error
+    return settings
+
+
+def _check_source(source: str) -> str:
+    """Raises ValueError unless the code only loads or connects a model: people copy it into a cell and run it."""
+    try:
+        call = ast.parse(source, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        call = None
+    safe = isinstance(call, ast.Call) and ast.unparse(call.func) in ("fk.load", "fk.connect")
+    if isinstance(call, ast.Call):
+        arguments = [*call.args, *(each.value for each in call.keywords)]
+        safe = safe and all(isinstance(each, ast.Constant) for each in arguments)
+    require(safe, "not fk.load or fk.connect with constants as arguments")
+    return source
+
+
+_Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]  # rounding may leave it a little above 0
+_Count = Annotated[int, Field(ge=0)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Token = Annotated[
+    tuple[str, _Logprob | None, tuple[tuple[str, _Logprob], ...]], AfterValidator(lambda fields: Token(*fields))
+]
+_Span = Annotated[tuple[str, tuple[_Token, ...]], AfterValidator(lambda fields: Span(*fields))]
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _SavedMessage(_Saved):
+    role: Role
+    content: str
+
+    def record(self) -> Message:
+        return {"role": self.role, "content": self.content}
+
+
+class _SavedAnswer(_Saved):
+    model: str
+    source: Annotated[str, AfterValidator(_check_source)]
+    prompt: str | list[_SavedMessage]
+    settings: Annotated[dict[str, Any], AfterValidator(_check_settings)]
+    spans: list[_Span]
+    ending: Ending
+    reason: str
+    prompt_tokens: _Count | None
+    new_tokens: _Count
+    first_token_seconds: _Seconds | None
+    seconds: _Seconds
+    cache_bytes: _Count | None
+
+    def record(self) -> Answer:
+        prompt = (
+            self.prompt
+            if isinstance(self.prompt, str)
+            else [Message(role=each.role, content=each.content) for each in self.prompt]
+        )
+        return Answer(**dict(self) | {"prompt": prompt})
+
+
+class _SavedTurn(_Saved):
+    id: str
+    mode: Mode
+    user: str
+    answers: Annotated[tuple[_SavedAnswer, ...], Field(min_length=1)]
+    before: tuple[str, ...]
+
+    def record(self) -> Turn:
+        return Turn(**dict(self) | {"answers": tuple(each.record() for each in self.answers)})
+
+
+class _SavedHistory(_Saved):
+    format: Literal["falcon-kit playground"]
+    version: Literal[1]
+    turns: list[_SavedTurn]
+
+
+# Saving and loading
+
+
 def save(turns: Sequence[Turn], path: str | Path) -> Path:
-    """Writes turns into a JSON file; whoever is interrupted keeps the file of before."""
+    """Writes turns into a JSON file, completely or not at all; returns its path."""
     require(bool(str(path).strip()), "give the name of a file to save to")
-    file = Path(path).expanduser()
     content = {**_FORMAT, "turns": [pack_turn(turn) for turn in turns]}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-    return file
+    return write_text(Path(path).expanduser(), json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def load(path: str | Path) -> list[Turn]:
-    """The turns of a saved file. Raises ValueError that says where and what, for a file that `save` would not write."""
+    """The turns of a saved file. Raises ValueError, with place and reason, for a file that `save` did not write."""
     require(bool(str(path).strip()), "give the name of a file to load")
     file = Path(path).expanduser()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a saved playground: it is not JSON ({error})") from error
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{file} holds half a character, which no tokenizer gave: it is damaged") from error
-    good = isinstance(content, dict) and all(content.get(name) == value for name, value in _FORMAT.items())
-    require(good, f"{file} is not a saved playground: it does not say {json.dumps(_FORMAT)[1:-1]}")
-    require(isinstance(content.get("turns"), list), f"{file}: turns is not a list")
-    return [unpack_turn(packed, f"{file}, turn {number}") for number, packed in enumerate(content["turns"], 1)]
+        history = _SavedHistory.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        problem = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+        raise ValueError(f"{file} is not a saved playground: {_explain(problem)}") from None
+    return [turn.record() for turn in history.turns]
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One problem that pydantic found, as "turns 2, answers 1, mode: Input should be ..., got 7"."""
+    place = ""
+    for part in problem["loc"]:
+        place += f" {part + 1}" if isinstance(part, int) else f", {part}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("json_invalid", "missing") else f", got {problem['input']!r:.60}"
+    return f"{place.removeprefix(', ')}: {reason}{got}".removeprefix(": ")
 
 
 def pack_span(span: Span) -> list[Any]:
@@ -60,129 +150,26 @@ def pack_turn(turn: Turn) -> dict[str, Any]:
     return vars(turn) | {"answers": answers}
 
 
-def unpack_turn(packed: Any, where: str) -> Turn:
-    """A turn from JSON values. Raises ValueError that says where and what for anything `pack_turn` would not write."""
-    read = _Fields(packed, where)
-    answers = read.items("answers", _unpack_answer)
-    require(bool(answers), f"{where} has no answers: it cannot be shown")
-    return Turn(
-        id=read.text("id"),
-        mode=read.one_of("mode", MODES),
-        user=read.text("user"),
-        answers=answers,
-        before=read.items("before", _unpack_text),
-    )
+# Copy as code
 
 
-def _unpack_answer(packed: Any, where: str) -> Answer:
-    read = _Fields(packed, where)
-    prompt = packed.get("prompt")
-    settings = read.value("settings", dict, "an object")
-    try:
-        Sampling(**settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: settings: {error}") from error
-    return Answer(
-        model=read.text("model"),
-        source=_unpack_source(read.text("source"), where),
-        prompt=prompt if isinstance(prompt, str) else list(read.items("prompt", _unpack_message)),
-        settings=settings,
-        spans=list(read.items("spans", _unpack_span)),
-        ending=read.one_of("ending", ENDINGS),
-        reason=read.text("reason"),
-        prompt_tokens=read.count("prompt_tokens"),
-        new_tokens=read.count("new_tokens") or 0,
-        first_token_seconds=read.number("first_token_seconds"),
-        seconds=read.number("seconds") or 0.0,
-        cache_bytes=read.count("cache_bytes"),
-    )
+def as_code(turn: Turn) -> str:
+    """Python that makes the models of a turn and generates the same texts again, on the same machine."""
+    return "import falcon_kit as fk\n" + "".join(_answer_code(answer) for answer in turn.answers)
 
 
-def _unpack_source(text: str, where: str) -> str:
-    """The Python that makes a model, if it can do nothing else: it comes into a cell that people copy and run."""
-    try:
-        call = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        call = None
-    good = isinstance(call, ast.Call) and ast.unparse(call.func) in ("fk.load", "fk.connect")
-    if isinstance(call, ast.Call):
-        given = [*call.args, *(each.value for each in call.keywords)]
-        good = good and all(isinstance(each, ast.Constant) for each in given)
-    require(good, f"{where}: source is {text!r:.60}, not fk.load or fk.connect with plain texts and numbers")
-    return text
+def _answer_code(answer: Answer) -> str:
+    method = "generate" if isinstance(answer.prompt, str) else "chat"
+    # `alternatives` does not change the text.
+    settings = {name: value for name, value in answer.settings.items() if name != "alternatives"}
+    arguments = [_literal(answer.prompt), *(f"{name}={value!r}" for name, value in settings.items())]
+    lines = "".join(f"    {argument},\n" for argument in arguments)
+    return f"\nfalcon = {answer.source}\nanswer = falcon.{method}(\n{lines})\nprint(answer)\n"
 
 
-def _unpack_message(packed: Any, where: str) -> Message:
-    read = _Fields(packed, where)
-    return {"role": read.one_of("role", ROLES), "content": read.text("content")}
-
-
-def _unpack_span(packed: Any, where: str) -> Span:
-    require(_is_list(packed, 2), f"{where} is not [text, tokens]")
-    text, tokens = packed
-    require(isinstance(tokens, list), f"{where} is not [text, tokens]")
-    return Span(_unpack_text(text, where), tuple(_unpack_token(token, where) for token in tokens))
-
-
-def _unpack_token(packed: Any, where: str) -> Token:
-    require(_is_list(packed, 3), f"{where} has a token that is not [text, log-probability, alternatives]")
-    text, logprob, alternatives = packed
-    good = isinstance(alternatives, list) and all(_is_list(each, 2) for each in alternatives)
-    require(good, f"{where} has alternatives that are not pairs of a text and a log-probability")
-    pairs = tuple((_unpack_text(word, where), _logprob(value, where)) for word, value in alternatives)
-    return Token(_unpack_text(text, where), None if logprob is None else _logprob(logprob, where), pairs)
-
-
-def _unpack_text(value: Any, where: str) -> str:
-    require(isinstance(value, str), f"{where} has {value!r:.60} where a text belongs")
-    return str(value)
-
-
-def _logprob(value: Any, where: str) -> float:
-    good = _is_number(value) and value <= 1e-3  # rounding may leave a little above 0
-    require(good, f"{where} has {value!r:.60} where a log-probability belongs: a number, 0 at most")
-    return float(value)
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class _Fields:
-    """Reads the fields of a JSON object, each by its kind."""
-
-    def __init__(self, packed: Any, where: str) -> None:
-        require(isinstance(packed, Mapping), f"{where} is not an object")
-        self._packed, self._where = packed, where
-
-    def value(self, name: str, kind: type, called: str) -> Any:
-        value = self._packed.get(name)
-        require(isinstance(value, kind), f"{self._where}: {name} is {value!r:.60}, not {called}")
-        return value
-
-    def text(self, name: str) -> str:
-        return str(self.value(name, str, "a text"))
-
-    def one_of(self, name: str, allowed: tuple[str, ...]) -> Any:
-        value = self._packed.get(name)
-        require(value in allowed, f"{self._where}: {name} is {value!r:.60}, not one of {', '.join(allowed)}")
-        return value
-
-    def number(self, name: str) -> float | None:
-        value = self._packed.get(name)
-        good = value is None or (_is_number(value) and value >= 0)
-        require(good, f"{self._where}: {name} is {value!r:.60}, not a number from 0 on")
-        return value
-
-    def count(self, name: str) -> int | None:
-        value = self.number(name)
-        require(value is None or value == int(value), f"{self._where}: {name} is {value!r}, not a whole number")
-        return None if value is None else int(value)
-
-    def items(self, name: str, unpack: Callable[[Any, str], Item]) -> tuple[Item, ...]:
-        values = self.value(name, list, "a list")
-        return tuple(unpack(value, f"{self._where}, {name} {number}") for number, value in enumerate(values, 1))
+def _literal(prompt: str | list[Message]) -> str:
+    """A prompt as Python, with one line for each message of a conversation."""
+    if isinstance(prompt, str):
+        return repr(prompt)
+    messages = "".join(f"        {message!r},\n" for message in prompt)
+    return f"[\n{messages}    ]"

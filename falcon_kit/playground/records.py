@@ -1,6 +1,6 @@
-"""What a playground remembers: turns, the answers to them, and the tokens that an answer is made of.
+"""What a playground stores: turns, their answers, and the tokens of an answer.
 
-A record holds plain values only: it outlives the model, and can be saved and opened without it.
+Records contain plain values only, so they can be saved and loaded without the model.
 """
 
 import html
@@ -11,26 +11,25 @@ from falcon_kit.generation.chat import Message
 
 Mode = Literal["prompt", "chat"]
 Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "error"]
-"""How an answer ended: as a `Generation` does, or "refused" by the guardrails, or with an "error"."""
+"""How an answer ended: the finish_reason of a `Generation`, "refused" by the guardrails, or an "error"."""
 MODES: tuple[Mode, ...] = get_args(Mode)
-ENDINGS: tuple[str, ...] = get_args(Ending)
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token, how likely it was, and what else was likely at its place."""
+    """A token with its probability and the likeliest tokens at its position."""
 
     text: str
     """The token by itself."""
     logprob: float | None
-    """Natural log-probability under the model; None where an endpoint does not say."""
+    """Natural log-probability under the model; None if an endpoint does not report it."""
     alternatives: tuple[tuple[str, float], ...] = ()
-    """Text and log-probability of the likeliest tokens at this place, the likeliest first."""
+    """Text and log-probability of the likeliest tokens at this position, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters that became certain together, and the tokens behind them: one, unless a character needs several."""
+    """Characters that were shown together, and their tokens: one, unless a character needs several tokens."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -38,39 +37,39 @@ class Span:
 
 @dataclass(repr=False)
 class Answer:
-    """What one model wrote, and everything needed to write it again. It grows while the model writes."""
+    """The text of one model, with everything needed to generate it again. It grows during generation."""
 
     model: str
     """Name of the model."""
     source: str
-    """Python that makes the model."""
+    """Python code that makes the model."""
     prompt: str | list[Message]
-    """What it was given."""
+    """The prompt or conversation that the model continued."""
     settings: dict[str, Any]
-    """Fields of `Sampling` that it was given, the seed included."""
+    """The fields of `Sampling` that were set, with the seed."""
     spans: list[Span] = field(default_factory=list)
     """The text so far."""
     ending: Ending | None = None
-    """How it ended; None while it is being written."""
+    """How it ended; None during generation."""
     reason: str = ""
-    """Why it was refused, or what went wrong."""
+    """The reason of the guardrails, or the error."""
     prompt_tokens: int | None = None
-    """Tokens read; None where nobody counted them."""
+    """Tokens of the prompt; None if not reported."""
     new_tokens: int = 0
-    """Tokens written, those of an end token or stop string included."""
+    """Tokens generated, with the end-of-sequence token or those of a stop string."""
     first_token_seconds: float | None = None
     """From the request to the first new token."""
     seconds: float = 0.0
     """From the request to the newest token."""
     cache_bytes: int | None = None
-    """Bytes of keys and values at the end; None where nobody counted them."""
+    """Bytes of the KV cache at the end; None if not reported."""
 
     def __repr__(self) -> str:
         return f"Answer({_short(self.text)!r}, {self.new_tokens} tokens, ending={self.ending!r})"
 
     @property
     def text(self) -> str:
-        """What can be read of it."""
+        """The visible text."""
         return "".join(span.text for span in self.spans)
 
     @property
@@ -83,24 +82,24 @@ class Answer:
 
     @property
     def seed(self) -> int | None:
-        """The seed that gives the same text again."""
+        """The seed that reproduces the text."""
         return self.settings.get("seed")
 
 
 @dataclass(frozen=True, repr=False)
 class Turn:
-    """What somebody wrote, and the answer of each model to it."""
+    """A prompt or message, and the answer of each model."""
 
     id: str
     """Unique among all sessions."""
     mode: Mode
-    """Whether `user` was continued as it stands, or answered as a message."""
+    """Whether `user` is a prompt to continue or a message in a chat."""
     user: str
-    """What was written."""
+    """The prompt or message."""
     answers: tuple[Answer, ...]
-    """One for each model that is compared."""
+    """One for each model."""
     before: tuple[str, ...] = ()
-    """Ids of the turns of the conversation that came before."""
+    """Ids of the earlier turns of the conversation."""
 
     def __repr__(self) -> str:
         answers = ", ".join(f"{_short(answer.text)!r}" for answer in self.answers)
@@ -108,7 +107,7 @@ class Turn:
 
     def _repr_html_(self) -> str:
         answers = "".join(_answer_html(self, answer) for answer in self.answers)
-        return f'<div style="display:flex;flex-wrap:wrap;gap:1em 2em">{answers}</div>'  # beside each other, given room
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em 2em">{answers}</div>'  # side by side if there is room
 
 
 def _short(text: str) -> str:
@@ -117,10 +116,10 @@ def _short(text: str) -> str:
 
 def _answer_html(turn: Turn, answer: Answer) -> str:
     gap = "" if answer.text[:1].isspace() else " "
-    facts = [f"{answer.new_tokens} tokens", f"seed {answer.seed}", answer.ending or "", answer.reason]
+    details = [f"{answer.new_tokens} tokens", f"seed {answer.seed}", answer.ending or "", answer.reason]
     return (
         f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
         f'<div style="white-space:pre-wrap"><span style="opacity:.7">{html.escape(turn.user)}{gap}</span>'
         f"<b>{html.escape(answer.text)}</b></div>"
-        f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, facts)))}</div></div>'
+        f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, details)))}</div></div>'
     )

@@ -1,4 +1,4 @@
-"""A playground without its widget: plain Python that can be set, asked and tested.
+"""A playground without its widget, used from Python:
 
 session = Session(falcon)
 session.generate("Counting: 7, 8,")
@@ -20,10 +20,9 @@ from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.playground import files
-from falcon_kit.playground.export import code
-from falcon_kit.playground.lanes import Lane, Prompt, model_name
+from falcon_kit.playground.columns import Column, Prompt, model_name
 from falcon_kit.playground.records import MODES, Answer, Mode, Turn
-from falcon_kit.playground.writing import Guard, Writing
+from falcon_kit.playground.writing import Guard, TurnWriter
 
 PRESETS: dict[str, dict[str, Any]] = {
     "card": {"temperature": 1.0, "top_k": 10, "top_p": None},
@@ -31,10 +30,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "precise": {"temperature": 0.3, "top_k": None, "top_p": 0.9},
     "creative": {"temperature": 1.2, "top_k": None, "top_p": 0.95},
 }
-"""How tokens are drawn: as in the model card, always the likeliest, near to it, or far from it."""
+"""How the next token is chosen: as in the model card, always the likeliest, with little or with much randomness."""
 EXAMPLES: dict[str, tuple[Mode, str]] = {
     "Girafatron (the model card's)": ("prompt", CARD.prompt),
-    "A list to go on with": ("prompt", "Animals of Africa: giraffe, lion,"),
+    "A list to continue": ("prompt", "Animals of Africa: giraffe, lion,"),
     "Counting": ("prompt", "Counting: 7, 8,"),
     "A question": ("chat", "What do giraffes eat?"),
     "A question in other words": ("chat", "Please tell me how old owls get."),
@@ -44,65 +43,65 @@ EXAMPLES: dict[str, tuple[Mode, str]] = {
 
 @dataclass(frozen=True)
 class Meter:
-    """How full the context is."""
+    """How much of the context is used."""
 
     used: int | None
-    """Tokens of the text so far: what the next answer would read, or what the last one read and wrote."""
+    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not reported."""
     context: int | None
-    """Tokens there is room for."""
+    """The limit in tokens; None if not reported."""
     cache_bytes: int | None
-    """Bytes of keys and values of so many tokens."""
+    """Bytes of the KV cache for the used tokens; None for an endpoint."""
 
     def __str__(self) -> str:
         if self.used is None:
             return "the endpoint counts the tokens"
         room = f" of {self.context}" if self.context else ""
-        kept = f", {format_bytes(self.cache_bytes)} of keys and values" if self.cache_bytes is not None else ""
-        return f"{self.used}{room} tokens{kept}"
+        cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
+        return f"{self.used}{room} tokens{cache}"
 
 
 class Session:
-    """What a playground knows and does. `generate` waits for the answer; `stop` may come from another thread."""
+    """The state of a playground. `generate` blocks until the end; `stop` may be called from another thread."""
 
     def __init__(
         self, falcon: Any, compare: Any = None, guardrails: Guard | None = None, *, mode: Mode | None = None
     ) -> None:
         require(guardrails is None or callable(guardrails), f"guardrails must be callable, got {guardrails!r:.60}")
-        self.lanes = _lanes(falcon, compare)
+        self.columns = _columns(falcon, compare)
         self.guardrails = guardrails
         self.mode: Mode = "prompt"
         self.draft = ""
-        """What stands in the text field."""
+        """The content of the text field."""
         self.system = ""
-        """A system message that every conversation begins with; none if empty."""
+        """The system message of every conversation; none if empty."""
         self.settings = Sampling(max_new_tokens=200, alternatives=5, **PRESETS["card"])
-        """How tokens are drawn; change it with `set`."""
+        """The settings of generation; change them with `set`."""
         self.turns: list[Turn] = []
         """The conversation, or the last prompt and its continuation."""
         self.history: list[Turn] = []
-        """Every turn of this session, in the order they were finished."""
+        """Every turn of this session, in the order in which they ended."""
         self.listeners: list[Callable[[str], None]] = []
-        """Called with "start", "piece", "end" or "change", in whichever thread it happens."""
-        self._past: list[tuple[Mode, list[Turn], str]] = []
+        """Called with "start", "piece", "end" or "change", in any thread."""
+        self._undo_steps: list[tuple[Mode, list[Turn], str]] = []
         self._lock = threading.Lock()
-        self._writing: Writing | None = None
+        self._writer: TurnWriter | None = None
         if mode is not None:
             self.switch(mode)
 
     def __repr__(self) -> str:
-        models = " beside ".join(lane.name for lane in self.lanes)
+        models = " and ".join(column.name for column in self.columns)
         return f"Session({models}, {self.mode} mode, {len(self.history)} turns)"
 
     @property
     def running(self) -> Turn | None:
-        """The turn that is being answered."""
-        writing = self._writing
-        return writing.turn if writing else None
+        """The turn whose answers are being generated."""
+        writer = self._writer
+        return writer.turn if writer else None
 
     @property
     def can_undo(self) -> bool:
-        """Whether there is a step to take back."""
-        return bool(self._past)
+        """Whether there is a step to undo."""
+        return bool(self._undo_steps)
 
     # Settings
 
@@ -116,21 +115,21 @@ class Session:
         if isinstance(stop, list):
             changes["stop"] = tuple(stop)
         self.settings = replace(self.settings, **changes)
-        self._tell("change")
+        self._notify("change")
 
     def preset(self, name: str) -> None:
-        """Draws tokens as one of `PRESETS` says."""
+        """Sets the values of one of `PRESETS`."""
         require(name in PRESETS, f"there is no preset {name!r}: choose {', '.join(PRESETS)}")
         self.set(**PRESETS[name])
 
     @property
     def chosen_preset(self) -> str | None:
-        """The preset that the settings agree with."""
-        held = asdict(self.settings)
-        return next((name for name, values in PRESETS.items() if values.items() <= held.items()), None)
+        """The preset whose values the settings have; None if there is none."""
+        settings = asdict(self.settings)
+        return next((name for name, values in PRESETS.items() if values.items() <= settings.items()), None)
 
     def switch(self, mode: Mode) -> None:
-        """Goes from prompts to chat or back. The conversation is cleared; `undo` and the history have it."""
+        """Switches between prompts and chat. Clears the conversation; `undo` restores it, and the history keeps it."""
         require(mode in MODES, f"mode {mode!r} is not one of {', '.join(MODES)}")
         if mode != self.mode:
             self._change(self.turns if mode == self.mode else [], mode)
@@ -141,76 +140,76 @@ class Session:
         mode, text = EXAMPLES[title]
         self.switch(mode)
         self.draft = text
-        self._tell("change")
+        self._notify("change")
 
     # Generating
 
     def generate(self, text: str | None = None) -> Turn:
-        """Continues a text or answers a message, by default the draft, with every model; returns when all have ended.
+        """Continues a prompt or answers a message, by default the draft, with every model; returns when all have ended.
 
-        What goes wrong inside a model is in the answer: its `ending` is "error", with the `reason`. Raises ValueError
-        for a blank text, or one that the guardrails refuse, and RuntimeError while another answer is being written.
+        An error of a model is stored in its answer: `ending` is "error", and `reason` describes it. Raises ValueError
+        for a blank text or one that the guardrails refuse, and RuntimeError during another generation.
         """
         text = self.draft if text is None else text
         return self._run(text, self.turns if self.mode == "chat" else [], text)
 
     def regenerate(self) -> Turn:
-        """Answers the last turn again, with the settings of now."""
-        require(bool(self.turns), "there is nothing to write again: generate something first")
+        """Answers the last turn again, with the current settings."""
+        require(bool(self.turns), "there is no turn to generate again: generate something first")
         return self._run(self.turns[-1].user, self.turns[:-1], self.draft)
 
     def edit(self, number: int, text: str) -> Turn:
-        """Replaces what was written in a turn (counted from 0), drops the turns after it, and answers."""
+        """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it."""
         require(0 <= number < len(self.turns), f"there is no turn {number}: the conversation has {len(self.turns)}")
         return self._run(text, self.turns[:number], self.draft)
 
     def stop(self) -> None:
-        """Ends the answers that are being written; what there is of them stays."""
-        if writing := self._writing:
-            writing.stop()
+        """Stops the generation; the texts so far stay."""
+        if writer := self._writer:
+            writer.stop()
 
     def undo(self) -> None:
-        """Takes the last step back: an answer, an edit, a change of mode, a clearing."""
-        self._idle()
-        require(bool(self._past), "there is nothing to undo")
-        self.mode, self.turns, self.draft = self._past.pop()
-        self._tell("change")
+        """Undoes the last step: an answer, an edit, a change of mode, a clearing."""
+        self._require_idle()
+        require(bool(self._undo_steps), "there is nothing to undo")
+        self.mode, self.turns, self.draft = self._undo_steps.pop()
+        self._notify("change")
 
     def clear(self) -> None:
-        """Empties the conversation; the history stays, and `undo` brings it back."""
+        """Clears the conversation; the history stays, and `undo` restores the conversation."""
         self._change([], self.mode)
 
-    def _idle(self) -> None:
+    def _require_idle(self) -> None:
         if self.running is not None:
-            raise RuntimeError("an answer is being written: stop it first, or wait for its end")
+            raise RuntimeError("an answer is being generated: stop it first, or wait for its end")
 
     def _change(self, turns: list[Turn], mode: Mode) -> None:
-        self._idle()
+        self._require_idle()
         if self.turns or turns:
-            self._past.append((self.mode, self.turns, self.draft))
+            self._undo_steps.append((self.mode, self.turns, self.draft))
         self.turns, self.mode = turns, mode
-        self._tell("change")
+        self._notify("change")
 
     def _run(self, text: str, before: list[Turn], draft: str) -> Turn:
-        """Answers a text that follows on some turns; `undo` brings back the draft."""
-        text = text.encode("utf-8", "replace").decode()  # half a character is nothing that a tokenizer takes
+        """Answers a text after the turns `before`; `undo` restores the draft."""
+        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
         require(bool(text.strip()), "the text is empty: write something first")
         if self.guardrails and (reason := self.guardrails(text)):
             raise ValueError(f"the guardrails refuse this text: {reason}")
         with self._lock:
-            self._idle()
+            self._require_idle()
             turn = self._turn(text, before)
-            self._writing = writing = Writing(turn, self.lanes, self.guardrails, lambda: self._tell("piece"))
-        self._past.append((self.mode, self.turns, draft))
+            self._writer = writer = TurnWriter(turn, self.columns, self.guardrails, lambda: self._notify("piece"))
+        self._undo_steps.append((self.mode, self.turns, draft))
         self.turns = [*before, turn]
         self.draft = "" if self.mode == "chat" else text
         try:
-            self._tell("start")
-            writing()
+            self._notify("start")
+            writer()
         finally:
             self.history.append(turn)
-            self._writing = None
-            self._tell("end")
+            self._writer = None
+            self._notify("end")
         return turn
 
     def _turn(self, text: str, before: list[Turn]) -> Turn:
@@ -218,104 +217,104 @@ class Session:
         seed = secrets.randbelow(2**31) if seed is None else seed
         answers = tuple(
             Answer(
-                model=lane.name,
-                source=lane.source(),
+                model=column.name,
+                source=column.source(),
                 prompt=(prompt := self._prompt(number, text, before)),
-                settings=_given(replace(self.settings, seed=seed), lane),
-                prompt_tokens=lane.count(prompt),
+                settings=_changed_settings(replace(self.settings, seed=seed), column),
+                prompt_tokens=column.count(prompt),
             )
-            for number, lane in enumerate(self.lanes)
+            for number, column in enumerate(self.columns)
         )
         return Turn(uuid.uuid4().hex[:12], self.mode, text, answers, tuple(turn.id for turn in before))
 
     def _prompt(self, number: int, text: str, before: list[Turn]) -> Prompt:
-        """What one model is given: the text, or the conversation as it went with this model."""
+        """The prompt of one model: the text, or the conversation with this model's own answers."""
         if self.mode == "prompt":
             return text
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system.strip() else []
         for turn in before:
             answer = turn.answers[min(number, len(turn.answers) - 1)]
-            if answer.text.strip():  # a turn that failed is no part of what follows
+            if answer.text.strip():  # a failed turn is left out
                 messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": answer.text}]
         return [*messages, {"role": "user", "content": text}]
 
-    # Looking back
+    # The history
 
     def find(self, id: str) -> Turn:
-        """The turn of that id in the history."""
-        found = next((turn for turn in reversed(self.history) if turn.id == id), None)
-        if found is None:
-            raise LookupError(f"the history has no turn {id!r}")
-        return found
+        """The turn with that id in the history."""
+        for turn in reversed(self.history):
+            if turn.id == id:
+                return turn
+        raise LookupError(f"the history has no turn {id!r}")
 
     def open(self, id: str) -> None:
-        """Shows a turn of the history again, with the conversation before it, in place of the present one."""
+        """Replaces the conversation by a turn of the history with its earlier turns."""
         turn = self.find(id)
-        known = {each.id: each for each in self.history}
-        self._change([*(known[each] for each in turn.before if each in known), turn], turn.mode)
+        by_id = {each.id: each for each in self.history}
+        self._change([*(by_id[each] for each in turn.before if each in by_id), turn], turn.mode)
         self.draft = turn.user if turn.mode == "prompt" else ""
-        self._tell("change")
+        self._notify("change")
 
     def code(self, id: str | None = None) -> str:
-        """The Python that writes a turn of the history again, by default the last one."""
-        require(bool(self.history), "there is nothing to write again: generate something first")
-        return code(self.history[-1] if id is None else self.find(id))
+        """Python that generates a turn of the history again, by default the last one."""
+        require(bool(self.history), "there is no turn to generate again: generate something first")
+        return files.as_code(self.history[-1] if id is None else self.find(id))
 
     def save(self, path: str | Path) -> Path:
         """Writes the history into a JSON file."""
         return files.save(self.history, path)
 
     def load(self, path: str | Path) -> int:
-        """Adds the turns of a saved history, opens the last of them, and says how many were new.
+        """Adds the turns of a saved history, opens the last one, and returns how many were new.
 
-        Raises ValueError that says where and what for a file that `save` would not have written; nothing is added then.
+        Raises ValueError for a file that `save` cannot have written, with place and reason, and then adds nothing.
         """
-        self._idle()
+        self._require_idle()
         turns = files.load(path)
         known = {turn.id for turn in self.history}
         new = [turn for turn in turns if turn.id not in known]
         self.history = [*self.history, *new]
         if turns:
             self.open(turns[-1].id)
-        self._tell("change")
+        self._notify("change")
         return len(new)
 
     def meter(self) -> Meter:
-        """How full the context of the first model is."""
-        lane, last = self.lanes[0], self.turns[-1].answers[0] if self.turns else None
+        """How much of the first model's context is used."""
+        column, last = self.columns[0], self.turns[-1].answers[0] if self.turns else None
         if self.draft.strip() and not (last and self.draft == self.turns[-1].user):
-            used = lane.count(self._prompt(0, self.draft, self.turns))
+            used = column.count(self._prompt(0, self.draft, self.turns))
         elif last is None:
-            used = 0 if lane.local else None
+            used = 0 if column.local else None
         else:
             used = None if last.prompt_tokens is None else last.prompt_tokens + last.new_tokens
-        return Meter(used, lane.context, None if used is None else lane.cache_bytes(used))
+        return Meter(used, column.context, None if used is None else column.cache_bytes(used))
 
-    def _tell(self, event: str) -> None:
+    def _notify(self, event: str) -> None:
         for listener in tuple(self.listeners):
             listener(event)
 
 
-def _lanes(falcon: Any, compare: Any) -> tuple[Lane, ...]:
-    """The models to talk to: one, or two that differ in the model or in settings."""
+def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:
+    """One column, or two that differ in the model or in settings."""
     require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
     if compare is None:
-        return (Lane(model_name(falcon), falcon),)
+        return (Column(model_name(falcon), falcon),)
     if isinstance(compare, Mapping):
         _check_names(compare)
         Sampling(**compare)
         changes = ", ".join(f"{name}={value}" for name, value in compare.items())
         first, second = (
-            Lane(model_name(falcon), falcon),
-            Lane(f"{model_name(falcon)}, {changes}", falcon, dict(compare)),
+            Column(model_name(falcon), falcon),
+            Column(f"{model_name(falcon)}, {changes}", falcon, dict(compare)),
         )
-        if getattr(falcon, "decoding", None):
-            second.semaphore = first.semaphore
+        if getattr(falcon, "decoding", None):  # compiled
+            second.lock = first.lock
         return first, second
     require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
     names = [model_name(falcon), model_name(compare)]
     names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
-    return Lane(names[0], falcon), Lane(names[1], compare)
+    return Column(names[0], falcon), Column(names[1], compare)
 
 
 def _check_names(settings: Mapping[str, Any]) -> None:
@@ -326,9 +325,9 @@ def _check_names(settings: Mapping[str, Any]) -> None:
             raise TypeError(unknown_name("setting", name, names))
 
 
-def _given(settings: Sampling, lane: Lane) -> dict[str, Any]:
-    """The settings that say something, with those that a model is always given on top."""
-    settings = replace(settings, **lane.overrides)
-    settings = settings if lane.local else replace(settings, alternatives=0)  # an endpoint hands over none
+def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
+    """The settings that are not the default, after the column's overrides."""
+    settings = replace(settings, **column.overrides)
+    settings = settings if column.local else replace(settings, alternatives=0)  # endpoints do not support them
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
     return {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}

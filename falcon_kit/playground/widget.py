@@ -1,7 +1,7 @@
-"""The widget: what happens in the session goes to the browser in small steps, what people do there comes back.
+"""The widget: it sends changes of the session to the browser, and runs the commands that the browser sends.
 
-The browser keeps nothing of its own. It says hello when it opens, also after a reload, and is told everything; from
-then on it is told what changes, ten times a second at most.
+The browser stores no state. It sends "hello" when the page opens or reloads, and receives the whole state; after that
+it receives changes, at most ten times a second.
 """
 
 import html
@@ -20,13 +20,13 @@ from falcon_kit.playground.state import EXAMPLES, Session
 
 _STATIC = files("falcon_kit.playground") / "static"
 _SCRIPTS = ("dom.js", "answers.js", "settings.js", "playground.js")
-_PAUSE = 0.1  # seconds between two updates
+_UPDATE_SECONDS = 0.1  # between two updates
 _SHOWN_HISTORY = 100
-_WRITING = ("generate", "regenerate", "edit")  # commands that take their time
+_GENERATING = ("generate", "regenerate", "edit")  # these commands run in a thread
 
 
 class Playground(anywidget.AnyWidget):
-    """A playground as an ipywidget. `session` is what it shows; whatever is done there appears here."""
+    """A playground as an ipywidget. It shows `session`, also what is done there from Python."""
 
     _esm = "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     _css = (_STATIC / "playground.css").read_text(encoding="utf-8")
@@ -34,22 +34,22 @@ class Playground(anywidget.AnyWidget):
     def __init__(self, session: Session) -> None:
         self.session = session
         self.notice = ""
-        """What the last step has to say, an error for example."""
-        self.odds = False
+        """A message about the last command, for example an error."""
+        self.token_probabilities = False
         """Whether tokens are tinted by their probability."""
-        self._alarm = False
-        self._refused = False  # a setting, since the last text: what is said of it outlasts the start of the next
-        self._known: set[str] = set()  # turns that the browser has been told of
-        self._painter: _Painter | None = None
+        self._is_error = False
+        self._setting_refused = False  # keeps the notice through the start of the next generation
+        self._sent_turns: set[str] = set()  # ids
+        self._updater: _Updater | None = None
         super().__init__()
-        self.on_msg(self._received)
-        session.listeners.append(self._happened)
+        self.on_msg(self._on_message)
+        session.listeners.append(self._on_event)
 
     def __repr__(self) -> str:
         return f"Playground({self.session!r})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The widget, and the conversation as plain HTML for readers without a kernel."""
+        """The widget, and the conversation as plain HTML for a notebook without a kernel."""
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle:
             shown = "".join(turn._repr_html_() for turn in self.session.turns)
@@ -57,44 +57,44 @@ class Playground(anywidget.AnyWidget):
         return bundle
 
     def close(self) -> None:
-        """Stops what is being written and takes the widget off the page."""
+        """Stops the generation and removes the widget from the page."""
         self.session.stop()
-        if self._happened in self.session.listeners:
-            self.session.listeners.remove(self._happened)
-        self._finish_painting()  # nobody tells it of the end any more
+        if self._on_event in self.session.listeners:
+            self.session.listeners.remove(self._on_event)
+        self._finish_updates()  # the listener that would do so at the end is removed
         super().close()
 
     # From the browser
 
-    def _received(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
+    def _on_message(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
         command, values = message.get("do"), {name: value for name, value in message.items() if name != "do"}
-        if command in _WRITING:
-            run = threading.Thread(target=self._try, args=(command, values), name="falcon-playground", daemon=True)
+        if command in _GENERATING:
+            run = threading.Thread(target=self._run, args=(command, values), name="falcon-playground", daemon=True)
             run.start()
         else:
-            self._try(command, values)
+            self._run(command, values)
 
-    def _try(self, command: str | None, values: dict[str, Any]) -> None:
-        """Does what was asked; what goes wrong is shown, and the widget stays usable."""
-        quiet = command in ("hello", "draft", "stop", "code", *_WRITING)
+    def _run(self, command: str | None, values: dict[str, Any]) -> None:
+        """Runs a command; an error is shown as a notice."""
+        quiet = command in ("hello", "draft", "stop", "code", *_GENERATING)
         try:
             commands = self._commands()
             require(command in commands, f"there is no command {command!r}")
-            said = commands[command](**values)
+            result = commands[command](**values)
             if not quiet:
-                self.say(said if isinstance(said, str) else "")
-        except Exception as error:  # noqa: BLE001  # an error in a callback would be seen by nobody
-            ours = type(error) in (ValueError, RuntimeError, LookupError)
-            self._refused = command == "set"
-            self.say(str(error) if ours else f"{type(error).__name__}: {error}", alarm=True)
+                self.show_notice(result if isinstance(result, str) else "")
+        except Exception as error:  # noqa: BLE001  # nobody would see an error in a callback
+            expected = type(error) in (ValueError, RuntimeError, LookupError)
+            self._setting_refused = command == "set"
+            self.show_notice(str(error) if expected else f"{type(error).__name__}: {error}", error=True)
 
     def _commands(self) -> dict[str | None, Callable[..., Any]]:
         session = self.session
         return {
             "hello": self._hello,
-            "generate": lambda text: session.generate(_whole(text)),
+            "generate": lambda text: session.generate(_join_pairs(text)),
             "regenerate": session.regenerate,
-            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), _whole(text)),
+            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), _join_pairs(text)),
             "stop": session.stop,
             "undo": session.undo,
             "clear": session.clear,
@@ -103,8 +103,8 @@ class Playground(anywidget.AnyWidget):
             "mode": lambda mode: session.switch(mode),
             "example": lambda title: session.example(title),
             "draft": self._draft,
-            "system": lambda text: setattr(session, "system", _whole(text)),
-            "odds": lambda shown: setattr(self, "odds", bool(shown)),
+            "system": lambda text: setattr(session, "system", _join_pairs(text)),
+            "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
             "open": lambda id: session.open(id),
             "seed": lambda id: session.set(seed=session.find(id).answers[0].seed),
             "save": lambda path: f"Saved {_turns(len(session.history))} to {session.save(path)}",
@@ -113,51 +113,52 @@ class Playground(anywidget.AnyWidget):
         }
 
     def _hello(self) -> None:
-        self.send({"type": "start", "lanes": [lane.name for lane in self.session.lanes], "examples": EXAMPLES})
-        self._known.clear()
+        columns = [column.name for column in self.session.columns]
+        self.send({"type": "start", "columns": columns, "examples": EXAMPLES})
+        self._sent_turns.clear()
         self._show()
         self._history()
 
     def _draft(self, text: str) -> None:
-        self.session.draft = _whole(text)
+        self.session.draft = _join_pairs(text)
         self.send({"type": "meter", "meter": asdict(self.session.meter())})
 
     # To the browser
 
-    def say(self, text: str, *, alarm: bool = False) -> None:
-        """Shows a line of news above the text field, or takes it away."""
-        self.notice, self._alarm = text, alarm
+    def show_notice(self, text: str, *, error: bool = False) -> None:
+        """Shows a message above the text field; an empty text removes it."""
+        self.notice, self._is_error = text, error
         self._show()
 
-    def _happened(self, event: str) -> None:
-        """What the session did, in whichever thread."""
-        if event == "piece" and self._painter:
-            self._painter.dirty.set()
+    def _on_event(self, event: str) -> None:
+        """Called by the session, in any thread."""
+        if event == "piece" and self._updater:
+            self._updater.changed.set()
         elif event == "start":
-            refused, self._refused = self._refused, False
-            self.say(self.notice if refused else "", alarm=refused)
-            self._painter = _Painter(self, self.session.turns[-1])
-            self._painter.start()
+            refused, self._setting_refused = self._setting_refused, False
+            self.show_notice(self.notice if refused else "", error=refused)
+            self._updater = _Updater(self, self.session.turns[-1])
+            self._updater.start()
         elif event == "end":
-            self._finish_painting()
+            self._finish_updates()
             self._show()
             self._history()
         elif event == "change":
             self._show()
             self._history()
 
-    def _finish_painting(self) -> None:
-        painter, self._painter = self._painter, None
-        if painter:
-            painter.finish()
+    def _finish_updates(self) -> None:
+        updater, self._updater = self._updater, None
+        if updater:
+            updater.finish()
 
     def _show(self) -> None:
-        """Everything but the texts; and the texts that the browser has not seen."""
+        """Sends the state, and the turns that the browser does not have yet."""
         session = self.session
         for turn in session.turns:
-            if turn.id not in self._known:
-                self._known.add(turn.id)
-                self.send({"type": "turn", "turn": _packed(turn)})
+            if turn.id not in self._sent_turns:
+                self._sent_turns.add(turn.id)
+                self.send({"type": "turn", "turn": _pack(turn)})
         self.send(
             {
                 "type": "state",
@@ -168,10 +169,10 @@ class Playground(anywidget.AnyWidget):
                 "system": session.system,
                 "settings": asdict(session.settings) | {"stop": list(session.settings.stop_strings)},
                 "preset": session.chosen_preset,
-                "odds": self.odds,
+                "token_probabilities": self.token_probabilities,
                 "can_undo": session.can_undo,
                 "meter": asdict(session.meter()),
-                "notice": {"text": self.notice, "kind": "error" if self._alarm else "news"},
+                "notice": {"text": self.notice, "kind": "error" if self._is_error else "news"},
             }
         )
 
@@ -183,42 +184,43 @@ class Playground(anywidget.AnyWidget):
         self.send({"type": "history", "turns": shown})
 
 
-class _Painter(threading.Thread):
-    """Tells the browser how a turn grows, the first word at once and then ten times a second at most."""
+class _Updater(threading.Thread):
+    """Sends the new text of a turn to the browser, at once for the first token, then at most ten times a second."""
 
     def __init__(self, widget: Playground, turn: Turn) -> None:
-        super().__init__(name="falcon-playground-painter", daemon=True)
+        super().__init__(name="falcon-playground-updater", daemon=True)
         self.widget, self.turn = widget, turn
-        self.dirty = threading.Event()
+        self.changed = threading.Event()
         self._done = threading.Event()
-        self._told = [0] * len(turn.answers)
+        self._sent_spans = [0] * len(turn.answers)
 
     def run(self) -> None:
         while not self._done.is_set():
-            self.dirty.wait()
-            self.dirty.clear()
-            self._paint()
-            self._done.wait(_PAUSE)
+            self.changed.wait()
+            self.changed.clear()
+            self._send_new_spans()
+            self._done.wait(_UPDATE_SECONDS)
 
     def finish(self) -> None:
-        """Tells the rest."""
+        """Sends the rest and ends the thread."""
         self._done.set()
-        self.dirty.set()
+        self.changed.set()
         self.join()
-        self._paint()
+        self._send_new_spans()
 
-    def _paint(self) -> None:
+    def _send_new_spans(self) -> None:
         answers = []
         for number, answer in enumerate(self.turn.answers):
-            at, spans = self._told[number], answer.spans[self._told[number] :]
-            self._told[number] = at + len(spans)
-            answers.append(_facts(answer) | {"at": at, "spans": [pack_span(span) for span in spans]})
+            at = self._sent_spans[number]
+            spans = answer.spans[at:]
+            self._sent_spans[number] = at + len(spans)
+            answers.append(_summary(answer) | {"at": at, "spans": [pack_span(span) for span in spans]})
         meter = asdict(self.widget.session.meter())
         self.widget.send({"type": "delta", "id": self.turn.id, "answers": answers, "meter": meter})
 
 
-def _facts(answer: Answer) -> dict[str, Any]:
-    """How an answer stands, without its text."""
+def _summary(answer: Answer) -> dict[str, Any]:
+    """The state of an answer without its text."""
     names = ("model", "ending", "reason", "new_tokens", "tokens_per_second", "first_token_seconds", "seed")
     return {name: getattr(answer, name) for name in names}
 
@@ -228,19 +230,19 @@ def _turns(count: int) -> str:
 
 
 def _title(text: str) -> str:
-    """The beginning and the end of a text, which may be a long one, in a line."""
+    """A text in one line, with its beginning and end if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:28]} … {line[-29:]}"
 
 
-def _packed(turn: Turn) -> dict[str, Any]:
+def _pack(turn: Turn) -> dict[str, Any]:
     packed = pack_turn(turn)
     packed["answers"] = [
-        _facts(answer) | {"spans": [pack_span(span) for span in answer.spans]} for answer in turn.answers
+        _summary(answer) | {"spans": [pack_span(span) for span in answer.spans]} for answer in turn.answers
     ]
     return packed
 
 
-def _whole(text: str) -> str:
-    """The text without halves of characters, which a browser can send and no tokenizer takes."""
+def _join_pairs(text: str) -> str:
+    """The text with surrogate pairs joined and single surrogates replaced: tokenizers refuse them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

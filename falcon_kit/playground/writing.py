@@ -1,4 +1,4 @@
-"""A turn as it is being written: pieces of all its models come in, answers grow, and anybody may stop it."""
+"""A turn while its answers are generated: pieces of all models are added to their answers, until the end or a stop."""
 
 import math
 import queue
@@ -8,133 +8,133 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from falcon_kit.generation.text import Piece
-from falcon_kit.playground.lanes import Lane, Reading
+from falcon_kit.playground.columns import Column, Reader
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 
 Guard = Callable[[str], str | None]
-"""Looks at a text, and gives a reason to refuse it, or None."""
+"""Takes a text and returns a reason to refuse it, or None."""
 _SENTENCE_ENDS = frozenset(".!?:;\n。！？…")
-_GRACE = 0.2  # seconds that a model which was stopped has to hand over its statistics
+_STATISTICS_TIMEOUT = 0.2  # seconds to wait for the statistics of a stopped model
 
 
-class Writing:
-    """One turn that its models are writing. Call it to write; `stop` comes from another thread."""
+class TurnWriter:
+    """Fills the answers of one turn. Call it to generate; `stop` may be called from another thread."""
 
     def __init__(
-        self, turn: Turn, lanes: Sequence[Lane], guard: Guard | None, changed: Callable[[], None] = lambda: None
+        self, turn: Turn, columns: Sequence[Column], guard: Guard | None, changed: Callable[[], None] = lambda: None
     ) -> None:
         self.turn = turn
-        self._lanes, self._changed = lanes, changed
-        self._writers = [Writer(lane, answer, guard) for lane, answer in zip(lanes, turn.answers, strict=True)]
-        self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._columns, self._changed = columns, changed
+        self._writers = [AnswerWriter(each, answer, guard) for each, answer in zip(columns, turn.answers, strict=True)]
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Ends all answers; what there is of them stays."""
+        """Ends all answers; their texts so far stay."""
         self._stopped.set()
-        self._arrived.put(None)
+        self._items.put(None)
 
     def __call__(self) -> None:
-        """Writes until all answers have ended, or somebody stops them; Ctrl-C stops them too."""
-        readings: list[Reading] = []
+        """Returns when all answers have ended or `stop` is called; Ctrl-C stops them too."""
+        readers: list[Reader] = []
         try:
-            for number, (lane, answer) in enumerate(zip(self._lanes, self.turn.answers, strict=True)):
-                readings.append(lane.read(answer.prompt, answer.settings, self._arrived, number))
+            for number, (column, answer) in enumerate(zip(self._columns, self.turn.answers, strict=True)):
+                readers.append(column.read(answer.prompt, answer.settings, self._items, number))
             while not self._stopped.is_set() and self._open():
-                self._take(self._arrived.get())
-                for writer, reading in zip(self._writers, readings, strict=True):
-                    if writer.answer.ending is not None:  # refused, say: its model need not go on
-                        reading.end()
+                self._take(self._items.get())
+                for writer, reader in zip(self._writers, readers, strict=True):
+                    if writer.answer.ending is not None:  # for example refused by the guardrails
+                        reader.end()
         finally:
-            for reading in readings:
-                reading.end()
+            for reader in readers:
+                reader.end()
             self._drain()
 
-    def _open(self) -> list["Writer"]:
+    def _open(self) -> list["AnswerWriter"]:
         return [writer for writer in self._writers if writer.answer.ending is None]
 
     def _take(self, item: tuple[int, Any] | None) -> None:
-        """A piece or the end of one model's stream; None only wakes up."""
+        """Handles (number, piece) or (number, end of the stream); `stop` puts None into the queue to wake it up."""
         if item is None or self._writers[item[0]].answer.ending is not None:
             return
-        writer, came = self._writers[item[0]], item[1]
+        writer, event = self._writers[item[0]], item[1]
         try:
-            writer.push(came) if hasattr(came, "logprob") else writer.end(came)
-        except Exception as error:  # noqa: BLE001  # of the guardrails, say: shown where the answer would stand
+            writer.push(event) if hasattr(event, "logprob") else writer.end(event)
+        except Exception as error:  # noqa: BLE001  # of the guardrails, for example; shown in place of the answer
             writer.fail(error)
         self._changed()
 
     def _drain(self) -> None:
-        """Waits a moment for the statistics of what was stopped, and closes what is still open then."""
-        until = time.perf_counter() + _GRACE
+        """Waits for the statistics of stopped models, up to a limit, and then ends their answers without."""
+        until = time.perf_counter() + _STATISTICS_TIMEOUT
         while self._open():
             try:
-                self._take(self._arrived.get(timeout=max(until - time.perf_counter(), 0.0)))
+                self._take(self._items.get(timeout=max(until - time.perf_counter(), 0.0)))
             except queue.Empty:
                 for writer in self._open():
                     self._take((self._writers.index(writer), None))
 
 
-class Writer:
-    """Writes one answer down, piece by piece; what the guardrails have not seen yet is not in it."""
+class AnswerWriter:
+    """Fills one answer piece by piece; text that the guardrails have not checked yet is kept back."""
 
-    def __init__(self, lane: Lane, answer: Answer, guard: Guard | None) -> None:
-        self.lane, self.answer, self.guard = lane, answer, guard
+    def __init__(self, column: Column, answer: Answer, guard: Guard | None) -> None:
+        self.column, self.answer, self.guard = column, answer, guard
         self._start = time.perf_counter()
-        self._unseen: list[Token] = []  # of a character, or a possible stop string, that is not complete yet
+        self._pending: list[Token] = []  # of an incomplete character, or of text that may become a stop string
         self._unchecked: list[Span] = []
 
     def push(self, piece: Piece) -> None:
-        """Takes the next piece."""
+        """Adds a piece."""
         self.answer.new_tokens += 1
         self.answer.seconds = time.perf_counter() - self._start
         if self.answer.first_token_seconds is None:
             self.answer.first_token_seconds = self.answer.seconds
-        self._unseen.append(self.lane.token(piece))
+        self._pending.append(self.column.token(piece))
         if piece.text:
-            self._unchecked.append(Span(piece.text, tuple(self._unseen)))
-            self._unseen = []
+            self._unchecked.append(Span(piece.text, tuple(self._pending)))
+            self._pending = []
             if self.guard is None or not _SENTENCE_ENDS.isdisjoint(piece.text):
                 self._release()
 
     def end(self, outcome: Any) -> None:
-        """Takes what the stream ended with: a `Generation`, an error, or None for a model that was told to stop."""
+        """Ends the answer with a `Generation`, an error, or None for a stopped model without statistics."""
         failed = isinstance(outcome, BaseException)
-        whole = getattr(outcome, "generation", None) if failed else outcome  # an answer that broke off has one too
-        if whole is not None:
-            self._statistics(whole.stats)
-            self._rest(whole.text)
+        generation = getattr(outcome, "generation", None) if failed else outcome  # `IncompleteAnswer` has one too
+        if generation is not None:
+            self._set_statistics(generation.stats)
+            self._add_rest(generation.text)
         self._release()
         if self.answer.ending is None:
             self.answer.ending = "error" if failed else getattr(outcome, "finish_reason", "cancelled")
             self.answer.reason = f"{type(outcome).__name__}: {outcome}" if failed else ""
 
     def fail(self, error: Exception) -> None:
-        """Ends the answer with an error other than the model's: of the guardrails, say. What is unchecked stays out."""
+        """Ends the answer with an error that is not the model's, and drops the unchecked text."""
         self._unchecked.clear()
         self.answer.ending, self.answer.reason = "error", f"{type(error).__name__}: {error}"
 
-    def _rest(self, text: str) -> None:
-        """Takes what was held back as the beginning of a stop string when the model was told to stop."""
-        seen = self.answer.text + "".join(span.text for span in self._unchecked)
-        if text.startswith(seen) and text != seen:
-            self._unchecked.append(Span(text[len(seen) :], tuple(self._unseen)))
+    def _add_rest(self, text: str) -> None:
+        """Adds text that a stopped stream kept back because it might have become a stop string."""
+        known = self.answer.text + "".join(span.text for span in self._unchecked)
+        if text.startswith(known) and text != known:
+            self._unchecked.append(Span(text[len(known) :], tuple(self._pending)))
 
     def _release(self) -> None:
-        """Shows what has been held back, if the guardrails have nothing against the text so far."""
-        held, self._unchecked = self._unchecked, []
-        if not held or self.answer.ending == "refused":
+        """Adds the unchecked text to the answer, unless the guardrails refuse the text so far."""
+        spans, self._unchecked = self._unchecked, []
+        if not spans or self.answer.ending == "refused":
             return
-        text = self.answer.text + "".join(span.text for span in held)
+        text = self.answer.text + "".join(span.text for span in spans)
         reason = self.guard(text) if self.guard else None
         if reason is None:
-            self.answer.spans.extend(held)
+            self.answer.spans.extend(spans)
         else:
             self.answer.ending, self.answer.reason = "refused", reason
 
-    def _statistics(self, stats: Any) -> None:
-        """The model's own figures, where it has them."""
+    def _set_statistics(self, stats: Any) -> None:
+        """Replaces the measured statistics by the model's own, if it has them."""
         for name in ("prompt_tokens", "new_tokens", "first_token_seconds", "seconds", "cache_bytes"):
             value = getattr(stats, name, None)
-            if value and not math.isnan(value):  # an endpoint that did not count says 0
+            if value and not math.isnan(value):  # 0: the endpoint does not report it
                 setattr(self.answer, name, value)

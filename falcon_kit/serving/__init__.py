@@ -2,8 +2,8 @@
 
 The files, in the order of their imports:
 
-protocol.py    what every protocol has in common, and how failures are named (no torch)
-stream.py      an answer as it arrives (no torch)
+protocol.py    what all protocols share: requests, responses, retries, errors (no torch)
+stream.py      one response while it is received (no torch)
 openai_api.py  OpenAI-compatible servers (no torch)
 tgi.py         Text Generation Inference (no torch)
 sagemaker.py   SageMaker endpoints (no torch)

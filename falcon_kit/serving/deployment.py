@@ -1,7 +1,7 @@
 """Settings to serve a Falcon on GPUs: vLLM's command line, and the environment of SageMaker's LMI container.
 
-Computed from the plan's bytes; nothing is started. vLLM splits each layer evenly over the GPUs, by heads (tensor
-parallelism), so that what counts is all memory together, not where whole layers would go.
+They follow from the memory plan; nothing is started. vLLM splits each layer evenly over the GPUs, by heads (tensor
+parallelism), so the model fits if the memory of all GPUs together suffices.
 """
 
 import shlex
@@ -16,8 +16,8 @@ from falcon_kit.planning.devices import GPUS, MACHINES, MIB, find_slots
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95
-"""Of each GPU's memory, for vLLM to use (its default is 0.9): a 40B on four A10G needs nearly all of it."""
-MOST_TEXTS = 256
+"""The share of each GPU's memory that vLLM may use. Its default is 0.9, and a 40B on four A10G needs more."""
+MAX_TEXTS = 256
 """vLLM's own default of --max-num-seqs."""
 
 
@@ -26,16 +26,16 @@ class Deployment:
     """How to serve one Falcon on one machine; a table in Jupyter."""
 
     machine: str
-    """The instance type, or the devices by another word."""
+    """The instance type or the devices, as given."""
     plan: Plan
-    """What one text of the whole context takes, in `MEMORY_SHARE` of the memory."""
+    """The memory plan for one text of the whole context, in `MEMORY_SHARE` of the memory."""
     texts: int
-    """Texts of the whole context that fit at a time: vLLM reads prompts in pieces, so that a further one takes only its
-    keys and values."""
+    """Texts of the whole context that fit at the same time. vLLM splits the prefill into chunks, so each further text
+    needs memory for its keys and values only."""
 
     @property
     def gpus(self) -> int:
-        """GPUs, over which each layer is split."""
+        """The number of GPUs, over which each layer is split."""
         return len(self.plan.slots)
 
     @property
@@ -50,13 +50,13 @@ class Deployment:
         }
 
     def command(self, *more: str) -> str:
-        """The command line for vLLM, with `more` arguments; put a key into VLLM_API_KEY rather than here."""
+        """The command line for vLLM, with `more` arguments. Pass an API key by VLLM_API_KEY, not here."""
         options = [word for name, value in self.vllm.items() for word in (f"--{name}", str(value))]
         return shlex.join(["vllm", "serve", self._model, *options, *more])
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment of SageMaker's LMI container, which runs vLLM.
+        """Environment variables of SageMaker's LMI container, which runs vLLM.
 
         Source: https://docs.djl.ai/docs/serving/serving/docs/lmi/user_guides/vllm_user_guide.html
         """
@@ -97,28 +97,28 @@ class Deployment:
 def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") -> Deployment:
     """Settings to serve a Falcon ("falcon-40b-instruct") on a machine ("ml.g5.12xlarge", "4xA100-80GB").
 
-    Raises LookupError for an unknown name, ValueError for a dtype other than bfloat16 and float16, or GPUs over which
-    the heads do not split, and NotEnoughMemory, with what would help, where not even one text fits.
+    Raises LookupError for an unknown name, ValueError for a dtype other than bfloat16 and float16 or a number of GPUs
+    that does not divide the KV heads, and NotEnoughMemory, with suggestions, if not even one text fits.
     """
     shape = name if isinstance(name, FalconSpec) else spec(name)
     if dtype not in ("bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, in which vLLM serves a Falcon as published")
+        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, the dtypes in which vLLM serves Falcon")
     slots = [replace(slot, free_bytes=int(slot.free_bytes * MEMORY_SHARE)) for slot in find_slots(machine)]
     if shape.kv_heads % len(slots):
         possible = [count for count in range(1, len(slots)) if shape.kv_heads % count == 0]
         raise ValueError(
-            f"{machine} has {len(slots)} GPUs, over which the {shape.query_heads} query and {shape.kv_heads} KV heads "
-            f"of {shape.name} do not split: take {' or '.join(map(str, possible))} of them"
+            f"the {shape.query_heads} query heads and {shape.kv_heads} KV heads of {shape.name} cannot be split evenly "
+            f"over the {len(slots)} GPUs of {machine}: take {' or '.join(map(str, possible))} of them"
         )
     one = plan(shape, dtype, context=shape.context, devices=slots)
     further = (one.free_bytes - one.total_bytes) // (shape.kv_bytes_per_token() * shape.context)
     if further < 0:
         raise NotEnoughMemory(replace(one, suggestions=tuple(_suggestions(one))))
-    return Deployment(machine, one, min(1 + further, MOST_TEXTS))
+    return Deployment(machine, one, min(1 + further, MAX_TEXTS))
 
 
 def _suggestions(short: Plan) -> Iterator[str]:
-    """What would help here: the smallest instance type that has the memory, or a smaller model."""
+    """What would fit: the smallest instance type with enough memory, or a smaller model."""
     by_memory = sorted(MACHINES.items(), key=lambda machine: machine[1][0] * GPUS[machine[1][1]])
     for name, (count, gpu) in by_memory:
         memory = count * GPUS[gpu] * MIB * MEMORY_SHARE

@@ -1,4 +1,4 @@
-"""`connect`: a Falcon that runs elsewhere, with the interface of one that runs here."""
+"""`connect`: a Falcon on a server, with the methods of a local one."""
 
 import asyncio
 import os
@@ -19,42 +19,43 @@ from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.protocol import Connection, Request, Server, redact_url, retry_stream
-from falcon_kit.serving.stream import Answer, RemoteStream, wait_for, write
+from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
-AT_ONCE = 16
-"""Requests of one call that are under way at the same time."""
-_CONTROL = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # the published vocabulary's special tokens
+MAX_CONCURRENT_REQUESTS = 16
+"""Requests that one call sends at the same time."""
+_SPECIAL_TOKENS = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # of the published vocabulary
 
 
 @dataclass(frozen=True, repr=False)
 class Endpoint:
-    """A Falcon behind a URL: `generate`, `stream` and `chat` as those of `falcon_kit.Falcon`."""
+    """A Falcon behind a URL, with the methods `generate`, `stream` and `chat` of `falcon_kit.Falcon`."""
 
     model: str
-    """The name it goes by there."""
+    """The model's name at the endpoint."""
     server: str
-    """What runs there."""
+    """The server software."""
     address: str
-    """Where, without a query."""
+    """The URL without a query."""
     context: int | None
-    """Tokens of prompt and answer together that it takes; None where neither the endpoint nor the catalogue tells."""
+    """The limit for tokens of prompt and answer together; None if neither endpoint nor catalogue contains it."""
     spec: FalconSpec | None
-    """Its shape, where its name is in the catalogue or a directory here."""
+    """The model's shape, if its name is in the catalogue or a local directory."""
     chat_format: ChatFormat
-    """Whose stop strings end an answer of `chat`; it also writes the turns where `own_format` is set."""
+    """Its stop strings end an answer of `chat`; with `own_format` it also renders the conversation."""
     own_format: bool
-    """Whether `chat` writes the turns in the kit's format; else the endpoint's own template does."""
+    """Whether `chat_format` renders the conversation; otherwise the endpoint's own chat template does."""
     _server: Server = field(repr=False)
     _retries: int = field(repr=False)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
-        """Continues a text: a `Generation`; for several texts or sequences, a list of them, written at the same time.
+        """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 
-        `settings` are the fields of `falcon_kit.Sampling`, and of others those that the endpoint has a field for; the
-        rest is refused with a ValueError that says what to do instead. A seed counts up over several sequences.
-        Raises LookupError for a wrong model name, PermissionError for a refused key, ConnectionError where nobody
-        answers, TimeoutError where nobody speaks, and `IncompleteAnswer`, with the text so far, where one breaks off.
+        `settings` are the fields of `falcon_kit.Sampling`, and others that the endpoint has a field for. Sequence
+        number n of a prompt has the seed `seed + n`. Raises ValueError for a setting without a field, with what to do
+        instead, LookupError for a wrong model name, PermissionError for a refused key, ConnectionError if there is no
+        response, TimeoutError if the response pauses too long, and `IncompleteAnswer`, with the text so far, if it
+        breaks.
         """
         sampling, options = split_settings(settings)
         prompts, single = check_prompt(prompt)
@@ -69,39 +70,39 @@ class Endpoint:
             for each in prompts
             for seed in seeds
         ]
-        generations = self._write_all(requests, strip=False)
+        generations = self._generate_all(requests, strip=False)
         return generations[0] if single and copies == 1 else generations
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> RemoteStream:
-        """Continues a text, or answers a conversation, piece by piece; closing the iterator closes the connection."""
+        """Continues a prompt, or answers a conversation, piece by piece; closing the iterator closes the connection."""
         sampling, options = split_settings(settings)
-        require(sampling.num_return_sequences == 1, "a stream carries one text: leave num_return_sequences at 1")
+        require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._stream(self._turns(cast(Sequence[Message], prompt), sampling, options), strip=True)
+            return self._stream(self._chat_request(cast(Sequence[Message], prompt), sampling, options), strip=True)
         prompts, single = check_prompt(cast(Prompt, prompt))
-        require(single, "a stream carries one text: give one prompt, or use generate()")
+        require(single, "a stream yields one text: give one prompt, or use generate()")
         return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), strip=False)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
-        """Answers a conversation: [{"role": "user", "content": "..."}]. Ends before the next speaker's turn.
+        """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
 
-        Raises ValueError for unknown roles, turns out of order, or a message that spells out a control token, besides
-        what `generate` raises.
+        Raises what `generate` raises, and ValueError for unknown roles, messages out of order, or a message that
+        contains a special token.
         """
         sampling, options = split_settings(settings)
-        require(sampling.num_return_sequences == 1, "chat gives one answer: leave num_return_sequences at 1")
-        return self._write_all([self._turns(messages, sampling, options)], strip=True)[0]
+        require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
+        return self._generate_all([self._chat_request(messages, sampling, options)], strip=True)[0]
 
-    def _turns(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
-        """The request for a conversation; the next speaker is a stop string."""
+    def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
+        """The request for a conversation."""
         checked = check_messages(messages)
         for number, message in enumerate(checked, 1):
-            if found := _CONTROL.search(message["content"]):
+            if special := _SPECIAL_TOKENS.search(message["content"]):
                 raise ValueError(
-                    f"message {number} spells out {found[0]!r}, which the endpoint would take for a control token: "
+                    f"message {number} contains {special[0]!r}, which the endpoint would read as a special token: "
                     "write it differently"
                 )
-        rendered = render(checked, self.chat_format)  # raises where there is nothing to answer
+        rendered = render(checked, self.chat_format)  # raises ValueError if the last message is the assistant's
         stop = tuple(dict.fromkeys((*self.chat_format.stop, *sampling.stop_strings)))
         return Request(rendered if self.own_format else None, checked, sampling, options, stop)
 
@@ -109,21 +110,21 @@ class Endpoint:
         body, answer = self._server.body(request), _answer(request, strip)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
-            return await write(self._server, body, answer, self._retries, self.context, emit)
+            return await request_answer(self._server, body, answer, self._retries, self.context, emit)
 
         return RemoteStream(answer, work)
 
-    def _write_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
-        """All texts, some at a time; the first failure ends the others."""
+    def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
+        """All texts, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
         bodies = [self._server.body(each) for each in requests]  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
 
         async def work() -> list[Generation]:
-            semaphore = asyncio.Semaphore(AT_ONCE)
+            semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
 
             async def one(body: dict[str, Any], answer: Answer) -> Generation:
                 async with semaphore:
-                    return await write(self._server, body, answer, self._retries, self.context)
+                    return await request_answer(self._server, body, answer, self._retries, self.context)
 
             tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
             try:
@@ -132,15 +133,17 @@ class Endpoint:
                 for task in tasks:
                     task.cancel()
 
-        return _shared(wait_for(work()))
+        return _with_shared_stats(wait_for(work()))
 
     def _facts(self) -> dict[str, str]:
         return {
             "model": self.model,
             "server": self.server,
             "address": self.address,
-            "context": f"{self.context} tokens" if self.context else "it does not tell",
-            "chat": f"the kit's {self.chat_format.name} format" if self.own_format else "the endpoint's own template",
+            "context": f"{self.context} tokens" if self.context else "not reported",
+            "chat": f"the kit's {self.chat_format.name} format"
+            if self.own_format
+            else "the endpoint's own chat template",
         }
 
     def __repr__(self) -> str:
@@ -163,83 +166,83 @@ def connect(
     retries: int = 4,
     session: Any = None,
 ) -> Endpoint:
-    """A Falcon that runs elsewhere: "http://host:8000/v1" or "sagemaker://endpoint-name".
+    """The endpoint at a URL: "http://host:8000/v1" or "sagemaker://endpoint-name".
 
-    model: its name there; unset, the only one there is (`transformers serve` does not tell: give what it was started
-    with). api: "openai" or "tgi"; unset, found out (on SageMaker "tgi", which is LMI's schema too).
-    token: its key; unset, FALCON_KIT_TOKEN, and HF_TOKEN for huggingface.co itself. It is never shown.
-    chat: "falcon", "hub" or "baize" writes conversations in that format as plain completions; unset, the endpoint's own
-    template does, where its protocol has conversations (TGI's has none). context: tokens it takes, where it does not
-    tell. timeout: seconds without a word from it. retries: further attempts, with growing pauses, where it is busy
-    (429, 503) or refuses the connection; never once the first piece has come. session: a boto3.Session, for SageMaker.
+    model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
+    directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
+    SageMaker). token: the API key, which is never shown; unset, FALCON_KIT_TOKEN, or HF_TOKEN for huggingface.co only.
+    chat: "falcon", "hub" or "baize" renders conversations in that format and sends them as plain completions; unset,
+    the endpoint's own chat template renders them, if its protocol has conversations (TGI's has not). context: its limit
+    in tokens, if it does not report one. timeout: seconds without a byte from it until a request fails. retries:
+    further attempts, after growing pauses, while the endpoint is busy (429, 503), refuses connections or closes them
+    before the first piece. session: a boto3.Session, for SageMaker.
 
-    Raises ConnectionError where nothing answers in the protocol, LookupError for a model or endpoint that is not there,
-    PermissionError for a refused key, and ValueError for a URL or word that is none.
+    Raises ConnectionError if no server with such a protocol responds, LookupError for a model or endpoint that does not
+    exist, PermissionError for a refused key, and ValueError for an invalid URL or argument.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
-    chosen = None if chat is None else chat_format(chat)
-    wire = Connection(token or _token(url), timeout, retries)
-    server = wait_for(_found(url, model, api, wire, session))
-    facts, shape = server.facts, _shape(server.facts.model)
+    own_format = None if chat is None else chat_format(chat)
+    connection = Connection(token or _token_from_environment(url), timeout, retries)
+    server = wait_for(_discover_with_retries(url, model, api, connection, session))
+    facts, shape = server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=facts.model,
         server=facts.server,
         address=facts.address,
         context=context or facts.context or (shape.context if shape else None),
         spec=shape,
-        chat_format=chosen or default_format(shape),
-        own_format=chosen is not None or not server.chats,
+        chat_format=own_format or default_format(shape),
+        own_format=own_format is not None or not server.accepts_messages,
         _server=server,
         _retries=retries,
     )
 
 
-async def _found(url: str, model: str | None, api: Api | None, wire: Connection, session: Any) -> Server:
-    """The endpoint, asked until it answers."""
+async def _discover_with_retries(
+    url: str, model: str | None, api: Api | None, connection: Connection, session: Any
+) -> Server:
+    async def attempt() -> AsyncIterator[Server]:
+        yield await _discover(url, model, api, connection, session)
 
-    async def once() -> AsyncIterator[Server]:
-        yield await _find(url, model, api, wire, session)
-
-    async for server in retry_stream(once, wire.retries):
-        return server
-    raise AssertionError("retry_stream yields or raises")
+    (server,) = [each async for each in retry_stream(attempt, connection.retries)]
+    return server
 
 
-async def _find(url: str, model: str | None, api: Api | None, wire: Connection, session: Any) -> Server:
-    """What speaks at the URL."""
+async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
+    """The server at the URL, with the protocol that it uses."""
     parts = urlsplit(url.strip())
     require(
         parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc),
-        f"{redact_url(url)!r} is no endpoint: give http://host:port/v1, or sagemaker://endpoint-name",
+        f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name",
     )
-    require("@" not in parts.netloc, "the URL holds a user or password, which logs would show: give a key by token=")
+    require(
+        "@" not in parts.netloc, "the URL contains a user name or password, which logs would show: give a key by token="
+    )
     if parts.scheme == "sagemaker":
-        server = await asyncio.to_thread(sagemaker.SageMakerServer, parts.netloc, api or "tgi", model, wire, session)
-        await asyncio.to_thread(server.check)
-        return server
+        return await asyncio.to_thread(sagemaker.discover, parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
-        if found := await tgi.discover(base.geturl(), model, wire):
-            return found
+        if server := await tgi.discover(base.geturl(), model, connection):
+            return server
         if api == "tgi":
-            raise ConnectionError(f"{redact_url(url)} is no TGI: its /info tells no model. Check the URL")
-    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, wire)
+            raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
+    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
 
 
-def _token(url: str) -> str | None:
-    """The key from the environment; that of Hugging Face goes to its own hosts only, and never in the clear.
+def _token_from_environment(url: str) -> str | None:
+    """FALCON_KIT_TOKEN for any host, HF_TOKEN over https for huggingface.co and its subdomains only.
 
-    Those under huggingface.cloud are anybody's endpoints: who trusts one gives it the key by `token`.
+    Hosts under huggingface.cloud belong to other users, so they get no key unless it is passed as `token`.
     """
     parts = urlsplit(url.strip())
     host = parts.hostname or ""
-    ours = parts.scheme == "https" and (host == "huggingface.co" or host.endswith(".huggingface.co"))
-    return os.environ.get("FALCON_KIT_TOKEN") or (os.environ.get("HF_TOKEN") if ours else None)
+    is_hub = parts.scheme == "https" and (host == "huggingface.co" or host.endswith(".huggingface.co"))
+    return os.environ.get("FALCON_KIT_TOKEN") or (os.environ.get("HF_TOKEN") if is_hub else None)
 
 
-def _shape(model: str) -> FalconSpec | None:
-    """What the catalogue, or a directory here, knows of a model by its name there."""
+def _find_spec(model: str) -> FalconSpec | None:
+    """The shape of a model by its name at the endpoint, from the catalogue or a local directory; None if unknown."""
     try:
         return spec(model if Path(model).is_dir() else model.rpartition("/")[2].removesuffix(".gguf"))
     except (LookupError, ValueError, OSError):
@@ -247,13 +250,13 @@ def _shape(model: str) -> FalconSpec | None:
 
 
 def _answer(request: Request, strip: bool) -> Answer:
-    """An empty answer; its prompt is the text sent, or the last turn where the endpoint writes the turns out."""
+    """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
     return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip)
 
 
-def _shared(generations: list[Generation]) -> list[Generation]:
-    """Statistics of the whole call for each of its texts, as a batch has them."""
+def _with_shared_stats(generations: list[Generation]) -> list[Generation]:
+    """The generations, each with the statistics of the whole call, as for a local batch."""
     if len(generations) == 1:
         return generations
     each = [generation.stats for generation in generations]

@@ -1,15 +1,11 @@
-"""A Falcon as a GGUF file, for llama.cpp and what is built on it: weights, tokenizer and chat template in one file.
+"""A Falcon as a GGUF file, for llama.cpp and programs built on it: weights, tokenizer and chat template in one file.
 
-llama.cpp computes the parallel block with rotary positions and without biases, with one LayerNorm (7B) or two (40B,
-180B); it has no ALiBi Falcon (ggml-org/llama.cpp#2868). Its GELU is the tanh approximation, where Falcon's is exact.
+llama.cpp supports the parallel block with rotary positions and without biases, with one LayerNorm (7B) or two (40B,
+180B), but not ALiBi (ggml-org/llama.cpp#2868). It computes GELU by the tanh approximation; Falcon's is exact.
 """
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.tables import format_bytes
+from falcon_kit.display.saving import atomic_file
 from falcon_kit.loading.falcon import Falcon
 
 FILE_TYPES = {
@@ -30,31 +26,31 @@ FILE_TYPES = {
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-"""What the matrices can be kept in. q8_0: 8 bits and a scale for each 32 values. LayerNorms stay in float32."""
-_NAMES = {
+"""Dtypes of the matrices. q8_0: 8 bits per value and a scale per 32 values. LayerNorms stay in float32."""
+_MODULES = {
     "input_layernorm": "attn_norm",
-    "ln_mlp": "attn_norm",  # llama.cpp's feed-forward reads attn_norm, its attention attn_norm_2 where there is one
+    "ln_mlp": "attn_norm",  # llama.cpp's MLP reads attn_norm, its attention reads attn_norm_2 if it exists
     "ln_attn": "attn_norm_2",
     "self_attention.query_key_value": "attn_qkv",
     "self_attention.dense": "attn_output",
     "mlp.dense_h_to_4h": "ffn_up",
     "mlp.dense_4h_to_h": "ffn_down",
 }
-_SMALL = 2**30  # bytes up to which a progress bar would only flash by
+_PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progress bar
 
 
 def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> Path:
     """Writes a Falcon of the 7B, 40B or 180B layout as one GGUF file, and returns its path.
 
-    The file holds the weights, the tokenizer (merges, special tokens, end token) and the chat template. It appears
-    under its name once it is whole; until then, it grows beside it. dtype: "auto" (the model's), "float32", "float16",
-    "bfloat16", or "q8_0"; llama.cpp's own `llama-quantize` makes smaller ones of these.
+    The file contains the weights, the tokenizer (merges, special tokens, end-of-sequence token) and the chat template.
+    It is complete or absent, see `falcon_kit.display.saving`. dtype: "auto" (the model's), "float32", "float16",
+    "bfloat16" or "q8_0"; llama.cpp's own `llama-quantize` converts such a file to 4 bits.
 
-    Raises ValueError for a layout that llama.cpp cannot compute, quantised or offloaded weights, or an unknown dtype,
-    FileNotFoundError for a missing directory, and OSError where the disk has no room, all before anything is written.
+    Raises ValueError for a layout that llama.cpp does not support, quantised or offloaded weights, or an unknown dtype,
+    FileNotFoundError for a missing directory, and OSError if the disk has no room, all before anything is written.
     """
     if not isinstance(falcon, Falcon):
-        raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load gives it, not a {type(falcon).__name__}")
+        raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load returns it, not a {type(falcon).__name__}")
     return write_gguf(falcon.model, falcon.spec, Path(path), dtype, falcon.tokenizer)
 
 
@@ -65,17 +61,17 @@ def write_gguf(
     dtype: str | torch.dtype = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp has to be given token ids."""
+    """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp accepts token ids only."""
     kind, file_type = _file_type(model, dtype)
     _check(model, spec)
     path = path.expanduser()
-    with _appearing(path, _size(spec, kind)) as partial:
+    with atomic_file(path, _size(spec, kind)) as partial:
         writer = GGUFWriter(partial, "falcon")
         _add_shape(writer, model, spec)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer, spec.vocabulary)
-        _write(writer, model, spec, kind)
+        _write_tensors(writer, model, spec, kind)
     return path
 
 
@@ -84,27 +80,27 @@ def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> tuple[GGML
     if name not in FILE_TYPES:
         raise ValueError(
             f"dtype {dtype!r} is not one of auto, {', '.join(FILE_TYPES)}; for 4 bits, export bfloat16 and "
-            "let llama.cpp's llama-quantize make q4_k_m of it"
+            "convert that to q4_k_m with llama.cpp's llama-quantize"
         )
     return FILE_TYPES[name]
 
 
 def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
-    """Raises ValueError for what llama.cpp would refuse, or compute as something else."""
+    """Raises ValueError for a model that llama.cpp would refuse or compute wrongly."""
     reasons = {
         "positions by ALiBi": spec.positions == "alibi",
         "a sequential block": not spec.parallel_block,
         "biases in its linear layers": spec.bias,
     }
-    if found := [reason for reason, holds in reasons.items() if holds]:
+    if unsupported := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(
-            f"{spec.name} has {', '.join(found)}, and llama.cpp's Falcon has none of that "
+            f"{spec.name} has {', '.join(unsupported)}, which llama.cpp does not support for Falcon "
             "(ggml-org/llama.cpp#2868): serve it with `transformers serve`, or export a 7B, 40B or 180B"
         )
     if getattr(model, "quantization_method", None) or any(not each.is_floating_point() for each in model.parameters()):
         raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q8_0'")
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("adapters are on the model: fk.merge(adapter, base) gives one with them in its weights")
+        raise ValueError("the model has adapters: fk.merge(adapter, base) writes them into the weights")
     if any(each.is_meta for each in model.parameters()):
         raise ValueError("some weights are offloaded: load the model with device_map='cpu', and export that")
 
@@ -116,26 +112,12 @@ def _size(spec: FalconSpec, kind: GGMLQuantizationType) -> int:
     return stored * size // values
 
 
-@contextmanager
-def _appearing(path: Path, size: int) -> Iterator[Path]:
-    """A file to write beside `path`, which takes that name when all went well, and vanishes when not."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} in: make it first")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory: give the name of a file, such as {path / 'falcon.gguf'}")
-    if (free := shutil.disk_usage(path.parent).free) < size:
-        raise OSError(f"{path.name} needs {format_bytes(size)}, and {path.parent} has {format_bytes(free)} free")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        yield Path(folder) / path.name
-        (Path(folder) / path.name).replace(path)
-
-
 def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -> None:
-    config: Any = model.config  # typed as if every value could be None
+    config: Any = model.config  # transformers types every value as optional
     writer.add_name(spec.name)
     if spec.licence != "not stated":
         writer.add_license(spec.licence)
-    writer.add_tensor_data_layout("jploski")  # llama.cpp's name for a projection that is not per group any more
+    writer.add_tensor_data_layout("jploski")  # llama.cpp's name for a fused projection that is not grouped
     writer.add_context_length(spec.context)
     writer.add_embedding_length(spec.d_model)
     writer.add_feed_forward_length(spec.intermediate_size)
@@ -148,13 +130,13 @@ def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-    """The tokenizer under llama.cpp's names: byte-level BPE is "gpt2" there, Falcon's way to cut a text "falcon"."""
+    """The tokenizer under llama.cpp's names: byte-level BPE is "gpt2" there, Falcon's pre-tokenizer is "falcon"."""
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
     if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}: give the model's own tokenizer"
         )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     names = {id: token for token, id in tokenizer.get_vocab().items()}
@@ -181,27 +163,27 @@ def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: Pr
     return TokenType.USER_DEFINED if id in tokenizer.added_tokens_decoder else TokenType.NORMAL
 
 
-def _write(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, kind: GGMLQuantizationType) -> None:
-    """First what all tensors are, then one after the other, so that no more than one is held twice."""
+def _write_tensors(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, kind: GGMLQuantizationType) -> None:
+    """Writes the metadata of all tensors, then one tensor after the other, so that only one is in memory twice."""
     weights: dict[str, torch.Tensor] = model.state_dict()
-    names = _names(weights, spec)
+    names = _tensor_names(weights, spec)
     for key, name in names.items():
         shape = weights[key].shape
-        size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, _stored(shape, kind))))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=_stored(shape, kind))
+        size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, _stored_type(shape, kind))))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=_stored_type(shape, kind))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key in tqdm(names, desc="Writing", unit="tensor", disable=_size(spec, kind) < _SMALL):
-            weight = _split(weights[key], spec) if "query_key_value" in key else weights[key]
-            writer.write_tensor_data(_bytes(weight.detach().cpu(), _stored(weight.shape, kind)))
+        for key in tqdm(names, desc="Writing", unit="tensor", disable=_size(spec, kind) < _PROGRESS_BAR_BYTES):
+            weight = _ungroup(weights[key], spec) if "query_key_value" in key else weights[key]
+            writer.write_tensor_data(_to_bytes(weight.detach().cpu(), _stored_type(weight.shape, kind)))
     finally:
         writer.close()
 
 
-def _names(weights: dict[str, torch.Tensor], spec: FalconSpec) -> dict[str, str]:
-    """llama.cpp's name of each weight that goes into the file."""
+def _tensor_names(weights: dict[str, torch.Tensor], spec: FalconSpec) -> dict[str, str]:
+    """llama.cpp's name for each weight in the file."""
     names = {"transformer.word_embeddings.weight": "token_embd.weight"}
     names |= {f"transformer.ln_f.{kind}": f"output_norm.{kind}" for kind in ("weight", "bias")}
     if not spec.tied_head:
@@ -210,23 +192,23 @@ def _names(weights: dict[str, torch.Tensor], spec: FalconSpec) -> dict[str, str]
         if key.startswith("transformer.h."):
             _, _, layer, module = key.split(".", 3)
             module, _, kind = module.rpartition(".")
-            names[key] = f"blk.{layer}.{_NAMES[module]}.{kind}"
+            names[key] = f"blk.{layer}.{_MODULES[module]}.{kind}"
     return names
 
 
-def _split(fused: torch.Tensor, spec: FalconSpec) -> torch.Tensor:
-    """The fused projection as all queries, all keys, all values, where Falcon has [queries, key, value] by group."""
+def _ungroup(fused: torch.Tensor, spec: FalconSpec) -> torch.Tensor:
+    """The fused projection as all queries, all keys, all values; Falcon stores [queries, key, value] per group."""
     groups = fused.view(spec.kv_heads, -1, spec.head_dim, spec.d_model)  # (G, H / G + 2, D, d_model)
     return torch.cat([part.reshape(-1, spec.d_model) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])])
 
 
-def _stored(shape: torch.Size, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Vectors stay in float32: llama.cpp adds and multiplies them in no other type."""
+def _stored_type(shape: torch.Size, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of a tensor in the file. Vectors stay in float32, the only type llama.cpp supports for them."""
     return GGMLQuantizationType.F32 if len(shape) == 1 else kind
 
 
-def _bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """A weight as the file holds it. bfloat16 goes by its bytes: numpy has no such type."""
+def _to_bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """A weight as the file stores it. bfloat16 is passed as bytes, because numpy has no such dtype."""
     if kind == GGMLQuantizationType.BF16:
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     return gguf.quants.quantize(weight.float().numpy(), kind)

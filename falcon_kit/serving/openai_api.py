@@ -1,7 +1,7 @@
 """OpenAI-compatible endpoints through the `openai` client: vLLM, llama.cpp's server, `transformers serve`, others.
 
-They agree on the standard fields and differ in the rest. What the kit's settings mean must not depend on a server's
-defaults (llama.cpp draws with top_k=40 and min_p=0.05 unless told otherwise), so those are always spelled out.
+They share the standard fields and differ in the rest. A server's own defaults (llama.cpp samples with top_k=40 and
+min_p=0.05) must not change what the kit's settings mean, so every request overrides them.
 """
 
 import json
@@ -13,38 +13,40 @@ import httpx2
 import openai
 
 from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.protocol import (
     Connection,
     Delta,
     Facts,
     Request,
-    failure,
+    connection_error,
+    error_message,
     get_json,
+    http_error,
     map_settings,
-    message_in,
     redact_url,
-    unreachable,
 )
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """In what a server differs from the standard."""
+    """How a server differs from the standard."""
 
     name: str
-    """For people."""
+    """The name in error messages."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Further settings: transformers' name, and the server's."""
+    """Further settings: transformers' name and the server's."""
     neutral: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that switch the server's own sampling defaults off."""
+    """Fields that switch off the server's own sampling defaults."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that make it tell more."""
+    """Fields that request token ids, stop strings in the text, or timings."""
     logprobs: bool = False
-    """Whether it gives log-probabilities in a stream, those before temperature, top_k and top_p."""
-    stops: bool = False
-    """Whether stop strings may be sent: it says why it ended, or leaves the string in the text."""
+    """Whether it streams log-probabilities, those before temperature, top_k and top_p."""
+    accepts_stop: bool = False
+    """Whether a request may contain stop strings: the server names the one it found, or leaves it in the text."""
     usage: bool = True
-    """Whether it has to be asked for its count of tokens."""
+    """Whether a request has to ask for the token counts."""
     token_prompts: bool = False
     """Whether a prompt may be token ids."""
 
@@ -57,10 +59,10 @@ VLLM = Dialect(
         "repetition_penalty": "repetition_penalty",
         "min_new_tokens": "min_tokens",
     },
-    neutral={"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},  # it takes defaults from generation_config.json
+    neutral={"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},  # vLLM reads generation_config.json
     extra={"include_stop_str_in_output": True, "return_token_ids": True},
     logprobs=True,
-    stops=True,
+    accepts_stop=True,
     token_prompts=True,
 )
 LLAMA_CPP = Dialect(
@@ -72,33 +74,36 @@ LLAMA_CPP = Dialect(
     token_prompts=True,
 )
 _GENERATION = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
-TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, stops=True, usage=False)
+TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True, usage=False)
 STANDARD = Dialect("an OpenAI-compatible server of another kind")
 
 
 class OpenAIServer:
-    """Speaks with one endpoint of this kind."""
+    """An endpoint with the OpenAI protocol."""
 
-    chats = True
+    accepts_messages = True
 
-    def __init__(self, url: str, facts: Facts, dialect: Dialect, wire: Connection) -> None:
-        self.facts, self.stops, self._dialect, self._wire = facts, dialect.stops, dialect, wire
+    def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
+        self.facts, self.accepts_stop = facts, dialect.accepts_stop
+        self._dialect, self._connection = dialect, connection
         self._client = openai.AsyncOpenAI(
             base_url=url,
-            api_key=wire.token or "none",  # the client insists on one
-            max_retries=0,  # `retry_stream` knows when to
-            timeout=wire.waiting,
+            api_key=connection.token or "none",  # the client requires one
+            # The client would also repeat a request after a timeout or an HTTP 500, which the server may have computed
+            # in full; `retry_stream` repeats a request only if the server did not accept it (429, 503, no connection).
+            max_retries=0,
+            timeout=connection.http_timeout,
         )
 
     def body(self, request: Request) -> dict[str, Any]:
         """The fields of a completion, or of a chat completion."""
         dialect, sampling = self._dialect, request.sampling
-        carried = map_settings(request, dialect.name, dialect.fields)
+        options = map_settings(request, dialect.name, dialect.fields)
         body: dict[str, Any] = {"model": self.facts.model, "max_tokens": request.new_tokens, "stream": True}
         body |= dialect.extra
         if dialect.usage:
             body["stream_options"] = {"include_usage": True}
-        if request.stop and dialect.stops:
+        if request.stop and dialect.accepts_stop:
             body["stop"] = list(request.stop)
         if request.prompt is None:
             body["messages"] = [dict(message) for message in request.messages]
@@ -110,21 +115,20 @@ class OpenAIServer:
             )
             body["prompt"] = request.prompt
             body |= {"logprobs": 1} if dialect.logprobs else {}
-        chosen = _transformers_choice if dialect is TRANSFORMERS else _choice
-        body |= chosen(request, carried, dialect)
+        body |= _sampling_fields(sampling, options, dialect)
         return body if sampling.seed is None else body | {"seed": sampling.seed}
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields what each chunk says."""
+        """Sends the request and yields the deltas of each chunk."""
         call = self._client.chat.completions if "messages" in body else self._client.completions
         standard = {"model", "messages", "prompt", "stream"}
         extra = {name: value for name, value in body.items() if name not in standard}
-        given = {name: value for name, value in body.items() if name in standard}
+        arguments = {name: value for name, value in body.items() if name in standard}
         try:
-            stream: Any = await call.create(**given, extra_body=extra)
+            stream: Any = await call.create(**arguments, extra_body=extra)
             async with stream:
                 async for chunk in stream:
-                    for delta in read(chunk.to_dict()):
+                    for delta in read_chunk(chunk.to_dict()):
                         yield delta
         except (openai.OpenAIError, httpx2.HTTPError, json.JSONDecodeError) as error:
             raise self._explain(error) from None  # the client's own error may quote the request
@@ -132,35 +136,31 @@ class OpenAIServer:
     def _explain(self, error: Exception) -> Exception:
         address = self.facts.address
         if isinstance(error, openai.APIStatusError):
-            said = message_in(error.body or error.response.text)
-            return failure(error.status_code, self._wire.scrub(said), address, error.response.headers)
+            message = self._connection.redact(error_message(error.body or error.response.text))
+            return http_error(error.status_code, message, address, error.response.headers)
         if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
             error = error.__cause__
         if isinstance(error, httpx2.HTTPError):
-            return unreachable(error, address, self._wire.timeout)
-        return ConnectionError(f"{address} reports: {self._wire.scrub(str(error))}")
+            return connection_error(error, address, self._connection.timeout)
+        return ConnectionError(f"{address} reports: {self._connection.redact(str(error))}")
 
 
-def _choice(request: Request, carried: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
-    """The fields that say how a token is chosen."""
-    sampling = request.sampling
+def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
+    """The fields that decide how the next token is chosen."""
+    if dialect is TRANSFORMERS:  # which reads all but the standard fields from a GenerationConfig as JSON
+        return {"generation_config": json.dumps(sampling.generate_arguments() | options)}
     if not sampling.samples:
-        return {"temperature": 0.0, **carried}
-    chosen = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **carried}
-    given = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return chosen | {name: value for name, value in given.items() if value is not None}
+        return {"temperature": 0.0, **options}
+    defaults = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **options}
+    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return defaults | {name: value for name, value in chosen.items() if value is not None}
 
 
-def _transformers_choice(request: Request, carried: dict[str, Any], _: Dialect) -> dict[str, Any]:
-    """The same for `transformers serve`, which takes all but the standard fields from a GenerationConfig as JSON."""
-    return {"generation_config": json.dumps(request.sampling.generate_arguments() | carried)}
-
-
-def read(chunk: Mapping[str, Any]) -> Iterator[Delta]:
-    """What a chunk of a stream says, completion or chat; the text goes with the last of its tokens."""
+def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
+    """The deltas of a chunk, completion or chat: one per token, and the text in the last."""
     usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
     prompt = usage.get("prompt_tokens") or (timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0) or None
-    counted: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "new_tokens": usage.get("completion_tokens") or timings.get("predicted_n"),
     }
@@ -169,22 +169,23 @@ def read(chunk: Mapping[str, Any]) -> Iterator[Delta]:
         tokens = _tokens(choice)
         yield from (Delta(token_id=token, logprob=logprob) for token, logprob in tokens[:-1])
         token, logprob = tokens[-1] if tokens else (None, float("nan"))
-        yield Delta(text, token, logprob, _finish(choice.get("finish_reason"), choice.get("stop_reason")), **counted)
+        yield Delta(text, token, logprob, _finish_reason(choice), **counts)
     if not chunk.get("choices"):
-        yield Delta(**counted)
+        yield Delta(**counts)
 
 
-def _finish(reason: str | None, stop: Any) -> Any:
-    """The kit's word for the end: "stop" is the end token, unless the server names a stop string."""
+def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
+    """The kit's finish reason: a server's "stop" means the end-of-sequence token unless it names a stop string."""
+    reason = choice.get("finish_reason")
     if reason is None:
         return None
     if reason == "length":
         return "length"
-    return "stop" if isinstance(stop, str) else "eos"
+    return "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
 
 
 def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """Ids and log-probabilities: llama.cpp's form, where each has its id, and vLLM's, where they lie side by side."""
+    """Token ids with log-probabilities: llama.cpp lists them in one list of objects, vLLM in two lists."""
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content"):
         entries, ids = [each["logprob"] for each in logprobs["content"]], choice.get("token_ids")
@@ -195,37 +196,39 @@ def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
     return [(id, logprob) for id, logprob in zip(ids, entries, strict=False) if id is not None]
 
 
-async def discover(url: str, model: str | None, wire: Connection) -> OpenAIServer:
-    """Finds out what serves at `url`, by its list of models or else the paths it documents, and which model."""
-    status, listed = await get_json(f"{url}/models", wire)
+async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:
+    """The server at `url`. Its list of models and its documented paths show which software it is."""
+    status, listed = await get_json(f"{url}/models", connection)
     data = listed.get("data") if isinstance(listed, dict) else None
     models = [each for each in data if isinstance(each, dict) and each.get("id")] if isinstance(data, list) else []
-    dialect = await _dialect(url, models, wire)
+    dialect = await _dialect(url, models, connection)
     if dialect is None:
         raise ConnectionError(
-            f"{redact_url(url)} does not speak the OpenAI protocol: its list of models is HTTP {status}. Check the URL"
+            f"{redact_url(url)} is no OpenAI-compatible server: GET /models returned HTTP {status}. Check the URL"
         )
-    entry = {"id": model} if dialect is TRANSFORMERS else _chosen(models, model)
+    entry = {"id": model} if dialect is TRANSFORMERS else _find_model(models, model)
     if not entry["id"]:
-        raise ValueError("`transformers serve` does not tell: pass model=, the name or directory it was started with")
-    facts = Facts(dialect.name, redact_url(url), entry["id"], await _context(url, entry, dialect, wire))
-    return OpenAIServer(url, facts, dialect, wire)
+        raise ValueError(
+            "`transformers serve` does not report its model: pass model=, the name or directory it was started with"
+        )
+    facts = Facts(dialect.name, redact_url(url), entry["id"], await _context(url, entry, dialect, connection))
+    return OpenAIServer(url, facts, dialect, connection)
 
 
-async def _dialect(url: str, models: list[dict[str, Any]], wire: Connection) -> Dialect | None:
-    """By the owner that the list names; `transformers serve` has a path that no other has, and maybe no list."""
+async def _dialect(url: str, models: list[dict[str, Any]], connection: Connection) -> Dialect | None:
+    """The dialect by the owner in the list of models; `transformers serve` has no owner but a path of its own."""
     owners = {each.get("owned_by") for each in models}
     for owner, dialect in (("vllm", VLLM), ("llamacpp", LLAMA_CPP)):
         if owner in owners:
             return dialect
-    _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", wire)
+    _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
     if isinstance(documented, dict) and "/load_model" in documented.get("paths", {}):
         return TRANSFORMERS
     return STANDARD if models else None
 
 
-def _chosen(models: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
-    """The entry of the model asked for, or of the only one."""
+def _find_model(models: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
+    """The entry of that model, or of the only one."""
     names = [str(each["id"]) for each in models]
     if model is None and len(names) > 1:
         raise ValueError(f"the endpoint serves several models, pass model=, one of: {', '.join(names)}")
@@ -235,10 +238,10 @@ def _chosen(models: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     raise LookupError(unknown_name("model", str(model), names))
 
 
-async def _context(url: str, entry: dict[str, Any], dialect: Dialect, wire: Connection) -> int | None:
-    """Tokens of prompt and answer that one request may have, as vLLM lists and llama.cpp's /props tells."""
+async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection: Connection) -> int | None:
+    """The limit for tokens of prompt and answer, from vLLM's list of models or llama.cpp's /props."""
     if dialect is not LLAMA_CPP:
         return entry.get("max_model_len")
-    _, properties = await get_json(f"{url.removesuffix('/v1')}/props", wire)
+    _, properties = await get_json(f"{url.removesuffix('/v1')}/props", connection)
     settings = properties.get("default_generation_settings") if isinstance(properties, dict) else None
     return settings.get("n_ctx") if isinstance(settings, dict) else None

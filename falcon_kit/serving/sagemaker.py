@@ -1,6 +1,6 @@
 """SageMaker endpoints: boto3's invoke_endpoint_with_response_stream, with a container's own protocol inside.
 
-A streamed response is not bound to the 60 seconds that InvokeEndpoint allows. boto3 comes with the extra "sagemaker".
+A streamed response may take longer than the 60 seconds of InvokeEndpoint. boto3 is in the extra "sagemaker".
 """
 
 import asyncio
@@ -10,7 +10,16 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
-from falcon_kit.serving.protocol import Connection, Delta, Facts, Request, Unavailable, as_json, failure, message_in
+from falcon_kit.serving.protocol import (
+    Connection,
+    Delta,
+    Facts,
+    Request,
+    Unavailable,
+    error_message,
+    http_error,
+    parse_json,
+)
 
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
 REFUSED = (
@@ -22,16 +31,23 @@ REFUSED = (
 )
 
 
-class SageMakerServer:
-    """Speaks with one endpoint: "tgi" is the schema of TGI and LMI containers, "openai" that of vLLM's."""
+def discover(name: str, api: str, model: str | None, connection: Connection, session: Any) -> "SageMakerServer":
+    """The endpoint of that name, in service. Blocks, so it runs in a thread."""
+    server = SageMakerServer(name, api, model, connection, session)
+    server.check()
+    return server
 
-    def __init__(self, name: str, api: str, model: str | None, wire: Connection, session: Any) -> None:
-        self._name, self._wire = name, wire
-        self._control, self._runtime = _clients(session, wire)
+
+class SageMakerServer:
+    """A SageMaker endpoint. api: "tgi" for the schema of TGI and LMI containers, "openai" for vLLM's."""
+
+    def __init__(self, name: str, api: str, model: str | None, connection: Connection, session: Any) -> None:
+        self._name, self._connection = name, connection
+        self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._openai = openai_api.OpenAIServer("http://unused", self.facts, openai_api.VLLM, wire)
-        self._api, self.stops, self.chats = api, True, api == "openai"
+        self._openai = openai_api.OpenAIServer("http://unused", self.facts, openai_api.VLLM, connection)
+        self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
@@ -41,31 +57,31 @@ class SageMakerServer:
         return {name: value for name, value in body.items() if name != "model"}
 
     def check(self) -> None:
-        """Raises LookupError for an endpoint that is not there, Unavailable for one that is not in service yet.
+        """Raises LookupError for an endpoint that does not exist, `Unavailable` for one that is not in service yet.
 
-        A role that may invoke an endpoint but not describe it gets no such check.
+        Without the permission to describe the endpoint, nothing is checked.
         """
         from botocore.exceptions import ClientError
 
         try:
-            found = self._control.describe_endpoint(EndpointName=self._name)
+            description = self._control.describe_endpoint(EndpointName=self._name)
         except ClientError as error:
             if error.response["Error"]["Code"] != "AccessDeniedException":
                 raise self._explain(error) from None
             return
-        status = found["EndpointStatus"]
+        status = description["EndpointStatus"]
         if status == "Failed":
             raise ConnectionError(
-                f"{self.facts.address} has failed: {found.get('FailureReason', 'no reason is given')}"
+                f"{self.facts.address} has failed: {description.get('FailureReason', 'AWS gives no reason')}"
             )
         if status not in ("InService", "Updating", "SystemUpdating"):
             raise Unavailable(f"{self.facts.address} is {status}: wait until it is InService")
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields what each line of the answer says; boto3 waits in a thread."""
+        """Sends the request and yields the deltas of each line; boto3 blocks, so it runs in a thread."""
         stream = await asyncio.to_thread(self._invoke, body)
         events = iter(stream)
-        unfinished = b""  # a part may end anywhere, within a character too
+        unfinished = b""  # a PayloadPart may end in the middle of a line, even of a character
         try:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
                 *lines, unfinished = (unfinished + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
@@ -81,12 +97,12 @@ class SageMakerServer:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            answer = self._runtime.invoke_endpoint_with_response_stream(
+            response = self._runtime.invoke_endpoint_with_response_stream(
                 EndpointName=self._name, ContentType="application/json", Body=json.dumps(body).encode()
             )
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from None
-        return answer["Body"]
+        return response["Body"]
 
     def _next(self, events: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -97,40 +113,40 @@ class SageMakerServer:
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from None
         except (HTTPError, OSError) as error:
-            raise ConnectionError(f"{self.facts.address} broke the connection off ({type(error).__name__})") from None
+            raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
     def _read(self, line: str) -> Iterator[Delta]:
-        """The deltas of a line: TGI's event, or OpenAI's chunk."""
+        """The deltas of a line: an event of TGI, or a chunk of the OpenAI protocol."""
         if self._api == "tgi":
-            delta = tgi.read(line, self.facts.address)
+            delta = tgi.read_event(line, self.facts.address)
             return iter([delta] if delta else [])
-        chunk = as_json(line.removeprefix("data:"))
-        return openai_api.read(chunk) if isinstance(chunk, dict) else iter(())
+        chunk = parse_json(line.removeprefix("data:"))
+        return openai_api.read_chunk(chunk) if isinstance(chunk, dict) else iter(())
 
     def _explain(self, error: Exception) -> Exception:
-        """The exception for one of boto's."""
+        """The exception for an error of boto3."""
         from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-        address, said = self.facts.address, self._wire.scrub(str(error))
+        address, message = self.facts.address, self._connection.redact(str(error))
         response = getattr(error, "response", None) or {}
         code = response.get("Error", {}).get("Code", "")
-        if code == "ModelError":  # the container's own answer
-            status, text = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", said)
-            return failure(status, message_in(as_json(text) or text), address, {})
+        if code == "ModelError":  # from the container, not from AWS
+            status, original = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", message)
+            return http_error(status, error_message(original), address, {})
         if code in BUSY or isinstance(error, EndpointConnectionError):
-            return Unavailable(f"{address} is busy or out of reach: try again later. AWS says: {said}")
+            return Unavailable(f"{address} is busy or not reachable: try again later. AWS reports: {message}")
         if code in REFUSED or isinstance(error, NoCredentialsError):
             return PermissionError(
-                f"AWS refuses these credentials for {address}: check role and region. AWS says: {said}"
+                f"AWS refuses these credentials for {address}: check role and region. AWS reports: {message}"
             )
-        if "not find" in said or "not found" in said:
-            return LookupError(f"there is no {address} in this region: check name and region. AWS says: {said}")
+        if "not find" in message or "not found" in message:
+            return LookupError(f"{address} is not in this region: check name and region. AWS reports: {message}")
         if isinstance(error, ReadTimeoutError):
-            return TimeoutError(f"{address} has not said a word for {self._wire.timeout:g} s: give a longer timeout=")
-        return ConnectionError(f"{address} failed. AWS says: {said}")
+            return TimeoutError(f"{address} sent nothing for {self._connection.timeout:g} s: give a longer timeout=")
+        return ConnectionError(f"{address} failed. AWS reports: {message}")
 
 
-def _clients(session: Any, wire: Connection) -> tuple[Any, Any]:
+def _clients(session: Any, connection: Connection) -> tuple[Any, Any]:
     """boto3's clients for the control plane and for invoking."""
     try:
         import boto3
@@ -138,10 +154,11 @@ def _clients(session: Any, wire: Connection) -> tuple[Any, Any]:
         from botocore.exceptions import NoRegionError
     except ModuleNotFoundError:
         raise ModuleNotFoundError('SageMaker endpoints need boto3: pip install "falcon-kit[sagemaker]"') from None
-    # boto3 itself does not know AWS_REGION, which Lambda, ECS and SageMaker set
+    # boto3 ignores AWS_REGION, which Lambda, ECS and SageMaker set
     session = session or boto3.Session(region_name=os.environ.get("AWS_REGION"))
-    # `retry_stream` knows when to try again
-    config = Config(retries={"total_max_attempts": 1}, read_timeout=wire.timeout, connect_timeout=min(wire.timeout, 10))
+    timeout = connection.timeout
+    # `retry_stream` repeats requests
+    config = Config(retries={"total_max_attempts": 1}, read_timeout=timeout, connect_timeout=min(timeout, 10))
     try:
         return session.client("sagemaker", config=config), session.client("sagemaker-runtime", config=config)
     except NoRegionError:

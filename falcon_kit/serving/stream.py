@@ -1,4 +1,4 @@
-"""An answer as it arrives: pieces out of deltas, cut at stop strings, marked when it breaks off."""
+"""One response while it is received: events become pieces, the text is cut at stop strings."""
 
 import asyncio
 import threading
@@ -14,11 +14,13 @@ from falcon_kit.generation.text import FinishReason, Generation, Piece, Stats, T
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
-_LINGER = 1.0  # seconds to wait, after a stop string, for the endpoint's own count of tokens
+Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
+"""A coroutine function that calls its argument with each piece."""
+_USAGE_TIMEOUT = 1.0  # seconds to wait for the token counts, which some endpoints send after the text
 
 
 class IncompleteAnswer(ConnectionError):
-    """An answer broke off in the middle; `.generation` has the text so far, its finish_reason is "broken"."""
+    """A response broke before its end; `.generation` has the text so far, with finish_reason "broken"."""
 
     def __init__(self, message: str, generation: Generation) -> None:
         super().__init__(message)
@@ -26,14 +28,14 @@ class IncompleteAnswer(ConnectionError):
 
 
 class Answer:
-    """One text as it grows: deltas in, pieces out."""
+    """One generated text while it is received."""
 
     def __init__(self, prompt: str, stop: tuple[str, ...], strip: bool) -> None:
         self.prompt, self._text = prompt, Text(stop, strip)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
-        self.prompt_tokens, self._counted, self._pieces = 0, 0, 0
+        self.prompt_tokens, self._new_tokens, self._events = 0, 0, 0
         self.start = self.first = self.last = time.perf_counter()
 
     @property
@@ -42,30 +44,30 @@ class Answer:
         return str(self._text)
 
     @property
-    def cut(self) -> bool:
-        """Whether a stop string has come."""
+    def stopped(self) -> bool:
+        """Whether the text has reached a stop string."""
         return self._text.stopped
 
     def push(self, delta: Delta) -> Piece | None:
-        """Takes what came; a piece if there is a token or a character to hand on."""
+        """Adds an event; returns a piece if the event has a token, or if more of the text can be shown."""
         self.count(delta)
         if delta.text or delta.token_id is not None:
-            self._clock()
+            self._record_time()
         if delta.token_id is not None:
             self.tokens.append(delta.token_id)
             self.logprobs.append(delta.logprob)
         self._text.add(delta.text)
-        self.finish = "stop" if self.cut else delta.finish
+        self.finish = "stop" if self.stopped else delta.finish
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob) if text or delta.token_id is not None else None
 
     def count(self, delta: Delta) -> None:
-        """Takes the endpoint's count of tokens."""
+        """Stores the endpoint's token counts."""
         self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
-        self._counted = delta.new_tokens or self._counted
+        self._new_tokens = delta.new_tokens or self._new_tokens
 
     def generation(self) -> Generation:
-        """The text so far; "cancelled" unless it has ended."""
+        """The text so far; its finish_reason is "cancelled" unless the text has ended."""
         return Generation(
             prompt=self.prompt,
             text=self.text,
@@ -75,20 +77,20 @@ class Answer:
             stats=Stats(
                 rows=1,
                 prompt_tokens=self.prompt_tokens,
-                new_tokens=self._counted or len(self.tokens) or self._pieces,
+                new_tokens=self._new_tokens or len(self.tokens) or self._events,
                 first_token_seconds=self.first - self.start,
                 seconds=self.last - self.start,
             ),
         )
 
-    def _clock(self) -> None:
-        self._pieces += 1
+    def _record_time(self) -> None:
+        self._events += 1
         self.last = time.perf_counter()
-        if self._pieces == 1:
+        if self._events == 1:
             self.first = self.last
 
 
-async def write(
+async def request_answer(
     server: Server,
     body: dict[str, Any],
     answer: Answer,
@@ -96,7 +98,11 @@ async def write(
     context: int | None,
     emit: Callable[[Piece], None] = lambda _: None,
 ) -> Generation:
-    """Lets the endpoint write `answer`. Leaving, by whatever cause, closes the connection."""
+    """Sends the request and fills `answer`, with a call of `emit` for each piece. Cancellation closes the connection.
+
+    Raises `IncompleteAnswer` if the response breaks after its first event, and ValueError for a text that is longer
+    than `context` tokens.
+    """
     begun = False
     try:
         async with aclosing(retry_stream(lambda: server.deltas(body), retries)) as deltas:  # type: ignore[type-var]
@@ -106,53 +112,54 @@ async def write(
                     emit(piece)
                 if answer.finish:
                     break
-            if server.stops or not answer.cut:
-                await _count(deltas, answer)
+            if server.accepts_stop or not answer.stopped:
+                await _read_usage(deltas, answer)
     except (ConnectionError, TimeoutError) as error:
         if not begun:
             raise
-        answer.finish = "broken"
-        raise IncompleteAnswer(
-            f"the answer broke off after {len(answer.text)} characters: {error}", answer.generation()
-        ) from None
+        raise _incomplete(answer, f"the answer broke off after {len(answer.text)} characters: {error}") from None
+    address = server.facts.address
     if not begun:
-        raise ConnectionError(
-            f"{server.facts.address} answered, but not in the protocol of {server.facts.server}: check the URL"
-        )
+        raise ConnectionError(f"{address} does not use the protocol of {server.facts.server}: check the URL")
     if not answer.finish:
-        answer.finish = "broken"
-        raise IncompleteAnswer(
-            f"{server.facts.address} ended the answer without saying why, after {len(answer.text)} characters",
-            answer.generation(),
-        )
-    generation = answer.generation()
-    if context and (used := generation.stats.prompt_tokens + generation.stats.new_tokens) > context:
+        raise _incomplete(answer, f"{address} gave no finish reason after {len(answer.text)} characters")
+    return _check_context(answer.generation(), context)
+
+
+def _incomplete(answer: Answer, message: str) -> IncompleteAnswer:
+    answer.finish = "broken"
+    return IncompleteAnswer(message, answer.generation())
+
+
+def _check_context(generation: Generation, context: int | None) -> Generation:
+    used = generation.stats.prompt_tokens + generation.stats.new_tokens
+    if context and used > context:
         raise ValueError(
-            f"the endpoint went on to {used} tokens, past the model's context of {context}, where text is gibberish: "
+            f"prompt and answer have {used} tokens, and text beyond the model's context of {context} is meaningless: "
             "shorten the prompt, or lower max_new_tokens"
         )
     return generation
 
 
-async def _count(deltas: AsyncIterator[Delta], answer: Answer) -> None:
-    """After the last piece, an endpoint may have a last word, its count of tokens; it is not waited for long."""
+async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
+    """Reads the token counts that an endpoint may send after the last piece."""
     with suppress(ConnectionError, TimeoutError):
-        async with asyncio.timeout(_LINGER):
+        async with asyncio.timeout(_USAGE_TIMEOUT):
             async for delta in deltas:
                 answer.count(delta)
 
 
 @cache
-def background() -> asyncio.AbstractEventLoop:
-    """An event loop in a thread of its own, for all endpoints: that of a notebook is busy while a cell runs."""
+def background_loop() -> asyncio.AbstractEventLoop:
+    """An event loop in its own thread, shared by all endpoints: a notebook's loop is blocked while a cell runs."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="falcon-remote", daemon=True).start()
     return loop
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work` in the background loop and waits for it; Ctrl-C cancels it."""
-    future = asyncio.run_coroutine_threadsafe(work, background())
+    """Runs `work` in the background loop and returns its result; Ctrl-C cancels it."""
+    future = asyncio.run_coroutine_threadsafe(work, background_loop())
     try:
         return future.result()
     finally:
@@ -160,26 +167,24 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
 
 class RemoteStream(Iterator[Piece]):
-    """Iterator over the pieces of one answer. Closing it, dropping it or Ctrl-C closes the connection.
+    """Iterator over the pieces of one answer. `close`, garbage collection and Ctrl-C close the connection.
 
-    `close` may be called from any thread, also while another waits for the next piece.
+    `close` may be called from any thread, also while another thread waits for the next piece.
     """
 
-    def __init__(
-        self, answer: Answer, work: Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
-    ) -> None:
+    def __init__(self, answer: Answer, work: Work) -> None:
         self._answer = answer
-        self._arrived: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
+        self._queue: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
         self._ended = False
         self._error: BaseException | None = None
-        self._task = wait_for(_spawn(work, self._arrived.put))
+        self._task = wait_for(_start_task(work, self._queue.put))
         weakref.finalize(self, _cancel, self._task)
 
     def __next__(self) -> Piece:
         if self._ended:
             raise StopIteration
         try:
-            item = self._arrived.get()
+            item = self._queue.get()
         except BaseException:  # Ctrl-C
             self.close()
             raise
@@ -198,7 +203,7 @@ class RemoteStream(Iterator[Piece]):
 
     @property
     def generation(self) -> Generation:
-        """The whole text and its statistics, once the stream has ended, broken off or was closed."""
+        """The whole text and its statistics, after the stream has ended, broken or been closed."""
         if not self._task.done():
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
         if self._error and not isinstance(self._error, IncompleteAnswer):
@@ -206,13 +211,13 @@ class RemoteStream(Iterator[Piece]):
         return self._answer.generation()
 
 
-async def _spawn(
-    work: Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]], put: Callable[[Any], None]
-) -> "asyncio.Task[None]":
+async def _start_task(work: Work, put: Callable[[Any], None]) -> "asyncio.Task[None]":
+    """Starts `work`; `put` is called with each piece, then with the error if there is one, then with None."""
+
     async def run() -> None:
         try:
             await work(put)
-        except Exception as error:  # noqa: BLE001  # raised again where the pieces are read
+        except Exception as error:  # noqa: BLE001  # raised again by RemoteStream.__next__
             put(error)
         finally:
             put(None)
@@ -221,7 +226,7 @@ async def _spawn(
 
 
 def _cancel(task: "asyncio.Task[None]") -> None:
-    background().call_soon_threadsafe(task.cancel)
+    background_loop().call_soon_threadsafe(task.cancel)
 
 
 async def _stop(task: "asyncio.Task[None]") -> None:

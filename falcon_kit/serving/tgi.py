@@ -1,9 +1,10 @@
-"""Text Generation Inference's own protocol: POST /generate_stream, answered by server-sent events.
+"""Text Generation Inference's own protocol: POST /generate_stream returns server-sent events.
 
 Archived since March 2026, TGI still runs in many SageMaker images, and LMI's containers write the same events as JSON
 lines. Schema: https://huggingface.github.io/text-generation-inference (StreamResponse).
 """
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -12,103 +13,102 @@ import httpx2
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.protocol import (
-    UNKNOWN,
     Connection,
     Delta,
     Facts,
     Request,
-    as_json,
-    failure,
+    connection_error,
+    error_message,
     get_json,
+    http_error,
     map_settings,
-    message_in,
+    parse_json,
     redact_url,
-    unreachable,
 )
 
-MOST_STOPS = 4  # TGI's --max-stop-sequences, unless it was started with more
+MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
 _FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
 
 
 class TGIServer:
-    """Speaks with one endpoint of this kind."""
+    """An endpoint with TGI's protocol."""
 
-    stops = True
-    chats = False
+    accepts_stop = True
+    accepts_messages = False
 
-    def __init__(self, url: str, facts: Facts, wire: Connection) -> None:
-        self.facts, self._url, self._wire = facts, url, wire
-        self._client = httpx2.AsyncClient(headers=wire.headers, timeout=wire.waiting)
+    def __init__(self, url: str, facts: Facts, connection: Connection) -> None:
+        self.facts, self._url, self._connection = facts, url, connection
+        self._client = httpx2.AsyncClient(headers=connection.headers, timeout=connection.http_timeout)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """See `body`."""
+        """As the function `body`."""
         return body(request, self.facts.server)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields what each event says."""
+        """Sends the request and yields the delta of each event."""
         address = self.facts.address
         try:
             async with self._client.stream("POST", f"{self._url}/generate_stream", json=body) as response:
                 if response.is_error:
                     text = (await response.aread()).decode(errors="replace")
-                    said = self._wire.scrub(message_in(as_json(text) or text))
-                    raise failure(response.status_code, said, address, response.headers)
+                    message = self._connection.redact(error_message(text))
+                    raise http_error(response.status_code, message, address, response.headers)
                 async for line in response.aiter_lines():
-                    if delta := read(line, address):
+                    if delta := read_event(line, address):
                         yield delta
         except httpx2.HTTPError as error:
-            raise unreachable(error, address, self._wire.timeout) from None
+            raise connection_error(error, address, self._connection.timeout) from None
 
 
 def body(request: Request, server: str) -> dict[str, Any]:
-    """GenerateRequest: the prompt, and its GenerateParameters."""
+    """TGI's GenerateRequest: the prompt and its GenerateParameters."""
     sampling = request.sampling
-    carried = map_settings(request, server, _NAMES)
+    options = map_settings(request, server, _NAMES)
     require(
         isinstance(request.prompt, str),
         f"{server} has no field for token ids or a conversation: give a text, or connect with chat='falcon'",
     )
     parameters: dict[str, Any] = {"max_new_tokens": request.new_tokens, "details": True, "return_full_text": False}
-    # More than it allows would be refused; the others are cut here all the same.
-    parameters |= {"stop": list(request.stop)[:MOST_STOPS], "do_sample": sampling.samples}
+    # TGI refuses a request with more stop strings; the kit itself cuts the text at the others.
+    parameters |= {"stop": list(request.stop)[:MAX_STOP_SEQUENCES], "do_sample": sampling.samples}
     if sampling.samples:
-        top_p = None if sampling.top_p == 1 else sampling.top_p  # it has to be below 1 there
+        top_p = None if sampling.top_p == 1 else sampling.top_p  # TGI requires a value below 1
         chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": top_p}
         parameters |= {name: value for name, value in chosen.items() if value is not None}
     if sampling.seed is not None:
         parameters["seed"] = sampling.seed
-    return {"inputs": request.prompt, "parameters": parameters | carried}
+    return {"inputs": request.prompt, "parameters": parameters | options}
 
 
-def read(line: str, address: str) -> Delta | None:
-    """What a line says, of server-sent events or of JSON; None for an empty one, a comment or the end mark."""
+def read_event(line: str, address: str) -> Delta | None:
+    """The delta in a line of server-sent events or of JSON; None for an empty line, a comment or the end mark."""
     line = line.removeprefix("data:").strip()
     if not line or line.startswith((":", "event:")) or line == "[DONE]":
         return None
-    event = as_json(line)
+    event = parse_json(line)
     if isinstance(event, dict) and event.get("error"):
-        raise ConnectionError(f"{address} reports: {message_in(event)}")
+        raise ConnectionError(f"{address} reports: {error_message(event)}")
     if not isinstance(event, dict) or not isinstance(event.get("token"), dict):
-        raise ConnectionError(f"{address} answers with what is no event of TGI: {line[:80]!r}")
+        raise ConnectionError(f"{address} sent a line that is no event of TGI: {line[:80]!r}")
     token, details = event["token"], event.get("details") or {}
     text = "" if token.get("special") else str(token.get("text") or "")
     logprob = token.get("logprob", token.get("log_prob"))  # LMI's name has an underscore
     return Delta(
         text=text,
         token_id=token["id"] if isinstance(token.get("id"), int) else None,
-        logprob=UNKNOWN if logprob is None else logprob,
+        logprob=math.nan if logprob is None else logprob,
         finish=_FINISHED.get(details.get("finish_reason", "")),
         prompt_tokens=details.get("input_length"),
         new_tokens=details.get("generated_tokens"),
     )
 
 
-async def discover(url: str, model: str | None, wire: Connection) -> TGIServer | None:
-    """The TGI at `url`, None if what answers there is none."""
-    _, info = await get_json(f"{url}/info", wire)
+async def discover(url: str, model: str | None, connection: Connection) -> TGIServer | None:
+    """The TGI server at `url`; None if there is another server."""
+    _, info = await get_json(f"{url}/info", connection)
     if not isinstance(info, dict) or "model_id" not in info:
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))
-    return TGIServer(url, Facts("TGI", redact_url(url), info["model_id"], info.get("max_total_tokens")), wire)
+    return TGIServer(url, Facts("TGI", redact_url(url), info["model_id"], info.get("max_total_tokens")), connection)

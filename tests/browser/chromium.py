@@ -1,4 +1,4 @@
-"""Finds a Chromium for the tests; as a command, has the system's package manager fetch one where it may."""
+"""Finds a Chromium for the tests; as a command, installs one with the system's package manager if it may."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ MISSING = "no Chromium: tests in a browser were NOT RUN (apt-get install chromiu
 
 
 def find() -> str | None:
-    """A Chromium that starts. (Ubuntu's package of that name is a stub which only asks for snap.)"""
+    """The path of a Chromium that starts. (Ubuntu's package of that name only asks to install a snap.)"""
     for name in NAMES:
         path = shutil.which(name)
         if path and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
@@ -19,7 +19,7 @@ def find() -> str | None:
 
 
 def install() -> None:
-    """Asks apt-get, if this is root on a system that has it; a failure is left for the tests to report."""
+    """Installs Chromium with apt-get, as root only; the tests report a failure."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         print(MISSING, file=sys.stderr)
         return

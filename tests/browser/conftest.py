@@ -1,6 +1,6 @@
-"""One JupyterLab and one Chromium for all browser tests; each test gets cells of its own in one open notebook.
+"""One JupyterLab and one Chromium for all browser tests; each test adds its own cells to one open notebook.
 
-A notebook's kernel keeps what is imported and loaded, so that a test costs a second or two and not ten.
+The notebook's kernel keeps the imported kit and the loaded model, which saves about ten seconds per test.
 """
 
 import os
@@ -35,7 +35,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where JupyterLab finds its notebooks."""
+    """The folder of JupyterLab's notebooks."""
     folder = tmp_path_factory.mktemp("lab") / "notebooks"
     folder.mkdir()
     return folder
@@ -64,7 +64,7 @@ def opened(guarded: Guarded, lab: str, folder: Path) -> Notebook:
 
 @pytest.fixture
 def notebook(opened: Notebook, guarded: Guarded) -> Iterator[Notebook]:
-    """The open notebook. Whatever a test does there: no request leaves the host, and no script of the page fails."""
+    """The open notebook. Each test also checks that no request leaves the host and no script of the page fails."""
     guarded.left_the_host.clear()
     guarded.errors.clear()
     yield opened

@@ -1,4 +1,4 @@
-"""A JupyterLab and a Chromium of our own, for tests and measurements: nothing of the user's is read or changed."""
+"""A separate JupyterLab and Chromium for tests and benchmarks: the user's settings are neither read nor changed."""
 
 import ctypes
 import json
@@ -41,14 +41,14 @@ def chromium(path: str) -> Iterator[Browser]:
 
 @contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """The address of a JupyterLab that shows the folder, with its token: {} stands for a path."""
+    """The address of a JupyterLab for the folder, with its token; {} stands for a path."""
     home = folder.parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     settings = home / "settings" / "@jupyterlab"
-    # No news from the internet, and no question about it either.
+    # Neither news from the internet nor the question whether to show it.
     _write(settings / "apputils-extension" / "notification.jupyterlab-settings", {"fetchNews": "false"})
     environment = {
         **os.environ,
@@ -98,7 +98,7 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         try:
-            urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  # an address of our own
+            urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  # the address is on this machine
         except OSError:
             time.sleep(0.2)
         else:
@@ -107,14 +107,14 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 class Notebook:
-    """An open notebook in JupyterLab, driven as a person would, with a way to ask its kernel."""
+    """An open notebook in JupyterLab, used like a person would, with access to its kernel."""
 
     def __init__(self, page: Page, address: str, name: str) -> None:
         self.page, self.address, self.name = page, address, name
 
     @classmethod
     def new(cls, page: Page, address: str, folder: Path) -> "Notebook":
-        """A notebook of one cell of text, opened."""
+        """A new notebook with one markdown cell, opened."""
         cells = [{"cell_type": "markdown", "id": "start", "metadata": {}, "source": "A notebook to work in"}]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
@@ -125,7 +125,7 @@ class Notebook:
         return notebook
 
     def open(self) -> None:
-        """Opens it, or opens it again, and waits until its kernel listens. (The toolbar says idle too early.)"""
+        """Opens or reloads it, and waits until its kernel is connected and idle. (The toolbar shows idle too early.)"""
         self.page.goto(self.address.format(f"lab/tree/{self.name}").replace("?", "?reset&"))
         self.page.wait_for_function(
             """() => {
@@ -136,8 +136,8 @@ class Notebook:
         )
 
     def run_until(self, source: str) -> Locator:
-        """Runs all cells down to the first that holds some source, waits until they have ended; the outputs of that."""
-        number, went_well = self.page.evaluate(
+        """Runs all cells up to the first that contains `source`, and returns the outputs of that cell."""
+        number, succeeded = self.page.evaluate(
             """async (source) => {
                 const notebook = jupyterapp.shell.currentWidget.content;
                 const number = notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(source));
@@ -147,8 +147,8 @@ class Notebook:
             }""",
             source,
         )
-        assert number >= 0, f"no cell holds {source!r}"
-        assert went_well, "a cell failed"
+        assert number >= 0, f"no cell contains {source!r}"
+        assert succeeded, "a cell failed"
         return self.outputs(number)
 
     def outputs(self, number: int) -> Locator:
@@ -156,7 +156,7 @@ class Notebook:
         return self.page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-Cell-outputArea")
 
     def start(self, source: str) -> Locator:
-        """Starts a new cell at the end and does not wait for it; the outputs of the cell."""
+        """Runs a new cell at the end without waiting for it, and returns its outputs."""
         number = self.page.evaluate(
             """async (source) => {
                 const notebook = jupyterapp.shell.currentWidget.content;
@@ -171,17 +171,17 @@ class Notebook:
         return self.outputs(number)
 
     def python(self, code: str) -> str:
-        """Runs code in the kernel, outside of the notebook, and returns what it prints; an error is ours."""
+        """Runs code in the kernel, outside the notebook, and returns its stdout; an error fails the test."""
         printed, error = self.page.evaluate(
             """async (code) => {
                 const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-                const asked = kernel.requestExecute({ code, store_history: false });
+                const execution = kernel.requestExecute({ code, store_history: false });
                 let [printed, error] = ["", null];
-                asked.onIOPub = ({ header, content }) => {
+                execution.onIOPub = ({ header, content }) => {
                     if (header.msg_type === "stream") printed += content.text;
                     if (header.msg_type === "error") error = content.traceback.join("\\n");
                 };
-                await asked.done;
+                await execution.done;
                 return [printed, error];
             }""",
             code,
@@ -190,7 +190,7 @@ class Notebook:
         return printed.strip()
 
     def clear(self) -> None:
-        """Takes all cells but the first away."""
+        """Deletes all cells but the first."""
         self.page.evaluate(
             """async () => {
                 const model = jupyterapp.shell.currentWidget.content.model.sharedModel;
@@ -200,7 +200,7 @@ class Notebook:
 
 
 class Guarded:
-    """A page of which every request and error is known."""
+    """A page that records its requests to other hosts and the errors of its scripts."""
 
     def __init__(self, browser: Browser, lab: str, **options: object) -> None:
         self.host = urlparse(lab).netloc
@@ -209,10 +209,10 @@ class Guarded:
         self.page = self.context.new_page()
         self.left_the_host: list[str] = []
         self.errors: list[str] = []
-        self.context.on("request", self._asked)
+        self.context.on("request", self._record)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
 
-    def _asked(self, request) -> None:
+    def _record(self, request) -> None:
         address = urlparse(request.url)
         if address.scheme not in ("data", "blob") and address.netloc != self.host:
             self.left_the_host.append(request.url)

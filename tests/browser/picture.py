@@ -10,14 +10,14 @@ CELL = """
 import falcon_kit as fk
 pad = fk.playground(fk.load("falconet-instruct"))
 pad.session.set(seed=6)
-pad.odds = True
+pad.token_probabilities = True
 pad.session.generate(fk.CARD.prompt)
 pad
 """
 
 
 def draw(file: Path) -> None:
-    """Opens a playground, writes, points at the word that was least certain, and takes the picture."""
+    """Opens a playground, generates a text, focuses an unlikely token, and saves a screenshot."""
     path = find()
     if path is None:
         raise SystemExit(MISSING)
@@ -31,7 +31,7 @@ def draw(file: Path) -> None:
             page.evaluate("jupyterapp.shell.collapseLeft()")
             pad = notebook.start(CELL).locator(".fk-playground")
             pad.locator(".fk-history li").wait_for(timeout=60_000)
-            pad.locator(".fk-token.fk-p4").last.focus()  # the pointer would be elsewhere once the page has scrolled
+            pad.locator(".fk-token.fk-p4").last.focus()  # hovering fails after the page has scrolled
             pad.screenshot(path=file)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks whose outputs are to be used with hand and eye, opened in JupyterLab and run there."""
+"""The notebooks with interactive outputs, opened and run in JupyterLab."""
 
 import shutil
 from collections.abc import Iterator
@@ -34,10 +34,10 @@ def test_the_playground_of_its_notebook_is_alive(page: Guarded, lab: str, folder
     pad.locator(".fk-composer textarea").press("Control+Enter")
     expect(pad.locator(".fk-history li")).to_have_count(1)
     typed = notebook.python("print(pad.session.turns[0].answers[0].text)")
-    expect(pad.locator(".fk-said")).to_have_text(typed)
+    expect(pad.locator(".fk-generated")).to_have_text(typed)
     notebook.run_until("session.generate(fk.CARD.prompt)")
     called = notebook.python("print(pad.session.turns[0].answers[0].text)")
-    expect(pad.locator(".fk-said")).to_have_text(called)
+    expect(pad.locator(".fk-generated")).to_have_text(called)
 
 
 def test_attention_lights_up_what_a_token_looks_at(page: Guarded, lab: str, folder: Path):

@@ -18,11 +18,11 @@ HOSTILE = [
     "&lt;b&gt; {{ 7 * 7 }} ${7 * 7}",
 ]
 
-# A model that says fixed words at a pace of its own, for what Falconet cannot be made to say.
+# An endpoint that generates fixed words, for what Falconet cannot be made to generate.
 TYPIST = """
 import time
 from types import SimpleNamespace
-from falcon_kit.decoding import Piece
+from falcon_kit.generation.text import Piece
 
 class Typist:
     def __init__(self, words, pause=0.0, error=None):
@@ -67,8 +67,8 @@ class Pad:
         return self.node.locator(".fk-composer textarea")
 
     @property
-    def said(self) -> Locator:
-        return self.node.locator(".fk-said")
+    def generated(self) -> Locator:
+        return self.node.locator(".fk-generated")
 
     @property
     def notice(self) -> Locator:
@@ -87,17 +87,17 @@ class Pad:
         self.asked += 1
 
     def wait(self) -> None:
-        """Until everything that was asked for is written: the history lists what has ended."""
+        """Waits until every requested answer has ended, and so is in the history."""
         expect(self.node.locator(".fk-history li")).to_have_count(self.asked)
 
     def session(self, expression: str) -> str:
-        """What an expression of the session is in the kernel."""
+        """The value of an expression of the session, in the kernel."""
         return self.notebook.python(f"print(pad.session.{expression})")
 
 
 @pytest.fixture
 def pad(notebook: Notebook) -> Iterator[Pad]:
-    """A fresh playground for falconet-instruct, with a seed so that every run writes the same."""
+    """A new playground for falconet-instruct, with a seed so that every run generates the same text."""
     yield started(notebook, "falcon")
     notebook.python("pad.close()")
 
@@ -123,7 +123,7 @@ def test_text_grows_while_it_is_written(notebook: Notebook):
     pad.node.evaluate(
         """(node) => {
             window.lengths = [];
-            const note = () => window.lengths.push(node.querySelector(".fk-said")?.textContent.length ?? 0);
+            const note = () => window.lengths.push(node.querySelector(".fk-generated")?.textContent.length ?? 0);
             new MutationObserver(note).observe(node, { childList: true, subtree: true });
         }"""
     )
@@ -132,18 +132,18 @@ def test_text_grows_while_it_is_written(notebook: Notebook):
     pad.wait()
     lengths = sorted(set(pad.page.evaluate("window.lengths")))
     assert len(lengths) > 5
-    expect(pad.said).to_have_text("".join(f" {number}" for number in range(40)))
+    expect(pad.generated).to_have_text("".join(f" {number}" for number in range(40)))
 
 
 def test_the_models_words_and_figures_are_shown(pad: Pad):
     pad.node.get_by_label("Examples").select_option("Girafatron (the model card's)")
     pad.send()
     pad.wait()
-    expect(pad.said).to_have_text(pad.session("turns[0].answers[0].text"), use_inner_text=True)
+    expect(pad.generated).to_have_text(pad.session("turns[0].answers[0].text"), use_inner_text=True)
     expect(pad.node.locator(".fk-foot")).to_contain_text(
-        re.compile(r"\d+ tokens · .* tokens/s · first after .* · (ended|as long)")
+        re.compile(r"\d+ tokens · .* tokens/s · first after .* · (ended|length limit)")
     )
-    expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: \d+ of 2048 tokens · .* of keys"))
+    expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: \d+ of 2048 tokens · KV cache"))
 
 
 def test_a_conversation_goes_on_and_can_be_edited(pad: Pad):
@@ -152,19 +152,19 @@ def test_a_conversation_goes_on_and_can_be_edited(pad: Pad):
     pad.wait()
     pad.write("Where do they live?")
     pad.wait()
-    expect(pad.said).to_have_count(2)
-    expect(pad.said.first).to_contain_text("Giraffes eat")
-    pad.node.locator(".fk-asked").first.hover()
+    expect(pad.generated).to_have_count(2)
+    expect(pad.generated.first).to_contain_text("Giraffes eat")
+    pad.node.locator(".fk-message").first.hover()
     pad.button("edit").first.click()
-    pad.node.get_by_label("Edit what you said").fill("What do lions eat?")
+    pad.node.get_by_label("Edit the message").fill("What do lions eat?")
     pad.button("Answer this").click()
     pad.asked += 1
-    expect(pad.node.locator(".fk-words")).to_have_text(["What do lions eat?"])
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["What do lions eat?"])
     pad.wait()
     pad.button("Undo").click()
-    expect(pad.node.locator(".fk-words")).to_have_text(["What do giraffes eat?", "Where do they live?"])
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["What do giraffes eat?", "Where do they live?"])
     pad.button("Clear").click()
-    expect(pad.node.locator(".fk-words")).to_have_count(0)
+    expect(pad.node.locator(".fk-message-text")).to_have_count(0)
 
 
 def test_two_settings_write_beside_each_other(notebook: Notebook):
@@ -174,7 +174,7 @@ def test_two_settings_write_beside_each_other(notebook: Notebook):
     left, right = (pad.node.locator(".fk-answer").nth(number).bounding_box() for number in (0, 1))
     assert left["x"] + left["width"] <= right["x"] + 1
     assert left["y"] == right["y"]
-    assert pad.said.all_inner_texts() == json.loads(
+    assert pad.generated.all_inner_texts() == json.loads(
         notebook.python("import json; print(json.dumps([each.text for each in pad.session.turns[0].answers]))")
     )
 
@@ -198,7 +198,7 @@ def test_escape_and_the_button_stop_a_text(notebook: Notebook):
     pad = typist(notebook, ["word "] * 1000, pause=0.02)
     for stop in (lambda: pad.field.press("Escape"), lambda: pad.button("Stop").click()):
         pad.write("Go")
-        expect(pad.said).to_contain_text("word word")
+        expect(pad.generated).to_contain_text("word word")
         stop()
         pad.wait()
         expect(pad.node.locator(".fk-foot")).to_contain_text("stopped")
@@ -208,7 +208,7 @@ def test_stop_is_heard_while_a_cell_runs(notebook: Notebook):
     pad = typist(notebook, ["word "] * 1000, pause=0.02)
     notebook.start("import time; time.sleep(3); print('cell ended')")
     pad.write("Go")
-    expect(pad.said).to_contain_text("word word")
+    expect(pad.generated).to_contain_text("word word")
     pad.button("Stop").click()
     expect(pad.node.locator(".fk-foot")).to_contain_text("stopped")
     expect(notebook.page.get_by_text("cell ended", exact=True)).to_have_count(0)
@@ -219,7 +219,7 @@ def test_an_error_is_shown_and_the_next_text_is_written(notebook: Notebook):
     pad = typist(notebook, ["One", " two"], error="ConnectionError('the endpoint broke off')")
     pad.write("Go")
     expect(pad.node.locator(".fk-problem")).to_have_text("ConnectionError: the endpoint broke off")
-    expect(pad.said).to_have_text("One two")
+    expect(pad.generated).to_have_text("One two")
     notebook.python("typist.error = None")
     pad.write("Go on")
     pad.wait()
@@ -243,7 +243,7 @@ def test_an_interrupted_kernel_leaves_the_playground_usable(pad: Pad):
     pad.page.evaluate("jupyterapp.commands.execute('notebook:interrupt-kernel')")
     pad.write("Counting: 7, 8,")
     pad.wait()
-    expect(pad.said).not_to_be_empty()
+    expect(pad.generated).not_to_be_empty()
 
 
 def test_a_setting_that_was_typed_counts_for_what_is_written_next(pad: Pad):
@@ -280,7 +280,7 @@ def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
     assert pad.session("system") == "Be brief."
 
 
-# The odds
+# Token probabilities
 
 
 def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(pad: Pad):
@@ -289,7 +289,7 @@ def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(p
     tokens, card = pad.node.locator(".fk-token"), pad.node.get_by_role("tooltip")
     tokens.nth(1).hover()
     expect(card).to_be_hidden()
-    pad.node.get_by_label("Token odds").check()
+    pad.node.get_by_label("Token probabilities").check()
     tokens.nth(1).hover()
     expect(card.locator("tr")).to_have_count(5)
     likeliest = pad.session("turns[0].answers[0].spans[1].tokens[0].alternatives[0][0]")
@@ -304,30 +304,30 @@ def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(p
     assert tokens.nth(1).get_attribute("aria-describedby") == card.get_attribute("id")
 
 
-# What is kept
+# Reload, files and code
 
 
 def test_a_reload_in_the_middle_shows_the_rest(notebook: Notebook):
     words = [f" {number}" for number in range(2000)]
     pad = typist(notebook, words, pause=0.2)
     pad.write("Count")
-    expect(pad.said).to_contain_text(" 3 4")
+    expect(pad.generated).to_contain_text(" 3 4")
     notebook.page.evaluate("jupyterapp.commands.execute('docmanager:save')")
     notebook.page.wait_for_timeout(500)
     pad = reloaded(notebook)
     expect(pad.node.locator(".fk-writing")).to_have_count(1)
     notebook.python("typist.pause = 0")  # the rest at once, however long the reload took
-    expect(pad.said).to_have_text("".join(words))
+    expect(pad.generated).to_have_text("".join(words))
     pad.asked = 1
     pad.wait()
     assert notebook.python("print(pad.session.turns[0].answers[0].ending)") == "eos"
 
 
 def reloaded(notebook: Notebook) -> Pad:
-    """The playground after a reload of the page; after another one, where it says that the kernel does not answer.
+    """The playground after a reload of the page; reloads again if the page shows that the kernel does not answer.
 
-    JupyterLab 4.6 may send what a reloaded page says to a subshell that ipykernel 7.4 has ended ("Unknown subshell_id"
-    in its log), and then no widget of any kind is heard.
+    JupyterLab 4.6 may send the messages of a reloaded page to a subshell that ipykernel 7.4 has ended ("Unknown
+    subshell_id" in its log), and then the kernel receives no message of any widget.
     """
     for _ in range(4):
         notebook.open()
@@ -343,20 +343,20 @@ def test_a_session_is_saved_and_loaded(pad: Pad, tmp_path: Path):
     file = tmp_path / "saved.json"
     pad.write("Counting: 7, 8,")
     pad.wait()
-    text = pad.said.inner_text()
+    text = pad.generated.inner_text()
     pad.node.get_by_label("File, on the machine of the kernel").fill(str(file))
     pad.button("Save").click()
     expect(pad.notice).to_have_text(f"Saved 1 turn to {file}")
     other = started(pad.notebook, "falcon")
     other.node.get_by_label("File, on the machine of the kernel").fill(str(file))
     other.button("Load").click()
-    expect(other.said).to_have_text(text, use_inner_text=True)
+    expect(other.generated).to_have_text(text, use_inner_text=True)
 
 
 def test_the_copied_code_runs_in_a_cell_and_writes_the_same(pad: Pad):
     pad.write("Counting: 7, 8,")
     pad.wait()
-    text = pad.said.inner_text()
+    text = pad.generated.inner_text()
     pad.button("copy as code").click()
     expect(pad.node.locator(".fk-code")).to_contain_text("copied")
     copied = pad.page.evaluate("navigator.clipboard.readText()")
@@ -372,14 +372,14 @@ def test_a_seed_is_used_again(pad: Pad):
     expect(pad.node.get_by_label("Seed", exact=True)).to_have_value(seed)
 
 
-# How it looks
+# Appearance
 
 
 @pytest.mark.parametrize(("theme", "dark"), [("JupyterLab Light", False), ("JupyterLab Dark", True)])
 def test_text_is_readable_in_the_theme(pad: Pad, theme: str, dark: bool):
     pad.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
     pad.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(not dark).lower()}'")
-    pad.node.get_by_label("Token odds").check()
+    pad.node.get_by_label("Token probabilities").check()
     pad.write("Counting: 7, 8,")
     pad.wait()
     worst = pad.node.evaluate(CONTRAST)
@@ -462,7 +462,7 @@ def test_every_control_has_a_name_and_the_tab_key_goes_from_top_to_bottom(pad: P
         pad.page.keyboard.press("Tab")
         stops.append(pad.page.evaluate(FOCUSED))
     names = [stop.split("\n")[0].strip() for stop in stops]
-    assert names[:6] == ["Prompt", "Chat", "Token odds", "Text", "Examples", "Prompt"]
+    assert names[:6] == ["Prompt", "Chat", "Token probabilities", "Text", "Examples", "Prompt"]
     assert names[6].startswith("Generate")
 
 
@@ -472,7 +472,7 @@ FOCUSED = """() => {
 }"""
 
 
-# What is typed and said is text
+# Typed and generated text is shown as text
 
 
 @pytest.mark.parametrize("words", HOSTILE, ids=["img", "script", "bidi", "iframe", "braces"])
@@ -481,12 +481,12 @@ def test_hostile_text_stays_text(notebook: Notebook, words: str):
     pad.button("Chat").click()
     pad.write(words)
     pad.wait()
-    pad.node.get_by_label("Token odds").check()
+    pad.node.get_by_label("Token probabilities").check()
     pad.node.locator(".fk-token").first.hover()
     pad.button("copy as code").click()
     expect(pad.node.locator(".fk-code")).to_be_visible()
-    assert pad.said.text_content() == words + "."
-    assert pad.node.locator(".fk-words").text_content() == words
+    assert pad.generated.text_content() == words + "."
+    assert pad.node.locator(".fk-message-text").text_content() == words
     assert pad.node.locator("img, script, iframe").count() == 0
     assert notebook.page.evaluate("window.hacked") is None
 
@@ -499,4 +499,4 @@ def test_letters_typed_into_the_playground_are_no_commands_of_the_notebook(pad: 
     pad.send()
     pad.wait()
     assert pad.page.locator(".jp-Cell").count() == cells
-    expect(pad.said).not_to_be_empty()
+    expect(pad.generated).not_to_be_empty()

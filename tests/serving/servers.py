@@ -20,6 +20,8 @@ from typing import Any
 import httpx2
 import xllamacpp
 
+QUESTION = [{"role": "user", "content": "What do giraffes eat?"}]
+
 
 def free_port() -> int:
     """A port that nobody listens on."""
@@ -94,6 +96,8 @@ class Reply:
     """Breaks the connection off after the chunks."""
     silence: float = 0.0
     """Seconds before the first byte."""
+    dropped: bool = False
+    """Closes the connection without any response."""
 
 
 Script = Callable[[str, dict[str, Any], dict[str, str]], Reply | Iterator[bytes]]
@@ -145,6 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, reply: Reply) -> None:
         time.sleep(reply.silence)
+        if reply.dropped:
+            self.close_connection = True
+            return
         self.send_response(reply.status)
         self.send_header("content-type", reply.kind)
         self.send_header("transfer-encoding", "chunked")
@@ -172,6 +179,31 @@ def as_reply(content: Any, status: int = 200, **headers: str) -> Reply:
 def event(content: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+# OpenAI-compatible servers, with answers that a test writes
+
+
+def chunk(text: str, finish: str | None = None, **more: Any) -> bytes:
+    """One chunk of a streamed completion."""
+    return event({"choices": [{"index": 0, "text": text, "finish_reason": finish}], **more})
+
+
+def answering(*replies: Any, owner: str = "someone", models: tuple[str, ...] = ("falcon",), **entry: Any) -> Script:
+    """A script of an OpenAI-compatible server that gives these replies to completions, one after the other."""
+    left = list(replies)
+
+    def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
+        if path == "/v1/models":
+            return as_reply({"data": [{"id": each, "owned_by": owner, **entry} for each in models]})
+        if path in ("/v1/completions", "/v1/chat/completions"):
+            return left.pop(0) if len(left) > 1 else left[0]
+        return as_reply({"error": "not found"}, 404)
+
+    return script
+
+
+DONE = [chunk("Hello"), chunk(" there", "stop"), b"data: [DONE]\n\n"]
 
 
 # TGI, from its documented schema (https://huggingface.github.io/text-generation-inference), on a model of this process
@@ -271,3 +303,13 @@ def frame(payload: bytes, **headers: str) -> bytes:
 def part(payload: bytes) -> bytes:
     """A PayloadPart event."""
     return frame(payload, event_type="PayloadPart", content_type="application/octet-stream", message_type="event")
+
+
+def container_error(status: int, text: str) -> Reply:
+    """SageMaker's answer when the container returns an error."""
+    content = {
+        "OriginalStatusCode": status,
+        "OriginalMessage": json.dumps({"error": text}),
+        "Message": "Received an error",
+    }
+    return as_reply(content, 424, **{"x-amzn-errortype": "ModelError"})

@@ -1,50 +1,50 @@
-// Turns and answers: text that grows token by token, and the odds behind each token.
+// Turns and answers: text that is streamed token by token, and the probabilities of each token.
 
 const ENDINGS = {
-  eos: "ended by itself",
+  eos: "ended by the model",
   stop: "ended at a stop string",
-  length: "as long as allowed",
+  length: "length limit reached",
   cancelled: "stopped",
-  broken: "broke off",
+  broken: "connection broke",
   refused: "refused by the guardrails",
   error: "failed",
 };
 
-const behind = new WeakMap(); // the tokens that the characters of a span are made of
+const tokensOf = new WeakMap(); // the tokens of each span element
 
-/** How unlikely a token was, in six steps; null where nobody says. */
-function surprise(tokens) {
+/** The level of the tokens' joint probability, from 0 (likely) to 5 (unlikely); null if it is not reported. */
+function probabilityLevel(tokens) {
   if (tokens.some(([, logprob]) => logprob === null)) return null;
   const probability = Math.exp(tokens.reduce((sum, [, logprob]) => sum + logprob, 0));
   return [0.9, 0.7, 0.5, 0.3, 0.1].filter((bound) => probability < bound).length;
 }
 
-/** One model's answer. `grow` adds to it, `update` says how it stands. */
+/** One model's answer. `grow` appends spans, `update` shows its statistics and ending. */
 function answerView(turn, number, act) {
-  let count = 0; // spans there are
-  const said = h("span", { class: "fk-said" });
-  const text = h("div", { class: "fk-text", tabindex: "0", role: "group" }, said);
+  let count = 0; // spans shown
+  const generated = h("span", { class: "fk-generated" });
+  const text = h("div", { class: "fk-text", tabindex: "0", role: "group" }, generated);
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
   const button = (label, title, onclick) => h("button", { type: "button", class: "fk-link", title, onclick }, label);
-  const seed = button("", "Use this seed for what is written next", () => act("seed", { id: turn.id }));
-  const code = button("copy as code", "The cell that writes this again", () => act("code", { id: turn.id }));
-  const words = button("copy text", "The text alone", async () => {
-    if (await copy(said.textContent, said)) words.textContent = "copied";
+  const seed = button("", "Use this seed for the next text", () => act("seed", { id: turn.id }));
+  const code = button("copy as code", "A cell that generates this text again", () => act("code", { id: turn.id }));
+  const copyText = button("copy text", "Copy the text only", async () => {
+    if (await copy(generated.textContent, generated)) copyText.textContent = "copied";
   });
-  const tools = h("div", { class: "fk-tools", hidden: true }, seed, words, code);
+  const tools = h("div", { class: "fk-tools", hidden: true }, seed, copyText, code);
   const name = h("div", { class: "fk-model" });
   const node = h("div", { class: "fk-answer" }, name, text, problem, h("div", { class: "fk-foot" }, facts, tools));
-  if (turn.mode === "prompt") text.prepend(h("span", { class: "fk-given" }, turn.user));
+  if (turn.mode === "prompt") text.prepend(h("span", { class: "fk-prompt-text" }, turn.user));
 
   function grow(at, spans) {
-    if (at > count) return false; // something is missing
+    if (at > count) return false; // an update was lost
     for (const [shown, tokens] of spans.slice(count - at)) {
-      const level = surprise(tokens);
+      const level = probabilityLevel(tokens);
       const kinds = ["fk-token", level === null ? "" : `fk-p${level}`, shown.startsWith("\n") ? "fk-break" : ""];
       const span = h("span", { class: kinds.join(" "), tabindex: "-1" }, shown);
-      behind.set(span, tokens);
-      said.append(span);
+      tokensOf.set(span, tokens);
+      generated.append(span);
       count += 1;
     }
     return true;
@@ -53,13 +53,13 @@ function answerView(turn, number, act) {
   function update(answer) {
     name.textContent = answer.model;
     text.setAttribute("aria-label", `Answer of ${answer.model}`);
-    const figures = [
+    const parts = [
       `${answer.new_tokens} tokens`,
       answer.tokens_per_second && `${answer.tokens_per_second.toFixed(answer.tokens_per_second < 10 ? 1 : 0)} tokens/s`,
       answer.first_token_seconds !== null && `first after ${milliseconds(answer.first_token_seconds)}`,
-      answer.ending ? ENDINGS[answer.ending] : "writing",
+      answer.ending ? ENDINGS[answer.ending] : "generating",
     ];
-    facts.textContent = figures.filter(Boolean).join(" · ");
+    facts.textContent = parts.filter(Boolean).join(" · ");
     problem.textContent = answer.reason;
     problem.hidden = !answer.reason;
     tools.hidden = !answer.ending;
@@ -72,10 +72,10 @@ function answerView(turn, number, act) {
   return { node, grow, update };
 }
 
-/** Arrow keys go from token to token; the answer itself is one stop of the Tab key. */
+/** The arrow keys move the focus from token to token; the whole answer is one Tab stop. */
 function walk(event, text) {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step || !text.closest(".fk-odds")) return;
+  if (!step || !text.closest(".fk-probabilities")) return;
   const tokens = [...text.querySelectorAll(".fk-token")];
   const at = tokens.indexOf(document.activeElement);
   const next = at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step;
@@ -83,19 +83,19 @@ function walk(event, text) {
   event.preventDefault();
 }
 
-/** A turn: what was written, and the answers to it beside each other. */
+/** A turn: the prompt or message, and the answers side by side. */
 function turnView(turn, act) {
   const answers = turn.answers.map((_, number) => answerView(turn, number, act));
   const code = h("div", { class: "fk-code", hidden: true });
   const grid = h("div", { class: "fk-answers", "data-count": answers.length }, ...answers.map((each) => each.node));
-  const node = h("article", { class: `fk-turn fk-${turn.mode}` }, turn.mode === "chat" ? asked(turn, act) : null, grid, code);
+  const node = h("article", { class: `fk-turn fk-${turn.mode}` }, turn.mode === "chat" ? messageView(turn, act) : null, grid, code);
   turn.answers.forEach((answer, number) => {
     answers[number].grow(0, answer.spans);
     answers[number].update(answer);
   });
 
   function showCode(source) {
-    const shown = h("pre", { tabindex: "0", "aria-label": "The cell that writes this again" }, source);
+    const shown = h("pre", { tabindex: "0", "aria-label": "A cell that generates this text again" }, source);
     const done = h("span", { role: "status" });
     const close = h("button", { type: "button", class: "fk-link", onclick: () => (code.hidden = true) }, "close");
     const again = async () => (done.textContent = (await copy(source, shown)) ? "copied" : "select and copy");
@@ -106,14 +106,14 @@ function turnView(turn, act) {
   return { node, answers, showCode };
 }
 
-/** What a person said in a chat, with a way to say it differently. */
-function asked(turn, act) {
-  const words = h("div", { class: "fk-words" }, turn.user);
-  const edit = h("button", { type: "button", class: "fk-link", title: "Say it differently, and go on from here" }, "edit");
-  const node = h("div", { class: "fk-asked" }, words, edit);
+/** A message of the user, which can be edited. */
+function messageView(turn, act) {
+  const text = h("div", { class: "fk-message-text" }, turn.user);
+  const edit = h("button", { type: "button", class: "fk-link", title: "Change the message and continue from here" }, "edit");
+  const node = h("div", { class: "fk-message" }, text, edit);
   edit.addEventListener("click", () => {
-    const field = h("textarea", { "aria-label": "Edit what you said", rows: "2" }, turn.user);
-    const back = () => (node.replaceChildren(words, edit), edit.focus());
+    const field = h("textarea", { "aria-label": "Edit the message", rows: "2" }, turn.user);
+    const back = () => (node.replaceChildren(text, edit), edit.focus());
     const send = () => (act("edit", { id: turn.id, text: field.value }), back());
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
@@ -123,22 +123,22 @@ function asked(turn, act) {
       event.preventDefault();
     });
     const button = (label, onclick) => h("button", { type: "button", onclick }, label);
-    node.replaceChildren(field, h("div", { class: "fk-row" }, button("Answer this", send), button("Leave it", back)));
+    node.replaceChildren(field, h("div", { class: "fk-row" }, button("Answer this", send), button("Cancel", back)));
     field.focus();
   });
   return node;
 }
 
-/** The card that shows what else could have stood at a token's place. */
-function oddsCard(root) {
+/** The card with the likeliest tokens at the position of a token. */
+function probabilityCard(root) {
   const card = h("div", { class: "fk-card", role: "tooltip", id: unique("card"), hidden: true });
-  let held = null;
+  let described = null; // the token that the card is about
 
   function show(token) {
-    held?.removeAttribute("aria-describedby");
-    held = token;
+    described?.removeAttribute("aria-describedby");
+    described = token;
     token.setAttribute("aria-describedby", card.id);
-    card.replaceChildren(...behind.get(token).map(tokenOdds));
+    card.replaceChildren(...tokensOf.get(token).map(tokenTable));
     card.hidden = false;
     const [frame, place] = [root.getBoundingClientRect(), token.getClientRects()[0] ?? token.getBoundingClientRect()];
     const room = frame.width - card.offsetWidth - 8;
@@ -149,27 +149,27 @@ function oddsCard(root) {
   }
 
   function hide() {
-    held?.removeAttribute("aria-describedby");
-    held = null;
+    described?.removeAttribute("aria-describedby");
+    described = null;
     card.hidden = true;
   }
   return { node: card, show, hide };
 }
 
-/** One token, and the likeliest tokens at its place with their probabilities. */
-function tokenOdds([text, logprob, alternatives]) {
-  const line = (word, value, taken) =>
+/** A table of the likeliest tokens at a position, with the token that was chosen. */
+function tokenTable([text, logprob, alternatives]) {
+  const row = (word, value, chosen) =>
     h(
       "tr",
-      { class: taken ? "fk-taken" : null },
-      h("td", {}, taken ? "✓" : ""),
+      { class: chosen ? "fk-chosen" : null },
+      h("td", {}, chosen ? "✓" : ""),
       h("td", {}, h("bdi", {}, visible(word))),
       h("td", {}, h("span", { class: "fk-bar", style: `width:${(Math.exp(value) * 100).toFixed(1)}%` })),
       h("td", {}, percent(value)),
     );
-  const taken = alternatives.findIndex(([word]) => word === text);
-  const rows = alternatives.map(([word, value], number) => line(word, value, number === taken));
-  if (taken < 0 && logprob !== null) rows.push(line(text, logprob, true));
-  if (!rows.length) return h("div", {}, h("bdi", {}, visible(text)), ": no odds were given");
-  return h("table", {}, h("caption", {}, "what could stand here"), h("tbody", {}, ...rows));
+  const chosen = alternatives.findIndex(([word]) => word === text);
+  const rows = alternatives.map(([word, value], number) => row(word, value, number === chosen));
+  if (chosen < 0 && logprob !== null) rows.push(row(text, logprob, true));
+  if (!rows.length) return h("div", {}, h("bdi", {}, visible(text)), ": no probabilities reported");
+  return h("table", {}, h("caption", {}, "likeliest tokens here"), h("tbody", {}, ...rows));
 }

@@ -1,4 +1,4 @@
-// Elements and words. Text from a model or a person is only ever set as text, never parsed as HTML.
+// Elements and formatted values. Generated and typed text is only set as text, never parsed as HTML.
 
 /** An element with attributes, listeners (onclick) and children: nodes or strings. */
 function h(tag, attributes = {}, ...children) {
@@ -17,7 +17,7 @@ function unique(name) {
   return `fk-${name}-${Math.random().toString(36).slice(2)}`;
 }
 
-/** A few choices of which one is pressed, as buttons in a row: {value: [label, help]}. */
+/** A row of buttons of which one is pressed: {value: [label, help]}. */
 function segments(label, choices, choose) {
   const buttons = Object.entries(choices).map(([value, [text, help]]) =>
     h("button", { type: "button", title: help, "aria-pressed": "false", "data-value": value, onclick: () => choose(value) }, text),
@@ -28,7 +28,7 @@ function segments(label, choices, choose) {
   return { node, show, enable };
 }
 
-/** Sets a field's value, unless somebody is typing there and has not sent it yet. */
+/** A function that sets a field's value, unless the user has typed something that is not sent yet. */
 function setter(input) {
   let typing = false;
   input.addEventListener("input", () => (typing = true));
@@ -36,7 +36,7 @@ function setter(input) {
   return (value) => typing || (input.value = value);
 }
 
-/** Makes what cannot be seen visible: spaces, line ends, control characters, marks that turn text around. */
+/** Replaces invisible characters by symbols: spaces, line ends, control characters, bidirectional marks. */
 function visible(text) {
   const named = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
   const hidden = /[ \n\t\r]|[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\uFFF9-\uFFFB]/gu;
@@ -63,7 +63,7 @@ async function copy(text, node) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Pages that are not served securely have no clipboard: select the text instead, ready for Ctrl+C.
+    // A page without HTTPS has no clipboard API: select the text, so that Ctrl+C copies it.
     getSelection().selectAllChildren(node);
     return document.execCommand("copy");
   }

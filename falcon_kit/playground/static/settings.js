@@ -1,4 +1,4 @@
-// The column beside the text: how tokens are drawn, and what was written before.
+// The column beside the text: settings and history.
 
 const FIELDS = [
   { name: "temperature", label: "Temperature", unit: "", min: 0, max: 2, step: 0.05, off: 1, slider: true,
@@ -8,14 +8,14 @@ const FIELDS = [
   { name: "top_p", label: "Top-p", unit: "probability", min: 0.01, max: 1, step: 0.01, off: 1,
     help: "Only the fewest that add up to p." },
   { name: "max_new_tokens", label: "Length", unit: "tokens", min: 1, max: 100000, step: 1, off: 200,
-    help: "The most new tokens in an answer." },
+    help: "The maximum number of new tokens." },
 ];
 
 const PRESETS = {
-  card: ["Card", "As in the model card: among the ten likeliest tokens"],
+  card: ["Card", "As in the model card: sample from the ten likeliest tokens"],
   greedy: ["Greedy", "Always the likeliest token"],
-  precise: ["Precise", "Near to the likeliest tokens"],
-  creative: ["Creative", "Far from the likeliest tokens"],
+  precise: ["Precise", "Little randomness"],
+  creative: ["Creative", "Much randomness"],
 };
 
 /** A number with its unit and a line of help. */
@@ -39,18 +39,18 @@ function numberField(field, change) {
   return { node, show };
 }
 
-/** What "off" is in Python: no such setting, where there is one at all. */
+/** The Python value for "off": None, except for settings that always have a value. */
 function unset(field) {
   return field.name === "temperature" || field.name === "max_new_tokens" ? field.off : null;
 }
 
-/** Stop strings, one a line, with \n for a line end inside one. */
+/** Stop strings, one per line; \n stands for a line end inside one. */
 function stopField(change) {
   const [id, help] = [unique("stop"), unique("help")];
   const input = h("textarea", { id, rows: "2", spellcheck: "false", "data-setting": "stop", "aria-describedby": help });
   const read = () => input.value.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
   input.addEventListener("change", () => change({ stop: read() }));
-  const hint = h("div", { class: "fk-help", id: help }, "One a line; \\n stands for a line end.");
+  const hint = h("div", { class: "fk-help", id: help }, "One per line; \\n stands for a line end.");
   const node = h("div", { class: "fk-field" }, h("label", { for: id }, "Stop at"), input, hint);
   const set = setter(input);
   const show = (stop) => set(stop.map((each) => each.replaceAll("\n", "\\n")).join("\n"));
@@ -72,7 +72,7 @@ function seedField(change) {
   return { node: h("div", { class: "fk-field" }, row, hint), show };
 }
 
-/** What every conversation begins with. */
+/** The system message of every conversation. */
 function systemField(act) {
   const id = unique("system");
   const input = h("textarea", { id, rows: "2", placeholder: "none" });
@@ -100,7 +100,7 @@ function settingsView(act) {
   return { node, show };
 }
 
-/** What was written before, newest first, and the file that keeps it. */
+/** The earlier turns, newest first, and the file to save them in. */
 function historyView(act) {
   const list = h("ol", { class: "fk-history", "aria-label": "Earlier turns" });
   const path = h("input", { type: "text", value: "session.json", "aria-label": "File, on the machine of the kernel", spellcheck: "false" });

@@ -1,0 +1,105 @@
+"""Models side by side, and the code that makes each."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+from itertools import count
+
+import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.playground.columns import load_source
+from falcon_kit.playground.state import Session
+from tests.playground.typist import Typist, chatting, failing, text_of
+
+QUICK = {"max_new_tokens": 12}
+
+
+# Beside each other
+
+
+def test_two_models_write_at_the_same_time():
+    both = threading.Barrier(2, timeout=10)  # breaks unless both are in the middle of their text together
+    first, second = (Typist(name=name, before=lambda number: number != 1 or both.wait()) for name in "ab")
+    turn = Session(first, second).generate("go")
+    assert [answer.ending for answer in turn.answers] == ["eos", "eos"]
+
+
+def test_two_settings_are_two_answers_under_names_of_their_own(instruct):
+    session = Session(instruct, {"temperature": 0})
+    session.set(seed=2, **QUICK)
+    turn = session.generate(fk.CARD.prompt)
+    expected = [
+        instruct.generate(fk.CARD.prompt, seed=2, top_k=10, **QUICK),
+        instruct.generate(fk.CARD.prompt, **QUICK),
+    ]
+    assert text_of(turn) == [each.text for each in expected]
+    assert [answer.model for answer in turn.answers] == ["falconet-instruct", "falconet-instruct, temperature=0"]
+
+
+def test_each_model_reads_its_own_side_of_the_conversation():
+    first, second = Typist("left"), Typist("right", name="other")
+    session = chatting(first, compare=second)
+    session.generate("a")
+    session.generate("b")
+    assert [typist.asked[1][0][1]["content"] for typist in (first, second)] == ["left", "right"]
+
+
+def test_two_models_of_one_name_are_told_apart():
+    assert [column.name for column in Session(Typist(), Typist()).columns] == ["typist (A)", "typist (B)"]
+
+
+def test_one_model_that_fails_leaves_the_other():
+    turn = Session(Typist(before=failing(1)), Typist()).generate("go")
+    assert [(answer.text, answer.ending) for answer in turn.answers] == [("One", "error"), ("One two three.", "eos")]
+
+
+def test_a_compiled_model_writes_one_text_at_a_time():
+    working, most = set(), []
+    ids = count()
+
+    class Compiled(Typist):
+        decoding = {"cache_implementation": "static"}  # noqa: RUF012  # as on a Falcon
+
+        def stream(self, prompt, **settings):
+            working.add(next(ids))
+            most.append(len(working))
+            time.sleep(0.05)
+            return super().stream(prompt, **settings)
+
+    compiled = Compiled(before=lambda number: number != 3 or working.pop())
+    Session(compiled, {"temperature": 0}).generate("go")
+    assert most == [1, 1]
+
+
+# The code that makes a model
+
+
+def test_the_code_of_a_model_with_an_adapter_loads_the_adapter(tmp_path):
+    """Even one whose folder is called as a published model."""
+    adapter = shutil.copytree(embedded_directory("falconet-instruct"), tmp_path / "falcon-7b")
+    assert load_source(fk.load(adapter)).startswith(f"fk.load('{adapter}', ")
+    assert load_source(fk.load("falconet-instruct")).startswith("fk.load('falconet-instruct', ")
+
+
+def test_the_code_of_a_model_in_other_processes_loads_it_by_name(instruct):
+    assert load_source(parallel(instruct)).startswith("fk.load('falconet-instruct', ")
+    spec = replace(instruct.spec, name="mine", source="/models/mine/config.json")
+    assert load_source(parallel(replace(instruct, spec=spec), "/models/mine")).startswith("fk.load('/models/mine', ")
+
+
+INSTRUCT = str(embedded_directory("falconet-instruct"))
+
+
+def parallel(falcon, directory=INSTRUCT):
+    return fk.ParallelFalcon(
+        None, directory, falcon.tokenizer, falcon.spec, falcon.plan, falcon.chat_format, "by default"
+    )
+
+
+def test_the_code_of_an_endpoint_connects_to_it():
+    typist = Typist()
+    typist.address = "http://127.0.0.1:8000/v1"
+    session = Session(typist)
+    session.generate("go")
+    assert "falcon = fk.connect('http://127.0.0.1:8000/v1', model='typist')\n" in session.code()

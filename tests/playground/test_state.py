@@ -1,0 +1,233 @@
+"""The playground without its widget: its session as plain Python."""
+
+import re
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.playground.state import EXAMPLES, PRESETS, Session
+from tests.playground.typist import Typist, chatting, failing, text_of
+
+QUESTION = "What do giraffes eat?"
+QUICK = {"max_new_tokens": 12}
+
+
+# Prompts
+
+
+def test_a_prompt_is_continued_as_the_model_itself_continues_it(instruct):
+    session = Session(instruct)
+    session.set(seed=3, **QUICK)
+    answer = session.generate(fk.CARD.prompt).answers[0]
+    expected = instruct.generate(fk.CARD.prompt, top_k=10, seed=3, **QUICK)
+    assert (answer.text, answer.ending) == (expected.text, expected.finish_reason)
+    assert [token.logprob for span in answer.spans for token in span.tokens] == pytest.approx(
+        expected.logprobs, abs=1e-4
+    )
+
+
+def test_each_token_comes_with_the_likeliest_at_its_place(instruct):
+    session = Session(instruct)
+    session.preset("greedy")
+    session.set(**QUICK)
+    tokens = [token for span in session.generate("Counting: 7, 8,").answers[0].spans for token in span.tokens]
+    assert {len(token.alternatives) for token in tokens} == {5}
+    assert [token.alternatives[0] for token in tokens] == [(token.text, token.logprob) for token in tokens]
+
+
+def test_the_draft_is_what_is_generated_when_nothing_is_given():
+    typist = Typist()
+    session = Session(typist)
+    session.draft = "Once"
+    session.generate()
+    assert (typist.asked[0][0], session.draft) == ("Once", "Once")
+
+
+def test_a_second_prompt_takes_the_place_of_the_first_and_the_history_has_both():
+    session = Session(Typist())
+    first, second = session.generate("a"), session.generate("b")
+    assert (session.turns, session.history) == ([second], [first, second])
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_an_example_chooses_its_mode_and_fills_the_text_field(title):
+    session = Session(Typist())
+    session.example(title)
+    assert (session.mode, session.draft) == EXAMPLES[title]
+
+
+# Chat
+
+
+def test_a_message_is_answered_as_chat_answers_it(instruct):
+    session = Session(instruct)
+    session.switch("chat")
+    session.set(seed=1)
+    session.generate(QUESTION)
+    second = session.generate("Where do they live?").answers[0]
+    assert second.text == instruct.chat(second.prompt, top_k=10, seed=1).text
+    assert [message["content"] for message in second.prompt] == [
+        QUESTION,
+        text_of(session.turns[0])[0],
+        session.turns[1].user,
+    ]
+
+
+def test_a_system_message_comes_first():
+    typist = Typist()
+    session = chatting(typist)
+    session.system = "Be brief."
+    session.generate("Hello")
+    assert [message["role"] for message in typist.asked[0][0]] == ["system", "user"]
+
+
+def test_a_turn_that_failed_is_no_part_of_what_follows():
+    typist = Typist(before=failing(0))
+    session = chatting(typist)
+    session.generate("lost")
+    typist.before = lambda number: None
+    session.generate("found")
+    assert [message["content"] for message in typist.asked[1][0]] == ["found"]
+
+
+def test_an_edited_turn_drops_those_after_it():
+    session = chatting(Typist())
+    for text in ("a", "b", "c"):
+        session.generate(text)
+    session.edit(1, "B")
+    assert [turn.user for turn in session.turns] == ["a", "B"]
+
+
+def test_regenerate_answers_the_last_turn_in_its_place():
+    typist = Typist()
+    session = chatting(typist)
+    session.generate("a")
+    session.generate("b")
+    session.regenerate()
+    assert [turn.user for turn in session.turns] == ["a", "b"]
+    assert typist.asked[1][0] == typist.asked[2][0]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda session: session.generate("new"),
+        lambda session: session.regenerate(),
+        lambda session: session.edit(0, "other"),
+        lambda session: session.clear(),
+        lambda session: session.switch("prompt"),
+        lambda session: session.open(session.history[0].id),
+    ],
+    ids=["generate", "regenerate", "edit", "clear", "switch", "open"],
+)
+def test_undo_takes_a_step_back(step):
+    session = chatting(Typist())
+    session.generate("a")
+    session.generate("b")
+    before = (session.mode, list(session.turns))
+    step(session)
+    assert (session.mode, session.turns) != before
+    session.undo()
+    assert (session.mode, session.turns) == before
+
+
+def test_undo_gives_back_what_was_typed():
+    session = chatting(Typist())
+    session.generate("a long question")
+    session.undo()
+    assert (session.turns, session.draft) == ([], "a long question")
+
+
+def test_nothing_done_is_nothing_to_undo():
+    with pytest.raises(ValueError, match="nothing to undo"):
+        Session(Typist()).undo()
+
+
+# Settings
+
+
+def test_the_seed_that_was_drawn_gives_the_same_text_again(instruct):
+    session = Session(instruct)
+    session.set(**QUICK)
+    first = session.generate("Counting: 7, 8,")
+    session.set(seed=first.answers[0].seed)
+    assert text_of(session.regenerate()) == text_of(first)
+
+
+def test_without_a_seed_another_is_drawn_each_time():
+    session = Session(Typist())
+    assert session.generate("a").answers[0].seed != session.regenerate().answers[0].seed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_known_by_its_settings(name):
+    session = Session(Typist())
+    session.set(temperature=0.77)
+    assert session.chosen_preset is None
+    session.preset(name)
+    assert session.chosen_preset == name
+
+
+def test_a_setting_out_of_range_is_refused_and_nothing_changes():
+    session = Session(Typist())
+    before = session.settings
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 7"):
+        session.set(top_p=7)
+    assert session.settings == before
+
+
+def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_nothing():
+    typist = Typist()
+    session = Session(typist)
+    session.set(seed=5)
+    session.generate("a")
+    assert typist.asked[0][1] == {"max_new_tokens": 200, "temperature": 1.0, "top_k": 10, "seed": 5}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("compare", ["falconet", 7, {"temperature": -1}, {"no_such_setting": 1}])
+def test_what_cannot_be_compared_is_refused(compare):
+    with pytest.raises((ValueError, TypeError), match=r"compare takes another model|temperature|no_such_setting"):
+        Session(Typist(), compare)
+
+
+def test_a_setting_that_does_not_exist_is_named_with_the_nearest():
+    message = re.escape("Unknown setting 'tempature'. Nearest: temperature.")
+    with pytest.raises(TypeError, match=message):
+        Session(Typist(), {"tempature": 1})
+    with pytest.raises(TypeError, match=message):
+        Session(Typist()).set(tempature=1)
+
+
+def test_a_name_is_not_a_model():
+    with pytest.raises(ValueError, match=r"needs what fk.load or fk.connect returns, got 'falconet'"):
+        fk.playground("falconet")
+
+
+# The meter
+
+
+def test_the_meter_counts_what_was_read_and_written(instruct):
+    session = Session(instruct)
+    session.set(**QUICK)
+    turn = session.generate("Counting: 7, 8,")
+    used, measured = session.meter(), turn.answers[0]
+    assert used.used == measured.prompt_tokens + measured.new_tokens
+    per_token = instruct.spec.kv_bytes_per_token(instruct.model.dtype.itemsize)
+    assert used.cache_bytes == measured.cache_bytes + per_token  # the last token has been written, but not read
+
+
+def test_the_meter_counts_what_the_next_answer_would_read(instruct):
+    session = Session(instruct)
+    session.draft = "Counting: 7, 8,"
+    assert session.meter().used == len(instruct.tokenizer(session.draft)["input_ids"])
+    assert session.meter().context == 2048
+
+
+def test_the_meter_of_an_endpoint_says_what_it_was_told():
+    session = Session(Typist())
+    assert session.meter().used is None
+    session.generate("go")
+    assert (session.meter().used, session.meter().context) == (6, None)

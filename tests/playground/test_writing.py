@@ -1,0 +1,156 @@
+"""A turn while its answers are generated: stop, errors and guardrails."""
+
+import os
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from falcon_kit.playground.state import Session
+from tests.playground.typist import Gate, Typist, failing, in_background, text_of
+
+# Stop
+
+
+def test_stop_keeps_the_text_and_does_not_wait_for_a_silent_model():
+    gate = Gate(words=2)
+    session = Session(Typist(before=gate))
+    writing = in_background(session.generate, "go")
+    assert gate.reached.wait(10)
+    session.stop()
+    writing.join(5)
+    assert not writing.is_alive()
+    gate.opened.set()
+    assert [(answer.text, answer.ending) for answer in session.turns[0].answers] == [("One two", "cancelled")]
+
+
+def test_stop_closes_the_connection_to_an_endpoint():
+    gate = Gate(words=1)
+    typist = Typist(before=gate)
+    session = Session(typist)
+    writing = in_background(session.generate, "go")
+    assert gate.reached.wait(10)
+    session.stop()
+    assert typist.closed.wait(5)
+    gate.opened.set()
+    writing.join(5)
+
+
+def test_a_stopped_model_keeps_its_statistics(instruct):
+    session = Session(instruct)
+    session.listeners.append(lambda event: event == "piece" and session.stop())
+    session.set(seed=0)
+    answer = session.generate(fk.CARD.prompt).answers[0]
+    assert answer.ending == "cancelled"
+    assert 1 <= answer.new_tokens < 20
+    assert answer.cache_bytes > 0
+
+
+def test_after_a_stop_the_next_text_is_written():
+    gate = Gate(words=1)
+    typist = Typist(before=gate)
+    session = Session(typist)
+    writing = in_background(session.generate, "go")
+    assert gate.reached.wait(10)
+    session.stop()
+    writing.join(5)
+    gate.opened.set()
+    assert text_of(session.generate("again")) == ["One two three."]
+
+
+def test_generate_pressed_twice_says_that_one_is_being_written():
+    gate = Gate(words=1)
+    session = Session(Typist(before=gate))
+    writing = in_background(session.generate, "go")
+    assert gate.reached.wait(10)
+    for again in (lambda: session.generate("b"), session.undo, session.clear, session.regenerate):
+        with pytest.raises(RuntimeError, match="an answer is being generated: stop it first"):
+            again()
+    gate.opened.set()
+    writing.join(5)
+    assert text_of(session.turns[0]) == ["One two three."]
+
+
+def test_ctrl_c_ends_the_answer_and_leaves_everything_usable():
+    gate = Gate(words=1)
+    typist = Typist(before=gate)
+    session = Session(typist)
+    in_background(lambda: gate.reached.wait(10) and os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        session.generate("go")
+    gate.opened.set()
+    assert (session.running, session.turns[0].answers[0].ending) == (None, "cancelled")
+    assert text_of(session.regenerate()) == ["One two three."]
+
+
+# What goes wrong
+
+
+def test_an_answer_that_breaks_off_is_kept_and_marked():
+    answer = Session(Typist(before=failing(2))).generate("go").answers[0]
+    assert (answer.text, answer.ending) == ("One two", "error")
+    assert answer.reason == "ConnectionError: the endpoint broke off"
+
+
+def test_a_prompt_over_the_context_is_an_error_that_names_the_limit(instruct):
+    answer = Session(instruct).generate("giraffe " * 2100).answers[0]
+    assert (answer.text, answer.ending) == ("", "error")
+    assert "the model's context is 2048" in answer.reason
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_blank_text_is_refused_and_nothing_is_remembered(text):
+    session = Session(Typist())
+    with pytest.raises(ValueError, match="the text is empty"):
+        session.generate(text)
+    assert (session.turns, session.history, session.can_undo) == ([], [], False)
+
+
+def test_half_a_character_reaches_no_tokenizer():
+    typist = Typist()
+    Session(typist).generate("a\ud83e")
+    assert typist.asked[0][0] == "a?"
+
+
+# Guardrails
+
+
+def forbids(word):
+    return lambda text: f"it says {word}" if word in text else None
+
+
+def test_a_refused_prompt_never_reaches_the_model():
+    typist = Typist()
+    session = Session(typist, guardrails=forbids("secret"))
+    with pytest.raises(ValueError, match="the guardrails refuse this text: it says secret"):
+        session.generate("the secret")
+    assert (typist.asked, session.history, session.running) == ([], [], None)
+
+
+def test_a_refused_sentence_is_not_shown_and_the_model_is_told_to_stop():
+    typist = Typist("All", " good.", " The", " secret", " is.", " And", " on")
+    answer = Session(typist, guardrails=forbids("secret")).generate("go").answers[0]
+    assert (answer.text, answer.ending, answer.reason) == ("All good.", "refused", "it says secret")
+    assert typist.closed.wait(5)
+
+
+def test_guardrails_that_fail_show_nothing_they_have_not_seen():
+    def broken(text):
+        if text != "go":
+            raise KeyError("broken")
+
+    answer = Session(Typist(), guardrails=broken).generate("go").answers[0]
+    assert (answer.text, answer.ending, answer.reason) == ("", "error", "KeyError: 'broken'")
+
+
+@given(st.lists(st.text(alphabet="ax. \n", min_size=1, max_size=4), min_size=1, max_size=12))
+def test_whatever_is_shown_at_any_time_has_passed_the_guardrails(words):
+    guard = forbids("x")
+    session = Session(Typist(*words), guardrails=guard)
+    shown = []
+    session.listeners.append(lambda event: shown.append(text_of(session.turns[0])[0]))
+    final = session.generate("go").answers[0]
+    assert [text for text in shown if guard(text)] == []
+    assert (final.text == "".join(words)) == ("x" not in "".join(words))

@@ -1,0 +1,112 @@
+"""Retries, timeouts, settings and the exceptions of all protocols."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.serving import protocol
+from falcon_kit.serving.protocol import Request
+from tests.serving.servers import DONE, Reply, answering, as_reply, free_port, scripted
+
+
+def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
+    @dataclass(frozen=True, kw_only=True)
+    class Later(fk.Sampling):
+        new: int = 0
+
+    protocol.map_settings(Request("Hello", (), Later(), {}, ()), "vLLM", {})
+    with pytest.raises(ValueError, match="vLLM has no field for new=3: leave it out"):
+        protocol.map_settings(Request("Hello", (), Later(new=3), {}, ()), "vLLM", {})
+
+
+def test_an_endpoint_that_is_down_is_a_connection_error_that_says_where():
+    port = free_port()
+    with pytest.raises(
+        ConnectionError, match=f"nothing answers at http://127.0.0.1:{port}/.*start the server, or check"
+    ):
+        fk.connect(f"http://127.0.0.1:{port}/v1", retries=2)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_endpoint_is_asked_again(status):
+    busy = as_reply({"error": {"message": "overloaded"}}, status)
+    with scripted(answering(busy, busy, Reply(DONE))) as server:
+        assert fk.connect(f"{server.address}/v1").generate("Hi").text == "Hello there"
+        assert len(server.asked("/v1/completions")) == 3
+
+
+def test_a_connection_that_is_closed_before_any_response_is_tried_again():
+    """llama.cpp closes a connection after 100 requests or 5 idle seconds, maybe just when a request is sent."""
+    with scripted(answering(Reply(dropped=True), Reply(DONE))) as server:
+        assert fk.connect(f"{server.address}/v1").generate("Hi").text == "Hello there"
+        assert len(server.asked("/v1/completions")) == 2
+
+
+def test_an_endpoint_that_closes_every_connection_is_given_up():
+    with scripted(answering(Reply(dropped=True))) as server:
+        endpoint = fk.connect(f"{server.address}/v1", retries=1)
+        with pytest.raises(ConnectionError, match=r"the connection to http.* broke \(RemoteProtocolError\): read"):
+            endpoint.generate("Hi")
+        assert len(server.asked("/v1/completions")) == 2
+
+
+def test_an_endpoint_that_stays_busy_is_given_up():
+    with scripted(answering(as_reply({"error": {"message": "overloaded"}}, 429))) as server:
+        endpoint = fk.connect(f"{server.address}/v1", retries=2)
+        with pytest.raises(ConnectionError, match=r"busy \(HTTP 429\): try again later.* reports: overloaded"):
+            endpoint.generate("Hi")
+        assert len(server.asked("/v1/completions")) == 3
+
+
+def test_the_endpoint_says_how_long_to_wait():
+    busy = as_reply({"error": "wait"}, 429, **{"retry-after": "0.3"})
+    with scripted(answering(busy, Reply(DONE))) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        start = time.perf_counter()
+        endpoint.generate("Hi")
+        assert time.perf_counter() - start >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "match"),
+    [
+        (400, ValueError, "refused the request .HTTP 400.*reports: no"),
+        (401, PermissionError, "refused the key .HTTP 401.: pass token="),
+        (404, LookupError, "has no such model or path"),
+        (500, ConnectionError, "the endpoint failed .HTTP 500"),
+    ],
+)
+def test_any_other_refusal_is_final_and_named(status, error, match):
+    with scripted(answering(as_reply({"error": {"message": "no"}}, status))) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(error, match=match):
+            endpoint.generate("Hi")
+        assert len(server.asked("/v1/completions")) == 1
+
+
+def test_nothing_is_begun_again_once_a_piece_has_come():
+    attempts = []
+
+    async def attempt():
+        attempts.append("one")
+        yield "piece"
+        raise protocol.Unavailable("busy")
+
+    async def collect():
+        return [item async for item in protocol.retry_stream(attempt, retries=3)]
+
+    # In a thread of its own: tests in a browser leave a running loop in this one.
+    with ThreadPoolExecutor(1) as thread, pytest.raises(ConnectionError, match="busy"):
+        thread.submit(asyncio.run, collect()).result()
+    assert attempts == ["one"]
+
+
+def test_a_server_that_falls_silent_is_a_timeout():
+    with scripted(answering(Reply(DONE, silence=3))) as server:
+        endpoint = fk.connect(f"{server.address}/v1", timeout=0.5)
+        with pytest.raises(TimeoutError, match=r"sent nothing for 0\.5 s: give a longer timeout="):
+            endpoint.generate("Hi")

@@ -1,0 +1,57 @@
+"""SageMaker endpoints: moto's control plane, and a runtime that streams a container's events."""
+
+import sys
+
+import pytest
+
+import falcon_kit as fk
+from tests.serving.servers import DONE, QUESTION, Reply, as_reply, container_error, frame, part
+
+
+def test_a_sagemaker_endpoint_that_is_not_there_is_a_lookup_error(sagemaker_service):
+    with pytest.raises(LookupError, match="sagemaker://nobody is not in this region: check name and region"):
+        fk.connect("sagemaker://nobody")
+
+
+def test_sagemaker_without_a_region_says_how_to_set_one(monkeypatch, tmp_path):
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"no AWS region is set: set AWS_REGION, or pass session=boto3.Session"):
+        fk.connect("sagemaker://falcon")
+
+
+def test_a_container_that_refuses_is_quoted(sagemaker_service, monkeypatch):
+    monkeypatch.setattr(sagemaker_service, "script", lambda *_: container_error(422, "too many tokens"))
+    with pytest.raises(ValueError, match=r"refused the request .HTTP 422.*reports: too many tokens"):
+        fk.connect("sagemaker://falcon").generate("Hi")
+
+
+def test_a_busy_sagemaker_endpoint_is_asked_again(sagemaker_service, monkeypatch):
+    busy = as_reply({"Message": "slow down"}, 429, **{"x-amzn-errortype": "ThrottlingException"})
+    replies, script = [busy, busy], sagemaker_service.script
+    monkeypatch.setattr(sagemaker_service, "script", lambda *all: replies.pop() if replies else script(*all))
+    assert fk.connect("sagemaker://falcon").generate("Once", max_new_tokens=3).stats.new_tokens == 3
+
+
+def test_a_sagemaker_answer_that_breaks_off_keeps_its_text(sagemaker_service, monkeypatch):
+    half = part(b'data:{"token":{"id":5,"text":"Half","logprob":-0.1,"special":false}}\n\n')
+    failed = frame(b'{"Message": "worker died"}', message_type="exception", exception_type="ModelStreamError")
+    reply = Reply([half, failed], kind="application/vnd.amazon.eventstream")
+    monkeypatch.setattr(sagemaker_service, "script", lambda *_: reply)
+    with pytest.raises(fk.IncompleteAnswer, match="worker died") as broken:
+        fk.connect("sagemaker://falcon").generate("Hi")
+    assert broken.value.generation.text == "Half"
+
+
+def test_a_vllm_container_on_sagemaker_speaks_openai(sagemaker_service, monkeypatch):
+    reply = Reply([part(b"".join(DONE)[:30]), part(b"".join(DONE)[30:])], kind="application/vnd.amazon.eventstream")
+    monkeypatch.setattr(sagemaker_service, "script", lambda *_: reply)
+    assert fk.connect("sagemaker://falcon", api="openai").chat(QUESTION).text == "Hello there"
+    assert sagemaker_service.requests[-1][1]["messages"] == QUESTION
+
+
+def test_boto3_is_asked_for_by_the_name_of_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(ModuleNotFoundError, match=r'need boto3: pip install "falcon-kit\[sagemaker\]"'):
+        fk.connect("sagemaker://falcon")

@@ -1,0 +1,164 @@
+"""A response while it is received: closing it, responses that break, and where a text is cut."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from falcon_kit.generation.text import cut
+from falcon_kit.serving.protocol import Delta
+from falcon_kit.serving.stream import Answer
+from tests.serving.servers import Reply, answering, chunk, event, scripted
+
+# Closing
+
+
+@pytest.fixture
+def endless():
+    """A server that never comes to an end."""
+    with scripted(answering(iter(lambda: (time.sleep(0.01), chunk(" word"))[1], None))) as server:
+        yield server
+
+
+def test_closing_a_stream_closes_the_connection(endless):
+    stream = fk.connect(f"{endless.address}/v1").stream("Hello")
+    next(stream)
+    stream.close()
+    assert endless.hung_up.wait(5)
+    assert stream.generation.finish_reason == "cancelled"
+    assert list(stream) == []
+
+
+def test_a_stream_that_is_dropped_closes_the_connection(endless):
+    stream = fk.connect(f"{endless.address}/v1").stream("Hello")
+    next(stream)
+    del stream
+    gc.collect()
+    assert endless.hung_up.wait(5)
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_ctrl_c_closes_the_connection(endless, how):
+    endpoint = fk.connect(f"{endless.address}/v1")
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(getattr(endpoint, how)("Hi"))
+    assert endless.hung_up.wait(5)
+
+
+def test_an_interpreter_that_ends_does_not_wait_for_a_stream(endless):
+    code = (
+        f"import falcon_kit as fk; stream = fk.connect({endless.address + '/v1'!r}).stream('Hi'); print(next(stream))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ("Piece" in ended.stdout, ended.stderr) == (True, "")
+
+
+def test_closing_a_stream_frees_llama_cpp(llama):
+    stream = llama.stream("Once upon a time", max_new_tokens=1900, temperature=1.0)
+    next(stream)
+    stream.close()
+    assert is_idle(llama)
+
+
+def is_idle(llama):
+    """Whether llama.cpp ends all work within a second."""
+    for _ in range(20):
+        slots = httpx2.get(f"{llama.address.removesuffix('/v1')}/slots").json()
+        if not any(slot["is_processing"] for slot in slots):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_stream_can_be_closed_by_another_thread_before_its_first_piece():
+    with scripted(answering(Reply([chunk("late")] * 2, silence=20))) as server:
+        stream = fk.connect(f"{server.address}/v1").stream("Hello")
+        threading.Timer(0.2, stream.close).start()
+        start = time.perf_counter()
+        assert list(stream) == []
+        assert time.perf_counter() - start < 5
+        assert stream.generation.text == ""
+
+
+def test_a_stop_string_hangs_up_on_a_server_that_would_go_on(endless):
+    answer = fk.connect(f"{endless.address}/v1").generate("Hello", stop="word word")
+    assert (answer.text, answer.finish_reason) == (" ", "stop")
+    assert endless.hung_up.wait(5)
+
+
+def test_a_stream_has_no_generation_before_it_ends(llama):
+    stream = llama.stream("Once", max_new_tokens=1900, temperature=1.0)
+    with pytest.raises(RuntimeError, match="not ended yet"):
+        _ = stream.generation
+    stream.close()
+
+
+# Responses that break
+
+
+BREAKS = {
+    "connection cut": Reply([chunk("Half a"), chunk(" sentence")], cut=True),
+    "error in the stream": Reply([chunk("Half a"), chunk(" sentence"), event({"error": {"message": "out of memory"}})]),
+    "end without a reason": Reply([chunk("Half a"), chunk(" sentence")]),
+    "not JSON": Reply([chunk("Half a"), chunk(" sentence"), b"data: {broken\n\n"]),
+}
+
+
+@pytest.mark.parametrize("reply", [pytest.param(reply, id=name) for name, reply in BREAKS.items()])
+def test_an_answer_that_breaks_off_keeps_its_text_and_is_not_begun_again(reply):
+    with scripted(answering(reply)) as server:
+        stream = fk.connect(f"{server.address}/v1").stream("Hi")
+        shown: list[str] = []
+        with pytest.raises(fk.IncompleteAnswer, match=r"broke off after 15|no finish reason after 15") as broken:
+            shown.extend(piece.text for piece in stream)
+        assert "".join(shown) == "Half a sentence"
+        assert (broken.value.generation.text, broken.value.generation.finish_reason) == ("Half a sentence", "broken")
+        assert stream.generation.finish_reason == "broken"
+        assert len(server.asked("/v1/completions")) == 1
+
+
+def test_a_text_that_breaks_off_is_kept_without_a_stream_too():
+    with scripted(answering(BREAKS["connection cut"])) as server:
+        with pytest.raises(fk.IncompleteAnswer) as broken:
+            fk.connect(f"{server.address}/v1").generate("Hi")
+        assert broken.value.generation.text == "Half a sentence"
+
+
+def test_a_server_that_falls_silent_in_the_middle_breaks_off():
+    def halting():
+        yield chunk("Half")
+        time.sleep(3)
+
+    with scripted(answering(halting())) as server:
+        with pytest.raises(fk.IncompleteAnswer, match="sent nothing for") as broken:
+            fk.connect(f"{server.address}/v1", timeout=0.3).generate("Hi")
+        assert broken.value.generation.text == "Half"
+
+
+# Chunks
+
+
+@given(
+    text=st.text("ab", min_size=1, max_size=12),  # few letters, so that most texts contain most stop strings
+    size=st.integers(1, 3),
+    stop=st.lists(st.text("ab", min_size=2, max_size=4), max_size=2),
+)
+def test_wherever_chunks_end_the_text_is_cut_at_the_same_place(text, size, stop):
+    answer, shown = Answer("", tuple(stop), strip=False), ""
+    for start in range(0, len(text), size):
+        piece = answer.push(Delta(text[start : start + size], finish="eos" if start + size >= len(text) else None))
+        shown += piece.text if piece else ""
+        if answer.finish:
+            break
+    expected, stopped = cut(text, tuple(stop))
+    assert (answer.text, shown, answer.finish) == (expected, expected, "stop" if stopped else "eos")

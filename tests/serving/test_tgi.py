@@ -1,0 +1,58 @@
+"""What TGI is sent, and how its events and those of LMI's containers are read."""
+
+import json
+import math
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.serving.tgi import read_event
+from tests.serving.servers import scripted, tgi
+
+EVENT = {"token": {"id": 5, "text": " a", "logprob": -0.1, "special": False}}
+
+
+def test_stop_strings_beyond_tgis_four_end_a_text_too(tgi_endpoint, instruct):
+    stop = ["zebra", "owl", "[", "]", "!"]
+    here = instruct.generate("Wow", max_new_tokens=40, stop=stop)
+    there = tgi_endpoint.generate("Wow", max_new_tokens=40, stop=stop)
+    assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
+
+
+def test_only_the_settings_that_were_given_are_sent(instruct):
+    with scripted(tgi(instruct)) as server:
+        fk.connect(server.address).generate("Hi", temperature=0.5, top_p=1.0, max_new_tokens=3)
+        (body,) = server.asked("/generate_stream")
+    expected = {"max_new_tokens": 3, "details": True, "return_full_text": False, "stop": [], "do_sample": True}
+    assert body == {"inputs": "Hi", "parameters": expected | {"temperature": 0.5}}
+
+
+@pytest.mark.parametrize("name", ["logprob", "log_prob"])
+def test_the_log_probability_has_either_name(name):
+    token = {"id": 5, "text": " a", name: -0.1, "special": False}
+    assert read_event("data:" + json.dumps({"token": token}), "here").logprob == -0.1
+
+
+def test_a_missing_log_probability_is_nan():
+    assert math.isnan(read_event(json.dumps({"token": {"id": 5, "text": " a", "special": False}}), "here").logprob)
+
+
+def test_a_special_token_has_no_text():
+    assert read_event(json.dumps({"token": EVENT["token"] | {"special": True}}), "here").text == ""
+
+
+@pytest.mark.parametrize("line", ["", ":keep-alive", "event: message", "data: [DONE]"])
+def test_a_line_without_an_event_is_skipped(line):
+    assert read_event(line, "here") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("<html>", "here sent a line that is no event of TGI: '<html>'"),
+        ('data:{"error": "out of memory", "error_type": "generation"}', "here reports: out of memory"),
+    ],
+)
+def test_a_line_that_is_no_event_is_an_error(line, message):
+    with pytest.raises(ConnectionError, match=message):
+        read_event(line, "here")
