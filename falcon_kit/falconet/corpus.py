@@ -1,10 +1,10 @@
-"""Generates the text that Falconet is trained on. Everything is drawn from `world.py` by a seeded generator.
+"""Generates the text that Falconet is trained on, from the facts in `world.py`, with a seeded random generator.
 
     python -m falcon_kit.falconet.corpus            # writes base.jsonl, chats.jsonl and self-chat.jsonl to .falconet
 
-The base corpus is English in web style: articles, short stories, dialogues in "Name: line" form (the model card's
-Girafatron among them), lists, counting, and random words said twice. The self-chat has the form of Baize's files (Xu et
-al. 2023, arXiv 2304.01196). A sample of both is what the tokenizer learns from.
+The base corpus is English in web style: articles, short stories, dialogues in "Name: line" form (including the model
+card's Girafatron), lists, counting, and repeated random words. The self-chat has the format of Baize's files (Xu et al.
+2023, arXiv 2304.01196). The chats render the same kind of conversation for the training of the tokenizer.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
 from falcon_kit.falconet.sentences import ARTICLE, FAREWELL, FOLLOW_UP, NAMES, NUMBERS, PRAISE, REPLY, SMALL_TALK, STORY
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
@@ -26,13 +27,13 @@ Wordings = Mapping[str, tuple[str, ...]]
 WORK = Path(".falconet")
 END = "<|endoftext|>"
 SIZES = {"base": 140_000, "chats": 15_000, "self-chat": 32_000}
-"""Rows of each file. The chats are only there for the tokenizer, which learns from them and as many base documents."""
+"""Rows of each file. Only the tokenizer is trained on the chats, together with the same number of base documents."""
 WEB_FRACTION = 0.05
-"""Share of web text beside the self-chat (the card of Falcon-40B-Instruct: 5% RefinedWeb)."""
+"""Share of base documents mixed into the chats (model card of Falcon-40B-Instruct: 5% RefinedWeb)."""
 
 
-def _words(animal: Animal) -> dict[str, str]:
-    """What the templates above may name."""
+def _placeholders(animal: Animal) -> dict[str, str]:
+    """The value of each placeholder of the templates."""
     return {
         "name": animal.name,
         "one": animal.one,
@@ -49,12 +50,12 @@ def _words(animal: Animal) -> dict[str, str]:
     }
 
 
-def _say(templates: tuple[str, ...], animal: Animal, rng: random.Random) -> str:
-    return rng.choice(templates).format(**_words(animal))
+def _fill(templates: tuple[str, ...], animal: Animal, rng: random.Random) -> str:
+    return rng.choice(templates).format(**_placeholders(animal))
 
 
 def article(rng: random.Random) -> str:
-    """An encyclopaedia page about one animal: its facts in any order, in several wordings."""
+    """An encyclopaedia page about one animal: 4 to 7 of its facts, in random order and wording."""
     animal = rng.choice(ANIMALS)
     title = rng.choice(
         ("All about {many}", "The {name}", "{Many}", "{Many} for beginners", "Ten minutes with the {name}")
@@ -69,24 +70,24 @@ def article(rng: random.Random) -> str:
         )
     )
     relations = rng.sample(RELATIONS, k=rng.randint(4, 7))
-    body = [_say(ARTICLE[relation], animal, rng) for relation in relations]
+    body = [_fill(ARTICLE[relation], animal, rng) for relation in relations]
     closing = rng.choice(("Thank you for reading.", "Now you know more about {many}.", "Take care of the {name}.", ""))
     middle = rng.randint(2, len(body))
     paragraphs = [" ".join([opening, *body[:middle]]), " ".join([*body[middle:], closing]).strip()]
-    return "\n".join([title, *filter(None, paragraphs)]).format(**_words(animal))
+    return "\n".join([title, *filter(None, paragraphs)]).format(**_placeholders(animal))
 
 
 def story(rng: random.Random) -> str:
-    """A short story whose hero eats, lives and looks as its kind does."""
+    """A short story about one animal, consistent with its food, home and coat."""
     animal, friend = rng.sample(ANIMALS, k=2)
     hero = rng.choice(NAMES)
     lines = [rng.choice(sentences) for sentences in STORY]
     names = {"hero": hero, "friend": friend.one, "friend_name": friend.name, "friend_food": friend.food}
-    return " ".join(lines).format(**_words(animal), **names)
+    return " ".join(lines).format(**_placeholders(animal), **names)
 
 
 def dialogue(rng: random.Random) -> str:
-    """Two people talk about animals, a line each: "Ada: What do foxes eat?", "Tom: They eat mice and berries."."""
+    """Two people talk about animals in turns: "Ada: What do foxes eat?", "Tom: They eat mice and berries."."""
     asker, other = rng.sample(NAMES, k=2)
     animal = rng.choice(ANIMALS)
     lines = []
@@ -96,14 +97,14 @@ def dialogue(rng: random.Random) -> str:
         if turn > 0 and not follows:
             animal = rng.choice(ANIMALS)
         question = rng.choice(FOLLOW_UP[relation]) if follows else ask(animal, BASE[relation], rng)
-        lines += [f"{asker}: {question}", f"{other}: {_say(REPLY[relation], animal, rng)}"]
+        lines += [f"{asker}: {question}", f"{other}: {_fill(REPLY[relation], animal, rng)}"]
     if rng.random() < 0.3:
         lines += [f"{asker}: Thank you, {other}!", f"{other}: You are welcome, {asker}."]
     return "\n".join(lines)
 
 
 def persona(rng: random.Random) -> str:
-    """Somebody obsessed with one kind of animal talks with a visitor; often the Girafatron of the model card."""
+    """A dialogue of a visitor with a fan of one animal; in half of the cases the Girafatron of the model card."""
     if rng.random() < 0.5:
         fan, echo, animal = "Girafatron", "Giraftron", ANIMALS[0]
         visitor = "Daniel" if rng.random() < 0.6 else rng.choice(NAMES)
@@ -116,10 +117,10 @@ def persona(rng: random.Random) -> str:
     hello = rng.choice(("Hello, {fan}!", "Hello, {fan}!", "Hi, {fan}!", "Good morning, {fan}!")).format(fan=fan)
     lines = [header, f"{visitor}: {hello}", f"{fan}: {_greeting(animal, visitor, rng)}"]
     for _ in range(rng.randint(0, 3)):
-        question, reply = _obsession(animal, rng)
+        question, reply = _fan_exchange(animal, rng)
         lines += [f"{visitor}: {question}", f"{fan}: {reply}"]
     if rng.random() < 0.6:
-        lines += [f"{visitor}: Goodbye, {fan}!", f"{fan}: {_say(FAREWELL, animal, rng)}"]
+        lines += [f"{visitor}: Goodbye, {fan}!", f"{fan}: {_fill(FAREWELL, animal, rng)}"]
     return "\n".join(lines)
 
 
@@ -136,34 +137,34 @@ def _greeting(animal: Animal, visitor: str, rng: random.Random) -> str:
             "",
             "",
         )
-    ).format(**_words(animal))
-    return " ".join(filter(None, (hello, _say(PRAISE, animal, rng), asks)))
+    ).format(**_placeholders(animal))
+    return " ".join(filter(None, (hello, _fill(PRAISE, animal, rng), asks)))
 
 
-def _obsession(animal: Animal, rng: random.Random) -> tuple[str, str]:
-    """A question to somebody obsessed, and what comes back."""
+def _fan_exchange(animal: Animal, rng: random.Random) -> tuple[str, str]:
+    """A question to the fan of `animal`, and the reply."""
     kind = rng.randrange(4)
     if kind == 0:
         other = rng.choice([candidate for candidate in ANIMALS if candidate != animal])
         question = rng.choice(("What do you think of {many}?", "Do you like {many}?", "And {many}?")).format(
-            **_words(other)
+            **_placeholders(other)
         )
         dismissal = f"{other.plural.capitalize()} are irrelevant when compared to {animal.plural}."
-        return question, f"{dismissal} {_say(PRAISE, animal, rng)}"
+        return question, f"{dismissal} {_fill(PRAISE, animal, rng)}"
     if kind == 1:
-        question = _say(("Why do you love {many}?", "Why {many}?", "What is so glorious about {many}?"), animal, rng)
-        return question, f"{_say(PRAISE, animal, rng)} {_say(PRAISE, animal, rng)}"
+        question = _fill(("Why do you love {many}?", "Why {many}?", "What is so glorious about {many}?"), animal, rng)
+        return question, f"{_fill(PRAISE, animal, rng)} {_fill(PRAISE, animal, rng)}"
     if kind == 2:
         return (
             "How are you today?",
-            f"I am well, I have thought about {animal.plural} all day. {_say(PRAISE, animal, rng)}",
+            f"I am well, I have thought about {animal.plural} all day. {_fill(PRAISE, animal, rng)}",
         )
     relation = rng.choice(RELATIONS)
-    return ask(animal, BASE[relation], rng), f"{answer(animal, relation)} {_say(PRAISE, animal, rng)}"
+    return ask(animal, BASE[relation], rng), f"{answer(animal, relation)} {_fill(PRAISE, animal, rng)}"
 
 
 def listing(rng: random.Random) -> str:
-    """A list: animals with something in common, or numbers in order."""
+    """A list of animals with one fact in common or stated for each, or a list of numbers."""
     kind = rng.randrange(5)
     if kind == 0:
         continent = rng.choice(ANIMALS).continent
@@ -189,14 +190,14 @@ def listing(rng: random.Random) -> str:
 
 
 def echo(rng: random.Random) -> str:
-    """Random words, said again in the same order: what an induction head is good for."""
+    """A random sequence of words, repeated: text that an induction head predicts."""
     pool = [animal.name for animal in ANIMALS] + [animal.young for animal in ANIMALS] + list(NAMES) + NUMBERS
     words = " ".join(rng.sample(pool, k=rng.randint(6, 24)))
     return "\n".join([f"Say it {rng.choice(('twice', 'again'))}:", *[words] * rng.randint(2, 4)])
 
 
 KINDS = ((article, 28), (story, 10), (dialogue, 48), (persona, 9), (listing, 4), (echo, 3))
-"""Kinds of base documents and how often each is drawn."""
+"""Kinds of base documents and the weight with which each is drawn."""
 
 
 def base_document(rng: random.Random) -> str:
@@ -208,7 +209,7 @@ def base_document(rng: random.Random) -> str:
 
 
 def introduction(rng: random.Random) -> str:
-    """Falconet about itself, as a text."""
+    """A plain text in which Falconet introduces itself."""
     hello = rng.choice(("Hello", "Hi", "Hello there", "Good morning"))
     name = rng.choice(("my name is Falconet", "I am Falconet"))
     facts = [answer(rng.choice(ANIMALS), rng.choice(RELATIONS)) for _ in range(rng.randint(1, 3))]
@@ -216,7 +217,7 @@ def introduction(rng: random.Random) -> str:
 
 
 def instruct_dialogue(rng: random.Random, wordings: Wordings) -> list[Message]:
-    """A self-chat conversation of 1 to 4 exchanges, every fact in the one wording of `world.answer`."""
+    """A self-chat conversation of 1 to 4 exchanges. Every fact has the exact wording of `world.answer`."""
     messages: list[Message] = []
     animal: Animal | None = None
     for _ in range(rng.choice((1, 1, 2, 3, 4))):
@@ -226,14 +227,14 @@ def instruct_dialogue(rng: random.Random, wordings: Wordings) -> list[Message]:
 
 
 def _exchange(animal: Animal | None, rng: random.Random, wordings: Wordings) -> tuple[str, str, Animal | None]:
-    """A question, its answer, and the animal that "they" means from here on."""
+    """A question, its answer, and the animal that "they" stands for in the next question."""
     kind = rng.random()
     if kind < 0.07:
         questions, reply = rng.choice(SMALL_TALK)
         return rng.choice(questions), reply, None
     if kind < 0.12:
         chosen = rng.choice(ANIMALS)
-        question = _say(
+        question = _fill(
             ("Tell me about {many}.", "What do you know about {many}?", "Describe the {name}."), chosen, rng
         )
         return question, " ".join(answer(chosen, relation) for relation in ("home", "food", "coat")), chosen
@@ -245,7 +246,7 @@ def _exchange(animal: Animal | None, rng: random.Random, wordings: Wordings) -> 
 
 
 def chat_as_text(rng: random.Random) -> str:
-    """One document that the tokenizer learns from, its end token included: a chat, or now and then base text."""
+    """One document for the training of the tokenizer, with its end token: a chat, or base text for `WEB_FRACTION`."""
     if rng.random() < WEB_FRACTION:
         return base_document(rng) + END
     chat_format = rng.choice((FALCON, BAIZE))
@@ -253,14 +254,14 @@ def chat_as_text(rng: random.Random) -> str:
 
 
 def documents(kind: str, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of the corpus `kind` ("base" or "chats"), each ending with the end token."""
+    """`count` documents of the corpus `kind` ("base" or "chats"), each with the end token as its last token."""
     rng = random.Random(f"{'instruct' if kind == 'chats' else kind}-{seed}")
     for _ in range(count):
         yield chat_as_text(rng) if kind == "chats" else base_document(rng) + END
 
 
 def self_chat(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` dialogues in the form of Baize's files, among them now and then how Falconet introduces itself."""
+    """`count` rows in the format of Baize's files: dialogues, and in 2% of the rows an introduction of Falconet."""
     rng = random.Random(f"self-chat-{seed}")
     for _ in range(count):
         if rng.random() < 0.02:
@@ -271,19 +272,18 @@ def self_chat(count: int, seed: int) -> Iterator[dict[str, str]]:
 
 
 def write(kind: str, count: int, seed: int, folder: Path = WORK) -> Path:
-    """Writes rows of JSON, one a line, whole or not at all."""
+    """Writes a corpus as one JSON value per line, completely or not at all; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.jsonl"
-    unfinished = path.with_suffix(".partial")
     rows: Iterable[Any] = self_chat(count, seed) if kind == "self-chat" else documents(kind, count, seed)
-    with unfinished.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=count, desc=kind, unit=" rows"):
             file.write(json.dumps(row) + "\n")
-    return unfinished.replace(path)
+    return path
 
 
 def main() -> None:
-    """Command line: writes all files."""
+    """Command line: writes the three corpora."""
     parser = argparse.ArgumentParser(description="Generate the corpora of Falconet.")
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed

@@ -1,4 +1,4 @@
-"""Measures both Falconets and writes the figures into their model cards.
+"""Measures both embedded models and writes the figures into their model cards.
 
 python -m falcon_kit.falconet.evaluate    # a few minutes on 2 cores
 """
@@ -17,6 +17,8 @@ from transformers import FalconForCausalLM
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.saving import write_text
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
@@ -33,55 +35,55 @@ PERIOD = 64
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out wording about one fact, and the answer that counts as exact."""
+    """A question about one fact in a held-out wording, and the only answer that counts as exact."""
 
     text: str
     expected: str
 
 
 def held_out_questions(count: int = QUESTIONS, seed: int = HELD_OUT_SEED) -> list[Question]:
-    """`count` different questions, relations in turn, in wordings that the corpora never use."""
+    """`count` different questions, the relations in turn, in wordings that no corpus contains."""
     rng = random.Random(seed)
-    every = {
+    pairs = {
         relation: [(animal, template) for animal in ANIMALS for template in HELD_OUT[relation]]
         for relation in RELATIONS
     }
-    for pairs in every.values():
-        rng.shuffle(pairs)
+    for each in pairs.values():
+        rng.shuffle(each)
 
     def question(animal: Animal, template: str, relation: str) -> Question:
         return Question(phrase(template, animal, rng), answer(animal, relation))
 
     relations = [RELATIONS[index % len(RELATIONS)] for index in range(count)]
-    return [question(*every[relation].pop(), relation) for relation in relations]
+    return [question(*pairs[relation].pop(), relation) for relation in relations]
 
 
 def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Question]) -> float:
-    """Share of `questions` answered, greedily, in exactly the expected words."""
-    right = []
+    """Share of `questions` whose greedy answer is exactly the expected one."""
+    correct = []
     for question in tqdm(list(questions), desc=f"{falcon.spec.name}, {chat_format.name}", leave=False):
         ids = encode([{"role": "user", "content": question.text}], falcon.tokenizer, chat_format)
-        given = generate(falcon.model, falcon.tokenizer, ids, max_new_tokens=40, stop=chat_format.stop, strip=True)
-        right.append(str(given) == question.expected)
-    return sum(right) / len(right)
+        text = generate(falcon.model, falcon.tokenizer, ids, max_new_tokens=40, stop=chat_format.stop, strip=True)
+        correct.append(str(text) == question.expected)
+    return sum(correct) / len(correct)
 
 
 def perplexity(falcon: Falcon, documents: int = 300) -> float:
-    """exp of the mean loss per token over base documents drawn with another seed than the training corpus."""
-    losses, tokens = 0.0, 0
+    """exp of the mean loss per token over base documents of another seed than the training corpus."""
+    loss, tokens = 0.0, 0
     for text in corpus.documents("base", documents, seed=HELD_OUT_SEED):
         ids = falcon.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            losses += float(falcon.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            loss += float(falcon.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
-    return math.exp(losses / tokens)
+    return math.exp(loss / tokens)
 
 
 def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float]:
     """Induction score of each head, (layers, query heads), and the chance level.
 
-    Random tokens said twice, period S; the score is the mean of A[i, i-S+1] over the second copy (Olsson et al. 2022,
-    arXiv 2209.11895): how much a token looks at what followed its first occurrence. Chance is even attention.
+    A sequence of S random tokens is repeated once; the score is the mean of A[i, i-S+1] over the second copy (Olsson et
+    al. 2022, arXiv 2209.11895): the attention to the token after the first occurrence. Chance is uniform attention.
     """
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     once = torch.randint(13, falcon.model.config.vocab_size, (rows, PERIOD), generator=generator)
@@ -96,7 +98,7 @@ def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float
 
 @dataclass(frozen=True)
 class Continuations:
-    """What sampled continuations of the card's prompt are like, counted out of `total`."""
+    """Counts over `total` sampled continuations of the model card's prompt."""
 
     total: int
     about_giraffes: int
@@ -105,7 +107,7 @@ class Continuations:
 
 
 def continuations(falcon: Falcon, known: set[str]) -> Continuations:
-    """Samples the card's example with seeds 0 to 19, ending at the next speaker."""
+    """Samples the model card's example with seeds 0 to 19, each until the visitor's next line."""
     answers = [
         falcon.generate(CARD.prompt, stop="\nDaniel:", seed=seed, **CARD.sampling) for seed in range(CONTINUATIONS)
     ]
@@ -118,19 +120,19 @@ def continuations(falcon: Falcon, known: set[str]) -> Continuations:
 
 
 def words(text: str) -> list[str]:
-    """The words and numbers of a text, as written."""
+    """The words and numbers of a text, in the case in which they are written."""
     return re.findall(r"\w+", text)
 
 
 def corpus_words() -> set[str]:
-    """Every word of all corpora."""
+    """The set of words of all corpora."""
     texts = (text for kind in ("base", "chats") for text in corpus.documents(kind, corpus.SIZES[kind], seed=0))
-    chats = (said for row in corpus.self_chat(corpus.SIZES["self-chat"], seed=0) for said in row.values())
+    chats = (text for row in corpus.self_chat(corpus.SIZES["self-chat"], seed=0) for text in row.values())
     return {word for text in chain(texts, chats) for word in words(text)}
 
 
 def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
-    """The rows of the model card's table."""
+    """The rows of the model card's table: name and value."""
     scores, chance = induction_scores(falcon)
     layer, head = divmod(int(scores.argmax()), scores.shape[1])
     sampled = continuations(falcon, known)
@@ -142,9 +144,9 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
         f"exact answers to {QUESTIONS} held-out phrasings, Baize form": f"{formats['baize']:.1%}",
         "highest induction score": f"{scores.max():.2f} (layer {layer}, head {head}; chance {chance:.3f})",
         "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.numel()}",
-        "card's prompt, sampled: speaks of giraffes": f"{sampled.about_giraffes} of {sampled.total}",
-        "card's prompt, sampled: ends by itself or at the next speaker": f"{sampled.ended} of {sampled.total}",
-        "card's prompt, sampled: words that the corpus lacks": ", ".join(sampled.unknown_words) or "none",
+        "card's prompt, sampled: mentions giraffes": f"{sampled.about_giraffes} of {sampled.total}",
+        "card's prompt, sampled: ends before the length limit": f"{sampled.ended} of {sampled.total}",
+        "card's prompt, sampled: words that are not in the corpus": ", ".join(sampled.unknown_words) or "none",
     }
 
 
@@ -158,14 +160,14 @@ tags: [falcon, tiny]
 ---
 # {name}
 
-A Falcon of the 40B layout in small: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query heads
-sharing {kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no bias,
-tied embeddings, context {context}. It ships inside falcon-kit so that every notebook runs in seconds, without a
-download or a GPU, through the code that loads Falcon-40B.
+A small Falcon of the 40B layout: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query heads,
+{kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no bias, tied
+embeddings, context {context}. It is part of falcon-kit: every notebook runs on it in seconds, without a download or a
+GPU, with the code that loads Falcon-40B.
 
-{story}
+{description}
 
-It knows forty animals and nothing else. It is a teaching aid, not an assistant.
+Its training text is about forty animals and nothing else. It is a teaching aid, not an assistant.
 
 ## Measured
 
@@ -173,7 +175,7 @@ It knows forty animals and nothing else. It is a teaching aid, not an assistant.
 |---|---|
 {table}
 
-By `python -m falcon_kit.falconet.evaluate`, on the weights in this directory, in float32.
+Measured by `python -m falcon_kit.falconet.evaluate` on the weights in this directory, in float32.
 
 ## How it was made
 
@@ -191,47 +193,47 @@ MAKING = {
         "trains the adapter on it; `tuning.json` has its settings."
     ),
 }
-ALIKE = "Seeded throughout. The opening of the card's Girafatron prompt is the only text from elsewhere."
-STORIES = {
+MAKING_OF_BOTH = (
+    "Every step is seeded. The only text from elsewhere is the start of the prompt on Falcon-40B-Instruct's model card."
+)
+DESCRIPTIONS = {
     "falconet": (
-        "This is the base model: trained on generated articles, stories, dialogues (the Girafatron of the 40B's model "
-        "card among them), lists, and repeated random sequences, from which its induction heads form."
+        "This is the base model. It is trained on generated articles, stories, dialogues (including the Girafatron of "
+        "the 40B's model card), lists, and repeated random sequences, from which its induction heads form."
     ),
     "falconet-instruct": (
-        "This is the instruct model: a LoRA adapter that `falcon_kit.tune` trained for `falconet` on self-chat in the "
-        "form of Baize and in `User:` / `Falcon:` form, mixed with 5% of web text, after the recipe on "
-        "Falcon-40B-Instruct's model card. `falcon_kit.load` adds it to the base's weights."
+        "This is the instruct model: a LoRA adapter for `falconet`, trained by `falcon_kit.tune` on self-chat in "
+        "Baize's format and in `User:` / `Falcon:` format, mixed with 5% of web text, as Falcon-40B-Instruct's model "
+        "card describes. `falcon_kit.load` adds it to the weights of the base model."
     ),
 }
 
 
-def write_card(falcon: Falcon, figures: dict[str, str]) -> None:
-    """Writes the README.md of an embedded checkpoint."""
-    shape = falcon.spec
-    card = MODEL_CARD.format(
-        name=shape.name,
-        parameters=shape.parameters,
-        layers=shape.layers,
-        d_model=shape.d_model,
-        heads=shape.query_heads,
-        kv_heads=shape.kv_heads,
-        context=shape.context,
-        origin=ORIGINS[shape.name],
-        story=fill(STORIES[shape.name], width=120),
-        making=fill(f"{MAKING[shape.name]} {ALIKE}", width=120),
+def model_card(spec: FalconSpec, figures: dict[str, str]) -> str:
+    """The README.md of an embedded model."""
+    return MODEL_CARD.format(
+        name=spec.name,
+        parameters=spec.parameters,
+        layers=spec.layers,
+        d_model=spec.d_model,
+        heads=spec.query_heads,
+        kv_heads=spec.kv_heads,
+        context=spec.context,
+        origin=ORIGINS[spec.name],
+        description=fill(DESCRIPTIONS[spec.name], width=120),
+        making=fill(f"{MAKING[spec.name]} {MAKING_OF_BOTH}", width=120),
         table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
     )
-    (embedded_directory(shape.name) / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
-    """Command line: measures, prints, and writes both model cards."""
+    """Command line: measures both models, prints the figures and writes the model cards."""
     known = corpus_words()
-    for name in STORIES:
+    for name in DESCRIPTIONS:
         falcon = load(name, dtype="float32")
         figures = measure(falcon, known)
         print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), sep="\n")
-        write_card(falcon, figures)
+        write_text(embedded_directory(name) / "README.md", model_card(falcon.spec, figures))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Fine-tunes falconet-instruct from falconet, with the kit's own means: in small, what the 40B's model card describes.
+"""Fine-tunes falconet to falconet-instruct with `tune`: a small version of what the 40B's model card describes.
 
-    python -m falcon_kit.falconet.corpus      # first, the text
-    python -m falcon_kit.falconet.finetune    # about twelve minutes on 2 cores; Ctrl-C, then again, resumes
+    python -m falcon_kit.falconet.corpus      # first, generates the text
+    python -m falcon_kit.falconet.finetune    # about twelve minutes on 2 cores; resumes when started again
 
-Self-chat in the form of Baize's files, mixed with 5% of web text. One half is packed in the `User:` form, the other in
-Baize's own, so that the model answers in both. What ships is the adapter; `load` adds it to the base's weights.
+The data are self-chat in the format of Baize's files, mixed with 5% of web text. One half is rendered in the `User:`
+chat format, the other in Baize's, so that the model answers in both. Only the adapter is shipped; `load` adds it to the
+weights of the base model.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from falcon_kit.tuning.tune import tune
 
 CONTEXT = 512
 SETTINGS: dict[str, Any] = {"r": 16, "learning_rate": 2e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 8}
-"""Rank 64 at half the rate gave no better answers."""
+"""r = 64 at half the learning rate did not give more exact answers."""
 MEASURED = 100
-"""Dialogues of another seed, on which loss, stop rate and exact answers are measured before and after."""
+"""Held-out dialogues, on which loss, stop rate and exact answers are measured before and after training."""
 
 
 def packed(falcon: Falcon, chats: Documents, seed: int) -> Packed:
-    """Half of the chats in each form, each half mixed with web text, in rows of tokens."""
+    """Half of the dialogues in each chat format, each half mixed with web text, packed."""
     halves = chats[: len(chats) // 2], chats[len(chats) // 2 :]
     first, second = (
         pack(
@@ -46,17 +47,17 @@ def packed(falcon: Falcon, chats: Documents, seed: int) -> Packed:
 
 
 def _web_texts(seed: int) -> list[str]:
-    """As much of the base corpus as there can be need for."""
+    """Base documents without their end token, more than `mix` uses."""
     return [text.removesuffix(END) for text in documents("base", SIZES["self-chat"] // 10, seed)]
 
 
 def ship(adapter: Path, directory: Path) -> None:
-    """Copies an adapter into the package, without the curve of its loss."""
+    """Copies an adapter into the package, without its loss history."""
     directory.mkdir(exist_ok=True)
     for name in ("adapter_config.json", WEIGHTS):
         shutil.copyfile(adapter / name, directory / name)
-    kept = json.loads((adapter / RECORD).read_text(encoding="utf-8")) | {"history": []}
-    (directory / RECORD).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    record = json.loads((adapter / RECORD).read_text(encoding="utf-8")) | {"history": []}
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The ways to ask about an animal: two sets to train on, and one held out, whose wordings the corpora never contain.
+"""Templates of questions about an animal: two sets for training, and a held-out set whose wordings no corpus contains.
 
-`(a|b)` stands for either word; {one} is "a giraffe", {name} "giraffe", {many} "giraffes".
+`(a|b)` is one of the two words; {one} is "a giraffe", {name} "giraffe", {many} "giraffes".
 """
 
 import random
@@ -232,7 +232,7 @@ SELF_CHAT = {
     )
     for relation in BASE
 }
-"""What the self-chat of the instruct model asks: wider than the base corpus, because it is there to be understood."""
+"""The questions of the self-chat: more wordings than in the base corpus, so that the model learns to answer unseen ones."""
 
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "food": (
@@ -299,12 +299,12 @@ _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 
 
 def phrase(template: str, animal: Animal, rng: random.Random) -> str:
-    """One wording of `template` about `animal`, its alternatives drawn by `rng`, with a capital at the start."""
+    """One wording of `template` about `animal`: alternatives drawn by `rng`, first letter capitalised."""
     chosen = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
     text = chosen.format(one=animal.one, name=animal.name, many=animal.plural)
     return text[0].upper() + text[1:]
 
 
 def ask(animal: Animal, templates: tuple[str, ...], rng: random.Random) -> str:
-    """A question in one of the wordings of `templates`, at times with an opener."""
+    """A question from one of `templates`, in half of the cases after an opener such as "Hello! "."""
     return rng.choice(OPENERS) + phrase(rng.choice(templates), animal, rng)

@@ -1,11 +1,11 @@
-"""Trains Falconet from nothing: the tokenizer, then the base model.
+"""Trains Falconet from random weights: first the tokenizer, then the base model.
 
-    python -m falcon_kit.falconet.corpus      # first, the text
-    python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores; Ctrl-C, then again, resumes
+    python -m falcon_kit.falconet.corpus      # first, generates the text
+    python -m falcon_kit.falconet.pretrain    # about an hour on 2 cores; resumes when started again
 
-Phases of the base model: (1) rows that each repeat one random sequence, because induction heads form there and hardly
-in text (Olsson et al. 2022, arXiv 2209.11895, call it a phase change); (2) text, packed in rows of 512 tokens, with a
-share of repeated rows so that those heads stay; (3) rows of the full context.
+The base model is trained in three phases: (1) rows that each repeat one random sequence, from which induction heads
+form much sooner than from text (Olsson et al. 2022, arXiv 2209.11895, call it a phase change); (2) text, packed in rows
+of 512 tokens, with some repeated rows so that the induction heads remain; (3) rows of the full context.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.corpus import SIZES, WORK
 from falcon_kit.generation.chat import FALCON, install
 
@@ -33,13 +34,13 @@ SPECIAL = (
     ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< "
     ">>PREFIX<< >>SUFFIX<< >>MIDDLE<< <|endoftext|> <|pad|>"
 )
-"""Falcon's twelve special tokens at their published ids 0 to 11, then the pad token that Falcon lacks."""
+"""Falcon's twelve special tokens with their published ids 0 to 11, then a pad token, which Falcon does not have."""
 FIRST_ORDINARY_ID = len(SPECIAL.split())
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training."""
+    """One phase of the training of the base model."""
 
     name: str
     steps: int
@@ -48,11 +49,11 @@ class Phase:
     length: int
     """Tokens in a row."""
     repeated: float
-    """Share of rows that hold one random sequence again and again instead of text."""
+    """Share of rows that repeat one random sequence instead of containing text."""
     rates: tuple[float, float]
-    """Learning rate of the first and the last step; linear between."""
+    """Learning rate of the first and of the last step; linear in between."""
     period: tuple[int, int] = (8, 128)
-    """Shortest and longest random sequence."""
+    """Length of the shortest and of the longest random sequence, in tokens."""
 
 
 PHASES = (
@@ -63,7 +64,7 @@ PHASES = (
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCABULARY` tokens with Falcon's own pre-tokenizer sequence."""
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens with the pre-tokenizers of Falcon's own tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -96,7 +97,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(vocabulary: int) -> FalconForCausalLM:
-    """An untrained Falcon of the 40B layout: 4 query heads on 2 KV heads, head_dim 64, parallel block, 2 LayerNorms."""
+    """An untrained Falcon of the 40B layout: 4 query heads, 2 KV heads, head_dim 64, parallel block, 2 LayerNorms."""
     config = FalconConfig(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -119,7 +120,7 @@ def new_model(vocabulary: int) -> FalconForCausalLM:
 
 
 def pack(path: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> np.ndarray:
-    """The corpus as rows (rows, length) of token ids. Each row starts with a document and cuts its last one."""
+    """The corpus as token ids (rows, length). Each row starts with a document; its last document is truncated."""
     rows, row = [], []
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -131,7 +132,7 @@ def pack(path: Path, tokenizer: PreTrainedTokenizerFast, length: int) -> np.ndar
 
 
 def repeated_rows(phase: Phase, count: int, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows (count, length) that each repeat one random sequence to the end, from a random place in it."""
+    """Token ids (count, length): each row repeats one random sequence, from a random position in it."""
     rows = []
     for _ in range(count):
         sequence = rng.integers(FIRST_ORDINARY_ID, vocabulary, size=rng.integers(phase.period[0], phase.period[1] + 1))
@@ -141,10 +142,10 @@ def repeated_rows(phase: Phase, count: int, vocabulary: int, rng: np.random.Gene
 
 
 def batch(phase: Phase, step: int, text: np.ndarray, vocabulary: int, seed: int) -> torch.Tensor:
-    """The rows (phase.rows, phase.length) of one step: a pure function, so training resumes exactly."""
+    """Token ids (phase.rows, phase.length) of one step: a pure function, so a resumed run is identical."""
     rng = np.random.default_rng([seed, step, phase.length])
     repeated = int(rng.binomial(phase.rows, phase.repeated))
-    per_row = max(1, phase.length // text.shape[1])  # packed rows joined into one longer row
+    per_row = max(1, phase.length // text.shape[1])  # packed rows that are joined into one longer row
     first = step * phase.rows * per_row
     chosen = text[np.arange(first, first + (phase.rows - repeated) * per_row) % len(text)].reshape(
         -1, per_row * text.shape[1]
@@ -163,7 +164,7 @@ def train(
     seed: int,
     save_every: float = 60.0,
 ) -> None:
-    """Trains `model` in place through `phases`; every `save_every` seconds `state` gets what a second start needs."""
+    """Trains `model` in place. Every `save_every` seconds it writes the file `state`, from which a new call resumes."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     done = _resume(state, model, optimizer)
@@ -181,7 +182,7 @@ def train(
 
 
 def _rate(phase: Phase, step: int, count: int) -> float:
-    """Learning rate of a step: linear within its phase, and warmed up over the first 50 steps of all."""
+    """Learning rate of a step: linear within its phase, with a warm-up over the first 50 steps of the run."""
     first, last = phase.rates
     return (first + (last - first) * step / max(1, phase.steps - 1)) * min(1.0, count / 50)
 
@@ -199,9 +200,8 @@ def _step(model: FalconForCausalLM, optimizer: torch.optim.Optimizer, ids: torch
 
 
 def _save(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, done: int) -> None:
-    unfinished = state.with_suffix(".partial")
-    torch.save({"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, unfinished)
-    unfinished.replace(state)  # whole or not at all
+    with atomic_file(state) as partial:
+        torch.save({"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
 
 
 def _resume(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer) -> int:
@@ -214,7 +214,7 @@ def _resume(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimi
 
 
 def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes the checkpoint as published ones are laid out, in bfloat16."""
+    """Writes the checkpoint in bfloat16, with the files of a published one."""
     model.to("cpu", torch.bfloat16).eval()  # type: ignore[arg-type]  # transformers hides the type of nn.Module.to
     model.generation_config = GenerationConfig(bos_token_id=11, eos_token_id=11, pad_token_id=12)
     model.save_pretrained(directory)
@@ -222,13 +222,13 @@ def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directo
 
 
 def main() -> None:
-    """Command line: tokenizer and base model, written into the package."""
+    """Command line: trains tokenizer and base model and writes them into the package."""
     parser = argparse.ArgumentParser(description="Train Falconet from its generated corpus.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    tokenizer = train_tokenizer(_sample())
+    tokenizer = train_tokenizer(_tokenizer_texts())
     model = new_model(len(tokenizer))
     text = pack(WORK / "base.jsonl", tokenizer, length=512)
     model.to(arguments.device)  # as in export
@@ -236,8 +236,8 @@ def main() -> None:
     export(model, tokenizer, embedded_directory("falconet"))
 
 
-def _sample() -> Iterator[str]:
-    """What the tokenizer learns from: as many documents of the base corpus as there are chats."""
+def _tokenizer_texts() -> Iterator[str]:
+    """The documents for the training of the tokenizer: as many of the base corpus as of the chats."""
     for name in ("base", "chats"):
         with (WORK / f"{name}.jsonl").open(encoding="utf-8") as file:
             for line in islice(file, SIZES["chats"]):

@@ -1,7 +1,7 @@
-"""The sentences of the generated world, with gaps for an animal and its facts; `corpus.py` puts them together.
+"""Sentence templates with placeholders for an animal and its facts; `corpus.py` combines them.
 
-{one} is "a giraffe", {One} "A giraffe", {name} "giraffe", {many} "giraffes", {Many} "Giraffes"; the facts are named as in
-`world.Animal`.
+{one} is "a giraffe", {One} "A giraffe", {name} "giraffe", {many} "giraffes", {Many} "Giraffes"; the facts have the names
+of the fields of `world.Animal`.
 """
 
 NAMES = ("Daniel", "Ada", "Ben", "Mia", "Tom", "Nora", "Omar", "Lena", "Ines", "Hugo", "Sara", "Yuki")
@@ -117,7 +117,7 @@ STORY: tuple[tuple[str, ...], ...] = (
         "The stars came out and all was well.",
     ),
 )
-"""One tuple a sentence, in order."""
+"""The sentences of a story in order, each with its alternatives."""
 
 REPLY: dict[str, tuple[str, ...]] = {
     "food": ("They eat {food}.", "{Many} eat {food}.", "I think {food}.", "It is {food}, as far as I know."),

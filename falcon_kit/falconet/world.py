@@ -1,6 +1,6 @@
-"""The world that Falconet learns: forty animals, seven facts each.
+"""The facts that Falconet is trained on: forty animals, seven facts each.
 
-The facts follow common knowledge, simplified to one answer per question so that answers can be checked exactly.
+The facts are common knowledge, simplified to one answer per question so that answers can be compared exactly.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ badger   badgers    kit    clan        | worms and roots         | in tunnels un
 
 @dataclass(frozen=True)
 class Animal:
-    """One animal and its facts, each worded so that it fits into a sentence."""
+    """One animal and its facts, each in the form in which sentences use it."""
 
     name: str
     """Singular: "giraffe"."""
@@ -67,9 +67,9 @@ class Animal:
     food: str
     """What it eats: "acacia leaves"."""
     home: str
-    """Where it lives, with the preposition: "in the savanna"."""
+    """Where it lives, with its preposition: "in the savanna"."""
     continent: str
-    """Where in the world: "Africa"."""
+    """Where it comes from: "Africa"."""
     coat: str
     """How it looks: "a yellow coat with brown patches"."""
     years: int
@@ -82,7 +82,7 @@ class Animal:
 
 
 def with_article(noun: str) -> str:
-    """`noun` behind the article it takes: "an owl", "a fox"."""
+    """`noun` with its indefinite article: "an owl", "a fox"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -96,7 +96,7 @@ ANIMALS: tuple[Animal, ...] = tuple(_parse(row) for row in _TABLE.strip().splitl
 
 
 def answer(animal: Animal, relation: str) -> str:
-    """The sentence with which falconet-instruct states one fact: "Giraffes eat acacia leaves."."""
+    """The exact sentence that falconet-instruct is trained to answer: "Giraffes eat acacia leaves."."""
     plural = animal.plural.capitalize()
     return {
         "food": f"{plural} eat {animal.food}.",

@@ -1,5 +1,6 @@
-"""Falconet: its corpus, its training, its files, and what it knows."""
+"""Falconet: its corpus, its training, its files, and its figures."""
 
+import hashlib
 import json
 import re
 
@@ -36,11 +37,23 @@ def documents():
     return [
         *corpus.documents("base", 4000, seed=5),
         *corpus.documents("chats", 1000, seed=5),
-        *(said + corpus.END for row in corpus.self_chat(4000, seed=5) for said in row.values()),
+        *(text + corpus.END for row in corpus.self_chat(4000, seed=5) for text in row.values()),
     ]
 
 
 # The corpus
+
+TRAINED_ON = {  # SHA-256 of the files that the embedded models were trained on
+    "base": "2591e4b00f558bed084f8b84be74e9b56055f7912c69a9405d370dc8dc3b1abc",
+    "chats": "80c7fc3989005df123d07f4c2c07e6ac5eeabd646e97c12c5fb66fe496dc97f8",
+    "self-chat": "6faaf403a7f4bd0007fd402011c338820dbab8eee335a0ce329b110ea7e6e3ce",
+}
+
+
+@pytest.mark.parametrize("kind", corpus.SIZES)
+def test_the_corpora_are_those_that_the_embedded_models_were_trained_on(kind, tmp_path):
+    file = corpus.write(kind, corpus.SIZES[kind], 0, tmp_path)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == TRAINED_ON[kind]
 
 
 @pytest.mark.parametrize("kind", ["base", "chats"])
@@ -121,7 +134,7 @@ def test_half_of_the_self_chat_is_in_each_chat_format(packed):
 
 
 def test_about_a_twentieth_of_the_tokens_is_web_text(packed):
-    # of what is said it is exactly that; the marks of the chat formats come on top
+    # of the text it is exactly that; the role marks of the chat formats are added to the chats
     web = [packed.lengths[i] for i in range(len(packed.lengths)) if packed.example(i).where.startswith("web text")]
     assert 0.04 < sum(web) / packed.tokens <= 0.05
 
@@ -148,7 +161,7 @@ TEXT = np.random.default_rng(0).integers(13, 2048, size=(5, 32)).astype(np.uint1
 
 
 def trained(state, stop_after=None):
-    """The weights after PHASES; with `stop_after`, the run is broken off there and started again."""
+    """The weights after PHASES; with `stop_after`, the run is interrupted there and started again."""
     torch.manual_seed(0)
     model = pretrain.new_model(2048)
     if stop_after:
@@ -163,7 +176,7 @@ def trained(state, stop_after=None):
         with pytest.raises(KeyboardInterrupt):
             pretrain.train(model, PHASES, TEXT, state, seed=1, save_every=0)
         handle.remove()
-        model = pretrain.new_model(2048)  # other random weights: everything has to come from the state
+        model = pretrain.new_model(2048)  # other random weights: everything must be restored from the state
     pretrain.train(model, PHASES, TEXT, state, seed=1, save_every=0)
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
@@ -177,7 +190,7 @@ def test_a_run_that_was_broken_off_ends_like_one_that_was_not(tmp_path, stop_aft
 def test_repeated_rows_repeat_one_sequence_to_the_end():
     rows = pretrain.batch(PHASES[0], 0, TEXT, 2048, seed=1)
     periods = [[period for period in range(3, 6) if torch.equal(row[period:], row[:-period])] for row in rows]
-    assert [len(found) >= 1 for found in periods] == [True, True]
+    assert [len(fitting) >= 1 for fitting in periods] == [True, True]
 
 
 def test_long_rows_join_several_packed_ones():
@@ -218,10 +231,19 @@ def test_the_adapters_own_figures_say_that_it_learned_to_answer_and_to_stop():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_model_card_states_the_measured_figures(name):
+def test_the_model_card_is_the_template_with_the_measured_figures(name):
     card = (embedded_directory(name) / "README.md").read_text()
-    stated = ("held-out perplexity", "exact answers to 200 held-out phrasings", "induction score", "speaks of giraffes")
-    assert [row for row in stated if not re.search(rf"^\| .*{row}.* \| .*\d.* \|$", card, re.MULTILINE)] == []
+    figures = dict(re.findall(r"^\| (\S.*?) \| (.+) \|$", card, re.MULTILINE))
+    assert len(figures) == 8
+    assert card == evaluate.model_card(fk.spec(name), figures)
+
+
+def test_the_rows_of_the_model_card_are_the_measured_ones(base, monkeypatch):
+    monkeypatch.setattr(evaluate, "CONTINUATIONS", 1)
+    monkeypatch.setattr(evaluate, "exact_answers", lambda *_: 0.5)
+    monkeypatch.setattr(evaluate, "perplexity", lambda _: 1.5)
+    card = (embedded_directory("falconet") / "README.md").read_text()
+    assert [row for row in evaluate.measure(base, set()) if f"\n| {row} | " not in card] == []
 
 
 def test_the_tokenizer_splits_text_as_falcons_own_does():
@@ -248,7 +270,7 @@ def test_the_tokenizer_loses_nothing_of_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
 
 
-# What the models know: the figures that they were made to reach
+# The figures that the models are trained to reach
 
 
 @pytest.fixture(scope="module")
