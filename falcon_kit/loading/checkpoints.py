@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
 from falcon_kit.catalogue.hub import fetch_config, hub_errors
-from falcon_kit.catalogue.names import adapted, adapter_base, catalogue, embedded_directory, spec
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, catalogue, embedded_directory, spec
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.loading.adapters import RECORD, WEIGHTS, weights_file
 
@@ -82,9 +82,9 @@ def _with_adapter(
     found = locate(
         base,
         {**hub, "revision": None},
-        lambda of_base, config: decide(known or adapted(of_base, adapter), config),
+        lambda of_base, config: decide(known or adapter_spec(of_base, adapter), config),
     )
-    return replace(found, spec=known or adapted(found.spec, adapter), adapters=(*found.adapters, adapter))
+    return replace(found, spec=known or adapter_spec(found.spec, adapter), adapters=(*found.adapters, adapter))
 
 
 def _download(repository: str, hub: dict[str, Any], decide: Decide) -> Checkpoint:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from falcon_kit.catalogue.memory import QUANTISED, dtype_name
+from falcon_kit.catalogue.memory import FLOAT_DTYPES, QUANTISED, dtype_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import FORMATS, ChatFormat, chat_format, default_format
@@ -42,12 +42,12 @@ from falcon_kit.loading.quantization import (
 from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
 from falcon_kit.parallel import launching, ranks
-from falcon_kit.planning.devices import Slot, slots_here, slots_of_ranks
+from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 _INSTEAD = {
     "torch_dtype": "give dtype",
     "load_in_4bit": "give dtype='nf4'",
@@ -154,11 +154,11 @@ def load(
     return Falcon(model, tokenizer, shape, plans[0], chosen_format, reason, decoding)
 
 
-def _slots(tensor_parallel: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Slot, ...]:
+def _slots(tensor_parallel: int | None, max_memory: Any, offload: str | None, folder: Path) -> tuple[Device, ...]:
     """The devices to plan for; a rank asks for its own GPU alone."""
     if tensor_parallel and not ranks.needs_launch(tensor_parallel) and torch.cuda.is_available():
-        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), tensor_parallel)
-    return slots_here(max_memory, offload, folder)
+        return identical_gpus(int(os.environ["LOCAL_RANK"]), tensor_parallel)
+    return local_devices(max_memory, offload, folder)
 
 
 def _place(device_map: Any, plan: Plan) -> Any:
@@ -167,7 +167,7 @@ def _place(device_map: Any, plan: Plan) -> Any:
         return device_map
     if plan.fits:
         return dict(plan.device_map)
-    return None if plan.slots[0].key == "cpu" else "auto"  # forced: transformers' own map, for what it is worth
+    return None if plan.devices[0].key == "cpu" else "auto"  # forced: transformers' own map, for what it is worth
 
 
 @contextmanager

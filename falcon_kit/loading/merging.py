@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from falcon_kit.catalogue.names import adapted
+from falcon_kit.catalogue.names import adapter_spec
 from falcon_kit.generation.chat import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
@@ -115,7 +115,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     merged.__dict__.pop("peft_config", None)
     adapters.mark(merged, [Path(adapter)])
     merged.name_or_path = merged.config.name_or_path = str(adapter)
-    falcon = replace(falcon, spec=adapted(falcon.spec, Path(adapter)))
+    falcon = replace(falcon, spec=adapter_spec(falcon.spec, Path(adapter)))
     gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
     if not gap <= _ALLOWED[falcon.model.dtype]:
         raise RuntimeError(

@@ -37,7 +37,7 @@ class Rank:
 def check_request(ranks: int | None, **others: Any) -> None:
     """Refuses what cannot be loaded on `ranks` ranks here; `others` are arguments of `load` that do not go with it.
 
-    None, for one process, is always right. Whether the model's heads can be dealt out is for `budget.check_ranks`.
+    None, for one process, is always right. `memory.check_tensor_parallel` checks the model's heads.
     Raises ValueError.
     """
     if ranks is None:

@@ -29,7 +29,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, fingerprint, is_quantised, quiet
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model import modeling
-from falcon_kit.planning.devices import Slot, find_slots
+from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import distributed
 from falcon_kit.tuning.data import Documents, dialogues
@@ -138,7 +138,9 @@ def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
     for each in falcon.model.parameters():
         key = str(each.device.index) if each.device.type == "cuda" else "cpu"
         held[key] = held.get(key, 0) + each.nbytes
-    slots = [Slot(each.name, each.key, each.free_bytes + held.get(str(each.key), 0)) for each in find_slots(None)]
+    slots = [
+        Device(each.name, each.key, each.free_bytes + held.get(str(each.key), 0)) for each in resolve_devices(None)
+    ]
     if distributed.world_size() > 1 and slots[0].key != "cpu":
         slots = [slots[int(os.environ.get("LOCAL_RANK", "0")) % len(slots)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
@@ -149,7 +151,7 @@ def _plan(falcon: Falcon, chosen: Tuning, force: bool) -> Plan:
         batch=chosen.batch,
         purpose="qlora" if quantised else "lora",
         devices=slots,
-        rank=chosen.rank,
+        r=chosen.rank,
     )
     if not (planned.fits or force or chosen.shard or distributed.world_size() > 1):
         raise NotEnoughMemory(planned)
