@@ -16,7 +16,7 @@ import falcon_kit as fk
 from benchmarks._memory import measured
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.model import modeling
-from falcon_kit.planning.devices import Slot
+from falcon_kit.planning.devices import Device
 
 SIZE = {"hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 4, "vocab_size": 8192}
 LAYOUTS = {
@@ -63,7 +63,7 @@ def checkpoint(directory: Path, config: dict[str, Any], **saving: Any) -> Path:
 
 
 def _cell(directory: Path, dtype: str, context: int, batch: int) -> dict[str, Any]:
-    plan = fk.plan(directory, dtype, context=context, batch=batch, devices=[Slot("cpu", "cpu", 2**40)])
+    plan = fk.plan(directory, dtype, context=context, batch=batch, devices=[Device("cpu", "cpu", 2**40)])
     rounds = [measured("kit", directory, dtype=dtype, context=context, batch=batch) for _ in range(ROUNDS)]
     found = {part: int(statistics.median(each[part] for each in rounds)) for part in ("weights", "cache", "peak")}
     predicted = {"weights": plan.weight_bytes, "cache": plan.kv_bytes, "peak": plan.total_bytes}

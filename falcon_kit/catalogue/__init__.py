@@ -2,9 +2,9 @@
 
 The files, in the order of their imports:
 
-card.py    what the model card of Falcon-40B-Instruct says, and the papers
-hub.py     the Hugging Face hub: a config by itself, errors in plain words
+card.py    the model card of Falcon-40B-Instruct, and the papers it cites
+hub.py     the Hugging Face hub: the config of a repository, plain error texts
 spec.py    FalconSpec: the shape that a config describes, its parameters and bytes
-memory.py  bytes in closed form: weights by dtype, KV cache, activations, training
-names.py   a name, directory or hub id becomes a FalconSpec
+memory.py  the dtypes, and bytes in closed form: weights, KV cache, activations, training
+names.py   the FalconSpec of a name, directory or hub id
 """

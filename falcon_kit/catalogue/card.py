@@ -1,6 +1,7 @@
 """The facts of Falcon-40B-Instruct's model card.
 
-Sources: the model card at https://huggingface.co/tiiuae/falcon-40b-instruct, and the papers that it cites."""
+Sources: https://huggingface.co/tiiuae/falcon-40b-instruct and the papers that it cites.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +15,34 @@ from falcon_kit.display.tables import html_table
 
 @dataclass(frozen=True, repr=False)
 class ModelCard:
-    """What the model card of tiiuae/falcon-40b-instruct says; a table in Jupyter."""
+    """The statements of the model card of tiiuae/falcon-40b-instruct; a table in Jupyter."""
 
     model: str
     """Id on the Hugging Face hub."""
     prompt: str
-    """The card's example prompt, word for word (its "Giraftron" too)."""
+    """The example prompt, word for word, with its misspelling "Giraftron"."""
     sampling: Mapping[str, Any]
-    """The card's generation arguments; it adds eos_token_id=tokenizer.eos_token_id, which a constant cannot hold."""
+    """Generation arguments of the example, without eos_token_id=tokenizer.eos_token_id, which is no constant."""
     memory: str
-    """Memory that inference takes."""
+    """Memory for inference."""
     use: str
-    """What the model was made for."""
+    """Intended use."""
     languages: str
-    """What it was trained on, and where it does not reach."""
+    """Languages of the training data, and the limits."""
     bias: str
-    """What the training data brings with it."""
+    """Biases from the training data."""
     out_of_scope: str
-    """What it must not be used for."""
+    """Uses that are out of scope."""
     recommendation: str
-    """What the card asks of its users."""
+    """Recommendations to users."""
     fine_tuning: str
-    """Whether to start a model of your own from this one."""
+    """Whether the model suits further fine-tuning."""
     data: str
     """Fine-tuning data."""
     hardware: str
-    """Where it was trained."""
+    """Hardware of the training."""
     software: str
-    """What trained it."""
+    """Software of the training."""
     licence: str
     """Licence of the weights."""
     contact: str
@@ -57,7 +58,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Citation:
-    """A paper that the card, or this kit's explanation of the architecture, rests on."""
+    """A paper that the model card cites, or that describes a part of the architecture."""
 
     authors: str
     """First author and "et al.", or the two authors."""
@@ -66,7 +67,7 @@ class Citation:
     title: str
     """Title as published."""
     arxiv: str | None
-    """arXiv id; None for the card's own entry, which has none."""
+    """arXiv id; None for the model card's entry, which has no paper."""
 
 
 CARD = ModelCard(

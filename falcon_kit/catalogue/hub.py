@@ -1,6 +1,6 @@
-"""The Hugging Face hub: what its errors mean for a reader, and a model's config alone.
+"""The Hugging Face hub: the config.json of a repository, and plain error texts for its errors.
 
-Neither torch nor transformers is imported, and huggingface_hub only when the hub is asked.
+Neither torch nor transformers is imported, and huggingface_hub only when a function is called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def fetch_config(repository: str, **hub: Any) -> Path:
-    """The config.json of a repository, a kilobyte, downloaded where it is not in the cache; errors as `hub_errors`."""
+    """The path of a repository's config.json, downloaded unless it is cached. Raises the errors of `hub_errors`."""
     from huggingface_hub import hf_hub_download
 
     with hub_errors(repository):
@@ -21,9 +21,10 @@ def fetch_config(repository: str, **hub: Any) -> Path:
 
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
-    """Says in the kit's words what huggingface_hub says in many.
+    """Replaces the errors of huggingface_hub by built-in ones whose text contains the remedy.
 
-    ConnectionError, PermissionError, LookupError, or FileNotFoundError for a file that the repository lacks.
+    ConnectionError, PermissionError for a gated repository, LookupError for an unknown repository or revision, and
+    FileNotFoundError for a file that the repository lacks.
     """
     from huggingface_hub import errors
 
@@ -35,15 +36,15 @@ def hub_errors(repository: str) -> Iterator[None]:
             "checkpoint into a directory and load that, or use 'falconet', which needs no download"
         ) from error
     except errors.RemoteEntryNotFoundError as error:
-        raise FileNotFoundError(f"{repository} lacks a file that a Falcon's repository has ({error})") from error
+        raise FileNotFoundError(f"{repository} lacks a file that a Falcon repository needs ({error})") from error
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repository} is gated: accept its terms on the hub, then log in with `hf auth login` or pass token=..."
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise LookupError(
-            f"the hub has no {repository} (or not that revision): check the spelling; fk.catalogue() lists the Falcons "
+            f"the hub has no {repository}, or not this revision: check the spelling; fk.catalogue() lists the Falcons "
             "known by name"
         ) from error
     except errors.HfHubHTTPError as error:
-        raise ConnectionError(f"the hub does not give {repository} away just now, try again later: {error}") from error
+        raise ConnectionError(f"the hub failed to return {repository}, try again later: {error}") from error

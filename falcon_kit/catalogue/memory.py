@@ -1,7 +1,7 @@
-"""What the parts of a Falcon weigh, in closed form: weights by dtype, KV cache, activations, what training adds.
+"""The dtypes, and the memory of each part of a Falcon in closed form: weights, KV cache, activations, training.
 
-Bytes throughout. Each formula is held against bytes measured on small models in `tests/test_budget.py`, where not a
-publication says so. Shapes: B batch, T tokens, d d_model, f feed-forward width, V vocabulary, H query heads.
+All sizes are in bytes. `tests/catalogue/test_memory.py` compares each formula with bytes measured on small models, or
+with published figures. Shapes: B batch, T tokens, d d_model, f intermediate_size, V vocabulary, H query heads.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
 
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2, "nf4-double": 2}
-"""Bytes of a value that is not quantised, by dtype: embeddings, LayerNorms, activations, keys and values."""
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes without quantisation; the names are those of torch."""
 QUANTISED = ("int8", "nf4", "nf4-double")
-"""LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) and 4-bit NormalFloat, also with double quantisation (Dettmers et
-al. 2023, arXiv 2305.14314), as bitsandbytes stores them. Only the linear layers of the blocks are quantised."""
-_NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values to a scale, scales to a scale of scales (QLoRA, section 3)
+"""LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) and 4-bit NormalFloat, without and with double quantisation
+(Dettmers et al. 2023, arXiv 2305.14314), as bitsandbytes stores them. Only the linear layers of the decoder layers are
+quantised."""
+DTYPES = (*FLOAT_DTYPES, *QUANTISED)
+"""All dtypes, from the largest weights to the smallest."""
+VALUE_BYTES = {dtype: 4 if dtype == "float32" else 2 for dtype in DTYPES}
+"""Bytes per value that is not quantised, by dtype: embeddings, LayerNorms, activations, keys and values."""
+_NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-level scale (QLoRA, section 3)
 
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
-    """(out, in) of the four linear layers of a block: fused QKV, attention output, feed-forward up and down."""
+    """(out, in) of the four linear layers of a decoder layer: fused QKV, attention output, MLP up and MLP down."""
     d, f = spec.d_model, spec.intermediate_size
     return ((spec.query_heads + 2 * spec.kv_heads) * spec.head_dim, d), (d, d), (f, d), (d, f)
 
 
 def linear_bytes(out: int, into: int, dtype: str) -> int:
-    """A weight matrix: int8 has a float32 scale for each row, nf4 half a byte a value and one scale for each 64."""
+    """One weight matrix. int8: a byte per value, a float32 scale per row. nf4: 4 bits per value, a scale per 64."""
     values = out * into
     if dtype == "int8":
         return values + 4 * out
@@ -40,82 +44,81 @@ def linear_bytes(out: int, into: int, dtype: str) -> int:
 
 
 def layer_bytes(spec: FalconSpec, dtype: str) -> int:
-    """One decoder layer; its biases and LayerNorms are never quantised."""
+    """The weights of one decoder layer. Biases and LayerNorms are never quantised."""
     linear = linear_shapes(spec)
     rest = spec.layer_parameters - sum(out * into for out, into in linear)
     return sum(linear_bytes(out, into, dtype) for out, into in linear) + rest * VALUE_BYTES[dtype]
 
 
 def embedding_bytes(spec: FalconSpec, dtype: str) -> int:
-    """The token embedding, and the output head where it is a matrix of its own: neither is quantised."""
+    """The token embedding, and the output head if it is not tied. Neither is quantised."""
     return spec.embedding_parameters * (1 if spec.tied_head else 2) * VALUE_BYTES[dtype]
 
 
 def last_norm_bytes(spec: FalconSpec, dtype: str) -> int:
-    """The LayerNorm before the head."""
+    """The final LayerNorm, before the output head."""
     return 2 * spec.d_model * VALUE_BYTES[dtype]
 
 
 def weight_bytes(spec: FalconSpec, dtype: str) -> int:
-    """All parameters, tied ones once."""
+    """All weights; tied ones count once."""
     layers = spec.layers * layer_bytes(spec, dtype)
     return layers + embedding_bytes(spec, dtype) + last_norm_bytes(spec, dtype)
 
 
-def check_ranks(spec: FalconSpec, ranks: int) -> None:
-    """Raises ValueError unless whole groups of heads, a KV head and its queries, can be dealt out to so many ranks."""
-    if ranks < 2:
-        raise ValueError(f"tensor_parallel={ranks}: give at least 2 ranks, or leave it out for one process")
-    if spec.kv_heads % ranks == 0:
+def check_tensor_parallel(spec: FalconSpec, tensor_parallel: int) -> None:
+    """Raises ValueError unless the KV heads, each with its query heads, divide evenly among so many ranks."""
+    if tensor_parallel < 2:
+        raise ValueError(f"tensor_parallel={tensor_parallel}: give at least 2 ranks, or leave it out for one process")
+    if spec.kv_heads % tensor_parallel == 0:
         return
     degrees = [each for each in range(2, spec.kv_heads + 1) if spec.kv_heads % each == 0]
     heads = f"{spec.kv_heads} KV head{'s' if spec.kv_heads > 1 else ''} for {spec.query_heads} query heads"
-    heads += f": possible are {', '.join(map(str, degrees))}" if degrees else ", which cannot be divided"
+    heads += f": give {' or '.join(map(str, degrees))}" if degrees else ", which cannot be divided"
     raise ValueError(
-        f"tensor_parallel={ranks} deals out whole KV heads, and {spec.name} has {heads}. Split it by "
-        f"layers instead (device_map='auto'){'' if degrees else ', or take falcon-40b, which goes by 2, 4 or 8'}"
+        f"tensor_parallel={tensor_parallel} must divide the number of KV heads; {spec.name} has {heads}. Split it by "
+        f"layers instead (device_map='auto'){'' if degrees else ', or use falcon-40b, which allows 2, 4 or 8'}"
     )
 
 
-def rank_bytes(spec: FalconSpec, dtype: str, ranks: int) -> int:
-    """Weights on each rank of tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
+def rank_bytes(spec: FalconSpec, dtype: str, tensor_parallel: int) -> int:
+    """Weights on each rank under tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
 
-    Divided: all four linear layers of each block, the embedding and head, and the biases of what is divided by rows.
-    Whole on every rank: LayerNorms, and the biases that are added after the ranks' sum.
+    Divided among the ranks: the linear layers, the embedding and head, and the biases of column-parallel layers.
+    Replicated on every rank: LayerNorms, and the biases of row-parallel layers, which are added after the all-reduce.
     """
-    value = VALUE_BYTES[dtype]
     norms = (2 * spec.norms_per_block * spec.layers + 2) * spec.d_model
-    added = 2 * spec.d_model * spec.layers if spec.bias else 0
-    whole = (norms + added) * value
-    return whole + (weight_bytes(spec, dtype) - whole) // ranks
+    biases = 2 * spec.d_model * spec.layers if spec.bias else 0
+    replicated = (norms + biases) * VALUE_BYTES[dtype]
+    return replicated + (weight_bytes(spec, dtype) - replicated) // tensor_parallel
 
 
 def layer_kv_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, cache: str = "grouped") -> int:
-    """Keys and values of one layer. `cache="transformers"` is the library's own Falcon, which in the new decoder
-    architecture keeps a copy for every query head."""
+    """The KV cache of one layer. cache="transformers": transformers' own Falcon, which caches keys and values once per
+    query head in the new decoder architecture."""
     copies = spec.queries_per_kv_head if cache == "transformers" and spec.new_decoder_architecture else 1
     return spec.kv_bytes_per_token(VALUE_BYTES[dtype]) // spec.layers * copies * context * batch
 
 
-def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, ranks: int = 1) -> int:
-    """Activations while a prompt of `context` tokens is read: the most that one layer, or a rank's part, holds at once.
+def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor_parallel: int = 1) -> int:
+    """The peak of activations during the prefill of `context` tokens, in one layer, on each rank.
 
-    That is in the feed-forward block: what came in and, per LayerNorm and attention, d channels, and f before and after
-    the GELU. ALiBi adds its bias for every pair of tokens, (B, H, T, T).
+    The peak is in the MLP: d channels each for the layer's input, the LayerNorm outputs and the attention output, and f
+    channels before and after the GELU. ALiBi adds its bias for every pair of tokens, (B, H, T, T).
     """
     channels = (2 + spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model
-    channels += 2 * spec.intermediate_size // ranks
+    channels += 2 * spec.intermediate_size // tensor_parallel
     values = batch * context * channels
     if spec.positions == "alibi":
-        values += batch * spec.query_heads // ranks * context**2
+        values += batch * spec.query_heads // tensor_parallel * context**2
     return values * VALUE_BYTES[dtype]
 
 
 def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool) -> int:
-    """What bitsandbytes needs besides to multiply a whole prompt with quantised weights: measured, not derived.
+    """Temporary memory of bitsandbytes when it multiplies a whole prompt with quantised weights; measured, not derived.
 
-    int8: products of the widest layer, in int32 and float32; its CPU code keeps many copies. nf4: the largest matrix in
-    16 bits; on a CPU it is packed anew at first use, through int32.
+    int8: the output of the widest layer, in int32 and float32; on a CPU, several more copies. nf4: the largest matrix
+    in 16 bits; on a CPU it is repacked at first use, which takes an int32 copy.
     """
     if dtype == "int8":
         return batch * context * spec.intermediate_size * (32 if on_cpu else 6)
@@ -125,38 +128,40 @@ def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_c
 
 
 def logits_bytes(spec: FalconSpec, batch: int) -> int:
-    """Choosing a token: float32 scores (B, V), their log-probabilities and a sorted copy."""
+    """Sampling a token: logits (B, V) in float32, their log-probabilities and a sorted copy."""
     return 3 * 4 * batch * spec.vocabulary
 
 
-def lora_parameters(spec: FalconSpec, rank: int) -> int:
-    """Adapter parameters with all four linear layers of each block adapted: rank x (in + out) each (Hu et al. 2021,
-    arXiv 2106.09685). Falcon-40B at rank 64: 444.3 million."""
-    return spec.layers * rank * sum(out + into for out, into in linear_shapes(spec))
+def lora_parameters(spec: FalconSpec, r: int) -> int:
+    """The number of LoRA parameters if all four linear layers of each decoder layer are adapted: r x (in + out) for
+    each (Hu et al. 2021, arXiv 2106.09685). Falcon-40B with r=64: 444.3 million."""
+    return spec.layers * r * sum(out + into for out, into in linear_shapes(spec))
 
 
 LOSS_CHUNK = 256
-"""Labelled tokens whose logits `falcon_kit.model.losses` has in memory at once: (256, 65024) in float32 are 64 MiB."""
+"""Labelled tokens whose logits `falcon_kit.model.losses` computes at once: (256, 65024) in float32 takes 64 MiB."""
 
 
 def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
-    """The loss of the kit's own training, every token labelled: the last hidden states, those of labelled tokens and
-    their gradient, and for a chunk of tokens at 12 bytes: in float32 the logits, their log-probabilities and the
-    gradient; in 16 bits the logits, a float32 copy and so on, which comes to the same."""
+    """The chunked loss if every token has a label.
+
+    The hidden states, those of labelled tokens, and their gradient; and per logit of a chunk 12 bytes: the logits,
+    log-probabilities and gradient in float32. 16-bit weights take as much: their logits get a float32 copy.
+    """
     chunk = min(batch * context, LOSS_CHUNK)
     return 12 * chunk * spec.vocabulary + 3 * batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
 def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
-    """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps what came into each layer."""
+    """The input of each layer, which gradient checkpointing keeps (Chen et al. 2016, arXiv 1604.06174)."""
     return spec.layers * batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
 def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapters: bool) -> int:
-    """One layer computed anew and going backward, under gradient checkpointing: measured, not derived.
+    """Recomputation and backward pass of one layer under gradient checkpointing; measured, not derived.
 
-    Three times f and, by the number of LayerNorms, nine or eleven times d. Adapters are float32 (PEFT's default), and
-    beside 16-bit weights so is a copy of what they read.
+    Three times f, and nine or eleven times d with one or two LayerNorms. Adapters are float32 (PEFT's default): with
+    16-bit weights, their inputs are copied to float32.
     """
     values = 3 * spec.intermediate_size + (7 + 2 * spec.norms_per_block) * spec.d_model
     if adapters and VALUE_BYTES[dtype] == 2:
@@ -168,15 +173,15 @@ def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapt
 
 
 def merge_bytes(spec: FalconSpec) -> int:
-    """Adding an adapter to the largest matrix it adapts: their product in float32, and that scaled."""
+    """Merging an adapter into the largest matrix: the product B A in float32, and its scaled copy."""
     return 8 * max(out * into for out, into in linear_shapes(spec))
 
 
 def dtype_name(dtype: Any) -> str:
-    """How weights are kept, by name, from a name or a torch dtype. Raises ValueError, with the nearest name."""
-    word = str(dtype).removeprefix("torch.")
-    if word not in memory.VALUE_BYTES:
-        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(word, word), memory.VALUE_BYTES, cutoff=0.5)
+    """The entry of `DTYPES` for a name or a torch dtype. Raises ValueError with the nearest name for an unknown one."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(name, name), DTYPES, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"dtype {dtype!r} is not known: {hint}There are {', '.join(memory.VALUE_BYTES)}")
-    return word
+        raise ValueError(f"dtype {dtype!r} is not known: {hint}Known: {', '.join(DTYPES)}.")
+    return name

@@ -1,7 +1,7 @@
-"""The Falcons that the kit knows by name, and the facts of Falcon-40B-Instruct's model card.
+"""The catalogue of Falcons, and the FalconSpec of a name, a directory or a hub id.
 
-Nothing is downloaded, and neither torch nor transformers is imported.
-Sources: the config.json files and the model card under https://huggingface.co/tiiuae.
+Neither torch nor transformers is imported; only a hub id may download a file, its config.json.
+Sources: the config.json files under https://huggingface.co/tiiuae.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EMBEDDED = {"falconet": "base", "falconet-instruct": "instruct"}
 
 
 class Catalogue(tuple[FalconSpec, ...]):
-    """All the Falcons that the kit knows by name; a tuple, and a table in Jupyter."""
+    """The specs of all Falcons with a name in the kit: a tuple, and a table in Jupyter."""
 
     __slots__ = ()
 
@@ -33,25 +33,25 @@ class Catalogue(tuple[FalconSpec, ...]):
         facts = [(each.name, each.facts()) for each in self]
         shown = [key for key in facts[0][1] if key not in ("head_dim", "vocabulary", "context", "source")]
         rows = [(name, *(values[key] for key in shown)) for name, values in facts]
-        return html_table("Falcons that the kit knows by name", ("name", *shown), rows)
+        return html_table("Falcons known by name", ("name", *shown), rows)
 
 
 def catalogue() -> Catalogue:
-    """All the Falcons known by name: the embedded two first, then the published ones."""
+    """All Falcons known by name: the two embedded ones, then the published ones."""
     return Catalogue(_embedded_specs() + _PUBLISHED)
 
 
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
-    """One Falcon: by catalogue name (any case, with or without "tiiuae/"), directory, path of a config.json, or hub id.
+    """The spec of a catalogue name (any case, with or without "tiiuae/"), a directory, a config.json or a hub id.
 
-    An adapter's directory stands for its base with the adapter in it. Of another hub id, the config.json
-    is fetched and nothing else. Raises LookupError for a string that
-    is none of these, ConnectionError where the hub cannot be reached, FileNotFoundError for a directory without a
-    config.json, and ValueError for a config that is broken or not a Falcon's.
+    The spec of an adapter's directory is that of its base model under the adapter's name. For a hub id outside the
+    catalogue, only the config.json is downloaded. Raises LookupError for any other string, ConnectionError if the hub
+    cannot be reached, FileNotFoundError for a directory without config.json, and ValueError for a config that is not
+    valid JSON or not a Falcon's.
     """
     if not isinstance(name, str | os.PathLike):
         raise TypeError(
-            f"a {type(name).__name__} is no name, directory or hub id; a loaded Falcon has its spec: falcon.spec"
+            f"spec takes a name, directory or hub id, not a {type(name).__name__}; for a loaded Falcon, use falcon.spec"
         )
     path = Path(name).expanduser()
     if isinstance(name, str):
@@ -59,18 +59,18 @@ def spec(name: str | os.PathLike[str]) -> FalconSpec:
         if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
             return found
         if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            return _of_the_hub(name, list(known))
+            return _hub_spec(name, list(known))
         if not path.exists():
             names = [each.name for each in known.values()]
-            raise LookupError(f"{unknown_name('model', name, names)} Or give a directory or config.json that exists.")
+            raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
     if base := adapter_base(path):
-        return adapted(spec(base), path)
+        return adapter_spec(spec(base), path)
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
 
 
-def _of_the_hub(name: str, known: list[str]) -> FalconSpec:
-    """The spec of a hub id. A name of tiiuae's that cannot be had may well be a slip: the nearest are named."""
+def _hub_spec(name: str, known: list[str]) -> FalconSpec:
+    """The spec of a hub id. For an id under tiiuae/ that is not found, the error lists the nearest known names."""
     try:
         file = fetch_config(name)
     except (ConnectionError, LookupError) as error:
@@ -81,34 +81,34 @@ def _of_the_hub(name: str, known: list[str]) -> FalconSpec:
 
 
 def adapter_base(directory: Path) -> str | None:
-    """The model that the adapter in a directory was made for; None where there is a model, or neither."""
+    """The base model of the adapter in a directory; None for a directory with a full model, or without an adapter."""
     file = directory / "adapter_config.json"
     if (directory / "config.json").is_file() or not file.is_file():
         return None
     base = _read_json(file).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{file} does not say what the adapter was made for: fk.merge(adapter, base) takes a base too")
+        raise ValueError(f"{file} does not name the adapter's base model: pass it, fk.merge(adapter, base)")
     return str(base)
 
 
-def adapted(base: FalconSpec, adapter: Path) -> FalconSpec:
-    """The spec of `base` with the adapter in a directory: the same shape under a name of its own."""
+def adapter_spec(base: FalconSpec, adapter: Path) -> FalconSpec:
+    """The spec of `base` with the adapter of a directory: the same shape under the adapter's name."""
     folder = adapter.absolute()
-    own = {embedded_directory(name): name for name in _EMBEDDED}
+    embedded = {embedded_directory(name): name for name in _EMBEDDED}
     name = folder.parent.name if folder.name == "adapter" else folder.name  # `tune` writes output_dir/adapter
-    name = own.get(folder, name)
+    name = embedded.get(folder, name)
     return replace(base, name=name, fine_tuned_from=base.name, published=False, source=str(folder))
 
 
 def embedded_directory(name: str) -> Path:
-    """The directory that ships inside the package: "falconet", a checkpoint, or "falconet-instruct", its adapter."""
+    """A directory inside the package: the checkpoint "falconet", or its adapter "falconet-instruct"."""
     if name not in _EMBEDDED:
         raise LookupError(unknown_name("embedded model", name, list(_EMBEDDED)))
     return Path(__file__).parents[1] / "falconet" / _EMBEDDED[name]
 
 
 def loadable_name(spec: FalconSpec, directory: str | os.PathLike[str]) -> str:
-    """What `fk.load` finds a model by again: a hub id, the name of an embedded model, or its directory."""
+    """A name that `fk.load` accepts for a loaded model: that of an embedded model, a hub id, or the directory."""
     for name in _EMBEDDED:
         if str(directory) == str(embedded_directory(name)):
             return name
@@ -116,32 +116,32 @@ def loadable_name(spec: FalconSpec, directory: str | os.PathLike[str]) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A config.json as a dictionary."""
+    """A config.json as a dictionary. Raises FileNotFoundError, and ValueError for anything but a JSON object."""
     if not file.is_file():
-        held = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
-        raise FileNotFoundError(f"{file} does not exist; its directory holds {', '.join(held) or 'nothing'}.")
+        names = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
+        raise FileNotFoundError(f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); it may have been cut off: fetch it again.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}); it may be incomplete: download it again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, not the object that a config.json is.")
+        raise ValueError(f"{file} contains a {type(config).__name__}, but a config.json is a JSON object.")
     return config
 
 
 def _embedded_specs() -> tuple[FalconSpec, ...]:
-    """The specs of what ships inside the package: the base as its own config says, and the adapter made for it."""
+    """The specs of the models inside the package: the base, from its config.json, and the base with its adapter."""
     config = embedded_directory("falconet") / "config.json"
     source = "falcon_kit/falconet/base/config.json"
     base = FalconSpec.from_config(_read_json(config), "falconet", licence="Apache 2.0", source=source)
     return base, replace(base, name="falconet-instruct", fine_tuned_from=base.name)
 
 
-def _published(name: str, layers: int, d_model: int, query_heads: int, kv_heads: int, **other: Any) -> FalconSpec:
-    """A published Falcon: what all of them share, and where its config stands."""
-    shared = {"vocabulary": 65024, "intermediate_size": 4 * d_model, "licence": "Apache 2.0", "published": True}
+def _published(name: str, layers: int, d_model: int, query_heads: int, kv_heads: int, **differing: Any) -> FalconSpec:
+    """The spec of a published Falcon, with the values that most of them have in common as defaults."""
+    defaults = {"vocabulary": 65024, "intermediate_size": 4 * d_model, "licence": "Apache 2.0", "published": True}
     source = f"https://huggingface.co/tiiuae/{name}/blob/main/config.json"
-    return FalconSpec(name, layers, d_model, query_heads, kv_heads, source=source, **{**shared, **other})
+    return FalconSpec(name, layers, d_model, query_heads, kv_heads, source=source, **{**defaults, **differing})
 
 
 _7B: dict[str, Any] = {"norms_per_block": 1, "new_decoder_architecture": False}

@@ -1,6 +1,6 @@
-"""The shape of a Falcon, read from a config.json of today or of 2023, and the parameters and bytes that follow from it.
+"""`FalconSpec`: the shape of a Falcon, read from a current or an old (2023) config.json, its parameters and bytes.
 
-All of it is arithmetic on a handful of numbers: neither torch nor transformers is imported.
+Neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ class FalconSpec:
     """The shape of one Falcon; hashable and comparable, and a table in Jupyter."""
 
     name: str
-    """The catalogue name, such as "falcon-40b-instruct"; for a checkpoint of your own, its directory's name."""
+    """The name in the catalogue, such as "falcon-40b-instruct"; for other checkpoints, the name of the directory."""
     layers: int
     """Decoder layers."""
     d_model: int
-    """Width of the residual stream; the embeddings have this many channels."""
+    """Hidden size: channels of the embeddings and the hidden states (d)."""
     query_heads: int
     """Query heads per layer (H)."""
     kv_heads: int
-    """KV heads per layer (G): what a KV cache has to hold."""
+    """KV heads per layer (G): the heads in the KV cache."""
     vocabulary: int
-    """Rows of the embedding (V)."""
+    """Tokens of the vocabulary (V)."""
     intermediate_size: int
-    """Hidden width of the feed-forward block; 4 x d_model in all published Falcons of this family."""
+    """Channels inside the MLP (f); 4 x d_model in all published Falcons of this family."""
     context: int = 2048
-    """Tokens seen in training; text beyond it comes out as gibberish (huggingface/transformers#25878)."""
+    """Tokens per training sequence; longer texts become gibberish (huggingface/transformers#25878)."""
     positions: Literal["rotary", "alibi"] = "rotary"
     """Rotary embeddings (Su et al. 2021, arXiv 2104.09864) or ALiBi biases (Press et al. 2021, arXiv 2108.12409)."""
     parallel_block: bool = True
-    """Attention and feed-forward read the same input and are added together, instead of one after the other."""
+    """Attention and MLP read the same input, and their outputs are added; otherwise the MLP follows the attention."""
     norms_per_block: int = 2
     """LayerNorms in a decoder layer."""
     bias: bool = False
     """Whether the linear layers have biases."""
     new_decoder_architecture: bool = True
-    """The 40B layout: query, key and value fused per group of heads, and two LayerNorms beside each other."""
+    """The layout of the 40B: fused QKV weights per group of heads, and parallel LayerNorms for attention and MLP."""
     tied_head: bool = True
-    """The output head shares the embedding's weights."""
+    """The output head shares the weights of the embedding."""
     licence: str = "not stated"
     """Licence of the weights."""
     fine_tuned_from: str | None = None
-    """The model that an instruct or chat model was made from; None for a base model."""
+    """The base model of an instruct or chat model; None for a base model."""
     published: bool = False
-    """Published under tiiuae/ on the Hugging Face hub."""
+    """Whether it is published under tiiuae/ on the Hugging Face hub."""
     source: str = "a config.json"
-    """Where the figures come from."""
+    """Source of the figures."""
 
     def __post_init__(self) -> None:
         d, h, g = self.d_model, self.query_heads, self.kv_heads
         if d % h or h % g:
             raise ValueError(
-                f"{self.name}: d_model {d} must split evenly over {h} query heads, and those over {g} KV heads."
+                f"{self.name}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
             )
         if self.norms_per_block > 2:
             raise ValueError(f"{self.name}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}.")
 
     @property
     def hub_id(self) -> str | None:
-        """The id on the Hugging Face hub, None for what is not published there."""
+        """The id on the Hugging Face hub; None if it is not published there."""
         return f"tiiuae/{self.name}" if self.published else None
 
     @property
@@ -88,61 +88,61 @@ class FalconSpec:
 
     @property
     def layout(self) -> Literal["grouped", "multi-query", "multi-head"]:
-        """How keys and values are shared: by the query heads of a group, by all query heads, or not at all."""
+        """How query heads share keys and values: in groups, all together, or not at all."""
         if self.queries_per_kv_head == 1:
             return "multi-head"
         return "multi-query" if self.kv_heads == 1 else "grouped"
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the token embedding, V x d_model; the output head has as many."""
+        """Parameters of the token embedding, V x d_model, and equally of the output head."""
         return self.vocabulary * self.d_model
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer: fused QKV, attention output, feed-forward and its LayerNorms."""
+        """Parameters of one decoder layer: fused QKV, attention output, MLP and LayerNorms."""
         d, qkv = self.d_model, (self.query_heads + 2 * self.kv_heads) * self.head_dim
         biases = qkv + d + self.intermediate_size + d if self.bias else 0
         return d * (qkv + d + 2 * self.intermediate_size) + biases + self.norms_per_block * 2 * d
 
     @property
     def parameters(self) -> int:
-        """Unique parameters: a head that is tied to the embedding counts once."""
+        """Unique parameters: a tied output head is not counted again."""
         embeddings = self.embedding_parameters * (1 if self.tied_head else 2)
         return embeddings + self.layers * self.layer_parameters + 2 * self.d_model
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the published bfloat16 files, which store `lm_head` even where it is tied."""
+        """Bytes of the published bfloat16 files. They contain `lm_head` even if it is tied."""
         return 2 * (self.parameters + (self.embedding_parameters if self.tied_head else 0))
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of KV cache per token of context when only the KV heads are kept: 122,880 for 40B in bfloat16."""
+        """Bytes of the grouped KV cache, with KV heads only, per token: 122,880 for the 40B in bfloat16."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "falcon", **facts: Any) -> FalconSpec:
-        """Read the shape from a config.json, today's or the old RefinedWeb kind.
+        """The shape in a config.json, current or of the old RefinedWeb types.
 
-        `facts` are further fields of the spec, such as `licence`. Raises ValueError for a model that is not a Falcon,
-        a missing key, or a value that is not a positive whole number.
+        facts: further fields of the spec, such as `licence`. Raises ValueError for a model that is not a Falcon, for a
+        missing key, and for a value that is not a positive whole number.
         """
-        config = _todays_config(config, name)
+        config = _current_config(config, name)
         new = bool(config.get("new_decoder_architecture"))
         parallel = new or bool(config.get("parallel_attn", True))
-        d_model = _whole(config, "hidden_size", name)
+        d_model = _positive_int(config, "hidden_size", name)
         return cls(
             name=name,
-            layers=_whole(config, "num_hidden_layers", name),
+            layers=_positive_int(config, "num_hidden_layers", name),
             d_model=d_model,
-            query_heads=_whole(config, "num_attention_heads", name),
+            query_heads=_positive_int(config, "num_attention_heads", name),
             kv_heads=_kv_heads(config, name),
-            vocabulary=_whole(config, "vocab_size", name),
-            intermediate_size=_whole(config, "ffn_hidden_size", name, 4 * d_model),
-            context=_whole(config, "max_position_embeddings", name, 2048),
+            vocabulary=_positive_int(config, "vocab_size", name),
+            intermediate_size=_positive_int(config, "ffn_hidden_size", name, 4 * d_model),
+            context=_positive_int(config, "max_position_embeddings", name, 2048),
             positions="alibi" if config.get("alibi") else "rotary",
             parallel_block=parallel,
-            norms_per_block=_whole(config, "num_ln_in_parallel_attn", name, 2 if new else 1) if parallel else 2,
+            norms_per_block=_positive_int(config, "num_ln_in_parallel_attn", name, 2 if new else 1) if parallel else 2,
             bias=bool(config.get("bias")),
             new_decoder_architecture=new,
             tied_head=bool(config.get("tie_word_embeddings", True)),
@@ -150,7 +150,7 @@ class FalconSpec:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The keys of a config.json of this shape: `FalconConfig(**spec.to_config())` builds it with random weights."""
+        """A config.json of this shape, as a dictionary: `FalconConfig(**spec.to_config())` is its configuration."""
         return {
             "model_type": "falcon",
             "num_hidden_layers": self.layers,
@@ -170,7 +170,7 @@ class FalconSpec:
         }
 
     def facts(self) -> dict[str, str]:
-        """What the tables show, by heading."""
+        """The values in the tables, by heading."""
         block = "parallel" if self.parallel_block else "sequential"
         return {
             "parameters": f"{self.parameters:,}",
@@ -198,18 +198,21 @@ class FalconSpec:
 
 
 def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn an old config (`model_type` RefinedWeb or RefinedWebModel) into the keys of today's `FalconConfig`.
+    """An old config (`model_type` RefinedWeb or RefinedWebModel) with the keys of the current `FalconConfig`.
 
-    The mapping is that of transformers' own `models/falcon/convert_custom_code_checkpoint.py`. Switches that are absent
-    take the defaults of the old `configuration_RW.py` (multi_query and parallel_attn off), not today's; absent token
-    ids do not, because its end token 2 is not the tokenizer's, 11. `auto_map` goes, so that no remote code is named.
-    Raises ValueError for a config of another type, or with the one old switch that transformers cannot compute.
+    The mapping is that of transformers' `models/falcon/convert_custom_code_checkpoint.py`. Missing switches get the
+    defaults of the old `configuration_RW.py`: multi_query and parallel_attn are off. Missing token ids get the current
+    defaults, because the old default of eos_token_id, 2, contradicts the tokenizer's, 11. `auto_map` is removed, so
+    that the config refers to no remote code. Raises ValueError for another model type, and for
+    apply_residual_connection_post_layernorm, which transformers' Falcon does not support.
     """
     kind = config.get("model_type")
     if kind not in _LEGACY_TYPES:
         raise ValueError(f"model_type is {kind!r}, but an old config has {' or '.join(_LEGACY_TYPES)}.")
     if config.get("apply_residual_connection_post_layernorm"):
-        raise ValueError("apply_residual_connection_post_layernorm is true; transformers' Falcon cannot compute that.")
+        raise ValueError(
+            "apply_residual_connection_post_layernorm is true; transformers' Falcon does not support that."
+        )
     dropped = {*_LEGACY_KEYS, "auto_map", "apply_residual_connection_post_layernorm"}
     return {
         "new_decoder_architecture": kind == "RefinedWeb" or config.get("n_head_kv") is not None,
@@ -222,23 +225,23 @@ def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _todays_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The config under today's keys; refuses other model types and names the keys that are missing."""
+def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The config with current keys. Raises ValueError for another model type, and for missing keys."""
     kind = config.get("model_type")
     if kind in _LEGACY_TYPES:
         config = config_from_legacy(config)
     elif kind != "falcon":
         raise ValueError(
-            f"{name}: model_type is {kind!r}, not a Falcon's: falcon, or once {' or '.join(_LEGACY_TYPES)}."
+            f"{name}: model_type is {kind!r}, not a Falcon's: falcon, or the old {' or '.join(_LEGACY_TYPES)}."
         )
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if missing := [key for key in needed if config.get(key) is None]:
-        raise ValueError(f"{name}: the config lacks {', '.join(missing)}; a Falcon's shape needs {', '.join(needed)}.")
+    required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if missing := [key for key in required if config.get(key) is None]:
+        raise ValueError(f"{name}: the config lacks {', '.join(missing)}; required are {', '.join(required)}.")
     return config
 
 
-def _whole(config: Mapping[str, Any], key: str, name: str, default: int = 0) -> int:
-    """A positive whole number of the config; an absent one, or null, is the default."""
+def _positive_int(config: Mapping[str, Any], key: str, name: str, default: int = 0) -> int:
+    """A positive whole number of the config; `default` if it is missing or null."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -247,8 +250,8 @@ def _whole(config: Mapping[str, Any], key: str, name: str, default: int = 0) -> 
 
 
 def _kv_heads(config: Mapping[str, Any], name: str) -> int:
-    """KV heads as `FalconAttention` decides them: `num_kv_heads` counts only in the new decoder architecture."""
-    query_heads = _whole(config, "num_attention_heads", name)
+    """KV heads as in `FalconAttention`, which reads `num_kv_heads` only in the new decoder architecture."""
+    query_heads = _positive_int(config, "num_attention_heads", name)
     if config.get("new_decoder_architecture"):
-        return _whole(config, "num_kv_heads", name, query_heads)
+        return _positive_int(config, "num_kv_heads", name, query_heads)
     return 1 if config.get("multi_query", True) else query_heads

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
 from falcon_kit.catalogue.hub import fetch_config, hub_errors
-from falcon_kit.catalogue.names import adapted, adapter_base, catalogue, embedded_directory, spec
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, catalogue, embedded_directory, spec
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.loading.adapters import RECORD, WEIGHTS, weights_file
 
@@ -77,7 +77,7 @@ def _from_directory(directory: Path, hub: Mapping[str, Any], shape: FalconSpec |
     """The checkpoint in a directory. shape: its spec, where that is not the one of its config.json."""
     if base := adapter_base(directory):
         found = find(base, {**hub, "revision": None})  # the revision is the adapter's, not its base's
-        shape = shape or adapted(found.spec, directory)
+        shape = shape or adapter_spec(found.spec, directory)
         return replace(found, spec=shape, adapters=(*found.adapters, directory))
     shape = shape or spec(directory)
     return Checkpoint(directory, shape, _config(directory), shape, hub=hub)

@@ -32,7 +32,7 @@ from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
 from falcon_kit.parallel import launching, ranks
-from falcon_kit.planning.devices import Slot, slots_here, slots_of_ranks
+from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
@@ -81,22 +81,22 @@ def load(
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
-    slots = _slots(settings)
+    devices = _devices(settings)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(str(name), hub)
-    planned, reason = _plan(found, settings, slots)
+    planned, reason = _plan(found, settings, devices)
     return _read(found, fetch(found), settings, planned, reason)
 
 
-def _slots(settings: LoadSettings) -> tuple[Slot, ...]:
+def _devices(settings: LoadSettings) -> tuple[Device, ...]:
     """The devices to plan for. A rank reads the free memory of its own GPU only."""
     parallel = settings.tensor_parallel
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
-        return slots_of_ranks(int(os.environ["LOCAL_RANK"]), parallel)
-    return slots_here(settings.max_memory, settings.offload, settings.folder)
+        return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
+    return local_devices(settings.max_memory, settings.offload, settings.folder)
 
 
-def _plan(found: Checkpoint, settings: LoadSettings, slots: tuple[Slot, ...]) -> tuple[Plan, str]:
+def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found, settings.offload)
     dtype, reason = _choose_dtype(settings.dtype_name, found.config, found.spec)
@@ -105,7 +105,7 @@ def _plan(found: Checkpoint, settings: LoadSettings, slots: tuple[Slot, ...]) ->
         found.spec,
         dtype,
         context=found.spec.context,
-        devices=slots,
+        devices=devices,
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )

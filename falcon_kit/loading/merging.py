@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from falcon_kit.catalogue.names import adapted
+from falcon_kit.catalogue.names import adapter_spec
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.generation.chat import encode_text
 from falcon_kit.loading import adapters
@@ -158,7 +158,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
     _add(falcon.model, adapter)
     adapters.record_merged(falcon.model, [adapter])
     falcon.model.name_or_path = falcon.model.config.name_or_path = str(adapter)
-    falcon = replace(falcon, spec=adapted(falcon.spec, adapter))
+    falcon = replace(falcon, spec=adapter_spec(falcon.spec, adapter))
     gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
     allowed = _ALLOWED[falcon.model.dtype]
     if not gap <= allowed:  # also where the gap is NaN

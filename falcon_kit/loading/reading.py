@@ -53,7 +53,7 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
         return device_map
     if plan.fits:
         return dict(plan.device_map)
-    return None if plan.slots[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
+    return None if plan.devices[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
 
 
 def _from_pretrained(

@@ -35,7 +35,7 @@ from transformers.models.falcon import modeling_falcon as stock
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from falcon_kit.catalogue.memory import check_ranks
+from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.model import attention
 from falcon_kit.model.attention import alibi
@@ -257,7 +257,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
         """As in transformers, after a check that the heads divide among the ranks. Sets `tp_mesh`."""
         if mesh_manager is not None and distributed_config.tp_size > 1:
             decoder = cast(FalconModel, model.get_submodule("transformer"))
-            check_ranks(decoder.spec, distributed_config.tp_size)
+            check_tensor_parallel(decoder.spec, distributed_config.tp_size)
             decoder.tp_mesh = mesh_manager.get_mesh("tp")
             for name, style in PARALLEL_STYLES.items():
                 ALL_PARALLEL_STYLES[name] = style

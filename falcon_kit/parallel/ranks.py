@@ -37,8 +37,8 @@ class Rank:
 def check_request(ranks: int | None, **others: Any) -> None:
     """Raises ValueError where a model cannot be loaded on `ranks` ranks here; None, for one process, always passes.
 
-    others: arguments of `load` that exclude tensor_parallel. `memory.check_ranks` checks whether the model's KV heads
-    can be divided.
+    others: arguments of `load` that exclude tensor_parallel. `memory.check_tensor_parallel` checks whether the model's
+    KV heads can be divided.
     """
     if ranks is None:
         return

@@ -1,12 +1,12 @@
-"""Where the notebook runs, what a model needs there, and whether it fits.
+"""Where the notebook runs, and whether a model fits there.
 
 The files, in the order of their imports:
 
-places.py       which notebook service this is
-environment.py  versions, accelerators, cores, memory and disk of this machine
+places.py       the notebook service of this process
+environment.py  versions, GPUs, CPU cores, memory and disk of this machine
 devices.py      devices to plan for: this machine's, or GPUs and instance types by name
-services.py     what a notebook service offers on request: secrets, widgets, SageMaker's role
-placement.py    which device holds which layers
+services.py     functions of notebook services: secrets, widgets, SageMaker's role
+placement.py    the parts of a plan, and which device holds which
 plots.py        a plan as stacked bars
-plan.py         plan(): does it fit, where does each part go, what to do if not
+plan.py         plan(): whether a model fits, and what to change if not
 """

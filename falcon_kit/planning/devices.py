@@ -1,6 +1,6 @@
-"""Devices to plan for: those of this machine, or those that a few words name.
+"""Devices to plan for: those of this machine, or GPUs and instance types by name.
 
-Neither torch nor transformers is imported, unless this machine's own GPUs are asked for.
+Neither torch nor transformers is imported, unless the GPUs of this machine are read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from falcon_kit.display.errors import unknown_name
-from falcon_kit.planning.environment import environment, find_devices, free_disk
+from falcon_kit.planning.environment import environment, find_accelerators, free_disk
 
 MIB = 2**20
 GPUS = {
@@ -26,7 +26,7 @@ GPUS = {
     "H100-80GB": 81_559,
     "H200": 143_771,
 }
-"""MiB of memory, as nvidia-smi reports it."""
+"""Memory in MiB, as nvidia-smi reports it."""
 MACHINES = {
     "colab-t4": (1, "T4"),
     "colab-l4": (1, "L4"),
@@ -50,113 +50,123 @@ MACHINES = {
     "ml.p5.48xlarge": (8, "H100-80GB"),
     "ml.p5e.48xlarge": (8, "H200"),
 }
-"""GPUs of Colab's runtimes and of SageMaker's instance types (aws.amazon.com/sagemaker/pricing)."""
+"""Number and type of the GPUs of Colab's runtimes and SageMaker's instance types (aws.amazon.com/sagemaker/pricing)."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A device to put things on."""
+class Device:
+    """A GPU, the CPU, or an offload target."""
 
     name: str
-    """For people: "T4", "cpu"."""
+    """The name in texts and tables: "T4", "cpu"."""
     key: int | str
-    """For a device map: the number of the GPU, or "cpu"."""
+    """The key in a device map: the index of the GPU, "cpu" or "disk"."""
     free_bytes: int
-    """Memory that may be used."""
+    """Memory that the model may use."""
     offload_target: bool = False
-    """Layers are only kept here, and visit a GPU, or host memory, to be computed: host memory beside GPUs, or a disk.
-    Such places come last."""
+    """Whether layers are only stored here (in host memory beside GPUs, or on disk) and copied to the first device to be
+    computed. Offload targets come after all other devices."""
 
 
-def find_slots(devices: str | Sequence[Slot] | None) -> tuple[Slot, ...]:
-    """The devices that a word or nothing stands for; see `plan`."""
+def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...]:
+    """The devices of the argument `devices` of `plan`. Raises ValueError for an unknown name."""
     if devices is None:
-        here = environment()
-        found = tuple(Slot(each.name, each.index, each.free_bytes) for each in here.devices if each.kind == "cuda")
-        return found or (Slot("cpu", "cpu", here.available_bytes),)
-    if not isinstance(devices, str):
-        given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
-        own = tuple(each for each in given if isinstance(each, Slot))
-        if not own or len(own) < len(given):
-            raise ValueError(
-                f"devices={devices!r} names none: leave it out for this machine, or give '4x40GiB' or a list of Slot"
-            )
-        return own
-    word = devices.strip().lower()
-    for name, (count, gpu) in MACHINES.items():
-        if word in (name, name.removeprefix("ml.")):
-            return _alike(count, gpu, GPUS[gpu] * MIB)
-    count_word, kind = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", word).groups()  # type: ignore[union-attr]  # .* fits anything
+        machine = environment()
+        gpus = tuple(Device(each.name, each.index, each.free_bytes) for each in machine.devices if each.kind == "cuda")
+        return gpus or (Device("cpu", "cpu", machine.available_bytes),)
+    if isinstance(devices, str):
+        return _named_devices(devices)
+    given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
+    checked = tuple(each for each in given if isinstance(each, Device))
+    if not checked or len(checked) < len(given):
+        raise ValueError(
+            f"devices={devices!r} names no device: leave it out for this machine, or give '4x40GiB' or a list of Device"
+        )
+    return checked
+
+
+def _named_devices(name: str) -> tuple[Device, ...]:
+    """The devices of an instance type, or of a GPU or memory size with an optional count: "4x40GiB"."""
+    word = name.strip().lower()
+    for machine, (gpu_count, gpu) in MACHINES.items():
+        if word in (machine, machine.removeprefix("ml.")):
+            return _equal_devices(gpu_count, gpu, GPUS[gpu] * MIB)
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", word)
+    count, kind = (int(match[1] or 1), match[2]) if match else (1, word)
     if size := _bytes(kind):
-        return _alike(int(count_word or 1), kind.upper().replace("I", "i"), size)
+        return _equal_devices(count, kind.upper().replace("I", "i"), size)
     for gpu in GPUS:
         if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
-            return _alike(int(count_word or 1), gpu, GPUS[gpu] * MIB)
-    raise ValueError(f"{unknown_name('devices', devices, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'.")
+            return _equal_devices(count, gpu, GPUS[gpu] * MIB)
+    raise ValueError(f"{unknown_name('devices', name, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'.")
 
 
-def slots_of_ranks(own: int, ranks: int) -> tuple[Slot, ...]:
-    """GPUs of `ranks` processes as one of them takes them to be: like its own, the only one whose memory it asks for.
+def identical_gpus(index: int, count: int) -> tuple[Device, ...]:
+    """`count` GPUs that are all assumed equal to GPU `index`, the only one whose memory is read.
 
-    To ask the driver opens a context, and one of each process on each GPU would take gigabytes.
+    For the ranks of tensor parallelism: reading the memory of a GPU creates a CUDA context there, and a context of each
+    process on each GPU would take gigabytes.
     """
-    (found,) = find_devices(only=own)
-    return tuple(Slot(found.name, index, found.free_bytes) for index in range(ranks))
+    (found,) = find_accelerators(only=index)
+    return tuple(Device(found.name, key, found.free_bytes) for key in range(count))
 
 
-def slots_here(
+def local_devices(
     max_memory: Mapping[int | str, int | str] | None = None, offload: str | None = None, folder: Path = Path()
-) -> tuple[Slot, ...]:
+) -> tuple[Device, ...]:
     """The devices of this machine, for loading.
 
-    max_memory: bytes, or words such as "20GiB", by GPU number, "cpu" or "disk": what is not named is not used. offload:
-    "cpu" adds host memory behind the GPUs, "disk" the disk that `folder` is on behind that.
-    Raises ValueError for a device that is not here, an unknown word, or an offload that leads nowhere.
+    max_memory: bytes, or a size such as "20GiB", by GPU index, "cpu" or "disk"; other devices are not used.
+    offload: "cpu" adds host memory after the GPUs, "disk" adds that and the disk of `folder`.
+    Raises ValueError for an unknown device or word, an unreadable size, or offload="cpu" without a GPU.
     """
-    slots = list(find_slots(None))
+    devices = list(resolve_devices(None))
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
-    if offload and slots[0].key != "cpu":
-        slots.append(Slot("host memory", "cpu", environment().available_bytes, offload_target=True))
+    if offload and devices[0].key != "cpu":
+        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True))
     elif offload == "cpu":
-        raise ValueError("offload='cpu' is for layers that find no room on a GPU, and there is none here: try 'disk'")
+        raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":
-        slots.append(Slot("disk", "disk", free_disk(folder), offload_target=True))
-    if max_memory is None:
-        return tuple(slots)
-    keys = [slot.key for slot in slots]
-    here = f"here are {', '.join(map(repr, keys))}"
+        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True))
+    return tuple(devices) if max_memory is None else _limited(devices, max_memory)
+
+
+def _limited(devices: Sequence[Device], max_memory: Mapping[int | str, int | str]) -> tuple[Device, ...]:
+    """The devices that `max_memory` names, with at most this memory."""
+    keys = [device.key for device in devices]
+    available = f"this machine has {', '.join(map(repr, keys))}"
     if not isinstance(max_memory, Mapping):
-        raise ValueError(f"max_memory={max_memory!r} names no device: give {{{keys[0]!r}: '20GiB'}}; {here}")
+        raise ValueError(f"max_memory={max_memory!r} is not a dict: give {{{keys[0]!r}: '20GiB'}}; {available}")
     if unknown := [key for key in max_memory if key not in keys]:
-        raise ValueError(f"max_memory names {unknown[0]!r}, but {here}")
-    if not any(slot.key in max_memory for slot in slots if not slot.offload_target):
-        raise ValueError(f"max_memory={dict(max_memory)!r} names no device that computes; {here}")
+        raise ValueError(f"max_memory names {unknown[0]!r}, but {available}")
+    if not any(device.key in max_memory for device in devices if not device.offload_target):
+        raise ValueError(f"max_memory={dict(max_memory)!r} names only offload targets; {available}")
     return tuple(
-        replace(slot, free_bytes=min(slot.free_bytes, _limit(max_memory[slot.key])))
-        for slot in slots
-        if slot.key in max_memory
+        replace(device, free_bytes=min(device.free_bytes, _limit(max_memory[device.key])))
+        for device in devices
+        if device.key in max_memory
     )
 
 
 def _limit(size: int | str) -> int:
-    """Bytes of a number, or of words such as "20GiB"."""
+    """The bytes of an entry of `max_memory`: a number, or a size such as "20GiB"."""
     count = _bytes(size.strip().lower()) if isinstance(size, str) else size
     if count is None or count < 1:
         raise ValueError(f"max_memory has {size!r}: give bytes, or a size such as '20GiB'")
     return count
 
 
-def _bytes(words: str) -> int | None:
-    """Bytes that words such as "40gib" or "1.5 gb" stand for; None if they are no size."""
-    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?b)", words)
+def _bytes(text: str) -> int | None:
+    """The bytes of a size such as "40gib" or "1.5 gb"; None for other text."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?b)", text)
     return int(float(size[1]) * _UNITS[size[2]]) if size else None
 
 
 _UNITS = {f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")}
 
 
-def _alike(count: int, name: str, size: int) -> tuple[Slot, ...]:
+def _equal_devices(count: int, name: str, size: int) -> tuple[Device, ...]:
     if count < 1 or size < 1:
-        raise ValueError(f"{count} x {name} is no memory to plan with: give at least one device")
-    return tuple(Slot(name, index, size) for index in range(count))
+        raise ValueError(f"{count} x {name} has no memory: give at least one device")
+    return tuple(Device(name, index, size) for index in range(count))

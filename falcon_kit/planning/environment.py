@@ -1,7 +1,7 @@
-"""Where this Python runs and what it may use: the notebook service, versions, accelerators, cores, memory and disk.
+"""`environment`: the notebook service, versions, accelerators, CPU cores, memory and disk of this process.
 
-Nothing happens at import, nothing leaves the machine, and no value of an environment variable is ever shown, only the
-name of the mark that gave a place away.
+Importing has no effects, nothing is sent anywhere, and values of environment variables are never shown, only the name
+of a variable that identifies the notebook service.
 """
 
 from __future__ import annotations
@@ -39,46 +39,46 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Device:
-    """One accelerator."""
+class Accelerator:
+    """One GPU that torch can use."""
 
     name: str
-    """The maker's name, such as "NVIDIA A100-SXM4-40GB"."""
+    """The vendor's name, such as "NVIDIA A100-SXM4-40GB"."""
     kind: str
-    """torch's word for it: "cuda" (also AMD's, through ROCm) or "mps"."""
+    """The device type in torch: "cuda" (also for AMD, through ROCm) or "mps"."""
     index: int
-    """Number among the devices of its kind."""
+    """The index among the devices of this type."""
     total_bytes: int
-    """Memory of the device; for mps, what the system recommends as the most to use."""
+    """Memory of the GPU; for mps, the maximum that the system recommends."""
     free_bytes: int
-    """Memory that nobody uses now, what torch keeps in store for this process included."""
+    """Unused memory, including the cache of torch's allocator in this process."""
 
 
 @dataclass(frozen=True, repr=False)
 class Environment:
-    """What `environment()` found; short as text, a table in Jupyter."""
+    """The result of `environment()`; a table in Jupyter."""
 
     where: str
     """"Colab", "Kaggle", "SageMaker Studio", "SageMaker notebook instance", "VS Code", "JupyterLab", "Jupyter",
     "IPython" or "plain Python"."""
     reason: str
-    """The mark that says so."""
+    """What identifies the service, such as a variable that is set."""
     python: str
-    """Version of Python."""
+    """The version of Python."""
     versions: Mapping[str, str | None]
-    """Installed versions by package, None for a package that is missing."""
-    devices: tuple[Device, ...]
-    """Accelerators that torch can use; empty without torch."""
+    """The installed version of each package, None for a missing one."""
+    devices: tuple[Accelerator, ...]
+    """The GPUs that torch can use; empty without torch."""
     cores: int
-    """CPU cores that this process may use: its affinity, and the quota of its container rounded up."""
+    """CPU cores that this process may use: its affinity, or the quota of its container if that is lower."""
     memory_bytes: int
-    """Host memory, or the container's limit where that is lower."""
+    """Host memory, or the limit of the container if that is lower."""
     available_bytes: int
-    """Host memory that can still be had without swapping, within the container's limit."""
+    """Host memory that is available without swapping, within the limit of the container."""
     cache_directory: Path
-    """Where the Hugging Face hub keeps downloads."""
+    """The cache directory of huggingface_hub."""
     cache_free_bytes: int
-    """Free disk there."""
+    """Free disk space at the cache directory."""
 
     def __repr__(self) -> str:
         gpus = ", ".join(f"{each.name} {format_bytes(each.total_bytes)}" for each in self.devices) or "no GPU"
@@ -89,8 +89,8 @@ class Environment:
         rows = [
             ("running in", f"{self.where} ({self.reason})"),
             ("Python", self.python),
-            *((name, found or "not installed") for name, found in self.versions.items()),
-            *((f"{each.kind}:{each.index}", _device_text(each)) for each in self.devices),
+            *((name, installed or "not installed") for name, installed in self.versions.items()),
+            *((f"{each.kind}:{each.index}", _accelerator_text(each)) for each in self.devices),
             *([] if self.devices else [("GPU", "none that torch can use")]),
             ("CPU cores", self.cores),
             ("host memory", f"{format_bytes(self.available_bytes)} free of {format_bytes(self.memory_bytes)}"),
@@ -100,29 +100,29 @@ class Environment:
 
 
 def _short(path: Path) -> str:
-    """The path with "~" for the home directory: a shared notebook need not show whose machine it ran on."""
+    """The path with "~" for the home directory, so that a shared notebook does not show the user's name."""
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def environment(
     environ: Mapping[str, str] | None = None, modules: Mapping[str, Any] | None = None, root: Path = Path("/")
 ) -> Environment:
-    """Look around: which notebook service, which versions, which devices, how much memory and disk.
+    """The notebook service, versions, GPUs, CPU cores, memory and disk of this process.
 
-    The arguments say where to look, by default this process and its machine: environment variables, imported modules,
-    and the root of the file system. Free memory of a GPU is asked of its driver, which opens a CUDA context there.
+    environ, modules, root: environment variables, imported modules and the root of the file system; by default those of
+    this process. Reading the free memory of a GPU creates a CUDA context there.
     """
     environ = os.environ if environ is None else environ
     modules = sys.modules if modules is None else modules
     where, reason = detect_place(environ, modules, root)
     memory_bytes, available_bytes = host_memory(root)
-    cache = cache_directory(environ)
+    cache = cache_directory()
     return Environment(
         where=where,
         reason=reason,
         python=platform.python_version(),
         versions={name: _installed(name) for name in PACKAGES},
-        devices=find_devices(),
+        devices=find_accelerators(),
         cores=usable_cores(root),
         memory_bytes=memory_bytes,
         available_bytes=available_bytes,
@@ -131,10 +131,10 @@ def environment(
     )
 
 
-def find_devices(torch: Any = None, only: int | None = None) -> tuple[Device, ...]:
-    """The accelerators that torch can use, none without torch; `torch` is the module, imported if not given.
+def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accelerator, ...]:
+    """The GPUs that torch can use; none without torch.
 
-    only: the number of one GPU, for who does not want a CUDA context on the others.
+    torch: the module, imported if not given. only: the index of one GPU, so that no CUDA context is created on others.
     """
     if torch is None:
         if importlib.util.find_spec("torch") is None:
@@ -145,22 +145,22 @@ def find_devices(torch: Any = None, only: int | None = None) -> tuple[Device, ..
         return tuple(_cuda_device(torch, index) for index in indices)
     if torch.backends.mps.is_available():
         total = torch.mps.recommended_max_memory()
-        return (Device("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
+        return (Accelerator("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
     return ()
 
 
-def _cuda_device(torch: Any, index: int) -> Device:
+def _cuda_device(torch: Any, index: int) -> Accelerator:
     free, total = torch.cuda.mem_get_info(index)
     cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    return Device(torch.cuda.get_device_name(index), "cuda", index, total, free + cached)
+    return Accelerator(torch.cuda.get_device_name(index), "cuda", index, total, free + cached)
 
 
-def _device_text(device: Device) -> str:
-    return f"{device.name}, {format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}"
+def _accelerator_text(each: Accelerator) -> str:
+    return f"{each.name}, {format_bytes(each.free_bytes)} free of {format_bytes(each.total_bytes)}"
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: those of its affinity, or its control group's quota rounded up, if lower."""
+    """CPU cores that this process may use: its affinity, or the quota of its control group, rounded up, if lower."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for directory in _control_groups(root, "cpu"):
@@ -173,7 +173,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of host memory, total and still available; a container's limit counts where it is lower."""
+    """Bytes of host memory, total and available; the limit of the container if that is lower."""
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     for directory in _control_groups(root, "memory"):
@@ -185,7 +185,7 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def _group_use(directory: Path) -> int:
-    """Bytes that a control group holds and cannot simply drop: its use without the inactive file cache."""
+    """Bytes that a control group uses, without the inactive file cache, which the kernel can free at any time."""
     used = (
         read_text(directory / "memory.current").strip() or read_text(directory / "memory.usage_in_bytes").strip() or "0"
     )
@@ -195,10 +195,10 @@ def _group_use(directory: Path) -> int:
 
 
 def _control_groups(root: Path, controller: str) -> list[Path]:
-    """Directories of the control groups that this process is in, innermost first; empty where there are none.
+    """Directories of the control groups of this process, innermost first; empty if there are none.
 
-    Version 2 keeps one tree, version 1 a tree for each controller. In a container the path that the kernel names is
-    often not mounted; the container's own group is then the top of the tree.
+    Version 2 has one directory tree, version 1 one per controller. In a container, the path in /proc/self/cgroup is
+    often not mounted; the group of the container is then the root of the tree.
     """
     mounted = root / "sys/fs/cgroup"
     lines = [line.split(":", 2) for line in read_text(root / "proc/self/cgroup").splitlines()]
@@ -212,15 +212,15 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
     return [each for each in (directory, *directory.parents) if each.is_relative_to(mounted) and each.is_dir()]
 
 
-def cache_directory(environ: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps downloads, by the variables that it documents."""
-    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    chosen = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or str(Path(home) / "hub")
-    return Path(os.path.expandvars(chosen)).expanduser()
+def cache_directory() -> Path:
+    """The cache directory of huggingface_hub, which reads HF_HOME and HF_HUB_CACHE once, at its first import."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def free_disk(path: Path) -> int:
-    """Free bytes of the disk that `path` is or will be on."""
+    """Free bytes of the disk of `path`, which need not exist yet."""
     existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     return shutil.disk_usage(existing).free
 

@@ -1,4 +1,4 @@
-"""Where each part of a Falcon goes: what a request takes, layer by layer, and the devices that hold it.
+"""Which device holds which part of a Falcon: the parts of a request with their bytes, and the layers per device.
 
 Neither torch nor transformers is imported.
 """
@@ -11,14 +11,16 @@ from typing import Literal
 
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.planning.devices import Slot
+from falcon_kit.planning.devices import Device
 
 Purpose = Literal["inference", "lora", "qlora", "full", "merge"]
 CacheKind = Literal["grouped", "transformers"]
+Sizes = dict[str, tuple[int, str]]
+"""Bytes and the reason for them, by part."""
 
 CPU_OVERHEAD, GPU_OVERHEAD = 440 * 2**20, 600 * 2**20
-"""Before any weight is there: Python with torch and transformers, held against a process in `tests/test_planning.py`; a
-CUDA context with its library workspaces, assumed."""
+"""Memory before any weight is loaded. CPU: Python with torch and transformers, compared with a real process in
+`tests/planning/test_plan.py`. GPU: a CUDA context with the workspaces of its libraries, assumed."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,18 @@ class Part:
     """One row of a plan."""
 
     part: str
-    """What it is: "layers 0-14", "KV cache"."""
+    """The name: "layers 0-14", "KV cache"."""
     device: int | str
-    """The key of its slot."""
+    """The key of the device."""
     bytes: int
-    """Its size."""
+    """The size."""
     reason: str
-    """How the size came about."""
+    """The reason for the size."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, and the bytes that follow."""
+    """The arguments of a plan, and the bytes of each part that follow from them."""
 
     spec: FalconSpec
     dtype: str
@@ -45,208 +47,216 @@ class Request:
     batch: int
     purpose: Purpose
     cache: CacheKind
-    rank: int
-    ranks: int
+    r: int
+    tensor_parallel: int
 
     @property
     def _size(self) -> tuple[FalconSpec, str, int, int]:
         return self.spec, self.dtype, self.context, self.batch
 
-    def layer(self) -> dict[str, tuple[int, str]]:
-        """What each decoder layer brings along: bytes and reason by part."""
-        weights = memory.layer_bytes(self.spec, self.dtype)
-        parts = {"weights": (weights, f"{self.spec.layer_parameters:,} parameters a layer in {self.dtype}")}
-        adapters = memory.lora_parameters(self.spec, self.rank) // self.spec.layers
-        match self.purpose:
-            case "inference":
-                kept = memory.layer_kv_bytes(*self._size, self.cache)
-                copies = "one per query head" if self.cache == "transformers" else f"{self.spec.kv_heads} KV heads"
-                parts["KV cache"] = (kept, f"{self.batch} x {self.context} tokens, {copies}")
-            case "merge":
-                parts["LoRA"] = (4 * adapters, f"rank {self.rank}, float32")
-            case "full":
-                parts["gradients and Adam"] = (3 * weights, "a gradient and two averages for each weight")
-            case _:
-                reason = f"rank {self.rank}, float32: weight, gradient and two averages of Adam"
-                parts["LoRA"] = (16 * adapters, reason)
-        if self.trains:
-            kept = memory.checkpoint_bytes(*self._size) // self.spec.layers
-            parts["checkpoints"] = (kept, "what came into each layer, kept for the way back")
-        return parts
-
     @property
     def trains(self) -> bool:
-        """Whether there is a way back: gradients, and what they need."""
+        """Whether there is a backward pass."""
         return self.purpose in ("lora", "qlora", "full")
 
-    def stored_layer(self) -> dict[str, tuple[int, str]]:
-        """What a layer leaves where it is only kept: its weights."""
-        weights, reason = self.layer()["weights"]
-        return {"weights": (weights, f"{reason}, read anew for each token")}
+    def layer_parts(self) -> Sizes:
+        """What one decoder layer takes on the device that computes it."""
+        weights = memory.layer_bytes(self.spec, self.dtype)
+        parts = {"weights": (weights, f"{self.spec.layer_parameters:,} parameters a layer in {self.dtype}")}
+        adapters = memory.lora_parameters(self.spec, self.r) // self.spec.layers
+        match self.purpose:
+            case "inference":
+                cache = memory.layer_kv_bytes(*self._size, self.cache)
+                copies = "one per query head" if self.cache == "transformers" else f"{self.spec.kv_heads} KV heads"
+                parts["KV cache"] = (cache, f"{self.batch} x {self.context} tokens, {copies}")
+            case "merge":
+                parts["LoRA"] = (4 * adapters, f"r={self.r}, float32")
+            case "full":
+                parts["gradients and Adam"] = (3 * weights, "a gradient and two averages per weight")
+            case _:
+                reason = f"r={self.r}, float32: weight, gradient and two averages of Adam"
+                parts["LoRA"] = (16 * adapters, reason)
+        if self.trains:
+            inputs = memory.checkpoint_bytes(*self._size) // self.spec.layers
+            parts["checkpoints"] = (inputs, "the input of each layer, for gradient checkpointing")
+        return parts
 
-    def offload_overhead(self, away: int) -> dict[str, tuple[int, str]]:
-        """What `away` layers that are kept elsewhere take on the device that computes them, one at a time."""
-        parts = self.layer()
+    def offloaded_layer_parts(self) -> Sizes:
+        """What one decoder layer takes on an offload target: its weights."""
+        weights, reason = self.layer_parts()["weights"]
+        return {"weights": (weights, f"{reason}, copied to the first device for each token")}
+
+    def offload_overhead(self, count: int) -> Sizes:
+        """What `count` offloaded layers take on the first device: one copy of weights, and each layer's KV cache."""
+        parts = self.layer_parts()
         weights, _ = parts.pop("weights")
-        visiting = {"visiting layer": (weights, "a copy of the one layer that is being computed")}
-        return visiting | {name: (away * size, reason) for name, (size, reason) in parts.items()}
+        copy = {"offloaded layer": (weights, "a copy of the one layer that is being computed")}
+        return copy | {name: (count * size, reason) for name, (size, reason) in parts.items()}
 
-    def device(self, slot: Slot) -> dict[str, tuple[int, str]]:
-        """What every device holds that computes a layer."""
+    def device_parts(self, device: Device) -> Sizes:
+        """What each device that computes layers takes in addition to them."""
         if self.purpose == "merge":
-            busy, reason = memory.merge_bytes(self.spec), "the largest product of an adapter, and that scaled"
+            peak, reason = memory.merge_bytes(self.spec), "the largest product B A, and its scaled copy"
         elif self.trains:
-            busy = memory.backward_bytes(*self._size, adapters=self.purpose != "full")
-            reason = "one layer computed anew and going backward"
+            peak = memory.backward_bytes(*self._size, adapters=self.purpose != "full")
+            reason = "recomputation and backward pass of one layer"
         else:
-            busy, reason = memory.prefill_bytes(*self._size), f"the busiest moment of reading {self.context} tokens"
+            peak, reason = memory.prefill_bytes(*self._size), f"the peak of the prefill of {self.context} tokens"
         overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
-        if slot.key == "cpu":
+        if device.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
-        workspace = memory.workspace_bytes(*self._size, on_cpu=slot.key == "cpu")
-        parts = {"workspace": (workspace, "of bitsandbytes, to multiply many rows")} if workspace else {}
-        return {"activations": (busy, reason), **parts, "overhead": overhead}
+        workspace = memory.workspace_bytes(*self._size, on_cpu=device.key == "cpu")
+        parts = {"workspace": (workspace, "of bitsandbytes, for the prefill")} if workspace else {}
+        return {"activations": (peak, reason), **parts, "overhead": overhead}
 
-    def first(self) -> dict[str, tuple[int, str]]:
-        """What the first device holds besides: the embedding, which is the head too, and what the head makes."""
+    def first_device_parts(self) -> Sizes:
+        """What the first device takes in addition: the embedding, the output head, and the logits or the loss."""
         table = memory.embedding_bytes(self.spec, self.dtype)
-        parts = {"embedding and head": (table, "tied: one table" if self.spec.tied_head else "two tables")}
+        parts = {"embedding and head": (table, "tied: one matrix" if self.spec.tied_head else "two matrices")}
         if self.purpose == "full":
-            parts["gradients and Adam"] = (3 * table, "a gradient and two averages for each weight")
+            parts["gradients and Adam"] = (3 * table, "a gradient and two averages per weight")
         if not self.trains:
-            parts["logits"] = (memory.logits_bytes(self.spec, self.batch), "scores of the next token")
+            parts["logits"] = (memory.logits_bytes(self.spec, self.batch), "of the next token")
         else:
-            loss = memory.loss_bytes(*self._size)
-            parts["loss"] = (
-                loss,
-                f"logits of {memory.LOSS_CHUNK} tokens at a time over {self.spec.vocabulary:,} words",
-            )
+            reason = f"logits of {memory.LOSS_CHUNK} tokens at a time, {self.spec.vocabulary:,} per token"
+            parts["loss"] = (memory.loss_bytes(*self._size), reason)
         return parts
 
 
-def _total(parts: Mapping[str, tuple[int, str]]) -> int:
+# Layers split over devices
+
+
+def layers_per_device(request: Request, devices: Sequence[Device]) -> list[int]:
+    """How many layers each device holds, with as few as possible offloaded; all zero if they do not fit."""
+    computing = [device for device in devices if not device.offload_target]
+    targets, layers = devices[len(computing) :], request.spec.layers
+    weights, _ = request.layer_parts()["weights"]
+    capacities = [min(target.free_bytes // weights, layers) for target in targets]
+    for offloaded in range(layers + 1) if targets else (0,):
+        counts = _balanced_layers(request, computing, offloaded)
+        # the first device holds the embedding, even if it holds no layers
+        first_fits = _memory_for_layers(request, computing, offloaded)[0] >= 0
+        if first_fits and sum(counts) == layers - offloaded and sum(capacities) >= offloaded:
+            left = [max(0, offloaded - sum(capacities[:index])) for index in range(len(targets))]
+            return counts + [min(pair) for pair in zip(capacities, left, strict=True)]
+    return [0] * len(devices)
+
+
+def _balanced_layers(request: Request, devices: Sequence[Device], offloaded: int) -> list[int]:
+    """How many layers each device holds so that the least free memory on any of them is as large as possible.
+
+    If the layers do not fit, the sum is smaller than their number. All layers have the same size, so this is a binary
+    search for the largest reserve per device with which the layers still fit.
+    """
+    layer, free = _total(request.layer_parts()), _memory_for_layers(request, devices, offloaded)
+    wanted = request.spec.layers - offloaded
+    if free[0] < 0:
+        return [0] * len(devices)
+
+    def capacities(reserve: int) -> list[int]:
+        return [max(0, (size - reserve) // layer) for size in free]
+
+    low, high = 0, max(free)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(capacities(middle)) >= wanted else (low, middle - 1)
+    counts = capacities(low)
+    used = [index for index, count in enumerate(counts) if count]
+    fullest_first = sorted(used, key=lambda index: free[index] - counts[index] * layer)
+    for index in fullest_first[: max(0, sum(counts) - wanted)]:
+        counts[index] -= 1  # several devices tie at this reserve: remove the surplus from the fullest
+    return counts
+
+
+def _memory_for_layers(request: Request, devices: Sequence[Device], offloaded: int) -> list[int]:
+    """Bytes for layers on each device: its free memory minus everything else that it holds; may be negative."""
+    free = [device.free_bytes - _total(request.device_parts(device)) for device in devices]
+    free[0] -= _total(request.first_device_parts()) + memory.last_norm_bytes(request.spec, request.dtype)
+    if offloaded:
+        free[0] -= _total(request.offload_overhead(offloaded))
+    return free
+
+
+def _total(parts: Sizes) -> int:
     return sum(size for size, _ in parts.values())
 
 
-def _room(request: Request, slots: Sequence[Slot], away: int) -> list[int]:
-    """Bytes for layers on each device, after what it holds anyway; `away` layers are kept elsewhere."""
-    room = [slot.free_bytes - _total(request.device(slot)) for slot in slots]
-    room[0] -= _total(request.first()) + memory.last_norm_bytes(request.spec, request.dtype)
-    if away:
-        room[0] -= _total(request.offload_overhead(away))
-    return room
-
-
-def spread(request: Request, slots: Sequence[Slot]) -> list[int]:
-    """Layers on each device, as few as can be where they are only kept; none anywhere if they do not fit."""
-    computing = [slot for slot in slots if not slot.offload_target]
-    stores, layers = slots[len(computing) :], request.spec.layers
-    weights, _ = request.layer()["weights"]
-    for away in range(layers + 1) if stores else (0,):
-        counts = _balance(request, computing, away)
-        places = [min(slot.free_bytes // weights, layers) for slot in stores]
-        roomy = _room(request, computing, away)[0] >= 0  # the first device holds the embedding, layers or not
-        if roomy and sum(counts) == layers - away and sum(places) >= away:
-            return counts + [min(place, max(0, away - sum(places[:at]))) for at, place in enumerate(places)]
-    return [0] * len(slots)
-
-
-def _balance(request: Request, slots: Sequence[Slot], away: int = 0) -> list[int]:
-    """Layers on each device, so that the fullest keeps as much room as can be; fewer than there are if they do not fit.
-
-    Layers are all alike, so this is a search for the largest reserve that still leaves places enough.
-    """
-    layer, room, wanted = _total(request.layer()), _room(request, slots, away), request.spec.layers - away
-    if room[0] < 0:
-        return [0] * len(slots)
-
-    def places(reserve: int) -> list[int]:
-        return [max(0, (free - reserve) // layer) for free in room]
-
-    low, high = 0, max(room)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(places(middle)) >= wanted else (low, middle - 1)
-    counts = places(low)
-    taken = [index for index, count in enumerate(counts) if count]
-    fullest_first = sorted(taken, key=lambda index: room[index] - counts[index] * layer)
-    for index in fullest_first[: max(0, sum(counts) - wanted)]:
-        counts[index] -= 1  # devices that tie at this reserve: the fullest give one back
+def split_by_memory(request: Request, devices: Sequence[Device]) -> list[int]:
+    """How many layers each device holds in proportion to its memory: the table of a plan that does not fit."""
+    total, layers = max(1, sum(device.free_bytes for device in devices)), request.spec.layers
+    counts = [layers * device.free_bytes // total for device in devices]
+    counts[-1] += layers - sum(counts)
     return counts
 
 
-def split_by_memory(request: Request, slots: Sequence[Slot]) -> list[int]:
-    """Layers by memory, whether they fit or not: how a plan that does not fit is shown."""
-    total, wanted = max(1, sum(slot.free_bytes for slot in slots)), request.spec.layers
-    counts = [wanted * slot.free_bytes // total for slot in slots]
-    counts[-1] += wanted - sum(counts)
-    return counts
-
-
-def rows(request: Request, slots: Sequence[Slot], counts: Sequence[int]) -> Iterator[Part]:
-    """Every part with its device, size and reason."""
-    done, away = 0, sum(count for slot, count in zip(slots, counts, strict=True) if slot.offload_target)
-    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+def layer_split_parts(request: Request, devices: Sequence[Device], counts: Sequence[int]) -> Iterator[Part]:
+    """The rows of a plan in which each device holds `counts` layers."""
+    first_layer = 0
+    offloaded = sum(count for device, count in zip(devices, counts, strict=True) if device.offload_target)
+    for index, (device, count) in enumerate(zip(devices, counts, strict=True)):
         if index == 0:
-            yield from _parts(slot, request.first())
-            yield from _parts(slot, request.offload_overhead(away) if away else {})
+            yield from _parts_on(device, request.first_device_parts())
+            yield from _parts_on(device, request.offload_overhead(offloaded) if offloaded else {})
         if count:
-            span = f"layers {done}-{done + count - 1}"
-            held = request.stored_layer() if slot.offload_target else request.layer()
-            yield from _parts(
-                slot, {span if name == "weights" else name: each for name, each in held.items()}, times=count
-            )
-        if index == 0 or (count and not slot.offload_target):
-            yield from _parts(slot, request.device(slot))
-        done += count
+            name = f"layers {first_layer}-{first_layer + count - 1}"
+            parts = request.offloaded_layer_parts() if device.offload_target else request.layer_parts()
+            yield from _parts_on(device, {name: parts.pop("weights"), **parts}, times=count)
+        if index == 0 or (count and not device.offload_target):
+            yield from _parts_on(device, request.device_parts(device))
+        first_layer += count
     norm = memory.last_norm_bytes(request.spec, request.dtype)
-    yield Part("last LayerNorm", slots[0].key, norm, "before the head")
+    yield Part("last LayerNorm", devices[0].key, norm, "before the head")
 
 
-def _parts(slot: Slot, parts: Mapping[str, tuple[int, str]], times: int = 1) -> Iterator[Part]:
-    return (Part(name, slot.key, times * size, reason) for name, (size, reason) in parts.items())
+def _parts_on(device: Device, parts: Mapping[str, tuple[int, str]], times: int = 1) -> Iterator[Part]:
+    return (Part(name, device.key, times * size, reason) for name, (size, reason) in parts.items())
 
 
-def device_map(slots: Sequence[Slot], counts: Sequence[int]) -> dict[str, int | str]:
-    """Where each module goes. The head goes where the embedding is, which it shares its weights with."""
-    keys = [slot.key for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-    first = slots[0].key
+def device_map(devices: Sequence[Device], counts: Sequence[int]) -> dict[str, int | str]:
+    """The device of each module, for `from_pretrained`. The head is on the first device, as the tied embedding is."""
+    keys = [device.key for device, count in zip(devices, counts, strict=True) for _ in range(count)]
     names = ("transformer.word_embeddings", "transformer.rotary_emb", "transformer.ln_f", "lm_head")
-    return {**dict.fromkeys(names, first), **{f"transformer.h.{index}": key for index, key in enumerate(keys)}}
+    modules = dict.fromkeys(names, devices[0].key)
+    return {**modules, **{f"transformer.h.{index}": key for index, key in enumerate(keys)}}
 
 
-def within(slots: Sequence[Slot], rows: Sequence[Part]) -> bool:
-    """Whether no device holds more than it has."""
-    return all(sum(row.bytes for row in rows if row.device == slot.key) <= slot.free_bytes for slot in slots)
+def fits_in_memory(devices: Sequence[Device], parts: Sequence[Part]) -> bool:
+    """Whether the parts on each device fit into its memory."""
+    return all(sum(part.bytes for part in parts if part.device == each.key) <= each.free_bytes for each in devices)
 
 
-def rank_slots(request: Request, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """The devices of the ranks: as many, or the one memory that all of them share."""
-    ranks = request.ranks
-    memory.check_ranks(request.spec, ranks)
+# Tensor parallelism
+
+
+def tensor_parallel_devices(request: Request, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+    """One GPU per rank, or the one host memory that all ranks share. Raises ValueError if it cannot be divided."""
+    ranks = request.tensor_parallel
+    memory.check_tensor_parallel(request.spec, ranks)
     if request.purpose != "inference" or request.dtype in memory.QUANTISED or request.cache != "grouped":
         raise ValueError(
-            f"tensor_parallel={ranks} is for inference with whole 16 or 32-bit weights and the grouped cache, not for "
-            f"purpose={request.purpose!r}, dtype={request.dtype!r}, cache={request.cache!r}: leave it out"
+            f"tensor_parallel={ranks} needs purpose='inference', a dtype of {', '.join(memory.FLOAT_DTYPES)} and "
+            f"cache='grouped', not purpose={request.purpose!r}, dtype={request.dtype!r}, cache={request.cache!r}: "
+            "leave it out"
         )
-    if slots[0].key != "cpu" and len(slots) < ranks:
-        raise ValueError(f"tensor_parallel={ranks} needs a device for each rank; there are {len(slots)}")
-    return slots[:1] if slots[0].key == "cpu" else slots[:ranks]
+    if devices[0].key != "cpu" and len(devices) < ranks:
+        raise ValueError(f"tensor_parallel={ranks} needs a device per rank; there are {len(devices)}")
+    return devices[:1] if devices[0].key == "cpu" else devices[:ranks]
 
 
-def rank_rows(request: Request, slots: Sequence[Slot]) -> Iterator[Part]:
-    """What the ranks hold of everything."""
-    shape, dtype, ranks, share = request.spec, request.dtype, request.ranks, f"1/{request.ranks}"
-    table, size = memory.embedding_bytes(shape, dtype) // ranks, (request.context, request.batch)
+def tensor_parallel_parts(request: Request, devices: Sequence[Device]) -> Iterator[Part]:
+    """The rows of a plan in which each rank holds a part of every layer."""
+    shape, dtype, ranks = request.spec, request.dtype, request.tensor_parallel
+    size, share = (request.context, request.batch), f"1/{ranks}"
+    table = memory.embedding_bytes(shape, dtype) // ranks
+    layers = memory.rank_bytes(shape, dtype, ranks) - table
     cache = shape.layers * memory.layer_kv_bytes(shape, dtype, *size) // ranks
-    busy = memory.prefill_bytes(shape, dtype, *size, ranks)
+    peak = memory.prefill_bytes(shape, dtype, *size, ranks)
     for rank in range(ranks):
-        slot = slots[rank % len(slots)]
-        layers = memory.rank_bytes(shape, dtype, ranks) - table
-        yield Part("embedding and head", slot.key, table, f"{share} of the vocabulary")
-        yield Part("layers of a rank", slot.key, layers, f"{share} of the heads and of the feed-forward of each layer")
-        yield Part("KV cache", slot.key, cache, f"{shape.kv_heads // ranks} of {shape.kv_heads} KV heads")
-        yield Part("logits", slot.key, memory.logits_bytes(shape, request.batch), "every rank gathers all of them")
-        yield Part("activations", slot.key, busy, f"the busiest moment of reading {request.context} tokens")
-        overhead, reason = request.device(slot)["overhead"]
-        yield Part("overhead", slot.key, overhead, reason)
+        device = devices[rank % len(devices)]
+        overhead, reason = request.device_parts(device)["overhead"]
+        yield Part("embedding and head", device.key, table, f"{share} of the vocabulary")
+        yield Part("layers of a rank", device.key, layers, f"{share} of the heads and of the MLP of each layer")
+        yield Part("KV cache", device.key, cache, f"{shape.kv_heads // ranks} of {shape.kv_heads} KV heads")
+        yield Part("logits", device.key, memory.logits_bytes(shape, request.batch), "gathered on every rank")
+        yield Part("activations", device.key, peak, f"the peak of the prefill of {request.context} tokens")
+        yield Part("overhead", device.key, overhead, reason)

@@ -1,4 +1,4 @@
-"""Which notebook service this Python runs in."""
+"""The notebook service in which this process runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
 
 
 def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: Path = Path("/")) -> tuple[str, str]:
-    """Name the place and the mark that gives it away, the most specific first.
+    """The name of the notebook service, and what identifies it.
 
-    Kaggle comes before Colab, because its image is built on Colab's (Kaggle/docker-python) and may keep those marks.
+    Kaggle is checked before Colab, because its image is built on Colab's (Kaggle/docker-python) and may set the same
+    variables.
     """
     if "KAGGLE_KERNEL_RUN_TYPE" in environ:
         return "Kaggle", "KAGGLE_KERNEL_RUN_TYPE is set"
@@ -27,13 +28,13 @@ def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: P
 
 
 def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None:
-    """SageMaker by its variables, or by the metadata file that AWS documents as its public contract.
+    """SageMaker, identified by its variables or by the metadata file that AWS documents.
 
     Source: https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html
     """
-    for mark in ("SAGEMAKER_APP_TYPE", "SAGEMAKER_INTERNAL_IMAGE_URI"):
-        if mark in environ:
-            return "SageMaker Studio", f"{mark} is set"
+    for variable in ("SAGEMAKER_APP_TYPE", "SAGEMAKER_INTERNAL_IMAGE_URI"):
+        if variable in environ:
+            return "SageMaker Studio", f"{variable} is set"
     text = read_text(root / _SAGEMAKER_FILE)
     if not text:
         return None
@@ -45,14 +46,14 @@ def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None
 
 
 def _vs_code(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str, str] | None:
-    """VS Code, by what its Jupyter extension gives a kernel."""
+    """VS Code, identified by what its Jupyter extension sets in a kernel."""
     if hasattr(modules.get("__main__"), "__vsc_ipynb_file__"):
         return "VS Code", "__vsc_ipynb_file__ is defined"
     return ("VS Code", "VSCODE_PID is set") if "VSCODE_PID" in environ else None
 
 
 def _shell(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str, str]:
-    """A notebook kernel, IPython in a terminal, or plain Python, by the running IPython shell."""
+    """JupyterLab, Jupyter, IPython in a terminal or plain Python, identified by the IPython shell."""
     get_ipython = getattr(modules.get("IPython"), "get_ipython", None)
     shell = get_ipython() if get_ipython else None
     if shell is None:
@@ -66,7 +67,7 @@ def _shell(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str,
 
 
 def _started_by(environ: Mapping[str, str], *programs: str) -> bool:
-    """Whether the process that Jupyter names as the kernel's parent (JPY_PARENT_PID) is one of these programs."""
+    """Whether the parent process of the kernel (JPY_PARENT_PID) is one of these programs."""
     try:
         command = psutil.Process(int(environ["JPY_PARENT_PID"])).cmdline()
     except (KeyError, ValueError, psutil.Error):
@@ -75,7 +76,7 @@ def _started_by(environ: Mapping[str, str], *programs: str) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, empty if it cannot be had."""
+    """The text of a file; empty if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError:

@@ -1,13 +1,13 @@
-"""Will it run here, and how: what a Falcon needs, on which device it lies, and what to do where it does not fit.
+"""`plan`: the memory that a Falcon needs, which device holds which part, and what to change if it does not fit.
 
-Nothing is loaded and nothing downloaded; neither torch nor transformers is imported.
+No weights are downloaded or loaded; neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,88 +17,90 @@ from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.planning.devices import Slot, find_slots
+from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.placement import (
     CacheKind,
     Part,
     Purpose,
     Request,
     device_map,
-    rank_rows,
-    rank_slots,
-    rows,
+    fits_in_memory,
+    layer_split_parts,
+    layers_per_device,
     split_by_memory,
-    spread,
-    within,
+    tensor_parallel_devices,
+    tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ENDPOINT = "an endpoint on another machine: fk.connect"
+
 
 class NotEnoughMemory(MemoryError):
-    """A model does not fit; `.plan` says what it would take."""
+    """Raised if a model does not fit; `.plan` is the memory plan."""
 
-    def __init__(self, plan: Plan, happened: str = "") -> None:
-        lines = [happened or plan.verdict(), *(f"- {each}" for each in plan.suggestions)]
+    def __init__(self, plan: Plan, message: str = "") -> None:
+        lines = [message or plan.verdict(), *(f"- {each}" for each in plan.suggestions)]
         super().__init__("\n".join(lines))
         self.plan = plan
 
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Where everything goes; a table in Jupyter, stacked bars by `plot()`."""
+    """The memory of each part on each device; a table in Jupyter, a bar chart by `plot()`."""
 
     spec: FalconSpec
     """The model."""
     dtype: str
-    """How its weights are kept: float32, bfloat16, float16, int8, nf4, nf4-double."""
+    """The dtype of the weights: float32, bfloat16, float16, int8, nf4 or nf4-double."""
     context: int
-    """Tokens in each row, prompt and answer together."""
+    """Tokens per sequence, prompt and answer together."""
     batch: int
-    """Rows at once."""
+    """Sequences per batch."""
     purpose: Purpose
-    """inference, lora, qlora, full (fine-tuning of all weights) or merge (adapters into weights)."""
-    slots: tuple[Slot, ...]
-    """The devices it is made for."""
+    """inference, lora, qlora, full (fine-tuning of all weights) or merge (of an adapter into the weights)."""
+    devices: tuple[Device, ...]
+    """The devices of the plan."""
     rows: tuple[Part, ...]
     """Every part with its device, size and reason."""
     device_map: Mapping[str, int | str]
-    """For `from_pretrained`: each module's device, no decoder layer split. Empty where it does not fit, and under
-    tensor parallelism, which splits each layer."""
+    """The device of each module, for `from_pretrained`; no decoder layer is split. Empty if the model does not fit, and
+    under tensor parallelism, which divides each layer."""
     suggestions: tuple[str, ...]
-    """What to do where it does not fit, the least loss of quality first."""
+    """What to change if the model does not fit, the least loss of quality first."""
 
     @property
     def fits(self) -> bool:
-        """Whether no device holds more than it has."""
-        return within(self.slots, self.rows)
+        """Whether the parts on each device fit into its memory."""
+        return fits_in_memory(self.devices, self.rows)
 
     @property
     def total_bytes(self) -> int:
-        """Everything, on all devices."""
+        """All parts on all devices."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def weight_bytes(self) -> int:
-        """The model's weights."""
+        """The weights of the model, on all devices together."""
         return memory.weight_bytes(self.spec, self.dtype)
 
     @property
     def kv_bytes(self) -> int:
-        """The KV cache, full."""
+        """The KV cache of `batch` sequences of `context` tokens."""
         return sum(row.bytes for row in self.rows if row.part == "KV cache")
 
     @property
     def free_bytes(self) -> int:
-        """Memory of all devices together."""
-        return sum(slot.free_bytes for slot in self.slots)
+        """The memory of all devices together."""
+        return sum(device.free_bytes for device in self.devices)
 
     def verdict(self) -> str:
-        """One sentence: what is needed, what is there, and whether it fits."""
-        counts = Counter(f"{slot.name} {format_bytes(slot.free_bytes)}" for slot in self.slots)
-        devices = ", ".join(f"{count} x {slot}" if count > 1 else slot for slot, count in counts.items())
+        """One sentence: the memory that is needed, the devices, and whether the model fits."""
+        counts = Counter(f"{device.name} {format_bytes(device.free_bytes)}" for device in self.devices)
+        devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
         fits = "fits" if self.fits else "does not fit"
         work = "" if self.purpose == "inference" else f" for {self.purpose}"
         return (
@@ -107,8 +109,8 @@ class Plan:
         )
 
     def plot(self) -> Figure:
-        """Stacked bars: a bar for each device, its parts, and what stays free."""
-        return draw_plan(self.rows, self.slots, self.verdict())
+        """Stacked bars: one bar per device, with its parts and its free memory."""
+        return draw_plan(self.rows, self.devices, self.verdict())
 
     def __repr__(self) -> str:
         return f"Plan({self.verdict()})"
@@ -125,91 +127,104 @@ def plan(
     context: int = 2048,
     batch: int = 1,
     purpose: Purpose = "inference",
-    devices: str | Sequence[Slot] | None = None,
+    devices: str | Sequence[Device] | None = None,
     cache: CacheKind = "grouped",
-    rank: int = 8,
+    r: int = 8,
     tensor_parallel: int = 1,
+    **unknown: Any,
 ) -> Plan:
-    """What a Falcon needs and whether it fits, before a byte of it is loaded.
+    """The memory that a Falcon needs, and whether it fits. No weights are downloaded or loaded.
 
-    name: as for `fk.spec`, or a spec. dtype: float32, bfloat16, float16, int8, nf4, nf4-double. context: tokens a row,
-    prompt and answer. purpose: inference, lora, qlora (lora on quantised weights), full, merge (of an adapter).
-    devices: unset, the GPUs here, else this machine's memory; "4x40GiB"; a GPU ("2xA100-80GB"); an instance type
-    ("ml.g5.12xlarge", "colab-t4"); slots of your own. cache: "transformers" shows what the library's own Falcon would
-    keep. rank: of LoRA. tensor_parallel: ranks that hold a part of every layer each, on a device of their own, or all
-    in one host memory.
+    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, nf4 or nf4-double. context: tokens
+    per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA on
+    quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
+    devices: unset, the GPUs of this machine, or its host memory if it has none; "4x40GiB"; a GPU ("2xA100-80GB"); an
+    instance type ("ml.g5.12xlarge", "colab-t4"); or a list of `falcon_kit.planning.devices.Device`.
+    cache: "grouped", or "transformers" for the KV cache of transformers' own Falcon. r: the rank of LoRA.
+    tensor_parallel: number of ranks that divide each layer among them, one GPU per rank, or all in host memory.
 
-    Raises LookupError for an unknown name and ValueError for a word or number out of range.
+    Raises LookupError for an unknown model, ValueError for an argument out of range, and TypeError for an unknown one.
     """
+    if unknown:
+        hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else ""
+        raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
     shape = name if isinstance(name, FalconSpec) else spec(name)
-    kept = dtype_name(dtype)
-    if purpose == "qlora" and kept not in memory.QUANTISED:
-        kept = "nf4-double"
-    _check(shape, context, batch, purpose, cache, rank)
-    slots = find_slots(devices)
-    request = Request(shape, kept, context, batch, purpose, cache, rank, tensor_parallel)
+    dtype = dtype_name(dtype)
+    if purpose == "qlora" and dtype not in memory.QUANTISED:
+        dtype = "nf4-double"
+    request = Request(shape, dtype, context, batch, purpose, cache, r, tensor_parallel)
+    _check(request)
+    devices = resolve_devices(devices)
     if tensor_parallel != 1:
-        return _plan_ranks(request, rank_slots(request, slots))
-    counts = spread(request, slots)
+        return _plan_tensor_parallel(request, tensor_parallel_devices(request, devices))
+    counts = layers_per_device(request, devices)
     fits = sum(counts) == shape.layers
-    counts = counts if fits else split_by_memory(request, slots)
-    return Plan(
-        spec=shape,
-        dtype=kept,
-        context=context,
-        batch=batch,
-        purpose=purpose,
-        slots=slots,
-        rows=tuple(rows(request, slots, counts)),
-        device_map=device_map(slots, counts) if fits else {},
-        suggestions=() if fits else tuple(_suggestions(request, slots)),
-    )
+    counts = counts if fits else split_by_memory(request, devices)
+    rows = layer_split_parts(request, devices, counts)
+    if fits:
+        return _plan(request, devices, rows, device_map(devices, counts))
+    return _plan(request, devices, rows, {}, _suggestions(request, devices))
 
 
-def _check(shape: FalconSpec, context: int, batch: int, purpose: str, cache: str, rank: int) -> None:
-    for name, given, known in (("purpose", purpose, get_args(Purpose)), ("cache", cache, get_args(CacheKind))):
-        if given not in known:
-            raise ValueError(unknown_name(name, str(given), known))
+def _plan_tensor_parallel(request: Request, devices: tuple[Device, ...]) -> Plan:
+    rows = list(tensor_parallel_parts(request, devices))
+    fits = fits_in_memory(devices, rows)
+    return _plan(request, devices, rows, {}, () if fits else _tensor_parallel_suggestions(request, devices))
+
+
+def _plan(
+    request: Request,
+    devices: tuple[Device, ...],
+    rows: Iterable[Part],
+    modules: Mapping[str, int | str],
+    suggestions: Iterable[str] = (),
+) -> Plan:
+    arguments = request.spec, request.dtype, request.context, request.batch, request.purpose
+    return Plan(*arguments, devices, tuple(rows), modules, tuple(suggestions))
+
+
+def _check(request: Request) -> None:
+    for name, values in (("purpose", get_args(Purpose)), ("cache", get_args(CacheKind))):
+        if (given := getattr(request, name)) not in values:
+            raise ValueError(unknown_name(name, str(given), values))
+    shape, context = request.spec, request.context
     if not 1 <= context <= shape.context:
-        raise ValueError(f"context={context} is not within 1 and {shape.context}, the context of {shape.name}")
-    if batch < 1:
-        raise ValueError(f"batch={batch}: give at least one row")
-    if rank < 1:
-        raise ValueError(f"rank={rank}: LoRA takes at least 1")
+        raise ValueError(f"context={context} must be from 1 to {shape.context}, the context of {shape.name}")
+    if request.batch < 1:
+        raise ValueError(f"batch={request.batch} must be at least 1")
+    if request.r < 1:
+        raise ValueError(f"r={request.r}: the rank of LoRA must be at least 1")
 
 
-def _plan_ranks(request: Request, slots: tuple[Slot, ...]) -> Plan:
-    rows = tuple(rank_rows(request, slots))
-    suggestions = () if within(slots, rows) else tuple(_rank_suggestions(request, slots))
-    asked = request.spec, request.dtype, request.context, request.batch, request.purpose
-    return Plan(*asked, slots=slots, rows=rows, device_map={}, suggestions=suggestions)
+def _fits(request: Request, devices: Sequence[Device]) -> bool:
+    return sum(layers_per_device(request, devices)) == request.spec.layers
 
 
-def _fits(request: Request, slots: Sequence[Slot]) -> bool:
-    return sum(spread(request, slots)) == request.spec.layers
+def _like(device: Device, count: int) -> list[Device]:
+    return [replace(device, key=key) for key in range(count)]
 
 
-def _rank_suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
-    """What would help under tensor parallelism, the least loss of quality first."""
-    more = [each for each in range(request.ranks + 1, request.spec.kv_heads + 1) if request.spec.kv_heads % each == 0]
-    kind, shared = slots[0], slots[0].key == "cpu"
-    for each in () if shared else more:
-        larger = [Slot(kind.name, key, kind.free_bytes) for key in range(each)]
-        if within(larger, list(rank_rows(replace(request, ranks=each), larger))):
-            yield f"tensor_parallel={each} on {each} x {kind.name}"
+def _tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """Changes with which the model fits, the least loss of quality first."""
+    kv_heads, device = request.spec.kv_heads, devices[0]
+    larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
+    for ranks in larger if device.key != "cpu" else ():
+        more = _like(device, ranks)
+        if fits_in_memory(more, list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))):
+            yield f"tensor_parallel={ranks} on {ranks} x {device.name}"
             break
-    whole = replace(request, ranks=1)
+    undivided = replace(request, tensor_parallel=1)
     for dtype in (request.dtype, *_smaller_dtypes(request.dtype)):
-        if _fits(replace(whole, dtype=dtype), slots):
+        if _fits(replace(undivided, dtype=dtype), devices):
             yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
             break
-    yield "an endpoint that serves it, on a machine of its own"
+    yield _ENDPOINT
 
 
-def _suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
-    """What would make it fit, the least loss of quality first: of each kind the first that does."""
+def _suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """Changes with which the model fits, the least loss of quality first; per argument the first value that fits."""
     halvings = range(1, 8)
-    kinds: dict[str, Sequence[Any]] = {
+    candidates: dict[str, Sequence[Any]] = {
         "cache": ["grouped"] if request.cache == "transformers" else [],
         "dtype": _smaller_dtypes(request.dtype),
         "purpose": {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, []),
@@ -217,30 +232,30 @@ def _suggestions(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
         "batch": [request.batch >> times for times in halvings if request.batch >> times],
         "spec": _smaller_falcons(request.spec),
     }
-    for name, values in kinds.items():
-        found = next((value for value in values if _fits(_changed(request, name, value), slots)), None)
-        if found is not None:
-            yield f"another model: {found.name}" if isinstance(found, FalconSpec) else f"{name}={found!r}"
-    if slots[0].key != "cpu" and not slots[-1].offload_target:
-        yield from _other_places(request, slots)
-    yield "an endpoint that serves it, on a machine of its own"
+    for name, values in candidates.items():
+        fitting = next((value for value in values if _fits(_changed(request, name, value), devices)), None)
+        if fitting is not None:
+            yield f"another model: {fitting.name}" if isinstance(fitting, FalconSpec) else f"{name}={fitting!r}"
+    if devices[0].key != "cpu" and not devices[-1].offload_target:
+        yield from _more_memory(request, devices)
+    yield _ENDPOINT
 
 
-def _other_places(request: Request, slots: Sequence[Slot]) -> Iterator[str]:
-    """More GPUs of the same kind, or host memory beside those there are."""
-    kind = slots[0]
-    for count in range(len(slots) + 1, 17):
-        if _fits(request, [Slot(kind.name, key, kind.free_bytes) for key in range(count)]):
-            yield f"more devices: {count} x {kind.name}"
+def _more_memory(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """More GPUs like the first one, or offloading to host memory."""
+    for count in range(len(devices) + 1, 17):
+        if _fits(request, _like(devices[0], count)):
+            yield f"more devices: {count} x {devices[0].name}"
             break
     if request.purpose == "inference" and request.dtype not in memory.QUANTISED:
-        roomy = [*slots, Slot("host memory", "cpu", 2**50, offload_target=True)]
-        if away := spread(request, roomy)[-1]:
-            yield f"offload='cpu': {away} of {request.spec.layers} layers in host memory, read anew for each token"
+        host = Device("host memory", "cpu", 2**50, offload_target=True)  # more than any machine has
+        if offloaded := layers_per_device(request, [*devices, host])[-1]:
+            layers = f"{offloaded} of {request.spec.layers} layers"
+            yield f"offload='cpu': {layers} in host memory, copied to the GPU for each token"
 
 
 def _changed(request: Request, name: str, value: Any) -> Request:
-    """The request with another value; QLoRA brings its dtype along."""
+    """The request with another value of one field. For QLoRA, the dtype changes too."""
     changes = {name: value}
     if value == "qlora" and request.dtype not in memory.QUANTISED:
         changes["dtype"] = "nf4-double"
@@ -248,13 +263,13 @@ def _changed(request: Request, name: str, value: Any) -> Request:
 
 
 def _smaller_dtypes(dtype: str) -> list[str]:
-    order = ["float32", "bfloat16", "int8", "nf4", "nf4-double"]
-    return order[order.index("bfloat16" if dtype == "float16" else dtype) + 1 :]
+    """From large to small, without float16, which takes as much memory as bfloat16."""
+    smaller = memory.DTYPES[memory.DTYPES.index(dtype) + 1 :]
+    return [each for each in smaller if each != "float16"]
 
 
 def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
-    """Published models of the same kind, instruct or base, that have fewer parameters, the largest first."""
-    alike = [
-        each for each in catalogue() if each.published and bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)
-    ]
-    return sorted((each for each in alike if each.parameters < shape.parameters), key=lambda each: -each.parameters)
+    """Published models of the same kind, instruct or base, with fewer parameters, the largest first."""
+    published = [each for each in catalogue() if each.published and each.parameters < shape.parameters]
+    same_kind = [each for each in published if bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)]
+    return sorted(same_kind, key=lambda each: -each.parameters)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from falcon_kit.display.figure import GREY, PALETTE, new_figure
-from falcon_kit.planning.devices import Slot
-from falcon_kit.planning.placement import (
-    Part,
-)
+from falcon_kit.planning.devices import Device
+from falcon_kit.planning.placement import Part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,24 +15,25 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def draw_plan(rows: Sequence[Part], slots: Sequence[Slot], title: str) -> Figure:
-    """What each device holds, part by part, beside what it has."""
-    figure = new_figure(8, 1.6 + 0.4 * len(slots))
+def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Figure:
+    """One horizontal bar per device, in GiB: its parts stacked, its free memory hatched, its limit as a black line."""
+    figure = new_figure(8, 1.6 + 0.4 * len(devices))
     axes = figure.subplots()
-    names = list(dict.fromkeys(_kind(row) for row in rows))
-    left = dict.fromkeys((slot.key for slot in slots), 0.0)
+    names = list(dict.fromkeys(_legend_name(row) for row in rows))
+    used = dict.fromkeys((device.key for device in devices), 0.0)  # GiB
     for name, colour in zip(names, PALETTE * 2, strict=False):
-        sizes = {key: sum(row.bytes for row in rows if row.device == key and _kind(row) == name) / GIB for key in left}
-        axes.barh([str(key) for key in left], list(sizes.values()), left=list(left.values()), color=colour, label=name)
-        left = {key: at + sizes[key] for key, at in left.items()}
-    for index, slot in enumerate(slots):
-        free = slot.free_bytes / GIB
-        axes.barh(index, max(0.0, free - left[slot.key]), left=left[slot.key], color="none", edgecolor=GREY, hatch="//")
-        axes.plot([free, free], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
+        named = [row for row in rows if _legend_name(row) == name]
+        sizes = {key: sum(row.bytes for row in named if row.device == key) / GIB for key in used}
+        axes.barh([str(key) for key in used], list(sizes.values()), left=list(used.values()), color=colour, label=name)
+        used = {key: start + sizes[key] for key, start in used.items()}
+    for index, device in enumerate(devices):
+        limit, start = device.free_bytes / GIB, used[device.key]
+        axes.barh(index, max(0.0, limit - start), left=start, color="none", edgecolor=GREY, hatch="//")
+        axes.plot([limit, limit], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
     axes.invert_yaxis()
     axes.set(
         title=title,
-        xlabel="GiB (the black line is what a device has, hatched what stays free)",
+        xlabel="GiB (black line: memory of the device, hatched: free)",
         ylabel="device",
     )
     axes.title.set_fontsize(9)
@@ -42,5 +41,6 @@ def draw_plan(rows: Sequence[Part], slots: Sequence[Slot], title: str) -> Figure
     return figure
 
 
-def _kind(row: Part) -> str:
+def _legend_name(row: Part) -> str:
+    """The name of a part in the legend: all "layers 0-14" share one colour."""
     return "layers" if row.part.startswith("layers ") else row.part

@@ -1,6 +1,6 @@
-"""What the notebook services offer on request: secrets, Colab's widget manager, SageMaker's role and instance.
+"""Functions of the notebook services: secrets, Colab's widget manager, SageMaker's role and instance type.
 
-Nothing happens at import; each effect has a call of its own. Which service this is, `environment` knows.
+Importing has no effects.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _METADATA = Path("/opt/ml/metadata/resource-metadata.json")
 
 
 def secret(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """A secret by name: from the environment, else from the secrets of Colab or Kaggle. It is never shown.
+    """A secret by name: an environment variable, or else a secret of Colab or Kaggle.
 
-    Raises LookupError, with where to put it, for one that is not there or that this notebook may not see.
+    Raises LookupError, with where to add it, for a secret that does not exist or that this notebook may not read.
     """
     environ = os.environ if environ is None else environ
     if value := environ.get(name):
         return value
     place, _ = detect_place(environ, sys.modules)
-    value, where = "", f"set the environment variable {name} before Jupyter starts"
+    value, remedy = "", f"set the environment variable {name} before Jupyter starts"
     if place == "Colab":
-        value, where = _from_colab(name), f"add {name} under Secrets (the key in the left bar) and grant access to it"
+        value, remedy = _from_colab(name), f"add {name} under Secrets (the key in the left bar) and grant access to it"
     elif place == "Kaggle":
-        value, where = _from_kaggle(name), f"add {name} under Add-ons, Secrets, and attach it to this notebook"
+        value, remedy = _from_kaggle(name), f"add {name} under Add-ons, Secrets, and attach it to this notebook"
     if not value:
-        raise LookupError(f"there is no secret {name} in {place}: {where}")
+        raise LookupError(f"there is no secret {name} in {place}: {remedy}")
     return value
 
 
 def _from_colab(name: str) -> str:
-    """Colab's userdata; empty for a secret that is not there or not granted."""
+    """A secret of Colab; empty if it does not exist or if access is not granted."""
     userdata = import_module("google.colab.userdata")
     try:
         return userdata.get(name) or ""
@@ -52,17 +52,17 @@ def _from_colab(name: str) -> str:
 
 
 def _from_kaggle(name: str) -> str:
-    """Kaggle's client; empty for a secret that is not attached."""
+    """A secret of Kaggle; empty if it is not attached to the notebook."""
     try:
         return import_module("kaggle_secrets").UserSecretsClient().get_secret(name) or ""
-    except Exception:  # noqa: BLE001  # its exceptions have moved between modules; all of them mean: no secret
+    except Exception:  # noqa: BLE001  # Kaggle has moved its exceptions between modules; all mean that there is no secret
         return ""
 
 
 def enable_widgets(environ: Mapping[str, str] | None = None) -> bool:
-    """Lets Colab show widgets of packages; says whether there was anything to switch on. No other service needs it.
+    """Enables ipywidgets from packages in Colab. Returns False in other services, which need no such call.
 
-    Colab serves their JavaScript from a public network for that, so it happens only when called.
+    Colab then loads the JavaScript of the widgets from a public CDN, so this is not done at import.
     """
     place, _ = detect_place(os.environ if environ is None else environ, sys.modules)
     if place != "Colab":
@@ -73,30 +73,30 @@ def enable_widgets(environ: Mapping[str, str] | None = None) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class SageMakerPlace:
-    """Where in SageMaker a notebook runs; a table in Jupyter. Account numbers are held, not shown."""
+    """The SageMaker app of this notebook; a table in Jupyter. Texts and tables do not show account numbers."""
 
     app: str
     """"JupyterLab", "CodeEditor", "KernelGateway", ..., or "notebook instance"."""
     region: str | None
-    """Such as "eu-west-1"."""
+    """The region, such as "eu-west-1"."""
     role: str | None
-    """ARN of the execution role, for whoever deploys; None where neither the metadata nor AWS tells."""
+    """ARN of the execution role, which a deployment needs; None if neither the metadata nor AWS returns it."""
     instance: str | None
-    """Such as "ml.g5.12xlarge"; None where neither the metadata nor AWS tells."""
+    """The instance type, such as "ml.g5.12xlarge"; None if neither the metadata nor AWS returns it."""
 
     @property
     def gpus(self) -> tuple[int, str] | None:
-        """How many GPUs of which kind the instance type has; None for one without, or one that `machines` lacks."""
+        """Number and type of the instance's GPUs; None for an instance type that `MACHINES` does not contain."""
         return MACHINES.get(self.instance or "")
 
     def _facts(self) -> dict[str, str]:
         count, kind = self.gpus or (0, "")
         return {
             "app": self.app,
-            "region": self.region or "not known",
-            "role": (self.role or "not known").rpartition("/")[2],
-            "instance": self.instance or "not known",
-            "GPUs": f"{count} x {kind}" if count else "none known of",
+            "region": self.region or "unknown",
+            "role": (self.role or "unknown").rpartition("/")[2],
+            "instance": self.instance or "unknown",
+            "GPUs": f"{count} x {kind}" if count else "none known",
         }
 
     def __repr__(self) -> str:
@@ -109,38 +109,38 @@ class SageMakerPlace:
 def sagemaker_place(
     client: Any = None, environ: Mapping[str, str] | None = None, metadata: Path = _METADATA
 ) -> SageMakerPlace:
-    """Region, execution role, instance type and GPUs of this SageMaker notebook.
+    """Region, execution role, instance type and GPUs of this SageMaker notebook, from its metadata file.
 
-    Read from its metadata file. What that does not tell is asked of AWS if `client` is given, a
-    boto3.client("sagemaker") whose role may describe apps or notebook instances. Raises LookupError outside SageMaker.
+    client: a boto3.client("sagemaker") that may describe apps or notebook instances, for what the file lacks. Raises
+    LookupError outside SageMaker.
     """
     environ = os.environ if environ is None else environ
     try:
-        told: dict[str, Any] = json.loads(metadata.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = json.loads(metadata.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise LookupError(f"this is not SageMaker: there is no {metadata}, which its notebooks have") from None
-    arn = str(told.get("ResourceArn", "")).split(":")
+        raise LookupError(f"this is not a SageMaker notebook: there is no {metadata}") from None
+    arn = str(stored.get("ResourceArn", "")).split(":")
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or (arn[3] if len(arn) > 3 else None)
-    role, instance = told.get("ExecutionRoleArn"), _instance_in(str(told.get("ResourceName", "")))
+    role, instance = stored.get("ExecutionRoleArn"), _instance_in(str(stored.get("ResourceName", "")))
     if client is not None and not (role and instance):
-        asked_role, asked_instance = _ask(client, told)
-        role, instance = role or asked_role, instance or asked_instance
-    return SageMakerPlace(str(told.get("AppType", "notebook instance")), region, role, instance)
+        aws_role, aws_instance = _describe(client, stored)
+        role, instance = role or aws_role, instance or aws_instance
+    return SageMakerPlace(str(stored.get("AppType", "notebook instance")), region, role, instance)
 
 
 def _instance_in(name: str) -> str | None:
-    """The instance type in the name of a kernel of Studio Classic: "datascience-1-0-ml-g5-12xlarge-1abf..."."""
-    found = re.search(r"\bml-([a-z]\w*)-(\w+)-[0-9a-f]{20,}$", name)
-    return f"ml.{found[1]}.{found[2]}" if found else None
+    """The instance type in the name of a Studio Classic kernel: "datascience-1-0-ml-g5-12xlarge-1abf..."."""
+    match = re.search(r"\bml-([a-z]\w*)-(\w+)-[0-9a-f]{20,}$", name)
+    return f"ml.{match[1]}.{match[2]}" if match else None
 
 
-def _ask(client: Any, told: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Role and instance type as AWS knows them, of an app or of a notebook instance."""
-    name = told.get("ResourceName")
-    if "AppType" not in told:
-        found = client.describe_notebook_instance(NotebookInstanceName=name)
-        return found.get("RoleArn"), found.get("InstanceType")
-    owner = {key: told[key] for key in ("SpaceName", "UserProfileName") if told.get(key)}
-    owner = {"SpaceName": owner["SpaceName"]} if "SpaceName" in owner else owner  # AWS takes one of the two
-    app = client.describe_app(DomainId=told["DomainId"], AppType=told["AppType"], AppName=name, **owner)
+def _describe(client: Any, stored: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Role and instance type of an app or a notebook instance, from AWS."""
+    name = stored.get("ResourceName")
+    if "AppType" not in stored:
+        instance = client.describe_notebook_instance(NotebookInstanceName=name)
+        return instance.get("RoleArn"), instance.get("InstanceType")
+    owner = {key: stored[key] for key in ("SpaceName", "UserProfileName") if stored.get(key)}
+    owner = {"SpaceName": owner["SpaceName"]} if "SpaceName" in owner else owner  # AWS accepts only one of the two
+    app = client.describe_app(DomainId=stored["DomainId"], AppType=stored["AppType"], AppName=name, **owner)
     return None, app.get("ResourceSpec", {}).get("InstanceType")

@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.planning.devices import GPUS, MACHINES, MIB, find_slots
+from falcon_kit.planning.devices import GPUS, MACHINES, MIB, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95
@@ -36,7 +36,7 @@ class Deployment:
     @property
     def gpus(self) -> int:
         """The number of GPUs, over which each layer is split."""
-        return len(self.plan.slots)
+        return len(self.plan.devices)
 
     @property
     def vllm(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Deployment:
         return self.plan.spec.hub_id or self.plan.spec.name
 
     def __repr__(self) -> str:
-        kind = self.plan.slots[0].name
+        kind = self.plan.devices[0].name
         return (
             f"Deployment({self.plan.spec.name} on {self.machine}, {self.gpus} x {kind}, "
             f"{self.texts} x {self.plan.context} tokens)"
@@ -86,7 +86,7 @@ class Deployment:
 
     def _repr_html_(self) -> str:
         rows = [
-            ("machine", f"{self.machine}: {self.gpus} x {self.plan.slots[0].name}"),
+            ("machine", f"{self.machine}: {self.gpus} x {self.plan.devices[0].name}"),
             ("needs", f"{format_bytes(self.plan.total_bytes)} of {format_bytes(self.plan.free_bytes)}"),
             ("texts at a time", f"{self.texts} of {self.plan.context} tokens"),
             ("vLLM", self.command()),
@@ -103,14 +103,14 @@ def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") ->
     shape = name if isinstance(name, FalconSpec) else spec(name)
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, the dtypes in which vLLM serves Falcon")
-    slots = [replace(slot, free_bytes=int(slot.free_bytes * MEMORY_SHARE)) for slot in find_slots(machine)]
-    if shape.kv_heads % len(slots):
-        possible = [count for count in range(1, len(slots)) if shape.kv_heads % count == 0]
+    devices = [replace(each, free_bytes=int(each.free_bytes * MEMORY_SHARE)) for each in resolve_devices(machine)]
+    if shape.kv_heads % len(devices):
+        possible = [count for count in range(1, len(devices)) if shape.kv_heads % count == 0]
         raise ValueError(
             f"the {shape.query_heads} query heads and {shape.kv_heads} KV heads of {shape.name} cannot be split evenly "
-            f"over the {len(slots)} GPUs of {machine}: take {' or '.join(map(str, possible))} of them"
+            f"over the {len(devices)} GPUs of {machine}: take {' or '.join(map(str, possible))} of them"
         )
-    one = plan(shape, dtype, context=shape.context, devices=slots)
+    one = plan(shape, dtype, context=shape.context, devices=devices)
     further = (one.free_bytes - one.total_bytes) // (shape.kv_bytes_per_token() * shape.context)
     if further < 0:
         raise NotEnoughMemory(replace(one, suggestions=tuple(_suggestions(one))))

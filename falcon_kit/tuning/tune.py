@@ -25,7 +25,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, is_quantised, quiet
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model import modeling
-from falcon_kit.planning.devices import Slot, find_slots
+from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.data import Documents, dialogues
@@ -133,9 +133,11 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     for each in falcon.model.parameters():
         key = str(each.device.index) if each.device.type == "cuda" else "cpu"
         used[key] = used.get(key, 0) + each.nbytes
-    slots = [Slot(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in find_slots(None)]
-    if distributed.world_size() > 1 and slots[0].key != "cpu":
-        slots = [slots[int(os.environ.get("LOCAL_RANK", "0")) % len(slots)]]  # a process has one GPU
+    devices = [
+        Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
+    ]
+    if distributed.world_size() > 1 and devices[0].key != "cpu":
+        devices = [devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         falcon.spec,
@@ -143,8 +145,8 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         context=settings.context or falcon.spec.context,
         batch=settings.per_device_train_batch_size,
         purpose="qlora" if quantised else "lora",
-        devices=slots,
-        rank=settings.r,
+        devices=devices,
+        r=settings.r,
     )
     if not (planned.fits or force or settings.shard or distributed.world_size() > 1):
         raise NotEnoughMemory(planned)

@@ -1,4 +1,4 @@
-"""The hub: a config alone, and its errors in words that help. No test reaches it."""
+"""The config of a hub id, and plain texts for the errors of the hub. No test connects to the hub."""
 
 import json
 from unittest.mock import Mock
@@ -13,7 +13,7 @@ from tests.conftest import small_config
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A hub cache that holds the configs of two Falcons, and not their weights."""
+    """A hub cache with the configs of two Falcons, without weights."""
     for name in ("somebody--my-falcon", "tiiuae--falcon-11B"):
         folder = tmp_path / f"models--{name}"
         (folder / "refs").mkdir(parents=True)
@@ -55,12 +55,16 @@ def test_a_path_is_not_taken_for_a_hub_id(name):
     [
         (errors.LocalEntryNotFoundError("x"), ConnectionError, "copy the checkpoint into a directory"),
         (errors.OfflineModeIsEnabled("x"), ConnectionError, "or use 'falconet', which needs no download"),
-        (errors.HFValidationError("x"), LookupError, r"the hub has no who/what .*check the spelling"),
-        (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "who/what .*try again later: 429"),
+        (
+            errors.HFValidationError("x"),
+            LookupError,
+            r"the hub has no who/what, or not this revision: check the spelling",
+        ),
+        (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "return who/what, try again later: 429"),
         (
             errors.RemoteEntryNotFoundError("config.json", response=Mock()),
             FileNotFoundError,
-            r"who/what lacks a file that a Falcon's repository has \(.*config\.json",
+            r"who/what lacks a file that a Falcon repository needs \(.*config\.json",
         ),
     ],
 )

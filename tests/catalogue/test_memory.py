@@ -1,4 +1,4 @@
-"""Closed forms of what a Falcon weighs, against bytes measured on small models of every layout."""
+"""The closed forms of memory, compared with bytes measured on small models of every layout."""
 
 import weakref
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once; `known` ones, such as weights, do not count."""
+    """The peak of bytes of the tensors created in the block, without the `known` ones, such as weights."""
 
     def __init__(self, known):
         super().__init__()
@@ -47,13 +47,13 @@ class PeakBytes(TorchDispatchMode):
 
 
 def sized(layout, **changes):
-    """A model wide enough that rounding does not matter, and its spec."""
+    """A model and its spec, wide enough that rounding does not matter."""
     config = small_config(layout, **{"hidden_size": 768, "num_attention_heads": 12, "vocab_size": 256} | changes)
     return FalconForCausalLM(config), fk.FalconSpec.from_config(config.to_dict())
 
 
-def held(model):
-    """Bytes of all weights, counting what bitsandbytes keeps beside them, tied ones once; rotary buffers left out."""
+def total_bytes(model):
+    """Bytes of all weights with the scales of bitsandbytes, tied weights once, without rotary buffers."""
     tensors = {}
     for module in model.modules():
         for tensor in module.parameters(recurse=False):
@@ -71,10 +71,21 @@ def held(model):
 # Weights
 
 
+def test_dtypes_are_ordered_from_large_to_small():
+    sizes = [memory.weight_bytes(fk.spec("falcon-40b"), dtype) for dtype in memory.DTYPES]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", memory.FLOAT_DTYPES)
+def test_dtypes_without_quantisation_have_the_names_and_sizes_of_torch(dtype):
+    assert memory.VALUE_BYTES[dtype] == getattr(torch, dtype).itemsize
+    assert memory.dtype_name(getattr(torch, dtype)) == dtype
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_weigh_what_the_model_holds(layout, dtype):
     model, spec = sized(layout)
-    assert memory.weight_bytes(spec, dtype) == held(model.to(DTYPES[dtype]))
+    assert memory.weight_bytes(spec, dtype) == total_bytes(model.to(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +102,7 @@ def test_quantised_weights_weigh_what_bitsandbytes_holds(layout, dtype, options,
     quantised = FalconForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options)
     )
-    assert memory.weight_bytes(spec, dtype) == pytest.approx(held(quantised), rel=0.001)
+    assert memory.weight_bytes(spec, dtype) == pytest.approx(total_bytes(quantised), rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +115,7 @@ def test_quantised_weights_weigh_what_bitsandbytes_holds(layout, dtype, options,
     ],
 )
 def test_weights_stay_below_the_published_memory(name, dtype, gigabytes):
-    """huggingface.co/blog/falcon gives what running takes, in round numbers: weights and everything else."""
+    """The figures of huggingface.co/blog/falcon are rounded, and include more than the weights."""
     assert 0.8 * gigabytes < memory.weight_bytes(fk.spec(name), dtype) / 1e9 < gigabytes
 
 
@@ -150,9 +161,9 @@ def test_lora_has_the_parameters_that_peft_makes(layout):
     assert memory.lora_parameters(spec, 4) == sum(each.numel() for each in adapted.parameters() if each.requires_grad)
 
 
-@pytest.mark.parametrize(("rank", "millions"), [(64, 444.3), (8, 55.5)])
-def test_lora_on_the_40b_has_the_published_number_of_parameters(rank, millions):
-    assert memory.lora_parameters(fk.spec("falcon-40b"), rank) / 1e6 == pytest.approx(millions, abs=0.05)
+@pytest.mark.parametrize(("r", "millions"), [(64, 444.3), (8, 55.5)])
+def test_lora_on_the_40b_has_the_published_number_of_parameters(r, millions):
+    assert memory.lora_parameters(fk.spec("falcon-40b"), r) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The catalogue: names, embedded models, and what the model card says."""
+"""The catalogue: the spec of a name, a directory or a config.json, and the embedded models."""
 
 import json
 import subprocess
@@ -8,11 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from falcon_kit.catalogue.card import CARD, CITATIONS
+from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, embedded_directory, spec
-from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.tables import html_table
-from tests.catalogue.test_spec import NEW_40B, OLD_7B, built_parameters
+from tests.catalogue.test_spec import OLD_7B, built_parameters
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</td><img src=x onerror=alert(1)>"
@@ -32,7 +30,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_a_loaded_falcon_is_no_name_but_has_a_spec() -> None:
-    with pytest.raises(TypeError, match=r"a SimpleNamespace is no name.*falcon\.spec"):
+    with pytest.raises(TypeError, match=r"not a SimpleNamespace; for a loaded Falcon, use falcon\.spec"):
         spec(SimpleNamespace())  # type: ignore[arg-type]
 
 
@@ -54,26 +52,28 @@ def test_a_directory_and_its_config_describe_the_same_falcon(tmp_path: Path, as_
 def test_a_directory_without_a_config_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
 
-    with pytest.raises(FileNotFoundError, match=r"config.json does not exist; its directory holds model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config.json does not exist; its directory contains model.safetensors"
+    ):
         spec(tmp_path)
 
 
 def test_a_path_that_does_not_exist_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; its directory holds nothing"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; its directory contains nothing"):
         spec(tmp_path / "nowhere")
 
 
 def test_a_config_that_was_cut_off_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "fal')
 
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON .*it may have been cut off: fetch it again"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON .*it may be incomplete: download it again"):
         spec(tmp_path)
 
 
 def test_a_config_that_is_no_object_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
 
-    with pytest.raises(ValueError, match=r"holds a list, not the object that a config.json is"):
+    with pytest.raises(ValueError, match=r"contains a list, but a config.json is a JSON object"):
         spec(tmp_path)
 
 
@@ -123,23 +123,6 @@ def test_only_the_embedded_models_have_a_directory() -> None:
     assert str(error.value) == "Unknown embedded model 'falconett'. Nearest: falconet, falconet-instruct."
 
 
-def test_a_spec_is_short_as_text() -> None:
-    expected = "FalconSpec('falcon-40b', 41,303,293,952 parameters, 60 layers, 128 query / 8 KV heads)"
-
-    assert expected == repr(spec("falcon-40b"))
-
-
-def test_names_are_escaped_in_tables() -> None:
-    shown = FalconSpec.from_config(NEW_40B, HOSTILE, licence=HOSTILE)._repr_html_()
-
-    assert "<img" not in shown
-    assert "&lt;img" in shown
-
-
-def test_headings_and_cells_are_escaped_in_tables() -> None:
-    assert "<img" not in html_table(HOSTILE, (HOSTILE,), [(HOSTILE, HOSTILE)])
-
-
 def test_the_catalogue_is_a_table_in_jupyter() -> None:
     shown = catalogue()._repr_html_()
 
@@ -151,27 +134,6 @@ def test_tables_bring_no_colours_and_fetch_nothing() -> None:
     shown = catalogue()._repr_html_() + spec("falcon-7b")._repr_html_() + CARD._repr_html_()
 
     assert not [word for word in ("color", "background", "<script", "src=", "href=") if word in shown]
-
-
-def test_the_cards_prompt_stands_word_for_word() -> None:
-    expected = (
-        "Girafatron is obsessed with giraffes, the most glorious animal on the face of this Earth. "
-        "Giraftron believes all other animals are irrelevant when compared to the glorious majesty of the giraffe.\n"
-        "Daniel: Hello, Girafatron!\n"
-        "Girafatron:"
-    )
-
-    assert expected == CARD.prompt
-
-
-def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
-    assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
-    with pytest.raises(TypeError):
-        CARD.sampling["top_k"] = 50  # type: ignore[index]
-
-
-def test_the_cards_papers_have_their_arxiv_ids() -> None:
-    assert ("2306.01116", "2304.01196") == (CITATIONS["refinedweb"].arxiv, CITATIONS["baize"].arxiv)
 
 
 def test_the_catalogue_needs_neither_torch_nor_transformers() -> None:

@@ -235,7 +235,9 @@ def test_an_adapter_that_was_cut_off_is_refused(of_40b):
 
 def test_an_adapter_that_does_not_name_its_base_says_so(of_40b):
     renamed(of_40b, None)
-    with pytest.raises(ValueError, match=r"does not say what the adapter was made for: fk\.merge\(adapter, base\)"):
+    with pytest.raises(
+        ValueError, match=r"does not name the adapter's base model: pass it, fk\.merge\(adapter, base\)"
+    ):
         fk.load(of_40b)
 
 

@@ -122,7 +122,7 @@ def test_a_file_of_weights_is_answered_with_its_folder(checkpoint):
 
 def test_a_directory_without_a_config_is_named_with_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; its directory holds notes\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; its directory contains notes\.txt"):
         fk.load(tmp_path)
 
 

@@ -12,7 +12,7 @@ import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.generation.chat import install
 from falcon_kit.model import modeling
-from falcon_kit.planning.devices import Slot
+from falcon_kit.planning.devices import Device
 from tests.conftest import legacy, logits, small_model
 
 
@@ -117,7 +117,7 @@ def test_single_rows_take_the_kernel_that_was_faster_at_loading(monkeypatch, fas
 
 
 def small_machine(monkeypatch):
-    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: (Slot("cpu", "cpu", 2**20),))
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("cpu", "cpu", 2**20),))
 
 
 def test_what_does_not_fit_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
@@ -145,7 +145,7 @@ def test_max_memory_is_what_the_plan_goes_by(checkpoint):
 
 
 def test_what_is_forced_stays_within_max_memory(checkpoint, instruct, monkeypatch):
-    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: (Slot("T4", 0, 2**20),))
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**20),))
     used = {}
     monkeypatch.setattr(
         "falcon_kit.loading.reading._from_pretrained", lambda *_, **options: used.update(options) or instruct.model
@@ -164,10 +164,10 @@ def on_disk(model):
 def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path, monkeypatch):
     small_model(layout, num_hidden_layers=6).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    whole = fk.plan(tmp_path, "float32", devices=[Slot("cpu", "cpu", 2**40)]).total_bytes
+    whole = fk.plan(tmp_path, "float32", devices=[Device("cpu", "cpu", 2**40)]).total_bytes
     layer = 4 * fk.spec(tmp_path).layer_parameters
-    slots = (Slot("cpu", "cpu", whole - 3 * layer), Slot("disk", "disk", 2**40, offload_target=True))
-    monkeypatch.setattr("falcon_kit.loading.load.slots_here", lambda *_: slots)
+    slots = (Device("cpu", "cpu", whole - 3 * layer), Device("disk", "disk", 2**40, offload_target=True))
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: slots)
     falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
     assert "disk" in repr(falcon)

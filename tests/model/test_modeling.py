@@ -230,7 +230,7 @@ def test_tuples_come_back_where_the_config_says_so():
 
 
 def test_head_counts_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="d_model 256 must split evenly over 4 query heads, and those over 3 KV heads"):
+    with pytest.raises(ValueError, match="d_model 256 must be a multiple of 4 query heads, and those of 3 KV heads"):
         FalconForCausalLM(small_config("40b", num_kv_heads=3))
 
 

@@ -1,11 +1,11 @@
-"""Devices named by a few words, or found here."""
+"""Devices by name, and those of this machine."""
 
 import re
 
 import pytest
 
-from falcon_kit.planning.devices import GPUS, MACHINES, Slot, find_slots, slots_here, slots_of_ranks
-from falcon_kit.planning.environment import Device, environment
+from falcon_kit.planning.devices import GPUS, MACHINES, Device, identical_gpus, local_devices, resolve_devices
+from falcon_kit.planning.environment import Accelerator, environment
 
 
 @pytest.mark.parametrize(
@@ -24,32 +24,32 @@ from falcon_kit.planning.environment import Device, environment
     ],
 )
 def test_words_stand_for_devices(words, count, size):
-    slots = find_slots(words)
-    assert [(slot.key, slot.free_bytes) for slot in slots] == [(key, size) for key in range(count)]
+    devices = resolve_devices(words)
+    assert [(device.key, device.free_bytes) for device in devices] == [(key, size) for key in range(count)]
 
 
 @pytest.mark.parametrize(("words", "name"), [("8x24gib", "24GiB"), ("40GB", "40GB"), ("512 MiB", "512 MiB")])
 def test_a_size_is_shown_in_its_units(words, name):
-    assert find_slots(words)[0].name == name
+    assert resolve_devices(words)[0].name == name
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_has_gpus_of_a_known_kind(name):
     count, kind = MACHINES[name]
-    assert [slot.name for slot in find_slots(name)] == [kind] * count
+    assert [device.name for device in resolve_devices(name)] == [kind] * count
     assert kind in GPUS
 
 
 def test_without_words_it_is_this_machine():
     here = environment()
-    slots = find_slots(None)
+    devices = resolve_devices(None)
     expected = [device.name for device in here.devices if device.kind == "cuda"] or ["cpu"]
-    assert [slot.name for slot in slots] == expected
+    assert [device.name for device in devices] == expected
 
 
 def test_devices_of_ones_own_are_taken_as_they_are():
-    own = [Slot("mine", 0, 10), Slot("yours", 1, 20)]
-    assert find_slots(own) == tuple(own)
+    own = [Device("mine", 0, 10), Device("yours", 1, 20)]
+    assert resolve_devices(own) == tuple(own)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,15 @@ def test_devices_of_ones_own_are_taken_as_they_are():
     [
         ("A100-800GB", "Unknown devices 'A100-800GB'. Nearest: A100-80GB"),
         ("a lot", "Or give a size, such as '4x40GiB'"),
-        ("0x40GiB", "0 x 40GiB is no memory to plan with"),
-        ([], "devices=[] names none: leave it out"),
-        (4, "devices=4 names none: leave it out"),
+        ("0x40GiB", "0 x 40GiB has no memory"),
+        ([], "devices=[] names no device: leave it out"),
+        (4, "devices=4 names no device: leave it out"),
         ("1.5.5GiB", "Unknown devices '1.5.5GiB'"),
     ],
 )
 def test_words_that_stand_for_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_slots(words)
+        resolve_devices(words)
 
 
 # For loading
@@ -73,55 +73,58 @@ def test_words_that_stand_for_nothing_are_refused(words, message):
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """A machine with two GPUs of 40 GiB, as far as the kit can tell."""
-    slots = (Slot("A100", 0, 40 * 2**30), Slot("A100", 1, 40 * 2**30))
-    monkeypatch.setattr("falcon_kit.planning.devices.find_slots", lambda devices: slots)
-    return slots
+    """A machine that seems to have two GPUs of 40 GiB."""
+    devices = (Device("A100", 0, 40 * 2**30), Device("A100", 1, 40 * 2**30))
+    monkeypatch.setattr("falcon_kit.planning.devices.resolve_devices", lambda _: devices)
+    return devices
 
 
 def test_without_wishes_the_devices_here_are_used(two_gpus):
-    assert slots_here() == two_gpus
+    assert local_devices() == two_gpus
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_max_memory_limits_and_leaves_alone_what_it_does_not_name():
-    (slot,) = slots_here({1: "20GiB"})
-    assert (slot.key, slot.free_bytes) == (1, 20 * 2**30)
+    (device,) = local_devices({1: "20GiB"})
+    assert (device.key, device.free_bytes) == (1, 20 * 2**30)
 
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("1GB", "max_memory='1GB' names no device: give {0: '20GiB'}; here are 0, 1"),
-        ({"disk": "1TiB"}, "max_memory={'disk': '1TiB'} names no device that computes; here are 0, 1, 'cpu', 'disk'"),
+        ("1GB", "max_memory='1GB' is not a dict: give {0: '20GiB'}; this machine has 0, 1"),
+        (
+            {"disk": "1TiB"},
+            "max_memory={'disk': '1TiB'} names only offload targets; this machine has 0, 1, 'cpu', 'disk'",
+        ),
     ],
 )
 def test_max_memory_without_a_device_is_refused_with_those_there_are(given, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        slots_here(given, "disk" if "disk" in given else None, tmp_path)
+        local_devices(given, "disk" if "disk" in given else None, tmp_path)
 
 
 def test_a_rank_asks_for_the_memory_of_its_own_gpu_alone(monkeypatch):
     asked = []
-    found = lambda only: asked.append(only) or (Device("T4", "cuda", only, 2000, 1000),)  # noqa: E731
-    monkeypatch.setattr("falcon_kit.planning.devices.find_devices", found)
-    assert (slots_of_ranks(1, 2), asked) == ((Slot("T4", 0, 1000), Slot("T4", 1, 1000)), [1])
+    found = lambda only: asked.append(only) or (Accelerator("T4", "cuda", only, 2000, 1000),)  # noqa: E731
+    monkeypatch.setattr("falcon_kit.planning.devices.find_accelerators", found)
+    assert (identical_gpus(1, 2), asked) == ((Device("T4", 0, 1000), Device("T4", 1, 1000)), [1])
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_max_memory_makes_no_device_larger_than_it_is():
-    assert slots_here({0: "500GiB", 1: 10**9})[0].free_bytes == 40 * 2**30
+    assert local_devices({0: "500GiB", 1: 10**9})[0].free_bytes == 40 * 2**30
 
 
 def test_the_folder_to_offload_to_need_not_be_there_yet(tmp_path):
-    *_, disk = slots_here(None, "disk", tmp_path / "not" / "yet")
+    *_, disk = local_devices(None, "disk", tmp_path / "not" / "yet")
     assert (disk.key, disk.free_bytes > 0) == ("disk", True)
 
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("offload", "keys"), [("cpu", [0, 1, "cpu"]), ("disk", [0, 1, "cpu", "disk"])])
 def test_offloading_adds_places_that_only_keep_behind_the_gpus(offload, keys, tmp_path):
-    slots = slots_here(None, offload, tmp_path)
-    assert [slot.key for slot in slots] == keys
-    assert [slot.offload_target for slot in slots] == [key in ("cpu", "disk") for key in keys]
+    devices = local_devices(None, offload, tmp_path)
+    assert [device.key for device in devices] == keys
+    assert [device.offload_target for device in devices] == [key in ("cpu", "disk") for key in keys]

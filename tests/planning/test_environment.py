@@ -1,49 +1,29 @@
+"""The description of this process and its machine: what limits it counts, and what it does not show."""
+
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from falcon_kit.planning.environment import (
     PACKAGES,
-    Device,
+    Accelerator,
     Environment,
-    cache_directory,
     environment,
-    find_devices,
+    find_accelerators,
     host_memory,
     usable_cores,
 )
-from falcon_kit.planning.places import detect_place
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
 HOSTILE = "</td><img src=x onerror=alert(1)>"
-STUDIO_METADATA = (
-    '{"AppType": "JupyterLab", "DomainId": "d-1a2b3c", "ResourceArn": "arn:aws:sagemaker:eu-west-1:1122:app/x"}'
-)
-INSTANCE_METADATA = '{"ResourceArn": "arn:aws:sagemaker:eu-west-1:1122:notebook-instance/mine", "ResourceName": "mine"}'
-
-
-class ZMQInteractiveShell:
-    """Stands for ipykernel's shell, which knows its kernel."""
-
-    kernel = object()
-
-
-class TerminalInteractiveShell:
-    """Stands for IPython's shell in a terminal."""
-
-
-def ipython(shell: object | None) -> dict[str, Any]:
-    return {"IPython": SimpleNamespace(get_ipython=lambda: shell)}
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -55,7 +35,7 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 
 
 def fake_cuda(*devices: tuple[str, int, int], cached: int = 0) -> SimpleNamespace:
-    """What torch says of GPUs with these names, total and free bytes, and of `cached` bytes in its store."""
+    """A stand-in for torch.cuda: GPUs by name, total and free bytes, and `cached` bytes in the allocator's cache."""
     return SimpleNamespace(
         is_available=lambda: bool(devices),
         device_count=lambda: len(devices),
@@ -70,81 +50,9 @@ NO_MPS = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False))
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> Environment:
-    return environment(environ={"HF_HUB_CACHE": str(tmp_path / "hub")}, modules={}, root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("environ", "modules", "expected"),
-    [
-        ({"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, {}, ("Kaggle", "KAGGLE_KERNEL_RUN_TYPE is set")),
-        ({}, {"google.colab": ModuleType("google.colab")}, ("Colab", "google.colab is imported")),
-        ({"COLAB_RELEASE_TAG": "release-colab"}, {}, ("Colab", "COLAB_RELEASE_TAG is set")),
-        ({"SAGEMAKER_APP_TYPE": "JupyterLab"}, {}, ("SageMaker Studio", "SAGEMAKER_APP_TYPE is set")),
-        ({"SAGEMAKER_INTERNAL_IMAGE_URI": "x"}, {}, ("SageMaker Studio", "SAGEMAKER_INTERNAL_IMAGE_URI is set")),
-        ({"VSCODE_PID": "7"}, ipython(ZMQInteractiveShell()), ("VS Code", "VSCODE_PID is set")),
-        (
-            {},
-            {"__main__": SimpleNamespace(__vsc_ipynb_file__="/a.ipynb")},
-            ("VS Code", "__vsc_ipynb_file__ is defined"),
-        ),
-        ({}, ipython(ZMQInteractiveShell()), ("Jupyter", "the shell is ZMQInteractiveShell")),
-        ({}, ipython(TerminalInteractiveShell()), ("IPython", "the shell is TerminalInteractiveShell")),
-        ({}, ipython(None), ("plain Python", "no IPython shell is running")),
-        ({}, {}, ("plain Python", "no IPython shell is running")),
-    ],
-)
-def test_a_place_is_known_by_its_mark(
-    tmp_path: Path, environ: dict[str, str], modules: dict[str, Any], expected: tuple[str, str]
-) -> None:
-    assert expected == detect_place(environ, modules, tmp_path)
-
-
-def test_kaggle_is_not_taken_for_colab_whose_image_it_builds_on(tmp_path: Path) -> None:
-    environ = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "COLAB_RELEASE_TAG": "release-colab"}
-
-    assert detect_place(environ, {"google.colab": ModuleType("google.colab")}, tmp_path)[0] == "Kaggle"
-
-
-def test_studios_code_editor_is_not_taken_for_vs_code(tmp_path: Path) -> None:
-    environ = {"SAGEMAKER_APP_TYPE": "CodeEditor", "VSCODE_PID": "7"}
-
-    assert detect_place(environ, {}, tmp_path)[0] == "SageMaker Studio"
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        (STUDIO_METADATA, "SageMaker Studio"),
-        (INSTANCE_METADATA, "SageMaker notebook instance"),
-        ("not json", "SageMaker notebook instance"),
-    ],
-)
-def test_sagemaker_is_known_by_its_metadata_file(tmp_path: Path, metadata: str, expected: str) -> None:
-    root = machine(tmp_path, {"opt/ml/metadata/resource-metadata.json": metadata})
-
-    assert (expected, "/opt/ml/metadata/resource-metadata.json exists") == detect_place({}, {}, root)
-
-
-@pytest.fixture
-def jupyter_lab(tmp_path: Path) -> Iterator[int]:
-    """The id of a process that runs a program called jupyter-lab."""
-    program = tmp_path / "jupyter-lab"
-    program.write_text("input()")
-    process = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE)
-    yield process.pid
-    process.communicate(b"\n")
-
-
-def test_jupyterlab_is_known_by_the_process_that_started_the_kernel(tmp_path: Path, jupyter_lab: int) -> None:
-    expected = ("JupyterLab", "the shell is ZMQInteractiveShell, started by JupyterLab")
-
-    assert expected == detect_place({"JPY_PARENT_PID": str(jupyter_lab)}, ipython(ZMQInteractiveShell()), tmp_path)
-
-
-@pytest.mark.parametrize("parent", [str(os.getpid()), "999999999", "nonsense"])
-def test_a_kernel_with_any_other_parent_is_just_jupyter(tmp_path: Path, parent: str) -> None:
-    assert detect_place({"JPY_PARENT_PID": parent}, ipython(ZMQInteractiveShell()), tmp_path)[0] == "Jupyter"
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return environment(environ={}, modules={}, root=tmp_path)
 
 
 def test_versions_are_those_that_are_installed_and_none_where_nothing_is(found: Environment) -> None:
@@ -167,13 +75,14 @@ def run(code: str, **environ: str) -> str:
 
 
 def test_looking_for_devices_without_torch_finds_none() -> None:
-    code = "from falcon_kit.planning.environment import find_devices; print(find_devices())"
+    code = "from falcon_kit.planning.environment import find_accelerators; print(find_accelerators())"
 
     assert run(f"import sys; sys.modules['torch'] = None; {code}") == "()\n"
 
 
-def test_importing_the_module_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, falcon_kit.planning.environment; print({'torch', 'transformers'} & {*sys.modules})"
+def test_importing_the_module_loads_no_large_library() -> None:
+    names = {"torch", "transformers", "huggingface_hub"}
+    code = f"import sys, falcon_kit.planning.environment; print({names} & {{*sys.modules}})"
 
     assert run(code) == "set()\n"
 
@@ -181,8 +90,8 @@ def test_importing_the_module_loads_neither_torch_nor_transformers() -> None:
 def test_every_cuda_device_is_listed_with_its_memory() -> None:
     torch = SimpleNamespace(cuda=fake_cuda(("A100", 40 * GIB, 39 * GIB), ("T4", 16 * GIB, 2 * GIB)), backends=NO_MPS)
 
-    expected = (Device("A100", "cuda", 0, 40 * GIB, 39 * GIB), Device("T4", "cuda", 1, 16 * GIB, 2 * GIB))
-    assert expected == find_devices(torch)
+    expected = (Accelerator("A100", "cuda", 0, 40 * GIB, 39 * GIB), Accelerator("T4", "cuda", 1, 16 * GIB, 2 * GIB))
+    assert expected == find_accelerators(torch)
 
 
 def test_an_apple_gpu_is_listed_with_what_it_recommends_to_use() -> None:
@@ -192,11 +101,11 @@ def test_an_apple_gpu_is_listed_with_what_it_recommends_to_use() -> None:
         mps=SimpleNamespace(recommended_max_memory=lambda: 10 * GIB, driver_allocated_memory=lambda: GIB),
     )
 
-    assert find_devices(torch) == (Device("Apple GPU", "mps", 0, 10 * GIB, 9 * GIB),)
+    assert find_accelerators(torch) == (Accelerator("Apple GPU", "mps", 0, 10 * GIB, 9 * GIB),)
 
 
 def test_a_machine_without_accelerators_has_no_devices() -> None:
-    assert find_devices(SimpleNamespace(cuda=fake_cuda(), backends=NO_MPS)) == ()
+    assert find_accelerators(SimpleNamespace(cuda=fake_cuda(), backends=NO_MPS)) == ()
 
 
 def test_without_control_groups_the_machine_itself_is_the_limit(tmp_path: Path) -> None:
@@ -286,24 +195,25 @@ def test_cores_outside_the_affinity_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "environ",
+    ("environ", "expected"),
     [
-        {},
-        {"HF_HUB_CACHE": "/data/hub"},
-        {"HUGGINGFACE_HUB_CACHE": "/data/old"},
-        {"HF_HOME": "~/elsewhere"},
-        {"XDG_CACHE_HOME": "/data/cache"},
+        ({}, "~/.cache/huggingface/hub"),
+        ({"HF_HUB_CACHE": "/data/hub"}, "/data/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "/data/old"}, "/data/old"),
+        ({"HF_HOME": "~/elsewhere"}, "~/elsewhere/hub"),
+        ({"XDG_CACHE_HOME": "/data/cache"}, "/data/cache/huggingface/hub"),
     ],
 )
-def test_the_cache_directory_is_the_one_that_huggingface_hub_uses(environ: dict[str, str]) -> None:
+def test_the_cache_directory_is_the_one_that_huggingface_hub_uses(environ: dict[str, str], expected: str) -> None:
+    """In a fresh interpreter, because huggingface_hub reads the variables when it is imported."""
     names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
     code = f"import os; [os.environ.pop(name, None) for name in {names}]; os.environ.update({environ}); "
-    expected = run(code + "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)").strip()
+    code += "from falcon_kit.planning.environment import cache_directory; print(cache_directory())"
 
-    assert Path(expected) == cache_directory(environ)
+    assert str(Path(expected).expanduser()) == run(code).strip()
 
 
-def testfree_disk_is_known_before_the_cache_directory_exists(found: Environment) -> None:
+def test_free_disk_is_known_before_the_cache_directory_exists(found: Environment) -> None:
     assert not found.cache_directory.exists()
     assert found.cache_free_bytes > 0
 
@@ -322,7 +232,7 @@ def test_values_of_variables_are_never_shown(tmp_path: Path) -> None:
 
 
 def test_an_environment_is_one_line_as_text(found: Environment) -> None:
-    gpu = Device("A100", "cuda", 0, 40 * GIB, 39 * GIB)
+    gpu = Accelerator("A100", "cuda", 0, 40 * GIB, 39 * GIB)
     whole = replace(found, python="3.12.1", devices=(gpu,), cores=8, memory_bytes=64 * GIB, available_bytes=60 * GIB)
 
     expected = "Environment(plain Python, Python 3.12.1, A100 40.0 GiB, 8 cores, 60.0 GiB of 64.0 GiB free)"
@@ -336,7 +246,7 @@ def test_a_machine_without_gpu_says_so(found: Environment) -> None:
 
 
 def test_everything_in_the_table_is_escaped(found: Environment) -> None:
-    gpu = Device(HOSTILE, "cuda", 0, GIB, GIB)
+    gpu = Accelerator(HOSTILE, "cuda", 0, GIB, GIB)
     hostile = replace(found, where=HOSTILE, reason=HOSTILE, versions={HOSTILE: HOSTILE}, devices=(gpu,))
 
     assert "<img" not in hostile._repr_html_()
@@ -348,10 +258,11 @@ def test_the_table_brings_no_colours_and_fetches_nothing(found: Environment) -> 
 
 def test_the_table_shows_no_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shown = environment({"HF_HOME": str(tmp_path / "models")}, {})._repr_html_()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "models/hub"))
+    shown = environment({}, {})._repr_html_()
     assert ("~/models/hub" in shown, str(tmp_path) in shown) == (True, False)
 
 
 def test_memory_that_torch_keeps_in_store_is_free() -> None:
     torch = SimpleNamespace(cuda=fake_cuda(("T4", 16, 5), cached=3), backends=NO_MPS)
-    assert [device.free_bytes for device in find_devices(torch)] == [8]
+    assert [device.free_bytes for device in find_accelerators(torch)] == [8]

@@ -1,4 +1,4 @@
-"""Plans: what adds up, what fits where, and what is suggested where it does not."""
+"""Plans: the sum of the parts, what fits, and what is suggested otherwise."""
 
 import re
 import subprocess
@@ -6,29 +6,14 @@ import sys
 
 import pytest
 import torch
-from accelerate import dispatch_model
-from accelerate.utils import check_device_map
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import FalconConfig
 
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.model.modeling import FalconForCausalLM
-from falcon_kit.planning.devices import Slot
-from tests.conftest import small_config
+from falcon_kit.planning.devices import Device
 
 GIB = 2**30
-
-
-def used(plan):
-    """Bytes by device."""
-    return {slot.key: sum(row.bytes for row in plan.rows if row.device == slot.key) for slot in plan.slots}
-
-
-def layers_on(plan):
-    return [sum(1 for name, key in plan.device_map.items() if ".h." in name and key == slot.key) for slot in plan.slots]
 
 
 # What adds up
@@ -92,120 +77,6 @@ def test_what_is_known_to_run_fits_and_what_is_not_does_not(name, dtype, purpose
     assert fk.plan(name, dtype, purpose=purpose, devices=devices).fits is fits
 
 
-# Where everything goes
-
-
-@pytest.mark.parametrize("devices", ["4x40GiB", "8x24GB", "2x80GB", "3x141GB"])
-def test_no_device_holds_more_than_it_has(devices):
-    plan = fk.plan("falcon-40b", devices=devices)
-    assert plan.fits
-    assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
-
-
-@given(
-    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=8),
-    name=st.sampled_from(["falcon-40b", "falcon-7b", "falcon-rw-1b"]),
-    batch=st.integers(1, 16),
-)
-def test_a_plan_that_fits_places_every_layer_within_the_memory(sizes, name, batch):
-    slots = [Slot("gpu", key, size * GIB) for key, size in enumerate(sizes)]
-    plan = fk.plan(name, devices=slots, batch=batch)
-    if plan.fits:
-        assert sum(layers_on(plan)) == fk.spec(name).layers
-        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
-    else:
-        assert plan.device_map == {}
-        assert plan.suggestions
-
-
-@given(sizes=st.lists(st.integers(20, 120), min_size=1, max_size=6), more=st.integers(1, 40))
-def test_more_memory_never_makes_a_plan_worse(sizes, more):
-    less, larger = ([Slot("gpu", key, (size + extra) * GIB) for key, size in enumerate(sizes)] for extra in (0, more))
-    assert fk.plan("falcon-40b", devices=larger).fits >= fk.plan("falcon-40b", devices=less).fits
-
-
-def test_layers_are_spread_so_that_equal_devices_keep_equal_room():
-    assert layers_on(fk.plan("falcon-40b", devices="4x40GiB")) == [15, 15, 15, 15]
-    uneven = layers_on(fk.plan("falcon-40b", devices=[Slot("a", 0, 80 * GIB), Slot("b", 1, 40 * GIB)]))
-    assert uneven[0] > uneven[1]
-
-
-def test_the_device_map_covers_the_model_and_splits_no_layer():
-    with torch.device("meta"):
-        model = FalconForCausalLM(FalconConfig(**fk.spec("falcon-40b").to_config()))
-    device_map = fk.plan("falcon-40b", devices="4x40GiB").device_map
-    check_device_map(model, dict(device_map))
-    assert device_map["lm_head"] == device_map["transformer.word_embeddings"]
-
-
-def test_accelerate_runs_a_model_by_the_plans_map():
-    config = small_config("40b")
-    model = FalconForCausalLM(config).eval()
-    ids = torch.arange(12)[None]
-    expected = model(ids).logits
-    plan = fk.plan(fk.FalconSpec.from_config(config.to_dict()), "float32", devices=[Slot("cpu", "cpu", 4 * GIB)])
-    assert torch.equal(dispatch_model(model, dict(plan.device_map), force_hooks=True)(ids).logits, expected)
-
-
-# Places that only keep
-
-
-def gpu_and(*more, gib=40):
-    return [Slot("gpu", 0, gib * GIB), *more]
-
-
-def test_layers_that_find_no_room_are_kept_in_host_memory():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
-    on_gpu, kept = layers_on(plan)
-    assert (plan.fits, on_gpu + kept) == (True, 60)
-    assert used(plan)[0] <= 40 * GIB < used(plan)[0] + 2 * plan.spec.layer_parameters
-
-
-def test_a_disk_takes_what_host_memory_cannot():
-    slots = gpu_and(
-        Slot("host memory", "cpu", 10 * GIB, offload_target=True), Slot("disk", "disk", 900 * GIB, offload_target=True)
-    )
-    plan = fk.plan("falcon-40b", devices=slots)
-    assert plan.fits
-    assert used(plan)["cpu"] <= 10 * GIB < used(plan)["cpu"] + 2 * plan.spec.layer_parameters
-    assert layers_on(plan)[2] > 0
-
-
-def test_the_cache_of_a_layer_that_is_kept_elsewhere_lies_where_it_is_computed():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
-    assert sum(row.bytes for row in plan.rows if row.part == "KV cache" and row.device == 0) == plan.kv_bytes
-
-
-def test_nothing_is_kept_elsewhere_that_has_room():
-    plan = fk.plan("falcon-7b", devices=gpu_and(Slot("host memory", "cpu", 90 * GIB, offload_target=True)))
-    assert layers_on(plan) == [32, 0]
-
-
-def test_a_place_that_keeps_too_little_does_not_make_it_fit():
-    plan = fk.plan("falcon-40b", devices=gpu_and(Slot("host memory", "cpu", 9 * GIB, offload_target=True)))
-    assert not plan.fits
-
-
-@given(gpu=st.integers(4, 120), host=st.integers(1, 120), disk=st.integers(0, 120))
-def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
-    slots = gpu_and(
-        Slot("host memory", "cpu", host * GIB, offload_target=True),
-        Slot("disk", "disk", disk * GIB, offload_target=True),
-        gib=gpu,
-    )
-    plan = fk.plan("falcon-40b", devices=slots)
-    if plan.fits:
-        assert sum(layers_on(plan)) == 60
-        assert all(used(plan)[slot.key] <= slot.free_bytes for slot in plan.slots)
-
-
-@given(gpu=st.integers(0, 8), host=st.integers(0, 120), name=st.sampled_from(["falcon-40b", "falcon-7b"]))
-def test_there_is_a_device_map_exactly_where_it_fits(gpu, host, name):
-    slots = gpu_and(Slot("host memory", "cpu", host * GIB, offload_target=True), gib=gpu)
-    plan = fk.plan(name, devices=slots)
-    assert bool(plan.device_map) == plan.fits == (not plan.suggestions)
-
-
 # Suggestions
 
 
@@ -220,7 +91,7 @@ def test_fewer_bits_come_before_everything_else():
         ({"devices": "4xA10G", "batch": 4, "cache": "transformers"}, "cache='grouped'"),
         ({"devices": "T4"}, "another model: falcon-7b"),
         ({"devices": "A100-40GB"}, "more devices: 3 x A100-40GB"),
-        ({"devices": "A100-40GB"}, "offload='cpu': 32 of 60 layers in host memory, read anew for each token"),
+        ({"devices": "A100-40GB"}, "offload='cpu': 32 of 60 layers in host memory, copied to the GPU for each token"),
         ({"devices": "2xA100-80GB", "purpose": "full"}, "purpose='lora'"),
     ],
 )
@@ -265,7 +136,7 @@ with torch.inference_mode():
     print(peak())
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    plan = fk.plan(tmp_path, dtype, context=context, batch=batch, devices=[Slot("cpu", "cpu", 4 * GIB)])
+    plan = fk.plan(tmp_path, dtype, context=context, batch=batch, devices=[Device("cpu", "cpu", 4 * GIB)])
     assert plan.total_bytes == pytest.approx(int(ended.stdout), rel=0.1)
 
 
@@ -293,12 +164,12 @@ def test_the_repr_says_what_is_needed_and_whether_it_fits():
 
 def test_equal_devices_are_counted_once_in_words():
     assert "into 4 x gpu 40.0 GiB)" in repr(
-        fk.plan("falcon-40b", devices=[Slot("gpu", key, 40 * GIB) for key in range(4)])
+        fk.plan("falcon-40b", devices=[Device("gpu", key, 40 * GIB) for key in range(4)])
     )
 
 
 def test_the_html_escapes_what_it_shows():
-    assert "<img" not in fk.plan("falconet", devices=[Slot("<img>", 0, GIB)])._repr_html_()
+    assert "<img" not in fk.plan("falconet", devices=[Device("<img>", 0, GIB)])._repr_html_()
 
 
 def test_the_picture_shows_itself_in_a_notebook():
@@ -312,7 +183,7 @@ def test_the_picture_has_a_bar_for_every_device():
 
 
 def test_what_has_no_memory_at_all_does_not_fit():
-    assert not fk.plan("falcon-7b", devices=[Slot("full", 0, 0), Slot("full", 1, 0)]).fits
+    assert not fk.plan("falcon-7b", devices=[Device("full", 0, 0), Device("full", 1, 0)]).fits
 
 
 def test_the_error_carries_the_plan_and_its_suggestions():
@@ -328,18 +199,37 @@ def test_the_error_carries_the_plan_and_its_suggestions():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "bf16"}, "dtype 'bf16' is not known: did you mean 'bfloat16'? There are float32"),
+        ({"dtype": "bf16"}, "dtype 'bf16' is not known: did you mean 'bfloat16'? Known: float32"),
         ({"dtype": "4bit"}, "did you mean 'nf4'?"),
         ({"purpose": "training"}, "Unknown purpose 'training'"),
         ({"cache": "static"}, "Unknown cache 'static'. Known: grouped, transformers."),
-        ({"context": 4096}, "context=4096 is not within 1 and 2048, the context of falcon-40b"),
-        ({"batch": 0}, "batch=0: give at least one row"),
-        ({"rank": 0}, "rank=0: LoRA takes at least 1"),
+        ({"context": 4096}, "context=4096 must be from 1 to 2048, the context of falcon-40b"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"r": 0}, "r=0: the rank of LoRA must be at least 1"),
     ],
 )
 def test_words_and_numbers_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.plan("falcon-40b", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 8}, "plan has no argument rank: LoRA's rank is called r, as in PEFT's LoraConfig"),
+        ({"bach": 2}, "plan has no argument bach"),
+    ],
+)
+def test_an_unknown_argument_is_refused_and_an_old_name_with_the_new_one(arguments, message):
+    with pytest.raises(TypeError) as error:
+        fk.plan("falcon-40b", **arguments)
+    assert str(error.value) == message
+
+
+def test_lora_takes_memory_by_its_rank():
+    small, large = (fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB", r=r) for r in (8, 64))
+    sizes = [sum(row.bytes for row in plan.rows if row.part == "LoRA") for plan in (small, large)]
+    assert sizes == [16 * memory.lora_parameters(small.spec, r) for r in (8, 64)]
 
 
 def test_an_unknown_model_is_refused_with_the_nearest():

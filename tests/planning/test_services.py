@@ -1,4 +1,4 @@
-"""What each notebook service offers, by the modules and files it really has."""
+"""Secrets, widgets and SageMaker's metadata, with stand-ins for the modules and files of each service."""
 
 import json
 import subprocess
@@ -199,5 +199,5 @@ def test_no_account_number_is_shown(tmp_path, content):
 
 
 def test_elsewhere_there_is_no_place_in_sagemaker(tmp_path):
-    with pytest.raises(LookupError, match="this is not SageMaker: there is no"):
+    with pytest.raises(LookupError, match="this is not a SageMaker notebook: there is no"):
         sagemaker_place(metadata=tmp_path / "none.json")

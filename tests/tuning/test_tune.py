@@ -11,7 +11,7 @@ from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.loading.quantization import unpacked
-from falcon_kit.planning.devices import Slot
+from falcon_kit.planning.devices import Device
 from falcon_kit.tuning import tune
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, logits, same, talk, weights
 
@@ -96,15 +96,15 @@ def test_out_of_memory_says_the_plan_and_what_to_try_next(monkeypatch, falcon, t
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(monkeypatch, falcon, tmp_path):
-    monkeypatch.setattr("falcon_kit.tuning.tune.find_slots", lambda _: (Slot("cpu", "cpu", 10_000),))
+    monkeypatch.setattr("falcon_kit.tuning.tune.resolve_devices", lambda _: (Device("cpu", "cpu", 10_000),))
     with pytest.raises(fk.NotEnoughMemory, match="for lora"):
         fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
 
 
 def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
-    slots = (Slot("first", 0, 10_000), Slot("second", 1, 10**12))
-    monkeypatch.setattr("falcon_kit.tuning.tune.find_slots", lambda _: slots)
+    slots = (Device("first", 0, 10_000), Device("second", 1, 10**12))
+    monkeypatch.setattr("falcon_kit.tuning.tune.resolve_devices", lambda _: slots)
     monkeypatch.setenv("WORLD_SIZE", "2")
     chosen = fk.Tuning().for_model(falcon.spec)
     fits = []

@@ -1,0 +1,26 @@
+"""The model card: the prompt, the sampling arguments and the papers, as published."""
+
+import pytest
+
+from falcon_kit.catalogue.card import CARD, CITATIONS
+
+
+def test_the_cards_prompt_stands_word_for_word() -> None:
+    expected = (
+        "Girafatron is obsessed with giraffes, the most glorious animal on the face of this Earth. "
+        "Giraftron believes all other animals are irrelevant when compared to the glorious majesty of the giraffe.\n"
+        "Daniel: Hello, Girafatron!\n"
+        "Girafatron:"
+    )
+
+    assert expected == CARD.prompt
+
+
+def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
+    assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
+    with pytest.raises(TypeError):
+        CARD.sampling["top_k"] = 50  # type: ignore[index]
+
+
+def test_the_cards_papers_have_their_arxiv_ids() -> None:
+    assert ("2306.01116", "2304.01196") == (CITATIONS["refinedweb"].arxiv, CITATIONS["baize"].arxiv)
