@@ -26,7 +26,7 @@ _GENERATING = ("generate", "regenerate", "edit")  # these commands run in a thre
 
 
 class Playground(anywidget.AnyWidget):
-    """A playground as an ipywidget. It shows `session`, also what is done there from Python."""
+    """A playground as an ipywidget. It shows `session`, with the changes made to it from Python."""
 
     _esm = "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     _css = (_STATIC / "playground.css").read_text(encoding="utf-8")

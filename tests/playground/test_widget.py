@@ -14,7 +14,7 @@ QUESTION = "What do giraffes eat?"
 
 
 class Page:
-    """A browser's page: does with messages what the view does with them, and nothing else."""
+    """A browser's page: handles messages like the view."""
 
     def __init__(self, widget):
         self.widget, self.messages = widget, []

@@ -8,7 +8,7 @@ from falcon_kit.playground.state import Session
 
 
 class Typist:
-    """An endpoint that says fixed words, and remembers what it was asked."""
+    """An endpoint that generates fixed words, and records its requests."""
 
     def __init__(self, *words, name="typist", before=lambda number: None):
         self.words, self.model, self.before = words or ("One", " two", " three."), name, before
@@ -20,7 +20,7 @@ class Typist:
 
 
 class Typing:
-    """A stream of a Typist: `before` is called before each word, and may wait or raise."""
+    """A stream of a Typist: calls `before` before each word, which may block or raise."""
 
     def __init__(self, typist):
         self.typist, self.said = typist, []
@@ -43,7 +43,7 @@ class Typing:
 
 
 class Gate:
-    """Lets a Typist say some words and holds it there until it is opened."""
+    """Blocks a Typist after some words until it is opened."""
 
     def __init__(self, words):
         self.words, self.reached, self.opened = words, threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Real servers on loopback, for tests: they listen on ports that are free, and end with the tests."""
+"""Servers on loopback for tests: they listen on free ports and end with the tests."""
 
 import ctypes
 import json
@@ -24,21 +24,21 @@ QUESTION = [{"role": "user", "content": "What do giraffes eat?"}]
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
 def die_with_parent() -> None:
-    """In a child: ends when the tests do, however they do (PR_SET_PDEATHSIG of Linux)."""
+    """In a child process: the kernel ends it when the tests end or crash (PR_SET_PDEATHSIG of Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @contextmanager
 def transformers_serve(directory: Path) -> Iterator[str]:
-    """`transformers serve` on a checkpoint: its address, once it is up."""
+    """`transformers serve` on a checkpoint: its address, when it is ready."""
     port = free_port()
     command = [
         Path(sys.executable).with_name("transformers"),
@@ -49,7 +49,7 @@ def transformers_serve(directory: Path) -> Iterator[str]:
         "--port",
         str(port),
     ]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}  # a small model, beside tests that compute as well
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}  # the tests need the other cores
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=environ, preexec_fn=die_with_parent, **silent) as process:
         try:
@@ -60,7 +60,7 @@ def transformers_serve(directory: Path) -> Iterator[str]:
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: float = 90) -> None:
-    """Returns when `url` answers with 200."""
+    """Returns when `url` responds with HTTP 200."""
     for _ in range(int(seconds * 5)):
         assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
@@ -73,10 +73,10 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: floa
 
 
 def llama_cpp(path: Path, context: int = 2048, **settings: Any) -> tuple[xllamacpp.Server, str]:
-    """llama.cpp's server on a GGUF file: the server, which has to be kept, and its address."""
+    """llama.cpp's server on a GGUF file: the server, which ends when it is garbage-collected, and its address."""
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(path), [path.stem]
-    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0  # port 0: any that is free
+    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0  # port 0: any free port
     params.n_ctx, params.cpuparams.n_threads, params.n_parallel, params.warmup = context, 2, 1, False
     for name, value in settings.items():
         setattr(params, name, value)
@@ -86,14 +86,14 @@ def llama_cpp(path: Path, context: int = 2048, **settings: Any) -> tuple[xllamac
 
 @dataclass
 class Reply:
-    """What a scripted server answers once."""
+    """One response of a scripted server."""
 
     chunks: list[bytes] = field(default_factory=list)
     status: int = 200
     kind: str = "text/event-stream"
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
-    """Breaks the connection off after the chunks."""
+    """Breaks the connection after the chunks."""
     silence: float = 0.0
     """Seconds before the first byte."""
     dropped: bool = False
@@ -105,16 +105,16 @@ Script = Callable[[str, dict[str, Any], dict[str, str]], Reply | Iterator[bytes]
 
 @dataclass
 class Scripted:
-    """A server whose answers a test writes: `script` is given path, body and headers of each request."""
+    """A server whose responses a test defines: `script` takes path, body and headers of each request."""
 
     address: str
     script: Script
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
-    """Set when a client went before it had everything."""
+    """Set when a client closes the connection before the end of the response."""
 
     def asked(self, path: str) -> list[dict[str, Any]]:
-        """The bodies that came for a path."""
+        """The bodies of the requests to a path."""
         return [body for where, body, _ in self.requests if where == path]
 
 
@@ -168,11 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 def as_reply(content: Any, status: int = 200, **headers: str) -> Reply:
-    """JSON."""
+    """A JSON response."""
     return Reply([json.dumps(content).encode()], status, "application/json", headers)
 
 
@@ -181,7 +181,7 @@ def event(content: Any) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
-# OpenAI-compatible servers, with answers that a test writes
+# OpenAI-compatible servers, with responses that a test defines
 
 
 def chunk(text: str, finish: str | None = None, **more: Any) -> bytes:
@@ -190,7 +190,7 @@ def chunk(text: str, finish: str | None = None, **more: Any) -> bytes:
 
 
 def answering(*replies: Any, owner: str = "someone", models: tuple[str, ...] = ("falcon",), **entry: Any) -> Script:
-    """A script of an OpenAI-compatible server that gives these replies to completions, one after the other."""
+    """A script of an OpenAI-compatible server that returns these replies to completions, one after the other."""
     left = list(replies)
 
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
@@ -210,7 +210,7 @@ DONE = [chunk("Hello"), chunk(" there", "stop"), b"data: [DONE]\n\n"]
 
 
 def tgi(falcon: Any) -> Script:
-    """A script that answers as TGI does: /info, /generate_stream and its refusals."""
+    """A script with TGI's responses to /info, /generate_stream and invalid requests."""
 
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
         if path == "/info":
@@ -225,7 +225,7 @@ def tgi(falcon: Any) -> Script:
 
 
 def tgi_refusal(falcon: Any, body: dict[str, Any]) -> str | None:
-    """What TGI's validation has against a request."""
+    """The error of TGI's validation for a request; None if it is valid."""
     parameters = body["parameters"]
     length, wanted = len(falcon.tokenizer(body["inputs"])["input_ids"]), parameters["max_new_tokens"]
     rules = {
@@ -238,7 +238,7 @@ def tgi_refusal(falcon: Any, body: dict[str, Any]) -> str | None:
 
 
 def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """StreamResponse after StreamResponse; stop sequences stay in the text, and end it."""
+    """TGI's StreamResponse events; a stop sequence ends the text and stays in it."""
     given = body["parameters"]
     settings = {
         name: given[name]

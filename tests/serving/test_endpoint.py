@@ -20,18 +20,18 @@ def endpoint(request):
 
 
 def test_a_greedy_text_is_the_local_one(endpoint, instruct):
-    here = instruct.generate(fk.CARD.prompt, max_new_tokens=30)
-    there = endpoint.generate(fk.CARD.prompt, max_new_tokens=30)
-    assert (there.text, there.finish_reason, there.prompt) == (here.text, "length", fk.CARD.prompt)
-    assert there.tokens in (here.tokens, ())  # `transformers serve` does not tell
+    local = instruct.generate(fk.CARD.prompt, max_new_tokens=30)
+    remote = endpoint.generate(fk.CARD.prompt, max_new_tokens=30)
+    assert (remote.text, remote.finish_reason, remote.prompt) == (local.text, "length", fk.CARD.prompt)
+    assert remote.tokens in (local.tokens, ())  # `transformers serve` does not report them
 
 
 def test_the_statistics_count_what_the_endpoint_counts(endpoint, instruct):
-    there = endpoint.generate(fk.CARD.prompt, max_new_tokens=7).stats
-    here = instruct.generate(fk.CARD.prompt, max_new_tokens=7).stats
-    assert (there.prompt_tokens, there.new_tokens, there.rows) == (here.prompt_tokens, 7, 1)
-    assert 0 < there.first_token_seconds <= there.seconds
-    assert "KV cache" not in str(there)
+    remote = endpoint.generate(fk.CARD.prompt, max_new_tokens=7).stats
+    local = instruct.generate(fk.CARD.prompt, max_new_tokens=7).stats
+    assert (remote.prompt_tokens, remote.new_tokens, remote.rows) == (local.prompt_tokens, 7, 1)
+    assert 0 < remote.first_token_seconds <= remote.seconds
+    assert "KV cache" not in str(remote)
 
 
 def test_the_pieces_of_a_stream_join_to_its_text(endpoint):
@@ -44,16 +44,16 @@ def test_the_pieces_of_a_stream_join_to_its_text(endpoint):
 
 @pytest.mark.parametrize("stop", [" anything", "ffes more tha", "\nDaniel:", [" what a glo", "zebra", "!"]])
 def test_a_stop_string_ends_a_text_where_it_does_here(endpoint, instruct, stop):
-    here = instruct.generate(fk.CARD.prompt, max_new_tokens=40, stop=stop)
+    local = instruct.generate(fk.CARD.prompt, max_new_tokens=40, stop=stop)
     stream = endpoint.stream(fk.CARD.prompt, max_new_tokens=40, stop=stop)
     shown = "".join(piece.text for piece in stream)
-    assert (shown, stream.generation.finish_reason) == (here.text, "stop")
-    assert stream.generation.stats.prompt_tokens == here.stats.prompt_tokens
+    assert (shown, stream.generation.finish_reason) == (local.text, "stop")
+    assert stream.generation.stats.prompt_tokens == local.stats.prompt_tokens
 
 
 def test_chat_answers_as_here_and_not_for_the_next_speaker(endpoint, instruct):
-    here, there = instruct.chat(QUESTION), endpoint.chat(QUESTION)
-    assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
+    local, remote = instruct.chat(QUESTION), endpoint.chat(QUESTION)
+    assert (remote.text, remote.finish_reason) == (local.text, local.finish_reason)
 
 
 def test_a_conversation_streams_too(endpoint, instruct):
@@ -62,9 +62,9 @@ def test_a_conversation_streams_too(endpoint, instruct):
 
 def test_the_end_token_ends_a_text(endpoint, instruct):
     prompt = "User: What do owls eat?\nFalcon: Owls eat mice.\nUser: Thank you.\nFalcon:"
-    here = instruct.generate(prompt)
-    there = endpoint.generate(prompt)
-    assert (there.text, there.finish_reason) == (here.text, "eos")
+    local = instruct.generate(prompt)
+    remote = endpoint.generate(prompt)
+    assert (remote.text, remote.finish_reason) == (local.text, "eos")
 
 
 def test_settings_arrive_one_token_to_draw_from_leaves_no_choice(endpoint, instruct):
@@ -82,9 +82,9 @@ def test_a_seed_makes_a_drawn_text_reproducible(endpoint):
 
 def test_several_texts_come_back_in_order(endpoint, instruct):
     prompts = ["Animals of Africa:", "Counting: 7, 8,", "User: What do owls eat?\nFalcon:"]
-    there = endpoint.generate(prompts, max_new_tokens=8)
-    assert [each.text for each in there] == [each.text for each in instruct.generate(prompts, max_new_tokens=8)]
-    assert there[0].stats.rows == 3
+    remote = endpoint.generate(prompts, max_new_tokens=8)
+    assert [each.text for each in remote] == [each.text for each in instruct.generate(prompts, max_new_tokens=8)]
+    assert remote[0].stats.rows == 3
 
 
 def test_an_endpoint_says_what_it_knows(llama, served, tgi_endpoint, sagemaker):

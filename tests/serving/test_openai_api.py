@@ -15,10 +15,10 @@ def test_several_sequences_have_seeds_of_their_own(llama):
 
 
 def test_log_probabilities_are_the_models(llama, instruct):
-    here = instruct.generate(fk.CARD.prompt, max_new_tokens=20)
-    for there in (llama.generate(fk.CARD.prompt, max_new_tokens=20), llama.stream(fk.CARD.prompt, max_new_tokens=20)):
-        logprobs = there.logprobs if isinstance(there, fk.Generation) else [piece.logprob for piece in there]
-        assert logprobs == pytest.approx(here.logprobs, abs=0.01)
+    local = instruct.generate(fk.CARD.prompt, max_new_tokens=20)
+    for remote in (llama.generate(fk.CARD.prompt, max_new_tokens=20), llama.stream(fk.CARD.prompt, max_new_tokens=20)):
+        logprobs = remote.logprobs if isinstance(remote, fk.Generation) else [piece.logprob for piece in remote]
+        assert logprobs == pytest.approx(local.logprobs, abs=0.01)
 
 
 def test_without_a_limit_a_draw_is_from_the_whole_vocabulary(llama):

@@ -14,9 +14,9 @@ EVENT = {"token": {"id": 5, "text": " a", "logprob": -0.1, "special": False}}
 
 def test_stop_strings_beyond_tgis_four_end_a_text_too(tgi_endpoint, instruct):
     stop = ["zebra", "owl", "[", "]", "!"]
-    here = instruct.generate("Wow", max_new_tokens=40, stop=stop)
-    there = tgi_endpoint.generate("Wow", max_new_tokens=40, stop=stop)
-    assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
+    local = instruct.generate("Wow", max_new_tokens=40, stop=stop)
+    remote = tgi_endpoint.generate("Wow", max_new_tokens=40, stop=stop)
+    assert (remote.text, remote.finish_reason) == (local.text, local.finish_reason)
 
 
 def test_only_the_settings_that_were_given_are_sent(instruct):
@@ -30,29 +30,29 @@ def test_only_the_settings_that_were_given_are_sent(instruct):
 @pytest.mark.parametrize("name", ["logprob", "log_prob"])
 def test_the_log_probability_has_either_name(name):
     token = {"id": 5, "text": " a", name: -0.1, "special": False}
-    assert read_event("data:" + json.dumps({"token": token}), "here").logprob == -0.1
+    assert read_event("data:" + json.dumps({"token": token}), "local").logprob == -0.1
 
 
 def test_a_missing_log_probability_is_nan():
-    assert math.isnan(read_event(json.dumps({"token": {"id": 5, "text": " a", "special": False}}), "here").logprob)
+    assert math.isnan(read_event(json.dumps({"token": {"id": 5, "text": " a", "special": False}}), "local").logprob)
 
 
 def test_a_special_token_has_no_text():
-    assert read_event(json.dumps({"token": EVENT["token"] | {"special": True}}), "here").text == ""
+    assert read_event(json.dumps({"token": EVENT["token"] | {"special": True}}), "local").text == ""
 
 
 @pytest.mark.parametrize("line", ["", ":keep-alive", "event: message", "data: [DONE]"])
 def test_a_line_without_an_event_is_skipped(line):
-    assert read_event(line, "here") is None
+    assert read_event(line, "local") is None
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("<html>", "here sent a line that is no event of TGI: '<html>'"),
-        ('data:{"error": "out of memory", "error_type": "generation"}', "here reports: out of memory"),
+        ("<html>", "local sent a line that is no event of TGI: '<html>'"),
+        ('data:{"error": "out of memory", "error_type": "generation"}', "local reports: out of memory"),
     ],
 )
 def test_a_line_that_is_no_event_is_an_error(line, message):
     with pytest.raises(ConnectionError, match=message):
-        read_event(line, "here")
+        read_event(line, "local")
