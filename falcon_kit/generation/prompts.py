@@ -34,7 +34,7 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
         require(text != "", f"{label} is empty: give the model something to continue")
         require(
             not any("\ud800" <= character <= "\udfff" for character in text),
-            f"{label} has a lone surrogate, which cannot be encoded as UTF-8: "
+            f"{label} has a lone surrogate, which UTF-8 cannot encode: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
         )
     return prompts, isinstance(prompt, str)

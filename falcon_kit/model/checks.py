@@ -49,26 +49,26 @@ def check_cache(spec: FalconSpec, kv_heads: int, batch: int, past: Cache | None)
 def check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask: Any) -> None:
     """Raises ValueError for a mask that has neither one value per token nor one per query and key."""
     batch, time = hidden_states.shape[:2]
-    seen = _seen(past)
-    if not isinstance(mask, Tensor) or seen is None:
+    cached = _cached_tokens(past)
+    if not isinstance(mask, Tensor) or cached is None:
         return
     keys = time if past is None else past.get_mask_sizes(time, 0)[0]
-    fits = mask.shape == (batch, seen + time)
+    fits = mask.shape == (batch, cached + time)
     if mask.ndim == 4:
         fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, spec.query_heads) and mask.shape[2:] == (time, keys)
     if not fits:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but {batch} rows of {time} tokens after {seen} in the "
-            f"cache need {(batch, seen + time)}, or {(batch, 1, time, keys)}"
+            f"attention_mask has shape {tuple(mask.shape)}, but {batch} rows of {time} tokens after {cached} in the "
+            f"cache need {(batch, cached + time)}, or {(batch, 1, time, keys)}"
         )
 
 
 def check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | None, positions: Tensor | None) -> None:
     """Raises ValueError for positions beyond the context that the model was trained with."""
-    limit, seen = context_limit(config), _seen(past)
-    if limit is None or seen is None or seen + hidden_states.shape[1] <= limit:
+    limit, cached = context_limit(config), _cached_tokens(past)
+    if limit is None or cached is None or cached + hidden_states.shape[1] <= limit:
         return
-    last = seen + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
+    last = cached + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
     if last > limit:
         raise ValueError(
             f"{last} positions are more than the context of {limit} that the model was trained with; beyond it, the "
@@ -77,7 +77,7 @@ def check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | N
         )
 
 
-def _seen(past: Cache | None) -> int | None:
+def _cached_tokens(past: Cache | None) -> int | None:
     """Tokens in the cache; None for a static cache, whose count is on the GPU: reading it would synchronise."""
-    seen: Any = 0 if past is None else past.get_seq_length()
-    return None if isinstance(seen, Tensor) else seen
+    cached: Any = 0 if past is None else past.get_seq_length()
+    return None if isinstance(cached, Tensor) else cached
