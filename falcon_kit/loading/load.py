@@ -57,7 +57,7 @@ def load(
     tensor_parallel: int | None = None,
     **others: Any,
 ) -> Falcon:
-    """The Falcon of a name in `fk.catalogue()`, a hub id or a directory; of an adapter, the base with it added.
+    """Loads a Falcon by name of `fk.catalogue()`, hub id or directory; for an adapter, its base with the adapter added.
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
     "float16", or through bitsandbytes "int8", "nf4", "nf4-double" (4 bits, the scales quantised too).
@@ -73,7 +73,7 @@ def load(
     chat: "falcon", "hub" or "baize"; unset, the format that the checkpoint was trained in.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
-    in a notebook the processes are started here, and a `ParallelFalcon` is returned.
+    in a notebook `load` starts the processes and returns a `ParallelFalcon`.
     Raises LookupError for an unknown name, ConnectionError, FileNotFoundError, ValueError for a checkpoint or settings
     that cannot be used, and NotEnoughMemory before weights are fetched.
     """
@@ -85,7 +85,8 @@ def load(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(str(name), hub)
     planned, reason = _plan(found, settings, devices)
-    return _read(found, fetch(found), settings, planned, reason)
+    files = fetch(found)
+    return _read(found, files, settings, planned, reason)
 
 
 def _devices(settings: LoadSettings) -> tuple[Device, ...]:

@@ -170,7 +170,10 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
 
 
 def _add(model: Any, adapter: Path) -> None:
-    """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA and for offloaded layers."""
+    """Adds an adapter to a model's weights in place.
+
+    PEFT does it for more than plain LoRA, and for offloaded weights, which it moves to a device and back.
+    """
     parameters = dict(model.named_parameters())
     if adapters.fields_beyond_lora(adapter) or any(each.is_meta for each in parameters.values()):
         _attach(model, adapter).merge_and_unload(safe_merge=True)

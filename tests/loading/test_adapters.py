@@ -1,4 +1,4 @@
-"""Adapters loaded like models: added to their base's weights as those are read. PEFT's own merge is the oracle."""
+"""Adapters loaded like models: added to their base's weights while these are read. PEFT's own merge is the oracle."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def of_40b(tokenizer, tmp_path):
     return saved_adapter(tmp_path / "base", tmp_path / "wise")
 
 
-# What comes out
+# The loaded model
 
 
 def test_an_adapter_loads_as_its_base_with_the_adapter_merged(adapter, checkpoint):
@@ -78,7 +78,7 @@ def test_an_adapter_is_added_to_pickled_weights_too(tokenizer, tmp_path):
 
 
 def renamed(adapter, base):
-    """Has an adapter say that it was made for `base`."""
+    """Writes another base into an adapter's config."""
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
 
@@ -122,7 +122,7 @@ def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
     )
 
 
-# What it is called
+# Its name
 
 
 def test_an_adapter_has_the_spec_of_its_base_under_its_own_name(adapter, checkpoint):
@@ -172,7 +172,7 @@ def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
     assert loaded.spec.name == "somebody/falcon-lora"
 
 
-# What a model remembers of it
+# The digests of merged adapters
 
 
 def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
@@ -192,7 +192,7 @@ def test_a_saved_model_still_knows_what_was_merged_into_it(of_40b, tmp_path):
     assert again.model.config.merged_adapters == [adapters.digest(of_40b)]
 
 
-# What is refused, before anything is loaded
+# Refused before anything is loaded
 
 
 @pytest.mark.parametrize(

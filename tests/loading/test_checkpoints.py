@@ -1,4 +1,4 @@
-"""Checkpoints: found by name, directory or hub id; what is wrong with one is said before its weights are read."""
+"""Checkpoints: found by name, directory or hub id; errors are raised before the weights are read."""
 
 import json
 import shutil

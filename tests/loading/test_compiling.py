@@ -1,4 +1,4 @@
-"""Compiled decoding: the same text, nothing compiled twice, and refused where it would be left out."""
+"""Compiled decoding: the same text, nothing compiled twice, and an error where transformers would not compile."""
 
 import pytest
 import torch

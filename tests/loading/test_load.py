@@ -1,4 +1,4 @@
-"""`fk.load`: what it hands back equals what transformers loads; what is wrong is said before the weights are read."""
+"""`fk.load`: the model equals the one that transformers loads; errors are raised before the weights are read."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ def assert_same_logits(model, expected):
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-5, rtol=0)
 
 
-# What comes back
+# The model
 
 
 def test_the_embedded_model_gives_the_logits_that_transformers_gives():

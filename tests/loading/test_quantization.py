@@ -26,7 +26,7 @@ def relative_error(model, expected):
     return float((logits(model).float() - logits(expected)).norm() / logits(expected).norm())
 
 
-# What is kept how
+# The dtype of each part
 
 
 @each_dtype
@@ -72,7 +72,7 @@ def test_the_table_of_weights_names_every_part(directory):
     assert all(part in html for part in (*LINEAR, "word_embeddings", "ln_attn", "nf4", "bfloat16"))
 
 
-# How good they are
+# Their logits
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("int8", 0.05), ("nf4", 0.3), ("nf4-double", 0.3)])
@@ -92,12 +92,12 @@ def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
     assert [record.message for record in caplog.records] == []
 
 
-# What would happen silently
+# Layers that are not quantised
 
 
 @each_dtype
 def test_transformers_own_falcon_is_still_not_quantised(dtype, directory):
-    """The fault: the day this fails, transformers has mended it."""
+    """A fault of transformers: once this fails, it is corrected there."""
     model = FalconForCausalLM.from_pretrained(directory, quantization_config=bitsandbytes_config(dtype))
     assert model.is_quantized
     assert weights(model).quantised == 0
@@ -138,7 +138,7 @@ def test_what_is_saved_after_use_is_what_was_used(checkpoint, tmp_path, dtype):
 
 
 def test_bitsandbytes_still_saves_another_model_than_was_used(directory, tmp_path):
-    """The fault: the day this fails, bitsandbytes has mended it."""
+    """A fault of bitsandbytes: once this fails, it is corrected there."""
     if not runs_packed(fk.load(directory, dtype="nf4")):
         pytest.skip("this CPU has no AVX-512 for bfloat16: bitsandbytes packs nothing here")
     model = modeling.FalconForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""What `torchrun` runs on every rank for `test_parallel.py`: loads its part, computes, and writes down what it got."""
+"""The program that `torchrun` runs on every rank for `test_launching.py`: loads its part, computes, saves results."""
 
 import json
 import sys
@@ -19,13 +19,13 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 11, "return_d
 
 
 def mask_per_head(heads: int) -> torch.Tensor:
-    """(1, H, T, T): each head sees one token less of the past than the one before it, and always itself."""
+    """(1, H, T, T): each head attends to one token less of the past than the head before it, and always to itself."""
     back = torch.arange(5)[:, None] - torch.arange(5)
     return torch.stack([(back >= 0) & ((back == 0) | (back <= 4 - head % 4)) for head in range(heads)])[None]
 
 
 def sums_of_a_forward(model: torch.nn.Module) -> int:
-    """How often the ranks add up in one forward pass."""
+    """The number of all-reduces in one forward pass."""
     counted, real = [], dist.all_reduce
     dist.all_reduce = lambda *arguments, **more: (counted.append(1), real(*arguments, **more))[1]
     try:
@@ -43,7 +43,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def report(directory: Path) -> None:
-    """Everything about one checkpoint, beside it."""
+    """Saves all results for one checkpoint in its folder."""
     falcon = fk.load(directory, dtype="float32", tensor_parallel=2)
     model, rank = falcon.model, dist.get_rank()
     tensors = {"logits": logits(model)}

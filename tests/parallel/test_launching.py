@@ -1,4 +1,4 @@
-"""Tensor parallelism: two ranks compute what one process does, each holds its part, and a notebook may steer them."""
+"""Tensor parallelism: two ranks compute what one process does, each holds its part, and a notebook controls them."""
 
 import functools
 import json
@@ -165,7 +165,7 @@ def test_a_stream_that_one_rank_closes_ends_at_the_same_token_on_all(facts):
 
 @pytest.fixture
 def pretended(request):
-    """torch.distributed with as many ranks as asked for, of which only this one is there."""
+    """torch.distributed with a number of ranks of which only this process exists."""
     dist.init_process_group("fake", store=FakeStore(), rank=request.param - 1, world_size=request.param)
     yield request.param
     dist.destroy_process_group()
@@ -195,7 +195,7 @@ def test_a_plan_for_ranks_that_does_not_fit_says_how_many_would():
     assert (plan.fits, plan.suggestions[0]) == (False, "tensor_parallel=4 on 4 x A10G")
 
 
-# Refused beforehand
+# Refused before workers start
 
 
 @pytest.fixture
@@ -230,14 +230,14 @@ def test_a_single_kv_head_is_refused_with_the_alternatives(tokenizer, tmp_path):
 
 @pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize(
-    ("told", "text"),
+    ("variables", "text"),
     [
         ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "launcher started 4: torchrun --nproc-per-node 2"),
         ({"RANK": "0"}, "RANK is set, as by a launcher, but not LOCAL_RANK, WORLD_SIZE"),
     ],
 )
-def test_a_launcher_that_says_otherwise_is_refused(monkeypatch, told, text):
-    for name, value in told.items():
+def test_a_launcher_that_says_otherwise_is_refused(monkeypatch, variables, text):
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=text):
         fk.load("falconet", tensor_parallel=2)
