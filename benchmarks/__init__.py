@@ -2,4 +2,4 @@
 
 
 class CannotRun(Exception):
-    """This machine lacks what a benchmark needs; the message says what."""
+    """A benchmark needs something that this machine does not have; the message names it."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME ...]: runs the named benchmarks, or all that this machine can run.
+"""python -m benchmarks [NAME ...]: runs the named benchmarks, or all that can run on this machine.
 
 Writes benchmarks/results/NAME.json, and NAME.png where the benchmark has a `draw`.
 """

@@ -1,8 +1,8 @@
-"""Decoding on a CPU: transformers, the kit and llama.cpp on the same weights, taking turns.
+"""Decoding on a CPU: transformers, the kit and llama.cpp with the same weights, in alternating rounds.
 
-A random Falcon with the ratios of the 40B (16 query heads to a KV head), small enough for two cores. A step is one new
-token in every row, after a cache that already holds `context` tokens. The least it can do is to read all weights and
-the cache once; how fast memory can be read is measured in the same rounds. llama.cpp comes with the extra "bench".
+The model is a random Falcon with the ratios of the 40B (16 query heads per KV head), small enough for two cores. A step
+generates one token in every row, with a cache of `context` tokens. The minimum time of a step is that for reading all
+weights and the cache once; memory bandwidth is measured in the same rounds. The extra "bench" installs llama.cpp.
 """
 
 import importlib.util
@@ -27,10 +27,15 @@ SHAPE = FalconSpec(
 )
 BATCHES, CONTEXTS = (1, 4, 8, 16), (512, 1000, 2000)
 PROMPTS = (512, 2000)
-ROUNDS = {1: 21, 4: 9, 8: 9, 16: 7}  # by batch: of short steps more, for they are the noisier; the first warms up
+ROUNDS = {
+    1: 21,
+    4: 9,
+    8: 9,
+    16: 7,
+}  # by batch size: more rounds for short steps, whose times vary more; the first round is a warm-up
 COLOURS = {"transformers": "#D55E00", "kit": "#0072B2", "llama.cpp": "#009E73"}  # Okabe and Ito's
-_MEMORY, _BLOCK = "memory", torch.ones(2**26)  # 256 MiB, which no cache keeps
-_PAUSE = 0.05  # seconds: torch's threads spin on after their work, and would take a core from llama.cpp's
+_MEMORY, _BLOCK = "memory", torch.ones(2**26)  # 256 MiB, larger than any CPU cache
+_PAUSE = 0.05  # seconds: torch's threads spin for a while after their work and would slow llama.cpp down
 
 
 class Torch:
@@ -41,23 +46,23 @@ class Torch:
         self._cache, self._tokens = DynamicCache(), torch.zeros(1, 1, dtype=torch.long)
 
     def fill(self, batch: int, context: int) -> None:
-        """A cache of `context` tokens in each of `batch` rows, with as many heads as this model caches."""
+        """Makes a random cache of `context` tokens for `batch` rows, with as many heads as this model caches."""
         with torch.inference_mode():
             heads = self.model(torch.tensor([[7]])).past_key_values.layers[0].keys.shape[1]
             self._tokens = torch.full((batch, 1), 7)
             self._cache = DynamicCache()
             for layer in range(self.model.config.num_hidden_layers):
-                one = torch.randn(batch, heads, context, self.model.config.head_dim, dtype=self.model.dtype)
-                self._cache.update(one, one.clone(), layer)
+                keys = torch.randn(batch, heads, context, self.model.config.head_dim, dtype=self.model.dtype)
+                self._cache.update(keys, keys.clone(), layer)
 
     def step(self) -> None:
-        """One new token in every row, taken back afterwards."""
+        """Decodes one token in every row, then removes it from the cache."""
         with torch.inference_mode():
             self.model(self._tokens, past_key_values=self._cache)
             self._cache.crop(-1)
 
     def prefill(self, ids: list[int]) -> torch.Tensor:
-        """Reads a prompt into an empty cache and returns the logits (V,) after its last token."""
+        """Prefills an empty cache and returns the logits (V,) after the last token."""
         with torch.inference_mode():
             return self.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()
 
@@ -68,7 +73,7 @@ class Torch:
 
 
 def run() -> dict[str, Any]:
-    """Medians of alternating rounds, in milliseconds, and as ratios."""
+    """Medians of alternating rounds in milliseconds, and their ratios."""
     contestants = _contestants()
     prefill = {str(length): _prefill(contestants, length) for length in PROMPTS}
     cells = [_cell(contestants, batch, context) for context in CONTEXTS for batch in BATCHES]
@@ -82,7 +87,7 @@ def run() -> dict[str, Any]:
 
 
 def _contestants() -> dict[str, Any]:
-    """transformers, the kit and, where it is installed, llama.cpp, on the same weights."""
+    """transformers, the kit and, if it is installed, llama.cpp, with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = FalconConfig(**SHAPE.to_config())
@@ -95,7 +100,7 @@ def _contestants() -> dict[str, Any]:
     )
     contestants: dict[str, Any] = {"transformers": Torch(stock), "kit": Torch(kit)}
     if importlib.util.find_spec("llama_cpp") is None:
-        print('llama.cpp is not installed and is left out: pip install "falcon-kit[bench]"')
+        print('llama.cpp is not installed and is not measured: pip install "falcon-kit[bench]"')
         return contestants
     from benchmarks._llama_cpp import LlamaCpp
     from falcon_kit.serving.gguf import write_gguf
@@ -108,59 +113,59 @@ def _contestants() -> dict[str, Any]:
 
 
 def _check_agreement(contestants: Mapping[str, Any]) -> None:
-    """The contestants must compute the same thing, or their times mean nothing."""
+    """Raises RuntimeError if the contestants compute different logits."""
     ids = list(range(100, 164))
     expected = contestants["transformers"].prefill(ids)
     for name, contestant in contestants.items():
         logits = torch.as_tensor(contestant.prefill(ids))
-        if (likeness := torch.cosine_similarity(logits, expected, dim=0)) < 0.999:
-            raise RuntimeError(f"{name} computes other logits than transformers: cosine {likeness:.4f}")
+        if (cosine := torch.cosine_similarity(logits, expected, dim=0)) < 0.999:
+            raise RuntimeError(f"{name} and transformers compute different logits: cosine similarity {cosine:.4f}")
 
 
 def _prefill(contestants: Mapping[str, Any], length: int) -> dict[str, float]:
     ids = [(7 * at) % SHAPE.vocabulary for at in range(length)]
-    taken = _alternate({name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}, 5)
-    return {name: round(seconds * 1000, 1) for name, seconds in taken.items()}
+    medians = _alternate({name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}, 5)
+    return {name: round(seconds * 1000, 1) for name, seconds in medians.items()}
 
 
 def _cell(contestants: Mapping[str, Any], batch: int, context: int) -> dict[str, Any]:
-    """One batch size and context: milliseconds a step, cache, share of the bandwidth."""
+    """One batch size and context: milliseconds per step, cache bytes, share of the memory bandwidth."""
     for contestant in contestants.values():
         contestant.fill(batch, context)
-    taken = _alternate({name: each.step for name, each in contestants.items()} | {_MEMORY: _BLOCK.sum}, ROUNDS[batch])
-    bandwidth = _BLOCK.nbytes / taken.pop(_MEMORY)
-    kept = SHAPE.kv_bytes_per_token() * batch * context
-    least = (2 * SHAPE.parameters + kept) / bandwidth
+    medians = _alternate({name: each.step for name, each in contestants.items()} | {_MEMORY: _BLOCK.sum}, ROUNDS[batch])
+    bandwidth = _BLOCK.nbytes / medians.pop(_MEMORY)
+    cache_bytes = SHAPE.kv_bytes_per_token() * batch * context
+    minimum = (2 * SHAPE.parameters + cache_bytes) / bandwidth
     caches = {name: contestants[name].cache_bytes for name in ("transformers", "kit")}
-    if caches["kit"] != kept:
-        raise RuntimeError(f"the kit's cache holds {caches['kit']} bytes, the architecture's number is {kept}")
+    if caches["kit"] != cache_bytes:
+        raise RuntimeError(f"the kit's cache has {caches['kit']} bytes, expected {cache_bytes}")
     cell = {
         "batch": batch,
         "context": context,
-        "ms per step": {name: round(seconds * 1000, 1) for name, seconds in taken.items()},
-        "kit is faster by": {name: round(each / taken["kit"], 2) for name, each in taken.items() if name != "kit"},
+        "ms per step": {name: round(seconds * 1000, 1) for name, seconds in medians.items()},
+        "kit is faster by": {name: round(each / medians["kit"], 2) for name, each in medians.items() if name != "kit"},
         "cache bytes": caches,
         "memory bandwidth, GB/s": round(bandwidth / 1e9, 1),
-        "share of bandwidth": {name: round(least / seconds, 2) for name, seconds in taken.items()},
+        "share of bandwidth": {name: round(minimum / seconds, 2) for name, seconds in medians.items()},
     }
     print(cell)
     return cell
 
 
 def _alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns; the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    """Median seconds of each contestant over alternating rounds; the first round is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, turn in contestants.items():
+        for name, run_once in contestants.items():
             time.sleep(_PAUSE)
             start = time.perf_counter()
-            turn()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+            run_once()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def draw(figures: Mapping[str, Any]) -> Figure:
-    """Milliseconds per step over the batch, a panel for each context."""
+    """Milliseconds per step over the batch size, one panel per context length."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, len(CONTEXTS), sharey=True)
     for axes, context in zip(panels, CONTEXTS, strict=True):

@@ -1,8 +1,8 @@
-"""A Falcon in its true size with random weights on one GPU: memory, and tokens per second against the bandwidth floor.
+"""A full-size Falcon with random weights on one GPU: memory, and tokens per second relative to the bandwidth limit.
 
-The 40B where a GPU has 100 GB, the 7B on smaller ones. transformers and the kit share the same weights, each eager and
-with the compiled step of transformers' `generate`. The floor is what one step has to read, all weights and the cache
-once, at the bandwidth that copying memory reaches on this GPU.
+Measures the 40B on a GPU with 100 GB, else the 7B. transformers and the kit use the same weights, each in eager mode
+and with the compiled decoding step of transformers' `generate`. The bandwidth limit is the time to read all weights and
+the cache once, at the bandwidth measured for copying memory on this GPU.
 """
 
 import gc
@@ -21,11 +21,11 @@ from falcon_kit.model import modeling
 
 BATCHES, CONTEXT, NEW_TOKENS = (1, 8, 32), 2000, 40
 NEEDS = {"falcon-40b": 100e9, "falcon-7b": 18e9}
-"""Bytes of GPU memory from which a model is measured: its weights, and room for caches and the prefill."""
+"""Bytes of GPU memory that each model needs: weights, caches and the prefill."""
 
 
 def run() -> dict[str, Any]:
-    """Refuses without a GPU that is large enough."""
+    """Measures the largest Falcon that fits. Raises CannotRun without a GPU of at least 18 GB."""
     if not torch.cuda.is_available():
         raise CannotRun("torch finds no GPU; the 40B needs one of 100 GB, the 7B one of 18 GB")
     total = torch.cuda.mem_get_info()[1]
@@ -38,7 +38,7 @@ def run() -> dict[str, Any]:
 def measure(
     shape: FalconSpec, device: torch.device, batches: tuple[int, ...], context: int, compiled: CompileConfig | None
 ) -> dict[str, Any]:
-    """Every contestant at every batch size; `compiled` None leaves the compiled ones out."""
+    """Every contestant at every batch size; with `compiled=None` only in eager mode."""
     models = _models(shape, device)
     bandwidth = _bandwidth(device)
     options: dict[str, dict[str, Any]] = {"eager": {}}
@@ -62,67 +62,67 @@ def measure(
 
 
 def _models(shape: FalconSpec, device: torch.device) -> dict[str, FalconForCausalLM]:
-    """transformers' model and the kit's on the same random bfloat16 weights, drawn where they stay."""
+    """transformers' model and the kit's with the same random bfloat16 weights, generated on `device`."""
     config = FalconConfig(**shape.to_config())
     with torch.device("meta"):
         models = {"transformers": FalconForCausalLM(config), "kit": modeling.FalconForCausalLM(config)}
-    drawn = {name: _draw(tensor.shape, device) for name, tensor in models["kit"].named_parameters()}
+    weights = {name: _random_weight(tensor.shape, device) for name, tensor in models["kit"].named_parameters()}
     for model in models.values():
-        model.load_state_dict(drawn, strict=False, assign=True)
+        model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
-        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config).to(device)  # buffers leave meta
+        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config).to(device)  # its buffers are on meta
         model.eval()
     return models
 
 
-def _draw(shape: torch.Size, device: torch.device) -> torch.nn.Parameter:
+def _random_weight(shape: torch.Size, device: torch.device) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02), False)
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes per second read and written in copying a gigabyte: the median of ten."""
+    """Bytes per second, read and written, for copying a gigabyte: the median of ten copies."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
-    taken = [_seconds(lambda: target.copy_(source), device) for _ in range(11)][1:]
-    return 2 * source.nbytes / statistics.median(taken)
+    seconds = [_seconds(lambda: target.copy_(source), device) for _ in range(11)][1:]
+    return 2 * source.nbytes / statistics.median(seconds)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    _synchronize(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass
 class Decoding:
-    """One contestant's run: seconds between tokens, and peak bytes; None for what did not fit."""
+    """One contestant's decoding: seconds between tokens, and peak bytes; None if it ran out of memory."""
 
     seconds: float | None
     peak_bytes: int | None
 
     def figures(self, shape: FalconSpec, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
-        """As the result file has them."""
+        """The figures as the result file contains them."""
         if self.seconds is None:
             return {"fits": False}
-        least = (2 * shape.parameters + shape.kv_bytes_per_token() * batch * context) / bandwidth
+        minimum = (2 * shape.parameters + shape.kv_bytes_per_token() * batch * context) / bandwidth
         return {
             "fits": True,
             "ms per step": round(self.seconds * 1000, 2),
             "tokens/s": round(batch / self.seconds, 1),
-            "share of the bandwidth floor": round(least / self.seconds, 3),
+            "share of the bandwidth floor": round(minimum / self.seconds, 3),
             "peak GB": None if self.peak_bytes is None else round(self.peak_bytes / 1e9, 1),
         }
 
 
 def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[str, Any]) -> Decoding:
-    """Median seconds between the tokens of the second of two generations: compilation falls into the first."""
+    """Median seconds between tokens in the second of two generations; the first one includes compilation."""
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -150,13 +150,13 @@ def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token is there; stops nothing."""
+    """Records the time of each token; never stops the generation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.ticks: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        _wait(self.device)
+        _synchronize(self.device)
         self.ticks.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

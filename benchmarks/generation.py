@@ -1,7 +1,7 @@
-"""What the kit's generation costs on top of transformers': the same greedy tokens by four roads, alternating.
+"""The overhead of the kit's generation over transformers': the same greedy tokens generated in four ways, alternating.
 
-The kit watches each token (stop strings, log-probabilities, statistics). On Falconet, where a forward pass takes a few
-milliseconds, that weighs as much as it ever can; on a larger model the same work disappears behind the model's.
+The kit does work for each token (stop strings, log-probabilities, statistics). Falconet shows the largest possible
+overhead, because its forward pass takes only a few milliseconds; on a larger model the overhead is negligible.
 """
 
 import statistics
@@ -19,16 +19,16 @@ PROMPT = fk.CARD.prompt
 
 
 def run() -> dict[str, Any]:
-    """Median milliseconds per token of each road, and each as a ratio to transformers' `generate`."""
+    """Median milliseconds per token of each way, and the ratio of each to transformers' `generate`."""
     falcon = fk.load("falconet")
-    roads = _roads(falcon)
-    taken: dict[str, list[float]] = {name: [] for name in roads}
+    ways = _ways(falcon)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):  # the first round warms up
-        for name, road in roads.items():
+        for name, run_once in ways.items():
             start = time.perf_counter()
-            road()
-            taken[name].append((time.perf_counter() - start) / NEW_TOKENS * 1000)
-    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+            run_once()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[1:]) / NEW_TOKENS * 1000 for name, times in seconds.items()}
     peer = medians["transformers generate"]
     return {
         "model": "falconet",
@@ -39,8 +39,8 @@ def run() -> dict[str, Any]:
     }
 
 
-def _roads(falcon: fk.Falcon) -> dict[str, Callable[[], Any]]:
-    """Ways to write `NEW_TOKENS` tokens after `PROMPT`, the end token switched off so that all write as many."""
+def _ways(falcon: fk.Falcon) -> dict[str, Callable[[], Any]]:
+    """Ways to generate exactly `NEW_TOKENS` tokens after `PROMPT`; the end-of-sequence token is suppressed."""
     model, tokenizer = falcon
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)

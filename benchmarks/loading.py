@@ -1,7 +1,7 @@
-"""Loading a sharded checkpoint: the kit, transformers' from_pretrained and accelerate, each time in a new process.
+"""Loading a sharded checkpoint: the kit, transformers' from_pretrained and accelerate, each in a new process per round.
 
-Seconds include one token, since weights that are mapped into memory are only read when they are used. "Above the
-model" is the process's own memory at its highest while loading, less what it had before and what the weights take.
+The seconds include the forward pass of one token, because memory-mapped weights are only read when they are used.
+"Above the model" is the process's peak memory while loading, minus its memory before and minus the weights.
 """
 
 import statistics
@@ -17,7 +17,7 @@ ROUNDS = 5
 
 
 def run() -> dict[str, Any]:
-    """Medians of alternating rounds; all read the same files, which the first round brings into the system's cache."""
+    """Medians of alternating rounds. All ways read the same files; the first round fills the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         directory = checkpoint(Path(folder) / "falcon", SHAPE.to_config(), max_shard_size="200MB")
         shards = [file.stat().st_size for file in directory.glob("*.safetensors")]
@@ -34,11 +34,11 @@ def run() -> dict[str, Any]:
     }
 
 
-def _figures(rounds: list[dict[str, Any]], largest: int) -> dict[str, Any]:
+def _figures(rounds: list[dict[str, Any]], largest_shard: int) -> dict[str, Any]:
     above = statistics.median(each["peak while loading"] - each["before"] - each["weights"] for each in rounds)
     return {
         "seconds": round(statistics.median(each["seconds"] for each in rounds), 2),
         "weights, bytes": rounds[0]["weights"],
         "above the model, bytes": int(above),
-        "above the model, in largest shards": round(above / largest, 2),
+        "above the model, in largest shards": round(above / largest_shard, 2),
     }

@@ -1,7 +1,7 @@
-"""Plans beside measured memory: a grid of small Falcons, dtypes, contexts and batches, each in a process of its own.
+"""Plans compared with measured memory: a grid of small Falcons, dtypes, contexts and batch sizes, one process each.
 
-Every model is loaded by `fk.load` from a checkpoint and reads a whole context in every row; the figures are what the
-process had in memory at its highest, in the median of three, and what weights and cache hold.
+Every model is loaded by `fk.load` from a checkpoint and prefills a full context in every row. The figures are the peak
+memory of the process (the median of three runs), and the bytes of weights and cache.
 """
 
 import statistics
@@ -30,7 +30,7 @@ LAYOUTS = {
         "bias": True,
     },
 }
-ROUNDS = 3  # the allocator's share of the peak varies from process to process
+ROUNDS = 3  # the allocator's part of the peak differs between processes
 ROWS, LONG = (512, 8), (2048, 1)
 DTYPES = ("float32", "bfloat16", "int8", "nf4", "nf4-double")
 GRID = {
@@ -41,19 +41,21 @@ GRID = {
 
 
 def run() -> dict[str, Any]:
-    """Predicted and measured, and how far apart they are."""
+    """Predicted and measured bytes, and the relative error of the prediction."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for layout in LAYOUTS:
             directory = checkpoint(Path(folder) / layout, SIZE | LAYOUTS[layout])
             rows += [{"layout": layout} | _cell(directory, *cell) for cell in GRID[layout]]
-    off = {part: [abs(row[part]["off by"]) for row in rows] for part in ("weights", "cache", "peak")}
+    errors = {part: [abs(row[part]["off by"]) for row in rows] for part in ("weights", "cache", "peak")}
     summary = {"at most": max, "median": statistics.median}
-    return {f"off by, {word}": {part: of(off[part]) for part in off} for word, of in summary.items()} | {"rows": rows}
+    return {f"off by, {word}": {part: of(errors[part]) for part in errors} for word, of in summary.items()} | {
+        "rows": rows
+    }
 
 
 def checkpoint(directory: Path, config: dict[str, Any], **saving: Any) -> Path:
-    """A random bfloat16 model of that config, saved with Falconet's tokenizer."""
+    """Saves a random bfloat16 model of that config, with Falconet's tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         modeling.FalconForCausalLM(FalconConfig(**config)).to(torch.bfloat16).save_pretrained(directory, **saving)
@@ -65,10 +67,10 @@ def checkpoint(directory: Path, config: dict[str, Any], **saving: Any) -> Path:
 def _cell(directory: Path, dtype: str, context: int, batch: int) -> dict[str, Any]:
     plan = fk.plan(directory, dtype, context=context, batch=batch, devices=[Device("cpu", "cpu", 2**40)])
     rounds = [measured("kit", directory, dtype=dtype, context=context, batch=batch) for _ in range(ROUNDS)]
-    found = {part: int(statistics.median(each[part] for each in rounds)) for part in ("weights", "cache", "peak")}
+    measurement = {part: int(statistics.median(each[part] for each in rounds)) for part in ("weights", "cache", "peak")}
     predicted = {"weights": plan.weight_bytes, "cache": plan.kv_bytes, "peak": plan.total_bytes}
     compared = {
-        part: {"predicted": size, "measured": found[part], "off by": round(size / found[part] - 1, 3)}
+        part: {"predicted": size, "measured": measurement[part], "off by": round(size / measurement[part] - 1, 3)}
         for part, size in predicted.items()
     }
     row = {"dtype": dtype, "context": context, "batch": batch, **compared}

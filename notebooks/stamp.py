@@ -1,9 +1,10 @@
-"""Execute notebooks in place, on the embedded model, and stamp them with the hash of their source.
+"""Executes notebooks in place, on the embedded model, and stamps them with the hash of their source.
 
-python notebooks/stamp.py              every notebook and every solution
-python notebooks/stamp.py PATH ...     these only
+    python notebooks/stamp.py              # every notebook and every solution
+    python notebooks/stamp.py PATH ...     # only these
 
-The stamp proves that the committed outputs belong to the committed source: tests/test_notebooks.py compares the two.
+The stamp shows that the committed outputs belong to the committed source: tests/project/test_notebooks.py compares the
+two.
 """
 
 import base64
@@ -20,29 +21,29 @@ from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-LARGEST_WIDGET_STATE = 30_000  # bytes; beyond that the text a widget also prints has to do
+LARGEST_WIDGET_STATE = 30_000  # bytes; a larger widget is shown by its text output only
 
 
 def source_hash(notebook: NotebookNode) -> str:
-    """SHA-256 of what the author wrote: the type and source of every cell, and nothing that running adds."""
+    """SHA-256 of the type and source of every cell, without outputs and metadata."""
     cells = [[cell.cell_type, cell.source] for cell in notebook.cells]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Keep only metadata that is the same on every machine and at every run."""
+    """Keeps only metadata that is the same on every machine and in every run."""
     kept = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
     kept["language_info"] = {"name": "python"}
     widgets = notebook.metadata.get("widgets")
     if widgets and len(json.dumps(widgets)) <= LARGEST_WIDGET_STATE:
         kept["widgets"] = widgets
     notebook.metadata = nbformat.from_dict(kept)
-    notebook.nbformat_minor = 5  # the first with cell ids
+    notebook.nbformat_minor = 5  # the first version with cell ids
 
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps
-        # Ids from content: a cell keeps its id when others come and go, so a diff shows only what changed.
+        # Ids from content: a cell keeps its id when other cells change, so a diff shows only changed cells.
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
         seen[digest] += 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
@@ -52,7 +53,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def save_picture(notebook: NotebookNode, path: Path) -> None:
-    """The picture of the cell tagged "readme", if there is one, becomes docs/<name of the notebook>.png."""
+    """Writes the picture of the cell tagged "readme", if there is one, to docs/<name of the notebook>.png."""
     for cell in notebook.cells:
         if "readme" in cell.metadata.get("tags", []):
             encoded = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
@@ -60,13 +61,13 @@ def save_picture(notebook: NotebookNode, path: Path) -> None:
 
 
 def stamp(path: Path) -> None:
-    """Execute one notebook in its own folder; the file changes only if every cell succeeds."""
+    """Executes one notebook in its own folder; the file changes only if every cell succeeds."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
     client.record_timing = False
-    client.coalesce_streams = True  # one output per stream, however the text happened to arrive
-    # No news here: the kernel's remarks on its transport, and bitsandbytes' on a kernel that it would download.
+    client.coalesce_streams = True  # one output per stream, however the text is split on arrival
+    # Hides the kernel's warnings about its transport, and bitsandbytes' about a kernel that it cannot download.
     quiet = "import logging; logging.getLogger('bitsandbytes').setLevel('ERROR')"
     client.extra_arguments = ["--log-level=ERROR", f"--IPKernelApp.exec_lines={quiet}"]
     client.execute()
@@ -77,7 +78,7 @@ def stamp(path: Path) -> None:
 
 
 def main() -> None:
-    """Stamp the notebooks named on the command line, or all of them."""
+    """Command line: stamps the named notebooks, or all of them."""
     os.environ.pop("FALCON_KIT_MODEL", None)  # committed outputs come from the embedded model
     os.environ["HF_HUB_OFFLINE"] = "1"
     everything = [*sorted(HERE.glob("[0-9]*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]

@@ -1,4 +1,4 @@
-"""What every test relies on: no network, the embedded model, and reproducible examples."""
+"""For all tests: no network, the embedded model, reproducible examples, and the marker of slow tests."""
 
 import json
 import os
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 # Before anything imports transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A reader's choice of model must not reach the tests, nor the notebooks that run beside them.
+# The user's choice of model must not affect the tests and the notebooks that run with them.
 os.environ.pop("FALCON_KIT_MODEL", None)
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what Ctrl-C does is a subject here.
+# A shell that starts the tests in the background makes them ignore SIGINT, but some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Time is never what a property is about, and machines are busy: neither deadlines nor the check on slow inputs.
+# No property is about time, and machines can be busy: no deadlines, no check for slow inputs.
 settings.register_profile(
     "falcon-kit",
     deadline=None,
@@ -32,6 +32,17 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("falcon-kit")
+
+
+SLOW = {*Path(__file__).with_name("slow.txt").read_text().split()}
+"""Names of the test functions that take more than a second, from tests/slow.txt."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the slow tests: those of `SLOW`, and all tests in a browser."""
+    for item in items:
+        if getattr(item, "originalname", None) in SLOW or item.path.parent.name == "browser":
+            item.add_marker(pytest.mark.slow)
 
 
 LAYOUTS = {
@@ -47,7 +58,7 @@ LAYOUTS = {
         "bias": True,
     },
 }
-"""The published layouts, as arguments of FalconConfig; the other sizes are small_config's."""
+"""The published layouts, as arguments of FalconConfig; `small_config` adds the sizes."""
 
 
 def small_config(layout: str, **changes: Any) -> "FalconConfig":
@@ -59,7 +70,7 @@ def small_config(layout: str, **changes: Any) -> "FalconConfig":
 
 
 def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":
-    """A model of `small_config` with the same random weights at every call, spread so that no two tokens are alike."""
+    """A model of `small_config` with the same random weights at every call, large enough that all tokens differ."""
     import torch
     from transformers import FalconForCausalLM
 
@@ -69,7 +80,7 @@ def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":
 
 
 def logits(model: "FalconForCausalLM") -> "torch.Tensor":
-    """What a model makes of a few fixed tokens."""
+    """The logits of a few fixed tokens."""
     import torch
 
     with torch.inference_mode():
@@ -77,7 +88,7 @@ def logits(model: "FalconForCausalLM") -> "torch.Tensor":
 
 
 def legacy(directory: Path, layout: str, tokenizer: "PreTrainedTokenizerBase") -> Path:
-    """A checkpoint as published in 2023: RefinedWeb config, pickled shards with an index, remote code beside them."""
+    """A checkpoint as published in 2023: RefinedWeb config, pickled shards with an index, and remote code."""
     import torch
 
     directory.mkdir()
@@ -102,11 +113,11 @@ def legacy(directory: Path, layout: str, tokenizer: "PreTrainedTokenizerBase") -
     (directory / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
     names = sorted(model.state_dict())
     shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, held in shards.items():
-        torch.save({name: model.state_dict()[name].clone() for name in held}, directory / file)
+    for file, stored in shards.items():
+        torch.save({name: model.state_dict()[name].clone() for name in stored}, directory / file)
     index = {
         "metadata": {"total_size": 1},
-        "weight_map": {name: file for file, held in shards.items() for name in held},
+        "weight_map": {name: file for file, stored in shards.items() for name in stored},
     }
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     tokenizer.save_pretrained(directory)
@@ -121,7 +132,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def instruct() -> "Falcon":
-    """falconet-instruct as everybody loads it."""
+    """falconet-instruct, loaded with the defaults."""
     import falcon_kit as fk
 
     return fk.load("falconet-instruct")
@@ -135,7 +146,7 @@ def tokenizer(instruct: "Falcon") -> "PreTrainedTokenizerBase":
 
 @pytest.fixture
 def checkpoint(layout: str, tokenizer: "PreTrainedTokenizerBase", tmp_path: Path) -> Path:
-    """A directory with a small model of the layout and a tokenizer, as `save_pretrained` writes it."""
+    """A directory with a small model of the layout and a tokenizer, written by `save_pretrained`."""
     small_model(layout).save_pretrained(tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"

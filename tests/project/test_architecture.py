@@ -1,8 +1,9 @@
-"""The package has the shape that ARCHITECTURE.md describes: one order of modules, and a light import."""
+"""The package has the structure that ARCHITECTURE.md describes: one import order, small parts, a light import."""
 
 import ast
 import inspect
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ ROOT = PACKAGE.parent
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 README = (ROOT / "README.md").read_text()
 
-# Items of the list of folders: - `display/` (no torch): what it holds
+# Items of the list of folders: - `display/` (no torch): what it contains
 FOLDERS = dict(re.findall(r"^- `(\w+)/`( \(no torch\)|):", PAGE, re.MULTILINE))
 ORDER = list(FOLDERS)
 HEAVY = {"torch", "transformers"}
@@ -29,11 +30,12 @@ def folder_of(path: Path) -> str:
 
 
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-INSIDE = {name: path for name, path in FILES.items() if name != "__init__.py"}  # which is the public list
+INSIDE = {name: path for name, path in FILES.items() if name != "__init__.py"}  # that one is the public list
+LINES = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
 
 
 def entries(folder: str) -> dict[str, str]:
-    """The files and folders that a folder's docstring lists, in order, each with what is said of it."""
+    """The files and folders that a folder's docstring lists, in order, each with its description."""
     page = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())) or ""
     return dict(re.findall(r"^(\w+(?:\.py|/)) +(.+)$", page, re.MULTILINE))
 
@@ -41,14 +43,14 @@ def entries(folder: str) -> dict[str, str]:
 ENTRIES = {folder: entries(folder) for folder in ORDER}
 LIGHT = [
     f"{folder}/{entry}"
-    for folder, held in ENTRIES.items()
-    for entry, text in held.items()
+    for folder, listed in ENTRIES.items()
+    for entry, text in listed.items()
     if entry.endswith(".py") and (FOLDERS[folder] or text.endswith("(no torch)"))
 ]
 
 
 def imported(path: Path, body: ast.AST) -> Iterator[str]:
-    """Absolute dotted names of everything that `body`, a part of the file at `path`, imports."""
+    """Absolute dotted names of all imports in `body`, a part of the file at `path`."""
     folder = ("falcon_kit", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(body):
         if isinstance(node, ast.Import):
@@ -60,7 +62,7 @@ def imported(path: Path, body: ast.AST) -> Iterator[str]:
 
 
 def runs_at_import(tree: ast.Module) -> ast.Module:
-    """The tree without function bodies and `if TYPE_CHECKING:` blocks, whose imports happen later or never."""
+    """The tree without function bodies and `if TYPE_CHECKING:` blocks, whose imports run later or never."""
 
     class Prune(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -74,10 +76,12 @@ def runs_at_import(tree: ast.Module) -> ast.Module:
     return Prune().visit(tree)
 
 
-def heavy_modules_after(statement: str) -> list[str]:
-    """Which of torch and transformers a fresh interpreter has loaded after running a statement."""
-    code = f"import sys\n{statement}\nprint(*sorted({HEAVY} & sys.modules.keys()))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+def third_party_after(statement: str) -> set[str]:
+    """Packages that a statement loads in a fresh interpreter, without the standard library and the kit."""
+    code = f"import sys\nbefore = {{*sys.modules}}\n{statement}\nprint(*{{*sys.modules}} - before)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {module.partition(".")[0] for module in ended.stdout.split()}
+    return loaded - sys.stdlib_module_names - {"falcon_kit"}
 
 
 # One order
@@ -111,18 +115,18 @@ def test_architecture_md_lists_every_folder():
 
 
 @pytest.mark.parametrize("folder", ORDER)
-def test_a_folders_docstring_lists_what_it_holds(folder):
-    held = {path.name + ("" if path.suffix else "/") for path in (PACKAGE / folder).iterdir() if holds_python(path)}
-    assert sorted(ENTRIES[folder]) == sorted(held - {"__init__.py"})
+def test_a_folders_docstring_lists_its_files(folder):
+    files = {path.name + ("" if path.suffix else "/") for path in (PACKAGE / folder).iterdir() if holds_python(path)}
+    assert sorted(ENTRIES[folder]) == sorted(files - {"__init__.py"})
 
 
 def holds_python(path: Path) -> bool:
     return path.suffix == ".py" or (path / "__init__.py").is_file()
 
 
-@pytest.mark.parametrize("name", [name for name in INSIDE if not name.endswith("__init__.py")])
-def test_a_file_is_tested_where_its_folder_is(name):
-    assert (ROOT / "tests" / folder_of(INSIDE[name])).is_dir()
+def test_the_folders_of_tests_mirror_those_of_the_package():
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders == {*ORDER, "browser", "project"}
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
@@ -141,11 +145,33 @@ def test_helpers_live_with_their_only_caller():
     assert [name for name in FILES if Path(name).name in {"utils.py", "helpers.py", "common.py", "misc.py"}] == []
 
 
+# Small parts
+
+
+def test_no_file_is_longer_than_350_lines():
+    assert {name: lines for name, lines in LINES.items() if lines > 350} == {}
+
+
+def test_the_package_has_at_most_15200_lines():
+    assert sum(LINES.values()) <= 15_200
+
+
+def test_functions_are_short():
+    lengths = {
+        f"{name}::{node.name}": node.end_lineno - node.lineno + 1
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 50} == {}
+    assert statistics.median(lengths.values()) <= 8
+
+
 # A light import
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_a_light_file_asks_for_no_torch_when_imported(name):
+def test_a_light_file_imports_no_torch(name):
     path = FILES[name]
     tree = runs_at_import(ast.parse(path.read_text()))
     assert {module.partition(".")[0] for module in imported(path, tree)} & HEAVY == set()
@@ -154,15 +180,15 @@ def test_a_light_file_asks_for_no_torch_when_imported(name):
 @pytest.mark.parametrize("folder", sorted({name.partition("/")[0] for name in LIGHT}))
 def test_light_files_load_no_torch_through_others(folder):
     modules = [name.removesuffix(".py").replace("/", ".") for name in LIGHT if name.startswith(f"{folder}/")]
-    assert heavy_modules_after("; ".join(f"import falcon_kit.{module}" for module in modules)) == []
+    assert third_party_after("; ".join(f"import falcon_kit.{module}" for module in modules)) & HEAVY == set()
 
 
-def test_importing_the_kit_loads_no_torch():
-    assert heavy_modules_after("import falcon_kit") == []
+def test_importing_the_kit_loads_only_psutil_and_the_standard_library():
+    assert third_party_after("import falcon_kit") == {"psutil"}
 
 
-def test_listing_the_kit_loads_no_torch():
-    assert heavy_modules_after("import falcon_kit; assert set(falcon_kit.__all__) <= set(dir(falcon_kit))") == []
+def test_listing_the_kit_loads_no_more():
+    assert third_party_after("import falcon_kit; assert {*falcon_kit.__all__} <= {*dir(falcon_kit)}") == {"psutil"}
 
 
 # The public list
@@ -173,10 +199,20 @@ def test_a_public_name_has_a_docstring(name):
     public = getattr(falcon_kit, name)
     documentation = inspect.getdoc(public)
     assert documentation
-    # The signature that a dataclass writes for itself explains nothing.
+    # A dataclass without a docstring gets its signature as docstring.
     assert not documentation.startswith(f"{name}(")
 
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = falcon_kit.no_such_name
+
+
+# Slow tests
+
+
+def test_every_slow_test_exists():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    slow = (ROOT / "tests/slow.txt").read_text().split()
+    assert [name for name in slow if f"def {name}(" not in sources] == []
+    assert slow == sorted(set(slow))

@@ -1,4 +1,4 @@
-"""The benchmarks that need a machine of their own, on small shapes: what they report is what happened."""
+"""The benchmarks on small models: their figures agree with what was computed."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def figures():
     options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    options._compile_all_devices = True  # otherwise transformers does not compile on a CPU
     return full_size.measure(fk.spec("falconet"), torch.device("cpu"), (1, 2), 60, options)
 
 
@@ -78,18 +78,18 @@ def test_the_contestants_of_inspection_see_the_same_attention():
     inspection.check_agreement(SMALL, 40)
 
 
-def test_contestants_that_differ_are_found_out(monkeypatch):
+def test_contestants_that_differ_are_refused(monkeypatch):
     stock = inspection._stock
     monkeypatch.setattr(inspection, "_stock", lambda model, ids: stock(model, ids.flip(-1)))
     with pytest.raises(AssertionError, match="not close"):
         inspection.check_agreement(SMALL, 40)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
-def test_the_memory_of_a_contestant_is_what_it_took_at_its_highest():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
+def test_the_memory_of_a_contestant_is_its_peak():
     def turn():
         first = torch.ones(2**24)  # 64 MiB
-        return first * 2  # as many again, and the first goes
+        return first * 2  # another 64 MiB
 
     assert inspection.measure_memory(turn) == pytest.approx(128, abs=4)
 
@@ -105,13 +105,13 @@ def test_the_picture_of_inspection_leaves_out_what_did_not_fit():
 
 def test_a_benchmark_that_cannot_run_says_why_and_fails():
     if torch.cuda.is_available():
-        pytest.skip("this rule is for machines without a GPU")
+        pytest.skip("needs a machine without a GPU")
     command = [sys.executable, "-m", "benchmarks", "full_size"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, "full_size cannot run here: torch finds no GPU" in ended.stderr) == (1, True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory a process has")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the memory of a process")
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_is_measured_in_a_process_of_its_own(way):
     figures = measured(way, embedded_directory("falconet"), dtype="float32", context=64, batch=2)
@@ -122,7 +122,7 @@ def test_memory_is_measured_in_a_process_of_its_own(way):
     assert figures["peak"] >= figures["before"] + figures["weights"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports mapped memory")
 def test_weights_that_stay_in_their_file_are_counted_as_mapped():
     stored, other = (fk.load("falconet", dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert mapped_bytes(stored.model.parameters()) == stored.weight_bytes

@@ -1,4 +1,4 @@
-"""Every committed notebook is short, clean, and shows the outputs of the source it was committed with."""
+"""Every committed notebook is short and clean, and its outputs belong to its source."""
 
 import base64
 import re
@@ -11,7 +11,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
-from stamp import source_hash  # noqa: E402  (a script beside the notebooks, not part of the package)
+from stamp import source_hash  # noqa: E402  (a script in the folder of the notebooks, not part of the package)
 
 TUTORIAL = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 ALL = [*TUTORIAL, *sorted(NOTEBOOKS.glob("solutions/*.ipynb"))]
@@ -136,7 +136,7 @@ def test_a_notebook_names_no_path_of_its_author(notebook):
 
 
 @each_notebook
-def test_a_notebook_holds_no_access_token(notebook):
+def test_a_notebook_contains_no_access_token(notebook):
     assert [match for text in texts(notebook) for match in TOKEN.findall(text)] == []
 
 

@@ -1,4 +1,4 @@
-"""The project's metadata agrees with itself, and what is built contains what a user needs."""
+"""The project's metadata is consistent, and the built archives contain what a user needs."""
 
 import ast
 import importlib.metadata
@@ -28,6 +28,7 @@ PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [Requirement(line) for group in [PROJECT["dependencies"], *EXTRAS.values()] for line in group]
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+MAKEFILE = (ROOT / "Makefile").read_text()
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 CHECKPOINT_FILES = [
     "README.md",
@@ -44,14 +45,14 @@ SHIPPED += [f"falcon_kit/falconet/instruct/{file}" for file in ADAPTER_FILES]
 SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
 SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
 
-# Packages the kit needs without an import of its own, each with the reason.
+# Packages that the kit needs but does not import, each with the reason.
 USED_BY_OTHERS = {
     "accelerate": "transformers calls it for device_map",
     "ipywidgets": "tqdm.auto draws its notebook bars with it",
 }
 
-# Packages of the extra "sagemaker", which only SageMaker endpoints ask for.
-WITH_AN_EXTRA = {"boto3": "the client", "botocore": "its errors", "urllib3": "what it reads streams with"}
+# Packages of the extra "sagemaker", which only SageMaker endpoints need.
+WITH_AN_EXTRA = {"boto3": "the client", "botocore": "its errors", "urllib3": "it reads the event streams"}
 
 
 def distributions_imported_in(sources: Iterable[str]) -> set[str]:
@@ -67,7 +68,7 @@ def distributions_imported_in(sources: Iterable[str]) -> set[str]:
 
 
 def notebook_lines() -> Iterator[str]:
-    """The import statements of the notebooks: whoever installs the kit runs those too."""
+    """The import statements of the notebooks, which run on the package's dependencies alone."""
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
@@ -111,6 +112,16 @@ def test_a_runtime_dependency_is_used(requirement):
 def test_what_the_package_and_the_notebooks_import_is_declared():
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert (PACKAGE_IMPORTS | NOTEBOOK_IMPORTS) - declared - WITH_AN_EXTRA.keys() == set()
+
+
+def test_the_makefile_installs_extras_that_exist():
+    installed = [line.split() for line in re.findall(r"^\.venv/\.\w+: EXTRAS := (.+)", MAKEFILE, re.MULTILINE)]
+    assert [extra for extras in installed for extra in extras if extra not in EXTRAS] == []
+
+
+def test_the_demo_needs_nothing_but_the_package_and_its_extra():
+    declared = {Requirement(line).name for line in [*PROJECT["dependencies"], *EXTRAS["demo"]]}
+    assert distributions_imported_in([(ROOT / "notebooks/demo.py").read_text()]) - declared == set()
 
 
 # The conda environment

@@ -1,4 +1,4 @@
-"""The README's figures are the measured ones: those of the model cards and of the last benchmark."""
+"""The README's code runs, and its figures are those of the model cards and of the last benchmark run."""
 
 import json
 import re
@@ -13,8 +13,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+def figures_of(benchmark):
+    return json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text())["figures"]
+
+
 def table_rows(text, columns):
-    """Rows of the tables with that many columns, as {first cell: the others}."""
+    """Rows of the tables with `columns` columns: {first cell: the other cells}."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     return {row[0]: row[1:] for row in rows if len(row) == columns and row[0]}
 
@@ -37,26 +41,21 @@ def test_the_readme_states_the_figures_of_the_model_card(name, column):
 
 
 def test_the_readme_states_the_figures_of_the_last_benchmark():
-    figures = json.loads((ROOT / "benchmarks/results/generation.json").read_text())["figures"]
+    figures = figures_of("generation")
     ratios = figures["ratio to transformers generate"]
-    expected = {road: [f"{took:.2f}", f"{ratios[road]:.2f}"] for road, took in figures["ms per token"].items()}
+    expected = {way: [f"{ms:.2f}", f"{ratios[way]:.2f}"] for way, ms in figures["ms per token"].items()}
     shown = table_rows(README, columns=3)
-    assert {road: shown[road] for road in expected} == expected
+    assert {way: shown[way] for way in expected} == expected
 
 
 def test_the_readme_states_the_decoding_times_of_the_last_benchmark():
-    figures = json.loads((ROOT / "benchmarks/results/decode.json").read_text())["figures"]
-    cells = {f"{cell['batch']} x {cell['context']} tokens": cell for cell in figures["decode"]}
+    cells = {f"{cell['batch']} x {cell['context']} tokens": cell for cell in figures_of("decode")["decode"]}
     shown = {row: cells for row, cells in table_rows(README, columns=6).items() if " x " in row}
     assert len(shown) == 4
     for row, stated in shown.items():
         times = [f"{cells[row]['ms per step'][name]:.0f}" for name in ("transformers", "kit", "llama.cpp")]
         sizes = [format_bytes(cells[row]["cache bytes"][name]) for name in ("transformers", "kit")]
         assert stated == times + sizes
-
-
-def figures_of(benchmark):
-    return json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text())["figures"]
 
 
 def test_the_readme_states_the_memory_of_the_last_inspection_benchmark():
