@@ -1,7 +1,6 @@
 """Attention recomputed block by block, against transformers' own probabilities and the definitions written out."""
 
 import re
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,16 +18,9 @@ from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel.launching import ParallelFalcon
 from tests.conftest import small_config, small_model
+from tests.inspection.models import model
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves, and the giraffe sleeps."
-
-
-@cache
-def model(layout: str, kind: type = FalconForCausalLM) -> StockFalcon:
-    """A small model with random weights, spread so that attention is far from even; tests leave it as it is."""
-    found = kind(small_config(layout)).eval()
-    found.load_state_dict(small_model(layout).state_dict())
-    return found
 
 
 @pytest.fixture(scope="module")

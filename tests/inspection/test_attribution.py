@@ -3,7 +3,6 @@
 import math
 import re
 import warnings
-from functools import cache
 
 import numpy as np
 import pytest
@@ -11,27 +10,14 @@ import torch
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
-from falcon_kit.model.modeling import FalconForCausalLM
-from tests.conftest import small_config, small_model
+from tests.inspection.models import logits, model
 
 TEXT = "The giraffe is the tallest animal. The giraffe"
-
-
-@cache
-def model(layout: str, kind: type = FalconForCausalLM) -> StockFalcon:
-    found = kind(small_config(layout)).eval()
-    found.load_state_dict(small_model(layout).state_dict())
-    return found
 
 
 @pytest.fixture(scope="module")
 def ids(tokenizer):
     return tokenizer(TEXT)["input_ids"]
-
-
-def logits(model, ids) -> np.ndarray:
-    with torch.inference_mode():
-        return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
 def test_integrated_gradients_add_up_to_the_change(layout, tokenizer, ids):
