@@ -1,9 +1,9 @@
-"""Looking at attention on a CPU: what it takes beside `output_attentions=True`, nnsight and bertviz on the same Falcon.
+"""Memory and time of attention inspection on a CPU, compared with `output_attentions=True`, nnsight and bertviz.
 
-A random Falcon of 12 layers and 32 query heads. The kit gives statistics of every head; transformers, with its eager
-attention, and nnsight hand out every probability, from which statistics would still have to be made; bertviz turns
-those into its page. Peak memory is what a process of its own took beyond the loaded model, the activations of the
-forward pass included. For the times all but bertviz take turns in one process, on shared weights.
+All inspect the same random Falcon of 12 layers and 32 query heads. The kit returns statistics of every head.
+transformers, with eager attention, and nnsight return every attention probability, without statistics. bertviz turns
+these probabilities into a page. Peak memory is measured in a separate process: the memory beyond the loaded model,
+activations of the forward pass included. For the times, all but bertviz alternate in one process, on shared weights.
 """
 
 import gc
@@ -25,6 +25,7 @@ from transformers import FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit import FalconSpec
+from falcon_kit.display.figure import AMBER, BLUE, GREY, PURPLE, VERMILION
 from falcon_kit.model import modeling
 
 SHAPE = FalconSpec(
@@ -33,14 +34,15 @@ SHAPE = FalconSpec(
 LENGTHS = (256, 1024, 2048)
 ROUNDS = {256: 5, 1024: 3, 2048: 3}
 KIT, FORWARD, STOCK, NNSIGHT, BERTVIZ = "kit", "forward pass", "output_attentions", "nnsight", "bertviz"
-COLOURS = {KIT: "#0072B2", FORWARD: "#777777", STOCK: "#D55E00", NNSIGHT: "#E69F00", BERTVIZ: "#CC79A7"}
-LIMIT = 14 * 2**30  # bytes of address space for a peer: what needs more counts as not fitting
+COLOURS = {KIT: BLUE, FORWARD: GREY, STOCK: VERMILION, NNSIGHT: AMBER, BERTVIZ: PURPLE}
+LIMIT = 14 * 2**30  # bytes of address space for bertviz; if it needs more, it does not fit
 
-Turn = Callable[[], Any]
+Call = Callable[[], Any]
+"""Inspects the text once."""
 
 
 def run() -> dict[str, Any]:
-    """Peak memory and median seconds of each contestant, at each length."""
+    """Peak memory and median seconds of each library, for each length."""
     rows = [_row(length) for length in LENGTHS]
     return {
         "model": f"{SHAPE.parameters:,} parameters, {SHAPE.layers} layers, {SHAPE.query_heads} query / "
@@ -51,8 +53,8 @@ def run() -> dict[str, Any]:
 
 
 def _row(length: int) -> dict[str, Any]:
-    peaks = {name: _worker("memory", name, length) for name in COLOURS if _installed(name)}
-    seconds = _worker("times", "all", length)
+    peaks = {name: _in_process("memory", name, length) for name in COLOURS if _installed(name)}
+    seconds = _in_process("times", "all", length)
     row: dict[str, Any] = {"tokens": length, "peak MiB": peaks, "seconds": seconds}
     if seconds:
         row["kit takes, of a forward pass"] = round(seconds[KIT] / seconds[FORWARD], 2)
@@ -63,21 +65,21 @@ def _row(length: int) -> dict[str, Any]:
 
 
 def _installed(name: str) -> bool:
-    """Peers come with the extra "bench"; one that is missing is left out."""
+    """nnsight and bertviz are in the extra "bench"; a missing one is left out."""
     return name not in (NNSIGHT, BERTVIZ) or importlib.util.find_spec(name) is not None
 
 
-def _worker(*arguments: Any) -> Any:
-    """What one measurement in a process of its own says; None where it did not fit."""
+def _in_process(*arguments: Any) -> Any:
+    """The result of one measurement in a separate process; None if it did not fit into memory."""
     command = [sys.executable, "-m", "benchmarks.inspection", *map(str, arguments)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    return json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else None
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else None
 
 
-def contestants(shape: FalconSpec, length: int) -> dict[str, Callable[[], Turn]]:
-    """By name, what builds a contestant; what it builds looks at a text of `length` tokens each time it is called.
+def builders(shape: FalconSpec, length: int) -> dict[str, Callable[[], Call]]:
+    """For each library, a function that builds a call which inspects a text of `length` tokens.
 
-    All share one set of weights.
+    All share the same weights.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, shape.vocabulary, (1, length), generator=generator)
@@ -89,49 +91,49 @@ def contestants(shape: FalconSpec, length: int) -> dict[str, Callable[[], Turn]]
         with torch.device("meta"):
             model = FalconForCausalLM._from_config(config, attn_implementation="eager").eval()
         model.load_state_dict(kit.state_dict(), assign=True)
-        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config)  # buffers no checkpoint holds
+        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config)  # its buffers are in no checkpoint
         model.tie_weights()
         return model
 
-    all_of_them = {
+    every = {
         KIT: lambda: _kit(kit, ids),
         FORWARD: lambda: _forward(kit, ids),
         STOCK: lambda: _stock(stock(), ids),
         NNSIGHT: lambda: _nnsight(stock(), ids),
         BERTVIZ: lambda: _bertviz(stock(), ids),
     }
-    return {name: build for name, build in all_of_them.items() if _installed(name)}
+    return {name: build for name, build in every.items() if _installed(name)}
 
 
-def _kit(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
+def _kit(model: FalconForCausalLM, ids: torch.Tensor) -> Call:
     tokenizer = fk.load("falconet").tokenizer
     return lambda: fk.attention((model, tokenizer), ids[0].tolist()).statistics
 
 
-def _forward(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
+def _forward(model: FalconForCausalLM, ids: torch.Tensor) -> Call:
     return torch.inference_mode()(lambda: model(ids, logits_to_keep=1).logits)
 
 
-def _stock(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
+def _stock(model: FalconForCausalLM, ids: torch.Tensor) -> Call:
     return torch.inference_mode()(lambda: model(ids, output_attentions=True, logits_to_keep=1).attentions)
 
 
-def _nnsight(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
+def _nnsight(model: FalconForCausalLM, ids: torch.Tensor) -> Call:
     import nnsight
 
     wrapped = nnsight.NNsight(model)
 
-    def turn() -> Any:
+    def call() -> Any:
         with torch.no_grad(), wrapped.trace(ids, output_attentions=True, logits_to_keep=1):
             saved = nnsight.save([])
             for layer in wrapped.transformer.h:
                 saved.append(layer.self_attention.output[1])
         return saved
 
-    return turn
+    return call
 
 
-def _bertviz(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
+def _bertviz(model: FalconForCausalLM, ids: torch.Tensor) -> Call:
     from bertviz import head_view
 
     probabilities = _stock(model, ids)
@@ -139,42 +141,42 @@ def _bertviz(model: FalconForCausalLM, ids: torch.Tensor) -> Turn:
     return lambda: head_view(probabilities(), names, html_action="return").data
 
 
-def measure_memory(turn: Turn) -> float:
-    """MiB that the process had at its highest while `turn` ran, beyond what it had before. Linux only."""
-    gc.collect()  # what is freed meanwhile would hide as much of the turn
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark so far
+def measure_memory(call: Call) -> float:
+    """Peak memory of the process in MiB during `call`, minus its memory before. Linux only."""
+    gc.collect()  # memory that is freed during the call would hide part of its peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
-    kept = turn()
+    kept = call()
     peak = _status("VmHWM") - before
     del kept
     return round(peak / 1024, 1)
 
 
 def _status(name: str) -> int:
-    """A line of the process's own memory account, in KiB."""
+    """A field of /proc/self/status, in KiB."""
     found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {name}")
     return int(found[1])
 
 
-def measure_times(turns: Mapping[str, Turn], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns."""
-    taken: dict[str, list[float]] = {name: [] for name in turns}
+def measure_times(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; the calls alternate."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, turn in turns.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            turn()
-            taken[name].append(time.perf_counter() - start)
-    return {name: round(statistics.median(each), 3) for name, each in taken.items()}
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: round(statistics.median(each), 3) for name, each in seconds.items()}
 
 
 def check_agreement(shape: FalconSpec, length: int) -> None:
-    """The contestants must see the same attention, or their figures mean nothing."""
-    built = {name: build() for name, build in contestants(shape, length).items() if name in (KIT, STOCK, NNSIGHT)}
-    ours = torch.tensor(built.pop(KIT)()["sink"])
-    for turn in built.values():
-        theirs = torch.stack([each[0, :, :, 0].mean(-1) for each in turn()])
+    """Raises AssertionError unless all libraries return the same attention."""
+    calls = {name: build() for name, build in builders(shape, length).items() if name in (KIT, STOCK, NNSIGHT)}
+    ours = torch.tensor(calls.pop(KIT)()["sink"])
+    for call in calls.values():
+        theirs = torch.stack([each[0, :, :, 0].mean(-1) for each in call()])
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
@@ -182,15 +184,15 @@ def main(what: str, name: str, length: int) -> None:
     """One measurement, in this process."""
     if name == BERTVIZ:
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
-    for build in (each for key, each in contestants(SHAPE, 16).items() if key == name):
-        build()()  # what is loaded on first use
-    builders = contestants(SHAPE, length)
+    for build in (each for key, each in builders(SHAPE, 16).items() if key == name):
+        build()()  # loads modules on first use
+    built = builders(SHAPE, length)
     if what == "memory":
-        print(json.dumps(measure_memory(builders[name]())))
+        print(json.dumps(measure_memory(built[name]())))
         return
     check_agreement(SHAPE, 64)
-    turns = {key: build() for key, build in builders.items() if key != BERTVIZ}
-    print(json.dumps(measure_times(turns, ROUNDS[length])))
+    calls = {key: build() for key, build in built.items() if key != BERTVIZ}
+    print(json.dumps(measure_times(calls, ROUNDS[length])))
 
 
 def draw(figures: Mapping[str, Any]) -> Figure:
@@ -210,7 +212,7 @@ def draw(figures: Mapping[str, Any]) -> Figure:
         axes.set(xlabel="tokens", ylabel=f"{label} (log)")
         axes.grid(alpha=0.3, which="both")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"Looking at every head: {figures['model']}", fontsize=9, x=0.42)
+    figure.suptitle(f"Attention of every head: {figures['model']}", fontsize=9, x=0.42)
     return figure
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
+    from falcon_kit.inspection.ablation import Ablation, ablate, ablated
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
-    from falcon_kit.inspection.causes import Ablation, Attribution, ablate, ablated, attribute
+    from falcon_kit.inspection.attribution import Attribution, attribute
     from falcon_kit.inspection.languages import TokenReport, compare_tokens, published_tokens, sample_texts
     from falcon_kit.inspection.lens import LensView, lens
     from falcon_kit.inspection.tokens import TokenView, tokens
@@ -98,9 +99,9 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
-    "Ablation": "inspection.causes",
+    "Ablation": "inspection.ablation",
     "AttentionView": "inspection.attention",
-    "Attribution": "inspection.causes",
+    "Attribution": "inspection.attribution",
     "Documents": "tuning.data",
     "Endpoint": "serving.endpoint",
     "Falcon": "loading.falcon",
@@ -118,10 +119,10 @@ _ON_FIRST_USE = {
     "TuningRun": "tuning.runs",
     "TokenReport": "inspection.languages",
     "TokenView": "inspection.tokens",
-    "ablate": "inspection.causes",
-    "ablated": "inspection.causes",
+    "ablate": "inspection.ablation",
+    "ablated": "inspection.ablation",
     "attention": "inspection.attention",
-    "attribute": "inspection.causes",
+    "attribute": "inspection.attribution",
     "compare_tokens": "inspection.languages",
     "connect": "serving.endpoint",
     "dialogues": "tuning.data",

@@ -1,14 +1,17 @@
-"""What happens inside: tokens, attention, predictions and what they depend on.
+"""Inspection of a model: tokens, attention, predictions and what they depend on.
 
 The files, in the order of their imports:
 
 plots/            values in, matplotlib figures out
 views/            values in, self-contained HTML out
-watch.py          hooks on a model that are always removed
-probabilities.py  attention statistics without T x T maps of every head
-attention.py      attention(), induction(): what every head looks at
-lens.py           lens(): what each layer would predict
-tokens.py         tokens(): what the tokenizer makes of a text
-causes.py         ablate() and attribute(): what a prediction depends on
-languages.py      compare_tokens(): what the same text costs in different languages
+renamed.py        errors for old names of arguments and attributes
+hooks.py          the inspected model, and forward hooks that are always removed
+probabilities.py  attention probabilities in blocks: statistics of every head without T x T maps
+attention.py      attention() and induction(): attention statistics and maps
+predictions.py    next-token predictions and surprisal
+lens.py           lens(): the logit lens and logit contributions
+ablation.py       ablate() and ablated(): predictions without some heads
+attribution.py    attribute(): how much each prompt token adds to a prediction
+tokens.py         tokens(): ids, bytes and characters of each token
+languages.py      compare_tokens(): token counts of texts in different languages
 """

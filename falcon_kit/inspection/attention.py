@@ -1,6 +1,8 @@
-"""What the heads of a Falcon look at in a text: `attention`, and what it gives.
+"""Attention statistics of every head of a Falcon on a text, and attention maps of some.
 
-Shapes: T time, H query heads, G KV heads, L layers.
+A KV group is the set of query heads that share one KV head.
+
+Shapes: T time, H query heads, G KV heads (and KV groups), L layers.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import unknown_name
-from falcon_kit.display.page import Page, visible
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.page import Page
 from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, check_index, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, measure
+from falcon_kit.inspection.renamed import renamed_arguments, renamed_attributes
 from falcon_kit.inspection.views.attention import attention_page
-from falcon_kit.inspection.watch import Subject, Text, check_index, subject
 from falcon_kit.model.modeling import FalconModel
 
 if TYPE_CHECKING:
@@ -33,61 +36,70 @@ if TYPE_CHECKING:
 MAX_BYTES = 256 * 2**20
 
 
+@renamed_attributes(
+    words="token_texts",
+    likeness="head_similarity",
+    likeness_within="similarity_within_groups",
+    likeness_across="similarity_across_groups",
+    likeness_figure="similarity_figure",
+)
 @dataclass(frozen=True, repr=False)
 class AttentionView:
-    """What the heads of a Falcon look at in one text: a grid of all heads in Jupyter, linked tokens by `to_html`."""
+    """Attention of every head of a Falcon on one text: a table in Jupyter, `figure` for all heads, `page` for maps."""
 
     spec: FalconSpec
     """The model's shape."""
     ids: tuple[int, ...]
-    """The text's token ids."""
-    words: tuple[str, ...]
-    """Each token's text."""
+    """The token ids of the text, T of them."""
+    token_texts: tuple[str, ...]
+    """The text of each token."""
     statistics: Mapping[str, Array]
-    """By the names of `STATISTICS`: (L, H); nan where no query of the text counts, such as duplicates without any."""
+    """(L, H) for each name in `STATISTICS`; nan if no query counts, as for "duplicate" in a text without duplicates."""
     chance: Mapping[str, float]
-    """What each statistic is for attention spread evenly over all that a query may see."""
-    likeness: Array
-    """(L, H, H): how alike two heads of a layer attend, the Bhattacharyya coefficient of their rows, sum over keys of
-    sqrt(a b), mean over queries: 1 the same, 0 nothing in common (Bhattacharyya 1943)."""
+    """The value of each statistic for uniform attention over all tokens that a query may attend to."""
+    head_similarity: Array
+    """(L, H, H): the similarity of the attention of two heads in a layer, from 0 to 1 for equal attention. It is the
+    Bhattacharyya coefficient (Bhattacharyya 1943), the sum over keys of sqrt(a b), averaged over queries."""
     maps: Mapping[tuple[int, int], Array]
-    """(T, T) probabilities of the heads that were asked for, by (layer, head)."""
+    """(T, T) attention probabilities of the requested heads, by (layer, head)."""
 
     def map(self, layer: int, head: int) -> Array:
-        """The probabilities (T, T) of a head. Raises KeyError, which says how to keep it, where it was not kept."""
+        """The attention probabilities (T, T) of a head. Raises KeyError if they were not kept."""
         if (layer, head) not in self.maps:
             check_index(layer, self.spec.layers, "layer")
             check_index(head, self.spec.query_heads, "head")
             kept = ", ".join(f"{each[0]}.{each[1]}" for each in list(self.maps)[:8]) or "none"
             raise KeyError(
-                f"the map of layer {layer}, head {head} was not kept (kept: {kept}): ask for it with layers, heads"
+                f"the map of layer {layer}, head {head} was not kept (kept: {kept}): request it with the arguments "
+                "layers and heads"
             )
         return self.maps[layer, head]
 
     def group_map(self, layer: int, group: int) -> Array:
-        """The mean map (T, T) of the query heads that share a KV head. Raises KeyError where one was not kept."""
+        """The mean map (T, T) of the query heads in a KV group. Raises KeyError if one of them was not kept."""
         check_index(group, self.spec.kv_heads, "KV group")
-        shared = self.spec.queries_per_kv_head
-        heads = range(group * shared, (group + 1) * shared)
+        size = self.spec.queries_per_kv_head
+        heads = range(group * size, (group + 1) * size)
         return np.mean([self.map(layer, head) for head in heads], axis=0, dtype=np.float32)
 
     @property
-    def likeness_within(self) -> Array:
-        """(L, G): mean likeness of two query heads that share a KV head; nan where a group has one head."""
-        groups, shared = self.spec.kv_heads, self.spec.queries_per_kv_head
-        square = self.likeness.reshape(-1, groups, shared, groups, shared)
-        own = np.einsum("lgagb->lgab", square)
-        pairs = shared * (shared - 1)
-        total = own.sum((-1, -2)) - np.einsum("lgaa->lg", own)
+    def similarity_within_groups(self) -> Array:
+        """(L, G): mean similarity of two different query heads in a KV group; nan for groups of one head."""
+        groups, size = self.spec.kv_heads, self.spec.queries_per_kv_head
+        square = self.head_similarity.reshape(-1, groups, size, groups, size)
+        within = np.einsum("lgagb->lgab", square)
+        pairs = size * (size - 1)
+        total = within.sum((-1, -2)) - np.einsum("lgaa->lg", within)
         return total / pairs if pairs else np.full_like(total, np.nan)
 
     @property
-    def likeness_across(self) -> Array:
-        """(L,): mean likeness of two query heads of different KV heads; nan where there is one KV head."""
-        heads, shared = self.spec.query_heads, self.spec.queries_per_kv_head
-        group = np.arange(heads) // shared
-        other = group[:, None] != group[None]
-        return self.likeness[:, other].mean(-1) if other.any() else np.full(len(self.likeness), np.nan, np.float32)
+    def similarity_across_groups(self) -> Array:
+        """(L,): mean similarity of two query heads of different KV groups; nan for a single KV group."""
+        group = np.arange(self.spec.query_heads) // self.spec.queries_per_kv_head
+        across = group[:, None] != group[None]
+        if not across.any():
+            return np.full(len(self.head_similarity), np.nan, np.float32)
+        return self.head_similarity[:, across].mean(-1)
 
     def top(self, statistic: str = "induction", count: int = 5) -> list[tuple[int, int, float]]:
         """The heads with the highest values: (layer, head, value), highest first."""
@@ -96,59 +108,58 @@ class AttentionView:
         return [(int(at // values.shape[1]), int(at % values.shape[1]), float(values.flat[at])) for at in best]
 
     def figure(self, statistic: str = "induction") -> Figure:
-        """All heads at a glance: a panel for each layer, in it a row for each KV group."""
+        """A statistic of all heads: a panel for each layer, with a row for each KV group."""
         values, label = self.statistics[check_statistic(statistic)], STATISTICS[statistic]
         title = f"{self.spec.name}: {statistic.replace('_', ' ')}"
         return plots.heads(values, self.spec.kv_heads, title, label, self.chance[statistic])
 
     def map_figure(self, layer: int, head: int | None = None, *, group: int | None = None) -> Figure:
-        """One map large: of a head, or the mean of a KV group. Raises KeyError where it was not kept."""
+        """One attention map: of a head, or the mean of a KV group. Raises KeyError if it was not kept."""
         if (head is None) == (group is None):
-            raise ValueError("name either a head or a group: map_figure(layer, head) or map_figure(layer, group=...)")
+            raise ValueError("give either a head or a group: map_figure(layer, head) or map_figure(layer, group=...)")
         found = self.map(layer, head) if head is not None else self.group_map(layer, cast(int, group))
         which = f"head {head}" if head is not None else f"KV group {group}, mean of its heads"
-        words = [visible(word, spaces=True) for word in self.words]
-        return plots.one_map(found, words, f"{self.spec.name}: layer {layer}, {which}")
+        return plots.one_map(found, self.token_texts, f"{self.spec.name}: layer {layer}, {which}")
 
-    def likeness_figure(self) -> Figure:
-        """How alike the query heads are that share a KV head, layer by layer, beside those that do not."""
-        return plots.likeness(self.likeness_within, self.likeness_across)
+    def similarity_figure(self) -> Figure:
+        """Head similarity by layer, within KV groups and across them."""
+        return plots.head_similarity(self.similarity_within_groups, self.similarity_across_groups)
 
     def page(self) -> Page:
-        """The linked view of the maps that were kept: thumbnails, one large, and the text to point at."""
+        """The kept maps as thumbnails, one of them large, linked to the text."""
         if not self.maps:
             raise ValueError(
-                "no maps were kept, and the view shows maps: name some by layers and heads, as in "
+                "no maps were kept, and the page shows maps: request some with layers and heads, as in "
                 "fk.attention(falcon, text, layers=0), which keeps those of layer 0"
             )
-        return attention_page(f"Attention of {self.spec.name}", self.words, self._rows())
+        return attention_page(f"Attention of {self.spec.name}", self.token_texts, self._maps_by_group())
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the linked view as a page of its own, at most a megabyte, and returns its path."""
+        """Writes the page to a file of at most a megabyte and returns its path."""
         return self.page().write(path)
 
-    def _rows(self) -> dict[str, dict[str, tuple[str, Array]]]:
-        """The maps that were kept, by KV group; a group that is whole shows the mean of its heads too."""
-        shared, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, tuple[str, Array]]](dict)
+    def _maps_by_group(self) -> dict[str, dict[str, tuple[str, Array]]]:
+        """The kept maps by KV group, with the mean map of each group that is complete."""
+        size, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, tuple[str, Array]]](dict)
         for (layer, head), found in self.maps.items():
-            rows[f"layer {layer}, KV group {head // shared}"][f"layer {layer}, head {head}"] = (f"head {head}", found)
-        for (layer, group), count in Counter((layer, head // shared) for layer, head in self.maps).items():
-            if count == shared > 1:
+            rows[f"layer {layer}, KV group {head // size}"][f"layer {layer}, head {head}"] = (f"head {head}", found)
+        for (layer, group), count in Counter((layer, head // size) for layer, head in self.maps).items():
+            if count == size > 1:
                 name = f"layer {layer}, KV group {group}"
                 rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
         return dict(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row for every head: layer, head, group, and its statistics."""
+        """A row for each head: layer, head, KV group, and its statistics."""
         import pandas as pd
 
-        layers, heads = np.indices(self.likeness.shape[:2])
+        layers, heads = np.indices(self.head_similarity.shape[:2])
         columns: dict[str, Any] = {"layer": layers.ravel(), "head": heads.ravel()}
         columns["group"] = columns["head"] // self.spec.queries_per_kv_head
         return pd.DataFrame(columns | {name: values.ravel() for name, values in self.statistics.items()})
 
     def __repr__(self) -> str:
-        layers, heads = self.likeness.shape[:2]
+        layers, heads = self.head_similarity.shape[:2]
         kept = f"{len(self.maps)} maps of {format_bytes(sum(each.nbytes for each in self.maps.values()))}"
         return f"AttentionView({self.spec.name}, {len(self.ids)} tokens, {layers} x {heads} heads, {kept})"
 
@@ -158,54 +169,60 @@ class AttentionView:
             for name in self.statistics
             for layer, head, value in self.top(name, 1)
         ]
-        header = ("statistic", "highest: layer.head", "value", "spread evenly", "what it is")
+        header = ("statistic", "highest: layer.head", "value", "uniform attention", "definition")
         return html_table(repr(self), header, rows)
 
 
+@renamed_arguments(chunk="prefill_chunk_size")
 def attention(
     falcon: Any,
-    text: Text,
+    text: TextOrIds,
     layers: int | Iterable[int] | None = None,
     heads: int | Iterable[int] | None = None,
     *,
     max_bytes: int = MAX_BYTES,
-    chunk: int | None = None,
+    prefill_chunk_size: int | None = None,
 ) -> AttentionView:
-    """What every head attends to in a text: statistics of all, maps of those that `layers` and `heads` name.
+    """Attention statistics of every head on a text, and the attention maps of the heads in `layers` and `heads`.
 
-    falcon: what `fk.load` gives, or (model, tokenizer); text: a text, or token ids. layers, heads: one, several, or
-    unset for all; both unset: no maps. max_bytes: what the maps may take; 4 T^2 bytes each. chunk: tokens that go
-    through the model at once; unset, 256, or all at once where weights are offloaded and would be read anew each time.
+    falcon: what `fk.load` returns, or (model, tokenizer). text: a text, or token ids. layers, heads: one index or
+    several; None for one of them takes all, None for both keeps no maps. max_bytes: the most memory for the maps, 4 T^2
+    bytes each. prefill_chunk_size: tokens in one forward pass; None takes 256, or the whole text if weights are
+    offloaded, because every pass loads them again.
 
-    Raises MemoryError, before anything is computed, for maps beyond `max_bytes`; IndexError for a head or layer that is
-    not there; ValueError for a text that is empty or over the context; TypeError for what is not a Falcon.
+    Raises MemoryError, before the model runs, if the maps need more than `max_bytes`; IndexError for a head or layer
+    that does not exist; ValueError for a text that is empty or longer than the context; TypeError for anything but a
+    Falcon.
     """
-    watched = subject(falcon)
-    ids = watched.encode(text)
-    wanted = _wanted(watched.spec, layers, heads)
-    _check_budget(len(wanted), len(ids), max_bytes)
-    _check_backend(watched)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: read at least one token at a time")
-    found = measure(watched, ids, wanted, chunk)
-    return AttentionView(watched.spec, tuple(ids), watched.words(ids), *found)
+    inspected = inspect_model(falcon)
+    ids = inspected.encode(text)
+    pairs = _requested(inspected.spec, layers, heads)
+    _check_max_bytes(len(pairs), len(ids), max_bytes)
+    _check_attention_implementation(inspected)
+    require(
+        prefill_chunk_size is None or prefill_chunk_size >= 1,
+        f"prefill_chunk_size={prefill_chunk_size}: must be at least 1",
+    )
+    found = measure(inspected, ids, pairs, prefill_chunk_size)
+    return AttentionView(inspected.spec, tuple(ids), inspected.token_texts(ids), *found)
 
 
 def induction(falcon: Any, period: int = 50, copies: int = 2, seed: int = 0, **options: Any) -> AttentionView:
-    """Attention on random tokens said again in the same order, which is how induction heads are told (Olsson et al.
-    2022, arXiv 2209.11895): look at `statistics["induction"]`, beside `chance["induction"]`.
+    """Attention on a repeated sequence of random tokens, which identifies induction heads (Olsson et al. 2022, arXiv
+    2209.11895): compare `statistics["induction"]` with `chance["induction"]`.
 
-    The tokens are all different, none of them special. `options` are those of `attention`.
+    The sequence is that of `repeated_tokens`. `options` are arguments of `attention`.
     """
     return attention(falcon, repeated_tokens(falcon, period, copies, seed), **options)
 
 
 def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 0) -> list[int]:
-    """`period` different random token ids, none of them special, `copies` times. Raises ValueError for too many."""
-    watched = subject(falcon)
-    special = {*watched.tokenizer.all_special_ids, *watched.tokenizer.added_tokens_decoder}
-    plain = [each for each in range(watched.spec.vocabulary) if each not in special]
-    context = watched.decoder.config.max_position_embeddings
+    """`period` different random token ids without special tokens, repeated `copies` times. Raises ValueError if they do
+    not fit into the vocabulary or the context."""
+    inspected = inspect_model(falcon)
+    special = {*inspected.tokenizer.all_special_ids, *inspected.tokenizer.added_tokens_decoder}
+    plain = [each for each in range(inspected.spec.vocabulary) if each not in special]
+    context = inspected.decoder.config.max_position_embeddings
     if not (2 <= period <= len(plain) and 2 <= copies <= context // period):
         raise ValueError(
             f"{copies} copies of {period} tokens: give at least 2 of each, within the {len(plain)} plain tokens of the "
@@ -215,37 +232,36 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
 
 
 def check_statistic(name: str) -> str:
-    """A name of `STATISTICS`. Raises ValueError, which lists them, for any other."""
-    if name not in STATISTICS:
-        raise ValueError(unknown_name("statistic", name, list(STATISTICS)))
+    """A name in `STATISTICS`. Raises ValueError, which lists them, for any other."""
+    require(name in STATISTICS, unknown_name("statistic", name, list(STATISTICS)))
     return name
 
 
-def _wanted(
+def _requested(
     spec: FalconSpec, layers: int | Iterable[int] | None, heads: int | Iterable[int] | None
 ) -> list[tuple[int, int]]:
-    """The pairs of layer and head whose maps are to be kept."""
+    """The pairs (layer, head) whose maps are kept."""
     if layers is None and heads is None:
         return []
     return [
         (check_index(layer, spec.layers, "layer"), check_index(head, spec.query_heads, "head"))
-        for layer in _several(layers, spec.layers)
-        for head in _several(heads, spec.query_heads)
+        for layer in _indices(layers, spec.layers)
+        for head in _indices(heads, spec.query_heads)
     ]
 
 
-def _several(given: int | Iterable[int] | None, count: int) -> list[int]:
+def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:
     if given is None:
         return list(range(count))
     return [given] if isinstance(given, int) else list(dict.fromkeys(given))
 
 
-def _check_budget(maps: int, time: int, max_bytes: int) -> None:
-    """Refuses maps that would not fit, and says which would."""
+def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:
+    """Raises MemoryError, with the number of maps that fit, if `maps` need more than `max_bytes`."""
     if (needed := maps * 4 * time**2) <= max_bytes:
         return
     fitting, longest = max_bytes // (4 * time**2), isqrt(max_bytes // (4 * maps))
-    fewer = f"name at most {fitting} heads by layers and heads" if fitting else "name no layers and heads"
+    fewer = f"request at most {fitting} heads with layers and heads" if fitting else "omit layers and heads"
     raise MemoryError(
         f"maps of {maps} heads over {time} tokens are {format_bytes(needed)} ({needed:,} bytes), max_bytes is "
         f"{format_bytes(max_bytes)}: {fewer}, give a text of at most {longest} tokens, or raise max_bytes; the "
@@ -253,10 +269,10 @@ def _check_budget(maps: int, time: int, max_bytes: int) -> None:
     )
 
 
-def _check_backend(watched: Subject) -> None:
-    """Refuses the one model that does not compute what its config says."""
-    config = watched.decoder.config
-    if config.alibi and config._attn_implementation == "eager" and not isinstance(watched.decoder, FalconModel):
+def _check_attention_implementation(inspected: InspectedModel) -> None:
+    """Raises ValueError for transformers' eager attention with ALiBi, which differs from the model's definition."""
+    config = inspected.decoder.config
+    if config.alibi and config._attn_implementation == "eager" and not isinstance(inspected.decoder, FalconModel):
         raise ValueError(
             "transformers' own Falcon adds ALiBi twice in eager attention: load it with attention='grouped', or call "
             "model.set_attn_implementation('sdpa') first"

@@ -1,13 +1,13 @@
-"""Attention, looked at without holding all of it: statistics of every head, maps of those that are named.
+"""Attention statistics of every head without T x T maps, and the maps of requested heads.
 
-The text goes through the model in blocks, with the model's own attention, whichever that is (sdpa, flash-attention,
-quantised, on several devices). Hooks take each block's queries and the keys that the cache holds by then, and compute
-the probabilities once more in float32. What a block was needed for is summed up before the next one comes, so memory
-grows with T, not with its square.
+The text goes through the model in blocks, with the model's own attention (sdpa, flash-attention, quantised, on several
+devices). Forward hooks take the queries of each block and the keys in the KV cache, and compute the attention
+probabilities again in float32. The statistics of a block are added to running sums before the next block is read, so
+memory grows with T, not with T^2.
 
-**A linear statistic is a weight matrix.** The previous-token score, for instance, is the sum of all A[i, j] weighted by
-1 / (T - 1) where j = i - 1, and by 0 elsewhere. The five such statistics of all heads are one matrix product, and the
-chance level of each is the same sum over attention that is spread evenly.
+**A linear statistic is a weight matrix.** The previous-token score, for example, is the sum of all A[i, j] with weight
+1 / (T - 1) where j = i - 1, and 0 elsewhere. So the five linear statistics of all heads are one matrix product, and the
+chance level of each is the same sum for uniform attention.
 
 Shapes: T time, K keys so far, H query heads, G KV heads, R = H / G, D head_dim, L layers; b rows (queries) of a block.
 """
@@ -24,197 +24,212 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from falcon_kit.inspection.watch import Subject, watching
+from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.layers import split_heads
 
 Array = NDArray[np.float32]
 
 STATISTICS = {
-    "previous": "attention to the token before",
+    "previous": "attention to the previous token",
     "sink": "attention to the first token",
     "duplicate": "attention to earlier copies of the same token",
-    "induction": "attention to what followed the same token before",
-    "distance": "mean distance looked back, in tokens",
-    "entropy": "entropy of a row, in nats",
-    "effective_context": "tokens looked at, exp(entropy)",
+    "induction": "attention to tokens that followed an earlier copy of the same token",
+    "distance": "mean attention distance, in tokens",
+    "entropy": "entropy of the attention probabilities, in nats",
+    "effective_context": "effective number of attended tokens, exp(entropy)",
 }
-"""What is known of every head, each (L, H). A is its attention, rows i are queries, columns j are keys.
+"""The statistics of every head, each (L, H). A is the attention of a head: rows i are queries, columns j are keys.
 
 - previous: mean of A[i, i-1].
 - sink: 1/T sum of A[i, 0] (Gu et al. 2024, arXiv 2410.10781; Xiao et al. 2023, arXiv 2309.17453).
-- duplicate: attention to all earlier copies of a query's own token, mean over the queries that have one.
-- induction: attention to all tokens that followed an earlier copy of a query's own token, mean over the queries that
-  have one. On random tokens repeated with period S it is the induction score, the mean of A[i, i-S+1] over the second
-  copy (Olsson et al. 2022, arXiv 2209.11895): see `induction`.
+- duplicate: attention to all earlier copies of the query's token, mean over the queries that have such copies.
+- induction: attention to all tokens that followed an earlier copy of the query's token, mean over the queries that have
+  such tokens. On random tokens repeated with period S it is the induction score, the mean of A[i, i-S+1] over the
+  second copy (Olsson et al. 2022, arXiv 2209.11895): see `induction`.
 - distance: mean of sum A[i, j] (i - j).
 - entropy: mean of H_i = -sum A[i, j] ln A[i, j]; effective_context: mean of exp(H_i).
 """
 LINEAR = tuple(STATISTICS)[:5]
-_CHUNK = 256  # tokens that go through the model at once
-_BLOCK = {"cpu": 2**21}  # probabilities of all heads that are computed at once: what a CPU's caches like
-_BLOCK_ELSEWHERE = 2**26
+_PREFILL_CHUNK_SIZE = 256  # tokens in one forward pass
+_BLOCK_SIZE = {"cpu": 2**21}  # attention probabilities of all heads that are computed at once; fits a CPU's caches
+_BLOCK_SIZE_ELSEWHERE = 2**26
 
 
-class Measured(NamedTuple):
-    """What is known of all heads after a text."""
+class Measurements(NamedTuple):
+    """The statistics of all heads, and the requested maps."""
 
     statistics: dict[str, Array]
-    """By the names of `STATISTICS`, (L, H)."""
+    """(L, H) for each name in `STATISTICS`."""
     chance: dict[str, float]
-    """The same for attention that is spread evenly."""
-    likeness: Array
-    """(L, H, H): mean over queries of the sum over keys of sqrt(a b)."""
+    """The value of each statistic for uniform attention."""
+    head_similarity: Array
+    """(L, H, H): sum over keys of sqrt(a b), averaged over queries."""
     maps: dict[tuple[int, int], Array]
     """(T, T), by (layer, head)."""
 
 
-def measure(watched: Subject, ids: list[int], wanted: list[tuple[int, int]], chunk: int | None) -> Measured:
-    """Reads a text, `chunk` tokens at a time, and keeps the maps of the `wanted` pairs of layer and head.
+def measure(
+    inspected: InspectedModel, ids: list[int], pairs: list[tuple[int, int]], prefill_chunk_size: int | None
+) -> Measurements:
+    """Runs the model over a text and measures every head. Keeps the maps of the given pairs (layer, head).
 
-    chunk: unset, 256, or all at once where weights are offloaded and would be read anew each time.
+    prefill_chunk_size: see `attention`.
     """
-    reader = _Reader(watched, ids, wanted)
-    size = chunk or (len(ids) if _offloaded(watched.model) else _CHUNK)
-    with torch.inference_mode(), watching(watched, reader.hooks()):
+    reader = _AttentionReader(inspected, ids, pairs)
+    size = prefill_chunk_size or (len(ids) if _is_offloaded(inspected.model) else _PREFILL_CHUNK_SIZE)
+    with torch.inference_mode(), forward_hooks(inspected, reader.hooks()):
         for start in range(0, len(ids), size):
             reader.read(start, min(start + size, len(ids)))
-    return reader.measured()
+    return reader.measurements()
 
 
-class _Reader:
-    """Reads a text block by block, and sums up what its heads look at."""
+class _AttentionReader:
+    """Forward hooks that compute attention probabilities block by block and add up the statistics."""
 
-    def __init__(self, watched: Subject, ids: list[int], wanted: list[tuple[int, int]]) -> None:
-        self.watched, self.spec, self.ids = watched, watched.spec, ids
+    def __init__(self, inspected: InspectedModel, ids: list[int], pairs: list[tuple[int, int]]) -> None:
+        self.inspected, self.spec, self.ids = inspected, inspected.spec, ids
         layers, heads = self.spec.layers, self.spec.query_heads
-        self.cache = DynamicCache(config=watched.decoder.config)
-        self.fused: Tensor | None = None  # the projection of the layer at work
-        self.start = 0
+        self.cache = DynamicCache(config=inspected.decoder.config)
+        self.fused: Tensor | None = None  # the fused query, key and value projection of the current layer
+        self.start = 0  # the position of the first token in the current forward pass
         self.weights: dict[tuple[int, int, torch.device], Tensor] = {}
         self.linear = np.zeros((layers, heads, len(LINEAR)))
-        self.entropy, self.effective = np.zeros((layers, heads)), np.zeros((layers, heads))
-        self.roots = np.zeros((layers, heads, heads))
-        self.maps = {each: np.zeros((len(ids), len(ids)), np.float32) for each in wanted}
+        self.entropy, self.effective_context = np.zeros((layers, heads)), np.zeros((layers, heads))
+        self.similarity = np.zeros((layers, heads, heads))
+        self.maps = {each: np.zeros((len(ids), len(ids)), np.float32) for each in pairs}
 
     def hooks(self) -> list[tuple[Any, Any]]:
-        """On each layer: one that takes the projection as it comes, one that uses it when the cache has the keys."""
-        found = []
-        for index, layer in enumerate(self.watched.layers):
-            found.append((layer.self_attention.query_key_value, self._keep))
-            found.append((layer.self_attention, partial(self._measure, index)))
-        return found
+        """Two hooks on each layer: one keeps the fused projection, one uses it after the keys are in the KV cache."""
+        hooks: list[tuple[Any, Any]] = []
+        for index, layer in enumerate(self.inspected.layers):
+            hooks.append((layer.self_attention.query_key_value, self._keep_projection))
+            hooks.append((layer.self_attention, partial(self._measure, index)))
+        return hooks
 
     def read(self, start: int, stop: int) -> None:
-        """Sends tokens `start` to `stop` through the model."""
+        """Runs the model on the tokens `start` to `stop`."""
         self.start = start
         self.weights.clear()
-        tokens = self.watched.tensor(self.ids[start:stop])
-        self.watched.decoder(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        tokens = self.inspected.input_ids(self.ids[start:stop])
+        self.inspected.decoder(input_ids=tokens, past_key_values=self.cache, use_cache=True)
 
-    def _keep(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _keep_projection(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         self.fused = output
 
     def _measure(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         spec, fused = self.spec, cast(Tensor, self.fused)
         self.fused = None
         if fused.shape[-1] != (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim:
-            raise ValueError("this process holds some of the heads only: load the model without tensor_parallel")
+            raise ValueError("the model in this process has only some of the heads: load it without tensor_parallel")
         rotation = kwargs.get("rotation") if "rotation" in kwargs else kwargs.get("position_embeddings")
         if rotation is not None:
             rotation = tuple(each.to(fused.device) for each in rotation)
         if spec.positions == "alibi":
-            rotation = None  # transformers hands one over all the same
+            rotation = None  # transformers passes one with ALiBi too
         query = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)[0][0]  # (H, T, D)
-        keys = cast(Any, self.cache.layers[layer]).keys[
-            0
-        ]  # (G, K, D); transformers' own Falcon repeats each for its queries
+        keys = cast(Any, self.cache.layers[layer]).keys[0]  # (G, K, D); (H, K, D) in transformers' own Falcon
         keys = keys[:: len(keys) // spec.kv_heads].float()
         bias = None
         if spec.positions == "alibi":
             bias = alibi(spec, torch.arange(keys.shape[1], device=keys.device)[None], fused.dtype)[0].float()  # (H, K)
         grouped = query.float().unflatten(0, (spec.kv_heads, -1)) * spec.head_dim**-0.5  # (G, R, T, D)
-        done, end = self.start, self.start + query.shape[1]
-        while done < end:
-            stop = min(end, done + self._rows(end, keys.device))
-            rows = grouped[:, :, done - self.start : stop - self.start].flatten(1, 2)  # (G, R x b, D)
-            self._sum_up(layer, rows @ keys[:, :stop].mT, bias, done, stop)
-            done = stop
+        end = self.start + query.shape[1]
+        block = self._queries_per_block(end, keys.device)
+        for first in range(self.start, end, block):
+            stop = min(end, first + block)
+            rows = grouped[:, :, first - self.start : stop - self.start].flatten(1, 2)  # (G, R x b, D)
+            self._accumulate(layer, rows @ keys[:, :stop].mT, bias, first, stop)
 
-    def _rows(self, keys: int, device: torch.device) -> int:
-        return max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // (keys * self.spec.query_heads))
+    def _queries_per_block(self, keys: int, device: torch.device) -> int:
+        return max(1, _BLOCK_SIZE.get(device.type, _BLOCK_SIZE_ELSEWHERE) // (keys * self.spec.query_heads))
 
-    def _sum_up(self, layer: int, scores: Tensor, bias: Tensor | None, first: int, stop: int) -> None:
-        """Adds what the queries `first` to `stop` show to the sums; scores (G, R x b, K) with K = `stop`."""
+    def _accumulate(self, layer: int, scores: Tensor, bias: Tensor | None, first: int, stop: int) -> None:
+        """Adds the queries `first` to `stop` to the sums, from their scores (G, R x b, K) with K = `stop`."""
         scores = scores.view(self.spec.query_heads, stop - first, stop)  # (H, b, K)
         if bias is not None:
             scores += bias[:, None, :stop]
         future = torch.ones(stop - first, stop - first, dtype=torch.bool, device=scores.device).triu(1)
-        # Finite, since 0 x infinity is not a number.
+        # A finite number, because 0 x infinity is nan.
         scores[:, :, first:].masked_fill_(future, torch.finfo(torch.float32).min)
-        found = scores.softmax(-1)
-        flat = found.flatten(1)  # (H, b x K)
-        self.linear[layer] += (flat @ self._weights(first, stop, flat.device).T).cpu().numpy()
-        # -sum p ln p with ln p = score - ln Z, where ln Z is the highest score less the ln of the highest p.
-        normaliser = scores.amax(-1) - found.amax(-1).log()
-        entropy = (normaliser - torch.linalg.vecdot(found, scores)).clamp(min=0)  # (H, b)
+        probabilities = scores.softmax(-1)
+        flat = probabilities.flatten(1)  # (H, b x K)
+        self.linear[layer] += (flat @ self._block_weights(first, stop, flat.device).T).cpu().numpy()
+        # Entropy is -sum p ln p with ln p = score - ln Z; ln Z is the largest score minus the ln of its probability.
+        log_z = scores.amax(-1) - probabilities.amax(-1).log()
+        entropy = (log_z - torch.linalg.vecdot(probabilities, scores)).clamp(min=0)  # (H, b)
         self.entropy[layer] += entropy.sum(-1).cpu().numpy()
-        self.effective[layer] += entropy.exp().sum(-1).cpu().numpy()
+        self.effective_context[layer] += entropy.exp().sum(-1).cpu().numpy()
         for (_, head), kept in ((name, kept) for name, kept in self.maps.items() if name[0] == layer):
-            kept[first:stop, :stop] = found[head].cpu().numpy()
+            kept[first:stop, :stop] = probabilities[head].cpu().numpy()
         flat = flat.sqrt_()
-        self.roots[layer] += (flat @ flat.T).cpu().numpy()
+        self.similarity[layer] += (flat @ flat.T).cpu().numpy()
 
-    def _weights(self, first: int, stop: int, device: torch.device) -> Tensor:
-        """`_weights`, kept for the other layers of the same device."""
+    def _block_weights(self, first: int, stop: int, device: torch.device) -> Tensor:
+        """`_linear_weights`, computed once for all layers on a device."""
         if (first, stop, device) not in self.weights:
-            self.weights[first, stop, device] = _weights(self.ids, first, stop, device)
+            self.weights[first, stop, device] = _linear_weights(self.ids, first, stop, device)
         return self.weights[first, stop, device]
 
-    def measured(self) -> Measured:
-        """The means, when all has been read."""
-        time, (copies, followed) = len(self.ids), _repeats(self.ids)
-        counts = np.array([time - 1, time, np.count_nonzero(copies), np.count_nonzero(followed), time])
-        seen = np.arange(1, time + 1)  # keys that each query may look at
-        weights = [1 / seen[1:], 1 / seen, copies / seen, followed / seen, (seen - 1) / 2, np.log(seen), seen]
-        sums = [*np.moveaxis(self.linear, -1, 0), self.entropy, self.effective]
-        of_all = [*counts, time, time]
-        mean = {name: _over(total, count) for name, total, count in zip(STATISTICS, sums, of_all, strict=True)}
-        chance = {name: float(_over(each.sum(), n)) for name, each, n in zip(STATISTICS, weights, of_all, strict=True)}
-        return Measured(mean, chance, _over(self.roots, time), self.maps)
+    def measurements(self) -> Measurements:
+        """The means over all queries, after the whole text."""
+        time, (copies, followers) = len(self.ids), _count_copies(self.ids)
+        visible = np.arange(1, time + 1)  # keys that each query may attend to
+        sums = [*np.moveaxis(self.linear, -1, 0), self.entropy, self.effective_context]
+        counts: list[int] = [
+            time - 1,
+            time,
+            int(np.count_nonzero(copies)),
+            int(np.count_nonzero(followers)),
+            time,
+            time,
+            time,
+        ]
+        uniform = [
+            1 / visible[1:],
+            1 / visible,
+            copies / visible,
+            followers / visible,
+            (visible - 1) / 2,
+            np.log(visible),
+            visible,
+        ]
+        means = {name: _mean(total, count) for name, total, count in zip(STATISTICS, sums, counts, strict=True)}
+        chance = {name: float(_mean(each.sum(), n)) for name, each, n in zip(STATISTICS, uniform, counts, strict=True)}
+        return Measurements(means, chance, _mean(self.similarity, time), self.maps)
 
 
-def _over(total: Any, count: int) -> Any:
-    """A mean; nan where nothing was counted."""
+def _mean(total: Any, count: int) -> Any:
+    """A mean in float32; nan for a count of 0."""
     return np.asarray(total / count if count else total * np.nan, np.float32)
 
 
-def _weights(ids: list[int], first: int, stop: int, device: torch.device) -> Tensor:
-    """Which pairs of the queries `first` to `stop` and the keys before `stop` each linear statistic counts, and how:
+def _linear_weights(ids: list[int], first: int, stop: int, device: torch.device) -> Tensor:
+    """The weight of each pair of a query, `first` to `stop`, and a key before `stop` in each linear statistic:
     (len(LINEAR), b x K).
     """
     tokens = torch.tensor(ids[:stop], device=device)
     query, key = torch.arange(first, stop, device=device)[:, None], torch.arange(stop, device=device)[None]
     past = key < query
     copies = (tokens[first:, None] == tokens[None]) & past
-    followed = torch.zeros_like(copies)
-    followed[:, 1:] = copies[:, :-1] & past[:, 1:]
-    weights = (key == query - 1, (key == 0).expand_as(past), copies, followed, (query - key) * past)
+    followers = torch.zeros_like(copies)
+    followers[:, 1:] = copies[:, :-1] & past[:, 1:]
+    weights = (key == query - 1, (key == 0).expand_as(past), copies, followers, (query - key) * past)
     return torch.stack([each.float() for each in weights]).flatten(1)
 
 
-def _repeats(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each token (T,): earlier copies of it, and earlier tokens that follow one of them."""
-    seen: Counter[int] = Counter()
+def _count_copies(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each token (T,): the number of earlier copies, and of earlier tokens that follow such a copy."""
+    counter: Counter[int] = Counter()
     copies = []
     for each in ids:
-        copies.append(seen[each])
-        seen[each] += 1
-    doubled = [at > 0 and ids[at - 1] == each for at, each in enumerate(ids)]  # there the follower is the token itself
+        copies.append(counter[each])
+        counter[each] += 1
+    doubled = [at > 0 and ids[at - 1] == each for at, each in enumerate(ids)]  # the token itself follows its copy
     return np.array(copies), np.array(copies) - np.array(doubled)
 
 
-def _offloaded(model: Any) -> bool:
-    """Whether weights wait in host memory or on a disk while a GPU computes."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    return bool(places & {"cpu", "disk"}) and len(places) > 1
+def _is_offloaded(model: Any) -> bool:
+    """Whether some weights are in host memory or on disk while a GPU computes."""
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    return bool(devices & {"cpu", "disk"}) and len(devices) > 1

@@ -1,7 +1,6 @@
 """Attention recomputed block by block, against transformers' own probabilities and the definitions written out."""
 
 import re
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,16 +18,9 @@ from falcon_kit.inspection.probabilities import STATISTICS
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel.launching import ParallelFalcon
 from tests.conftest import small_config, small_model
+from tests.inspection.models import model
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves, and the giraffe sleeps."
-
-
-@cache
-def model(layout: str, kind: type = FalconForCausalLM) -> StockFalcon:
-    """A small model with random weights, spread so that attention is far from even; tests leave it as it is."""
-    found = kind(small_config(layout)).eval()
-    found.load_state_dict(small_model(layout).state_dict())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +56,7 @@ def everything(layout_or_falcon, tokenizer, ids, **options):
 
 
 def stacked(view) -> np.ndarray:
-    layers, heads = view.likeness.shape[:2]
+    layers, heads = view.head_similarity.shape[:2]
     return np.array([[view.map(layer, head) for head in range(heads)] for layer in range(layers)])
 
 
@@ -107,8 +99,8 @@ def test_rows_sum_to_one_and_never_look_ahead(layout, tokenizer, ids):
 
 
 def test_transformers_own_falcon_is_read_as_well(layout, tokenizer, ids):
-    ours = everything(layout, tokenizer, ids, chunk=7)
-    theirs = everything((model(layout, StockFalcon), tokenizer), tokenizer, ids, chunk=7)
+    ours = everything(layout, tokenizer, ids, prefill_chunk_size=7)
+    theirs = everything((model(layout, StockFalcon), tokenizer), tokenizer, ids, prefill_chunk_size=7)
     np.testing.assert_allclose(stacked(theirs), stacked(ours), atol=1e-5)
 
 
@@ -192,11 +184,11 @@ def test_statistics_are_what_their_definitions_say(layout, tokenizer, ids):
 def test_blocks_of_any_size_give_the_same(tokenizer_free, tokens, chunk, values):
     whole = fk.attention(tokenizer_free, tokens, layers=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._BLOCK, "cpu", values)
-        parts = fk.attention(tokenizer_free, tokens, layers=0, chunk=chunk)
+        patch.setitem(module._BLOCK_SIZE, "cpu", values)
+        parts = fk.attention(tokenizer_free, tokens, layers=0, prefill_chunk_size=chunk)
     for name in STATISTICS:
         np.testing.assert_allclose(parts.statistics[name], whole.statistics[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(parts.likeness, whole.likeness, atol=1e-5)
+    np.testing.assert_allclose(parts.head_similarity, whole.head_similarity, atol=1e-5)
     np.testing.assert_allclose(parts.map(0, 1), whole.map(0, 1), atol=1e-5)
 
 
@@ -246,33 +238,33 @@ def test_one_token_looks_at_itself(tokenizer):
     assert view.statistics["sink"].min() == view.statistics["effective_context"].max() == pytest.approx(1)
 
 
-# How alike heads are
+# Head similarity
 
 
-def test_likeness_is_the_bhattacharyya_coefficient_of_rows(layout, tokenizer, ids):
+def test_similarity_is_the_bhattacharyya_coefficient_of_rows(layout, tokenizer, ids):
     view, maps = everything(layout, tokenizer, ids), oracle(layout, ids)
     expected = np.einsum("lhij,lgij->lhg", np.sqrt(maps), np.sqrt(maps)) / len(ids)
-    np.testing.assert_allclose(view.likeness, expected, atol=1e-4)
+    np.testing.assert_allclose(view.head_similarity, expected, atol=1e-4)
 
 
 def test_a_head_is_wholly_like_itself(layout, tokenizer, ids):
-    likeness = everything(layout, tokenizer, ids).likeness
-    np.testing.assert_allclose(np.einsum("lhh->lh", likeness), 1, atol=1e-5)
+    similarity = everything(layout, tokenizer, ids).head_similarity
+    np.testing.assert_allclose(np.einsum("lhh->lh", similarity), 1, atol=1e-5)
 
 
-def test_likeness_within_a_group_is_the_mean_over_its_pairs(tokenizer, ids):
+def test_similarity_within_a_group_is_the_mean_over_its_pairs(tokenizer, ids):
     view = everything("180b", tokenizer, ids)  # two groups of three
-    first = [view.likeness[:, a, b] for a, b in ((0, 1), (0, 2), (1, 2))]
-    second = [view.likeness[:, a, b] for a, b in ((3, 4), (3, 5), (4, 5))]
+    first = [view.head_similarity[:, a, b] for a, b in ((0, 1), (0, 2), (1, 2))]
+    second = [view.head_similarity[:, a, b] for a, b in ((3, 4), (3, 5), (4, 5))]
     expected = np.stack([np.mean(first, axis=0), np.mean(second, axis=0)], axis=-1)
-    np.testing.assert_allclose(view.likeness_within, expected, rtol=1e-5)
-    across = np.mean([view.likeness[:, a, b] for a in range(3) for b in range(3, 6)], axis=0)
-    np.testing.assert_allclose(view.likeness_across, across, rtol=1e-5)
+    np.testing.assert_allclose(view.similarity_within_groups, expected, rtol=1e-5)
+    across = np.mean([view.head_similarity[:, a, b] for a in range(3) for b in range(3, 6)], axis=0)
+    np.testing.assert_allclose(view.similarity_across_groups, across, rtol=1e-5)
 
 
 def test_heads_that_share_nothing_and_heads_that_share_everything_have_nothing_to_compare(tokenizer, ids):
-    assert np.isnan(everything("rw", tokenizer, ids).likeness_within).all()
-    assert np.isnan(everything("7b", tokenizer, ids).likeness_across).all()
+    assert np.isnan(everything("rw", tokenizer, ids).similarity_within_groups).all()
+    assert np.isnan(everything("7b", tokenizer, ids).similarity_across_groups).all()
 
 
 def test_the_map_of_a_group_is_the_mean_of_its_heads(tokenizer, ids):
@@ -302,16 +294,16 @@ def test_maps_of_the_named_heads_are_kept(instruct, layers, heads, expected):
 
 def test_a_map_that_was_not_kept_is_asked_for_in_vain(instruct):
     view = fk.attention(instruct, "Hello", layers=1, heads=[0, 1])
-    with pytest.raises(KeyError, match=re.escape("layer 2, head 0 was not kept (kept: 1.0, 1.1)")):
+    with pytest.raises(KeyError, match=re.escape("layer 2, head 0 was not kept (kept: 1.0, 1.1): request it")):
         view.map(2, 0)
 
 
 def test_maps_over_the_budget_are_refused_with_the_bytes_and_a_cheaper_plan(instruct):
     ids = list(range(20, 120))
     message = (
-        "maps of 24 heads over 100 tokens are 938 KiB (960,000 bytes), max_bytes is 97.7 KiB: name at most 2 heads by "
-        "layers and heads, give a text of at most 32 tokens, or raise max_bytes; the statistics of all heads need no "
-        "maps"
+        "maps of 24 heads over 100 tokens are 938 KiB (960,000 bytes), max_bytes is 97.7 KiB: request at most 2 heads "
+        "with layers and heads, give a text of at most 32 tokens, or raise max_bytes; the statistics of all heads need "
+        "no maps"
     )
     with pytest.raises(MemoryError, match=re.escape(message)):
         fk.attention(instruct, ids, layers=range(6), max_bytes=100_000)
@@ -325,13 +317,13 @@ def test_a_budget_that_is_just_enough_is_enough(instruct):
 def test_the_memory_at_work_grows_with_the_text_and_not_with_its_square(tokenizer, monkeypatch):
     """The largest block of probabilities stays what it is; only its shape changes."""
     sizes = []
-    sum_up = module._Reader._sum_up
+    accumulate = module._AttentionReader._accumulate
     monkeypatch.setattr(
-        module._Reader,
-        "_sum_up",
-        lambda self, layer, scores, *rest: (sizes.append(scores.numel()), sum_up(self, layer, scores, *rest)),
+        module._AttentionReader,
+        "_accumulate",
+        lambda self, layer, scores, *rest: (sizes.append(scores.numel()), accumulate(self, layer, scores, *rest)),
     )
-    monkeypatch.setitem(module._BLOCK, "cpu", 2**14)
+    monkeypatch.setitem(module._BLOCK_SIZE, "cpu", 2**14)
     for time in (256, 1024):
         fk.attention((model("40b"), tokenizer), [20 + at % 40 for at in range(time)])
     assert max(sizes) <= 2**14
@@ -350,7 +342,7 @@ def test_hooks_come_off_when_something_goes_wrong(instruct, monkeypatch, error):
         raise error
 
     before = hooks_on(instruct)
-    monkeypatch.setattr(module._Reader, "_sum_up", fail)
+    monkeypatch.setattr(module._AttentionReader, "_accumulate", fail)
     with pytest.raises(error):
         fk.attention(instruct, TEXT)
     assert hooks_on(instruct) == before
@@ -403,7 +395,7 @@ def test_a_map_is_drawn_for_a_head_or_for_a_group(instruct):
         (view.map_figure(1, group=1), view.group_map(1, 1)),
     ):
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), expected)
-    with pytest.raises(ValueError, match="name either a head or a group"):
+    with pytest.raises(ValueError, match="give either a head or a group"):
         view.map_figure(1)
 
 
@@ -450,12 +442,12 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
     [
         ({"text": ""}, ValueError, "the text is empty"),
         ({"text": []}, ValueError, "the text is empty"),
-        ({"text": [20, 2048]}, ValueError, "2048 is no token id of this model: they go from 0 to 2047"),
-        ({"text": ["a"]}, ValueError, "'a' is no token id"),
+        ({"text": [20, 2048]}, ValueError, "2048 is not a token id of this model: ids range from 0 to 2047"),
+        ({"text": ["a"]}, ValueError, "'a' is not a token id"),
         ({"text": [20] * 2049}, ValueError, "the text has 2049 tokens, the model's context is 2048: shorten it"),
-        ({"layers": 6}, IndexError, "layer 6 is not there: the model has 6, from 0 to 5"),
-        ({"heads": [0, -1]}, IndexError, "head -1 is not there: the model has 4, from 0 to 3"),
-        ({"chunk": 0}, ValueError, "chunk=0: read at least one token at a time"),
+        ({"layers": 6}, IndexError, "layer 6 does not exist: the model has 6, numbered 0 to 5"),
+        ({"heads": [0, -1]}, IndexError, "head -1 does not exist: the model has 4, numbered 0 to 3"),
+        ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size=0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_looked_at_is_refused(instruct, arguments, error, message):
@@ -477,7 +469,7 @@ def test_a_model_in_other_processes_is_refused(instruct):
         None, "falconet", instruct.tokenizer, instruct.spec, instruct.plan, instruct.chat_format, "as asked"
     )
     with pytest.raises(
-        TypeError, match="live in other processes, where they cannot be watched: load the model without"
+        TypeError, match="in other processes, where forward hooks cannot be registered: load the model without"
     ):
         fk.attention(parallel, "Hello")
 
@@ -490,7 +482,7 @@ def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):
 
 def test_a_share_of_the_heads_is_refused(instruct):
     spec = FalconSpec(**{**vars(instruct.spec), "query_heads": 8})
-    with pytest.raises(ValueError, match="this process holds some of the heads only"):
+    with pytest.raises(ValueError, match="the model in this process has only some of the heads"):
         fk.attention(type("Sharded", (), {"spec": spec, "__iter__": lambda self: iter(instruct)})(), "Hello")
 
 
@@ -498,3 +490,25 @@ def test_a_share_of_the_heads_is_refused(instruct):
 def test_repetitions_that_cannot_be_are_refused(instruct, arguments):
     with pytest.raises(ValueError, match=r"within the 20.. plain tokens of the vocabulary and the context of 2048"):
         fk.repeated_tokens(instruct, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("words", "token_texts"),
+        ("likeness", "head_similarity"),
+        ("likeness_within", "similarity_within_groups"),
+        ("likeness_across", "similarity_across_groups"),
+        ("likeness_figure", "similarity_figure"),
+    ],
+)
+def test_an_old_attribute_name_is_refused_with_the_new_one(instruct, old, new):
+    view = fk.attention(instruct, "Hello")
+    assert hasattr(view, new)
+    with pytest.raises(AttributeError, match=f"has no attribute '{old}': it is called '{new}'$"):
+        getattr(view, old)
+
+
+def test_an_old_argument_name_is_refused_with_the_new_one(instruct):
+    with pytest.raises(TypeError, match=re.escape("attention() has no argument 'chunk': it is called 'prefill_chunk_")):
+        fk.attention(instruct, "Hello", chunk=7)

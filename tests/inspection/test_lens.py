@@ -1,4 +1,4 @@
-"""The lens against transformers' own hidden states, and shares that add up to the logit."""
+"""The logit lens against transformers' own hidden states, and contributions that add up to the logit."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
 from falcon_kit.inspection import lens as module
+from falcon_kit.inspection import predictions
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.conftest import small_config, small_model
 
@@ -114,23 +115,25 @@ def test_the_target_is_followed_through_the_layers(layout, view, ids):
 
 
 @pytest.mark.parametrize("kind", [FalconForCausalLM, StockFalcon], ids=["kit", "transformers"])
-def test_shares_add_up_to_the_models_own_logit(layout, kind, tokenizer, ids):
+def test_contributions_add_up_to_the_models_own_logit(layout, kind, tokenizer, ids):
     view = fk.lens((model(layout, kind), tokenizer), ids, target=77)
     with torch.inference_mode():
         expected = model(layout, StockFalcon)(torch.tensor([ids])).logits[0, :, 77].numpy()
     np.testing.assert_allclose(view.target_logits, expected, atol=1e-4)
-    total = view.embedding_share + view.attention_share.sum(0) + view.mlp_share.sum(0)
+    total = view.embedding_contribution + view.attention_contribution.sum(0) + view.mlp_contribution.sum(0)
     np.testing.assert_allclose(total, expected, atol=1e-4)
 
 
-def test_a_share_is_what_the_logit_loses_without_that_part(layout, tokenizer, ids):
+def test_a_contribution_is_what_the_logit_loses_without_that_part(layout, tokenizer, ids):
     """The last hidden state less one part, read with the spread of the whole."""
     view = fk.lens((model(layout), tokenizer), ids, target=77)
     stock, parts = model(layout, StockFalcon), {}
     norm, layer = stock.transformer.ln_f, stock.transformer.h[1]
     hooks = [
-        layer.self_attention.register_forward_hook(lambda *call: parts.update(attention_share=call[-1][0][0].clone())),
-        layer.mlp.register_forward_hook(lambda *call: parts.update(mlp_share=call[-1][0].clone())),
+        layer.self_attention.register_forward_hook(
+            lambda *call: parts.update(attention_contribution=call[-1][0][0].clone())
+        ),
+        layer.mlp.register_forward_hook(lambda *call: parts.update(mlp_contribution=call[-1][0].clone())),
         norm.register_forward_hook(lambda module, args, output: parts.update(last=args[0][0])),
     ]
     with torch.inference_mode():
@@ -142,7 +145,7 @@ def test_a_share_is_what_the_logit_loses_without_that_part(layout, tokenizer, id
             normed = (hidden - hidden.mean(-1, keepdim=True)) / spread * norm.weight + norm.bias
             return normed @ stock.lm_head.weight[77]
 
-        for name in ("attention_share", "mlp_share"):
+        for name in ("attention_contribution", "mlp_contribution"):
             lost = read(parts["last"]) - read(parts["last"] - parts[name])
             np.testing.assert_allclose(getattr(view, name)[1], lost, atol=1e-4)
 
@@ -159,7 +162,7 @@ def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp
     places |= {"transformer.ln_f": "cpu", "transformer.rotary_emb": "cpu", "lm_head": "cpu"}
     split = dispatch_model(split, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     found, expected = fk.lens((split, tokenizer), ids), fk.lens((model("40b"), tokenizer), ids)
-    for name in ("surprisal", "layer_probabilities", "attention_share", "mlp_share"):
+    for name in ("surprisal", "layer_probabilities", "attention_contribution", "mlp_contribution"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4, err_msg=name)
 
 
@@ -168,13 +171,13 @@ def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp
 
 def test_logits_of_a_few_tokens_at_a_time_say_the_same(layout, view, tokenizer, ids, monkeypatch):
     sizes = []
-    monkeypatch.setattr(module, "_LOGITS", 3 * 2048)
+    monkeypatch.setattr(predictions, "_MAX_LOGITS", 3 * 2048)
     falcon = model(layout)
     hook = falcon.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     parts = fk.lens((falcon, tokenizer), ids)
     hook.remove()
     assert max(sizes) == 3 * 2048
-    for name in ("surprisal", "target_probabilities", "target_logits", "attention_share", "top_probabilities"):
+    for name in ("surprisal", "target_probabilities", "target_logits", "attention_contribution", "top_probabilities"):
         np.testing.assert_allclose(getattr(parts, name), getattr(view, name), rtol=1e-4, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(parts.rank, view.rank)
 
@@ -187,7 +190,7 @@ def test_hooks_come_off_when_something_goes_wrong(instruct, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(module._Reading, "_read", fail)
+    monkeypatch.setattr(module._LayerReader, "_apply_lens", fail)
     with pytest.raises(error):
         fk.lens(instruct, TEXT)
     assert [name for name, each in instruct.model.named_modules() if each._forward_hooks] == []
@@ -216,9 +219,11 @@ def test_the_figure_shows_the_last_tokens(instruct):
     assert axes.texts[-1].get_text().strip("·") == view.next_tokens()[0].text.strip()
 
 
-def test_the_figure_of_shares_ends_at_the_logit(instruct):
+def test_the_figure_of_contributions_ends_at_the_logit(instruct):
     view = fk.lens(instruct, TEXT)
-    assert view.shares_figure().axes[0].lines[0].get_ydata()[-1] == pytest.approx(view.target_logits[-1], abs=1e-4)
+    assert view.contributions_figure().axes[0].lines[0].get_ydata()[-1] == pytest.approx(
+        view.target_logits[-1], abs=1e-4
+    )
 
 
 def test_the_figure_of_surprisal_shows_it(instruct):
@@ -229,7 +234,7 @@ def test_the_figure_of_surprisal_shows_it(instruct):
 def test_the_page_says_what_was_expected_of_each_token(instruct, tmp_path):
     view = fk.lens(instruct, TEXT)
     page = view.to_html(tmp_path / "lens.html").read_text()
-    assert f"token 1, {view.words[1].replace(' ', '·')}: {view.surprisal[1]:.1f} bits; expected " in page
+    assert f"token 1, {view.token_texts[1].replace(' ', '·')}: {view.surprisal[1]:.1f} bits; expected " in page
     for each in view.next_tokens():
         assert f"<td>{each.rank}</td>" in page
         assert f"<td>{each.probability:.2%}</td>" in page
@@ -237,7 +242,7 @@ def test_the_page_says_what_was_expected_of_each_token(instruct, tmp_path):
 
 def test_the_table_in_jupyter_is_escaped(instruct):
     view = fk.lens(instruct, TEXT)
-    changed = dataclasses.replace(view, names={**view.names, view.next_tokens()[0].id: "<img src=x>"})
+    changed = dataclasses.replace(view, id_to_text={**view.id_to_text, view.next_tokens()[0].id: "<img src=x>"})
     assert "&lt;img" in changed._repr_html_()
     assert "<img" not in changed._repr_html_()
 
@@ -258,10 +263,33 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
         ({"text": ""}, "the text is empty"),
         ({"text": [20] * 2049}, "the text has 2049 tokens, the model's context is 2048"),
         ({"target": "two words"}, "target 'two words' is 2 tokens ('two', ' words')"),
-        ({"target": 5000}, "5000 is no token id of this model"),
-        ({"top": 0}, "top=0 is not within 1 and 2048, the size of the vocabulary"),
+        ({"target": 5000}, "5000 is not a token id of this model"),
+        ({"top_k": 0}, "top_k=0 is not between 1 and 2048, the size of the vocabulary"),
     ],
 )
 def test_what_cannot_be_read_is_refused(instruct, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.lens(instruct, **{"text": "Hello", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("words", "token_texts"),
+        ("names", "id_to_text"),
+        ("embedding_share", "embedding_contribution"),
+        ("attention_share", "attention_contribution"),
+        ("mlp_share", "mlp_contribution"),
+        ("shares_figure", "contributions_figure"),
+    ],
+)
+def test_an_old_attribute_name_is_refused_with_the_new_one(instruct, old, new):
+    view = fk.lens(instruct, "Hello")
+    assert hasattr(view, new)
+    with pytest.raises(AttributeError, match=f"has no attribute '{old}': it is called '{new}'$"):
+        getattr(view, old)
+
+
+def test_an_old_argument_name_is_refused_with_the_new_one(instruct):
+    with pytest.raises(TypeError, match=re.escape("lens() has no argument 'top': it is called 'top_k'")):
+        fk.lens(instruct, "Hello", top=3)

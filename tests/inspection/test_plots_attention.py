@@ -1,4 +1,4 @@
-"""Pictures of attention show the numbers they are given, one row for each KV group."""
+"""Figures of attention show the values they get, with a row for each KV group."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_few_heads_have_their_numbers_written_in():
 
 
 def test_the_chance_level_stands_in_the_title():
-    assert "spread evenly it would be 0.0138" in plots.heads(np.ones((1, 2)), 1, "t", "l", 0.01376)._suptitle.get_text()
+    assert "uniform attention: 0.0138" in plots.heads(np.ones((1, 2)), 1, "t", "l", 0.01376)._suptitle.get_text()
 
 
 def test_heads_without_a_number_are_no_error():
@@ -46,13 +46,13 @@ def test_a_map_is_labelled_with_its_tokens_as_they_are():
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == words
     assert [label.get_text() for label in axes.get_yticklabels()] == words
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key: the token looked at", "query: the token that looks")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key: the attended token", "query: the attending token")
 
 
 def test_a_long_map_is_pooled_and_says_so():
     figure = plots.one_map(np.eye(1500), ["a"] * 1500, "title")
     assert figure.axes[0].images[0].get_array().shape == (500, 500)
-    assert "the highest of 3 x as many" in figure.axes[1].get_ylabel()
+    assert "maximum of 3 x 3 tokens" in figure.axes[1].get_ylabel()
 
 
 @pytest.mark.parametrize(("size", "most"), [(10, 10), (10, 4), (7, 3), (2048, 64)])
@@ -66,9 +66,9 @@ def test_pooling_keeps_the_highest_of_each_cell(size, most):
         assert value == cell.max()
 
 
-def test_likeness_shows_every_group_and_the_mean_across():
+def test_head_similarity_shows_every_group_and_the_mean_across():
     within, across = RANDOM.random((3, 2)), RANDOM.random(3)
-    groups, mean, others = plots.likeness(within, across).axes[0].lines
+    groups, mean, others = plots.head_similarity(within, across).axes[0].lines
     np.testing.assert_array_equal(groups.get_ydata(), within.ravel())
     np.testing.assert_allclose(mean.get_ydata(), within.mean(-1))
     np.testing.assert_array_equal(others.get_ydata(), across)

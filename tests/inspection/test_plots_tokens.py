@@ -1,4 +1,4 @@
-"""Pictures of tokens show the numbers and the names they are given."""
+"""Figures of tokens show the values and the names they get."""
 
 import warnings
 

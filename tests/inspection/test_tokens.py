@@ -181,7 +181,7 @@ def test_what_is_no_tokenizer_is_refused():
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused():
     backend = Tokenizer(models.WordLevel({"▁a": 0}, unk_token="▁a"))
-    with pytest.raises(ValueError, match="no byte-level tokenizer"):
+    with pytest.raises(ValueError, match="give a byte-level tokenizer"):
         tokens("a", PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
@@ -244,10 +244,10 @@ def test_a_token_that_is_hostile_stays_text(tokenizer, text):
 
 def test_each_token_tells_its_id_bytes_and_characters(tokenizer):
     view = tokens("a 🦅<|endoftext|>", tokenizer)
-    says = [title for _, title in Reader(view.page().body).tokens]
-    assert says[0] == f"token 0, a: id {view.ids[0]}; byte 61; character 0 of the text"
-    assert says[2] == f"token 2, part of 🦅: id {view.ids[2]}; byte F0; character 2 of the text"
-    assert says[-1].startswith("token 6, <|endoftext|>: id 11, special; bytes 3C 7C")
+    titles = [title for _, title in Reader(view.page().body).tokens]
+    assert titles[0] == f"token 0, a: id {view.ids[0]}; byte 61; character 0 of the text"
+    assert titles[2] == f"token 2, part of 🦅: id {view.ids[2]}; byte F0; character 2 of the text"
+    assert titles[-1].startswith("token 6, <|endoftext|>: id 11, special; bytes 3C 7C")
 
 
 def test_a_split_character_has_a_box_with_itself_and_its_bytes(tokenizer):

@@ -1,4 +1,4 @@
-"""The linked view of attention: what the page holds, without a browser."""
+"""The page of attention maps, without a browser."""
 
 import io
 import json
@@ -32,8 +32,8 @@ def data(found):
 
 
 def weights(entry, kept) -> tuple[np.ndarray, np.ndarray]:
-    at = np.frombuffer(b64decode(entry["at"]), "<u2").reshape(-1, kept)
-    return at, np.frombuffer(b64decode(entry["by"]), np.uint8).reshape(-1, kept)
+    at = np.frombuffer(b64decode(entry["keys"]), "<u2").reshape(-1, kept)
+    return at, np.frombuffer(b64decode(entry["weights"]), np.uint8).reshape(-1, kept)
 
 
 class Structure(HTMLParser):
@@ -85,9 +85,11 @@ def test_a_view_is_at_most_a_megabyte(time, maps):
 
 
 def test_more_maps_than_a_megabyte_holds_are_refused():
-    with pytest.raises(ValueError, match="a view of 54 maps over 2048 tokens cannot be: give at least one, at most 53"):
+    with pytest.raises(
+        ValueError, match="a page of 54 maps over 2048 tokens is not possible: give at least one, at most 53"
+    ):
         page(["a"] * 2048, maps=54)
-    with pytest.raises(ValueError, match="a view of 0 maps over 2 tokens cannot be"):
+    with pytest.raises(ValueError, match="a page of 0 maps over 2 tokens is not possible"):
         attention_page("Attention", ["a", "b"], {})
 
 

@@ -1,4 +1,4 @@
-"""The view of predictions: what the page holds, without a browser."""
+"""The page of predictions, without a browser."""
 
 import re
 from html import unescape
@@ -23,19 +23,19 @@ def test_each_token_says_what_was_expected_in_its_place():
         unescape(each)
         for each in re.findall(r'<span tabindex="-?\d"[^>]* title="([^"]*)"', page(["a", " b", "c"])._repr_html_())
     ]
-    assert titles[0] == "token 0, a: the first, nothing was expected"
+    assert titles[0] == "token 0, a: the first token, not predicted"
     assert titles[1] == "token 1, ·b: 0.0 bits; expected <b> 50.0%, ·x 25.0%"
 
 
-def test_a_tint_grows_with_surprisal_up_to_a_limit():
-    tints = [
+def test_the_colour_grows_with_surprisal_up_to_a_limit():
+    shares = [
         int(each)
         for each in re.findall(r'style="background:color-mix\(in srgb,var\(--c1\) (\d+)%', page(["a"] * 11).body)
     ]
-    tokens = tints[-11:]
-    assert tokens[0] == 0  # the first surprised nobody
+    tokens = shares[-11:]
+    assert tokens[0] == 0  # the first token is not predicted
     assert tokens == sorted(tokens)
-    assert max(tokens) == tints[4] < 100  # as in the scale at 12 bits
+    assert max(tokens) == shares[4] < 100  # as in the scale at 12 bits
 
 
 def test_the_next_tokens_stand_in_a_table_with_their_probabilities():

@@ -1,7 +1,4 @@
-"""Pictures of attention: all heads at a glance, one map large, how alike heads are.
-
-Colours are viridis, or Okabe and Ito's, which colour-blind readers can tell apart; a white ground of their own keeps
-the pictures readable in a dark theme.
+"""Figures of attention: a statistic of all heads, one attention map, head similarity.
 
 Shapes: L layers, H query heads, G KV heads, R = H / G, T time.
 """
@@ -16,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from falcon_kit.display.figure import BLUE, VERMILION, new_figure
+from falcon_kit.inspection.plots.labels import token_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +21,16 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 
-_NUMBERED = 64  # heads up to which each has its number written into it
-_LABELLED = 40  # tokens up to which each is written beside a map
-_PIXELS = 512  # of a map: more would not be seen
+_MAX_NUMBERS = 64  # with more heads, no values are written into the cells
+_MAX_LABELS = 40  # with more tokens, a map has no labels
+_MAX_CELLS = 512  # a side of a map; the figure does not resolve more
 
 
 def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float | None = None) -> Figure:
-    """A number for every head, `values` (L, H): a panel for each layer, in it a row for each KV group."""
+    """A statistic of every head, `values` (L, H): a panel for each layer, with a row for each KV group.
+
+    `chance` is the value for uniform attention.
+    """
     layers, shared = len(values), values.shape[1] // kv_heads
     columns = _columns(layers, shared / kv_heads)
     rows = math.ceil(layers / columns)
@@ -47,17 +48,17 @@ def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float |
         axes.set_xticks([])
         axes.set_yticks(range(kv_heads) if layer % columns == 0 and kv_heads <= 16 else [])
         axes.tick_params(labelsize=9, length=0)
-        if values.size <= _NUMBERED:
+        if values.size <= _MAX_NUMBERS:
             _write_numbers(axes, values[layer].reshape(kv_heads, shared), high)
     figure.colorbar(image, ax=panels.tolist(), label=label, fraction=0.03)
-    even = "" if chance is None or math.isnan(chance) else f"; spread evenly it would be {chance:.3g}"
-    figure.suptitle(f"{title}{even}", fontsize=11)
-    figure.supylabel("KV group (a row), its query heads side by side", fontsize=9)
+    uniform = "" if chance is None or math.isnan(chance) else f"; uniform attention: {chance:.3g}"
+    figure.suptitle(f"{title}{uniform}", fontsize=11)
+    figure.supylabel("KV group (row), query heads (columns)", fontsize=9)
     return figure
 
 
 def _columns(panels: int, width: float) -> int:
-    """So many panels side by side, each `width` times as wide as high, that the whole is about 1.5 times as wide."""
+    """The number of columns for a figure about 1.5 times as wide as high; a panel is `width` times as wide as high."""
     return min(panels, max(1, round(math.sqrt(1.5 * panels / width))))
 
 
@@ -68,15 +69,16 @@ def _write_numbers(axes: Axes, values: Floats, high: float) -> None:
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
 
 
-def one_map(probabilities: Floats, words: Sequence[str], title: str) -> Figure:
-    """A map (T, T), queries down, keys across; the darker end of the scale is stretched, as most weights are small."""
+def one_map(probabilities: Floats, tokens: Sequence[str], title: str) -> Figure:
+    """An attention map (T, T), rows are queries, columns are keys. The colour scale is a square root, because most
+    probabilities are small."""
     from matplotlib.colors import PowerNorm
 
-    time, named = len(words), len(words) <= _LABELLED
-    side = max(4.0, 0.22 * time + 1.5) if named else 6.5
+    time, labelled = len(tokens), len(tokens) <= _MAX_LABELS
+    side = max(4.0, 0.22 * time + 1.5) if labelled else 6.5
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
-    pooled = pool(probabilities, _PIXELS)
+    pooled = pool(probabilities, _MAX_CELLS)
     image = axes.imshow(
         pooled,
         norm=PowerNorm(0.5, vmin=0, vmax=1),
@@ -84,35 +86,37 @@ def one_map(probabilities: Floats, words: Sequence[str], title: str) -> Figure:
         extent=(-0.5, time - 0.5, time - 0.5, -0.5),
         interpolation="nearest",
     )
-    if named:
-        axes.set_xticks(range(time), words, rotation=90, fontsize=9, parse_math=False)
-        axes.set_yticks(range(time), words, fontsize=9, parse_math=False)
-    what = "attention" if len(pooled) == time else f"attention, the highest of {math.ceil(time / _PIXELS)} x as many"
-    axes.set(xlabel="key: the token looked at", ylabel="query: the token that looks")
+    if labelled:
+        labels = [token_label(each) for each in tokens]
+        axes.set_xticks(range(time), labels, rotation=90, fontsize=9, parse_math=False)
+        axes.set_yticks(range(time), labels, fontsize=9, parse_math=False)
+    pooled_side = math.ceil(time / _MAX_CELLS)
+    what = "attention" if len(pooled) == time else f"attention, maximum of {pooled_side} x {pooled_side} tokens"
+    axes.set(xlabel="key: the attended token", ylabel="query: the attending token")
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label=f"{what} (0 to 1, square-root scale)", fraction=0.04)
     return figure
 
 
-def pool(values: Floats, most: int) -> Floats:
-    """A square (T, T) with at most `most` cells a side, each the highest of those it stands for."""
-    step = math.ceil(len(values) / most)
+def pool(values: Floats, max_side: int) -> Floats:
+    """Max-pools a square (T, T) to at most `max_side` cells a side."""
+    step = math.ceil(len(values) / max_side)
     if step == 1:
         return values
     padded = np.pad(values, (0, -len(values) % step))
     return padded.reshape(len(padded) // step, step, -1, step).max((1, 3))
 
 
-def likeness(within: Floats, across: Floats) -> Figure:
-    """How alike heads are: those that share a KV head, `within` (L, G), beside those that do not, `across` (L,)."""
+def head_similarity(within: Floats, across: Floats) -> Figure:
+    """Mean similarity of query heads in each KV group, `within` (L, G), and across KV groups, `across` (L,)."""
     figure = new_figure(8, 3.4)
     axes = figure.subplots()
     layers = np.arange(len(within))
-    axes.plot(np.repeat(layers, within.shape[1]), within.ravel(), "o", color=BLUE, alpha=0.6, label="of one KV group")
-    axes.plot(layers, within.mean(-1), color=BLUE, label="their mean")
-    axes.plot(layers, across, "s--", color=VERMILION, label="of different KV groups, mean")
-    axes.set(xlabel="layer", ylabel="likeness, 0 to 1", ylim=(-0.02, 1.02))
-    figure.suptitle("How alike two query heads attend (Bhattacharyya coefficient, mean over queries)", fontsize=11)
+    axes.plot(np.repeat(layers, within.shape[1]), within.ravel(), "o", color=BLUE, alpha=0.6, label="within a KV group")
+    axes.plot(layers, within.mean(-1), color=BLUE, label="mean within")
+    axes.plot(layers, across, "s--", color=VERMILION, label="mean across KV groups")
+    axes.set(xlabel="layer", ylabel="similarity, 0 to 1", ylim=(-0.02, 1.02))
+    figure.suptitle("Similarity of two query heads (Bhattacharyya coefficient, mean over queries)", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return figure

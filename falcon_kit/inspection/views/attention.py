@@ -1,10 +1,10 @@
-"""Linked attention: heads as thumbnails with one large, and a text in which each token shows what it looks at.
+"""Attention maps linked to the text: thumbnails of heads, one large map, and tokens that show what they attend to.
 
-A view holds at most a megabyte, however long the text: thumbnails are small pictures, and of each token's row only the
-strongest weights are kept, as many as there is room for. Without JavaScript the thumbnails, the large map and a table
-of what tokens look at remain.
+A page has at most a megabyte, whatever the length of the text: thumbnails are small images, and only the largest
+attention probabilities of each token are kept, as many as fit. Without JavaScript the page shows the thumbnails, the
+large map and a table of attended tokens.
 
-Shapes: T time, K weights kept per token, C maps (heads, and means over KV groups).
+Shapes: T time, K probabilities kept per token.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from falcon_kit.display.page import Page, text_html
 from falcon_kit.inspection.plots.attention import pool
 from falcon_kit.inspection.views import walk
+from falcon_kit.inspection.views.tables import MAX_ROWS, tokens_table
 
 Floats = NDArray[np.floating[Any]]
 Row = Mapping[str, tuple[str, Floats]]
-"""Maps by their full names, each with the short one that stands below its thumbnail."""
+"""Maps by their full names, each with the short name below its thumbnail."""
 
-_LINKS = 440_000  # bytes for the weights, in base64
-_PICTURES = 280_000  # bytes for the thumbnails, in base64
-_SIDES = (256, 128, 96, 64, 48, 32, 16)  # cells a side of a thumbnail: the largest that fits
-_MOST = 64  # weights kept per token at most: nobody looks at more
-_ROWS = 120  # rows of the table without JavaScript
+_WEIGHT_BYTES = 440_000  # for the attention probabilities, in base64
+_THUMBNAIL_BYTES = 280_000  # for the thumbnails, in base64
+_THUMBNAIL_SIDES = (256, 128, 96, 64, 48, 32, 16)  # cells; the largest that fits is used
+_MAX_KEPT = 64  # probabilities kept per token
 
 _STYLE = """
   & .heads { display: grid; gap: .4em; overflow: auto; justify-content: start; max-height: 24em; padding: 4px; }
@@ -43,117 +43,120 @@ _STYLE = """
   & .large img { width: min(100%, 420px); aspect-ratio: 1; }
   & .both { display: flex; flex-wrap: wrap; gap: 1.2em; margin-top: 1em; }
   & .text { flex: 1 1 22em; min-width: 0; }
-  & .says { min-height: 3em; }
-  & .says code { white-space: pre; background: var(--faint); border-radius: 3px; }
+  & .description code { white-space: pre; background: var(--faint); border-radius: 3px; }
 """
 
-# For each map the data has `at`, 16-bit positions of the K strongest keys of each query, and `by`, their weights in
-# 255ths, both (T, K) in base64. Only the tokens that were lit are cleared, so that a long text stays quick.
+# For each map the data has `keys`, 16-bit positions of the K largest probabilities of each query, and `weights`, these
+# probabilities in 255ths, both (T, K) in base64. Only the coloured tokens are cleared, for speed in long texts.
 _SCRIPT = r"""
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-const maps = data.maps.map(map => ({at: new Uint16Array(bytes(map.at).buffer), by: bytes(map.by), name: map.name}));
+const maps = data.maps.map(map => (
+  {keys: new Uint16Array(bytes(map.keys).buffer), weights: bytes(map.weights), name: map.name}
+));
 const buttons = [...root.querySelectorAll(".heads button")];
-const large = root.querySelector(".large"), says = root.querySelector(".says"), K = data.kept;
-let shown = 0, lit = [];
+const large = root.querySelector(".large"), description = root.querySelector(".description"), K = data.kept;
+let shown = 0, coloured = [];
 const percent = share => (share < .01 ? "<1" : Math.round(100 * share)) + "%";
 function quote(token) {
   const mark = document.createElement("code");
   mark.append(...[...token.childNodes].map(node => node.cloneNode(true)));
   return mark;
 }
-function look() {
-  for (const token of lit) token.style.background = "";
+function showAttention() {
+  for (const token of coloured) token.style.background = "";
   const map = maps[shown], found = [];
-  for (let k = here * K; k < (here + 1) * K; k++)
-    if (map.by[k]) found.push([map.at[k], map.by[k] / 255]);
-  lit = found.map(([at, share]) => {
+  for (let k = current * K; k < (current + 1) * K; k++)
+    if (map.weights[k]) found.push([map.keys[k], map.weights[k] / 255]);
+  coloured = found.map(([at, share]) => {
     tokens[at].style.background = `color-mix(in srgb, var(--c1) ${Math.round(15 + 75 * share)}%, transparent)`;
     return tokens[at];
   });
-  const most = found.sort((a, b) => b[1] - a[1]).slice(0, 5);
-  says.replaceChildren(`${map.name}: token ${here}, `, quote(tokens[here]), " looks at ");
-  most.forEach(([at, share], index) => says.append(index ? ", " : "", quote(tokens[at]), ` ${at} (${percent(share)})`));
-  if (!most.length) says.append("nothing in particular: its weights are too even to show");
+  const top = found.sort((a, b) => b[1] - a[1]).slice(0, 5);
+  description.replaceChildren(`${map.name}: token ${current}, `, quote(tokens[current]), " attends to ");
+  top.forEach(([at, share], index) =>
+    description.append(index ? ", " : "", quote(tokens[at]), ` ${at} (${percent(share)})`));
+  if (!top.length) description.append("no token with more than 0.2%");
 }
-function choose(index) {
+function selectMap(index) {
   shown = index;
   buttons.forEach((button, at) => button.setAttribute("aria-pressed", at === index));
   const small = buttons[index].querySelector("img"), big = large.querySelector("img");
   big.src = small.src;
   big.alt = small.alt;
   large.querySelector("figcaption").textContent = maps[index].name;
-  look();
+  showAttention();
 }
 buttons.forEach((button, index) => {
   button.disabled = false;
-  button.addEventListener("click", () => choose(index));
+  button.addEventListener("click", () => selectMap(index));
 });
 root.querySelector(".hint").hidden = false;
-walk(look);
-choose(0);
+walk(showAttention);
+selectMap(0);
 """
 
 
-def attention_page(title: str, words: Sequence[str], rows: Mapping[str, Row]) -> Page:
-    """The view of a text of T `words` and of maps (T, T), in rows under their names: the KV groups.
+def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -> Page:
+    """The page of a text of T tokens and of maps (T, T). `rows` are the rows of thumbnails, one for each KV group.
 
-    Raises ValueError for no maps, or more than a megabyte holds.
+    Raises ValueError for no maps, or for more than fit into a megabyte.
     """
     maps = {name: each for row in rows.values() for name, (_, each) in row.items()}
-    kept = _kept(len(maps), len(words))
+    kept = _count_kept(len(maps), len(tokens))
     if not (maps and kept):
         raise ValueError(
-            f"a view of {len(maps)} maps over {len(words)} tokens cannot be: give at least one, at most "
-            f"{_LINKS // (4 * len(words))}, or a shorter text"
+            f"a page of {len(maps)} maps over {len(tokens)} tokens is not possible: give at least one, at most "
+            f"{_WEIGHT_BYTES // (4 * len(tokens))}, or a shorter text"
         )
-    pictures = dict(zip(maps, _pictures(list(maps.values())), strict=True))
-    data = {"kept": kept, "maps": [{"name": name, **_strongest(each, kept)} for name, each in maps.items()]}
+    pictures = dict(zip(maps, _thumbnails(list(maps.values())), strict=True))
+    data = {"kept": kept, "maps": [{"name": name, **_largest(each, kept)} for name, each in maps.items()]}
     first, found = next(iter(maps.items()))
     body = (
         f'<div class="heads">{"".join(_row(name, row, pictures) for name, row in rows.items())}</div>'
         f'<div class="both"><figure class="large" style="margin:0">{_image(first, pictures[first])}'
         f"<figcaption>{escape(first)}</figcaption>"
-        '<p class="note">Rows are the tokens that look, columns the tokens looked at; brighter is more.</p></figure>'
-        f'<div class="text">{walk.tokens_html(words)}<p class="says" aria-live="polite"></p>'
-        f'<p class="note hint" hidden>Point at a token, or go there with the arrow keys: what it looks at lights up '
-        f"({_strength(kept, len(words))}). A thumbnail chooses the head.</p></div></div>"
-        f"<details><summary>What tokens look at, {escape(first)}, as a table</summary>{_table(words, found)}</details>"
+        '<p class="note">Rows are the attending tokens, columns the attended tokens; brighter is more.</p></figure>'
+        f'<div class="text">{walk.tokens_html(tokens)}{walk.DESCRIPTION}'
+        '<p class="note hint" hidden>Point at a token, or select it with the arrow keys: the tokens that it attends to '
+        f"are coloured ({_selection(kept, len(tokens))}). A thumbnail selects the head.</p></div></div>"
+        f"<details><summary>Attended tokens, {escape(first)}, as a table</summary>{_table(tokens, found)}</details>"
     )
     return Page(title, body, style=walk.STYLE + _STYLE, script=walk.SCRIPT + _SCRIPT, data=data)
 
 
-def _kept(maps: int, time: int) -> int:
-    """Weights of each token for which there is room: three bytes each, four in base64."""
-    return min(time, _MOST, _LINKS // (4 * maps * time)) if maps else 0
+def _count_kept(maps: int, time: int) -> int:
+    """The number of probabilities per token that fit: three bytes each, four in base64."""
+    return min(time, _MAX_KEPT, _WEIGHT_BYTES // (4 * maps * time)) if maps else 0
 
 
-def _strength(kept: int, time: int) -> str:
-    return "all of it" if kept >= time else f"its {kept} strongest weights"
+def _selection(kept: int, time: int) -> str:
+    return "all of them" if kept >= time else f"the {kept} largest probabilities"
 
 
-def _strongest(found: Floats, kept: int) -> dict[str, str]:
-    """The `kept` strongest keys of each query, and their weights in 255ths, in base64."""
-    at = np.argpartition(-found, kept - 1, axis=1)[:, :kept]
-    by = np.round(255 * np.take_along_axis(found, at, axis=1).clip(0, 1))
-    return {"at": b64encode(at.astype("<u2").tobytes()).decode(), "by": b64encode(by.astype("u1").tobytes()).decode()}
+def _largest(probabilities: Floats, kept: int) -> dict[str, str]:
+    """The keys with the `kept` largest probabilities of each query, and these probabilities in 255ths, in base64."""
+    keys = np.argpartition(-probabilities, kept - 1, axis=1)[:, :kept]
+    weights = np.round(255 * np.take_along_axis(probabilities, keys, axis=1).clip(0, 1))
+    arrays = {"keys": keys.astype("<u2"), "weights": weights.astype("u1")}
+    return {name: b64encode(array.tobytes()).decode() for name, array in arrays.items()}
 
 
-def _pictures(maps: list[Floats]) -> list[str]:
-    """Each map as a data URL, with as many cells as there is room for."""
-    for side in _SIDES:
-        found = [_png(pool(each, side)) for each in maps]
-        if sum(map(len, found)) <= _PICTURES:
+def _thumbnails(maps: list[Floats]) -> list[str]:
+    """Each map as a data URL, with as many cells as fit."""
+    for side in _THUMBNAIL_SIDES:
+        images = [_png(pool(each, side)) for each in maps]
+        if sum(map(len, images)) <= _THUMBNAIL_BYTES:
             break
-    return found
+    return images
 
 
-def _png(found: Floats) -> str:
-    """A map in viridis on a square-root scale, since most weights are small."""
+def _png(probabilities: Floats) -> str:
+    """A map in viridis on a square-root scale, because most probabilities are small."""
     from matplotlib import colormaps
     from PIL import Image
 
     palette = (colormaps["viridis"](np.arange(256), bytes=True))[:, :3]
-    picture = Image.fromarray(np.round(255 * np.sqrt(found.clip(0, 1))).astype(np.uint8), mode="P")
+    picture = Image.fromarray(np.round(255 * np.sqrt(probabilities.clip(0, 1))).astype(np.uint8), mode="P")
     picture.putpalette(palette.tobytes())
     written = io.BytesIO()
     picture.save(written, "PNG", optimize=True)
@@ -173,17 +176,15 @@ def _image(name: str, source: str) -> str:
     return f'<img src="{source}" alt="attention map of {escape(name)}">'
 
 
-def _table(words: Sequence[str], found: Floats) -> str:
-    """What the first tokens look at most, for readers without JavaScript."""
-    rows = "".join(
-        f"<tr><td>{at}</td><td>{text_html(word, spaces=True)}</td><td>{_most(words, found[at])}</td></tr>"
-        for at, word in enumerate(words[:_ROWS])
-    )
-    more = f'<p class="note">The first {_ROWS} of {len(words)} tokens.</p>' if len(words) > _ROWS else ""
-    head = '<tr><th scope="col">position</th><th scope="col">token</th><th scope="col">looks at</th></tr>'
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>{more}'
+def _table(tokens: Sequence[str], probabilities: Floats) -> str:
+    """The most attended tokens of the first tokens, for readers without JavaScript."""
+    rows = [
+        (str(at), text_html(token, spaces=True), _most_attended(tokens, probabilities[at]))
+        for at, token in enumerate(tokens[:MAX_ROWS])
+    ]
+    return tokens_table(("position", "token", "attends to"), rows, len(tokens))
 
 
-def _most(words: Sequence[str], row: Floats) -> str:
+def _most_attended(tokens: Sequence[str], row: Floats) -> str:
     best = [at for at in np.argsort(-row)[:3].tolist() if row[at] >= 0.005]
-    return ", ".join(f"{text_html(words[at], spaces=True)} {at} ({row[at]:.0%})" for at in best)
+    return ", ".join(f"{text_html(tokens[at], spaces=True)} {at} ({row[at]:.0%})" for at in best)

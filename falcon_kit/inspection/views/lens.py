@@ -1,8 +1,7 @@
-"""A text as the model reads it: each token tinted by how much it surprised, the next one as a table, and what each
-layer would have said.
+"""A text coloured by surprisal, the next tokens as a table, and the logit lens.
 
-Everything stands in the page as text, so it reads without JavaScript; the script only shows what belongs to a token
-when one points at it, or goes there by keyboard.
+The page contains everything as text, so it is complete without JavaScript. The script only shows the details of a token
+for the pointer or the keyboard.
 """
 
 from __future__ import annotations
@@ -15,100 +14,91 @@ import numpy as np
 from numpy.typing import NDArray
 
 from falcon_kit.display.page import Page, percent, text_html, visible
-from falcon_kit.inspection.views import walk
+from falcon_kit.inspection.views import tables, walk
+from falcon_kit.inspection.views.tables import bar, head, table
 
 Floats = NDArray[np.floating[Any]]
 Expected = Sequence[tuple[str, float]]
-"""Tokens that may come next with their probabilities, likeliest first."""
+"""Possible next tokens with their probabilities, most likely first."""
 
-_BITS = 12.0  # surprisal at which the tint is full
+_MAX_BITS = 12.0  # surprisal with the strongest colour
 
 _STYLE = """
-  & .says { min-height: 3em; }
-  & .bar { display: inline-block; height: .8em; background: var(--c0); vertical-align: middle; }
   & .lens td { font-family: ui-monospace, monospace; white-space: nowrap; border: 1px solid var(--faint); }
   & .scale span { display: inline-block; padding: 0 .6em; }
-"""
-
-_SCRIPT = """
-walk(() => { root.querySelector(".says").textContent = tokens[here].title; });
 """
 
 
 def lens_page(
     title: str,
-    words: Sequence[str],
+    tokens: Sequence[str],
     surprisal: Floats,
     expected: Sequence[Expected],
     following: Expected,
-    read: Sequence[Sequence[str]],
+    predicted: Sequence[Sequence[str]],
     probabilities: Floats,
 ) -> Page:
-    """The view of a text of T `words`.
+    """The page of a text of T tokens.
 
-    surprisal: (T,) in bits, nan for the first. expected: for each token, what was expected in its place, nothing for
-    the first. following: what may come after the last. read, probabilities: (L + 1, t) what each layer would say after
-    each of the last t tokens, and how sure it is.
+    surprisal: (T,) in bits, nan for the first token. expected: the prediction for each position, empty for the first.
+    following: the prediction after the last token. predicted, probabilities: (L + 1, t), the most likely next token of
+    each layer after each of the last t tokens, and its probability.
     """
-    scale = "".join(f'<span style="{_tint(bits)}">{bits:g}</span>' for bits in (0, 2, 4, 8, 12))
+    scale = "".join(f'<span style="{_colour(bits)}">{bits:g}</span>' for bits in (0, 2, 4, 8, 12))
     body = (
         f'<p class="note scale">Surprisal in bits: {scale} or more</p>'
-        f"{walk.tokens_html(words, _attributes(words, surprisal, expected))}"
-        '<p class="says" aria-live="polite"></p>'
-        f"<h3>What may come next</h3>{_next(following)}"
-        f"<h3>What each layer would say</h3>{_lens(words, read, probabilities)}"
+        f"{walk.tokens_html(tokens, _attributes(tokens, surprisal, expected))}{walk.DESCRIPTION}"
+        f"<h3>Next token</h3>{_next_tokens(following)}"
+        f"<h3>Most likely next token after each layer</h3>{_lens(tokens, predicted, probabilities)}"
     )
-    return Page(title, body, style=walk.STYLE + _STYLE, script=walk.SCRIPT + _SCRIPT)
+    return Page(title, body, style=walk.STYLE + tables.STYLE + _STYLE, script=walk.SCRIPT + walk.SHOW_TITLE)
 
 
-def _tint(bits: float) -> str:
-    share = 0 if np.isnan(bits) else min(1.0, bits / _BITS)
+def _colour(bits: float) -> str:
+    share = 0 if np.isnan(bits) else min(1.0, bits / _MAX_BITS)
     return f"background:color-mix(in srgb,var(--c1) {round(60 * share)}%,transparent)"
 
 
-def _attributes(words: Sequence[str], surprisal: Floats, expected: Sequence[Expected]) -> list[str]:
-    """Each token's tint, and what belongs to it in words."""
-    rows = enumerate(zip(words, surprisal.tolist(), expected, strict=True))
+def _attributes(tokens: Sequence[str], surprisal: Floats, expected: Sequence[Expected]) -> list[str]:
+    """The colour and the title of each token."""
+    rows = enumerate(zip(tokens, surprisal.tolist(), expected, strict=True))
     return [
-        f' style="{_tint(bits)}" title="{escape(_says(at, word, bits, before))}"' for at, (word, bits, before) in rows
+        f' style="{_colour(bits)}" title="{escape(_description(at, token, bits, likely))}"'
+        for at, (token, bits, likely) in rows
     ]
 
 
-def _says(at: int, word: str, bits: float, before: Expected) -> str:
-    """What belongs to a token, in words."""
-    name = f"token {at}, {visible(word, spaces=True)}"
-    if not before:
-        return f"{name}: the first, nothing was expected"
-    likely = ", ".join(f"{visible(each, spaces=True)} {percent(probability)}" for each, probability in before)
-    return f"{name}: {bits:.1f} bits; expected {likely}"
+def _description(at: int, token: str, bits: float, likely: Expected) -> str:
+    name = f"token {at}, {visible(token, spaces=True)}"
+    if not likely:
+        return f"{name}: the first token, not predicted"
+    expected = ", ".join(f"{visible(each, spaces=True)} {percent(probability)}" for each, probability in likely)
+    return f"{name}: {bits:.1f} bits; expected {expected}"
 
 
-def _next(following: Expected) -> str:
-    rows = "".join(
-        f"<tr><td>{rank}</td><td>{text_html(word, spaces=True)}</td><td>{probability:.2%}</td>"
-        f'<td><span class="bar" style="width:{12 * probability:.2f}em"></span></td></tr>'
-        for rank, (word, probability) in enumerate(following)
+def _next_tokens(following: Expected) -> str:
+    rows = (
+        (str(rank), text_html(token, spaces=True), f"{probability:.2%}", bar(12 * probability))
+        for rank, (token, probability) in enumerate(following)
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("rank", "token", "probability", ""))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return table(("rank", "token", "probability", ""), rows)
 
 
-def _lens(words: Sequence[str], read: Sequence[Sequence[str]], probabilities: Floats) -> str:
-    """A table: a row for each layer, the last at the top, and a column for each of the last t tokens."""
+def _lens(tokens: Sequence[str], predicted: Sequence[Sequence[str]], probabilities: Floats) -> str:
+    """A table with a row for each layer, the last at the top, and a column for each of the last t tokens."""
     time = probabilities.shape[1]
-    columns = "".join(f'<th scope="col">{text_html(word, spaces=True)}</th>' for word in words[-time:])
-    names = ["embedding", *(f"layer {layer}" for layer in range(len(read) - 1))]
+    header = ("", *(text_html(token, spaces=True) for token in tokens[-time:]))
+    names = ["embedding", *(f"layer {layer}" for layer in range(len(predicted) - 1))]
     rows = "".join(
         f'<tr><th scope="row">{name}</th>'
-        + "".join(_cell(read[row][at], float(probabilities[row, at])) for at in range(time))
+        + "".join(_cell(predicted[row][at], float(probabilities[row, at])) for at in range(time))
         + "</tr>"
         for row, name in reversed(list(enumerate(names)))
     )
-    note = f'<p class="note">After each of the last {time} tokens; a stronger tint is surer.</p>'
-    table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'{note}<div class="scroll lens">{table}</div>'
+    note = f'<p class="note">After each of the last {time} tokens; a stronger colour is a higher probability.</p>'
+    return f'{note}<div class="scroll lens"><table><thead>{head(header)}</thead><tbody>{rows}</tbody></table></div>'
 
 
-def _cell(word: str, probability: float) -> str:
-    tint = f"background:color-mix(in srgb,var(--c0) {round(65 * probability)}%,transparent)"
-    return f'<td style="{tint}" title="{percent(probability)}">{text_html(word, spaces=True)}</td>'
+def _cell(token: str, probability: float) -> str:
+    colour = f"background:color-mix(in srgb,var(--c0) {round(65 * probability)}%,transparent)"
+    return f'<td style="{colour}" title="{percent(probability)}">{text_html(token, spaces=True)}</td>'

@@ -1,0 +1,188 @@
+"""Ablation of attention heads: the loss and the prediction on a text, with heads and without them.
+
+`attention` and `lens` show correlations. Only an intervention, such as an ablation, shows what a prediction depends on.
+
+Shapes: B batch, T time, H query heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.page import percent
+from falcon_kit.display.tables import html_table
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, inspect_model
+from falcon_kit.inspection.plots import lens as plots
+from falcon_kit.inspection.predictions import Candidate, Floats, next_candidates, predict
+from falcon_kit.inspection.renamed import renamed_arguments, renamed_attributes
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    from matplotlib.figure import Figure
+
+Replacement = Literal["zero", "mean"]
+Pairs = Iterable[tuple[int, int]]
+
+
+@renamed_attributes(words="token_texts")
+@dataclass(frozen=True, repr=False)
+class Ablation:
+    """Surprisal and predictions on a text, with all heads and with some of them ablated."""
+
+    spec: FalconSpec
+    """The model's shape."""
+    ids: tuple[int, ...]
+    """The token ids of the text, T of them."""
+    token_texts: tuple[str, ...]
+    """The text of each token."""
+    heads: tuple[tuple[int, int], ...]
+    """The ablated heads as (layer, query head), those of ablated KV heads included."""
+    replace: Replacement
+    """What their output was replaced with."""
+    before: Floats
+    """(T,): the surprisal of each token in bits, with all heads; nan for the first token."""
+    after: Floats
+    """(T,): the same with the heads ablated."""
+    next_before: tuple[Candidate, ...]
+    """The most likely next tokens with all heads, most likely first."""
+    next_after: tuple[Candidate, ...]
+    """The same with the heads ablated."""
+
+    @property
+    def loss_before(self) -> float:
+        """Mean loss in nats per token with all heads; nan for a text of one token."""
+        return _mean(self.before) * math.log(2)
+
+    @property
+    def loss_after(self) -> float:
+        """Mean loss in nats per token with the heads ablated; nan for a text of one token."""
+        return _mean(self.after) * math.log(2)
+
+    def figure(self) -> Figure:
+        """The surprisal of each token, with all heads and with the heads ablated."""
+        return plots.surprisal(self.token_texts, {"all heads": self.before, f"{len(self.heads)} ablated": self.after})
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each token: text, id, surprisal before and after in bits."""
+        import pandas as pd
+
+        return pd.DataFrame({"token": self.token_texts, "id": self.ids, "before": self.before, "after": self.after})
+
+    def __repr__(self) -> str:
+        first, second = self.next_before[0], self.next_after[0]
+        bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
+        return (
+            f"Ablation({len(self.heads)} heads: {bits}next {first.text!r} {percent(first.probability)} to "
+            f"{second.text!r} {percent(second.probability)})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("surprisal, bits per token", f"{_mean(self.before):.2f}", f"{_mean(self.after):.2f}"),
+            *(
+                (f"next, rank {pair[0].rank}", *(f"{each.text!r} {percent(each.probability)}" for each in pair))
+                for pair in zip(self.next_before, self.next_after, strict=True)
+            ),
+        ]
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads[:12])
+        more = f" and {len(self.heads) - 12} more" if len(self.heads) > 12 else ""
+        return html_table(f"Ablated heads (layer.head): {heads}{more}", ("", "all heads", "ablated"), rows)
+
+
+@renamed_arguments(groups="kv_heads")
+@contextmanager
+def ablated(falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Replacement = "zero") -> Iterator[None]:
+    """A context in which heads are ablated, whatever the model computes in it: generate, `attention`, `lens`, ...
+
+    heads: pairs (layer, query head). kv_heads: pairs (layer, KV head); all query heads that share it are ablated.
+    replace: "zero" sets the output of the heads to zero; "mean" sets it to its mean over the tokens of the same call.
+    The heads are restored at the end, after an exception too. Raises IndexError for a layer or head that does not
+    exist.
+    """
+    _check_replacement(replace)
+    inspected = inspect_model(falcon)
+    with _ablation_hooks(inspected, _query_heads(inspected, heads, kv_heads), replace):
+        yield
+
+
+@renamed_arguments(groups="kv_heads", top="top_k")
+def ablate(
+    falcon: Any,
+    text: TextOrIds,
+    heads: Pairs = (),
+    kv_heads: Pairs = (),
+    *,
+    replace: Replacement = "zero",
+    top_k: int = 5,
+) -> Ablation:
+    """Loss and predictions on a text, with all heads and with some of them ablated (see `ablated`).
+
+    Raises ValueError if no head is given, or for a text that is empty or longer than the context; IndexError for a head
+    that does not exist.
+    """
+    _check_replacement(replace)
+    inspected = inspect_model(falcon)
+    ids = inspected.encode(text)
+    pairs = _query_heads(inspected, heads, kv_heads)
+    require(bool(pairs), "no head is given: give heads=[(layer, head), ...] or kv_heads=[(layer, KV head), ...]")
+    before = predict(inspected, ids, top_k)
+    with _ablation_hooks(inspected, pairs, replace):
+        after = predict(inspected, ids, top_k)
+    return Ablation(
+        spec=inspected.spec,
+        ids=tuple(ids),
+        token_texts=inspected.token_texts(ids),
+        heads=tuple(pairs),
+        replace=replace,
+        before=before.surprisal,
+        after=after.surprisal,
+        next_before=next_candidates(inspected, before),
+        next_after=next_candidates(inspected, after),
+    )
+
+
+def _check_replacement(replace: Replacement) -> None:
+    known = get_args(Replacement)
+    require(replace in known, unknown_name("replacement", str(replace), known))
+
+
+def _mean(surprisal: Floats) -> float:
+    """Mean surprisal in bits per token; nan for one token, since nothing predicts the first."""
+    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
+
+
+def _query_heads(inspected: InspectedModel, heads: Pairs, kv_heads: Pairs) -> list[tuple[int, int]]:
+    """The given query heads and those that share one of the given KV heads, sorted."""
+    shared = inspected.spec.queries_per_kv_head
+    groups = inspected.check_heads(kv_heads, inspected.spec.kv_heads, "KV head")
+    members = {(layer, group * shared + each) for layer, group in groups for each in range(shared)}
+    return sorted(members | set(inspected.check_heads(heads, inspected.spec.query_heads, "head")))
+
+
+@contextmanager
+def _ablation_hooks(inspected: InspectedModel, pairs: list[tuple[int, int]], replace: Replacement) -> Iterator[None]:
+    with ExitStack() as undo:
+        for index, layer in enumerate(inspected.layers):
+            if heads := [head for at, head in pairs if at == index]:
+                hook = partial(_ablate_heads, heads, inspected.spec.head_dim, replace)
+                undo.callback(layer.self_attention.dense.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _ablate_heads(
+    heads: list[int], head_dim: int, replace: Replacement, module: Any, args: tuple[Tensor]
+) -> tuple[Tensor]:
+    """The input of `dense`, the concatenated outputs of all heads (B, T, H x D), with `heads` ablated."""
+    outputs = args[0].unflatten(-1, (-1, head_dim)).clone()  # (B, T, H, D)
+    outputs[:, :, heads] = 0 if replace == "zero" else outputs[:, :, heads].mean(1, keepdim=True)
+    return (outputs.flatten(-2),)

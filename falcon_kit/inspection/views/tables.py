@@ -1,0 +1,34 @@
+"""HTML tables of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+STYLE = """
+  & .bar { display: inline-block; height: .8em; background: var(--c0); vertical-align: middle; }
+"""
+MAX_ROWS = 120
+"""Rows of a table of tokens; a longer text is cut."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead>{head(header)}</thead><tbody>{body}</tbody></table>"
+
+
+def head(header: Sequence[str]) -> str:
+    """The header row of a table, from HTML."""
+    cells = "".join(f'<th scope="col">{name}</th>' for name in header)
+    return f"<tr>{cells}</tr>"
+
+
+def bar(width: float) -> str:
+    """A horizontal bar, `width` em wide."""
+    return f'<span class="bar" style="width:{width:.2f}em"></span>'
+
+
+def tokens_table(header: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> str:
+    """A scrolling table of the first of `count` tokens, with a note if there are more."""
+    note = f'<p class="note">The first {len(rows)} of {count:,} tokens.</p>' if count > len(rows) else ""
+    return f'<div class="scroll">{table(header, rows)}</div>{note}'

@@ -1,0 +1,173 @@
+"""Ablated heads, compared with zero columns in the weights of transformers' own model."""
+
+import copy
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import FalconForCausalLM as StockFalcon
+
+import falcon_kit as fk
+from falcon_kit.model.modeling import FalconForCausalLM
+from tests.inspection.models import logits, model
+
+TEXT = "The giraffe is the tallest animal. The giraffe"
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return tokenizer(TEXT)["input_ids"]
+
+
+def without_columns(layout, heads) -> StockFalcon:
+    """transformers' own model without the output of some heads: (layer, head) pairs."""
+    changed = copy.deepcopy(model(layout, StockFalcon))
+    for layer, head in heads:
+        with torch.no_grad():
+            changed.transformer.h[layer].self_attention.dense.weight[:, 64 * head : 64 * (head + 1)] = 0
+    return changed
+
+
+# Heads
+
+
+@pytest.mark.parametrize("kind", [FalconForCausalLM, StockFalcon], ids=["kit", "transformers"])
+def test_a_head_is_off_as_if_nobody_listened_to_it(layout, kind, tokenizer, ids):
+    heads = [(0, 1), (1, 3), (1, 0)]
+    with fk.ablated((model(layout, kind), tokenizer), heads=heads):
+        found = logits(model(layout, kind), ids)
+    np.testing.assert_allclose(found, logits(without_columns(layout, heads), ids), atol=1e-4)
+
+
+def test_a_kv_head_is_off_with_all_its_query_heads(tokenizer, ids):
+    falcon = (model("180b"), tokenizer)  # two groups of three
+    found = fk.ablate(falcon, ids, kv_heads=[(1, 1)])
+    assert found.heads == ((1, 3), (1, 4), (1, 5))
+    with fk.ablated(falcon, kv_heads=[(1, 1)]):
+        grouped = logits(falcon[0], ids)
+    np.testing.assert_allclose(grouped, logits(without_columns("180b", found.heads), ids), atol=1e-4)
+
+
+def test_the_mean_stands_in_for_a_head(tokenizer, ids):
+    """What reaches `dense`: the mean over the tokens in that head's place, the rest as ever."""
+    falcon, seen = model("40b"), []
+    hook = falcon.transformer.h[0].self_attention.dense.register_forward_hook(
+        lambda module, args, output: seen.append(args[0][0].unflatten(-1, (-1, 64)).clone())
+    )
+    logits(falcon, ids)
+    with fk.ablated((falcon, tokenizer), heads=[(0, 2)], replace="mean"):
+        logits(falcon, ids)
+    hook.remove()
+    plain, changed = seen
+    np.testing.assert_allclose(changed[:, 2], plain[:, 2].mean(0).expand(len(ids), 64), atol=1e-6)
+    np.testing.assert_array_equal(changed[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+
+
+def test_an_ablation_holds_both_losses_and_predictions(layout, tokenizer, ids):
+    found = fk.ablate((model(layout), tokenizer), ids, heads=[(0, 0)])
+    rows = torch.tensor([ids])
+    for changed, loss, following in (
+        ([], found.loss_before, found.next_before),
+        ([(0, 0)], found.loss_after, found.next_after),
+    ):
+        with torch.inference_mode():
+            expected = without_columns(layout, changed)(rows, labels=rows)
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-4)
+        likeliest = expected.logits[0, -1].softmax(-1).topk(5)
+        assert [each.id for each in following] == likeliest.indices.tolist()
+        np.testing.assert_allclose([each.probability for each in following], likeliest.values, rtol=1e-3)
+
+
+def test_repetition_hangs_on_the_induction_heads(instruct):
+    tokens = fk.repeated_tokens(instruct)
+    view = fk.attention(instruct, tokens)
+    heads = [(layer, head) for layer, head, score in view.top("induction", 4) if score > 0.5]
+    idle = [(3, head) for head in range(len(heads))]
+    second_copy = slice(50, None)
+    cost = {
+        name: fk.ablate(instruct, tokens, heads=off).after[second_copy].mean()
+        for name, off in (("induction", heads), ("idle", idle))
+    }
+    assert cost["induction"] > cost["idle"] + 3
+
+
+def test_writing_happens_without_the_heads_too(instruct):
+    with fk.ablated(instruct, kv_heads=[(layer, 0) for layer in range(6)]):
+        off = instruct.generate(TEXT, max_new_tokens=8, do_sample=False)
+    assert off.tokens != instruct.generate(TEXT, max_new_tokens=8, do_sample=False).tokens
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_heads_are_on_again_whatever_happens(instruct, error):
+    with pytest.raises(error), fk.ablated(instruct, heads=[(0, 0), (5, 3)]):
+        raise error
+    assert [name for name, each in instruct.model.named_modules() if each._forward_pre_hooks] == []
+
+
+# How it shows itself
+
+
+def test_the_repr_of_an_ablation_says_what_changed(instruct):
+    found = fk.ablate(instruct, TEXT, kv_heads=[(1, 0), (1, 1)])
+    assert re.fullmatch(
+        r"Ablation\(4 heads: [\d.]+ to [\d.]+ bits per token, next '.*' [\d.]+% to '.*' [\d.]+%\)", repr(found)
+    )
+
+
+def test_an_ablation_of_one_token_has_no_loss(instruct):
+    found = fk.ablate(instruct, [20], heads=[(1, 0)])
+    assert math.isnan(found.loss_before)
+    assert repr(found).startswith("Ablation(1 heads: next ")
+
+
+def test_the_table_of_an_ablation_has_a_row_for_every_token(instruct, ids):
+    found = fk.ablate(instruct, ids, heads=[(1, 0)])
+    assert list(found.to_dataframe().columns) == ["token", "id", "before", "after"]
+    assert len(found.to_dataframe()) == len(ids)
+
+
+def test_an_ablation_in_html_is_escaped(instruct):
+    found = fk.ablate(instruct, TEXT, heads=[(1, 0)])
+    candidate = type(found.next_before[0])(1, "<img src=x>", 0.5, 0)
+    changed = type(found)(**{**vars(found), "next_before": (candidate,), "next_after": (candidate,)})
+    assert "<img" not in changed._repr_html_()
+    assert "&lt;img src=x&gt;" in changed._repr_html_()
+
+
+def test_the_figure_of_an_ablation_shows_both_lines(instruct):
+    found = fk.ablate(instruct, TEXT, heads=[(1, 0)])
+    for line, expected in zip(found.figure().axes[0].lines, (found.before, found.after), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), expected)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "no head is given: give heads=[(layer, head), ...] or kv_heads="),
+        ({"heads": (1, 0)}, TypeError, "1 is not a pair of a layer and a head: give a list of pairs, such as [(0, 1)]"),
+        ({"heads": [(6, 0)]}, IndexError, "layer 6 does not exist: the model has 6, numbered 0 to 5"),
+        ({"heads": [(0, 4)]}, IndexError, "head 4 does not exist: the model has 4, numbered 0 to 3"),
+        ({"kv_heads": [(0, 2)]}, IndexError, "KV head 2 does not exist: the model has 2, numbered 0 to 1"),
+        ({"heads": [(0, 0)], "replace": "noise"}, ValueError, "Unknown replacement 'noise'. Known: zero, mean."),
+        ({"heads": [(0, 0)], "text": ""}, ValueError, "the text is empty"),
+    ],
+)
+def test_an_ablation_that_cannot_be_is_refused(instruct, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        fk.ablate(instruct, **{"text": TEXT, **arguments})
+
+
+def test_old_names_are_refused_with_the_new_ones(instruct):
+    with pytest.raises(TypeError, match=re.escape("ablate() has no argument 'groups': it is called 'kv_heads'")):
+        fk.ablate(instruct, TEXT, groups=[(0, 0)])
+    with pytest.raises(TypeError, match=re.escape("ablated() has no argument 'groups': it is called 'kv_heads'")):
+        fk.ablated(instruct, groups=[(0, 0)])
+    with pytest.raises(TypeError, match=re.escape("ablate() has no argument 'top': it is called 'top_k'")):
+        fk.ablate(instruct, TEXT, heads=[(0, 0)], top=3)
+    with pytest.raises(AttributeError, match="has no attribute 'words': it is called 'token_texts'"):
+        _ = fk.ablate(instruct, TEXT, heads=[(0, 0)]).words

@@ -1,0 +1,161 @@
+"""Attributions, compared with their definitions and with the change that they must sum to."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from transformers import FalconForCausalLM as StockFalcon
+
+import falcon_kit as fk
+from tests.inspection.models import logits, model
+
+TEXT = "The giraffe is the tallest animal. The giraffe"
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return tokenizer(TEXT)["input_ids"]
+
+
+def test_integrated_gradients_add_up_to_the_change(layout, tokenizer, ids):
+    """The axiom of completeness; the change itself is transformers' own."""
+    found = fk.attribute((model(layout), tokenizer), ids, target=77)
+    after = [logits(model(layout, StockFalcon), each) for each in (ids, [11] * len(ids))]
+    likely, blank = (torch.tensor(each[-1]).log_softmax(-1)[77].item() for each in after)
+    assert found.change == pytest.approx(likely - blank, abs=1e-3)
+    assert found.scores.sum() == pytest.approx(likely - blank, rel=0.025)
+    assert found.gap < 0.02
+
+
+def test_more_steps_come_nearer(tokenizer, ids):
+    few, many = (fk.attribute((model("40b"), tokenizer), ids, target=77, steps=steps) for steps in (2, 64))
+    assert (few.steps, many.steps) == (2, 64)
+    assert many.gap < few.gap
+
+
+def test_one_step_is_gradient_times_input(tokenizer, ids):
+    """Half way, where the only point of the path lies."""
+    falcon = model("40b")
+    found = fk.attribute((falcon, tokenizer), ids, target=77, steps=1)
+    blank, full = (falcon.get_input_embeddings()(torch.tensor([each])).detach() for each in ([11] * len(ids), ids))
+    middle = ((blank + full) / 2).requires_grad_()
+    falcon(inputs_embeds=middle).logits[0, -1].log_softmax(-1)[77].backward()
+    np.testing.assert_allclose(found.scores, ((full - blank) * middle.grad).sum(-1)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_that_says_nothing_gets_no_credit(tokenizer):
+    found = fk.attribute((model("40b"), tokenizer), [30, 11, 40], target=77, steps=4)
+    assert found.scores[1] == 0
+    assert abs(found.scores[[0, 2]]).min() > 0
+
+
+def test_leave_one_out_blanks_each_token_in_turn(layout, tokenizer, ids):
+    found = fk.attribute((model(layout), tokenizer), ids, target=77, method="leave-one-out")
+    stock = model(layout, StockFalcon)
+
+    def likelihood(tokens):
+        return torch.tensor(logits(stock, tokens)[-1]).log_softmax(-1)[77].item()
+
+    expected = [likelihood(ids) - likelihood([*ids[:at], 11, *ids[at + 1 :]]) for at in range(len(ids))]
+    np.testing.assert_allclose(found.scores, expected, atol=2e-3)
+
+
+def test_the_likeliest_token_is_explained_unless_told(instruct):
+    found = fk.attribute(instruct, TEXT, method="leave-one-out")
+    first = fk.lens(instruct, TEXT).next_tokens()[0]
+    assert (found.target.id, found.target.rank) == (first.id, 0)
+    assert found.target.probability == pytest.approx(first.probability, rel=1e-3)
+
+
+def test_the_animal_in_the_question_decides_the_answer(instruct):
+    question = "User: Where does the giraffe live?\nFalcon:"
+    found = fk.attribute(instruct, question, method="leave-one-out")
+    table = found.to_dataframe().set_index("token")["score"]
+    assert table[" giraffe"] > 10 * abs(table[" the"])
+
+
+def test_no_gradient_stays_behind(instruct):
+    fk.attribute(instruct, TEXT, steps=2)
+    assert [name for name, each in instruct.model.named_parameters() if each.grad is not None] == []
+
+
+def test_four_bit_weights_are_explained_as_well_as_others():
+    """bitsandbytes packs them for some CPUs (AVX-512 with bfloat16), and packed they hand no gradient back."""
+    falcon = fk.load("falconet", dtype="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fk.attribute(falcon, "The giraffe is").gap < 0.1
+
+
+def test_scores_that_do_not_add_up_are_said_to(tokenizer, ids):
+    with pytest.warns(UserWarning, match=r"with steps=1 the scores sum to .* use method='leave-one-out'"):
+        assert fk.attribute((model("40b"), tokenizer), ids, target=77, steps=1).gap > 0.1
+
+
+def test_weights_are_frozen_while_a_prediction_is_explained_and_only_then(tokenizer):
+    falcon, seen = model("40b"), []
+    falcon.lm_head.weight.requires_grad_(False)
+    before = [each.requires_grad for each in falcon.parameters()]
+    hook = falcon.register_forward_hook(lambda *args: seen.append(any(p.requires_grad for p in falcon.parameters())))
+    fk.attribute((falcon, tokenizer), [30, 11, 40], target=77, steps=4)
+    hook.remove()
+    assert seen[-1] is False
+    assert [each.requires_grad for each in falcon.parameters()] == before
+
+
+def test_the_memory_for_gradients_has_a_limit(tokenizer, ids, monkeypatch):
+    falcon, rows = (model("40b"), tokenizer), []
+    whole = fk.attribute(falcon, ids, target=77, steps=4)
+    monkeypatch.setattr("falcon_kit.inspection.attribution._MAX_ACTIVATION_BYTES", 1)
+    hook = falcon[0].transformer.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    found = fk.attribute(falcon, ids, target=77, steps=4)
+    hook.remove()
+    assert set(rows) == {1}
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-4)
+
+
+# How it shows itself
+
+
+def test_the_repr_of_an_attribution_names_the_token_that_counts_most(instruct):
+    found = fk.attribute(instruct, TEXT, steps=4)
+    best = int(found.scores.argmax())
+    assert f"most from {found.token_texts[best]!r} at {best}" in repr(found)
+
+
+def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
+    found = fk.attribute(instruct, TEXT, method="leave-one-out")
+    np.testing.assert_allclose([bar.get_height() for bar in found.figure().axes[0].patches], found.scores)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": ""}, "the text is empty"),
+        ({"method": "guess"}, "Unknown method 'guess'. Known: integrated-gradients, leave-one-out."),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"target": ""}, "the text is empty"),
+        ({"target": "a giraffe"}, "give one token; a space before a word is part of it"),
+    ],
+)
+def test_an_attribution_that_cannot_be_is_refused(instruct, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.attribute(instruct, **{"text": TEXT, **arguments})
+
+
+def test_a_probability_is_that_of_the_target(instruct):
+    found = fk.attribute(instruct, TEXT, target=" giraffe", method="leave-one-out")
+    expected = logits(instruct.model, instruct.tokenizer(TEXT)["input_ids"])[-1]
+    likely = torch.tensor(expected).log_softmax(-1)[found.target.id].item()
+    assert found.target.probability == pytest.approx(math.exp(likely), rel=1e-3)
+
+
+def test_an_old_attribute_name_is_refused_with_the_new_one(instruct):
+    with pytest.raises(AttributeError, match="has no attribute 'words': it is called 'token_texts'"):
+        _ = fk.attribute(instruct, TEXT, method="leave-one-out").words
