@@ -99,55 +99,39 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
-    "Ablation": "inspection.ablation",
-    "AttentionView": "inspection.attention",
-    "Attribution": "inspection.attribution",
-    "Documents": "tuning.data",
-    "Endpoint": "serving.endpoint",
-    "Falcon": "loading.falcon",
-    "Generation": "generation.text",
-    "IncompleteAnswer": "serving.stream",
-    "LensView": "inspection.lens",
-    "Merged": "loading.merging",
-    "Packed": "tuning.packing",
-    "ParallelFalcon": "parallel.launching",
-    "Piece": "generation.text",
-    "Sampling": "generation.sampling",
-    "Stats": "generation.text",
-    "Stream": "generation.stream",
-    "Tuning": "tuning.settings",
-    "TuningRun": "tuning.runs",
-    "TokenReport": "inspection.languages",
-    "TokenView": "inspection.tokens",
-    "ablate": "inspection.ablation",
-    "ablated": "inspection.ablation",
-    "attention": "inspection.attention",
-    "attribute": "inspection.attribution",
-    "compare_tokens": "inspection.languages",
-    "connect": "serving.endpoint",
-    "dialogues": "tuning.data",
-    "export_gguf": "serving.gguf",
-    "induction": "inspection.attention",
-    "lens": "inspection.lens",
-    "load": "loading.load",
-    "merge": "loading.merging",
-    "mix": "tuning.data",
-    "pack": "tuning.packing",
-    "published_tokens": "inspection.languages",
-    "repeated_tokens": "inspection.attention",
-    "sample_texts": "inspection.languages",
-    "tokens": "inspection.tokens",
-    "tune": "tuning.tune",
+    "generation.sampling": "Sampling",
+    "generation.stream": "Stream",
+    "generation.text": "Generation Piece Stats",
+    "inspection.ablation": "Ablation ablate ablated",
+    "inspection.attention": "AttentionView attention induction repeated_tokens",
+    "inspection.attribution": "Attribution attribute",
+    "inspection.languages": "TokenReport compare_tokens published_tokens sample_texts",
+    "inspection.lens": "LensView lens",
+    "inspection.tokens": "TokenView tokens",
+    "loading.falcon": "Falcon",
+    "loading.load": "load",
+    "loading.merging": "Merged merge",
+    "parallel.launching": "ParallelFalcon",
+    "serving.endpoint": "Endpoint connect",
+    "serving.gguf": "export_gguf",
+    "serving.stream": "IncompleteAnswer",
+    "tuning.data": "Documents dialogues mix",
+    "tuning.packing": "Packed pack",
+    "tuning.runs": "TuningRun",
+    "tuning.settings": "Tuning",
+    "tuning.tune": "tune",
 }
+"""Names that need torch, or what takes long to import, by module."""
+_MODULES = {name: module for module, names in _ON_FIRST_USE.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     """Loads what needs torch when it is first asked for (PEP 562)."""
-    if name not in _ON_FIRST_USE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'falcon_kit' has no attribute {name!r}")
     from importlib import import_module
 
-    globals()[name] = getattr(import_module(f"falcon_kit.{_ON_FIRST_USE[name]}"), name)
+    globals()[name] = getattr(import_module(f"falcon_kit.{_MODULES[name]}"), name)
     return globals()[name]
 
 

@@ -26,40 +26,13 @@ from falcon_kit.display.figure import PALETTE
 
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # invisible letters and marks
 
-# Text inherits its colour, and shades are mixed from it, so that the view fits light and dark themes. Elements that
-# cover other text (popups, buttons) use --ink and --paper: the theme's variables in JupyterLab, Colab and VS Code, and
-# the browser's system colours in a file.
-_STYLE = """
-  --ink: var(--jp-ui-font-color1, var(--colab-primary-text-color, var(--vscode-editor-foreground, CanvasText)));
-  --paper: var(--jp-layout-color1, var(--colab-primary-surface-color, var(--vscode-editor-background, Canvas)));
-  --faint: color-mix(in srgb, currentColor 12%, transparent);
-  --dim: color-mix(in srgb, currentColor 70%, transparent);
-  font: 14px/1.5 system-ui, sans-serif; max-width: 100%; position: relative; text-align: left;
-  & * { box-sizing: border-box; }
-  & h2 { font-size: 1.1em; margin: 0 0 .5em; }
-  & p { margin: .5em 0; }
-  & code, & pre { font-family: ui-monospace, monospace; background: none; color: inherit; }
-  & table { border-collapse: collapse; color: inherit; margin: .5em 0; }
-  & th, & td { border: 0; border-bottom: 1px solid var(--faint); padding: .15em .6em; text-align: left; }
-  & button, & select, & input { font: inherit; accent-color: var(--c0); }
-  & button, & select { border: 1px solid var(--dim); border-radius: 4px; padding: .1em .5em; }
-  & button, & select, & .popup { color: var(--ink); background: var(--paper); }
-  & summary { cursor: pointer; }
-  & :focus-visible { outline: 2px solid currentColor; outline-offset: 1px; }
-  & i.mark { font-style: normal; opacity: .6; }
-  & .note { color: var(--dim); font-size: .9em; }
-  & .scroll { overflow: auto; max-height: 30em; }
-"""
 
-# Identical views share a class; `data-live` marks those that the script has already initialised.
-_SCRIPT = """
-for (const root of document.querySelectorAll(".SCOPE:not([data-live])")) {
-  root.dataset.live = "";
-  const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
-  ((root, data) => {SOURCE})(root, data);
-}
-"""
+def static_text(module: str, name: str) -> str:
+    """A stylesheet or script from the folder `static` beside the module with that `__file__`."""
+    return Path(module).with_name("static").joinpath(name).read_text(encoding="utf-8")
 
+
+_STYLE, _SCRIPT = static_text(__file__, "page.css"), static_text(__file__, "page.js")
 _PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1em auto; max-width: 75em; padding: 0 1em; }"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.page import Page, text_html
+from falcon_kit.display.page import Page, static_text, text_html
 from falcon_kit.inspection.plots.attention import pool
 from falcon_kit.inspection.views import walk
 from falcon_kit.inspection.views.tables import MAX_ROWS, tokens_table
@@ -32,68 +32,11 @@ _THUMBNAIL_BYTES = 280_000  # for the thumbnails, in base64
 _THUMBNAIL_SIDES = (256, 128, 96, 64, 48, 32, 16)  # cells; the largest that fits is used
 _MAX_KEPT = 64  # probabilities kept per token
 
-_STYLE = """
-  & .heads { display: grid; gap: .4em; overflow: auto; justify-content: start; max-height: 24em; padding: 4px; }
-  & .heads > div { display: flex; gap: .4em; align-items: center; }
-  & .heads .name { width: 11em; flex: none; }
-  & .heads button { padding: .2em; line-height: 1.2; font-size: .8em; }
-  & .heads button[aria-pressed=true] { outline: 3px solid var(--c5); }
-  & img { display: block; image-rendering: pixelated; background: #440154; }
-  & .heads img { width: 72px; height: 72px; }
-  & .large img { width: min(100%, 420px); aspect-ratio: 1; }
-  & .both { display: flex; flex-wrap: wrap; gap: 1.2em; margin-top: 1em; }
-  & .text { flex: 1 1 22em; min-width: 0; }
-  & .description code { white-space: pre; background: var(--faint); border-radius: 3px; }
-"""
+_STYLE = static_text(__file__, "attention.css")
 
 # For each map the data has `keys`, 16-bit positions of the K largest probabilities of each query, and `weights`, these
 # probabilities in 255ths, both (T, K) in base64. Only the coloured tokens are cleared, for speed in long texts.
-_SCRIPT = r"""
-const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-const maps = data.maps.map(map => (
-  {keys: new Uint16Array(bytes(map.keys).buffer), weights: bytes(map.weights), name: map.name}
-));
-const buttons = [...root.querySelectorAll(".heads button")];
-const large = root.querySelector(".large"), description = root.querySelector(".description"), K = data.kept;
-let shown = 0, coloured = [];
-const percent = share => (share < .01 ? "<1" : Math.round(100 * share)) + "%";
-function quote(token) {
-  const mark = document.createElement("code");
-  mark.append(...[...token.childNodes].map(node => node.cloneNode(true)));
-  return mark;
-}
-function showAttention() {
-  for (const token of coloured) token.style.background = "";
-  const map = maps[shown], found = [];
-  for (let k = current * K; k < (current + 1) * K; k++)
-    if (map.weights[k]) found.push([map.keys[k], map.weights[k] / 255]);
-  coloured = found.map(([at, share]) => {
-    tokens[at].style.background = `color-mix(in srgb, var(--c1) ${Math.round(15 + 75 * share)}%, transparent)`;
-    return tokens[at];
-  });
-  const top = found.sort((a, b) => b[1] - a[1]).slice(0, 5);
-  description.replaceChildren(`${map.name}: token ${current}, `, quote(tokens[current]), " attends to ");
-  top.forEach(([at, share], index) =>
-    description.append(index ? ", " : "", quote(tokens[at]), ` ${at} (${percent(share)})`));
-  if (!top.length) description.append("no token with more than 0.2%");
-}
-function selectMap(index) {
-  shown = index;
-  buttons.forEach((button, at) => button.setAttribute("aria-pressed", at === index));
-  const small = buttons[index].querySelector("img"), big = large.querySelector("img");
-  big.src = small.src;
-  big.alt = small.alt;
-  large.querySelector("figcaption").textContent = maps[index].name;
-  showAttention();
-}
-buttons.forEach((button, index) => {
-  button.disabled = false;
-  button.addEventListener("click", () => selectMap(index));
-});
-root.querySelector(".hint").hidden = false;
-walk(showAttention);
-selectMap(0);
-"""
+_SCRIPT = static_text(__file__, "attention.js")
 
 
 def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -> Page:

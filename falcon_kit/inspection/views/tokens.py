@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-from falcon_kit.display.page import Page, direction, text_html, visible
+from falcon_kit.display.page import Page, direction, static_text, text_html, visible
 from falcon_kit.inspection.views import tables, walk
 from falcon_kit.inspection.views.tables import MAX_ROWS, bar, head, tokens_table
 
@@ -23,20 +23,7 @@ _MAX_CHARACTERS = 64  # of one token
 _MAX_LOST = 8  # lost characters in the note
 _INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no character, as "surrogateescape" decodes them
 
-_STYLE = """
-  & .tokens span { padding: .15em 1px; }
-  & .t0 { background: color-mix(in srgb, var(--c0) 30%, transparent); }
-  & .t1 { background: color-mix(in srgb, var(--c1) 35%, transparent); }
-  & .t2 { background: color-mix(in srgb, var(--c2) 30%, transparent); }
-  & .t3 { background: color-mix(in srgb, var(--c3) 35%, transparent); }
-  & .special { font-weight: bold; box-shadow: inset 0 -2px currentColor; }
-  & b.split { font-weight: normal; border: 1px dashed var(--dim); border-radius: 4px; padding: .15em 2px; }
-  & b.split:hover, & b.split:focus-within { border-style: solid; }
-  & b.split span code { font-size: .8em; background: none; border: 0; padding: 0; }
-  & del { text-decoration: line-through; color: var(--c5); }
-  & tr td.bars { text-align: left; }
-  & td.number { text-align: right; font-variant-numeric: tabular-nums; }
-"""
+_STYLE = static_text(__file__, "tokens.css")
 
 
 def tokens_page(
