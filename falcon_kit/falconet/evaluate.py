@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from textwrap import fill
 
 import torch
@@ -150,37 +151,7 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
     }
 
 
-MODEL_CARD = """\
----
-license: apache-2.0
-language: en
-{origin}
-pipeline_tag: text-generation
-tags: [falcon, tiny]
----
-# {name}
-
-A small Falcon of the 40B layout: {parameters:,} parameters, {layers} layers, d_model {d_model}, {heads} query heads,
-{kv_heads} KV heads, head_dim 64, rotary positions, parallel attention and MLP with two LayerNorms, no bias, tied
-embeddings, context {context}. It is part of falcon-kit: every notebook runs on it in seconds, without a download or a
-GPU, with the code that loads Falcon-40B.
-
-{description}
-
-Its training text is about forty animals and nothing else. It is a teaching aid, not an assistant.
-
-## Measured
-
-| | {name} |
-|---|---|
-{table}
-
-Measured by `python -m falcon_kit.falconet.evaluate` on the weights in this directory, in float32.
-
-## How it was made
-
-{making}
-"""
+MODEL_CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
 
 ORIGINS = {"falconet": "library_name: transformers", "falconet-instruct": "library_name: peft\nbase_model: falconet"}
 MAKING = {

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
@@ -60,48 +61,11 @@ class ChatFormat:
         return f"ChatFormat({self.name!r}, {self.user_prefix!r} / {self.assistant_prefix!r})"
 
 
-# The space before an answer is inside the assistant's span, because the first token of the answer contains it.
-_ANSWER = """\
-        {%- generation -%}
-            {{- ' ' + content -}}
-            {%- if loop.last and not add_generation_prompt -%}{{- eos_token -}}{%- endif -%}
-        {%- endgeneration -%}"""
+def _template(file: str, user: str, assistant: str) -> str:
+    """A chat template from the folder `templates`, with the prefixes of the two speakers filled in."""
+    text = Path(__file__).with_name("templates").joinpath(file).read_text(encoding="utf-8").removesuffix("\n")
+    return Template(text).substitute(user=user, assistant=assistant)
 
-_LINES = Template("""\
-{%- for message in messages -%}
-    {%- set content = message['content'].strip() -%}
-    {%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}
-    {%- if message['role'] == 'system' and loop.first -%}
-        {{- content -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '$user ' + content -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- '$assistant' -}}
-$answer
-    {%- else -%}
-        {{- raise_exception('Roles are user and assistant, and system only first; got ' ~ message['role']) -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\\n$assistant' -}}{%- endif -%}""")
-
-_PARAGRAPHS = Template("""\
-{%- set turns = messages -%}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set turns = messages[1:] -%}
-    {{- messages[0]['content'].strip() -}}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- set content = message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n') -%}
-    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '\\n\\n$user ' + content -}}
-    {%- else -%}
-        {{- '\\n\\n$assistant' -}}
-$answer
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\\n\\n$assistant' -}}{%- endif -%}""")
 
 FALCON = ChatFormat(
     name="falcon",
@@ -112,7 +76,7 @@ FALCON = ChatFormat(
         "https://huggingface.co/spaces/HuggingFaceH4/falcon-chat (app.py); "
         "falcon-180B-chat has the same format (vllm-project/vllm#3420)"
     ),
-    template=_LINES.substitute(user="User:", assistant="Falcon:", answer=_ANSWER),
+    template=_template("lines.jinja", "User:", "Falcon:"),
     system=(
         "The following is a conversation between a highly knowledgeable and intelligent AI assistant, called Falcon, "
         "and a human user, called User. In the following interactions, User and Falcon will converse in natural "
@@ -129,7 +93,7 @@ HUB = ChatFormat(
     assistant_prefix="Assistant:",
     stop=("\n\nUser:", "\nUser:"),
     source="https://huggingface.co/tiiuae/falcon-7b-instruct (chat_template in tokenizer_config.json)",
-    template=_PARAGRAPHS.substitute(user="User:", assistant="Assistant:", answer=_ANSWER),
+    template=_template("paragraphs.jinja", "User:", "Assistant:"),
 )
 
 BAIZE = ChatFormat(
@@ -138,7 +102,7 @@ BAIZE = ChatFormat(
     assistant_prefix="[|AI|]",
     stop=("\n[|Human|]", "\n[|AI|]", "[|Human|]", "[|AI|]"),
     source="Xu et al. 2023, arXiv 2304.01196; https://github.com/project-baize/baize-chatbot (preprocess.py)",
-    template=_LINES.substitute(user="[|Human|]", assistant="[|AI|]", answer=_ANSWER),
+    template=_template("lines.jinja", "[|Human|]", "[|AI|]"),
     system="The conversation between human and AI assistant.",
 )
 

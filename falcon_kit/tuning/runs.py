@@ -128,30 +128,4 @@ def model_card(
 
 
 _HEAD = ("| | |", "|---|---|")
-_CARD = """\
----
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags: [falcon, lora]
----
-# {name}
-
-A LoRA adapter for `{base}`, trained with Falcon Kit. Chat format: `{form.user_prefix}` / `{form.assistant_prefix}`.
-
-    falcon = fk.merge("{name}/adapter", "{base}")
-
-## Data
-
-{data}.
-
-## Measured
-
-{figures}
-
-Held-out documents, greedy answers without stop strings. "stop rate": the share that ends with `eos_token`.
-
-## Settings
-
-{settings}
-"""
+_CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
