@@ -4,7 +4,6 @@ The files, in the order of their imports:
 
 plots/            values in, matplotlib figures out
 views/            values in, self-contained HTML out
-renamed.py        errors for old names of arguments and attributes
 hooks.py          the inspected model, and forward hooks that are always removed
 probabilities.py  attention probabilities in blocks: statistics of every head without T x T maps
 attention.py      attention() and induction(): attention statistics and maps

@@ -24,7 +24,6 @@ from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, next_candidates, predict
-from falcon_kit.inspection.renamed import renamed_arguments, renamed_attributes
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
@@ -34,7 +33,6 @@ Replacement = Literal["zero", "mean"]
 Pairs = Iterable[tuple[int, int]]
 
 
-@renamed_attributes(words="token_texts")
 @dataclass(frozen=True, repr=False)
 class Ablation:
     """Surprisal and predictions on a text, with all heads and with some of them ablated."""
@@ -99,7 +97,6 @@ class Ablation:
         return html_table(f"Ablated heads (layer.head): {heads}{more}", ("", "all heads", "ablated"), rows)
 
 
-@renamed_arguments(groups="kv_heads")
 @contextmanager
 def ablated(falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Replacement = "zero") -> Iterator[None]:
     """A context in which heads are ablated, whatever the model computes in it: generate, `attention`, `lens`, ...
@@ -115,7 +112,6 @@ def ablated(falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Repla
         yield
 
 
-@renamed_arguments(groups="kv_heads", top="top_k")
 def ablate(
     falcon: Any,
     text: TextOrIds,

@@ -25,7 +25,6 @@ from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, check_index, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, measure
-from falcon_kit.inspection.renamed import renamed_arguments, renamed_attributes
 from falcon_kit.inspection.views.attention import attention_page
 from falcon_kit.model.modeling import FalconModel
 
@@ -36,13 +35,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 256 * 2**20
 
 
-@renamed_attributes(
-    words="token_texts",
-    likeness="head_similarity",
-    likeness_within="similarity_within_groups",
-    likeness_across="similarity_across_groups",
-    likeness_figure="similarity_figure",
-)
 @dataclass(frozen=True, repr=False)
 class AttentionView:
     """Attention of every head of a Falcon on one text: a table in Jupyter, `figure` for all heads, `page` for maps."""
@@ -173,7 +165,6 @@ class AttentionView:
         return html_table(repr(self), header, rows)
 
 
-@renamed_arguments(chunk="prefill_chunk_size")
 def attention(
     falcon: Any,
     text: TextOrIds,

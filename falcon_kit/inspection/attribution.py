@@ -25,7 +25,6 @@ from falcon_kit.display.page import percent, visible
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, evaluation_mode, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, predict, target_id
-from falcon_kit.inspection.renamed import renamed_attributes
 from falcon_kit.loading.quantization import unpacked
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ _MAX_ACTIVATION_BYTES = 2 * 2**30  # that the backward pass of one batch keeps
 _MAX_GAP = 0.1  # a larger `Attribution.gap` gives a warning
 
 
-@renamed_attributes(words="token_texts")
 @dataclass(frozen=True, repr=False)
 class Attribution:
     """How much each token of a prompt adds to the log-probability of a next token."""

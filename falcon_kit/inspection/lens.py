@@ -42,7 +42,6 @@ from falcon_kit.inspection.predictions import (
     predict,
     target_id,
 )
-from falcon_kit.inspection.renamed import renamed_arguments, renamed_attributes
 from falcon_kit.inspection.views.lens import lens_page
 
 if TYPE_CHECKING:
@@ -52,14 +51,6 @@ if TYPE_CHECKING:
 _PAGE_TOKENS = 16  # the last tokens, whose logit lens the page shows
 
 
-@renamed_attributes(
-    words="token_texts",
-    names="id_to_text",
-    embedding_share="embedding_contribution",
-    attention_share="attention_contribution",
-    mlp_share="mlp_contribution",
-    shares_figure="contributions_figure",
-)
 @dataclass(frozen=True, repr=False)
 class LensView:
     """Predictions and surprisal of a model on a text, and the logit lens of every layer."""
@@ -182,7 +173,6 @@ class LensView:
         return f"LensView({self.spec.name}, {self._summary}, next {first.text!r} with {percent(first.probability)})"
 
 
-@renamed_arguments(top="top_k")
 def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k: int = 10) -> LensView:
     """Predictions and surprisal of a Falcon on a text, with the logit lens and logit contributions of every layer.
 

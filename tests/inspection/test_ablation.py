@@ -160,14 +160,3 @@ def test_the_figure_of_an_ablation_shows_both_lines(instruct):
 def test_an_ablation_that_cannot_be_is_refused(instruct, arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         fk.ablate(instruct, **{"text": TEXT, **arguments})
-
-
-def test_old_names_are_refused_with_the_new_ones(instruct):
-    with pytest.raises(TypeError, match=re.escape("ablate() has no argument 'groups': it is called 'kv_heads'")):
-        fk.ablate(instruct, TEXT, groups=[(0, 0)])
-    with pytest.raises(TypeError, match=re.escape("ablated() has no argument 'groups': it is called 'kv_heads'")):
-        fk.ablated(instruct, groups=[(0, 0)])
-    with pytest.raises(TypeError, match=re.escape("ablate() has no argument 'top': it is called 'top_k'")):
-        fk.ablate(instruct, TEXT, heads=[(0, 0)], top=3)
-    with pytest.raises(AttributeError, match="has no attribute 'words': it is called 'token_texts'"):
-        _ = fk.ablate(instruct, TEXT, heads=[(0, 0)]).words

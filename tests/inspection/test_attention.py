@@ -490,25 +490,3 @@ def test_a_share_of_the_heads_is_refused(instruct):
 def test_repetitions_that_cannot_be_are_refused(instruct, arguments):
     with pytest.raises(ValueError, match=r"within the 20.. plain tokens of the vocabulary and the context of 2048"):
         fk.repeated_tokens(instruct, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("words", "token_texts"),
-        ("likeness", "head_similarity"),
-        ("likeness_within", "similarity_within_groups"),
-        ("likeness_across", "similarity_across_groups"),
-        ("likeness_figure", "similarity_figure"),
-    ],
-)
-def test_an_old_attribute_name_is_refused_with_the_new_one(instruct, old, new):
-    view = fk.attention(instruct, "Hello")
-    assert hasattr(view, new)
-    with pytest.raises(AttributeError, match=f"has no attribute '{old}': it is called '{new}'$"):
-        getattr(view, old)
-
-
-def test_an_old_argument_name_is_refused_with_the_new_one(instruct):
-    with pytest.raises(TypeError, match=re.escape("attention() has no argument 'chunk': it is called 'prefill_chunk_")):
-        fk.attention(instruct, "Hello", chunk=7)

@@ -154,8 +154,3 @@ def test_a_probability_is_that_of_the_target(instruct):
     expected = logits(instruct.model, instruct.tokenizer(TEXT)["input_ids"])[-1]
     likely = torch.tensor(expected).log_softmax(-1)[found.target.id].item()
     assert found.target.probability == pytest.approx(math.exp(likely), rel=1e-3)
-
-
-def test_an_old_attribute_name_is_refused_with_the_new_one(instruct):
-    with pytest.raises(AttributeError, match="has no attribute 'words': it is called 'token_texts'"):
-        _ = fk.attribute(instruct, TEXT, method="leave-one-out").words

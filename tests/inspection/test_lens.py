@@ -270,26 +270,3 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
 def test_what_cannot_be_read_is_refused(instruct, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.lens(instruct, **{"text": "Hello", **arguments})
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("words", "token_texts"),
-        ("names", "id_to_text"),
-        ("embedding_share", "embedding_contribution"),
-        ("attention_share", "attention_contribution"),
-        ("mlp_share", "mlp_contribution"),
-        ("shares_figure", "contributions_figure"),
-    ],
-)
-def test_an_old_attribute_name_is_refused_with_the_new_one(instruct, old, new):
-    view = fk.lens(instruct, "Hello")
-    assert hasattr(view, new)
-    with pytest.raises(AttributeError, match=f"has no attribute '{old}': it is called '{new}'$"):
-        getattr(view, old)
-
-
-def test_an_old_argument_name_is_refused_with_the_new_one(instruct):
-    with pytest.raises(TypeError, match=re.escape("lens() has no argument 'top': it is called 'top_k'")):
-        fk.lens(instruct, "Hello", top=3)
