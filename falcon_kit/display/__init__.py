@@ -1,4 +1,4 @@
-"""How results are shown and bad input is refused.
+"""How results are shown and saved, and how bad input is refused.
 
 The files, in the order of their imports:
 
