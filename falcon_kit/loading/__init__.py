@@ -1,4 +1,4 @@
-"""A name becomes a Falcon: checkpoints, adapters, quantisation.
+"""`load()`: checkpoints, adapters, quantisation.
 
 The files, in the order of their imports:
 

@@ -1,4 +1,4 @@
-"""The playground: prompts by hand in a notebook, on one model or two.
+"""The playground: a widget for prompts, on one model or two.
 
 The files, in the order of their imports:
 

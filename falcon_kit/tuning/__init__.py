@@ -1,4 +1,4 @@
-"""Documents become an adapter.
+"""`tune()` trains an adapter on documents.
 
 The files, in the order of their imports:
 
