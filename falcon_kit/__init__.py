@@ -1,4 +1,4 @@
-"""Run, take apart and fine-tune Falcon-40B-Instruct from a notebook.
+"""Run, inspect and fine-tune Falcon-40B-Instruct from a notebook.
 
     import falcon_kit as fk
 

@@ -33,11 +33,11 @@ class Catalogue(tuple[FalconSpec, ...]):
         facts = [(each.name, each.facts()) for each in self]
         shown = [key for key in facts[0][1] if key not in ("head_dim", "vocabulary", "context", "source")]
         rows = [(name, *(values[key] for key in shown)) for name, values in facts]
-        return html_table("Falcons known by name", ("name", *shown), rows)
+        return html_table("Falcon models in the catalogue", ("name", *shown), rows)
 
 
 def catalogue() -> Catalogue:
-    """All Falcons known by name: the two embedded ones, then the published ones."""
+    """All Falcon models in the catalogue: the two embedded ones, then the published ones."""
     return Catalogue(_embedded_specs() + _PUBLISHED)
 
 

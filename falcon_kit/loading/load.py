@@ -134,7 +134,7 @@ def _choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -
         return stored, "as in the checkpoint"
     full, (_, available) = 4 * shape.parameters, host_memory()
     if stored != "float32" and full < available / 10:
-        return "float32", f"on a CPU {format_bytes(full)} of weights are little, and float32 is exact"
+        return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
     if stored == "float16":
         return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
     return stored, "as in the checkpoint"

@@ -87,11 +87,11 @@ class Environment:
 
     def _repr_html_(self) -> str:
         rows = [
-            ("running in", f"{self.where} ({self.reason})"),
+            ("notebook service", f"{self.where} ({self.reason})"),
             ("Python", self.python),
             *((name, installed or "not installed") for name, installed in self.versions.items()),
             *((f"{each.kind}:{each.index}", _accelerator_text(each)) for each in self.devices),
-            *([] if self.devices else [("GPU", "none that torch can use")]),
+            *([] if self.devices else [("GPU", "none usable by torch")]),
             ("CPU cores", self.cores),
             ("host memory", f"{format_bytes(self.available_bytes)} free of {format_bytes(self.memory_bytes)}"),
             ("downloads", f"{_short(self.cache_directory)}, {format_bytes(self.cache_free_bytes)} free"),

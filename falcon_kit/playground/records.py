@@ -17,14 +17,14 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its probability and the likeliest tokens at its position."""
+    """A token with its probability and the most probable tokens at its position."""
 
     text: str
     """The token by itself."""
     logprob: float | None
     """Natural log-probability under the model; None if an endpoint does not report it."""
     alternatives: tuple[tuple[str, float], ...] = ()
-    """Text and log-probability of the likeliest tokens at this position, the likeliest first."""
+    """Text and log-probability of the most probable tokens at this position, the likeliest first."""
 
 
 @dataclass(frozen=True)

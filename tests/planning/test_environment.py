@@ -242,7 +242,7 @@ def test_an_environment_is_one_line_as_text(found: Environment) -> None:
 def test_a_machine_without_gpu_says_so(found: Environment) -> None:
     bare = replace(found, devices=())
 
-    assert ("no GPU" in repr(bare), "none that torch can use" in bare._repr_html_()) == (True, True)
+    assert ("no GPU" in repr(bare), "none usable by torch" in bare._repr_html_()) == (True, True)
 
 
 def test_everything_in_the_table_is_escaped(found: Environment) -> None:

@@ -129,7 +129,7 @@ function messageView(turn, act) {
   return node;
 }
 
-/** The card with the likeliest tokens at the position of a token. */
+/** The card with the most probable tokens at the position of a token. */
 function probabilityCard(root) {
   const card = h("div", { class: "fk-card", role: "tooltip", id: unique("card"), hidden: true });
   let described = null; // the token that the card is about
@@ -156,7 +156,7 @@ function probabilityCard(root) {
   return { node: card, show, hide };
 }
 
-/** A table of the likeliest tokens at a position, with the token that was chosen. */
+/** A table of the most probable tokens at a position, with the token that was chosen. */
 function tokenTable([text, logprob, alternatives]) {
   const row = (word, value, chosen) =>
     h(
@@ -171,5 +171,5 @@ function tokenTable([text, logprob, alternatives]) {
   const rows = alternatives.map(([word, value], number) => row(word, value, number === chosen));
   if (chosen < 0 && logprob !== null) rows.push(row(text, logprob, true));
   if (!rows.length) return h("div", {}, h("bdi", {}, visible(text)), ": no probabilities reported");
-  return h("table", {}, h("caption", {}, "likeliest tokens here"), h("tbody", {}, ...rows));
+  return h("table", {}, h("caption", {}, "most probable tokens at this position"), h("tbody", {}, ...rows));
 }

@@ -14,7 +14,7 @@ function render({ model, el }) {
   const modes = segments("Mode", { prompt: ["Prompt", "Continue a text as it stands"], chat: ["Chat", "Answer messages"] }, (mode) => act("mode", { mode }));
   const probabilities = h("input", { type: "checkbox", id: unique("probabilities"), onchange: () => act("token_probabilities", { shown: probabilities.checked }) });
   const legend = h("span", { class: "fk-legend", "aria-hidden": "true" }, "likely", ...[0, 1, 2, 3, 4, 5].map((level) => h("i", { class: `fk-p${level}` })), "unlikely");
-  const probabilitiesLabel = h("label", { class: "fk-switch", for: probabilities.id, title: "Tint each token by its probability; hover, or use the arrow keys, for the likeliest tokens" }, probabilities, "Token probabilities", legend);
+  const probabilitiesLabel = h("label", { class: "fk-switch", for: probabilities.id, title: "Tint each token by its probability; hover, or use the arrow keys, for the most probable tokens" }, probabilities, "Token probabilities", legend);
   const fold = h("button", { type: "button", class: "fk-fold", "aria-expanded": "false" }, "Settings and history");
   const head = h("header", {}, title, modes.node, probabilitiesLabel, fold);
 

@@ -4,16 +4,16 @@ const FIELDS = [
   { name: "temperature", label: "Temperature", unit: "", min: 0, max: 2, step: 0.05, off: 1, slider: true,
     help: "Sharper below 1, flatter above." },
   { name: "top_k", label: "Top-k", unit: "tokens", min: 0, max: 1000, step: 1, off: 0,
-    help: "Only the k likeliest tokens; 0 for all." },
+    help: "Only the k most probable tokens; 0 for all." },
   { name: "top_p", label: "Top-p", unit: "probability", min: 0.01, max: 1, step: 0.01, off: 1,
-    help: "Only the fewest that add up to p." },
+    help: "Only the fewest most probable tokens whose probabilities add up to p." },
   { name: "max_new_tokens", label: "Length", unit: "tokens", min: 1, max: 100000, step: 1, off: 200,
     help: "The maximum number of new tokens." },
 ];
 
 const PRESETS = {
-  card: ["Card", "As in the model card: sample from the ten likeliest tokens"],
-  greedy: ["Greedy", "Always the likeliest token"],
+  card: ["Card", "As in the model card: sample from the ten most probable tokens"],
+  greedy: ["Greedy", "Always the most probable token"],
   precise: ["Precise", "Little randomness"],
   creative: ["Creative", "Much randomness"],
 };
