@@ -51,10 +51,9 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 .venv/.lab: EXTRAS := demo lab
 .venv/.dev: EXTRAS := demo lab sagemaker dev
 
-# --no-compile: pip would compile 20,000 modules to bytecode; Python compiles those that are imported.
 .venv/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'Falcon Kit needs Python 3.11 or newer; "$(PYTHON)" is older. Name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --no-compile -c constraints.txt -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
+	$(RUN) -m pip install -c constraints.txt -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
 	@touch $(EXTRAS:%=.venv/.%)
