@@ -45,7 +45,15 @@ from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
-class FalconModel(stock.FalconModel):
+class _AttentionCanBeSet:
+    """Allows `set_attn_implementation`, whatever transformers has found and cached for its own Falcon."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class FalconModel(_AttentionCanBeSet, stock.FalconModel):
     """The decoder without the language-modelling head."""
 
     _supports_attention_backend = True
@@ -189,7 +197,7 @@ class FalconModel(stock.FalconModel):
         return torch.where(visible, bias, torch.finfo(dtype).min)
 
 
-class FalconForCausalLM(stock.FalconForCausalLM):
+class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
     """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
