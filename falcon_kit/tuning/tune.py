@@ -25,6 +25,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import check_no_adapters, detach, is_quantised, quiet, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import checkpoint_files, distributed
@@ -60,14 +61,14 @@ def tune(
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
-    adapters already, and for settings that are out of range or differ from those of the run in output_dir, NotEnoughMemory, FloatingPointError for a loss that is
-    not finite, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
-    finished and saved first; a second Ctrl-C interrupts at once.
+    adapters already, and for settings that are out of range or differ from those of the run in output_dir,
+    NotEnoughMemory, FloatingPointError for a loss that is not finite, and OSError if a checkpoint cannot be saved; the
+    earlier ones stay complete. After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out, float | int):
         settings["held_out"] = float(held_out)
-    chosen = Tuning(**settings).for_model(falcon.spec)
+    chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     _check_model(falcon, chosen)
     documents, test_documents = _split(data, held_out if isinstance(held_out, Documents) else None, chosen)
     packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
@@ -141,7 +142,7 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         devices = [devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
-        falcon.spec,
+        live_spec(falcon.spec, falcon.model),
         quantised or falcon.model.dtype,
         context=settings.context or falcon.spec.context,
         batch=settings.per_device_train_batch_size,
