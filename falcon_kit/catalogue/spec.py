@@ -12,6 +12,7 @@ from typing import Any, Literal
 from falcon_kit.display.tables import format_bytes, html_table
 
 _LEGACY_TYPES = ("RefinedWeb", "RefinedWebModel")
+_EXTENDING = ("linear", "dynamic", "yarn")  # of rotary embeddings, whose factor is that of the context
 _LEGACY_KEYS = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -40,7 +41,8 @@ class FalconSpec:
     intermediate_size: int
     """Channels inside the MLP (f); 4 x d_model in all published Falcons of this family."""
     context: int = 2048
-    """Tokens per training sequence; longer texts become gibberish (huggingface/transformers#25878)."""
+    """Tokens per training sequence, times the factor of scaled rotary embeddings; longer texts become gibberish
+    (huggingface/transformers#25878)."""
     positions: Literal["rotary", "alibi"] = "rotary"
     """Rotary embeddings (Su et al. 2021, arXiv 2104.09864) or ALiBi biases (Press et al. 2021, arXiv 2108.12409)."""
     parallel_block: bool = True
@@ -131,6 +133,7 @@ class FalconSpec:
         new = bool(config.get("new_decoder_architecture"))
         parallel = new or bool(config.get("parallel_attn", True))
         d_model = _positive_int(config, "hidden_size", name)
+        trained = _positive_int(config, "max_position_embeddings", name, 2048)
         return cls(
             name=name,
             layers=_positive_int(config, "num_hidden_layers", name),
@@ -139,7 +142,7 @@ class FalconSpec:
             kv_heads=_kv_heads(config, name),
             vocabulary=_positive_int(config, "vocab_size", name),
             intermediate_size=_positive_int(config, "ffn_hidden_size", name, 4 * d_model),
-            context=_positive_int(config, "max_position_embeddings", name, 2048),
+            context=context_limit({**config, "max_position_embeddings": trained}),
             positions="alibi" if config.get("alibi") else "rotary",
             parallel_block=parallel,
             norms_per_block=_positive_int(config, "num_ln_in_parallel_attn", name, 2 if new else 1) if parallel else 2,
@@ -223,6 +226,19 @@ def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "falcon",
         "architectures": [part.replace("RW", "Falcon") for part in config.get("architectures") or ["RWForCausalLM"]],
     }
+
+
+def context_limit(config: Mapping[str, Any]) -> int:
+    """The longest context of a config: `max_position_embeddings`, or what its scaled rotary embeddings extend that to.
+
+    The factor of linear, dynamic and YaRN scaling counts from `original_max_position_embeddings`, if that is given.
+    """
+    limit: int = config["max_position_embeddings"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
+    if config.get("alibi") or kind not in _EXTENDING or not factor:
+        return limit
+    return max(limit, int((rope.get("original_max_position_embeddings") or limit) * factor))
 
 
 def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

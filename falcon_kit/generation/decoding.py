@@ -9,7 +9,7 @@ Shapes: B sequences (prompts times sequences per prompt), T tokens, V vocabulary
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -80,7 +80,9 @@ class SamplingRNG:
     neither another stream nor other code changes what it samples, and the global states are restored after each step.
     """
 
-    _lock = threading.Lock()  # the global generators belong to the process: one request samples at a time
+    _lock = threading.RLock()  # the global generators belong to the process: one thread samples at a time
+    _sampling: ClassVar[list["SamplingRNG"]] = []
+    """The requests between `swap_in` and `swap_out`: more than one if a logits processor itself generates a text."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._device = device
@@ -93,22 +95,35 @@ class SamplingRNG:
     def swap_in(self) -> None:
         """Saves the global generator states and, with a seed, replaces them by the request's.
 
-        Waits while another request is between `swap_in` and `swap_out`.
+        Waits while a request of another thread is between `swap_in` and `swap_out`. One of the same thread, whose
+        logits processor makes this request, gets its states back in `swap_out`.
         """
         self._lock.acquire()
-        self._global_states = self._read()
-        if self._states:
-            self._write(self._states)
+        if self._sampling:
+            self._sampling[-1]._leave()
+        self._enter()
+        self._sampling.append(self)
 
     def swap_out(self) -> None:
         """Saves the request's generator states and restores the global ones; without `swap_in`, does nothing."""
         if self._global_states is None:
             return
+        self._leave()
+        self._sampling.pop()
+        if self._sampling:
+            self._sampling[-1]._enter()
+        self._lock.release()
+
+    def _enter(self) -> None:
+        self._global_states = self._read()
         if self._states:
+            self._write(self._states)
+
+    def _leave(self) -> None:
+        if self._states and self._global_states:
             self._states = self._read()
             self._write(self._global_states)
         self._global_states = None
-        self._lock.release()
 
     def _read(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import require
 from falcon_kit.generation.arguments import ASSISTED, check_names, expand_generation_config
 from falcon_kit.generation.decoding import GenerationObserver, SamplingRNG, SequenceDecoder
-from falcon_kit.generation.prompts import Prompt, check_prompt, check_tokens, new_token_limit, token_ids
+from falcon_kit.generation.prompts import (
+    Prompt,
+    check_prompt,
+    check_tokens,
+    new_token_limit,
+    token_ids,
+    vocabulary_size,
+)
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
@@ -93,9 +101,8 @@ class _GenerateTask:
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates the texts; `emit` is called with each piece."""
-        decoders = [self._decoder() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
         rng = SamplingRNG(self.sampling.seed, self.model.device)
-        observer = GenerationObserver(decoders, rng, self.cancelled, emit, self.sampling.alternatives)
+        observer = self._observer(rng, emit)
         try:
             if not self.has_steps:  # no hook swaps it in before each step, so it is swapped in for the whole call
                 rng.swap_in()
@@ -107,6 +114,14 @@ class _GenerateTask:
             observer.read_sequences(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(observer, _cache_bytes(output.past_key_values))
 
+    def nothing(self) -> Generation:
+        """The generation of a text that was cancelled before its first token."""
+        return self._generations(self._observer(SamplingRNG(None, self.model.device), None), 0)[0]
+
+    def _observer(self, rng: SamplingRNG, emit: Callable[[Piece], None] | None) -> GenerationObserver:
+        decoders = [self._decoder() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
+        return GenerationObserver(decoders, rng, self.cancelled, emit, self.sampling.alternatives)
+
     def _effective(self, name: str) -> Any:
         """The value of an argument of transformers' `generate`: the caller's, else the checkpoint's."""
         return self.options.get(name, getattr(self.model.generation_config, name, None))
@@ -114,8 +129,8 @@ class _GenerateTask:
     def _encode(self, prompts: list[Any]) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, the first ones dropped as `truncate` allows, and the limit of new tokens."""
         encoded = token_ids(self.tokenizer, prompts)
-        check_tokens(encoded, self.model.config.vocab_size)
-        context = self.model.config.max_position_embeddings
+        check_tokens(encoded, vocabulary_size(self.model))
+        context = context_limit(vars(self.model.config))
         new_tokens = new_token_limit(encoded, context, self.sampling)
         return [ids[-(context - new_tokens) :] for ids in encoded], new_tokens
 

@@ -46,6 +46,16 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> lis
     return [list(tokenizer(each, verbose=False)["input_ids"]) if isinstance(each, str) else each for each in prompts]
 
 
+def vocabulary_size(model: Any) -> int:
+    """The rows of a model's input embeddings as they are now, also after `resize_token_embeddings`.
+
+    A rank of a tensor-parallel model has only some of them, so there it is the config's count.
+    """
+    if getattr(getattr(model, "transformer", model), "tp_mesh", None) is not None:
+        return int(model.config.vocab_size)
+    return len(model.get_input_embeddings().weight)
+
+
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
     """Raises ValueError for a token id outside the vocabulary."""
     if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocab_size]:

@@ -1,5 +1,6 @@
 """A stream: the model generates in a thread, at most one token ahead of the reader."""
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ class GenerationTask(Protocol):
 
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         """Generates the text; `emit` is called with each piece."""
+
+    def nothing(self) -> Generation:
+        """The generation of a text that was cancelled before its first token."""
 
 
 class Stream(Iterator[Piece]):
@@ -42,7 +46,10 @@ class Stream(Iterator[Piece]):
         """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
         self._task.cancelled.set()  # before the lock: a thread that reads releases it after at most one token
         with self._read_lock:
+            begun = inspect.getgeneratorstate(self._pieces) != inspect.GEN_CREATED
             self._pieces.close()
+            if not begun:
+                self._finished.append(self._task.nothing())
 
     @property
     def generation(self) -> Generation:

@@ -213,7 +213,7 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
     inspected = inspect_model(falcon)
     special = {*inspected.tokenizer.all_special_ids, *inspected.tokenizer.added_tokens_decoder}
     plain = [each for each in range(inspected.spec.vocabulary) if each not in special]
-    context = inspected.decoder.config.max_position_embeddings
+    context = inspected.spec.context
     if not (2 <= period <= len(plain) and 2 <= copies <= context // period):
         raise ValueError(
             f"{copies} copies of {period} tokens: give at least 2 of each, within the {len(plain)} plain tokens of the "

@@ -187,7 +187,7 @@ def _path_integral(inspected: InspectedModel, ids: list[int], target: int, steps
         start, end = (embed(inspected.input_ids(each)) for each in (_baseline(inspected, ids), ids))  # (1, T, d_model)
     total = torch.zeros_like(end[0], dtype=torch.float32)
     batch = _batch_size(inspected.spec, end)
-    with _frozen(inspected.model):
+    with _frozen(inspected.model), torch.inference_mode(False), torch.enable_grad():
         for some, weight in zip((points + 0.5).split(batch), weights.split(batch), strict=True):
             embeddings = (start + some.to(end)[:, None, None] * (end - start)).requires_grad_()  # (B, T, d_model)
             logits = inspected.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[:, -1]

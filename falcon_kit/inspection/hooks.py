@@ -11,6 +11,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
 TextOrIds = str | Sequence[int]
@@ -30,7 +31,7 @@ class InspectedModel:
     tokenizer: PreTrainedTokenizerBase
     """The model's tokenizer."""
     spec: FalconSpec
-    """The model's shape."""
+    """The model's shape as it is now."""
 
     @property
     def layers(self) -> list[Any]:
@@ -46,9 +47,8 @@ class InspectedModel:
             raise ValueError(
                 f"{unknown[0]!r} is not a token id of this model: ids range from 0 to {self.spec.vocabulary - 1}"
             )
-        limit = self.decoder.config.max_position_embeddings
-        if len(ids) > limit:
-            raise ValueError(f"the text has {len(ids)} tokens, the model's context is {limit}: shorten it")
+        if len(ids) > self.spec.context:
+            raise ValueError(f"the text has {len(ids)} tokens, the model's context is {self.spec.context}: shorten it")
         return ids
 
     def input_ids(self, ids: Sequence[int]) -> Tensor:
@@ -90,7 +90,7 @@ def inspect_model(falcon: Any) -> InspectedModel:
         raise TypeError(f"{type(model).__name__} is not a Falcon: load one with fk.load")
     config = decoder.config.to_dict()
     spec = getattr(falcon, "spec", None) or FalconSpec.from_config(config, "FalconConfig")
-    return InspectedModel(model, decoder, tokenizer, spec)
+    return InspectedModel(model, decoder, tokenizer, live_spec(spec, decoder))
 
 
 def check_index(index: int, count: int, kind: str) -> int:

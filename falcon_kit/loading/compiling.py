@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.model.checks import context_limit
 
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
@@ -69,7 +70,7 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
         model.generate(  # type: ignore[misc]  # its self is misdeclared
             start,
             attention_mask=torch.ones_like(start),
-            max_length=model.config.max_position_embeddings,
+            max_length=context_limit(model.config),
             min_new_tokens=bar.total,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),

@@ -16,6 +16,7 @@ from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import context_limit
 from falcon_kit.planning.plan import Plan
 
 
@@ -116,7 +117,7 @@ class Falcon:
             "devices": ", ".join(devices),
             "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
             "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
-            "context": f"{self.spec.context} tokens",
+            "context": f"{context_limit(self.model.config)} tokens",
             "chat format": self.chat_format.name,
         }
 

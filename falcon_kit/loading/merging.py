@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_spec
 from falcon_kit.display.saving import atomic_folder
@@ -56,15 +56,41 @@ def is_quantised(model: Any) -> bool:
 def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     """The Falcon's own model with the adapter attached in a `with` block; afterwards the model is as it was.
 
-    Raises ValueError for an adapter that was made for another model.
+    Raises ValueError for an adapter that was made for another model, and for a model that has adapters already.
     """
+    check_no_adapters(falcon, f"the adapter in {adapter}")
     _check_base(adapter, falcon)
-    flags = {id(each): each.requires_grad for each in falcon.model.parameters()}
-    model = _attach(falcon.model, adapter)
+    with unchanged(falcon.model):
+        model = _attach(falcon.model, adapter)
+        try:
+            yield model
+        finally:
+            detach(model)
+
+
+def check_no_adapters(falcon: Falcon, another: str) -> None:
+    """Raises ValueError for a model with adapters, which PEFT would remove together with `another` one."""
+    if names := list(getattr(falcon.model, "peft_config", None) or ()):
+        by_transformers = getattr(falcon.model, "_hf_peft_config_loaded", False)
+        remove = f"falcon.model.delete_adapter({names})" if by_transformers else "unload() of your PeftModel"
+        raise ValueError(
+            f"the model already has the adapter {', '.join(map(repr, names))}, which would be removed with {another}: "
+            f"use another Falcon, fk.load({falcon.name!r}), or first remove it with {remove}"
+        )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores each parameter's `requires_grad` and each module's mode, training or evaluation, after the block."""
+    flags = [(each, each.requires_grad) for each in model.parameters()]
+    modes = [(each, each.training) for each in model.modules()]
     try:
-        yield model
+        yield
     finally:
-        detach(model, flags)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
@@ -80,19 +106,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def detach(model: PeftModel, flags: dict[int, bool]) -> None:
-    """Removes the adapter and restores each parameter's `requires_grad`, by the parameter's id."""
+def detach(model: PeftModel) -> None:
+    """Removes all adapters."""
     base: Any = model.unload()
-    for each in base.parameters():
-        each.requires_grad_(flags.get(id(each), False))
     for name in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(name, None)
-    base.eval()
 
 
 def _check_base(adapter: str | Path, falcon: Falcon) -> None:
     """Raises FileNotFoundError where there is no adapter, and ValueError where it was made for another model."""
-    sizes = {name: tuple(each.shape) for name, each in falcon.model.named_parameters()}
+    named = falcon.model.named_parameters()  # a deleted adapter leaves its wrappers, whose weight is in base_layer
+    sizes = {name.replace(".base_layer.", "."): tuple(each.shape) for name, each in named}
     shapes = {} if is_quantised(falcon.model) else sizes
     adapters.check_base(Path(adapter), falcon.name, shapes, fingerprint(falcon.model))
 
@@ -108,8 +132,9 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     unquantised, since 4-bit weights would round the adapter away.
     output_dir: a new folder to save the model in, or one with a checkpoint, which the model replaces once it is saved.
 
-    Raises ValueError for an adapter of another base, RuntimeError where the merged model's logits are not those of base
-    and adapter, and NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
+    Raises ValueError for an adapter of another base and for a Falcon with adapters attached, RuntimeError where the
+    merged model's logits are not those of base and adapter, and NotADirectoryError, FileExistsError or OSError where
+    `output_dir` cannot be written.
     """
     adapter = getattr(adapter, "adapter", adapter)
     if not isinstance(adapter, str | Path):
@@ -119,6 +144,8 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         )
     if output_dir is not None:
         _check_replaceable(Path(output_dir))
+    if isinstance(base, Falcon):
+        check_no_adapters(base, "the merged one")
     falcon = _unquantised_copy(base if base is not None else adapters.base_name(Path(adapter)))
     if output_dir is None:
         return _merge(falcon, Path(adapter))
@@ -174,7 +201,7 @@ def _add(model: Any, adapter: Path) -> None:
 
     PEFT does it for more than plain LoRA, and for offloaded weights, which it moves to a device and back.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name.replace(".base_layer.", "."): each for name, each in model.named_parameters()}
     if adapters.fields_beyond_lora(adapter) or any(each.is_meta for each in parameters.values()):
         _attach(model, adapter).merge_and_unload(safe_merge=True)
         model.__dict__.pop("peft_config", None)

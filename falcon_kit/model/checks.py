@@ -1,11 +1,14 @@
 """Errors for masks, caches and positions that would silently give a wrong result."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache, FalconConfig
 
+from falcon_kit.catalogue import spec as specs
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.generation.prompts import vocabulary_size
 
 
 def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: bool) -> None:
@@ -21,10 +24,14 @@ def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: 
         )
 
 
-def context_limit(config: FalconConfig) -> int | None:
-    """The longest context that the model was trained with; None for scaled rotary embeddings, which allow more."""
-    scaled = not config.alibi and (config.rope_parameters or {}).get("rope_type", "default") != "default"
-    return None if scaled else config.max_position_embeddings
+def live_spec(spec: FalconSpec, model: Any) -> FalconSpec:
+    """The shape of a model as it is now: `spec` with the rows of its input embeddings and the context of its config."""
+    return replace(spec, vocabulary=vocabulary_size(model), context=context_limit(model.config))
+
+
+def context_limit(config: FalconConfig) -> int:
+    """The longest context of a config as it is now, see `falcon_kit.catalogue.spec.context_limit`."""
+    return specs.context_limit(vars(config))
 
 
 def check_cache(spec: FalconSpec, kv_heads: int, batch: int, past: Cache | None) -> None:
@@ -66,7 +73,7 @@ def check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask
 def check_positions(config: FalconConfig, hidden_states: Tensor, past: Cache | None, positions: Tensor | None) -> None:
     """Raises ValueError for positions beyond the context that the model was trained with."""
     limit, cached = context_limit(config), _cached_tokens(past)
-    if limit is None or cached is None or cached + hidden_states.shape[1] <= limit:
+    if cached is None or cached + hidden_states.shape[1] <= limit:
         return
     last = cached + hidden_states.shape[1] if positions is None else int(positions.max()) + 1
     if last > limit:

@@ -46,10 +46,16 @@ class FalconAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        unseeing_queries: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output (B, T, d_model), and the attention probabilities (B, H, T, K) or None."""
+        """Output (B, T, d_model), and the attention probabilities (B, H, T, K) or None.
+
+        `unseeing_queries` (B, 1, T, 1) are set to 0, so that they attend to all keys equally.
+        """
         query, key, value = self.project(hidden_states, rotation)
+        if unseeing_queries is not None:
+            query = query.masked_fill(unseeing_queries, 0)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         chosen = "eager" if output_attentions else self.config._attn_implementation

@@ -45,7 +45,19 @@ from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
-class FalconModel(stock.FalconModel):
+class _KVHeads(int):
+    """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it; it is not saved."""
+
+
+class _AttentionCanBeSet:
+    """Allows `set_attn_implementation`, whatever transformers has found and cached for its own Falcon."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class FalconModel(_AttentionCanBeSet, stock.FalconModel):
     """The decoder without the language-modelling head."""
 
     _supports_attention_backend = True
@@ -66,6 +78,8 @@ class FalconModel(stock.FalconModel):
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
         self.spec = spec = FalconSpec.from_config(config.to_dict(), "FalconConfig")
+        if not hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = _KVHeads(spec.kv_heads)
         self.word_embeddings = nn.Embedding(spec.vocabulary, spec.d_model)
         self.h = nn.ModuleList(FalconDecoderLayer(config, spec, index) for index in range(spec.layers))
         self.ln_f = nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon))
@@ -100,7 +114,7 @@ class FalconModel(stock.FalconModel):
             self._check_inputs(hidden_states, past_key_values, attention_mask, position_ids)
         probabilities = bool(kwargs.get("output_attentions", self.config.output_attentions))
         kwargs["output_attentions"] = probabilities
-        mask = self._mask(hidden_states, past_key_values, attention_mask, position_ids, probabilities)
+        mask, unseeing = self._mask(hidden_states, past_key_values, attention_mask, position_ids, probabilities)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -112,6 +126,7 @@ class FalconModel(stock.FalconModel):
                 hidden_states,
                 rotation=rotation,
                 attention_mask=mask,
+                unseeing_queries=unseeing,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 **kwargs,
@@ -143,8 +158,9 @@ class FalconModel(stock.FalconModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         probabilities: bool,
-    ) -> Tensor | None:
-        """The attention mask (B, 1 or H, T, K); None if attention is only causal and returns no probabilities."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities; and with
+        ALiBi the queries that see no key (B, 1, T, 1)."""
         documents = None
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
@@ -163,7 +179,7 @@ class FalconModel(stock.FalconModel):
         if self.tp_mesh is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, self._heads]  # a mask per query head: this rank's heads
         if not self.config.alibi:
-            return mask
+            return mask, None
         # A mask that is added to the scores is 0 for visible keys and a large negative number for others.
         visible = mask if mask.dtype == torch.bool else mask > -1
         return self._alibi(visible, None if documents is None else position_ids, hidden_states.dtype)
@@ -177,19 +193,22 @@ class FalconModel(stock.FalconModel):
         first = self.tp_mesh.get_local_rank() * count
         return slice(first, first + count)
 
-    def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The ALiBi bias (B, H, T, K), masked where `visible` (B, 1, T, K) is False.
+    def _alibi(self, visible: Tensor, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The ALiBi bias (B, H, T, K), masked where `visible` (B, 1, T, K) is False; and the queries that see no key.
 
+        Those, of padding, attend to all keys equally, as in transformers. Their bias is 0 and their query is set to 0:
+        fused attention over equal least numbers has gradients that are too large by the number of keys.
         `positions` (B, K) may have any offset, since only distances matter. By default, they count the keys that some
         query of their row attends to.
         """
         if positions is None:
             positions = (visible.any(dim=-2).cumsum(dim=-1) - 1).clamp(min=0)[:, 0]  # (B, K)
         bias = alibi(self.spec, positions, dtype)[:, self._heads, None]
-        return torch.where(visible, bias, torch.finfo(dtype).min)
+        unseeing = ~visible.any(dim=-1, keepdim=True)  # (B, 1, T, 1)
+        return torch.where(visible, bias, torch.finfo(dtype).min).masked_fill(unseeing, 0), unseeing
 
 
-class FalconForCausalLM(stock.FalconForCausalLM):
+class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
     """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
@@ -252,6 +271,17 @@ class FalconForCausalLM(stock.FalconForCausalLM):
             attentions=outputs.attentions,
         )
 
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """As in transformers; config.json has the fields of transformers' Falcon and no others."""
+        fields = vars(self.config)
+        added = {name: value for name, value in fields.items() if isinstance(value, _KVHeads)}
+        for name in added:
+            del fields[name]
+        try:
+            super().save_pretrained(*arguments, **options)
+        finally:
+            fields.update(added)
+
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
         """As in transformers, after a check that the heads divide among the ranks. Sets `tp_mesh`."""
@@ -288,7 +318,7 @@ class FalconForCausalLM(stock.FalconForCausalLM):
         config = super()._prepare_generated_length(**arguments)  # type: ignore[misc]  # its self is misdeclared
         prompt, limit = arguments["inputs_tensor"].shape[1], context_limit(self.config)
         new = config.max_length - arguments["input_ids_length"]
-        if limit is not None and prompt + new > limit:
+        if prompt + new > limit:
             raise ValueError(
                 f"{prompt} tokens and up to {new} new ones are more than the context of {limit}: shorten the prompt, "
                 f"or ask for at most {max(0, limit - prompt)} new tokens"

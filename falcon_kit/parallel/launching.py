@@ -228,6 +228,11 @@ class _RemoteText:
     def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
         return self._falcon._request("stream", self._prompt, self._settings, self, emit)
 
+    def nothing(self) -> Generation:
+        """The generation of a text that was cancelled before its first token; its prompt is not encoded."""
+        prompt = self._prompt if isinstance(self._prompt, str) else str(self._prompt)
+        return Generation(prompt, "", (), (), "cancelled", Stats(1, 0, 0, 0.0, 0.0, 0))
+
 
 def _check_json(prompt: Any, settings: dict[str, Any]) -> None:
     """Raises TypeError for what cannot be sent to another process as JSON."""

@@ -19,6 +19,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.loading.falcon import Falcon
+from falcon_kit.model.checks import live_spec
 
 FILE_TYPES = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -51,7 +52,7 @@ def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch
     """
     if not isinstance(falcon, Falcon):
         raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load returns it, not a {type(falcon).__name__}")
-    return write_gguf(falcon.model, falcon.spec, Path(path), dtype, falcon.tokenizer)
+    return write_gguf(falcon.model, live_spec(falcon.spec, falcon.model), Path(path), dtype, falcon.tokenizer)
 
 
 def write_gguf(
@@ -96,6 +97,11 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
         raise ValueError(
             f"{spec.name} has {', '.join(unsupported)}, which llama.cpp does not support for Falcon "
             "(ggml-org/llama.cpp#2868): serve it with `transformers serve`, or export a 7B, 40B or 180B"
+        )
+    rope: Any = model.config.rope_parameters or {}
+    if (scaling := rope.get("rope_type", "default")) != "default":
+        raise ValueError(
+            f"the rotary positions are scaled ({scaling}), which the file would not say: serve it with vLLM"
         )
     if getattr(model, "quantization_method", None) or any(not each.is_floating_point() for each in model.parameters()):
         raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q8_0'")

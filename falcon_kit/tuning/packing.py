@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.generation.chat import ChatFormat, encode_text, encode_text_with_offsets, render_answers
 from falcon_kit.loading.falcon import Falcon
+from falcon_kit.model.checks import context_limit
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning.data import Documents, Problem, store
 
@@ -175,7 +176,7 @@ def pack(
     Raises ValueError for a context out of range, a tokenizer without an eos_token, or nothing to train on.
     """
     check_falcon(falcon)
-    limit = falcon.spec.context
+    limit = context_limit(falcon.model.config)
     context = limit if context is None else context
     if not 8 <= context <= limit:
         raise ValueError(f"context={context} is not between 8 and {limit}, the context of {falcon.spec.name}")

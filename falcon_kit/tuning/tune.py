@@ -22,9 +22,10 @@ from transformers import EarlyStoppingCallback
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import detach, is_quantised, quiet
+from falcon_kit.loading.merging import check_no_adapters, detach, is_quantised, quiet, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import checkpoint_files, distributed
@@ -59,15 +60,15 @@ def tune(
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
-    Raises TypeError for an unknown setting, ValueError for data without anything to train on and for settings that are
-    out of range or differ from those of the run in output_dir, NotEnoughMemory, FloatingPointError for a loss that is
-    not finite, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
-    finished and saved first; a second Ctrl-C interrupts at once.
+    Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
+    adapters already, and for settings that are out of range or differ from those of the run in output_dir,
+    NotEnoughMemory, FloatingPointError for a loss that is not finite, and OSError if a checkpoint cannot be saved; the
+    earlier ones stay complete. After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out, float | int):
         settings["held_out"] = float(held_out)
-    chosen = Tuning(**settings).for_model(falcon.spec)
+    chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     _check_model(falcon, chosen)
     documents, test_documents = _split(data, held_out if isinstance(held_out, Documents) else None, chosen)
     packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
@@ -89,6 +90,7 @@ def _check_model(falcon: Falcon, settings: Tuning) -> None:
             "with transformers' own Falcon, packed documents attend to each other: load the model without "
             "attention='transformers'"
         )
+    check_no_adapters(falcon, "the new one")
     if any(each.device.type == "meta" for each in falcon.model.parameters()):
         raise ValueError(
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
@@ -140,7 +142,7 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         devices = [devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
-        falcon.spec,
+        live_spec(falcon.spec, falcon.model),
         quantised or falcon.model.dtype,
         context=settings.context or falcon.spec.context,
         batch=settings.per_device_train_batch_size,
@@ -155,23 +157,21 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
 
 @contextmanager
 def _restored(falcon: Falcon) -> Iterator[None]:
-    """Restores the random states, the model's `use_cache` and its eval mode after the block."""
+    """Turns gradients on; restores them, the random states, and the model's `use_cache` and modes after the block."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
     use_cache = falcon.model.config.use_cache  # the Trainer sets it to False
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad(), unchanged(falcon.model):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
             falcon.model.config.use_cache = use_cache
-            falcon.model.eval()
 
 
 @contextmanager
 def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
     """The model with a new adapter; after the block the model without it."""
-    requires_grad = {id(each): each.requires_grad for each in falcon.model.parameters()}
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.r,
@@ -180,7 +180,9 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
-    if settings.gradient_checkpointing:
+    inputs_require_grads = bool(getattr(falcon.model, "_require_grads_hooks", None))
+    checkpointed = falcon.model.is_activation_checkpointing
+    if settings.gradient_checkpointing and not inputs_require_grads:
         falcon.model.enable_input_require_grads()  # or the adapters of the first layer would get no gradient
     with quiet():
         model: PeftModel = get_peft_model(falcon.model, config)
@@ -188,9 +190,11 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
     try:
         yield model
     finally:
-        falcon.model.disable_input_require_grads()
-        falcon.model.activation_checkpointing_disable()
-        detach(model, requires_grad)
+        if not inputs_require_grads:
+            falcon.model.disable_input_require_grads()
+        if not checkpointed:
+            falcon.model.activation_checkpointing_disable()
+        detach(model)
 
 
 @dataclass(frozen=True)
