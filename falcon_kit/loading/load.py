@@ -39,6 +39,10 @@ from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 
+_WRONG_IN_2023 = (1, 2)
+"""bos_token_id and eos_token_id in the published generation configs of 2023; the models were trained with 11."""
+
+
 def load(
     name: str | Path = "falconet",
     *,
@@ -188,7 +192,9 @@ def _trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Ch
 
 
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the tokenizer's special tokens: generation configs of 2023 have eos_token_id 2, and the model writes 11."""
+    """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
     config = model.generation_config
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if config.eos_token_id is None or (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
