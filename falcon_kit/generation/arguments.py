@@ -68,7 +68,7 @@ def _samples(named: dict[str, Any], by_default: bool) -> bool:
 
 
 def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; empty if there are none."""
+    """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; possibly none."""
     for ids in (options.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)

@@ -38,7 +38,6 @@ from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
-
 _WRONG_IN_2023 = (1, 2)
 """bos_token_id and eos_token_id in the published generation configs of 2023; the models were trained with 11."""
 
