@@ -1,13 +1,17 @@
-"""The keyword arguments of `generate`: a generation config expanded, names checked."""
+"""The keyword arguments of `generate`: generation configs expanded, names checked.
+
+A value counts as in transformers: the caller's keyword, else the caller's `generation_config`, else the checkpoint's
+generation_config.json, else the default.
+"""
 
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
-from transformers import FalconForCausalLM, GenerationConfig
+from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.generation.sampling import SAMPLING_FIELDS
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """The arguments of transformers' `generate` that turn on assisted generation."""
@@ -23,6 +27,52 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("max_new_tokens") or settings.get("max_length"):
         values = {name: value for name, value in values.items() if name not in ("max_new_tokens", "max_length")}
     return values | settings
+
+
+_DISTRIBUTION = ("temperature", "top_k", "top_p")
+_LENGTH = ("max_new_tokens", "max_length")
+_NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def checkpoint_settings(config: GenerationConfig) -> dict[str, Any]:
+    """The settings of generation that a checkpoint's generation_config.json contains; token ids are left out."""
+    names = [name for name in vars(GenerationConfig()) if not name.startswith(("_", "output_", "return_"))]
+    values = {name: getattr(config, name, None) for name in names if name not in _NOT_SHOWN}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def add_checkpoint_settings(settings: dict[str, Any], config: GenerationConfig) -> dict[str, Any]:
+    """The settings, and of the fields of `Sampling` that they do not name those of the checkpoint.
+
+    transformers' generate adds the checkpoint's other settings itself.
+    """
+    named = {name: value for name, value in settings.items() if value is not None}
+    values = {name: value for name, value in checkpoint_settings(config).items() if name in SAMPLING_FIELDS}
+    if values.get("max_new_tokens") or any(name in named for name in _LENGTH):
+        values.pop("max_length", None)  # transformers prefers max_new_tokens
+    if "max_length" in named:
+        values.pop("max_new_tokens", None)
+    if not _samples(named, bool(values.pop("do_sample", False))):
+        values = {name: value for name, value in values.items() if name not in _DISTRIBUTION}
+    elif "do_sample" not in named:
+        values["do_sample"] = True
+    if not values.get("top_k", 1):  # 0 is "off"
+        del values["top_k"]
+    return settings | values | named
+
+
+def _samples(named: dict[str, Any], by_default: bool) -> bool:
+    """Whether tokens are sampled: as the caller's settings require, else by the checkpoint's default."""
+    chosen = {name: named[name] for name in ("do_sample", *_DISTRIBUTION) if name in named}
+    return Sampling(**chosen).samples if chosen else by_default
+
+
+def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; possibly none."""
+    for ids in (options.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
 
 
 def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:

@@ -8,9 +8,8 @@ Three formats are in use, because the instruct models were published without one
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from string import Template
@@ -18,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
+from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
+from falcon_kit.generation.control_tokens import encode_text as encode_text
+from falcon_kit.generation.control_tokens import encode_text_with_offsets as encode_text_with_offsets
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-_encode_lock = threading.Lock()
 Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
 
 
@@ -40,25 +41,37 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, repr=False)
 class ChatFormat:
-    """A chat template with its prefixes and stop strings."""
+    """A chat template with its prefixes and stop strings; `fk.load` and `fk.connect` take one as `chat`.
+
+    `ChatFormat("mine", template=..., stop=("<|im_end|>",))` is enough for a format of your own.
+    """
 
     name: str
-    """The name that `chat_format` takes."""
-    user_prefix: str
+    """The name that `chat_format` takes; "own" for a checkpoint's own template."""
+    user_prefix: str = ""
     """The text before each message of the user."""
-    assistant_prefix: str
+    assistant_prefix: str = ""
     """The last text of a prompt. No space follows: the first token of an answer begins with one."""
-    stop: tuple[str, ...]
-    """Stop strings: each begins the next speaker's message, which is not part of the answer."""
-    source: str
+    stop: tuple[str, ...] = ()
+    """Stop strings: each ends an answer or begins the next speaker's message, which is not part of the answer."""
+    source: str = ""
     """Where the format is published."""
-    template: str
+    template: str = field(kw_only=True)
     """The chat template (Jinja, as `tokenizer.chat_template` takes it)."""
     system: str | None = None
     """The system message that was published with the format; it is not sent by default."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
     def __repr__(self) -> str:
-        return f"ChatFormat({self.name!r}, {self.user_prefix!r} / {self.assistant_prefix!r})"
+        prefixes = f", {self.user_prefix!r} / {self.assistant_prefix!r}" if self.assistant_prefix else ""
+        return f"ChatFormat({self.name!r}{prefixes})"
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template marks the assistant's messages with `{% generation %}`, as training needs."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
 
 def _template(file: str, user: str, assistant: str) -> str:
@@ -114,8 +127,13 @@ def default_format(spec: FalconSpec | None) -> ChatFormat:
     return HUB if spec and spec.published and not spec.name.startswith("falcon-180B") else FALCON
 
 
-def chat_format(name: str) -> ChatFormat:
-    """The format "falcon", "hub" or "baize". Raises LookupError for another name; the error lists the nearest."""
+def chat_format(name: str | ChatFormat) -> ChatFormat:
+    """The format "falcon", "hub" or "baize"; a ChatFormat is returned as it is.
+
+    Raises LookupError for another name; the error lists the nearest.
+    """
+    if isinstance(name, ChatFormat):
+        return name
     for each in FORMATS:
         if each.name == name.strip().lower():
             return each
@@ -179,11 +197,7 @@ def render(
     follows the last message if that is the assistant's. Raises ValueError as `check_messages` does, and with
     `add_generation_prompt` if the last message is the assistant's.
     """
-    checked = check_messages(messages)
-    if add_generation_prompt and checked[-1]["role"] == "assistant":
-        raise ValueError(
-            "The last message is the assistant's, so there is nothing to answer: add a message of the user."
-        )
+    checked = _check_turn(messages, add_generation_prompt)
     template = _compiled(plain_template(format.template))
     return template.render(messages=checked, add_generation_prompt=add_generation_prompt, eos_token=eos_token)
 
@@ -214,60 +228,92 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def render_answers(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as one text without `eos_token`, and the spans of the assistant's messages, in characters.
-
-    Raises ValueError as `check_messages` does.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    conversations: Any = [[dict(each) for each in check_messages(messages)]]
-    rendered: Any = render_jinja_template(
-        conversations=conversations,
-        chat_template=format.template,
-        add_generation_prompt=False,
-        eos_token="",
-        return_assistant_tokens_mask=True,
-    )
-    (text,), (spans,) = rendered
-    return str(text), [tuple(span) for span in spans]
-
-
 def encode(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     format: ChatFormat,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of the rendered conversation. Special tokens in messages, as "<|endoftext|>", are encoded as text.
+    """Token ids of the conversation: those of `apply_chat_template` with the format's template.
 
-    Only the end-of-sequence token is added as a special token, as in `render`. Raises ValueError as `render` does, and
-    if that token is needed but the tokenizer has none.
+    The template's own special tokens become tokens; those in messages, as "<|endoftext|>", are encoded as text.
+    Raises ValueError as `check_messages` does, if the template refuses the conversation, and if an end-of-sequence
+    token is needed but the tokenizer has none.
     """
-    ids = encode_text(render(messages, format, add_generation_prompt, eos_token=""), tokenizer)
-    if add_generation_prompt or messages[-1]["role"] != "assistant":
-        return ids
-    if tokenizer.eos_token_id is None:
+    checked = _check_turn(messages, add_generation_prompt)
+    marks = _marks(checked, tokenizer, format)
+    text, _ = _render_marked(checked, marks, tokenizer, format, add_generation_prompt)
+    return encode_marked(text, marks, tokenizer)[0]
+
+
+def encode_answers(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, format: ChatFormat
+) -> tuple[list[int], list[bool]]:
+    """The token ids of a whole conversation as from `encode`, and for each whether the template marks it as an answer.
+
+    Raises ValueError as `encode` does, and for a template that marks nothing.
+    """
+    if not format.marks_answers:
+        raise ValueError(
+            f"the chat template {format.name!r} does not mark the assistant's messages with {{% generation %}}, so it "
+            "is not clear what to train on: load the model with chat='falcon', 'hub' or 'baize', or with "
+            "chat=fk.ChatFormat('mine', template=...), a template that marks them"
+        )
+    checked = _check_turn(messages, add_generation_prompt=False)
+    marks = _marks(checked, tokenizer, format)
+    text, spans = _render_marked(checked, marks, tokenizer, format, add_generation_prompt=False, answers=True)
+    ids, offsets = encode_marked(text, marks, tokenizer)
+    return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
+
+
+def render_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, format: ChatFormat) -> str:
+    """The text of `encode`, with the tokenizer's special tokens."""
+    checked = _check_turn(messages, add_generation_prompt=True)
+    return _render_marked(checked, Marks((), ()), tokenizer, format, add_generation_prompt=True)[0]
+
+
+def _check_turn(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Message]:
+    """The checked conversation; ValueError if the assistant has to answer itself."""
+    checked = check_messages(messages)
+    if add_generation_prompt and checked[-1]["role"] == "assistant":
+        raise ValueError(
+            "The last message is the assistant's, so there is nothing to answer: add a message of the user."
+        )
+    return checked
+
+
+def _marks(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, format: ChatFormat) -> Marks:
+    return Marks(control_tokens(tokenizer, format.template), (each["content"] for each in messages))
+
+
+def _render_marked(
+    messages: Sequence[Message],
+    marks: Marks,
+    tokenizer: PreTrainedTokenizerBase,
+    format: ChatFormat,
+    add_generation_prompt: bool,
+    answers: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as `apply_chat_template` renders it, with the contents marked, and the spans of the answers."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    closes = not add_generation_prompt and messages[-1]["role"] == "assistant"
+    if closes and "eos_token" in format.template and tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-sequence token to end the conversation: set tokenizer.eos_token.")
-    return [*ids, tokenizer.eos_token_id]
-
-
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text. Special tokens in it are encoded as text: "<|endoftext|>" becomes several ordinary ids."""
-    return encode_text_with_offsets(text, tokenizer)[0]
-
-
-def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as from `encode_text`, and the span of each in the text, in characters."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-    backend = tokenizer.backend_tokenizer
-    with _encode_lock:  # the setting belongs to the tokenizer, not to the thread
-        before = backend.encode_special_tokens
-        try:
-            encoded = tokenizer(text, verbose=False, **options)
-        finally:
-            backend.encode_special_tokens = before  # the call changes the setting and does not restore it
-    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    marked: Any = [[{**each, "content": marks.mark(each["content"])} for each in messages]]
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=marked,
+            chat_template=format.template,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=answers,
+            **tokenizer.special_tokens_map,
+        )
+    except TemplateError as error:
+        raise ValueError(f"The chat template {format.name!r} refuses this conversation: {error}") from error
+    (text,), spans = rendered
+    return str(text), [tuple(each) for each in spans[0]] if answers else []
 
 
 def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:

@@ -43,6 +43,8 @@ class SequenceDecoder:
         self._tokenizer, self._limit, self._text = tokenizer, limit, Text(stop, strip)
         self._eos_token_ids = (tokenizer.eos_token_id,) if eos_token_ids is None else eos_token_ids
         self._decode_stream = DecodeStream(skip_special_tokens=True)
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {id: token.content for id, token in added if token.special}
 
     @property
     def text(self) -> str:
@@ -53,14 +55,22 @@ class SequenceDecoder:
         """Appends a token and returns the text that can be shown now."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self._text.add(self._decode_stream.step(self._tokenizer.backend_tokenizer, token) or "")
-        if self._text.stopped:
-            self.finish_reason = "stop"
-        elif token in self._eos_token_ids or len(self.tokens) == self._limit:
-            self.finish_reason = "eos" if token in self._eos_token_ids else "length"
-            # The decode stream withholds an incomplete last character; `decode` returns it as U+FFFD.
-            self._text.raw = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        if token in self._special:
+            self._text.add(self._special[token], hidden=True)
+        else:
+            self._text.add(self._decode_stream.step(self._tokenizer.backend_tokenizer, token) or "")
+        if token in self._eos_token_ids:
+            self.finish_reason = "eos"
+        elif self._text.stopped or len(self.tokens) == self._limit:
+            self.finish_reason = "stop" if self._text.stopped else "length"
+        if self.finish_reason and not self._text.stopped:
+            self._add_incomplete_character()
         return self._text.show(self.finish_reason is not None)
+
+    def _add_incomplete_character(self) -> None:
+        """Adds the incomplete character that the decode stream withholds at the end; `decode` returns it as U+FFFD."""
+        whole = str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        self._text.add(whole[len(self._text.visible(len(self._text.raw))) :])
 
     def add_alternatives(self, likeliest: list[tuple[int, float]]) -> tuple[Alternative, ...]:
         """Stores and returns the most probable tokens of a step, given as pairs of token id and log-probability."""

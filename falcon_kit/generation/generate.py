@@ -15,7 +15,13 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import require
-from falcon_kit.generation.arguments import ASSISTED, check_names, expand_generation_config
+from falcon_kit.generation.arguments import (
+    ASSISTED,
+    add_checkpoint_settings,
+    check_names,
+    end_token_ids,
+    expand_generation_config,
+)
 from falcon_kit.generation.decoding import GenerationObserver, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.prompts import (
     Prompt,
@@ -80,9 +86,11 @@ class _GenerateTask:
         strip: bool,
     ) -> None:
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
-        self.sampling, self.options = split_settings(expand_generation_config(settings))
+        settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
+        self.sampling, self.options = split_settings(settings)
         check_names(self.options, model)
         beam_search = (self._effective("num_beams") or 1) > 1
+        self.stop = self._stop_strings()
         # Beam search revises earlier tokens; assisted generation accepts several tokens at a time.
         self.has_steps = not beam_search and not any(self._effective(name) for name in ASSISTED)
         copies = self.sampling.num_return_sequences
@@ -134,10 +142,14 @@ class _GenerateTask:
         new_tokens = new_token_limit(encoded, context, self.sampling)
         return [ids[-(context - new_tokens) :] for ids in encoded], new_tokens
 
+    def _stop_strings(self) -> tuple[str, ...]:
+        """The setting `stop` and transformers' `stop_strings`, of the caller or the checkpoint; all are cut off."""
+        others = self._effective("stop_strings") or ()
+        return (*self.sampling.stop_strings, *((others,) if isinstance(others, str) else others))
+
     def _decoder(self) -> SequenceDecoder:
-        eos = self.options.get("eos_token_id", self.tokenizer.eos_token_id)
-        eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        return SequenceDecoder(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip, eos_token_ids)
+        ends = end_token_ids(self.options, self.model.generation_config, self.tokenizer)
+        return SequenceDecoder(self.tokenizer, self.stop, self.new_tokens, self.strip, ends)
 
     def _arguments(self) -> dict[str, Any]:
         """All arguments of transformers' `generate` but the hooks; the caller's keyword arguments come last and win."""
@@ -149,10 +161,11 @@ class _GenerateTask:
             **self.sampling.generate_arguments(),
             "num_return_sequences": self.sampling.num_return_sequences,
             "max_new_tokens": self.new_tokens,
-            "eos_token_id": self.tokenizer.eos_token_id,  # configs of 2023 have 2 here; the models were trained with 11
+            "eos_token_id": end_token_ids(self.options, self.model.generation_config, self.tokenizer) or None,
             "pad_token_id": pad,
             "return_dict_in_generate": True,
             **self.options,
+            "stop_strings": None,  # the decoders stop at them, and cut them off
         }
 
     def _generations(self, observer: GenerationObserver, cache_bytes: int) -> list[Generation]:

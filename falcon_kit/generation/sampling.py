@@ -9,7 +9,11 @@ from falcon_kit.display.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen and when generation stops. Settings that transformers has keep their meanings."""
+    """How the next token is chosen and when generation stops. Settings that transformers has keep their meanings.
+
+    For a setting that is not given, the value in the checkpoint's generation_config.json counts, as in transformers;
+    `Falcon.generation_settings` returns these values.
+    """
 
     max_new_tokens: int | None = None
     """Maximum number of new tokens; 200 unless `max_length` is given. The context of the model limits it too."""
@@ -25,8 +29,9 @@ class Sampling:
     """Sample from the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020, arXiv 1904.09751)."""
     num_return_sequences: int = 1
     """Texts per prompt."""
-    stop: str | Sequence[str] = ()
-    """Stop strings: they end the text and are cut from it, also inside a token."""
+    stop: str | Sequence[str] | None = ()
+    """Stop strings: they end the text and are cut from it, also inside a token. A special token may be one. None: none.
+    """
     seed: int | None = None
     """The same seed gives the same text, on the same machine and batch. torch's global random state does not change."""
     truncate: Literal["left"] | None = None
@@ -53,7 +58,7 @@ class Sampling:
             f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}",
         )
         require(
-            isinstance(self.stop, str | list | tuple) and all(isinstance(word, str) for word in self.stop),
+            isinstance(self.stop, str | list | tuple | None) and all(isinstance(word, str) for word in self.stop or ()),
             f"stop must be a text or a list of texts, got {self.stop!r}",
         )
         require(
@@ -84,7 +89,7 @@ class Sampling:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def generate_arguments(self) -> dict[str, Any]:
         """The arguments of transformers' `generate` that set how a token is chosen."""

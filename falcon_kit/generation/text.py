@@ -43,24 +43,33 @@ class Text:
 
     def __init__(self, stop: tuple[str, ...], strip: bool) -> None:
         self.raw, self.stopped = "", False
+        """The characters so far, those of special tokens included, and whether a stop string ended them."""
         self._stop, self._strip, self._shown = stop, strip, 0
+        self._hidden: list[tuple[int, int]] = []  # the spans of special tokens in raw
 
-    def add(self, characters: str) -> None:
-        """Appends the characters and cuts the text at a stop string."""
+    def add(self, characters: str, hidden: bool = False) -> None:
+        """Appends the characters and cuts the text at a stop string. Hidden ones can stop the text; none is shown."""
+        if hidden:
+            self._hidden.append((len(self.raw), len(self.raw) + len(characters)))
         self.raw, self.stopped = cut(self.raw + characters, self._stop)
 
     def show(self, ended: bool) -> str:
         """The characters that were not returned before; unless `ended`, without the beginning of a stop string."""
         pending = 0 if ended else overlap(self.raw, self._stop)
-        visible = self._stripped(self.raw[: len(self.raw) - pending])
+        visible = self._stripped(self.visible(len(self.raw) - pending))
         shown, self._shown = self._shown, max(self._shown, len(visible))
         return visible[shown:]
 
-    def _stripped(self, raw: str) -> str:
-        return raw.lstrip() if self._strip else raw
+    def visible(self, end: int) -> str:
+        """The first `end` characters without the hidden ones; white space is not stripped."""
+        edges = [0, *(edge for span in self._hidden for edge in span), end]
+        return "".join(self.raw[first : min(last, end)] for first, last in zip(edges[::2], edges[1::2], strict=True))
+
+    def _stripped(self, text: str) -> str:
+        return text.lstrip() if self._strip else text
 
     def __str__(self) -> str:
-        return self._stripped(self.raw)
+        return self._stripped(self.visible(len(self.raw)))
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

@@ -44,7 +44,7 @@ class LoadSettings:
     attention: str
     compile: bool | CompileConfig
     force: bool
-    chat: str | None
+    chat: str | ChatFormat | None
     tensor_parallel: int | None
 
     def __post_init__(self) -> None:

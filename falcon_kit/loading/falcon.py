@@ -71,16 +71,25 @@ class Falcon:
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
-        stop = settings.get("stop", ())
+        stop = settings.get("stop") or ()
         stop = (*self.chat_format.stop, *((stop,) if isinstance(stop, str) else stop))
         ids = encode(messages, self.tokenizer, self.chat_format)
-        return {**settings, "prompt": ids, "stop": stop, "strip": True}
+        ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
+        if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
+            ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id])]  # templates end an answer with it
+        one: dict[str, Any] = {"num_return_sequences": 1}  # whatever the checkpoint's default is
+        return {**one, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings with `decoding` added, unless they choose another cache or way of decoding."""
         settings = arguments.expand_generation_config(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """The checkpoint's settings of generation: they count in each call that does not give others."""
+        return arguments.checkpoint_settings(self.model.generation_config)
 
     @property
     def name(self) -> str:
@@ -109,6 +118,7 @@ class Falcon:
 
     def _facts(self) -> dict[str, str]:
         places = {str(parameter.device) for parameter in self.model.parameters()}
+        settings = [f"{name}={value!r}" for name, value in self.generation_settings.items()]
         devices = sorted("disk or host memory" if place == "meta" else place for place in places)
         return {
             "parameters": f"{self.spec.parameters:,}",
@@ -119,7 +129,7 @@ class Falcon:
             "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
             "context": f"{context_limit(self.model.config)} tokens",
             "chat format": self.chat_format.name,
-        }
+        } | ({"generation settings": ", ".join(settings)} if settings else {})
 
     def __repr__(self) -> str:
         facts = self._facts()

@@ -21,7 +21,8 @@ from transformers import (
 from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import FORMATS, ChatFormat, chat_format, default_format
+from falcon_kit.generation.chat import ChatFormat, default_format
+from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_names
@@ -37,6 +38,9 @@ from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
+_WRONG_IN_2023 = (1, 2)
+"""bos_token_id and eos_token_id in the published generation configs of 2023; the models were trained with 11."""
+
 
 def load(
     name: str | Path = "falconet",
@@ -49,7 +53,7 @@ def load(
     attention: Literal["grouped", "transformers"] = "grouped",
     compile: bool | CompileConfig = False,
     force: bool = False,
-    chat: str | None = None,
+    chat: str | ChatFormat | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -70,7 +74,8 @@ def load(
     another batch size compiles again. A CompileConfig sets other options. Beam search, assisted generation and a cache
     given by the caller run without it.
     force: load although the plan does not fit.
-    chat: "falcon", "hub" or "baize"; unset, the format that the checkpoint was trained in.
+    chat: "falcon", "hub", "baize" or a ChatFormat; unset, the format that the adapter was trained in, or the chat
+    template of the checkpoint's tokenizer.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
     in a notebook `load` starts the processes and returns a `ParallelFalcon`.
@@ -151,7 +156,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         tokenizer.chat_template = format.template
     parts = tokenizer, found.spec, planned, format, reason
     if ranks.needs_launch(settings.tensor_parallel):
-        request = {"dtype": planned.dtype, "chat": format.name, "tensor_parallel": settings.tensor_parallel}
+        request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
         return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
     model = read_model(found, files, planned, settings)
     _set_special_tokens(model, tokenizer)
@@ -176,19 +181,19 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The chat format that an adapter was trained in, or whose prefixes the chat template contains, or the default."""
+    """The chat format that an adapter was trained in, or the tokenizer's own, or the default."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):
-            return chat_format(trained)
-    template = str(tokenizer.chat_template)
-    for each in FORMATS:
-        if each.user_prefix in template and each.assistant_prefix in template:
-            return each
-    return default_format(found.base)
+            return stored_format(trained)
+    if tokenizer.chat_template is None:
+        return default_format(found.base)
+    return own_format(tokenizer, found.directory)
 
 
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the tokenizer's special tokens: generation configs of 2023 have eos_token_id 2, and the model writes 11."""
+    """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
     config = model.generation_config
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if config.eos_token_id is None or (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

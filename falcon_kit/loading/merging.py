@@ -174,7 +174,7 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
     if not isinstance(base, Falcon):
         return load(base)
     if is_quantised(base.model):
-        return load(base.name, dtype="bfloat16", chat=base.chat_format.name)
+        return load(base.name, dtype="bfloat16", chat=base.chat_format)
     return replace(base, model=copy.deepcopy(base.model))
 
 

@@ -115,7 +115,7 @@ class ParallelFalcon:
         """As `Falcon.generate`; `settings` are numbers, strings and lists, since they are sent to other processes."""
         _, single = check_prompt(prompt)
         generations = self._request("generate", prompt, settings)
-        return generations if not single or settings.get("num_return_sequences", 1) > 1 else generations[0]
+        return generations if not single or len(generations) > 1 else generations[0]
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
         """As `Falcon.stream`; closing the stream, or Ctrl-C, stops all ranks at the next token."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
+from falcon_kit.generation.own_format import stored_format
 from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
@@ -25,7 +26,8 @@ def serve(load: Callable[..., Any]) -> None:
     try:
         rank = _init_process_group(link.folder)
         request = link.receive()
-        falcon = load(request["directory"], **request["settings"])
+        settings = {**request["settings"], "chat": stored_format(request["settings"]["chat"])}
+        falcon = load(request["directory"], **settings)
         link.send(done=_rank(falcon, rank, 0))
         while True:
             request = link.receive()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from falcon_kit.generation.chat import Message, encode
+from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
@@ -116,7 +117,8 @@ def load_source(falcon: Any) -> str:
     arguments = [repr(falcon.name)]
     if falcon.dtype_reason == "as asked":
         arguments.append(f"dtype={falcon.plan.dtype!r}")
-    arguments.append(f"chat={falcon.chat_format.name!r}")
+    if falcon.chat_format.name != "own":
+        arguments.append(f"chat={_format_source(falcon.chat_format)}")
     return f"fk.load({', '.join(arguments)})"
 
 
@@ -124,8 +126,14 @@ def connect_source(endpoint: Any) -> str:
     """The call of `fk.connect` that made an endpoint."""
     arguments = [repr(getattr(endpoint, "address", "...")), f"model={model_name(endpoint)!r}"]
     if getattr(endpoint, "own_format", False):
-        arguments.append(f"chat={endpoint.chat_format.name!r}")
+        arguments.append(f"chat={_format_source(endpoint.chat_format)}")
     return f"fk.connect({', '.join(arguments)})"
+
+
+def _format_source(format: ChatFormat) -> str:
+    """Python code for the argument `chat`."""
+    stored = storable(format)
+    return repr(stored) if isinstance(stored, str) else f"fk.ChatFormat(**{stored!r})"
 
 
 def model_name(falcon: Any) -> str:

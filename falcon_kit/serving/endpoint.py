@@ -25,6 +25,7 @@ Api = Literal["openai", "tgi"]
 MAX_CONCURRENT_REQUESTS = 16
 """Requests that one call sends at the same time."""
 _SPECIAL_TOKENS = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # of the published vocabulary
+_CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,8 +97,10 @@ class Endpoint:
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
         """The request for a conversation."""
         checked = check_messages(messages)
+        written = _CONTROL_TOKENS.findall(self.chat_format.template) if self.own_format else []
         for number, message in enumerate(checked, 1):
-            if special := _SPECIAL_TOKENS.search(message["content"]):
+            content = message["content"]
+            if special := [*_SPECIAL_TOKENS.findall(content), *(each for each in written if each in content)]:
                 raise ValueError(
                     f"message {number} contains {special[0]!r}, which the endpoint would read as a special token: "
                     "write it differently"
@@ -160,7 +163,7 @@ def connect(
     *,
     api: Api | None = None,
     token: str | None = None,
-    chat: str | None = None,
+    chat: str | ChatFormat | None = None,
     context: int | None = None,
     timeout: float = 120.0,
     retries: int = 4,
@@ -171,11 +174,11 @@ def connect(
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
     SageMaker). token: the API key, which is never shown; unset, FALCON_KIT_TOKEN, or HF_TOKEN for huggingface.co only.
-    chat: "falcon", "hub" or "baize" renders conversations in that format and sends them as plain completions; unset,
-    the endpoint's own chat template renders them, if its protocol has conversations (TGI's has not). context: its limit
-    in tokens, if it does not report one. timeout: seconds without a byte from it until a request fails. retries:
-    further attempts, after growing pauses, while the endpoint is busy (429, 503), refuses connections or closes them
-    before the first piece. session: a boto3.Session, for SageMaker.
+    chat: "falcon", "hub", "baize" or a ChatFormat renders conversations in that format and sends them as plain
+    completions; unset, the endpoint's own chat template renders them, if its protocol has conversations (TGI's has
+    not). context: its limit in tokens, if it does not report one. timeout: seconds without a byte from it until a
+    request fails. retries: further attempts, after growing pauses, while the endpoint is busy (429, 503), refuses
+    connections or closes them before the first piece. session: a boto3.Session, for SageMaker.
 
     Raises ConnectionError if no server with such a protocol responds, LookupError for a model or endpoint that does not
     exist, PermissionError for a refused key, and ValueError for an invalid URL or argument.

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from falcon_kit.generation.chat import encode, render
+from falcon_kit.generation.chat import encode, render_prompt
 from falcon_kit.generation.generate import generate
+from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.falcon import Falcon
 
@@ -48,7 +49,9 @@ def _answers(falcon: Falcon, conversations: Sequence[Messages], max_new_tokens: 
     """The generated last answer of each conversation."""
     answers: list[Generation] = []
     for start in range(0, len(conversations), _BATCH):
-        prompts = [render(messages[:-1], falcon.chat_format) for messages in conversations[start : start + _BATCH]]
-        settings: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "strip": True}
+        batch = conversations[start : start + _BATCH]
+        prompts = [render_prompt(messages[:-1], falcon.tokenizer, falcon.chat_format) for messages in batch]
+        ends = [falcon.tokenizer.eos_token_id, *end_tokens(falcon.tokenizer, falcon.chat_format)]
+        settings: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "strip": True, "eos_token_id": ends}
         answers += generate(falcon.model, falcon.tokenizer, prompts, **settings)  # type: ignore[arg-type]  # a list for a list
     return answers

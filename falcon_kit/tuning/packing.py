@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from falcon_kit.generation.chat import ChatFormat, encode_text, encode_text_with_offsets, render_answers
+from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
 from falcon_kit.model.losses import IGNORED
@@ -250,13 +250,7 @@ class _Encoder:
 
     def _conversation(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
         """The tokens of `chat.encode`, and for each whether it belongs to an answer."""
-        text, spans = render_answers(messages, self.format)
-        ids, offsets = encode_text_with_offsets(text, self.tokenizer)
-        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-        trained = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            trained |= (ends > start) & (starts < end)
-        return [*ids, self.tokenizer.eos_token_id], [*trained.tolist(), True]
+        return encode_answers(messages, self.tokenizer, self.format)
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.saving import atomic_folder, write_text
+from falcon_kit.generation.own_format import storable
 from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import fingerprint
@@ -128,7 +129,7 @@ def write_record(
     record = {
         "base": falcon.name,
         "base_fingerprint": base_fingerprint,
-        "chat_format": falcon.chat_format.name,
+        "chat_format": storable(falcon.chat_format),
         "settings": asdict(settings),
         "figures": dict(figures),
         "history": history,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.loading.falcon import Falcon
@@ -96,6 +96,7 @@ def _check_model(falcon: Falcon, settings: Tuning) -> None:
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
             "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
         )
+    _check_vocabulary(falcon)
     if settings.shard and is_quantised(falcon.model):
         raise ValueError(
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
@@ -106,6 +107,27 @@ def _check_model(falcon: Falcon, settings: Tuning) -> None:
             f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
             f"{falcon.spec.fine_tuned_from!r}",
             stacklevel=3,
+        )
+
+
+def _check_vocabulary(falcon: Falcon) -> None:
+    """Raises ValueError for tokens that were added after loading: an adapter contains neither tokens nor embeddings.
+
+    Its base would be loaded without them, and would read other tokens than the adapter was trained on. A new padding
+    token is no problem, because the model does not read it.
+    """
+    tokenizer, directory = falcon.tokenizer, Path(falcon.tokenizer.name_or_path)
+    if not (directory / "tokenizer.json").is_file():
+        return
+    stored = PreTrainedTokenizerFast.from_pretrained(directory)
+    changed = dict(tokenizer.get_vocab().items() ^ stored.get_vocab().items())
+    changed.pop(str(tokenizer.pad_token), None)
+    if stored.eos_token not in (None, tokenizer.eos_token):
+        changed[str(tokenizer.eos_token)] = tokenizer.eos_token_id
+    if changed:
+        raise ValueError(
+            f"the token {next(iter(changed))!r} is not as in {falcon.name}, with which the adapter would be loaded: "
+            "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune fk.load(folder)"
         )
 
 
@@ -246,7 +268,8 @@ class _Run:
         if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
         pad = self.falcon.tokenizer.pad_token_id
-        if pad is None or pad == self.falcon.tokenizer.eos_token_id:
+        rows = len(self.falcon.model.get_input_embeddings().weight)
+        if pad is None or pad == self.falcon.tokenizer.eos_token_id or pad >= rows:
             pad = 0  # any token but eos_token: padding has no labels, and no document attends to it
         collator = partial(collate, pad=pad)
         trainer = AdapterTrainer(model, options, self.train, eval_dataset=self.test, data_collator=collator)

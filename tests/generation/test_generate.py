@@ -83,9 +83,15 @@ def test_the_end_token_ends_the_text(instruct):
     assert (answer.finish_reason, answer.tokens[-1]) == ("eos", 11)
 
 
-def test_the_tokenizers_end_token_counts_where_the_generation_config_names_another(instruct, monkeypatch):
+def test_the_generation_configs_end_token_ends_a_text_as_in_transformers(instruct, monkeypatch):
     expected = instruct.generate(QUESTION).tokens
     monkeypatch.setattr(instruct.model.generation_config, "eos_token_id", expected[2])
+    assert instruct.generate(QUESTION).tokens == expected[:3]
+
+
+def test_the_tokenizers_end_token_counts_where_the_generation_config_has_none(instruct, monkeypatch):
+    expected = instruct.generate(QUESTION).tokens
+    monkeypatch.setattr(instruct.model.generation_config, "eos_token_id", None)
     assert instruct.generate(QUESTION).tokens == expected
 
 

@@ -220,6 +220,6 @@ def test_threads_that_pack_and_write_do_not_restore_each_others_switch(monkeypat
         entered.append(1)
         yield
 
-    monkeypatch.setattr("falcon_kit.generation.chat._encode_lock", lock())
+    monkeypatch.setattr("falcon_kit.generation.control_tokens._encode_lock", lock())
     encode_text_with_offsets("Hi", falcon.tokenizer)
     assert entered

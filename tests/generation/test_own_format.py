@@ -1,0 +1,169 @@
+"""A checkpoint's own chat template is the one that is used; transformers' apply_chat_template is the oracle."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from falcon_kit.generation.chat import FORMATS, encode, encode_answers
+from falcon_kit.generation.own_format import own_format
+from tests.generation.test_chat import CLOSED, PUBLISHED_HUB, SYSTEM, TALK
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n{% else %}{{ message['content'] }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} "
+    "[/INST]{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('no system message') }}{% endif %}{% endfor %}"
+)
+LINES = (
+    "{% for message in messages %}### {{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}### assistant:\n"
+)
+SHOUTING = CHATML.replace("message['content']", "message['content'].strip().upper()")
+OTHERS = {"chatml": CHATML, "marked": MARKED_CHATML, "llama": LLAMA, "lines": LINES, "upper case": SHOUTING}
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", ">>ANSWER<<"]
+
+
+def with_template(instruct, template, directory, special=True):
+    """A checkpoint with this template, and ChatML's tokens in its vocabulary."""
+    tokenizer = fk.load("falconet-instruct").tokenizer
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=special)
+    tokenizer.chat_template = template
+    model = fk.load("falconet-instruct").model
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["special tokens", "added tokens"])
+def falcon(request, instruct, tmp_path_factory):
+    """A Falcon whose tokenizer has a ChatML template."""
+    return fk.load(with_template(instruct, CHATML, tmp_path_factory.mktemp("chatml"), request.param))
+
+
+def in_format(falcon, template):
+    """The format in which the checkpoint would be loaded with another template."""
+    before, falcon.tokenizer.chat_template = falcon.tokenizer.chat_template, template
+    try:
+        return own_format(falcon.tokenizer, Path("here"))
+    finally:
+        falcon.tokenizer.chat_template = before
+
+
+def test_the_checkpoints_own_template_is_the_format_of_the_chat(falcon):
+    assert (falcon.chat_format.name, falcon.tokenizer.chat_template) == ("own", CHATML)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("template", OTHERS.values(), ids=OTHERS)
+def test_a_conversation_has_the_ids_of_apply_chat_template(falcon, template, system, prompt):
+    if system and template is LLAMA:
+        pytest.skip("this template refuses system messages")
+    messages = [*([SYSTEM] if system else []), *(TALK if prompt else CLOSED)]
+    expected = falcon.tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=prompt, return_dict=False
+    )
+    assert encode(messages, falcon.tokenizer, in_format(falcon, template), prompt) == expected
+
+
+words = st.text(alphabet="ab \né🦒<|>", min_size=1, max_size=12) | st.sampled_from(CONTROL)
+hostile = st.lists(words, min_size=1, max_size=4).map("".join).filter(lambda text: bool(text.strip()))
+
+
+@given(hostile)
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, LLAMA, LINES], ids=["chatml", "marked", "llama", "lines"])
+def test_a_control_token_in_a_message_stays_text(falcon, template, content):
+    format, tokenizer = in_format(falcon, template), falcon.tokenizer
+
+    def control(text):
+        added = tokenizer.added_tokens_decoder.items()
+        ids = {id for id, token in added if token.special or token.content in template}
+        return [id for id in encode([{"role": "user", "content": text}], tokenizer, format) if id in ids]
+
+    assert control(content) == control("harmless")
+
+
+@given(hostile)
+def test_a_message_with_control_tokens_keeps_its_words(falcon, content):
+    messages = [{"role": "user", "content": content}]
+    expected = falcon.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert falcon.tokenizer.decode(encode(messages, falcon.tokenizer, in_format(falcon, CHATML))) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(CHATML, ("<|im_end|>",)), (LLAMA, ("<|endoftext|>",)), (LINES, ("\n### user:\n",)), (SHOUTING, ())],
+    ids=["chatml", "llama", "lines", "upper case"],
+)
+def test_the_stop_string_is_what_ends_a_turn_in_the_template(falcon, template, expected):
+    assert in_format(falcon, template).stop == expected
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=[each.name for each in FORMATS])
+def test_a_published_template_is_its_published_format(falcon, format):
+    assert in_format(falcon, format.template) is format
+    assert in_format(falcon, PUBLISHED_HUB) is fk.chat_format("hub")
+
+
+def test_answers_are_marked_as_transformers_marks_them(falcon):
+    marked = falcon.tokenizer.apply_chat_template(
+        CLOSED, chat_template=MARKED_CHATML, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, trained = encode_answers(CLOSED, falcon.tokenizer, in_format(falcon, MARKED_CHATML))
+    assert (ids, trained) == (marked["input_ids"], [bool(each) for each in marked["assistant_masks"]])
+
+
+def test_training_on_a_template_without_marks_is_refused_and_the_advice_works(falcon):
+    rows = fk.dialogues([{"messages": CLOSED}])
+    assert in_format(falcon, CHATML).name == "own"
+    with pytest.raises(ValueError, match=r"does not mark the assistant's messages.* load the model with chat="):
+        fk.pack(rows, falcon)
+    directory = falcon.model.name_or_path
+    for chat in ("falcon", fk.ChatFormat("mine", template=MARKED_CHATML)):
+        assert fk.pack(rows, fk.load(directory, chat=chat)).trained_tokens > 0
+
+
+def test_plain_texts_need_no_marks(falcon):
+    assert fk.pack(fk.dialogues([{"text": "Giraffes eat leaves."}]), falcon).tokens > 0
+
+
+def test_a_template_that_refuses_a_conversation_says_so(falcon):
+    with pytest.raises(ValueError, match=r"'own' refuses this conversation: no system message"):
+        encode([SYSTEM, *TALK], falcon.tokenizer, in_format(falcon, LLAMA))
+
+
+def test_an_answer_in_the_checkpoints_format_ends_at_its_end_of_turn(falcon):
+    prompt = falcon.tokenizer.apply_chat_template(TALK, chat_template=CHATML, add_generation_prompt=True)["input_ids"]
+    end = falcon.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = falcon.chat(TALK, sequence_bias={(end,): 1e4}, max_new_tokens=5)
+    assert (answer.tokens, answer.text, answer.finish_reason) == ((end,), "", "stop")
+    assert answer.prompt == falcon.tokenizer.decode(prompt)
+
+
+def test_an_adapter_remembers_a_format_of_its_own(instruct, tmp_path):
+    directory = with_template(instruct, CHATML, tmp_path / "base")
+    format = fk.ChatFormat("mine", template=MARKED_CHATML, stop="<|im_end|>")
+    settings = {"max_steps": 1, "answers": 1, "held_out": 0.5, "quiet": True, "context": 64}
+    rows = [{"messages": CLOSED}, {"messages": CLOSED[:2]}]
+    run = fk.tune(fk.load(directory, chat=format), rows, output_dir=tmp_path / "run", **settings)
+    assert fk.load(run.adapter).chat_format == format
+
+
+def test_a_checkpoint_with_several_templates_uses_the_default_and_keeps_all(instruct, tmp_path):
+    named = {"default": CHATML, "tool_use": LINES}
+    falcon = fk.load(with_template(instruct, named, tmp_path / "base"))
+    assert (falcon.chat_format.template, falcon.tokenizer.chat_template) == (CHATML, named)
+    with pytest.raises(ValueError, match=r"several chat templates and no default: rag, tool_use"):
+        fk.load(with_template(instruct, {"rag": LINES, "tool_use": LINES}, tmp_path / "other"))
+    assert fk.load(tmp_path / "other", chat=fk.ChatFormat("mine", template=LINES)).chat_format.template == LINES
