@@ -184,8 +184,10 @@ def test_what_cannot_be_read_is_refused_with_what_can(given, error, text):
 
 
 def test_a_file_of_another_type_is_refused_with_those_that_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, but only files that end in \.json, \.jsonl"):
-        fk.dialogues(written(tmp_path / "rows.csv", "user,assistant"))
+    with pytest.raises(
+        ValueError, match=r"rows\.xlsx ends in \.xlsx, but only files that end in \.json, \.jsonl.*Dataset"
+    ):
+        fk.dialogues(written(tmp_path / "rows.xlsx", "user,assistant"))
 
 
 def test_messages_end_in_one_full_stop():
@@ -205,7 +207,7 @@ def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
             return Text(str.lstrip(self, *characters))
 
     read = iter([Text(json.dumps([1] * 1000)), ""])
-    assert len(list(files._array(lambda: next(read)))) == 1000
+    assert len(list(files._values(lambda: next(read)))) == 1000
     assert len(copied) < 10
 
 
