@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import plain_scalar, require
 from falcon_kit.generation.arguments import ASSISTED, check_names, expand_generation_config
 from falcon_kit.generation.decoding import GenerationObserver, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.prompts import Prompt, check_prompt, check_tokens, new_token_limit, token_ids
@@ -120,7 +120,7 @@ class _GenerateTask:
         return [ids[-(context - new_tokens) :] for ids in encoded], new_tokens
 
     def _decoder(self) -> SequenceDecoder:
-        eos = self.options.get("eos_token_id", self.tokenizer.eos_token_id)
+        eos = plain_scalar(self.options.get("eos_token_id", self.tokenizer.eos_token_id))
         eos_token_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         return SequenceDecoder(self.tokenizer, self.sampling.stop_strings, self.new_tokens, self.strip, eos_token_ids)
 

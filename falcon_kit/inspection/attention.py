@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import plain_scalar, require, unknown_name
 from falcon_kit.display.page import Page
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, check_index, inspect_model
@@ -253,6 +253,7 @@ def _requested(
 def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:
     if given is None:
         return list(range(count))
+    given = plain_scalar(given)
     return [given] if isinstance(given, int) else list(dict.fromkeys(given))
 
 
