@@ -65,6 +65,7 @@ class AttentionView:
 
     def map(self, layer: int, head: int) -> Array:
         """The attention probabilities (T, T) of a head. Raises KeyError if they were not kept."""
+        layer, head = plain_scalar(layer), plain_scalar(head)
         if (layer, head) not in self.maps:
             check_index(layer, self.spec.layers, "layer")
             check_index(head, self.spec.query_heads, "head")
@@ -228,7 +229,7 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
             f"{copies} copies of {period} tokens: give at least 2 of each, within the {len(plain)} plain tokens of the "
             f"vocabulary and the context of {context}"
         )
-    return random.Random(seed).sample(plain, period) * copies
+    return random.Random(plain_scalar(seed)).sample(plain, period) * copies
 
 
 def check_statistic(name: str) -> str:
