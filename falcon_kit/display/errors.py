@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
@@ -12,6 +13,11 @@ def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
     nearest = [names[name] for name in get_close_matches(given.strip().lower().rpartition("/")[2], names, cutoff=0.55)]
     hint = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."
     return f"Unknown {kind} {given!r}. {hint}"
+
+
+def plain_scalar(value: Any) -> Any:
+    """A number of numpy or torch as Python's own, which can be written as JSON; any other value as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import plain_scalar, require, unknown_name
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -69,7 +69,7 @@ def _samples(named: dict[str, Any], by_default: bool) -> bool:
 
 def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; possibly none."""
-    for ids in (options.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
+    for ids in (plain_scalar(options.get("eos_token_id")), config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []

@@ -247,10 +247,14 @@ def encode(
 
 
 def encode_answers(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, format: ChatFormat
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    format: ChatFormat,
+    untrained: Sequence[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """The token ids of a whole conversation as from `encode`, and for each whether the template marks it as an answer.
 
+    untrained: indices of assistant messages whose tokens are not marked.
     Raises ValueError as `encode` does, and for a template that marks nothing.
     """
     if not format.marks_answers:
@@ -262,6 +266,9 @@ def encode_answers(
     checked = _check_turn(messages, add_generation_prompt=False)
     marks = _marks(checked, tokenizer, format)
     text, spans = _render_marked(checked, marks, tokenizer, format, add_generation_prompt=False, answers=True)
+    if untrained:
+        answers = [index for index, each in enumerate(checked) if each["role"] == "assistant"]
+        spans = [span for index, span in zip(answers, spans, strict=True) if index not in untrained]
     ids, offsets = encode_marked(text, marks, tokenizer)
     return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import plain_scalar, require
 from falcon_kit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
 
     Raises ValueError for another type, an empty prompt, or a text with a lone surrogate.
     """
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array of token ids
     kinds = "a prompt is a text, a list of texts, or one list of token ids"
     require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
-    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) else [plain_scalar(each) for each in prompt]
     require(bool(prompts), "the prompt is empty: give the model something to continue")
     if all(isinstance(each, int) for each in prompts):
         return [prompts], True

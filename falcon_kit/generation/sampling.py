@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import plain_scalar, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
+        for name in SAMPLING_FIELDS:
+            object.__setattr__(self, name, plain_scalar(getattr(self, name)))  # the dataclass is frozen
         for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
             value = getattr(self, name)
             require(value is None or _whole(value), f"{name} must be a whole number, got {value!r}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import plain_scalar, require, unknown_name
 from falcon_kit.display.page import Page
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, check_index, inspect_model
@@ -57,6 +57,7 @@ class AttentionView:
 
     def map(self, layer: int, head: int) -> Array:
         """The attention probabilities (T, T) of a head. Raises KeyError if they were not kept."""
+        layer, head = plain_scalar(layer), plain_scalar(head)
         if (layer, head) not in self.maps:
             check_index(layer, self.spec.layers, "layer")
             check_index(head, self.spec.query_heads, "head")
@@ -219,7 +220,7 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
             f"{copies} copies of {period} tokens: give at least 2 of each, within the {len(plain)} plain tokens of the "
             f"vocabulary and the context of {context}"
         )
-    return random.Random(seed).sample(plain, period) * copies
+    return random.Random(plain_scalar(seed)).sample(plain, period) * copies
 
 
 def check_statistic(name: str) -> str:
@@ -244,6 +245,7 @@ def _requested(
 def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:
     if given is None:
         return list(range(count))
+    given = plain_scalar(given)
     return [given] if isinstance(given, int) else list(dict.fromkeys(given))
 
 

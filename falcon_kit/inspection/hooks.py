@@ -11,6 +11,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import plain_scalar
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -40,7 +41,11 @@ class InspectedModel:
 
     def encode(self, text: TextOrIds) -> list[int]:
         """The token ids of a text. Raises ValueError if there are none, too many, or unknown ones."""
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"]) if isinstance(text, str) else list(text)
+        ids = (
+            list(self.tokenizer(text, verbose=False)["input_ids"])
+            if isinstance(text, str)
+            else [plain_scalar(each) for each in text]
+        )
         if not ids:
             raise ValueError("the text is empty: give at least one token")
         if unknown := [each for each in ids if not (isinstance(each, int) and 0 <= each < self.spec.vocabulary)]:
@@ -95,6 +100,7 @@ def inspect_model(falcon: Any) -> InspectedModel:
 
 def check_index(index: int, count: int, kind: str) -> int:
     """An index from 0 to `count` - 1. Raises IndexError for any other."""
+    index = plain_scalar(index)
     if not isinstance(index, int) or not 0 <= index < count:
         raise IndexError(f"{kind} {index!r} does not exist: the model has {count}, numbered 0 to {count - 1}")
     return index

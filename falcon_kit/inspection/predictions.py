@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from falcon_kit.display.errors import plain_scalar
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 
 Floats = NDArray[np.float32]
@@ -128,6 +129,7 @@ def next_candidates(inspected: InspectedModel, predictions: Predictions) -> tupl
 
 def target_id(inspected: InspectedModel, target: str | int) -> int:
     """The id of a token given by its text or id. Raises ValueError for a text that is not exactly one token."""
+    target = plain_scalar(target)
     ids = inspected.encode([target] if isinstance(target, int) else target)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, inspected.token_texts(ids)))

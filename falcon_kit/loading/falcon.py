@@ -53,7 +53,7 @@ class Falcon:
 
     def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
         """The continuation of a prompt, or the answer to a conversation, piece by piece; closing it stops the model."""
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
             return generate.stream(self.model, self.tokenizer, **self._with_decoding(settings))
         return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))

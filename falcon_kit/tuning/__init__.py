@@ -3,7 +3,8 @@
 The files, in the order of their imports:
 
 files.py             rows of files, each with its line (no torch)
-data.py              rows become documents: checked, split, mixed
+forms.py             a row of any form becomes a conversation or a text, or is refused (no torch)
+data.py              documents: read, checked, split, mixed
 settings.py          settings of fine-tuning, with defaults by size of the model (no torch)
 packing.py           documents become rows of tokens
 distributed.py       several processes: copies of the weights, or shards

@@ -7,6 +7,7 @@ memory. A row that cannot be used is left out, and `Documents.problems` names it
 from __future__ import annotations
 
 import json
+import operator
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import pandas as pd
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
 from falcon_kit.display.tables import html_table
-from falcon_kit.generation.chat import BAIZE, Message, check_messages
-from falcon_kit.tuning.files import BAIZE_MARK, rows
+from falcon_kit.tuning.files import rows
+from falcon_kit.tuning.forms import FORMS, document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,14 +30,10 @@ if TYPE_CHECKING:
 FEATURES = Features(
     {
         "messages": List({"role": Value("string"), "content": Value("string")}),
+        "untrained": List(Value("int32")),
         "text": Value("string"),
         "where": Value("string"),
     }
-)
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_FORMS = (
-    '"messages" (chat), "conversations" (ShareGPT), "instruction" and "output" (Alpaca), "prompt" and "completion", '
-    '"input" (Baize) or "text"'
 )
 
 
@@ -50,7 +48,10 @@ class Problem:
 
 
 class Documents(Sequence[dict[str, Any]]):
-    """Conversations and texts, each {"messages": [...], "text": None or a text, "where": file and line}."""
+    """Conversations and texts, each {"messages": [...], "text": None or a text, "where": file and line}.
+
+    "untrained" has the indices of the messages of the assistant that are only read.
+    """
 
     def __init__(self, table: Dataset, problems: Sequence[Problem] = (), folders: Sequence[Any] = ()) -> None:
         self.table = table
@@ -78,7 +79,7 @@ class Documents(Sequence[dict[str, Any]]):
         """
         if not 0 < share < 1 or len(self) < 2:
             raise ValueError(f"share={share} of {len(self)} documents: give a share between 0 and 1, and two or more")
-        order = random.Random(seed).sample(range(len(self)), len(self))
+        order = random.Random(operator.index(seed)).sample(range(len(self)), len(self))
         count = min(max(1, round(share * len(self))), len(self) - 1)
         return self._select(sorted(order[count:])), self._select(sorted(order[:count]))
 
@@ -87,12 +88,14 @@ class Documents(Sequence[dict[str, Any]]):
 
     @property
     def texts(self) -> int:
-        """The number of plain texts among the documents."""
-        return sum(text is not None for text in self.table["text"])
+        """The number of plain texts among the documents, counted without reading them."""
+        batches = self.table.select_columns("text").with_format("arrow").iter(batch_size=10_000)
+        return len(self) - sum(batch.column("text").null_count for batch in batches)
 
     def __repr__(self) -> str:
         left = f"; {len(self.problems)} rows left out, see .problems" if self.problems else ""
-        return f"Documents({len(self) - self.texts:,} conversations, {self.texts:,} texts{left})"
+        texts = self.texts
+        return f"Documents({len(self) - texts:,} conversations, {texts:,} texts{left})"
 
     def _repr_html_(self) -> str:
         begins = [
@@ -108,28 +111,30 @@ def _all_text(document: Mapping[str, Any]) -> str:
     return document["text"] or "\n".join(each["content"] for each in document["messages"])
 
 
-def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]]) -> Documents:
+def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.DataFrame) -> Documents:
     """Documents to fine-tune on, read from a file, a folder, several of them, or a list of rows.
 
-    `.json` (one array, or a row a line) and `.jsonl`: rows with "messages" (role and content), "conversations"
-    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "input" (Baize: `[|Human|]`
-    and `[|AI|]`) or "text". `.txt`: documents between blank lines, in Baize form or plain. A last message of the user
-    without an answer is dropped.
+    Rows may be a `datasets.Dataset` or a pandas DataFrame too. Each has "messages" (role and content), "conversations"
+    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "input" (Baize: `[|Human|]` and
+    `[|AI|]`), or "text" or "content"; the first that it has is taken. Its "system" becomes the system message, the
+    pairs of "history" the earlier turns, and an answer with "weight" 0 is only read. A row with tools, images,
+    reasoning or another weight is left out, as is a node of a tree (OASST). A last message of the user without an
+    answer is dropped. `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the
+    first line. `.txt`: documents between blank lines, in Baize form or plain.
 
     Warns of rows that cannot be used and lists them in `.problems`. Raises FileNotFoundError for a path that does not
     exist, and ValueError where no row can be used, or for a file in UTF-16.
     """
-    if path is None or isinstance(path, Mapping):
-        given = "one row: put it into a list" if path else "nothing: give a file, a folder, or a list of rows"
-        raise TypeError(f"fk.dialogues got {given}. A row has {_FORMS}")
+    if isinstance(path, Documents):
+        return path
+    path = _as_rows(path, "fk.dialogues")
     problems: list[Problem] = []
     stored = store(_documents(path, problems), FEATURES)
     if stored is None:
-        reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3]) or "it is empty"
-        raise ValueError(f"nothing to fine-tune on in {_name(path)}: {reasons.rstrip('.')}. A row has {_FORMS}")
+        reasons = _left_out(problems) or ": it is empty"
+        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}. A row has {FORMS}")
     if problems:
-        first = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
-        warnings.warn(f"{len(problems)} rows of {_name(path)} are left out: {first}", stacklevel=2)
+        warnings.warn(f"{len(problems)} rows of {_name(path)} are left out{_left_out(problems)}", stacklevel=2)
     table, folder = stored
     return Documents(table, problems, [folder])
 
@@ -152,90 +157,48 @@ def _name(path: Any) -> str:
     return str(path) if isinstance(path, str | Path) else "the rows given"
 
 
+def _as_rows(given: Any, function: str) -> Any:
+    """`given`, or the rows of a pandas DataFrame. Raises TypeError for one row, several splits or nothing."""
+    if isinstance(given, DatasetDict | IterableDatasetDict):
+        raise TypeError(
+            f"{function} got several splits: give one of them, such as data[{next(iter(given), 'train')!r}]"
+        )
+    if given is None or isinstance(given, Mapping):
+        what = "one row: put it into a list" if given else "nothing: give a file, a folder, or a list of rows"
+        raise TypeError(f"{function} got {what}. A row has {FORMS}")
+    if isinstance(given, pd.DataFrame):
+        return Dataset.from_pandas(given, preserve_index=False)
+    return given
+
+
 def _documents(path: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """Every usable row as a document; the others are appended to `problems`."""
-    for where, row in rows(path):
+    for each in _read(rows(path)):
+        if isinstance(each, Problem):
+            problems.append(each)
+        else:
+            yield each
+
+
+def _read(rows: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any] | Problem]:
+    """Each row as a document, or why it cannot be used."""
+    for where, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
-            document = _document(row)
-            json.dumps(document, ensure_ascii=False).encode()  # half a character, or bytes that were not UTF-8
+            usable = document(row)
+            json.dumps(usable, ensure_ascii=False).encode()  # half a character, or bytes that were not UTF-8
         except UnicodeEncodeError:
-            problems.append(Problem(where, "it is not valid UTF-8"))
+            yield Problem(where, "it is not valid UTF-8")
         except ValueError as error:
-            problems.append(Problem(where, str(error).rstrip(".")))
+            yield Problem(where, str(error).rstrip("."))
         else:
-            yield {"text": None, "messages": [], **document, "where": where}
-
-
-def _document(row: Any) -> dict[str, Any]:
-    """A row of any form as {"messages": ...} or {"text": ...}; ValueError for one that cannot be trained on."""
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, Mapping):
-        row = {"messages": row}
-    if isinstance(row.get("text"), str):
-        if not row["text"].strip():
-            raise ValueError("its text is blank")
-        return {"text": row["text"]}
-    if pair := _pair(row):
-        return {"messages": _checked(pair)}
-    if isinstance(row.get("input"), str):
-        return {"messages": _checked(_baize(row["input"]))}
-    if isinstance(row.get("conversations"), list):
-        return {"messages": _checked([_share_gpt(turn) for turn in row["conversations"]])}
-    if isinstance(row.get("messages"), list):
-        return {"messages": _checked(row["messages"])}
-    raise ValueError(f"it has none of {_FORMS}, but {', '.join(map(repr, row)) or 'nothing'}")
-
-
-def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two messages of a row in Alpaca's form, or of a prompt and its completion; none for other forms."""
-    if isinstance(row.get("instruction"), str) and "output" in row:
-        prompt, answer = row["instruction"], row["output"]
-        if row.get("input"):
-            prompt = f"{prompt}\n\n{row['input']}"
-    elif isinstance(row.get("prompt"), str) and "completion" in row:
-        prompt, answer = row["prompt"], row["completion"]
-    else:
-        return []
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _baize(text: str) -> list[dict[str, str]]:
-    """The messages between Baize's marks, after a system message if another text than Baize's default precedes them."""
-    before, *parts = BAIZE_MARK.split(text)
-    messages = [
-        {"role": "user" if mark == "Human" else "assistant", "content": content.strip()}
-        for mark, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if before.strip() not in ("", BAIZE.system):
-        messages.insert(0, {"role": "system", "content": before.strip()})
-    return (
-        messages[:-1] if messages and not messages[-1]["content"] else messages
-    )  # Baize's files end with an empty one
-
-
-def _share_gpt(turn: Any) -> Any:
-    if not isinstance(turn, Mapping):
-        return turn
-    role = str(turn.get("from", turn.get("role")))
-    return {"role": _ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
-
-
-def _checked(messages: list[Any]) -> list[Message]:
-    """The conversation up to the last answer; ValueError for one without an answer."""
-    checked = check_messages(messages)
-    if checked[-1]["role"] == "user":
-        checked = checked[:-1]
-    if not any(each["role"] == "assistant" for each in checked):
-        raise ValueError("it has no message of the assistant, so there is nothing to train on")
-    return checked
+            yield {"text": None, "messages": [], "untrained": [], **usable, "where": where}
 
 
 def mix(
     dialogues: Documents,
-    web_texts: Documents | str | Path | Iterable[str],
+    web_texts: Documents | str | Path | Iterable[str | Mapping[str, Any]] | pd.DataFrame,
     web_fraction: float = 0.05,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -244,8 +207,9 @@ def mix(
     """Dialogues and web text in random order, drawn by `seed`; `web_fraction` of all tokens are web text.
 
     The default is the recipe of Falcon-40B-Instruct's model card: chat mixed with 5% of RefinedWeb. `web_texts`: texts,
-    read until there are enough, or a file or folder for `dialogues`. Without a `tokenizer`, lengths are
-    compared in bytes of UTF-8.
+    or rows with "text" or "content", such as a `datasets.Dataset`, streamed or not, read until there are enough; or a
+    file or folder for `dialogues`. Those left out are in `.problems`. Without a `tokenizer`, lengths are compared in
+    bytes of UTF-8.
     Raises ValueError for a fraction out of range, or for too few web texts.
     """
     if not 0 < web_fraction < 1:
@@ -254,31 +218,59 @@ def mix(
     def size(text: str) -> int:
         return len(tokenizer(text, verbose=False)["input_ids"]) if tokenizer else len(text.encode())
 
-    web = _read_web(web_texts)
+    problems: list[Problem] = []
     chat = sum(size(_all_text(each)) for each in dialogues)
     wanted = chat * web_fraction / (1 - web_fraction)
     taken: list[dict[str, Any]] = []
     have = 0
-    for number, text in enumerate(_texts(web), 1):
+    web = _read_web(web_texts)
+    for each in _web_rows(web, problems):
         if have >= wanted:
             break
-        taken.append({"messages": [], "text": text, "where": f"web text {number}"})
-        have += size(text)
+        taken.append(each)
+        have += size(each["text"])
     if have < wanted:
         unit = "tokens" if tokenizer else "bytes"
         raise ValueError(
             f"{web_fraction:.1%} of web text beside {chat:,} {unit} of dialogues takes {wanted:,.0f} {unit}, but the "
             f"web texts have {have:,}: give more web text, or a web_fraction of at most {have / (have + chat):.3f}"
+            f"{_left_out(problems)}"
         )
+    if problems and not isinstance(web, Documents):
+        warnings.warn(f"{len(problems)} web texts are left out{_left_out(problems)}", stacklevel=2)
     both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
-    order = random.Random(seed).sample(range(len(both)), len(both))
-    problems = web.problems if isinstance(web, Documents) else ()
+    order = random.Random(operator.index(seed)).sample(range(len(both)), len(both))
     return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._folders)
 
 
-def _read_web(web_texts: Documents | str | Path | Iterable[str]) -> Documents | Iterable[str]:
-    return dialogues(web_texts) if isinstance(web_texts, str | Path) else web_texts
+def _read_web(given: Any) -> Any:
+    return dialogues(given) if isinstance(given, str | Path) else given
 
 
-def _texts(web: Documents | Iterable[str]) -> Iterable[str]:
-    return (each["text"] for each in web if each["text"]) if isinstance(web, Documents) else web
+def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+    """The plain texts of `given`, one at a time; rows that are none are appended to `problems`.
+
+    Raises ValueError where the first hundred rows have no text, since a stream may never end.
+    """
+    found: Iterable[dict[str, Any] | Problem]
+    if isinstance(given, Documents):
+        problems += given.problems
+        found = given
+    else:
+        found = _read((f"web text {number}", each) for number, each in enumerate(_as_rows(given, "fk.mix"), 1))
+    usable = 0
+    for each in found:
+        if isinstance(each, Problem):
+            problems.append(each)
+        elif each["text"] is None:
+            problems.append(Problem(each["where"], "it is a conversation, not a web text"))
+        else:
+            usable += 1
+            yield each
+        if not usable and len(problems) == 100:
+            raise ValueError(f"the first {len(problems)} rows have no web text{_left_out(problems)}")
+
+
+def _left_out(problems: Sequence[Problem]) -> str:
+    """The first problems, as the end of an error or a warning."""
+    return "".join(f"{'; ' if number else ': '}{each.where}: {each.reason}" for number, each in enumerate(problems[:3]))

@@ -1,7 +1,8 @@
-"""Rows of files, each with its line: JSON arrays, JSON lines, and text with blank lines between documents."""
+"""Rows of files, each with its line: JSON in an array, in lines or indented, CSV, and text with blank lines between."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt")
+from falcon_kit.generation.chat import BAIZE
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 BAIZE_MARK = re.compile(r"\[\|(Human|AI)\|\]")
+_BAIZE_LINE = re.compile(rf"^{BAIZE_MARK.pattern}", re.MULTILINE)
 _SPACE = re.compile(r"[ \t\r\n,]*")
 _CHUNK, _LARGEST = 2**20, 2**26  # characters read at once; the longest row of a JSON array
 
@@ -25,9 +29,11 @@ def rows(path: Any) -> Iterator[tuple[str, Any]]:
         for number, each in enumerate(path, 1):
             yield from rows(each) if isinstance(each, str | Path) else [(f"row {number}", each)]
         return
+    if not str(path).strip():
+        raise ValueError('got "", which is no path: give a file or a folder; a text itself is {"text": "..."}')
     path = Path(path).expanduser()
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
         if not files:
             raise FileNotFoundError(f"{path} has no file that ends in {', '.join(SUFFIXES)}")
         yield from rows(files)
@@ -45,7 +51,8 @@ def _check_file(path: Path) -> None:
         )
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"{path.name} ends in {path.suffix or 'nothing'}, but only files that end in {', '.join(SUFFIXES)} are read"
+            f"{path.name} ends in {path.suffix or 'nothing'}, but only files that end in {', '.join(SUFFIXES)} are "
+            "read: others as a datasets.Dataset or a pandas DataFrame"
         )
     with path.open("rb") as raw:
         if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -55,15 +62,49 @@ def _check_file(path: Path) -> None:
 def _rows_of_file(path: Path) -> Iterator[tuple[int, Any]]:
     """The rows of one file with the number of their line, read a part at a time."""
     # Bytes that are not UTF-8 become surrogates here, which no text may contain: their row is left out, not the file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        if path.suffix == ".txt":
+    suffix = path.suffix.lower()
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="" if suffix[2:] == "sv" else None) as file:
+        if suffix == ".txt":
             yield from _paragraphs(file)
-        elif path.suffix == ".json" and file.read(_CHUNK).lstrip()[:1] == "[":
-            file.seek(0)
-            yield from _array(lambda: file.read(_CHUNK))
+        elif suffix in (".csv", ".tsv"):
+            yield from _table(file, "," if suffix == ".csv" else "\t")
         else:
+            head = file.read(_CHUNK).lstrip()
             file.seek(0)
-            yield from ((number, _json(line)) for number, line in enumerate(file, 1) if line.strip())
+            array = head[:1] == "["
+            if _is_indented(head) or (array and suffix == ".json"):
+                yield from _values(lambda: file.read(_CHUNK), array)
+            else:
+                yield from ((number, _json(line)) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _is_indented(head: str) -> bool:
+    """Whether the first value of a JSON file goes over several lines."""
+    try:
+        return "\n" in head[: json.JSONDecoder().raw_decode(head)[1]]
+    except ValueError:
+        return head.partition("\n")[0].strip() in ("{", "[")  # the value is longer than the head, or broken
+
+
+def _table(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
+    """The rows below a line of names; an empty cell is None."""
+    before = csv.field_size_limit(_LARGEST)  # 128 KiB is less than some texts
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            if not names:
+                names = cells
+            elif cells and len(cells) != len(names):
+                yield start, ValueError(f"it has {len(cells)} cells, but the first line has {len(names)} names")
+            elif cells:
+                yield start, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            start = reader.line_num + 1
+    except csv.Error as error:
+        yield start, ValueError(f"the table is broken from here on ({error}): the rest of the file is not read")
+    finally:
+        csv.field_size_limit(before)
 
 
 def _json(line: str) -> Any:
@@ -74,22 +115,22 @@ def _json(line: str) -> Any:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Documents between blank lines."""
+    """Documents between blank lines, except one below Baize's header."""
     paragraph: list[str] = []
     for number, line in enumerate(chain(lines, [""]), 1):
-        if line.strip():
+        if line.strip() or (line and "".join(paragraph).strip() == BAIZE.system):
             paragraph.append(line)
         elif paragraph:
             text = "".join(paragraph).strip()
-            yield number - len(paragraph), {"input" if BAIZE_MARK.match(text) else "text": text}
+            yield number - len(paragraph), {"input" if _BAIZE_LINE.search(text) else "text": text}
             paragraph = []
 
 
-def _array(read: Callable[[], str]) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON array, one at a time."""
+def _values(read: Callable[[], str], array: bool = True) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON array, or of a file of indented values, one at a time."""
     decoder, line = json.JSONDecoder(), 1
     text = read().lstrip("\ufeff")
-    at = text.index("[") + 1
+    at = text.index("[") + 1 if array else 0
     line += text.count("\n", 0, at)
     while True:
         start = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # an empty match is a match
@@ -98,11 +139,13 @@ def _array(read: Callable[[], str]) -> Iterator[tuple[int, Any]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except ValueError as error:
-            if text.startswith("]", at):
+            if array and text.startswith("]", at):
                 return
             if more := read() if len(text) - at < _LARGEST else "":
                 text, at = text[at:] + more, 0  # the only copy, once for many rows
                 continue
+            if not array and at == len(text):
+                return
             yield line, ValueError(f"the JSON is broken from here on ({error}): the rest of the file is not read")
             return
         yield line, value

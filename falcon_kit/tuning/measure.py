@@ -39,7 +39,7 @@ def _fitting(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: in
     """The conversations that fit into `context` tokens: a longer one is cut for training, before its last answer."""
     for document in documents:
         messages = document["messages"]
-        if not messages:
+        if not messages or len(messages) - 1 in document.get("untrained", ()):
             continue
         if len(encode(messages, falcon.tokenizer, falcon.chat_format, add_generation_prompt=False)) <= context:
             yield messages

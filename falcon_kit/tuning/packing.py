@@ -1,8 +1,9 @@
 """Documents become rows of tokens, several documents to a row, with a mark on the tokens that are trained on.
 
-The model is trained on the answers of the assistant and on the end-of-sequence token after the last one; of a plain
-text, on all tokens. The positions of every document in a row start at 0. From them the kit's Falcon derives a mask that
-keeps documents apart; with transformers' own Falcon, a document attends to those before it.
+The model is trained on the answers of the assistant, except those with weight 0, and on the end-of-sequence token
+after the last one; of a plain text, on all tokens. The positions of every document in a row start at 0. From them the
+kit's Falcon derives a mask that keeps documents apart; with transformers' own Falcon, a document attends to those
+before it.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class Packed(Sequence[dict[str, Any]]):
         """The tokenizer of the tokens."""
         self.problems = tuple(problems)
         """Conversations that were cut or left out, and why."""
-        self.lengths = _lengths(examples)
+        self.lengths = [length for part in _column(examples, "ids") for length in part.value_lengths().to_pylist()]
         """The number of tokens of each document."""
-        self.trained_tokens = sum(chunk.flatten().true_count for chunk in examples.data.column("trained").chunks)
+        self.trained_tokens = sum(part.flatten().true_count for part in _column(examples, "trained"))
         """The number of tokens that are trained on."""
         self._folders = tuple(folders)  # temporary folders, which exist as long as rows in them are used
 
@@ -144,16 +145,16 @@ class Packed(Sequence[dict[str, Any]]):
     @property
     def padding(self) -> float:
         """Share of padding in rows of the full context."""
-        return 1 - self.tokens / (len(self) * self.context)
+        return 1 - self.tokens / max(1, len(self) * self.context)
 
     @property
     def padding_alone(self) -> float:
         """Share of padding with one document to a row."""
-        return 1 - self.tokens / (len(self.lengths) * self.context)
+        return 1 - self.tokens / max(1, len(self.lengths) * self.context)
 
     def __repr__(self) -> str:
         left = f"; {len(self.problems)} cut or left out, see .problems" if self.problems else ""
-        share = self.trained_tokens / self.tokens
+        share = self.trained_tokens / max(1, self.tokens)
         return (
             f"Packed({len(self.lengths):,} documents of {self.tokens:,} tokens, {share:.0%} trained on, "
             f"in {len(self):,} rows of {self.context}: {self.padding:.1%} padding, "
@@ -204,9 +205,10 @@ def check_falcon(value: Any) -> None:
         raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}")
 
 
-def _lengths(examples: Dataset) -> list[int]:
-    """The number of tokens of each example, without reading the tokens."""
-    return [length for chunk in examples.data.column("ids").chunks for length in chunk.value_lengths().to_pylist()]
+def _column(examples: Dataset, name: str) -> Iterator[Any]:
+    """A column of the examples, also of selected ones, in parts of arrow's memory."""
+    for batch in examples.select_columns(name).with_format("arrow").iter(batch_size=10_000):
+        yield from batch.column(name).chunks
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class _Encoder:
 
     def __call__(self, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         where = document["where"]
-        pairs = self._text(document["text"]) if document["text"] else self._dialogue(document["messages"], where)
+        pairs = self._text(document["text"]) if document["text"] else self._dialogue(document, where)
         for ids, trained in pairs:
             yield {"ids": ids, "trained": trained, "where": where}
 
@@ -231,26 +233,29 @@ class _Encoder:
             if len(piece := ids[start : start + self.context]) > 1:
                 yield piece, [False] + [True] * (len(piece) - 1)
 
-    def _dialogue(self, messages: list[Any], where: str) -> Iterator[tuple[list[int], list[bool]]]:
+    def _dialogue(self, document: Mapping[str, Any], where: str) -> Iterator[tuple[list[int], list[bool]]]:
         """The conversation without those of its last exchanges that do not fit."""
-        kept = messages
-        ids, trained = self._conversation(kept)
+        kept = messages = document["messages"]
+        ids, trained = self._conversation(kept, document["untrained"])
         while len(ids) > self.context and len(kept) > 3:
             kept = kept[:-2]
-            ids, trained = self._conversation(kept)
+            ids, trained = self._conversation(kept, document["untrained"])
         if len(ids) > self.context:
             self.problems.append(
                 Problem(where, f"the first answer does not end within {self.context} tokens: left out")
             )
+            return
+        if not any(trained):
+            self.problems.append(Problem(where, f"every answer within {self.context} tokens has weight 0: left out"))
             return
         if len(kept) < len(messages):
             cut = (len(messages) - len(kept)) // 2
             self.problems.append(Problem(where, f"longer than {self.context} tokens: without its last {cut} exchanges"))
         yield ids, trained
 
-    def _conversation(self, messages: list[Any]) -> tuple[list[int], list[bool]]:
-        """The tokens of `chat.encode`, and for each whether it belongs to an answer."""
-        return encode_answers(messages, self.tokenizer, self.format)
+    def _conversation(self, messages: list[Any], untrained: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """The tokens of `chat.encode`, and for each whether it belongs to an answer that is trained on."""
+        return encode_answers(messages, self.tokenizer, self.format, untrained)
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import plain_scalar, require, unknown_name
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a block."""
@@ -95,6 +95,8 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range, with its name and the range."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain_scalar(getattr(self, field.name)))  # the dataclass is frozen
         for name in _AT_LEAST_1:
             require(_is_int(getattr(self, name), 1), f"{name} must be at least 1, got {getattr(self, name)!r}")
         for name in _NONE_OR_AT_LEAST_1:
@@ -123,7 +125,7 @@ class Tuning:
         wrong = [name for name in modules if name not in TARGETS]
         known = ", ".join(TARGETS)
         require(bool(modules) and not wrong, f"target_modules must be among {known}, got {wrong or modules}")
-        object.__setattr__(self, "target_modules", tuple(modules))  # the dataclass is frozen
+        object.__setattr__(self, "target_modules", tuple(modules))
 
     def for_model(self, spec: FalconSpec) -> "Tuning":
         """The settings with a value in place of each None that has a default for a model of this size."""

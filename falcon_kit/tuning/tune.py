@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.display.errors import plain_scalar, require
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import check_no_adapters, detach, is_quantised, quiet, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
@@ -44,7 +45,7 @@ def tune(
     data: Any,
     *,
     output_dir: str | Path,
-    held_out: Documents | float | None = None,
+    held_out: Any = None,
     resume: bool = True,
     force: bool = False,
     quiet: bool = False,
@@ -54,8 +55,9 @@ def tune(
 
     data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`. output_dir: the folder
     for checkpoints and the adapter; an interrupted run in it is resumed, and its adapter is the same as without the
-    interruption. held_out: a share of the documents, or separate documents, to measure with. resume=False starts over.
-    force: train although the plan does not fit. quiet: no plan, progress bar or loss curve.
+    interruption. held_out: what to measure with: a share of the documents (of packed data None, and nothing is
+    measured), or separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False starts
+    over. force: train although the plan does not fit. quiet: no plan, progress bar or loss curve.
     `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
@@ -66,14 +68,14 @@ def tune(
     earlier ones stay complete. After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
-    if isinstance(held_out, float | int):
-        settings["held_out"] = float(held_out)
+    if isinstance(held_out := plain_scalar(held_out), float | int):
+        settings["held_out"] = held_out = float(held_out)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     _check_model(falcon, chosen)
-    documents, test_documents = _split(data, held_out if isinstance(held_out, Documents) else None, chosen)
+    documents, test_documents = _split(data, held_out, chosen)
     packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
     train = documents if isinstance(documents, Packed) else packed(documents)
-    test = None if test_documents is None else packed(test_documents)
+    test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
     memory_plan = _plan(falcon, chosen, force)
     run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, test_documents, memory_plan, quiet)
     run.prepare(resume)
@@ -131,24 +133,33 @@ def _check_vocabulary(falcon: Falcon) -> None:
         )
 
 
-def _split(data: Any, held_out: Documents | None, settings: Tuning) -> tuple[Documents | Packed, Documents | None]:
+def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
     """The documents to train on and the held-out ones."""
-    if isinstance(data, Packed):
-        if settings.patience and held_out is None:
-            raise ValueError(
-                "patience needs the held-out loss, and packed rows are not split: give held_out=Documents, such as one "
-                "part of documents.split(0.05), or the documents themselves instead of fk.pack's rows"
+    data = data if isinstance(data, Packed) else dialogues(data)
+    require(len(data) > 0, "there is nothing to train on: the data have no rows")
+    if not (held_out is None or isinstance(held_out, float | Packed)):
+        return data, dialogues(held_out)
+    if isinstance(held_out, Packed):
+        if settings.answers:
+            warnings.warn(
+                "held_out is packed, so only its loss is measured: for stop rate and exact answers give the Documents",
+                stacklevel=3,
             )
         return data, held_out
-    documents = data if isinstance(data, Documents) else dialogues(data)
-    if held_out is None and settings.held_out:
-        if len(documents) < 2:
+    if isinstance(data, Packed):
+        if settings.patience or held_out:
             raise ValueError(
-                "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on "
-                "this one and measure nothing"
+                f"{'patience needs the held-out loss' if settings.patience else f'held_out={held_out}'}, and packed "
+                "rows are not split: give held_out=Documents, such as one part of documents.split(0.05), or the "
+                "documents themselves instead of fk.pack's rows"
             )
-        return documents.split(settings.held_out, settings.seed)
-    return documents, held_out
+        return data, None
+    if settings.held_out and len(data) < 2:
+        raise ValueError(
+            "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on "
+            "this one and measure nothing"
+        )
+    return data.split(settings.held_out, settings.seed) if settings.held_out else (data, None)
 
 
 def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
@@ -228,7 +239,7 @@ class _Run:
     directory: Path
     train: Packed
     test: Packed | None
-    test_documents: Documents | None
+    test_documents: Documents | Packed | None
     plan: Plan
     quiet: bool
 
@@ -318,12 +329,13 @@ class _Run:
         if self.test is None:
             return {}
         figures: dict[str, float] = {}
+        documents = self.test_documents
         count, context = self.settings.answers, self.settings.context or 0
         for name in ("before", "after"):
             with model.disable_adapter() if name == "before" else nullcontext():
                 figures[f"held-out loss {name}"] = trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
-                if distributed.is_rank0() and not distributed.is_sharded(model):
-                    rates = answer_rates(self.falcon, self.test_documents or (), count, context)
+                if isinstance(documents, Documents) and distributed.is_rank0() and not distributed.is_sharded(model):
+                    rates = answer_rates(self.falcon, documents, count, context)
                     figures |= {f"{key} {name}": value for key, value in rates.items()}
         return figures
 

@@ -1,5 +1,6 @@
 """Settings of generation: what each means, and the ranges outside of which they are refused."""
 
+import numpy as np
 import pytest
 
 from falcon_kit import Sampling
@@ -68,3 +69,20 @@ def test_one_stop_string_is_as_good_as_a_list(stop, expected):
 def test_a_setting_out_of_range_is_refused_with_its_range(settings, text):
     with pytest.raises(ValueError, match=text):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 8) for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences", "seed")),
+        ("alternatives", 8),
+        ("temperature", 0.5),
+        ("top_p", 0.5),
+        ("do_sample", True),
+    ],
+)
+def test_a_number_of_numpy_is_a_setting_like_pythons(name, value):
+    for given in (np.asarray(value)[()], np.asarray(value)):
+        settings = Sampling(**{name: given})
+        assert settings == Sampling(**{name: value})
+        assert type(getattr(settings, name)) is type(value)

@@ -1,7 +1,11 @@
 """Reading dialogues: every form, every bad row named, nothing lost in silence; mixing by tokens."""
 
+import itertools
 import json
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,8 +188,10 @@ def test_what_cannot_be_read_is_refused_with_what_can(given, error, text):
 
 
 def test_a_file_of_another_type_is_refused_with_those_that_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"rows\.csv ends in \.csv, but only files that end in \.json, \.jsonl"):
-        fk.dialogues(written(tmp_path / "rows.csv", "user,assistant"))
+    with pytest.raises(
+        ValueError, match=r"rows\.xlsx ends in \.xlsx, but only files that end in \.json, \.jsonl.*Dataset"
+    ):
+        fk.dialogues(written(tmp_path / "rows.xlsx", "user,assistant"))
 
 
 def test_messages_end_in_one_full_stop():
@@ -205,11 +211,87 @@ def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
             return Text(str.lstrip(self, *characters))
 
     read = iter([Text(json.dumps([1] * 1000)), ""])
-    assert len(list(files._array(lambda: next(read)))) == 1000
+    assert len(list(files._values(lambda: next(read)))) == 1000
     assert len(copied) < 10
 
 
 # Splitting and mixing
+
+
+LIONS = ["Lions roar.", "Zebras graze.", "Giraffes eat leaves."]
+WEB = {
+    "texts": lambda: LIONS,
+    "rows with text": lambda: [{"text": each, "id": 1} for each in LIONS],
+    "rows with content": lambda: [{"content": each, "url": "https://example.org"} for each in LIONS],
+    "a data set": lambda: datasets.Dataset.from_dict({"content": LIONS}),
+    "a data set with text": lambda: datasets.Dataset.from_dict({"text": LIONS, "dump": ["a"] * 3}),
+    "a streamed data set": lambda: datasets.Dataset.from_dict({"content": LIONS}).to_iterable_dataset(),
+    "a data set in numpy's format": lambda: datasets.Dataset.from_dict({"text": LIONS}).with_format("numpy"),
+    "a data frame": lambda: pd.DataFrame({"content": LIONS}),
+    "a column": lambda: pd.Series(LIONS),
+    "documents": lambda: fk.dialogues([{"content": each} for each in LIONS]),
+}
+
+
+@pytest.mark.parametrize("kind", WEB)
+def test_web_text_comes_in_every_kind_of_table(kind):
+    mixed = fk.mix(fk.dialogues([HI] * 20), WEB[kind](), 0.1)
+    chat = 20 * len("Hi\nHello.")
+    needed = next(number for number in range(4) if sum(map(len, LIONS[:number])) >= chat / 9)
+    assert sorted(each["text"] for each in mixed if each["text"]) == sorted(LIONS[:needed])
+    assert fk.dialogues([HI] * 20).texts == 0
+
+
+UNUSABLE = {
+    "nothing": ("", "its text is blank"),
+    "blank": ({"text": " \n"}, "its text is blank"),
+    "half a pair": ("half a character: \ud83d", "it is not valid UTF-8"),
+    "no text": ({"url": "https://example.org"}, "it has none of"),
+    "an empty cell": ({"text": None}, "it has none of"),
+    "a conversation": ({"messages": HI}, "it is a conversation, not a web text"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_what_is_no_web_text_is_named_and_the_others_are_taken(falcon, kind):
+    row, reason = UNUSABLE[kind]
+    with pytest.warns(UserWarning, match="1 web texts are left out: web text 1: it"):
+        mixed = fk.mix(fk.dialogues([HI]), [row, *LIONS], 0.2)
+    assert [(each.where, each.reason[: len(reason)]) for each in mixed.problems] == [("web text 1", reason)]
+    assert fk.pack(mixed, falcon).problems == ()
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_stream_without_any_web_text_does_not_go_on_for_ever(kind):
+    with pytest.raises(ValueError, match="the first 100 rows have no web text: web text 1: it"):
+        fk.mix(fk.dialogues([HI]), itertools.repeat(UNUSABLE[kind][0]))
+
+
+@pytest.mark.parametrize("read", [fk.dialogues, lambda path: fk.mix(fk.dialogues([HI]), path)])
+def test_an_empty_path_is_not_the_current_folder(read):
+    with pytest.raises(ValueError, match="which is no path"):
+        read("")
+
+
+def test_numbers_of_numpy_split_and_mix_like_pythons():
+    read = fk.dialogues([HI] * 20)
+    for seed in (np.int64(3), np.uint8(3)):
+        assert [each["where"] for each in read.split(np.float64(0.2), seed)[1]] == [
+            each["where"] for each in read.split(0.2, 3)[1]
+        ]
+        assert list(fk.mix(read, LIONS, np.float64(0.1), seed=seed)) == list(fk.mix(read, LIONS, 0.1, seed=3))
+    assert read[np.int64(1)] == read[1]
+
+
+def test_the_picture_of_documents_reads_no_text(monkeypatch):
+    read = fk.dialogues([HI, {"text": "One."}, {"text": "Two."}])
+    monkeypatch.setattr("datasets.Dataset.__getitem__", lambda *_: pytest.fail("a column was read"))
+    assert repr(read) == "Documents(1 conversations, 2 texts)"
+
+
+def test_parts_of_documents_count_their_own_texts():
+    read = fk.dialogues([HI, {"text": "One."}, {"text": "Two."}, HI])
+    assert [read[part].texts for part in (slice(1, 3), slice(0, 1), slice(None, None, -3), slice(0, 0))] == [2, 0, 0, 0]
 
 
 def test_web_text_may_be_a_file_and_its_bad_rows_are_named(tmp_path):

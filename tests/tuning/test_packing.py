@@ -223,3 +223,19 @@ def test_threads_that_pack_and_write_do_not_restore_each_others_switch(monkeypat
     monkeypatch.setattr("falcon_kit.generation.control_tokens._encode_lock", lock())
     encode_text_with_offsets("Hi", falcon.tokenizer)
     assert entered
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(1, 3), slice(None, None, -1), slice(0, 0), slice(3, 0, -2)])
+def test_a_slice_counts_only_its_own_rows(falcon, part):
+    rows = packed(
+        falcon, [talk("Hi", f"Hello number {number}. " * (1 + number % 4)) for number in range(12)], context=96
+    )
+    sliced = rows[part]
+    expected = [rows[index] for index in range(len(rows))[part]]
+    assert [sliced[index]["labels"].tolist() for index in range(len(sliced))] == [
+        row["labels"].tolist() for row in expected
+    ]
+    assert sliced.tokens == sum(len(row["input_ids"]) for row in expected)
+    assert sliced.trained_tokens == sum(int((row["labels"] != -100).sum()) for row in expected)
+    assert 0 <= sliced.padding <= 1
+    assert f"in {len(expected)} rows of 96: {sliced.padding:.1%} padding" in repr(sliced)

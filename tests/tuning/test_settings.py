@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 
@@ -82,3 +84,20 @@ def test_a_setting_out_of_range_is_named_with_its_range(given, text):
 def test_defaults_follow_qlora_by_the_size_of_the_model(name, rate, dropout):
     chosen = fk.Tuning().for_model(fk.spec(name))
     assert (chosen.learning_rate, chosen.lora_dropout, chosen.lora_alpha, chosen.context) == (rate, dropout, 32, 2048)
+
+
+NUMBERS = {each.name: each.default for each in dataclasses.fields(fk.Tuning)} | {
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.1,
+    "learning_rate": 1e-4,
+    **dict.fromkeys(("max_steps", "context", "eval_steps", "patience", "save_steps"), 8),
+    **dict.fromkeys(("shard", "gradient_checkpointing"), True),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, value in NUMBERS.items() if isinstance(value, int | float)])
+def test_a_number_of_numpy_is_a_setting_like_pythons(name):
+    value = NUMBERS[name]
+    for given in (np.asarray(value)[()], np.asarray(value), torch.from_numpy(np.asarray(value))):
+        stored = getattr(fk.Tuning(**{name: given}), name)
+        assert (stored, type(stored)) == (value, type(value))

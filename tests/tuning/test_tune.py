@@ -1,8 +1,10 @@
 """Tuning: adapters for every layout, a Falcon that is unchanged afterwards, plans and refusals, QLoRA."""
 
+import json
 import random
 
 import bitsandbytes
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,52 @@ def test_a_model_in_parts_that_are_not_here_is_refused(tmp_path):
 def test_patience_without_anything_held_out_is_refused(falcon, tmp_path):
     with pytest.raises(ValueError, match="packed rows are not split: give held_out"):
         fk.tune(falcon, fk.pack(fk.dialogues(ROWS), falcon), output_dir=tmp_path, patience=2)
+
+
+def test_a_share_of_packed_rows_cannot_be_held_out(falcon, tmp_path):
+    with pytest.raises(ValueError, match=r"held_out=0\.2, and packed rows are not split: give held_out=Documents"):
+        fk.tune(falcon, fk.pack(fk.dialogues(ROWS), falcon), output_dir=tmp_path, held_out=0.2)
+
+
+HELD_OUT = {
+    "a file": lambda folder, falcon: folder / "eval.jsonl",
+    "the name of a file": lambda folder, falcon: str(folder / "eval.jsonl"),
+    "rows": lambda folder, falcon: ROWS[:3],
+    "a data set": lambda folder, falcon: datasets.Dataset.from_list(ROWS[:3]),
+    "documents": lambda folder, falcon: fk.dialogues(ROWS[:3]),
+}
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["documents to train on", "packed rows to train on"])
+@pytest.mark.parametrize("kind", HELD_OUT)
+def test_separate_data_are_held_out_in_every_form(falcon, tmp_path, kind, packing):
+    (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:3]))
+    data = fk.pack(fk.dialogues(ROWS[3:]), falcon, 64) if packing else ROWS[3:]
+    options = {**QUICK, "max_steps": 1, "answers": 2}
+    run = fk.tune(falcon, data, output_dir=tmp_path / "run", held_out=HELD_OUT[kind](tmp_path, falcon), **options)
+    packed = fk.pack(fk.dialogues(ROWS[:3]), falcon, 64)
+    with pytest.warns(UserWarning, match="only its loss is measured: for stop rate and exact answers give the Doc"):
+        other = fk.tune(falcon, data, output_dir=tmp_path / "other", held_out=packed, **options)
+    losses = {"held-out loss before", "held-out loss after"}
+    assert other.figures.keys() == losses < run.figures.keys()
+    assert {name: run.figures[name] for name in losses} == other.figures
+
+
+def test_numbers_of_numpy_are_settings_like_pythons(falcon, tmp_path):
+    options = {"r": 2, "max_steps": 1, "context": 64, "answers": 0, "seed": 1, "learning_rate": 1e-3, "held_out": 0.25}
+    of_numpy = {name: np.asarray(value)[()] for name, value in options.items()}
+    assert {type(value).__module__ for value in of_numpy.values()} == {"numpy"}
+    runs = [
+        fk.tune(falcon, ROWS, output_dir=tmp_path / str(number), **each)
+        for number, each in enumerate((options, of_numpy))
+    ]
+    assert same(runs[0].adapter, runs[1].adapter)
+    assert runs[0].settings == runs[1].settings
+
+
+def test_no_rows_are_nothing_to_train_on(falcon, tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on: the data have no rows"):
+        fk.tune(falcon, fk.pack(fk.dialogues(ROWS), falcon)[:0], output_dir=tmp_path)
 
 
 def test_a_single_document_cannot_be_held_out(falcon, tmp_path):
