@@ -16,6 +16,7 @@ from transformers import Cache, FalconConfig
 from transformers.activations import get_activation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.falcon import modeling_falcon as stock
 from transformers.models.falcon.modeling_falcon import rotate_half
 
 from falcon_kit.catalogue.spec import FalconSpec
@@ -94,6 +95,19 @@ def split_heads(
         rotated = rotated * cos + rotate_half(rotated) * sin
     query, key = rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :]
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class FalconRotaryEmbedding(stock.FalconRotaryEmbedding):
+    """transformers' rotary embedding, whose frequencies stay in float32 after `model.to(dtype)` and `half()`."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            rounded = self._buffers[name]
+            if exact is not None and rounded is not None and rounded.dtype != exact.dtype:
+                self._buffers[name] = exact.to(rounded.device)
+        return self
 
 
 class FalconMLP(nn.Module):

@@ -40,7 +40,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.model import attention
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
-from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer
+from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
 from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
@@ -83,7 +83,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         self.word_embeddings = nn.Embedding(spec.vocabulary, spec.d_model)
         self.h = nn.ModuleList(FalconDecoderLayer(config, spec, index) for index in range(spec.layers))
         self.ln_f = nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon))
-        self.rotary_emb = stock.FalconRotaryEmbedding(config)
+        self.rotary_emb = FalconRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
         if spec.parallel_block and not spec.bias:
