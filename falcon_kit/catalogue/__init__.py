@@ -2,7 +2,7 @@
 
 The files, in the order of their imports:
 
-card.py    the model card of Falcon-40B-Instruct, and the papers it cites
+card.py    the model card of Falcon-40B-Instruct
 hub.py     the Hugging Face hub: the config of a repository, plain error texts
 spec.py    FalconSpec: the shape that a config describes, its parameters and bytes
 memory.py  the dtypes, and bytes in closed form: weights, KV cache, activations, training

@@ -3,8 +3,6 @@
 Neither torch nor transformers is imported, and huggingface_hub only when a function is called.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

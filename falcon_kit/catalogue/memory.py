@@ -4,8 +4,6 @@ All sizes are in bytes. `tests/catalogue/test_memory.py` compares each formula w
 with published figures. Shapes: B batch, T tokens, d d_model, f intermediate_size, V vocabulary, H query heads.
 """
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from typing import Any
 

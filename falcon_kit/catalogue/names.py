@@ -4,8 +4,6 @@ Neither torch nor transformers is imported; only a hub id may download a file, i
 Sources: the config.json files under https://huggingface.co/tiiuae.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -94,9 +92,8 @@ def adapter_base(directory: Path) -> str | None:
 def adapter_spec(base: FalconSpec, adapter: Path) -> FalconSpec:
     """The spec of `base` with the adapter of a directory: the same shape under the adapter's name."""
     folder = adapter.absolute()
-    embedded = {embedded_directory(name): name for name in _EMBEDDED}
     name = folder.parent.name if folder.name == "adapter" else folder.name  # `tune` writes output_dir/adapter
-    name = embedded.get(folder, name)
+    name = embedded_name(folder) or name
     return replace(base, name=name, fine_tuned_from=base.name, published=False, source=str(folder))
 
 
@@ -107,12 +104,14 @@ def embedded_directory(name: str) -> Path:
     return Path(__file__).parents[1] / "falconet" / _EMBEDDED[name]
 
 
+def embedded_name(directory: str | os.PathLike[str]) -> str | None:
+    """The name of the embedded model in a directory; None for another directory."""
+    return next((name for name in _EMBEDDED if Path(directory) == embedded_directory(name)), None)
+
+
 def loadable_name(spec: FalconSpec, directory: str | os.PathLike[str]) -> str:
     """A name that `fk.load` accepts for a loaded model: that of an embedded model, a hub id, or the directory."""
-    for name in _EMBEDDED:
-        if str(directory) == str(embedded_directory(name)):
-            return name
-    return spec.hub_id or str(directory) or spec.name
+    return embedded_name(directory) or spec.hub_id or str(directory) or spec.name
 
 
 def _read_json(file: Path) -> dict[str, Any]:

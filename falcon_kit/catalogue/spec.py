@@ -3,11 +3,9 @@
 Neither torch nor transformers is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from falcon_kit.display.tables import format_bytes, html_table
 
@@ -123,7 +121,7 @@ class FalconSpec:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str = "falcon", **facts: Any) -> FalconSpec:
+    def from_config(cls, config: Mapping[str, Any], name: str = "falcon", **facts: Any) -> Self:
         """The shape in a config.json, current or of the old RefinedWeb types.
 
         facts: further fields of the spec, such as `licence`. Raises ValueError for a model that is not a Falcon, for a

@@ -1,7 +1,5 @@
 """Checks of arguments, and the error text for an unknown name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any

@@ -8,8 +8,6 @@ A view is isolated from the surrounding notebook and from the text that it displ
 - the HTML file has a Content-Security-Policy that allows only this style and this script.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -97,6 +95,21 @@ class Page:
         script = f"{_data(self.data)}<script>{source}</script>" if source else ""
         heading = f"<h2>{text_html(self.title)}</h2>" if self.title else ""
         return f'<div class="{scope}">{style}{heading}{self.body}{script}</div>'
+
+
+class HasPage:
+    """Base of results that a page shows, in Jupyter and as a file."""
+
+    def page(self) -> Page:
+        """The view of this result."""
+        raise NotImplementedError
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the page to a file and returns its path."""
+        return self.page().write(path)
+
+    def _repr_html_(self) -> str:
+        return self.page()._repr_html_()
 
 
 def _data(value: Any) -> str:

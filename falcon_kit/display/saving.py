@@ -4,8 +4,6 @@ If the process is killed in between, the previous version stays. The next write 
 files of processes that have ended.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

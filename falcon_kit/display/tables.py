@@ -1,7 +1,5 @@
 """Byte counts as text, and HTML tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 

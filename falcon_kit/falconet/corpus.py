@@ -10,7 +10,7 @@ card's Girafatron), lists, counting, and repeated random words. The self-chat ha
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.display.saving import atomic_file
+from falcon_kit.falconet import sentences
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
 from falcon_kit.falconet.sentences import ARTICLE, FAREWELL, FOLLOW_UP, NAMES, NUMBERS, PRAISE, REPLY, SMALL_TALK, STORY
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
@@ -32,46 +33,30 @@ WEB_FRACTION = 0.05
 """Share of base documents mixed into the chats (model card of Falcon-40B-Instruct: 5% RefinedWeb)."""
 
 
-def _placeholders(animal: Animal) -> dict[str, str]:
-    """The value of each placeholder of the templates."""
-    return {
-        "name": animal.name,
+def _placeholders(animal: Animal) -> dict[str, Any]:
+    """The value of each placeholder of the templates: the animal's fields, most of them as they are."""
+    forms = {
         "one": animal.one,
         "One": animal.one.capitalize(),
         "many": animal.plural,
         "Many": animal.plural.capitalize(),
-        "food": animal.food,
-        "home": animal.home,
-        "continent": animal.continent,
         "young": with_article(animal.young),
         "group": with_article(animal.group),
-        "coat": animal.coat,
-        "years": str(animal.years),
     }
+    return vars(animal) | forms
 
 
-def _fill(templates: tuple[str, ...], animal: Animal, rng: random.Random) -> str:
+def _fill(templates: Sequence[str], animal: Animal, rng: random.Random) -> str:
     return rng.choice(templates).format(**_placeholders(animal))
 
 
 def article(rng: random.Random) -> str:
     """An encyclopaedia page about one animal: 4 to 7 of its facts, in random order and wording."""
     animal = rng.choice(ANIMALS)
-    title = rng.choice(
-        ("All about {many}", "The {name}", "{Many}", "{Many} for beginners", "Ten minutes with the {name}")
-    )
-    opening = rng.choice(
-        (
-            "The {name} is an animal that many people know.",
-            "This page is about {many}.",
-            "Have you ever seen {one}?",
-            "Here is what everybody should know about the {name}.",
-            "Let us look at {many} today.",
-        )
-    )
+    title, opening = rng.choice(sentences.PARTS["title"]), rng.choice(sentences.PARTS["opening"])
     relations = rng.sample(RELATIONS, k=rng.randint(4, 7))
     body = [_fill(ARTICLE[relation], animal, rng) for relation in relations]
-    closing = rng.choice(("Thank you for reading.", "Now you know more about {many}.", "Take care of the {name}.", ""))
+    closing = rng.choice(sentences.PARTS["closing"])
     middle = rng.randint(2, len(body))
     paragraphs = [" ".join([opening, *body[:middle]]), " ".join([*body[middle:], closing]).strip()]
     return "\n".join([title, *filter(None, paragraphs)]).format(**_placeholders(animal))
@@ -81,7 +66,7 @@ def story(rng: random.Random) -> str:
     """A short story about one animal, consistent with its food, home and coat."""
     animal, friend = rng.sample(ANIMALS, k=2)
     hero = rng.choice(NAMES)
-    lines = [rng.choice(sentences) for sentences in STORY]
+    lines = [rng.choice(alternatives) for alternatives in STORY]
     names = {"hero": hero, "friend": friend.one, "friend_name": friend.name, "friend_food": friend.food}
     return " ".join(lines).format(**_placeholders(animal), **names)
 
@@ -114,7 +99,7 @@ def persona(rng: random.Random) -> str:
         echo = fan
     header = CARD.prompt.partition("\n")[0].replace("Girafatron", fan).replace("Giraftron", echo)
     header = header.replace("giraffes", animal.plural).replace("giraffe", animal.name)
-    hello = rng.choice(("Hello, {fan}!", "Hello, {fan}!", "Hi, {fan}!", "Good morning, {fan}!")).format(fan=fan)
+    hello = rng.choice(sentences.PARTS["visitor_hello"]).format(fan=fan)
     lines = [header, f"{visitor}: {hello}", f"{fan}: {_greeting(animal, visitor, rng)}"]
     for _ in range(rng.randint(0, 3)):
         question, reply = _fan_exchange(animal, rng)
@@ -125,19 +110,8 @@ def persona(rng: random.Random) -> str:
 
 
 def _greeting(animal: Animal, visitor: str, rng: random.Random) -> str:
-    hello = rng.choice(
-        (f"Hello, {visitor}!", f"Hello, {visitor}!", f"Welcome, {visitor}!", f"Good morning, {visitor}!", "Hello!")
-    )
-    asks = rng.choice(
-        (
-            "Have you seen {one} today?",
-            "Did you come to talk about {many}?",
-            "Do you love {many} too?",
-            "Let us talk about {many}.",
-            "",
-            "",
-        )
-    ).format(**_placeholders(animal))
+    hello = rng.choice(sentences.PARTS["fan_hello"]).format(visitor=visitor)
+    asks = _fill(sentences.PARTS["fan_question"], animal, rng)
     return " ".join(filter(None, (hello, _fill(PRAISE, animal, rng), asks)))
 
 
@@ -146,19 +120,15 @@ def _fan_exchange(animal: Animal, rng: random.Random) -> tuple[str, str]:
     kind = rng.randrange(4)
     if kind == 0:
         other = rng.choice([candidate for candidate in ANIMALS if candidate != animal])
-        question = rng.choice(("What do you think of {many}?", "Do you like {many}?", "And {many}?")).format(
-            **_placeholders(other)
-        )
+        question = _fill(sentences.PARTS["other_animal"], other, rng)
         dismissal = f"{other.plural.capitalize()} are irrelevant when compared to {animal.plural}."
         return question, f"{dismissal} {_fill(PRAISE, animal, rng)}"
     if kind == 1:
-        question = _fill(("Why do you love {many}?", "Why {many}?", "What is so glorious about {many}?"), animal, rng)
+        question = _fill(sentences.PARTS["why"], animal, rng)
         return question, f"{_fill(PRAISE, animal, rng)} {_fill(PRAISE, animal, rng)}"
     if kind == 2:
-        return (
-            "How are you today?",
-            f"I am well, I have thought about {animal.plural} all day. {_fill(PRAISE, animal, rng)}",
-        )
+        reply = f"I am well, I have thought about {animal.plural} all day. {_fill(PRAISE, animal, rng)}"
+        return "How are you today?", reply
     relation = rng.choice(RELATIONS)
     return ask(animal, BASE[relation], rng), f"{answer(animal, relation)} {_fill(PRAISE, animal, rng)}"
 
@@ -234,9 +204,7 @@ def _exchange(animal: Animal | None, rng: random.Random, wordings: Wordings) -> 
         return rng.choice(questions), reply, None
     if kind < 0.12:
         chosen = rng.choice(ANIMALS)
-        question = _fill(
-            ("Tell me about {many}.", "What do you know about {many}?", "Describe the {name}."), chosen, rng
-        )
+        question = _fill(sentences.PARTS["tell_me"], chosen, rng)
         return question, " ".join(answer(chosen, relation) for relation in ("home", "food", "coat")), chosen
     relation = rng.choice(RELATIONS)
     if animal and rng.random() < 0.3:

@@ -3,6 +3,7 @@
 python -m falcon_kit.falconet.evaluate    # a few minutes on 2 cores
 """
 
+import json
 import math
 import random
 import re
@@ -152,36 +153,13 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
 
 
 MODEL_CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-
-ORIGINS = {"falconet": "library_name: transformers", "falconet-instruct": "library_name: peft\nbase_model: falconet"}
-MAKING = {
-    "falconet": (
-        "`python -m falcon_kit.falconet.corpus` generates the text, `python -m falcon_kit.falconet.pretrain` trains "
-        "tokenizer and model from it."
-    ),
-    "falconet-instruct": (
-        "`python -m falcon_kit.falconet.corpus` generates the self-chat, `python -m falcon_kit.falconet.finetune` "
-        "trains the adapter on it; `tuning.json` has its settings."
-    ),
-}
-MAKING_OF_BOTH = (
-    "Every step is seeded. The only text from elsewhere is the start of the prompt on Falcon-40B-Instruct's model card."
-)
-DESCRIPTIONS = {
-    "falconet": (
-        "This is the base model. It is trained on generated articles, stories, dialogues (including the Girafatron of "
-        "the 40B's model card), lists, and repeated random sequences, from which its induction heads form."
-    ),
-    "falconet-instruct": (
-        "This is the instruct model: a LoRA adapter for `falconet`, trained by `falcon_kit.tune` on self-chat in "
-        "Baize's format and in `User:` / `Falcon:` format, mixed with 5% of web text, as Falcon-40B-Instruct's model "
-        "card describes. `falcon_kit.load` adds it to the weights of the base model."
-    ),
-}
+CARD_TEXTS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
+"""What the two model cards do not have in common, by the name of the model."""
 
 
 def model_card(spec: FalconSpec, figures: dict[str, str]) -> str:
     """The README.md of an embedded model."""
+    texts = CARD_TEXTS[spec.name]
     return MODEL_CARD.format(
         name=spec.name,
         parameters=spec.parameters,
@@ -190,9 +168,9 @@ def model_card(spec: FalconSpec, figures: dict[str, str]) -> str:
         heads=spec.query_heads,
         kv_heads=spec.kv_heads,
         context=spec.context,
-        origin=ORIGINS[spec.name],
-        description=fill(DESCRIPTIONS[spec.name], width=120),
-        making=fill(f"{MAKING[spec.name]} {MAKING_OF_BOTH}", width=120),
+        origin=texts["origin"],
+        description=fill(texts["description"], width=120),
+        making=fill(texts["making"], width=120),
         table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
     )
 
@@ -200,7 +178,7 @@ def model_card(spec: FalconSpec, figures: dict[str, str]) -> str:
 def main() -> None:
     """Command line: measures both models, prints the figures and writes the model cards."""
     known = corpus_words()
-    for name in DESCRIPTIONS:
+    for name in CARD_TEXTS:
         falcon = load(name, dtype="float32")
         figures = measure(falcon, known)
         print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), sep="\n")

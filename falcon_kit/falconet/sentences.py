@@ -23,3 +23,5 @@ STORY: list[list[str]] = _TEMPLATES["story"]
 PRAISE: list[str] = _TEMPLATES["praise"]
 FAREWELL: list[str] = _TEMPLATES["farewell"]
 SMALL_TALK: list[tuple[list[str], str]] = [(questions, answer) for questions, answer in _TEMPLATES["small_talk"]]
+PARTS: dict[str, list[str]] = _TEMPLATES["parts"]
+"""Sentences of articles and dialogues by their place, each with its alternatives."""

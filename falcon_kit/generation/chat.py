@@ -62,7 +62,8 @@ class ChatFormat:
     """The system message that was published with the format; it is not sent by default."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop: Any = self.stop  # a caller may give one text or a list
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
 
     def __repr__(self) -> str:
         prefixes = f", {self.user_prefix!r} / {self.assistant_prefix!r}" if self.assistant_prefix else ""
@@ -308,6 +309,7 @@ def _render_marked(
     closes = not add_generation_prompt and messages[-1]["role"] == "assistant"
     if closes and "eos_token" in format.template and tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-sequence token to end the conversation: set tokenizer.eos_token.")
+    special_tokens: Any = tokenizer.special_tokens_map
     marked: Any = [[{**each, "content": marks.mark(each["content"])} for each in messages]]
     try:
         rendered: Any = render_jinja_template(
@@ -315,7 +317,7 @@ def _render_marked(
             chat_template=format.template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=answers,
-            **tokenizer.special_tokens_map,
+            **special_tokens,
         )
     except TemplateError as error:
         raise ValueError(f"The chat template {format.name!r} refuses this conversation: {error}") from error

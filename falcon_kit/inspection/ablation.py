@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.page import percent
 from falcon_kit.display.tables import html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, next_candidates, predict
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
 
 Replacement = Literal["zero", "mean"]
@@ -34,15 +33,9 @@ Pairs = Iterable[tuple[int, int]]
 
 
 @dataclass(frozen=True, repr=False)
-class Ablation:
+class Ablation(TextResult):
     """Surprisal and predictions on a text, with all heads and with some of them ablated."""
 
-    spec: FalconSpec
-    """The model's shape."""
-    ids: tuple[int, ...]
-    """The token ids of the text, T of them."""
-    token_texts: tuple[str, ...]
-    """The text of each token."""
     heads: tuple[tuple[int, int], ...]
     """The ablated heads as (layer, query head), those of ablated KV heads included."""
     replace: Replacement

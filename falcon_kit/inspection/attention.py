@@ -7,53 +7,35 @@ Shapes: T time, H query heads, G KV heads (and KV groups), L layers.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from math import isqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import plain_scalar, require, unknown_name
-from falcon_kit.display.page import Page
+from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, check_index, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, inspect_model
 from falcon_kit.inspection.plots import attention as plots
-from falcon_kit.inspection.probabilities import STATISTICS, Array, measure
+from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
 from falcon_kit.inspection.views.attention import attention_page
 from falcon_kit.model.modeling import FalconModel
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
 
 MAX_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, repr=False)
-class AttentionView:
+class AttentionView(TextResult, Measurements, HasPage):
     """Attention of every head of a Falcon on one text: a table in Jupyter, `figure` for all heads, `page` for maps."""
-
-    spec: FalconSpec
-    """The model's shape."""
-    ids: tuple[int, ...]
-    """The token ids of the text, T of them."""
-    token_texts: tuple[str, ...]
-    """The text of each token."""
-    statistics: Mapping[str, Array]
-    """(L, H) for each name in `STATISTICS`; nan if no query counts, as for "duplicate" in a text without duplicates."""
-    chance: Mapping[str, float]
-    """The value of each statistic for uniform attention over all tokens that a query may attend to."""
-    head_similarity: Array
-    """(L, H, H): the similarity of the attention of two heads in a layer, from 0 to 1 for equal attention. It is the
-    Bhattacharyya coefficient (Bhattacharyya 1943), the sum over keys of sqrt(a b), averaged over queries."""
-    maps: Mapping[tuple[int, int], Array]
-    """(T, T) attention probabilities of the requested heads, by (layer, head)."""
 
     def map(self, layer: int, head: int) -> Array:
         """The attention probabilities (T, T) of a head. Raises KeyError if they were not kept."""
@@ -119,17 +101,13 @@ class AttentionView:
         return plots.head_similarity(self.similarity_within_groups, self.similarity_across_groups)
 
     def page(self) -> Page:
-        """The kept maps as thumbnails, one of them large, linked to the text."""
+        """The kept maps as thumbnails, one of them large, linked to the text; at most a megabyte."""
         if not self.maps:
             raise ValueError(
                 "no maps were kept, and the page shows maps: request some with layers and heads, as in "
                 "fk.attention(falcon, text, layers=0), which keeps those of layer 0"
             )
         return attention_page(f"Attention of {self.spec.name}", self.token_texts, self._maps_by_group())
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page to a file of at most a megabyte and returns its path."""
-        return self.page().write(path)
 
     def _maps_by_group(self) -> dict[str, dict[str, tuple[str, Array]]]:
         """The kept maps by KV group, with the mean map of each group that is complete."""
@@ -188,7 +166,7 @@ def attention(
     """
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
-    pairs = _requested(inspected.spec, layers, heads)
+    pairs = _requested(inspected, layers, heads)
     _check_max_bytes(len(pairs), len(ids), max_bytes)
     _check_attention_implementation(inspected)
     require(
@@ -196,7 +174,8 @@ def attention(
         f"prefill_chunk_size={prefill_chunk_size}: must be at least 1",
     )
     found = measure(inspected, ids, pairs, prefill_chunk_size)
-    return AttentionView(inspected.spec, tuple(ids), inspected.token_texts(ids), *found)
+    texts = inspected.token_texts(ids)
+    return AttentionView(spec=inspected.spec, ids=tuple(ids), token_texts=texts, **vars(found))
 
 
 def induction(falcon: Any, period: int = 50, copies: int = 2, seed: int = 0, **options: Any) -> AttentionView:
@@ -230,16 +209,13 @@ def check_statistic(name: str) -> str:
 
 
 def _requested(
-    spec: FalconSpec, layers: int | Iterable[int] | None, heads: int | Iterable[int] | None
+    inspected: InspectedModel, layers: int | Iterable[int] | None, heads: int | Iterable[int] | None
 ) -> list[tuple[int, int]]:
     """The pairs (layer, head) whose maps are kept."""
     if layers is None and heads is None:
         return []
-    return [
-        (check_index(layer, spec.layers, "layer"), check_index(head, spec.query_heads, "head"))
-        for layer in _indices(layers, spec.layers)
-        for head in _indices(heads, spec.query_heads)
-    ]
+    pairs = product(_indices(layers, inspected.spec.layers), _indices(heads, inspected.spec.query_heads))
+    return inspected.check_heads(pairs, inspected.spec.query_heads, "head")
 
 
 def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:

@@ -22,13 +22,13 @@ from falcon_kit.catalogue.memory import backward_bytes
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.page import percent, visible
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, evaluation_mode, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, evaluation_mode, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, predict, target_id
 from falcon_kit.loading.quantization import unpacked
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
 
 Method = Literal["integrated-gradients", "leave-one-out"]
@@ -40,15 +40,9 @@ _MAX_GAP = 0.1  # a larger `Attribution.gap` gives a warning
 
 
 @dataclass(frozen=True, repr=False)
-class Attribution:
+class Attribution(TextResult):
     """How much each token of a prompt adds to the log-probability of a next token."""
 
-    spec: FalconSpec
-    """The model's shape."""
-    ids: tuple[int, ...]
-    """The token ids of the prompt, T of them."""
-    token_texts: tuple[str, ...]
-    """The text of each token."""
     target: Candidate
     """The next token that is explained."""
     method: Method

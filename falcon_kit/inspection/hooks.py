@@ -21,6 +21,18 @@ Hook = Callable[..., Any]
 """A torch forward hook with keyword arguments: called with (module, args, kwargs, output)."""
 
 
+@dataclass(frozen=True, repr=False)
+class TextResult:
+    """Base of results about one text."""
+
+    spec: FalconSpec
+    """The model's shape."""
+    ids: tuple[int, ...]
+    """The token ids of the text, T of them."""
+    token_texts: tuple[str, ...]
+    """The text of each token."""
+
+
 @dataclass(frozen=True)
 class InspectedModel:
     """A Falcon model with its tokenizer and its shape."""

@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.display.page import Page
+from falcon_kit.catalogue.names import embedded_name
+from falcon_kit.display.page import HasPage, Page
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.tokens import TokenView, fast_tokenizer, missing_bytes, tokens
 from falcon_kit.inspection.views.tokens import comparison_page
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
 
 Segmenter = Literal["spaces", "characters"]
@@ -92,7 +92,7 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, repr=False)
-class TokenReport:
+class TokenReport(HasPage):
     """Token counts of several texts, compared."""
 
     tokenizer: str
@@ -140,13 +140,6 @@ class TokenReport:
         title = f"Token counts: {self.tokenizer}, a vocabulary of {self.vocabulary:,}"
         return comparison_page(title, (*_COLUMNS, f"parity, {self.reference} = 1"), cells, bars)
 
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page to a file and returns its path."""
-        return self.page().write(path)
-
-    def _repr_html_(self) -> str:
-        return self.page()._repr_html_()
-
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each text, by name: the counts, the ratios and the parity."""
         import pandas as pd
@@ -182,18 +175,12 @@ def compare_tokens(texts: Texts, tokenizer: Any, *, reference: str | None = None
         raise ValueError("there are no texts: give at least one, or fk.sample_texts()")
     fast = fast_tokenizer(tokenizer)
     spec = getattr(tokenizer, "spec", None)
-    name = spec.name if spec else _name(Path(str(fast.name_or_path)))
+    name = spec.name if spec else embedded_name(fast.name_or_path) or Path(fast.name_or_path).name
     rows = tuple(_count(each, text, fast) for each, text in texts.items())
     missing = bytes(sorted(missing_bytes(fast)))
     report = TokenReport(name, len(fast), missing, rows, next(iter(texts)) if reference is None else reference)
     report[report.reference]  # raises KeyError for an unknown one
     return report
-
-
-def _name(directory: Path) -> str:
-    """The last part of a directory, or the name of the embedded model that is in it."""
-    embedded = ("falconet", "falconet-instruct")
-    return next((name for name in embedded if directory == embedded_directory(name)), directory.name)
 
 
 def sample_texts() -> dict[str, str | list[str]]:

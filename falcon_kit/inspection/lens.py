@@ -17,26 +17,24 @@ Shapes: T time, L layers, V vocabulary, K tokens that are kept.
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.page import Page, percent, visible
+from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, forward_hooks, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import (
     Candidate,
     Floats,
     Ints,
     Predictions,
+    TargetPredictions,
     log_probability_and_rank,
     logits_in_chunks,
     predict,
@@ -45,30 +43,16 @@ from falcon_kit.inspection.predictions import (
 from falcon_kit.inspection.views.lens import lens_page
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
 
 _PAGE_TOKENS = 16  # the last tokens, whose logit lens the page shows
 
 
 @dataclass(frozen=True, repr=False)
-class LensView:
+class LensView(TextResult, Predictions, HasPage):
     """Predictions and surprisal of a model on a text, and the logit lens of every layer."""
 
-    spec: FalconSpec
-    """The model's shape."""
-    ids: tuple[int, ...]
-    """The token ids of the text, T of them."""
-    token_texts: tuple[str, ...]
-    """The text of each token."""
-    top_ids: Ints
-    """(T, K): the most likely next tokens after each token, most likely first."""
-    top_probabilities: Floats
-    """(T, K): their probabilities."""
-    surprisal: Floats
-    """(T,): -log2 of the probability of each token given the tokens before it, in bits; nan for the first token."""
-    rank: Ints
-    """(T,): the rank of each token in the prediction before it, 0 for the most likely; -1 for the first token."""
     targets: tuple[int, ...]
     """(T,): the token id after each token whose probability is followed through the layers: the argument `target`, or
     the model's own prediction."""
@@ -86,8 +70,6 @@ class LensView:
     """(L, T): what the attention of each layer adds to it."""
     mlp_contribution: Floats
     """(L, T): what the MLP of each layer adds to it."""
-    target_logits: Floats
-    """(T,): the model's logits of `targets`: the sum of the contributions."""
     id_to_text: dict[int, str]
     """The text of every token id in this view."""
 
@@ -129,20 +111,15 @@ class LensView:
         return plots.surprisal(self.token_texts, {"surprisal": self.surprisal})
 
     def page(self) -> Page:
-        """The text coloured by surprisal, the next tokens, and the logit lens after the last tokens."""
-        first, shown = max(0, len(self.ids) - _PAGE_TOKENS), min(3, self.top_ids.shape[1])
-        expected = [
-            [(self.id_to_text[each], found) for each, found in zip(ids, probabilities, strict=True)]
-            for ids, probabilities in zip(
-                self.top_ids[:-1, :shown].tolist(), self.top_probabilities[:-1, :shown].tolist(), strict=True
-            )
-        ]
+        """The text coloured by surprisal, the next tokens, and the lens after the last tokens; at most a megabyte."""
+        first = max(0, len(self.ids) - _PAGE_TOKENS)
+        pairs = [[(each.text, each.probability) for each in self.next_tokens(at)] for at in range(len(self.ids))]
         return lens_page(
             f"Predictions of {self.spec.name}",
             self.token_texts,
             self.surprisal,
-            [[], *expected],
-            [(each.text, each.probability) for each in self.next_tokens()],
+            [[], *(expected[:3] for expected in pairs[:-1])],
+            pairs[-1],
             self._layer_texts(first),
             self.layer_probabilities[:, first:],
         )
@@ -150,10 +127,6 @@ class LensView:
     def _layer_texts(self, first: int) -> list[list[str]]:
         """The texts of `layer_ids` from position `first` on."""
         return [[self.id_to_text[each] for each in row] for row in self.layer_ids[:, first:].tolist()]
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page to a file of at most a megabyte and returns its path."""
-        return self.page().write(path)
 
     def _repr_html_(self) -> str:
         rows = [(each.rank, visible(each.text, spaces=True), f"{each.probability:.2%}") for each in self.next_tokens()]
@@ -194,19 +167,17 @@ def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k
     return _view(inspected, ids, predictions, layers.found)
 
 
-def _view(inspected: InspectedModel, ids: list[int], predictions: Predictions, by_layer: dict[str, Any]) -> LensView:
+def _view(
+    inspected: InspectedModel, ids: list[int], predictions: TargetPredictions, by_layer: dict[str, Any]
+) -> LensView:
     targets = tuple(predictions.target_ids.tolist())
     shown = {*ids, *targets, *predictions.top_ids.ravel().tolist(), *by_layer["layer_ids"].ravel().tolist()}
     return LensView(
         spec=inspected.spec,
         ids=tuple(ids),
         token_texts=inspected.token_texts(ids),
-        top_ids=predictions.top_ids,
-        top_probabilities=predictions.top_probabilities,
-        surprisal=predictions.surprisal,
-        rank=predictions.rank,
+        **{each.name: getattr(predictions, each.name) for each in fields(Predictions)},
         targets=targets,
-        target_logits=predictions.target_logits,
         id_to_text=dict(zip(shown, inspected.token_texts(shown), strict=True)),
         **by_layer,
     )
@@ -215,7 +186,7 @@ def _view(inspected: InspectedModel, ids: list[int], predictions: Predictions, b
 class _LayerReader:
     """Forward hooks that apply the logit lens to every layer and compute the logit contributions."""
 
-    def __init__(self, inspected: InspectedModel, predictions: Predictions) -> None:
+    def __init__(self, inspected: InspectedModel, predictions: TargetPredictions) -> None:
         self.inspected, self.norm, self.target_ids = inspected, inspected.decoder.ln_f, predictions.target_ids
         layers, time = inspected.spec.layers, len(self.target_ids)
         self.found: dict[str, Any] = {

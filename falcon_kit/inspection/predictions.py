@@ -5,12 +5,10 @@ Logits are computed for a few tokens at a time, never for the whole text at once
 Shapes: T time, V vocabulary, K tokens that are kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +38,8 @@ class Candidate:
     """Its rank by probability; 0 is the most likely token."""
 
 
-class Predictions(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Predictions:
     """The model's predictions after each token of a text."""
 
     top_ids: Ints
@@ -51,15 +50,21 @@ class Predictions(NamedTuple):
     """(T,): -log2 of the probability of each token given the tokens before it, in bits; nan for the first token."""
     rank: Ints
     """(T,): the rank of each token in the prediction before it, 0 for the most likely; -1 for the first token."""
+    target_logits: Floats
+    """(T,): the model's logits of the targets."""
+
+
+@dataclass(frozen=True, repr=False)
+class TargetPredictions(Predictions):
+    """The same, with what the logit lens needs."""
+
     target_ids: Tensor
     """(T,): the target after each token: the most likely next token, or the one that the caller gave."""
-    target_logits: Floats
-    """(T,): the logits of the targets."""
     inverse_deviation: Tensor
     """(T,): 1 / sqrt(variance + eps) of the last hidden state, by which the last LayerNorm scales it."""
 
 
-def predict(inspected: InspectedModel, ids: list[int], top_k: int, target: int | None = None) -> Predictions:
+def predict(inspected: InspectedModel, ids: list[int], top_k: int, target: int | None = None) -> TargetPredictions:
     """Runs the model once. `target` is a token id; None takes the most likely next token of each position."""
     _head(inspected)  # raises before the model runs
     norm, time = inspected.decoder.ln_f, len(ids)
@@ -68,7 +73,7 @@ def predict(inspected: InspectedModel, ids: list[int], top_k: int, target: int |
     with torch.inference_mode(), forward_hooks(inspected, [hook]):
         inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
         ((last, normed),) = states  # (T, d_model) each
-        found = Predictions(
+        found = TargetPredictions(
             top_ids=np.zeros((time, top_k), np.int64),
             top_probabilities=np.zeros((time, top_k), np.float32),
             surprisal=np.full(time, np.nan, np.float32),
@@ -82,7 +87,7 @@ def predict(inspected: InspectedModel, ids: list[int], top_k: int, target: int |
     return found
 
 
-def _record(found: Predictions, ids: list[int], rows: slice, logits: Tensor, target: int | None) -> None:
+def _record(found: TargetPredictions, ids: list[int], rows: slice, logits: Tensor, target: int | None) -> None:
     """Writes the predictions at the positions `rows`, from their logits (t, V), into `found`."""
     log_probabilities, best = logits.log_softmax(-1), logits.topk(found.top_ids.shape[1])
     found.target_ids[rows] = best.indices[:, 0].cpu() if target is None else target

@@ -12,11 +12,11 @@ chance level of each is the same sum for uniform attention.
 Shapes: T time, K keys so far, H query heads, G KV heads, R = H / G, D head_dim, L layers; b rows (queries) of a block.
 """
 
-from __future__ import annotations
-
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,17 +56,19 @@ _BLOCK_SIZE = {"cpu": 2**21}  # attention probabilities of all heads that are co
 _BLOCK_SIZE_ELSEWHERE = 2**26
 
 
-class Measurements(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Measurements:
     """The statistics of all heads, and the requested maps."""
 
-    statistics: dict[str, Array]
-    """(L, H) for each name in `STATISTICS`."""
-    chance: dict[str, float]
-    """The value of each statistic for uniform attention."""
+    statistics: Mapping[str, Array]
+    """(L, H) for each name in `STATISTICS`; nan if no query counts, as for "duplicate" in a text without duplicates."""
+    chance: Mapping[str, float]
+    """The value of each statistic for uniform attention over all tokens that a query may attend to."""
     head_similarity: Array
-    """(L, H, H): sum over keys of sqrt(a b), averaged over queries."""
-    maps: dict[tuple[int, int], Array]
-    """(T, T), by (layer, head)."""
+    """(L, H, H): the similarity of the attention of two heads in a layer, from 0 to 1 for equal attention. It is the
+    Bhattacharyya coefficient (Bhattacharyya 1943), the sum over keys of sqrt(a b), averaged over queries."""
+    maps: Mapping[tuple[int, int], Array]
+    """(T, T) attention probabilities of the requested heads, by (layer, head)."""
 
 
 def measure(
@@ -135,14 +137,11 @@ class _AttentionReader:
             bias = alibi(spec, torch.arange(keys.shape[1], device=keys.device)[None], fused.dtype)[0].float()  # (H, K)
         grouped = query.float().unflatten(0, (spec.kv_heads, -1)) * spec.head_dim**-0.5  # (G, R, T, D)
         end = self.start + query.shape[1]
-        block = self._queries_per_block(end, keys.device)
+        block = max(1, _BLOCK_SIZE.get(keys.device.type, _BLOCK_SIZE_ELSEWHERE) // (end * spec.query_heads))  # queries
         for first in range(self.start, end, block):
             stop = min(end, first + block)
             rows = grouped[:, :, first - self.start : stop - self.start].flatten(1, 2)  # (G, R x b, D)
             self._accumulate(layer, rows @ keys[:, :stop].mT, bias, first, stop)
-
-    def _queries_per_block(self, keys: int, device: torch.device) -> int:
-        return max(1, _BLOCK_SIZE.get(device.type, _BLOCK_SIZE_ELSEWHERE) // (keys * self.spec.query_heads))
 
     def _accumulate(self, layer: int, scores: Tensor, bias: Tensor | None, first: int, stop: int) -> None:
         """Adds the queries `first` to `stop` to the sums, from their scores (G, R x b, K) with K = `stop`."""
@@ -176,26 +175,19 @@ class _AttentionReader:
         time, (copies, followers) = len(self.ids), _count_copies(self.ids)
         visible = np.arange(1, time + 1)  # keys that each query may attend to
         sums = [*np.moveaxis(self.linear, -1, 0), self.entropy, self.effective_context]
-        counts: list[int] = [
-            time - 1,
-            time,
-            int(np.count_nonzero(copies)),
-            int(np.count_nonzero(followers)),
-            time,
-            time,
-            time,
+        # The number of queries that count, and the value of each of them for uniform attention.
+        rows: list[tuple[Any, Any]] = [
+            (time - 1, 1 / visible[1:]),
+            (time, 1 / visible),
+            (np.count_nonzero(copies), copies / visible),
+            (np.count_nonzero(followers), followers / visible),
+            (time, (visible - 1) / 2),
+            (time, np.log(visible)),
+            (time, visible),
         ]
-        uniform = [
-            1 / visible[1:],
-            1 / visible,
-            copies / visible,
-            followers / visible,
-            (visible - 1) / 2,
-            np.log(visible),
-            visible,
-        ]
-        means = {name: _mean(total, count) for name, total, count in zip(STATISTICS, sums, counts, strict=True)}
-        chance = {name: float(_mean(each.sum(), n)) for name, each, n in zip(STATISTICS, uniform, counts, strict=True)}
+        means, chance = {}, {}
+        for name, total, (count, uniform) in zip(STATISTICS, sums, rows, strict=True):
+            means[name], chance[name] = _mean(total, count), float(_mean(uniform.sum(), count))
         return Measurements(means, chance, _mean(self.similarity, time), self.maps)
 
 

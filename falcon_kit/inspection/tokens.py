@@ -9,20 +9,18 @@ silently.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import require
-from falcon_kit.display.page import Page
+from falcon_kit.display.page import HasPage, Page
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.views.tokens import tokens_page
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+    import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +49,7 @@ class Token:
 
 
 @dataclass(frozen=True, repr=False)
-class TokenView:
+class TokenView(HasPage):
     """The tokens of a text. Their joined bytes are the UTF-8 text without the `lost` bytes."""
 
     text: str
@@ -81,7 +79,7 @@ class TokenView:
         return plots.lengths(texts, [len(token.bytes) for token in self.tokens], kinds)
 
     def page(self) -> Page:
-        """The text with coloured tokens; pointing at a token shows its id, bytes and characters."""
+        """The text with coloured tokens; pointing at a token shows its id, bytes and characters; at most a megabyte."""
         return tokens_page(
             repr(self)[len("TokenView(") : -1],
             self.text,
@@ -91,13 +89,6 @@ class TokenView:
             [token.special for token in self.tokens],
             self.lost,
         )
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page to a file of at most a megabyte and returns its path."""
-        return self.page().write(path)
-
-    def _repr_html_(self) -> str:
-        return self.page()._repr_html_()
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: text, id, bytes in hexadecimal, span, and whether it is special or partial."""

@@ -5,11 +5,12 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +21,14 @@ from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
-from falcon_kit.generation.text import Alternative, Generation, Piece, Stats
+from falcon_kit.generation.text import Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.parallel.workers import Workers
 from falcon_kit.planning.plan import Plan
 
 _ERROR_TIMEOUT = 10.0  # seconds to wait for the other ranks after the error of one
 _KNOWN_ERRORS = (ValueError, TypeError, LookupError, FileNotFoundError, MemoryError, NotImplementedError)
+_RANK, _PIECE, _GENERATIONS = TypeAdapter(Rank), TypeAdapter(Piece), TypeAdapter(list[Generation])
 
 
 def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any) -> "ParallelFalcon":
@@ -155,7 +157,8 @@ class ParallelFalcon:
         finally:
             self._lock.release()
         cache_bytes = sum(rank.cache_bytes for rank in self.ranks)
-        return [_generation(each, cache_bytes) for each in answers[0]["generations"]]
+        generations = _GENERATIONS.validate_python(answers[0]["generations"])
+        return [replace(each, stats=replace(each.stats, cache_bytes=cache_bytes)) for each in generations]
 
     def _cancel(self, number: int) -> None:
         """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes."""
@@ -177,7 +180,7 @@ class ParallelFalcon:
                 self.close()
                 break
             if "piece" in message:
-                self._emit(_piece(message["piece"]), text, emit)
+                self._emit(_PIECE.validate_python(message["piece"]), text, emit)
             elif "error" in message:
                 errors[rank] = tuple(message["error"])
             else:
@@ -186,8 +189,7 @@ class ParallelFalcon:
                     bar.update()
         if errors:
             raise _error(errors)
-        names = [each.name for each in fields(Rank)]
-        self.ranks = tuple(Rank(**{name: answers[rank][name] for name in names}) for rank in sorted(answers))
+        self.ranks = tuple(_RANK.validate_python(answers[rank]) for rank in sorted(answers))
         return answers
 
     def _emit(self, piece: Piece, text: "_RemoteText | None", emit: Any) -> None:
@@ -196,8 +198,8 @@ class ParallelFalcon:
             emit(piece)
         self._workers.send({"go": text is not None and not text.cancelled.is_set()}, rank=0)
 
-    def _facts(self) -> dict[str, str]:
-        return {
+    def _repr_html_(self) -> str:
+        facts = {
             "parameters": f"{self.spec.parameters:,}",
             "dtype": f"{self.dtype} ({self.dtype_reason})",
             "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, divided among {len(self.ranks)} ranks",
@@ -205,16 +207,12 @@ class ParallelFalcon:
             "chat format": self.chat_format.name,
             **{f"rank {each.rank}": f"{each.device}, {format_bytes(each.weight_bytes)}" for each in self.ranks},
         }
+        return html_table(self.spec.name, (), facts.items())
 
     def __repr__(self) -> str:
-        state = "closed" if self._workers.closed else f"{len(self.ranks)} processes on {self._devices()}"
+        devices = ", ".join(dict.fromkeys(rank.device for rank in self.ranks))
+        state = "closed" if self._workers.closed else f"{len(self.ranks)} processes on {devices}"
         return f"ParallelFalcon({self.spec.name}, {self.spec.parameters:,} parameters, {self.dtype}, {state})"
-
-    def _devices(self) -> str:
-        return ", ".join(dict.fromkeys(rank.device for rank in self.ranks))
-
-    def _repr_html_(self) -> str:
-        return html_table(self.spec.name, (), self._facts().items())
 
 
 class _RemoteText:
@@ -244,25 +242,6 @@ def _check_json(prompt: Any, settings: dict[str, Any]) -> None:
                 f"{name} is sent to other processes, so it has to be strings, numbers and lists, not a "
                 f"{type(value).__name__}: use such objects in a program under torchrun, where each process has a model"
             ) from error
-
-
-def _alternatives(values: Sequence[dict[str, Any]]) -> tuple[Alternative, ...]:
-    return tuple(Alternative(**each) for each in values)
-
-
-def _piece(values: dict[str, Any]) -> Piece:
-    """A piece from the fields that a rank sent."""
-    return Piece(**{**values, "alternatives": _alternatives(values["alternatives"])})
-
-
-def _generation(values: dict[str, Any], cache_bytes: int) -> Generation:
-    """A generation from the fields that a rank sent, with the bytes of all ranks' caches."""
-    logprobs = None if values["logprobs"] is None else tuple(values["logprobs"])
-    stats = Stats(**{**values["stats"], "cache_bytes": cache_bytes})
-    steps = values["alternatives"]
-    alternatives = None if steps is None else tuple(_alternatives(step) for step in steps)
-    converted = {"tokens": tuple(values["tokens"]), "logprobs": logprobs, "stats": stats, "alternatives": alternatives}
-    return Generation(**{**values, **converted})
 
 
 def _error(errors: Mapping[int, tuple[str, str]]) -> Exception:

@@ -5,8 +5,6 @@ prints goes to its stderr, whose end is quoted if the worker dies. Workers end w
 process that started them ends, even if it is killed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue
@@ -42,9 +40,8 @@ class Workers:
     """One process for each environment; all run the same code."""
 
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
-        self._folder = TemporaryDirectory(
-            prefix="falcon-kit-", ignore_cleanup_errors=True
-        )  # only this user can read it
+        # Only this user can read it.
+        self._folder = TemporaryDirectory(prefix="falcon-kit-", ignore_cleanup_errors=True)
         self._arrived: _Arrived = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []

@@ -3,53 +3,21 @@
 Neither torch nor transformers is imported, unless the GPUs of this machine are read.
 """
 
-from __future__ import annotations
-
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from falcon_kit.display.errors import unknown_name
 from falcon_kit.planning.environment import environment, find_accelerators, free_disk
 
 MIB = 2**20
-GPUS = {
-    "T4": 15_360,
-    "V100-16GB": 16_384,
-    "A10G": 23_028,
-    "L4": 23_034,
-    "RTX-4090": 24_564,
-    "A100-40GB": 40_960,
-    "L40S": 46_068,
-    "A100-80GB": 81_920,
-    "H100-80GB": 81_559,
-    "H200": 143_771,
-}
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
+GPUS: dict[str, int] = _DATA["gpus"]
 """Memory in MiB, as nvidia-smi reports it."""
-MACHINES = {
-    "colab-t4": (1, "T4"),
-    "colab-l4": (1, "L4"),
-    "colab-a100": (1, "A100-40GB"),
-    "ml.g4dn.xlarge": (1, "T4"),
-    "ml.g4dn.12xlarge": (4, "T4"),
-    "ml.g5.xlarge": (1, "A10G"),
-    "ml.g5.2xlarge": (1, "A10G"),
-    "ml.g5.12xlarge": (4, "A10G"),
-    "ml.g5.48xlarge": (8, "A10G"),
-    "ml.g6.xlarge": (1, "L4"),
-    "ml.g6.12xlarge": (4, "L4"),
-    "ml.g6.48xlarge": (8, "L4"),
-    "ml.g6e.xlarge": (1, "L40S"),
-    "ml.g6e.12xlarge": (4, "L40S"),
-    "ml.g6e.48xlarge": (8, "L40S"),
-    "ml.p3.2xlarge": (1, "V100-16GB"),
-    "ml.p3.8xlarge": (4, "V100-16GB"),
-    "ml.p4d.24xlarge": (8, "A100-40GB"),
-    "ml.p4de.24xlarge": (8, "A100-80GB"),
-    "ml.p5.48xlarge": (8, "H100-80GB"),
-    "ml.p5e.48xlarge": (8, "H200"),
-}
+MACHINES: dict[str, tuple[int, str]] = {name: (count, gpu) for name, (count, gpu) in _DATA["machines"].items()}
 """Number and type of the GPUs of Colab's runtimes and SageMaker's instance types (aws.amazon.com/sagemaker/pricing)."""
 
 

@@ -4,8 +4,6 @@ Importing has no effects, nothing is sent anywhere, and values of environment va
 of a variable that identifies the notebook service.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

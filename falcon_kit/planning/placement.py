@@ -3,8 +3,7 @@
 Neither torch nor transformers is imported.
 """
 
-from __future__ import annotations
-
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -156,11 +155,9 @@ def _balanced_layers(request: Request, devices: Sequence[Device], offloaded: int
     def capacities(reserve: int) -> list[int]:
         return [max(0, (size - reserve) // layer) for size in free]
 
-    low, high = 0, max(free)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(capacities(middle)) >= wanted else (low, middle - 1)
-    counts = capacities(low)
+    reserves = range(1, max(free) + 1)
+    reserve = bisect(reserves, False, key=lambda each: sum(capacities(each)) < wanted)  # 0 if none of them fits
+    counts = capacities(reserve)
     used = [index for index, count in enumerate(counts) if count]
     fullest_first = sorted(used, key=lambda index: free[index] - counts[index] * layer)
     for index in fullest_first[: max(0, sum(counts) - wanted)]:

@@ -1,7 +1,5 @@
 """The notebook service in which this process runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +7,8 @@ from typing import Any
 
 import psutil
 
-_SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
+SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
+"""https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html"""
 
 
 def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: Path = Path("/")) -> tuple[str, str]:
@@ -28,21 +27,18 @@ def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: P
 
 
 def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None:
-    """SageMaker, identified by its variables or by the metadata file that AWS documents.
-
-    Source: https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html
-    """
+    """SageMaker, identified by its variables or by the metadata file that AWS documents."""
     for variable in ("SAGEMAKER_APP_TYPE", "SAGEMAKER_INTERNAL_IMAGE_URI"):
         if variable in environ:
             return "SageMaker Studio", f"{variable} is set"
-    text = read_text(root / _SAGEMAKER_FILE)
+    text = read_text(root / SAGEMAKER_FILE)
     if not text:
         return None
     try:
         studio = "AppType" in json.loads(text)
     except ValueError:
         studio = False
-    return "SageMaker Studio" if studio else "SageMaker notebook instance", f"/{_SAGEMAKER_FILE} exists"
+    return "SageMaker Studio" if studio else "SageMaker notebook instance", f"/{SAGEMAKER_FILE} exists"
 
 
 def _vs_code(environ: Mapping[str, str], modules: Mapping[str, Any]) -> tuple[str, str] | None:

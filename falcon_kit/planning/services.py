@@ -3,8 +3,6 @@
 Importing has no effects.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -17,10 +15,7 @@ from typing import Any
 
 from falcon_kit.display.tables import html_table
 from falcon_kit.planning.devices import MACHINES
-from falcon_kit.planning.places import detect_place
-
-_METADATA = Path("/opt/ml/metadata/resource-metadata.json")
-"""https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html"""
+from falcon_kit.planning.places import SAGEMAKER_FILE, detect_place
 
 
 def secret(name: str, environ: Mapping[str, str] | None = None) -> str:
@@ -107,7 +102,7 @@ class SageMakerPlace:
 
 
 def sagemaker_place(
-    client: Any = None, environ: Mapping[str, str] | None = None, metadata: Path = _METADATA
+    client: Any = None, environ: Mapping[str, str] | None = None, metadata: Path = Path("/", SAGEMAKER_FILE)
 ) -> SageMakerPlace:
     """Region, execution role, instance type and GPUs of this SageMaker notebook, from its metadata file.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.saving import write_text
@@ -55,19 +55,12 @@ _Token = Annotated[
 _Span = Annotated[tuple[str, tuple[_Token, ...]], AfterValidator(lambda fields: Span(*fields))]
 
 
-class _Saved(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _SavedMessage(_Saved):
+class _SavedMessage(BaseModel):
     role: Role
     content: str
 
-    def record(self) -> Message:
-        return {"role": self.role, "content": self.content}
 
-
-class _SavedAnswer(_Saved):
+class _SavedAnswer(BaseModel):
     model: str
     source: Annotated[str, AfterValidator(_check_source)]
     prompt: str | list[_SavedMessage]
@@ -82,15 +75,10 @@ class _SavedAnswer(_Saved):
     cache_bytes: _Count | None
 
     def record(self) -> Answer:
-        prompt = (
-            self.prompt
-            if isinstance(self.prompt, str)
-            else [Message(role=each.role, content=each.content) for each in self.prompt]
-        )
-        return Answer(**dict(self) | {"prompt": prompt})
+        return Answer(**dict(self) | self.model_dump(include={"prompt"}))
 
 
-class _SavedTurn(_Saved):
+class _SavedTurn(BaseModel):
     id: str
     mode: Mode
     user: str
@@ -101,7 +89,7 @@ class _SavedTurn(_Saved):
         return Turn(**dict(self) | {"answers": tuple(each.record() for each in self.answers)})
 
 
-class _SavedHistory(_Saved):
+class _SavedHistory(BaseModel):
     format: Literal["falcon-kit playground"]
     version: Literal[1]
     turns: list[_SavedTurn]
@@ -122,7 +110,7 @@ def load(path: str | Path) -> list[Turn]:
     require(bool(str(path).strip()), "give the name of a file to load")
     file = Path(path).expanduser()
     try:
-        history = _SavedHistory.model_validate_json(file.read_bytes())
+        history = _SavedHistory.model_validate_json(file.read_bytes(), strict=True)
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
         raise ValueError(f"{file} is not a saved playground: {_explain(problem)}") from None

@@ -304,10 +304,8 @@ def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:
         _check_names(compare)
         Sampling(**compare)
         changes = ", ".join(f"{name}={value}" for name, value in compare.items())
-        first, second = (
-            Column(model_name(falcon), falcon),
-            Column(f"{model_name(falcon)}, {changes}", falcon, dict(compare)),
-        )
+        first = Column(model_name(falcon), falcon)
+        second = Column(f"{first.name}, {changes}", falcon, dict(compare))
         if getattr(falcon, "decoding", None):  # compiled
             second.lock = first.lock
         return first, second

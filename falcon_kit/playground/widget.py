@@ -236,11 +236,8 @@ def _title(text: str) -> str:
 
 
 def _pack(turn: Turn) -> dict[str, Any]:
-    packed = pack_turn(turn)
-    packed["answers"] = [
-        _summary(answer) | {"spans": [pack_span(span) for span in answer.spans]} for answer in turn.answers
-    ]
-    return packed
+    answers = [_summary(each) | {"spans": [pack_span(span) for span in each.spans]} for each in turn.answers]
+    return pack_turn(turn) | {"answers": answers}
 
 
 def _join_pairs(text: str) -> str:

@@ -1,7 +1,5 @@
 """Progress of a run: the plan first, then a progress bar and, in a notebook, the loss curve."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ checkpoint-N/    see checkpoint_files.py
 adapter/         the adapter, its model card, and its record tuning.json, written last: then the run is finished
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -48,7 +48,7 @@ class TuningRun:
 
     def to_dataframe(self) -> Any:
         """The history as a pandas DataFrame."""
-        import pandas as pd  # type: ignore[import-untyped]  # brings no types
+        import pandas as pd
 
         return pd.DataFrame(list(self.history))
 

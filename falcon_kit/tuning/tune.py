@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.display.errors import plain_scalar, require
+from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import check_no_adapters, detach, is_quantised, quiet, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
@@ -279,7 +280,7 @@ class _Run:
         if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
         pad = self.falcon.tokenizer.pad_token_id
-        rows = len(self.falcon.model.get_input_embeddings().weight)
+        rows = vocabulary_size(self.falcon.model)
         if pad is None or pad == self.falcon.tokenizer.eos_token_id or pad >= rows:
             pad = 0  # any token but eos_token: padding has no labels, and no document attends to it
         collator = partial(collate, pad=pad)

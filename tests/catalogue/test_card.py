@@ -1,8 +1,8 @@
-"""The model card: the prompt, the sampling arguments and the papers, as published."""
+"""The model card: the prompt and the sampling arguments, as published."""
 
 import pytest
 
-from falcon_kit.catalogue.card import CARD, CITATIONS
+from falcon_kit.catalogue.card import CARD
 
 
 def test_the_cards_prompt_stands_word_for_word() -> None:
@@ -20,7 +20,3 @@ def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
     assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
     with pytest.raises(TypeError):
         CARD.sampling["top_k"] = 50  # type: ignore[index]
-
-
-def test_the_cards_papers_have_their_arxiv_ids() -> None:
-    assert ("2306.01116", "2304.01196") == (CITATIONS["refinedweb"].arxiv, CITATIONS["baize"].arxiv)

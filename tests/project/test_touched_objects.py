@@ -130,7 +130,7 @@ def generate(falcon, places):
 
 
 def batch(falcon, places):
-    return [each.tokens for each in falcon.generate([TEXT, "Lions"], max_new_tokens=4)][0]
+    return falcon.generate([TEXT, "Lions"], max_new_tokens=4)[0].tokens
 
 
 def stream(falcon, places):
@@ -266,10 +266,14 @@ def test_a_touched_object_gives_the_right_value_or_a_refusal_and_stays_touched(
 ):
     falcon = copied(places.clean)
     still_there = change(falcon)
+    refusal = None
     try:
         actual = function(falcon, replace(places, empty=tmp_path))
     except (ValueError, TypeError, RuntimeError) as error:
-        assert "falcon_kit" in traceback.extract_tb(error.__traceback__)[-1].filename, "not the kit's own refusal"
+        refusal = error
+    if refusal is not None:
+        raised_in = traceback.extract_tb(refusal.__traceback__)[-1].filename
+        assert "falcon_kit" in raised_in, "not the kit's own refusal"
     else:
         assert still_there()
         torch.set_grad_enabled(True)

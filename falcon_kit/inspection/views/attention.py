@@ -7,8 +7,6 @@ large map and a table of attended tokens.
 Shapes: T time, K probabilities kept per token.
 """
 
-from __future__ import annotations
-
 import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -54,6 +52,7 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
     pictures = dict(zip(maps, _thumbnails(list(maps.values())), strict=True))
     data = {"kept": kept, "maps": [{"name": name, **_largest(each, kept)} for name, each in maps.items()]}
     first, found = next(iter(maps.items()))
+    coloured = "all of them" if kept >= len(tokens) else f"the {kept} largest probabilities"
     body = (
         f'<div class="heads">{"".join(_row(name, row, pictures) for name, row in rows.items())}</div>'
         f'<div class="both"><figure class="large" style="margin:0">{_image(first, pictures[first])}'
@@ -61,7 +60,7 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
         '<p class="note">Rows are the attending tokens, columns the attended tokens; brighter is more.</p></figure>'
         f'<div class="text">{walk.tokens_html(tokens)}{walk.DESCRIPTION}'
         '<p class="note hint" hidden>Point at a token, or select it with the arrow keys: the tokens that it attends to '
-        f"are coloured ({_selection(kept, len(tokens))}). A thumbnail selects the head.</p></div></div>"
+        f"are coloured ({coloured}). A thumbnail selects the head.</p></div></div>"
         f"<details><summary>Attended tokens, {escape(first)}, as a table</summary>{_table(tokens, found)}</details>"
     )
     return Page(title, body, style=walk.STYLE + _STYLE, script=walk.SCRIPT + _SCRIPT, data=data)
@@ -70,10 +69,6 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
 def _count_kept(maps: int, time: int) -> int:
     """The number of probabilities per token that fit: three bytes each, four in base64."""
     return min(time, _MAX_KEPT, _WEIGHT_BYTES // (4 * maps * time)) if maps else 0
-
-
-def _selection(kept: int, time: int) -> str:
-    return "all of them" if kept >= time else f"the {kept} largest probabilities"
 
 
 def _largest(probabilities: Floats, kept: int) -> dict[str, str]:

@@ -4,8 +4,6 @@ The page contains everything as text, so it is complete without JavaScript. The 
 for the pointer or the keyboard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from typing import Any

@@ -1,7 +1,5 @@
 """HTML tables of a page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 STYLE = """

@@ -4,8 +4,6 @@ The page contains everything as text, so it is complete without JavaScript. The 
 below the text for the pointer or the keyboard.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape

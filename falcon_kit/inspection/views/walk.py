@@ -1,7 +1,5 @@
 """A text whose tokens react to the pointer and the arrow keys. It has one tab stop, whatever its length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from falcon_kit.display.page import direction, static_text, text_html
