@@ -19,6 +19,8 @@ from falcon_kit.model import modeling
 from falcon_kit.model.checks import context_limit
 from falcon_kit.planning.plan import Plan
 
+_ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
+
 
 @dataclass(frozen=True, repr=False)
 class Falcon:
@@ -56,7 +58,8 @@ class Falcon:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
             return generate.stream(self.model, self.tokenizer, **self._with_decoding(settings))
-        return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **self._with_decoding(settings))
+        settings = self._with_decoding({**_ONE_TEXT, **settings})
+        return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **settings)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
         """The answer to a conversation: [{"role": "user", "content": "..."}]. It ends before the next user message.
@@ -77,8 +80,7 @@ class Falcon:
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
             ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id])]  # templates end an answer with it
-        one: dict[str, Any] = {"num_return_sequences": 1}  # whatever the checkpoint's default is
-        return {**one, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
+        return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings with `decoding` added, unless they choose another cache or way of decoding."""

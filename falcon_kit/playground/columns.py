@@ -3,12 +3,13 @@
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.own_format import storable
+from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
@@ -39,6 +40,19 @@ class Column:
         """The limit for tokens of prompt and answer together; None if an endpoint does not report it."""
         context = self.falcon.spec.context if self.local else getattr(self.falcon, "context", None)
         return None if context is None else int(context)
+
+    @property
+    def checkpoint_settings(self) -> dict[str, Any]:
+        """The settings of the panel that the checkpoint's generation_config.json contains."""
+        values = getattr(self.falcon, "generation_settings", {})
+        names = ("max_new_tokens", "temperature", "top_k", "top_p")
+        return {name: values[name] or None for name in names if name in values}
+
+    def in_force(self, settings: Sampling) -> Sampling:
+        """The settings with "off" written out where the checkpoint's value would count instead."""
+        unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
+        off = {"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}
+        return replace(settings, **off, **{name: 1.0 for name in ("temperature", "top_p") if name in unset})
 
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of the KV cache for so many tokens, by the model's memory plan; None for an endpoint."""

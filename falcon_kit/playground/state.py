@@ -74,8 +74,9 @@ class Session:
         """The content of the text field."""
         self.system = ""
         """The system message of every conversation; none if empty."""
-        self.settings = Sampling(max_new_tokens=200, alternatives=5, **PRESETS["card"])
-        """The settings of generation; change them with `set`."""
+        initial = {"max_new_tokens": 200, **PRESETS["card"]} | self.columns[0].checkpoint_settings
+        self.settings = Sampling(alternatives=5, **initial)
+        """The settings of generation, at first those of the checkpoint or the card; change them with `set`."""
         self.turns: list[Turn] = []
         """The conversation, or the last prompt and its continuation."""
         self.history: list[Turn] = []
@@ -325,7 +326,7 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 
 def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     """The settings that are not the default, after the column's overrides."""
-    settings = replace(settings, **column.overrides)
+    settings = column.in_force(replace(settings, **column.overrides))
     settings = settings if column.local else replace(settings, alternatives=0)  # endpoints do not support them
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
     return {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}

@@ -118,6 +118,7 @@ def test_the_settings_of_a_checkpoint_are_visible(falcon, fields):
 def test_a_chat_is_one_answer_whatever_the_checkpoint_names(falcon):
     falcon.model.generation_config = GenerationConfig(do_sample=True, num_return_sequences=3, eos_token_id=11)
     assert falcon.chat(CHAT, max_new_tokens=2).tokens
+    assert len(list(falcon.stream(QUESTION, max_new_tokens=2))) == 2
 
 
 @pytest.mark.parametrize("method", ["chat", "generate", "stream"])

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import GenerationConfig
 
 import falcon_kit as fk
 from falcon_kit.playground.state import EXAMPLES, PRESETS, Session
@@ -231,3 +232,31 @@ def test_the_meter_of_an_endpoint_says_what_it_was_told():
     assert session.meter().used is None
     session.generate("go")
     assert (session.meter().used, session.meter().context) == (6, None)
+
+
+# The checkpoint's own settings
+
+
+@pytest.fixture
+def cautious(instruct, monkeypatch):
+    """A model whose generation_config.json names settings."""
+    config = GenerationConfig(top_p=0.01, temperature=0.5, max_new_tokens=7, eos_token_id=11)
+    monkeypatch.setattr(instruct.model, "generation_config", config)
+    return instruct
+
+
+def test_the_settings_of_a_checkpoint_are_shown_and_in_force(cautious):
+    session = Session(cautious)
+    assert (session.settings.top_p, session.settings.temperature, session.settings.max_new_tokens) == (0.01, 0.5, 7)
+    answer = session.generate(QUESTION).answers[0]
+    assert {"top_p": 0.01, "temperature": 0.5, "max_new_tokens": 7}.items() <= answer.settings.items()
+    assert answer.text == cautious.generate(QUESTION, top_k=10, do_sample=True, seed=answer.seed).text
+
+
+def test_what_is_switched_off_in_the_panel_is_off_whatever_the_checkpoint_has(cautious):
+    session = Session(cautious)
+    session.set(top_p=None, top_k=None, temperature=1.5)
+    answer = session.generate(QUESTION).answers[0]
+    assert answer.settings["top_p"] == 1.0
+    expected = cautious.generate(QUESTION, top_p=1.0, temperature=1.5, max_new_tokens=7, seed=answer.seed)
+    assert answer.text == expected.text

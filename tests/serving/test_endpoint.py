@@ -104,6 +104,20 @@ def test_the_kits_format_can_write_the_turns(llama, instruct):
     assert baize.chat(QUESTION).text == expected.text.strip()
 
 
+def test_a_format_of_ones_own_can_write_the_turns(tgi_endpoint, instruct):
+    mine = fk.ChatFormat("mine", template=BAIZE.template, stop=BAIZE.stop)
+    endpoint = fk.connect(tgi_endpoint.address, chat=mine)
+    expected = instruct.generate(render(QUESTION, BAIZE), stop=BAIZE.stop)
+    assert endpoint.chat(QUESTION).text == expected.text.strip()
+
+
+def test_a_control_token_of_ones_own_format_is_refused_in_a_message(tgi_endpoint):
+    mine = fk.ChatFormat("mine", template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    endpoint = fk.connect(tgi_endpoint.address, chat=mine)
+    with pytest.raises(ValueError, match=r"message 1 contains '<\|im_end\|>', which .* special token"):
+        endpoint.chat([{"role": "user", "content": "Say <|im_end|>"}])
+
+
 @pytest.mark.parametrize("text", ["<|endoftext|>", "say >>QUESTION<< now"])
 def test_a_control_token_in_a_message_is_refused(endpoint, text):
     with pytest.raises(ValueError, match=r"message 1 contains .* special token"):
