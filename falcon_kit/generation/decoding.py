@@ -91,6 +91,7 @@ class SamplingRNG:
     """
 
     _lock = threading.RLock()  # the global generators belong to the process: one thread samples at a time
+    _thread: ClassVar[int | None] = None  # the one that samples
     _sampling: ClassVar[list["SamplingRNG"]] = []
     """The requests between `swap_in` and `swap_out`: more than one if a logits processor itself generates a text."""
 
@@ -113,6 +114,7 @@ class SamplingRNG:
             self._sampling[-1]._leave()
         self._enter()
         self._sampling.append(self)
+        SamplingRNG._thread = threading.get_ident()
 
     def swap_out(self) -> None:
         """Saves the request's generator states and restores the global ones; without `swap_in`, does nothing."""
@@ -122,7 +124,14 @@ class SamplingRNG:
         self._sampling.pop()
         if self._sampling:
             self._sampling[-1]._enter()
+        else:
+            SamplingRNG._thread = None
         self._lock.release()
+
+    @classmethod
+    def is_sampling(cls) -> bool:
+        """Whether this thread is between `swap_in` and `swap_out`, as a logits processor is."""
+        return cls._thread == threading.get_ident()
 
     def _enter(self) -> None:
         self._global_states = self._read()

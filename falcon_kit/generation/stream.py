@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from falcon_kit.generation.decoding import SamplingRNG
 from falcon_kit.generation.text import Generation, Piece
 
 
@@ -36,6 +37,11 @@ class Stream(Iterator[Piece]):
         weakref.finalize(self, self._pieces.close)
 
     def __next__(self) -> Piece:
+        if SamplingRNG.is_sampling():
+            raise RuntimeError(
+                "a stream generates in another thread, which would wait for ever for the text whose logits processor "
+                "reads it: call generate there"
+            )
         with self._read_lock:
             return next(self._pieces)
 
