@@ -138,7 +138,7 @@ def _history(given: Any) -> list[Any]:
 
 
 def _has_system(turns: list[Any]) -> bool:
-    return isinstance(turns[0], Mapping) and turns[0].get("role") == "system"
+    return bool(turns) and isinstance(turns[0], Mapping) and turns[0].get("role") == "system"
 
 
 def _system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:

@@ -6,11 +6,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import BAIZE
+from falcon_kit.generation.chat import BAIZE, check_messages
+from falcon_kit.tuning import data
 from tests.tuning.test_data import FORMS, HI, written
 
 TEXTS = {"a text": {"text": "Lions roar."}, "RefinedWeb": {"content": "Lions roar.", "url": "https://example.org"}}
@@ -141,6 +142,43 @@ def test_an_example_of_a_bad_answer_is_left_out():
 def test_a_weight_other_than_0_and_1_is_refused(value):
     assert "weight" in outcome({"messages": [HI[0], {**HI[1], "weight": value}]})
     assert "weight" in outcome({"messages": HI, "weight": value})
+
+
+KEYS = [
+    *MATTERS,
+    *TURN_KEYS,
+    *HARMLESS,
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "text",
+]
+KEYS += ["completion", "content", "role", "from", "value", "label", "untrained", "parent_id"]
+WORDS = st.sampled_from(
+    ["", " ", "Hi", "user", "assistant", "system", "gpt", "[|Human|]", "[|Human|] Hi [|AI|] Yes", "0"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=500)
+@given(VALUES)
+@example({"input": "[|Human|]"})
+def test_any_row_becomes_a_document_or_a_reason(row):
+    read = next(data._read([("row 1", row)]))
+    if isinstance(read, data.Problem):
+        assert read.reason
+    elif read["text"] is None:
+        assert check_messages(read["messages"])[-1]["role"] == "assistant"
+        assert len(read["untrained"]) < len(read["messages"]) / 2
+    else:
+        assert read["text"].strip()
 
 
 # Answers that are only read
