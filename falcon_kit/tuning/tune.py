@@ -264,7 +264,7 @@ class _Run:
         if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
         pad = self.falcon.tokenizer.pad_token_id
-        rows = len(self.falcon.model.get_input_embeddings().weight)
+        rows = self.falcon.model.config.vocab_size
         if pad is None or pad == self.falcon.tokenizer.eos_token_id or pad >= rows:
             pad = 0  # any token but eos_token: padding has no labels, and no document attends to it
         collator = partial(collate, pad=pad)
