@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from tests.generation.test_decoding import SequenceDecoder
+from falcon_kit.generation.decoding import SequenceDecoder
 from tests.generation.test_generate import QUESTION
 
 ANSWER, EYE, END = 5, 12, 11
