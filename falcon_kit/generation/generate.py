@@ -117,7 +117,8 @@ class _GenerateTask:
         check_tokens(encoded, self.model.config.vocab_size)
         context = self.model.config.max_position_embeddings
         new_tokens = new_token_limit(encoded, context, self.sampling)
-        return [ids[-(context - new_tokens) :] for ids in encoded], new_tokens
+        room = min(context, self.sampling.max_length or context)
+        return [ids[-(room - new_tokens) :] for ids in encoded], new_tokens
 
     def _decoder(self) -> SequenceDecoder:
         eos = self.options.get("eos_token_id", self.tokenizer.eos_token_id)
