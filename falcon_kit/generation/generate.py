@@ -140,7 +140,8 @@ class _GenerateTask:
         check_tokens(encoded, vocabulary_size(self.model))
         context = context_limit(vars(self.model.config))
         new_tokens = new_token_limit(encoded, context, self.sampling)
-        return [ids[-(context - new_tokens) :] for ids in encoded], new_tokens
+        room = min(context, self.sampling.max_length or context)
+        return [ids[-(room - new_tokens) :] for ids in encoded], new_tokens
 
     def _stop_strings(self) -> tuple[str, ...]:
         """The setting `stop` and transformers' `stop_strings`, of the caller or the checkpoint; all are cut off."""

@@ -66,11 +66,13 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
 def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
     """The largest number of new tokens that fits the settings and the context for every prompt.
 
-    Raises ValueError for a prompt that fills `max_length`, or the context unless `truncate` is "left".
+    Raises ValueError for a prompt that fills `max_length` or the context, unless `truncate` is "left".
     """
     longest = max(map(len, prompts))
     label = _label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
     if sampling.max_length is not None:
+        if sampling.truncate == "left" and 2 <= sampling.max_length <= longest:
+            return min(context, sampling.max_length) // 2
         require(
             longest < sampling.max_length,
             f"max_length={sampling.max_length} leaves no room: {label} has {longest} tokens",

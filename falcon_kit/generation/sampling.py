@@ -36,7 +36,7 @@ class Sampling:
     """The same seed gives the same text, on the same machine and batch. torch's global random state does not change."""
     truncate: Literal["left"] | None = None
     """"left" drops the first tokens of a prompt that leaves too little room for the new tokens, which then get at most
-    half the context. Unset: a prompt over the context is an error."""
+    half the context, or half of `max_length`. Unset: a prompt over the context or `max_length` is an error."""
     alternatives: int = 0
     """Number of most probable tokens to return at each step, see `Piece.alternatives`."""
 

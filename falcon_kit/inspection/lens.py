@@ -87,10 +87,13 @@ class LensView(TextResult, Predictions, HasPage):
 
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """The most likely tokens after the token at `position`, most likely first."""
-        if not -len(self.ids) <= position < len(self.ids):
-            raise IndexError(f"position {position} is not in a text of {len(self.ids)} tokens")
+        self._check_position(position)
         pairs = zip(self.top_ids[position].tolist(), self.top_probabilities[position].tolist(), strict=True)
         return [Candidate(each, self.id_to_text[each], found, rank) for rank, (each, found) in enumerate(pairs)]
+
+    def _check_position(self, position: int) -> None:
+        if not -len(self.ids) <= position < len(self.ids):
+            raise IndexError(f"position {position} is not in a text of {len(self.ids)} tokens")
 
     def figure(self, last: int = 12) -> Figure:
         """The logit lens after the `last` tokens: each layer's most likely next token and its probability."""
@@ -100,7 +103,11 @@ class LensView(TextResult, Predictions, HasPage):
         )
 
     def contributions_figure(self, position: int = -1) -> Figure:
-        """What the embedding, and each layer's attention and MLP, add to the target's logit at `position`."""
+        """What the embedding, and each layer's attention and MLP, add to the target's logit at `position`.
+
+        Raises IndexError for a position outside of the text.
+        """
+        self._check_position(position)
         target = visible(self.id_to_text[self.targets[position]], spaces=True)
         parts = (self.attention_contribution[:, position], self.mlp_contribution[:, position])
         title = f"Contributions to the logit of {target!r}"

@@ -16,7 +16,9 @@ from falcon_kit.planning.environment import environment, find_accelerators, free
 MIB = 2**20
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
 GPUS: dict[str, int] = _DATA["gpus"]
-"""Memory in MiB, as nvidia-smi reports it."""
+"""Memory in MiB, as nvidia-smi reports it; of MI300X, as rocm-smi does."""
+_OTHER_NAMES = {"h100": "H100-80GB"}
+"""Names that people give instead. A100 and V100 were sold in two sizes, so their size is asked for."""
 MACHINES: dict[str, tuple[int, str]] = {name: (count, gpu) for name, (count, gpu) in _DATA["machines"].items()}
 """Number and type of the GPUs of Colab's runtimes and SageMaker's instance types (aws.amazon.com/sagemaker/pricing)."""
 
@@ -46,6 +48,8 @@ def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
     checked = tuple(each for each in given if isinstance(each, Device))
+    if checked and all(each.offload_target for each in checked):
+        raise ValueError(f"devices={devices!r} holds only offload targets: add a GPU or the CPU, which computes")
     if not checked or len(checked) < len(given):
         raise ValueError(
             f"devices={devices!r} names no device: leave it out for this machine, or give '4x40GiB' or a list of Device"
@@ -63,6 +67,7 @@ def _named_devices(name: str) -> tuple[Device, ...]:
     count, kind = (int(match[1] or 1), match[2]) if match else (1, word)
     if size := _bytes(kind):
         return _equal_devices(count, kind.upper().replace("I", "i"), size)
+    kind = _OTHER_NAMES.get(kind, kind).lower().replace(" ", "-")
     for gpu in GPUS:
         if kind in (gpu.lower(), gpu.lower().removesuffix("gb")):
             return _equal_devices(count, gpu, GPUS[gpu] * MIB)

@@ -289,6 +289,14 @@ def test_several_sequences_without_sampling_are_refused(instruct):
         instruct.generate(QUESTION, num_return_sequences=3)
 
 
+def test_a_prompt_over_max_length_loses_its_beginning_where_that_is_asked_for(instruct):
+    ids = instruct.tokenizer(QUESTION)["input_ids"]
+    expected = instruct.generate(ids[-4:], max_new_tokens=4).tokens
+    assert instruct.generate(ids, max_length=8, truncate="left").tokens == expected
+    kept = instruct.generate(ids, max_length=len(ids) + 3).tokens
+    assert instruct.generate(ids, max_length=len(ids) + 3, truncate="left").tokens == kept
+
+
 def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
     with pytest.raises(ValueError, match=r"max_length=4 leaves no room: the prompt has \d+ tokens"):
         instruct.generate(QUESTION, max_length=4)

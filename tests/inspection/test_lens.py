@@ -72,6 +72,8 @@ def test_next_tokens_of_any_position_can_be_asked_for(instruct):
     assert [each.id for each in view.next_tokens(2)] == view.top_ids[2].tolist()
     with pytest.raises(IndexError, match="position 99 is not in a text of"):
         view.next_tokens(99)
+    with pytest.raises(IndexError, match="position 99 is not in a text of"):
+        view.contributions_figure(99)
 
 
 # Surprisal

@@ -28,6 +28,31 @@ def test_words_stand_for_devices(words, count, size):
     assert [(device.key, device.free_bytes) for device in devices] == [(key, size) for key in range(count)]
 
 
+@pytest.mark.parametrize(
+    ("words", "count", "gpu"),
+    [
+        ("H100", 1, "H100-80GB"),
+        ("8xH100", 8, "H100-80GB"),
+        ("8 x h100", 8, "H100-80GB"),
+        ("L4", 1, "L4"),
+        ("4xL40S", 4, "L40S"),
+        ("RTX 4090", 1, "RTX-4090"),
+        ("2x RTX 4090", 2, "RTX-4090"),
+        ("A100 40GB", 1, "A100-40GB"),
+        ("MI300X", 1, "MI300X"),
+        ("8xmi300x", 8, "MI300X"),
+    ],
+)
+def test_a_gpu_is_found_by_the_words_that_people_type(words, count, gpu):
+    assert {(each.name, each.free_bytes) for each in resolve_devices(words)} == {(gpu, GPUS[gpu] * 2**20)}
+    assert len(resolve_devices(words)) == count
+
+
+def test_offload_targets_alone_are_refused():
+    with pytest.raises(ValueError, match="holds only offload targets: add a GPU or the CPU"):
+        resolve_devices([Device("disk", "disk", 2**40, offload_target=True)])
+
+
 @pytest.mark.parametrize(("words", "name"), [("8x24gib", "24GiB"), ("40GB", "40GB"), ("512 MiB", "512 MiB")])
 def test_a_size_is_shown_in_its_units(words, name):
     assert resolve_devices(words)[0].name == name
