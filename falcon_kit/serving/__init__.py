@@ -2,7 +2,9 @@
 
 The files, in the order of their imports:
 
-protocol.py    what all protocols share: requests, responses, retries, errors (no torch)
+connection.py  the address, the key and the HTTP client (no torch)
+failures.py    the exception for each failure (no torch)
+protocol.py    what all protocols share: requests, responses, retries (no torch)
 stream.py      one response while it is received (no torch)
 openai_api.py  OpenAI-compatible servers (no torch)
 tgi.py         Text Generation Inference (no torch)

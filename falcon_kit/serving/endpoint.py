@@ -4,10 +4,13 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
+
+import httpx2
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
@@ -18,7 +21,9 @@ from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
-from falcon_kit.serving.protocol import Connection, Request, Server, redact_url, retry_stream
+from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.failures import Redirected
+from falcon_kit.serving.protocol import Request, Server, retry_stream
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
@@ -186,13 +191,14 @@ def connect(
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
     own_format = None if chat is None else chat_format(chat)
+    _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries)
     server = wait_for(_discover_with_retries(url, model, api, connection, session))
     facts, shape = server.facts, _find_spec(server.facts.model)
     return Endpoint(
-        model=facts.model,
+        model=connection.scrub(facts.model),
         server=facts.server,
-        address=facts.address,
+        address=connection.scrub(facts.address),
         context=context or facts.context or (shape.context if shape else None),
         spec=shape,
         chat_format=own_format or default_format(shape),
@@ -208,29 +214,37 @@ async def _discover_with_retries(
     async def attempt() -> AsyncIterator[Server]:
         yield await _discover(url, model, api, connection, session)
 
-    (server,) = [each async for each in retry_stream(attempt, connection.retries)]
+    (server,) = [each async for each in retry_stream(attempt, connection.retries, connection)]
     return server
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
     """The server at the URL, with the protocol that it uses."""
     parts = urlsplit(url.strip())
-    require(
-        parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc),
-        f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name",
-    )
-    require(
-        "@" not in parts.netloc, "the URL contains a user name or password, which logs would show: give a key by token="
-    )
     if parts.scheme == "sagemaker":
         return await asyncio.to_thread(sagemaker.discover, parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
-        if server := await tgi.discover(base.geturl(), model, connection):
-            return server
+        with suppress(*([Redirected] if api is None else [])):  # a server of another kind may redirect an unknown path
+            if server := await tgi.discover(base.geturl(), model, connection):
+                return server
         if api == "tgi":
             raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
     return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError for what is no URL of an endpoint, without repeating user name, password or query."""
+    valid = False
+    with suppress(ValueError, httpx2.InvalidURL):  # both may quote a password
+        parts = urlsplit(url.strip())
+        host, port = httpx2.URL(parts.geturl()).host, parts.port
+        valid = parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc) and port != 0 and bool(host)
+    require(
+        not valid or "@" not in parts.netloc,
+        "the URL contains a user name or password, which logs would show: give a key by token=",
+    )
+    require(valid, f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name")
 
 
 def _token_from_environment(url: str) -> str | None:

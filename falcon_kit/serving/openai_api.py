@@ -6,6 +6,7 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,9 @@ import openai
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import FinishReason
-from falcon_kit.serving.protocol import (
-    Connection,
-    Delta,
-    Facts,
-    Request,
-    connection_error,
-    error_message,
-    get_json,
-    http_error,
-    map_settings,
-    redact_url,
-)
+from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error
+from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ class OpenAIServer:
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
         self.facts, self.accepts_stop = facts, dialect.accepts_stop
-        self._dialect, self._connection = dialect, connection
+        self._dialect, self.connection = dialect, connection
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=connection.token or "none",  # the client requires one
@@ -93,6 +85,7 @@ class OpenAIServer:
             # in full; `retry_stream` repeats a request only if the server did not accept it (429, 503, no connection).
             max_retries=0,
             timeout=connection.http_timeout,
+            http_client=connection.client(),
         )
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -136,13 +129,13 @@ class OpenAIServer:
     def _explain(self, error: Exception) -> Exception:
         address = self.facts.address
         if isinstance(error, openai.APIStatusError):
-            message = self._connection.redact(error_message(error.body or error.response.text))
+            message = self.connection.redact(error_message(error.body or error.response.text))
             return http_error(error.status_code, message, address, error.response.headers)
         if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
             error = error.__cause__
         if isinstance(error, httpx2.HTTPError):
-            return connection_error(error, address, self._connection.timeout)
-        return ConnectionError(f"{address} reports: {self._connection.redact(str(error))}")
+            return connection_error(error, address, self.connection.timeout)
+        return ConnectionError(f"{address} reports: {self.connection.redact(str(error))}")
 
 
 def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
@@ -200,7 +193,11 @@ async def discover(url: str, model: str | None, connection: Connection) -> OpenA
     """The server at `url`. Its list of models and its documented paths show which software it is."""
     status, listed = await get_json(f"{url}/models", connection)
     data = listed.get("data") if isinstance(listed, dict) else None
-    models = [each for each in data if isinstance(each, dict) and each.get("id")] if isinstance(data, list) else []
+    models = (
+        [each for each in data if isinstance(each, dict) and isinstance(each.get("id"), str) and each["id"]]
+        if isinstance(data, list)
+        else []
+    )
     dialect = await _dialect(url, models, connection)
     if dialect is None:
         raise ConnectionError(
@@ -221,7 +218,9 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
     for owner, dialect in (("vllm", VLLM), ("llamacpp", LLAMA_CPP)):
         if owner in owners:
             return dialect
-    _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
+    documented = None
+    with suppress(Redirected):  # as some gateways answer an unknown path
+        _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
     if isinstance(documented, dict) and "/load_model" in documented.get("paths", {}):
         return TRANSFORMERS
     return STANDARD if models else None
@@ -241,7 +240,7 @@ def _find_model(models: list[dict[str, Any]], model: str | None) -> dict[str, An
 async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection: Connection) -> int | None:
     """The limit for tokens of prompt and answer, from vLLM's list of models or llama.cpp's /props."""
     if dialect is not LLAMA_CPP:
-        return entry.get("max_model_len")
+        return count(entry.get("max_model_len"))
     _, properties = await get_json(f"{url.removesuffix('/v1')}/props", connection)
     settings = properties.get("default_generation_settings") if isinstance(properties, dict) else None
-    return settings.get("n_ctx") if isinstance(settings, dict) else None
+    return count(settings.get("n_ctx")) if isinstance(settings, dict) else None

@@ -10,16 +10,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
-from falcon_kit.serving.protocol import (
-    Connection,
-    Delta,
-    Facts,
-    Request,
-    Unavailable,
-    error_message,
-    http_error,
-    parse_json,
-)
+from falcon_kit.serving.connection import Connection
+from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json
+from falcon_kit.serving.protocol import Delta, Facts, Request
 
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
 REFUSED = (
@@ -42,7 +35,7 @@ class SageMakerServer:
     """A SageMaker endpoint. api: "tgi" for the schema of TGI and LMI containers, "openai" for vLLM's."""
 
     def __init__(self, name: str, api: str, model: str | None, connection: Connection, session: Any) -> None:
-        self._name, self._connection = name, connection
+        self._name, self.connection = name, connection
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
@@ -127,7 +120,7 @@ class SageMakerServer:
         """The exception for an error of boto3."""
         from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-        address, message = self.facts.address, self._connection.redact(str(error))
+        address, message = self.facts.address, self.connection.redact(str(error))
         response = getattr(error, "response", None) or {}
         code = response.get("Error", {}).get("Code", "")
         if code == "ModelError":  # from the container, not from AWS
@@ -142,7 +135,7 @@ class SageMakerServer:
         if "not find" in message or "not found" in message:
             return LookupError(f"{address} is not in this region: check name and region. AWS reports: {message}")
         if isinstance(error, ReadTimeoutError):
-            return TimeoutError(f"{address} sent nothing for {self._connection.timeout:g} s: give a longer timeout=")
+            return TimeoutError(f"{address} sent nothing for {self.connection.timeout:g} s: give a longer timeout=")
         return ConnectionError(f"{address} failed. AWS reports: {message}")
 
 

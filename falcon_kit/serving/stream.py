@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -105,10 +106,10 @@ async def request_answer(
     """
     begun = False
     try:
-        async with aclosing(retry_stream(lambda: server.deltas(body), retries)) as deltas:  # type: ignore[type-var]
+        async with aclosing(retry_stream(lambda: server.deltas(body), retries, server.connection)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 begun = True
-                if piece := answer.push(delta):
+                if piece := answer.push(replace(delta, text=server.connection.scrub(delta.text))):
                     emit(piece)
                 if answer.finish:
                     break
@@ -204,7 +205,7 @@ class RemoteStream(Iterator[Piece]):
     @property
     def generation(self) -> Generation:
         """The whole text and its statistics, after the stream has ended, broken or been closed."""
-        if not self._task.done():
+        if not (self._ended or self._task.done()):  # the last piece is received before its task is done
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
         if self._error and not isinstance(self._error, IncompleteAnswer):
             raise self._error

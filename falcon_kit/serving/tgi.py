@@ -12,19 +12,9 @@ import httpx2
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import FinishReason
-from falcon_kit.serving.protocol import (
-    Connection,
-    Delta,
-    Facts,
-    Request,
-    connection_error,
-    error_message,
-    get_json,
-    http_error,
-    map_settings,
-    parse_json,
-    redact_url,
-)
+from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json
+from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
@@ -38,8 +28,8 @@ class TGIServer:
     accepts_messages = False
 
     def __init__(self, url: str, facts: Facts, connection: Connection) -> None:
-        self.facts, self._url, self._connection = facts, url, connection
-        self._client = httpx2.AsyncClient(headers=connection.headers, timeout=connection.http_timeout)
+        self.facts, self._url, self.connection = facts, url, connection
+        self._client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
         """As the function `body`."""
@@ -50,15 +40,15 @@ class TGIServer:
         address = self.facts.address
         try:
             async with self._client.stream("POST", f"{self._url}/generate_stream", json=body) as response:
-                if response.is_error:
+                if not response.is_success:
                     text = (await response.aread()).decode(errors="replace")
-                    message = self._connection.redact(error_message(text))
+                    message = self.connection.redact(error_message(text))
                     raise http_error(response.status_code, message, address, response.headers)
                 async for line in response.aiter_lines():
                     if delta := read_event(line, address):
                         yield delta
         except httpx2.HTTPError as error:
-            raise connection_error(error, address, self._connection.timeout) from None
+            raise connection_error(error, address, self.connection.timeout) from None
 
 
 def body(request: Request, server: str) -> dict[str, Any]:
@@ -90,7 +80,7 @@ def read_event(line: str, address: str) -> Delta | None:
     if isinstance(event, dict) and event.get("error"):
         raise ConnectionError(f"{address} reports: {error_message(event)}")
     if not isinstance(event, dict) or not isinstance(event.get("token"), dict):
-        raise ConnectionError(f"{address} sent a line that is no event of TGI: {line[:80]!r}")
+        raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
     token, details = event["token"], event.get("details") or {}
     text = "" if token.get("special") else str(token.get("text") or "")
     logprob = token.get("logprob", token.get("log_prob"))  # LMI's name has an underscore
@@ -107,8 +97,9 @@ def read_event(line: str, address: str) -> Delta | None:
 async def discover(url: str, model: str | None, connection: Connection) -> TGIServer | None:
     """The TGI server at `url`; None if there is another server."""
     _, info = await get_json(f"{url}/info", connection)
-    if not isinstance(info, dict) or "model_id" not in info:
+    if not isinstance(info, dict) or not isinstance(info.get("model_id"), str):
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))
-    return TGIServer(url, Facts("TGI", redact_url(url), info["model_id"], info.get("max_total_tokens")), connection)
+    facts = Facts("TGI", redact_url(url), info["model_id"], count(info.get("max_total_tokens")))
+    return TGIServer(url, facts, connection)

@@ -1,0 +1,72 @@
+"""How to reach an endpoint, and how its key stays out of every text that is shown."""
+
+import json
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import httpx2
+
+SHORTEST_SECRET = 8
+"""Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
+_LONGEST_MESSAGE = 1000
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach an endpoint."""
+
+    token: str | None = field(repr=False)
+    """The API key, which is never shown."""
+    timeout: float
+    """Seconds without a byte from the endpoint until a request fails."""
+    retries: int
+    """Further attempts while the endpoint is busy or refuses connections."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of every request."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    @property
+    def http_timeout(self) -> httpx2.Timeout:
+        """The timeout for httpx2; at most 10 seconds for the TCP connection."""
+        return httpx2.Timeout(self.timeout, connect=min(self.timeout, 10))
+
+    def client(self) -> httpx2.AsyncClient:
+        """An HTTP client with key and timeout. It follows no redirect: prompt and key go to no other server."""
+        return httpx2.AsyncClient(headers=self.headers, timeout=self.http_timeout, follow_redirects=False)
+
+    def redact(self, text: str) -> str:
+        """A server's message without the API key, and with at most 500 characters."""
+        return _shorten(self._replace(text), 500)
+
+    def scrub(self, text: str) -> str:
+        """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters."""
+        return self._replace(text) if self.token and len(self.token) >= SHORTEST_SECRET else text
+
+    def clean(self, error: BaseException) -> None:
+        """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
+        error.args = tuple(
+            _shorten(self.scrub(each), _LONGEST_MESSAGE) if isinstance(each, str) else each for each in error.args
+        )
+        error.__cause__ = error.__context__ = None
+
+    def _replace(self, text: str) -> str:
+        """The text without the key, as it is, as a part of a URL, in JSON or in a `repr`."""
+        if self.token:
+            in_json = json.dumps(self.token)[1:-1]
+            forms = {self.token, quote(self.token, safe=""), in_json, repr(self.token)[1:-1], repr(in_json)[1:-1]}
+            for form in sorted(forms, key=len, reverse=True):
+                text = text.replace(form, "***")
+        return text
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def redact_url(url: str) -> str:
+    """The URL without user name, password, query and fragment, which may contain a key."""
+    shown = url.partition("?")[0].partition("#")[0]
+    before, at, after = shown.rpartition("@")
+    return f"{before[: before.find('//') + 2] if '//' in before else ''}***@{after}" if at else shown

@@ -1,0 +1,91 @@
+"""The exception for each failure of an endpoint."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx2
+
+from falcon_kit.serving.connection import redact_url
+
+_PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
+
+
+class Unavailable(ConnectionError):
+    """The endpoint is busy, starting, or refuses or closes connections: `retry_stream` tries again."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Redirected(ConnectionError):
+    """The endpoint redirects to another URL, which is not followed."""
+
+
+def http_error(status: int, message: str, address: str, headers: Mapping[str, str]) -> Exception:
+    """The exception for an HTTP error status; `message` is the endpoint's own, and may be empty."""
+    quoted = f"{address} reports: {message}" if message else f"{address} gives no reason"
+    if status in (401, 403):
+        return PermissionError(
+            f"the endpoint refused the key (HTTP {status}): pass token=..., or set FALCON_KIT_TOKEN before "
+            f"connecting. {quoted}"
+        )
+    if 300 <= status < 400:
+        target = _PATHS.sub("", redact_url(urljoin(address, headers.get("location", ""))))
+        return Redirected(
+            f"{address} redirects to {target} (HTTP {status}), and nothing was sent there: connect to that URL if you "
+            "trust it"
+        )
+    if status in (429, 503):
+        return Unavailable(f"the endpoint is busy (HTTP {status}): try again later. {quoted}", _retry_after(headers))
+    if status == 404 or "pinned to" in message:  # `transformers serve` for another model than its own
+        return LookupError(
+            f"the endpoint has no such model or path (HTTP {status}): check model= and the URL. {quoted}"
+        )
+    if status in (400, 413, 422):
+        hint = ": shorten the prompt or lower max_new_tokens" if re.search("context|token|length", message) else ""
+        return ValueError(f"the endpoint refused the request (HTTP {status}){hint}. {quoted}")
+    return ConnectionError(f"the endpoint failed (HTTP {status}). {quoted}")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds in the Retry-After header (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "")
+    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
+
+
+def connection_error(error: httpx2.HTTPError, address: str, timeout: float) -> Exception:
+    """The exception for a connection that was refused, timed out or broke."""
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+        return Unavailable(f"nothing answers at {address}: start the server, or check host and port")
+    if isinstance(error, httpx2.TimeoutException):
+        return TimeoutError(f"{address} sent nothing for {timeout:g} s: give a longer timeout=, or read its log")
+    message = f"the connection to {address} broke ({type(error).__name__}): read the server's log"
+    # A server may close an idle connection at the moment when the next request is sent over it.
+    return Unavailable(message) if isinstance(error, httpx2.RemoteProtocolError) else ConnectionError(message)
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text; None if the text is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def error_message(content: Any) -> str:
+    """The message in an error response: a text, or {"error": {"message": ...}}, {"error": ...}, {"detail": ...}."""
+    if isinstance(content, str):
+        content = parse_json(content) or content
+    for key in ("error", "detail", "message"):
+        if isinstance(content, Mapping) and content.get(key):
+            return error_message(content[key])
+    return str(content)
+
+
+def count(value: Any) -> int | None:
+    """A number of tokens that a server reports; None for anything else than a positive integer."""
+    return value if type(value) is int and value > 0 else None
