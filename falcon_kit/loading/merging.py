@@ -19,7 +19,7 @@ from torch import Tensor
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
 from falcon_kit.display.saving import atomic_folder
-from falcon_kit.generation.chat import encode_text
+from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
@@ -130,7 +130,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
         merged = _merge(falcon, Path(adapter))
         merged.model.save_pretrained(folder)
-        merged.tokenizer.save_pretrained(folder)
+        save_tokenizer(merged.tokenizer, folder)
     return merged
 
 
