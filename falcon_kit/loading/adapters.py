@@ -76,8 +76,8 @@ def check_base(adapter: Path, name: str, shapes: Mapping[str, tuple[int, ...]], 
 
     shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes.
     """
-    check_contents(adapter)
     refused = f"the adapter in {adapter} was made for {base_name(adapter)}, not for {name}"
+    check_contents(adapter)
     if record(adapter).get("base_fingerprint") not in (None, base_fingerprint):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
     for key, matrix in read_matrices(adapter).items() if shapes else ():
