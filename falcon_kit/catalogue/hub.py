@@ -17,6 +17,29 @@ def fetch_config(repository: str, **hub: Any) -> Path:
         return Path(hf_hub_download(repository, "config.json", **hub))
 
 
+def fetch_adapter_config(repository: str, **hub: Any) -> Path | None:
+    """The path of a repository's adapter_config.json; None where it holds no adapter or cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with hub_errors(repository):
+            return Path(hf_hub_download(repository, "adapter_config.json", **hub))
+    except (ConnectionError, FileNotFoundError):
+        return None
+
+
+def fetch_configs(repository: str, **hub: Any) -> Path:
+    """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`."""
+    try:
+        config = fetch_config(repository, **hub)
+    except (ConnectionError, FileNotFoundError):  # an adapter's repository has no config.json
+        if (adapter := fetch_adapter_config(repository, **hub)) is None:
+            raise
+        return adapter.parent
+    fetch_adapter_config(repository, **hub)
+    return config.parent
+
+
 @contextmanager
 def hub_errors(repository: str) -> Iterator[None]:
     """Replaces the errors of huggingface_hub by built-in ones whose text contains the remedy.

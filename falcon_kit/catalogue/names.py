@@ -7,15 +7,18 @@ Sources: the config.json files under https://huggingface.co/tiiuae.
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.catalogue.hub import fetch_config
+from falcon_kit.catalogue.hub import fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.tables import html_table
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _EMBEDDED = {"falconet": "base", "falconet-instruct": "instruct"}
 
 
@@ -42,51 +45,126 @@ def catalogue() -> Catalogue:
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
     """The spec of a catalogue name (any case, with or without "tiiuae/"), a directory, a config.json or a hub id.
 
-    The spec of an adapter's directory is that of its base model under the adapter's name. For a hub id outside the
-    catalogue, only the config.json is downloaded. Raises LookupError for any other string, ConnectionError if the hub
-    cannot be reached, FileNotFoundError for a directory without config.json, and ValueError for a config that is not
-    valid JSON or not a Falcon's.
+    The spec of an adapter is that of its base model under the adapter's name. For a hub id outside the catalogue, only
+    the config.json or adapter_config.json is downloaded. Raises LookupError for any other string, ConnectionError if
+    the hub cannot be reached, FileNotFoundError for a directory without config.json, and ValueError for a config that
+    is not valid JSON or not a Falcon's.
     """
     if not isinstance(name, str | os.PathLike):
         raise TypeError(
             f"spec takes a name, directory or hub id, not a {type(name).__name__}; for a loaded Falcon, use falcon.spec"
         )
+    return _spec(name, ())
+
+
+def _spec(name: str | os.PathLike[str], seen: tuple[str, ...]) -> FalconSpec:
+    """The spec of a name. seen: the adapters whose base it is, from `check_chain`."""
     path = Path(name).expanduser()
     if isinstance(name, str):
         known = {each.name.lower(): each for each in catalogue()}
         if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
             return found
-        if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            return _hub_spec(name, list(known))
         if not path.exists():
+            if _HUB_ID.fullmatch(name):
+                check_directory(name)
+                return _hub_spec(name, seen)
             names = [each.name for each in known.values()]
             raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
+    return _directory_spec(path, seen)
+
+
+def _directory_spec(path: Path, seen: tuple[str, ...], repository: str | None = None) -> FalconSpec:
+    """The spec of a directory, with an adapter or a config.json in it, or of a config.json."""
     if base := adapter_base(path):
-        return adapter_spec(spec(base), path)
+        if holds_base(path, base, repository):
+            return adapter_spec(_config_spec(path), path)
+        chain = check_chain(repository or str(path.resolve()), seen)
+        with base_errors(path, base):
+            return adapter_spec(_spec(base, chain), path)
+    return _config_spec(path)
+
+
+def _config_spec(path: Path) -> FalconSpec:
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
 
 
-def _hub_spec(name: str, known: list[str]) -> FalconSpec:
-    """The spec of a hub id. For an id under tiiuae/ that is not found, the error lists the nearest known names."""
+def _hub_spec(name: str, seen: tuple[str, ...]) -> FalconSpec:
+    """The spec of a hub id, an adapter's too."""
+    with hub_id_errors(name):
+        folder = fetch_configs(name)
+    return replace(_directory_spec(folder, seen, name), name=name, source=f"https://huggingface.co/{name}")
+
+
+def check_directory(name: str) -> None:
+    """Raises FileNotFoundError for a name that is a path, not a hub id, where it does not exist."""
+    if name.startswith(("/", ".", "~", "runs/")) or "\\" in name or ("/" in name and not _HUB_ID.fullmatch(name)):
+        raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
+
+
+@contextmanager
+def hub_id_errors(name: str) -> Iterator[None]:
+    """Adds to the hub's errors what else a name could mean: a directory, or a Falcon of the catalogue."""
     try:
-        file = fetch_config(name)
+        yield
     except (ConnectionError, LookupError) as error:
+        if Path(name).expanduser().parent.is_dir():
+            raise FileNotFoundError(
+                f"there is no directory {name}; as the name of a hub repository: {error}"
+            ) from error
         if not name.startswith("tiiuae/"):
             raise
-        raise LookupError(f"{unknown_name('model', name, known)} ({error})") from error
-    return FalconSpec.from_config(_read_json(file), name, source=f"https://huggingface.co/{name}")
+        names = [each.name for each in catalogue()]
+        if isinstance(error, LookupError):
+            raise LookupError(f"{unknown_name('model', name, names)} ({error})") from error
+        nearest = unknown_name("model", name, names).partition("'. ")[2]
+        raise ConnectionError(f"{error}. fk.catalogue() has no {name}. {nearest}") from error
+
+
+# Adapters
 
 
 def adapter_base(directory: Path) -> str | None:
-    """The base model of the adapter in a directory; None for a directory with a full model, or without an adapter."""
+    """The base model of the adapter in a directory; None for a directory without one.
+
+    As in transformers, an adapter_config.json counts before a config.json beside it.
+    """
     file = directory / "adapter_config.json"
-    if (directory / "config.json").is_file() or not file.is_file():
+    if not file.is_file():
         return None
     base = _read_json(file).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{file} does not name the adapter's base model: pass it, fk.merge(adapter, base)")
     return str(base)
+
+
+def holds_base(directory: Path, base: str, repository: str | None = None) -> bool:
+    """Whether an adapter's folder holds its base too: the adapter names that folder, and a config.json is in it."""
+    itself = base == repository or Path(base).expanduser().resolve() == directory.resolve()
+    return itself and (directory / "config.json").is_file()
+
+
+def check_chain(adapter: str, seen: tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters seen so far with one more. Raises ValueError where an adapter is its own base."""
+    if adapter in seen:
+        raise ValueError(
+            f"the adapter in {adapter} names itself as its base model, directly or through other adapters: "
+            "fk.merge(adapter, base) takes the base that it was trained on"
+        )
+    return (*seen, adapter)
+
+
+@contextmanager
+def base_errors(adapter: Path, base: str) -> Iterator[None]:
+    """Adds to the errors about a base model that is not found which adapter asks for it, and the way out."""
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError, LookupError) as error:
+        kind = next(each for each in (ConnectionError, FileNotFoundError, LookupError) if isinstance(error, each))
+        raise kind(
+            f"the base model of the adapter in {adapter}, {base}, is not found here ({error}): "
+            "fk.merge(adapter, base) takes the base from another place"
+        ) from error
 
 
 def adapter_spec(base: FalconSpec, adapter: Path) -> FalconSpec:

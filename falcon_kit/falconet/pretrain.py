@@ -26,7 +26,7 @@ from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreT
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.corpus import SIZES, WORK
-from falcon_kit.generation.chat import FALCON, install
+from falcon_kit.generation.chat import FALCON, install, save_tokenizer
 
 VOCABULARY = 2048
 CONTEXT = 2048
@@ -218,7 +218,7 @@ def export(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, directo
     model.to("cpu", torch.bfloat16).eval()  # type: ignore[arg-type]  # transformers hides the type of nn.Module.to
     model.generation_config = GenerationConfig(bos_token_id=11, eos_token_id=11, pad_token_id=12)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
 
 
 def main() -> None:

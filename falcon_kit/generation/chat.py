@@ -212,6 +212,20 @@ def plain_template(template: str) -> str:
     return re.sub(r"(\{%-?)\s*endgeneration\s*(-?%\})", r"\1 endif \2", started)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Saves a tokenizer with `plain_template`, for servers that use plain jinja2 or minijinja; `load` marks it again.
+
+    The tokenizer itself keeps its template.
+    """
+    template = tokenizer.chat_template
+    try:
+        if isinstance(template, str):
+            tokenizer.chat_template = plain_template(template)
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = template
+
+
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> jinja2.Template:
     """The compiled template, with the jinja2 settings and functions that transformers uses for chat templates."""

@@ -5,6 +5,8 @@ An adapter is added before a weight is rounded, quantised or divided among ranks
 
 import hashlib
 import json
+import math
+import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +22,12 @@ from torch import Tensor
 RECORD = "tuning.json"
 """A file in the folder of an adapter that `fk.tune` trained: its settings, figures and base."""
 WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+"""As PEFT saved adapters in 2023."""
+KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
+"""For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
+_EMBEDDING, _HEAD = "transformer.word_embeddings", "lm_head"
+_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _MERGEABLE_FIELDS = {
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "revision"),
     *("peft_type", "peft_version", "task_type"),
@@ -37,7 +45,7 @@ def record(adapter: Path) -> dict[str, Any]:
 
 def digest(adapter: Path) -> str:
     """The start of the SHA-256 of an adapter's weights."""
-    with (adapter / WEIGHTS).open("rb") as file:
+    with weights_file(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -69,14 +77,67 @@ def check_base(adapter: Path, name: str, shapes: Mapping[str, tuple[int, ...]], 
     shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes.
     """
     refused = f"the adapter in {adapter} was made for {base_name(adapter)}, not for {name}"
+    check_contents(adapter)
     if record(adapter).get("base_fingerprint") not in (None, base_fingerprint):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
-    for key, shape in _lora_shapes(adapter).items():
-        weight = shapes.get(f"{_layer(key)}.weight")
-        side = 1 if ".lora_A." in key else 0
-        if shapes and (weight is None or shape[side] != weight[side]):
-            layer = f"a weight of {weight} there" if weight else "no such layer"
-            raise ValueError(f"{refused}: its {key} is {shape}, but the model has {layer}")
+    for key, matrix in read_matrices(adapter).items() if shapes else ():
+        if problem := _misfit(key, tuple(matrix.shape), shapes):
+            raise ValueError(
+                f"{refused}: its base_model.model.{key} is {tuple(matrix.shape)}, but the model has {problem}"
+            )
+
+
+def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why a tensor of an adapter does not fit a model with weights of these shapes; empty where it fits."""
+    layer, kind = key.split(".lora_") if ".lora_" in key else ("", "")
+    name = f"{layer}.weight" if kind else key
+    weight = shapes.get(name, shapes.get(f"{_EMBEDDING}.weight") if name == f"{_HEAD}.weight" else None)
+    if weight is None:
+        return "no such layer" if kind or key.endswith((".weight", ".bias")) else ""
+    if not kind and shape != weight:
+        resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
+        rows = f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
+        return f"a weight of {weight} there{rows if name.startswith((_EMBEDDING, _HEAD)) else ''}"
+    sides = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
+    own, other = sides.get(kind, (0, 0))
+    return f"a weight of {weight} there" if kind in sides and shape[own] != weight[other] else ""
+
+
+def check_contents(adapter: Path) -> None:
+    """Raises ValueError for an adapter that cannot be added to weights: incomplete, or of another kind."""
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"the adapter in {adapter} is of the type {config.peft_type.value}: it adds virtual tokens to the "
+            "text, which no weight can hold; attach it: peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
+        )
+    if not (matrices := read_matrices(adapter)):
+        raise ValueError(
+            f"{weights_file(adapter)} holds no weights: the adapter was not saved completely, save it again"
+        )
+    if isinstance(config, LoraConfig):
+        _check_lora(adapter, config, matrices)
+
+
+def _check_lora(adapter: Path, config: LoraConfig, matrices: Mapping[str, Tensor]) -> None:
+    r, alpha = config.r, config.lora_alpha
+    if not (isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha)):
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
+            "least 1, and lora_alpha is finite: write the values of its training there"
+        )
+    for layer in sorted({_layer(key) for key in matrices if ".lora_" in key}):
+        pair = next((each for each in _PAIRS if any(f"{layer}.{half}" in matrices for half in each)), _PAIRS[0])
+        if lacking := [half for half in pair if f"{layer}.{half}" not in matrices]:
+            raise ValueError(
+                f"{weights_file(adapter)} lacks {lacking[0]} of {layer}: the adapter was not saved completely, or not "
+                "by PEFT's save_pretrained; save it again"
+            )
+        if not config.rank_pattern and (stored := len(matrices[f"{layer}.{pair[0]}"])) != r:
+            raise ValueError(
+                f"{adapter / 'adapter_config.json'} has r={r}, but {pair[0]} of {layer} has the rank {stored}: write "
+                "the value of its training there"
+            )
 
 
 def base_name(adapter: Path) -> str:
@@ -87,10 +148,45 @@ def base_name(adapter: Path) -> str:
 
 
 def weights_file(adapter: Path) -> Path:
-    """The file with an adapter's matrices; FileNotFoundError where it is missing."""
-    if not (file := adapter / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{adapter} has no {WEIGHTS}: the adapter was not saved completely")
-    return file
+    """The file with an adapter's matrices, chosen as by PEFT; FileNotFoundError where it is missing."""
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if (file := adapter / name).is_file():
+            return file
+    raise FileNotFoundError(f"{adapter} has no {WEIGHTS}: the adapter was not saved completely")
+
+
+def read_matrices(adapter: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
+    file = weights_file(adapter)
+    stored = load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
+    names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
+    return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
+
+
+def full_weights(adapter: Path) -> list[str]:
+    """The names of the base model's own weights that an adapter replaces: saved embeddings, biases."""
+    return [key for key in read_matrices(adapter) if ".lora_" not in key and key.endswith((".weight", ".bias"))]
+
+
+def with_prefix(name: str) -> str:
+    """The name of a weight in FalconForCausalLM; AutoModel saves it without the prefix."""
+    return f"transformer.{name}" if name.split(".")[0] in ("h", "ln_f", "word_embeddings") else name
+
+
+def load_pickled(file: Path) -> dict[str, Any]:
+    """The tensors of a pickled file. Raises ValueError for other objects, which could run code."""
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except pickle.UnpicklingError as error:
+        raise ValueError(refused_pickle(file)) from error
+
+
+def refused_pickle(file: Path | str) -> str:
+    """The error text for a pickled file that holds more than tensors."""
+    return (
+        f"{file} is a pickle with other objects than tensors, which can run any code when they are read, so it is not "
+        "read: get the weights as safetensors, or as a file that torch.save wrote of a state_dict()"
+    )
 
 
 def fields_beyond_lora(adapter: Path) -> list[str]:
@@ -102,17 +198,28 @@ def fields_beyond_lora(adapter: Path) -> list[str]:
     fields = {name: value for name, value in vars(config).items() if name not in _MERGEABLE_FIELDS}
     if isinstance(fields.get("init_lora_weights"), bool):
         del fields["init_lora_weights"]  # True and False leave the base as it is; "pissa" and others change it
-    return [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
+    beyond = [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
+    return beyond or _layers_beyond_lora(adapter)
 
 
-def _lora_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(weights_file(adapter), framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if ".lora_" in name}  # noqa: SIM118  # it is no dict
+def _layers_beyond_lora(adapter: Path) -> list[str]:
+    """Saved weights, and LoRA on the embedding or the head, which are one weight where they are tied."""
+    lora = [f"LoRA on {name}" for name in (_EMBEDDING, _HEAD) if name in _lora_layers(adapter)]
+    return [*lora, *(f"saved {name}" for name in full_weights(adapter))]
+
+
+def _lora_layers(adapter: Path) -> set[str]:
+    return {_layer(key) for key in read_matrices(adapter) if ".lora_" in key}
+
+
+def changes_tied_weight(adapter: Path) -> bool:
+    """Whether an adapter has LoRA on the embedding or the head: merged, they are no longer the same weight."""
+    return bool({_EMBEDDING, _HEAD} & _lora_layers(adapter))
 
 
 def _layer(key: str) -> str:
     """The name of the layer that a LoRA matrix belongs to."""
-    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    return key.rpartition(".lora_")[0]
 
 
 # An adapter added to weights
@@ -153,12 +260,12 @@ def merged_weights(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyM
         )
     config: Any = PeftConfig.from_pretrained(str(adapter))
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    matrices = load_file(adapter / WEIGHTS)
+    matrices = read_matrices(adapter)
     return {
         f"{layer}.weight": LazyMergedWeight(
             weights[f"{layer}.weight"],
-            matrices[f"base_model.model.{layer}.lora_A.weight"],
-            matrices[f"base_model.model.{layer}.lora_B.weight"],
+            matrices[f"{layer}.lora_A.weight"],
+            matrices[f"{layer}.lora_B.weight"],
             scale,
         )
         for layer in {_layer(key) for key in matrices}
@@ -177,9 +284,9 @@ def lazy_state_dict(
     for path in files:
         if path.suffix == ".safetensors":
             file = open_files.enter_context(safe_open(path, framework="pt"))
-            weights |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+            weights |= {with_prefix(key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
         else:
-            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights |= {with_prefix(key): weight for key, weight in load_pickled(path).items()}
     merged = merged_adapters(config)
     for adapter in adapters:
         norm = {side: weights[f"transformer.ln_f.{side}"][...] for side in ("weight", "bias")}

@@ -10,17 +10,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
-from falcon_kit.catalogue.hub import fetch_config, hub_errors
-from falcon_kit.catalogue.names import adapter_base, adapter_spec, catalogue, embedded_directory, spec
+from falcon_kit.catalogue.hub import fetch_configs, hub_errors
+from falcon_kit.catalogue.names import (
+    adapter_base,
+    adapter_spec,
+    base_errors,
+    catalogue,
+    check_chain,
+    check_directory,
+    embedded_directory,
+    holds_base,
+    hub_id_errors,
+    spec,
+)
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
-from falcon_kit.loading.adapters import RECORD, WEIGHTS, weights_file
+from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, weights_file
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-_ADAPTER_FILES = ["adapter_config.json", WEIGHTS, RECORD]
+_ADAPTER_FILES = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS, RECORD]
 
 
 @dataclass(frozen=True)
@@ -48,65 +59,63 @@ class Checkpoint:
         return str((self.directory, *self.adapters)[-1])
 
 
-def find(name: str, hub: Mapping[str, Any]) -> Checkpoint:
+def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Checkpoint:
     """The checkpoint that a name stands for; of a hub repository only the config is downloaded.
 
     For an adapter, the checkpoint of its base, with the adapter to add. hub: revision, token, cache_dir and
-    local_files_only, as in huggingface_hub. Raises LookupError, FileNotFoundError, ConnectionError, PermissionError,
-    and ValueError for a config that is not a Falcon's.
+    local_files_only, as in huggingface_hub. seen: the adapters whose base is looked for. Raises LookupError,
+    FileNotFoundError, ConnectionError, PermissionError, and ValueError for a config that is not a Falcon's and an
+    adapter that is its own base.
     """
     known = {each.name.lower(): each for each in catalogue()}
     short = name.strip().lower().removeprefix("tiiuae/")
     path = Path(name).expanduser()
     if short in known and not known[short].published:
-        return _from_directory(embedded_directory(short), hub, known[short])
+        return _from_directory(embedded_directory(short), hub, known[short], seen)
     if short and path.is_dir():
-        return _from_directory(path, hub)
+        return _from_directory(path, hub, None, seen)
     if path.is_file():
         raise ValueError(f"{name} is a file: give the folder that holds it, with its config.json and tokenizer")
-    if name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
     if not short:
         raise LookupError(f"the name is empty: give one of {', '.join(known)}, or a directory")
-    if short not in known and "/" not in name:
-        spec(name)  # raises LookupError with the nearest names
-    return _from_hub(f"tiiuae/{known[short].name}" if short in known else name, hub)
+    if short not in known:
+        check_directory(name)
+        if "/" not in name:
+            spec(name)  # raises LookupError with the nearest names
+    return _from_hub(f"tiiuae/{known[short].name}" if short in known else name, hub, seen)
 
 
-def _from_directory(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None = None) -> Checkpoint:
+def _from_directory(
+    directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None, seen: tuple[str, ...], repository: str = ""
+) -> Checkpoint:
     """The checkpoint in a directory. shape: its spec, where that is not the one of its config.json."""
-    if base := adapter_base(directory):
-        found = find(base, {**hub, "revision": None})  # the revision is the adapter's, not its base's
-        shape = shape or adapter_spec(found.spec, directory)
-        return replace(found, spec=shape, adapters=(*found.adapters, directory))
-    shape = shape or spec(directory)
+    if (base := adapter_base(directory)) is None:
+        return _with_config(directory, hub, shape)
+    if holds_base(directory, base, repository):
+        found = _with_config(directory, hub, None)
+    else:
+        chain = check_chain(repository or str(directory.resolve()), seen)
+        with base_errors(directory, base):
+            found = find(base, {**hub, "revision": None}, chain)  # the revision is the adapter's, not its base's
+    shape = shape or adapter_spec(found.spec, directory)
+    return replace(found, spec=shape, adapters=(*found.adapters, directory))
+
+
+def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None) -> Checkpoint:
+    """The checkpoint whose config.json is in a directory."""
+    shape = shape or spec(directory / "config.json" if directory.is_dir() else directory)
     return Checkpoint(directory, shape, _config(directory), shape, hub=hub)
 
 
-def _from_hub(repository: str, hub: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint in a hub repository, after the download of its config.json or adapter_config.json."""
-    shape = None
-    try:
-        file = fetch_config(repository, **hub)
-    except (ConnectionError, FileNotFoundError):  # an adapter's repository has no config.json
-        if (adapter_config := _fetch_adapter_config(repository, hub)) is None:
-            raise
-        file = adapter_config
-    else:
-        shape = FalconSpec.from_config(_read(file), repository)  # raises ValueError for another architecture
-        shape = next((each for each in catalogue() if each.hub_id == repository), shape)
-    found = _from_directory(file.parent, hub, shape)
-    named = shape or replace(found.spec, name=repository)  # an adapter's snapshot is a folder named after a commit
-    return replace(found, spec=named, repositories={**found.repositories, file.parent: repository})
-
-
-def _fetch_adapter_config(repository: str, hub: Mapping[str, Any]) -> Path | None:
-    """The config of an adapter on the hub; None where the repository holds no adapter or cannot be reached."""
-    try:
-        with hub_errors(repository):
-            return Path(hf_hub_download(repository, "adapter_config.json", **hub))
-    except (ConnectionError, FileNotFoundError):
-        return None
+def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint in a hub repository, after the download of its config.json, adapter_config.json or both."""
+    with hub_id_errors(repository):
+        folder = fetch_configs(repository, **hub)
+    shape = next((each for each in catalogue() if each.hub_id == repository), None)
+    found = _from_directory(folder, hub, shape, seen, repository)
+    named = replace(found.spec, name=repository) if shape is None else shape  # a snapshot is named after a commit
+    base = named if not found.adapters or folder == found.directory else found.base
+    return replace(found, spec=named, base=base, repositories={**found.repositories, folder: repository})
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -117,6 +126,12 @@ def _read(file: Path) -> dict[str, Any]:
 def _config(directory: Path) -> FalconConfig:
     """The config in the form that this version of transformers reads, also where it was written in 2023."""
     stored = _read(directory / "config.json")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(stored.get(key)):
+            raise ValueError(
+                f"{directory / 'config.json'} has {key}={stored[key]!r}, code that transformers would fetch from "
+                "the hub and run: remove the key; model.set_attn_implementation chooses sdpa, eager or flash-attention"
+            )
     return FalconConfig.from_dict(stored if stored["model_type"] == "falcon" else config_from_legacy(stored))
 
 
@@ -132,6 +147,7 @@ def fetch(found: Checkpoint) -> list[Path]:
     for directory, repository in found.repositories.items():
         if directory in found.adapters:
             _download(directory, repository, _ADAPTER_FILES, found.hub)
+        if directory != found.directory:
             continue
         _download(directory, repository, [*_TEXT_FILES, "*.safetensors"], found.hub)
         if not any(directory.glob("*.safetensors")):
@@ -146,24 +162,33 @@ def _download(snapshot: Path, repository: str, patterns: list[str], hub: Mapping
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = directory / f"{stem}.{suffix}.index.json", directory / f"{stem}.{suffix}"
+    """The weight files that transformers reads: a single file before an index, safetensors before pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = directory / name, directory / f"{name}.index.json"
+        if single.is_file():
+            return [single]
         if index.is_file():
-            files = [directory / file for file in sorted(set(_read(index)["weight_map"].values()))]
-        elif single.is_file():
-            files = [single]
-        else:
-            continue
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{directory} lacks {len(missing)} of the {len(files)} shards that {index.name} names: "
-                f"{', '.join(missing[:3])}; fetch them again"
-            )
-        return files
+            return _shards(index)
     raise FileNotFoundError(
         f"{directory} has a config.json but no weights: expected model.safetensors, pytorch_model.bin, or their index "
         "with its shards"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises FileNotFoundError for missing ones, ValueError for a path."""
+    names = sorted(set(_read(index)["weight_map"].values()))
+    if outside := [name for name in names if Path(name).name != name or name == ".." or "\\" in name]:
+        raise ValueError(
+            f"{index} names the shard {outside[0]!r}, but shards lie beside their index: "
+            "move it there and correct the index, or fetch the checkpoint again"
+        )
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {len(missing)} of the {len(names)} shards that {index.name} names: "
+            f"{', '.join(missing[:3])}; fetch them again"
+        )
+    return [index.parent / name for name in names]
 
 
 def check_weights(found: Checkpoint, files: list[Path]) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import ChatFormat, default_format
+from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
@@ -152,7 +152,8 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
     tokenizer = _load_tokenizer(found.directory)
     format = settings.chat_format or _trained_format(found, tokenizer)
-    if settings.chat_format or tokenizer.chat_template is None:
+    unmarked = tokenizer.chat_template in (None, plain_template(format.template))
+    if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
         tokenizer.chat_template = format.template
     parts = tokenizer, found.spec, planned, format, reason
     if ranks.needs_launch(settings.tensor_parallel):

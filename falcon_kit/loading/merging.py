@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from falcon_kit.catalogue.names import adapter_spec
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
 from falcon_kit.display.saving import atomic_folder
-from falcon_kit.generation.chat import encode_text
+from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
@@ -60,12 +60,17 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     """
     check_no_adapters(falcon, f"the adapter in {adapter}")
     _check_base(adapter, falcon)
+    weights = {name: falcon.model.get_parameter(name) for name in adapters.full_weights(Path(adapter))}
+    before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
         model = _attach(falcon.model, adapter)
         try:
             yield model
         finally:
             detach(model)
+            with torch.no_grad():  # PEFT writes saved embeddings and biases into the base
+                for name, each in weights.items():
+                    each.copy_(before[name])
 
 
 def check_no_adapters(falcon: Falcon, another: str) -> None:
@@ -95,7 +100,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
     with torch.random.fork_rng(), quiet():  # PEFT draws random matrices before it reads the adapter's
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 
 @contextmanager
@@ -146,13 +151,13 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         _check_replaceable(Path(output_dir))
     if isinstance(base, Falcon):
         check_no_adapters(base, "the merged one")
-    falcon = _unquantised_copy(base if base is not None else adapters.base_name(Path(adapter)))
+    falcon = _base(Path(adapter)) if base is None else _unquantised_copy(base)
     if output_dir is None:
         return _merge(falcon, Path(adapter))
     with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
         merged = _merge(falcon, Path(adapter))
         merged.model.save_pretrained(folder)
-        merged.tokenizer.save_pretrained(folder)
+        save_tokenizer(merged.tokenizer, folder)
     return merged
 
 
@@ -167,6 +172,15 @@ def _check_replaceable(folder: Path) -> None:
             f"output_dir={str(folder)!r} holds {(other or [content[0].name])[0]}, which saving a model there would "
             "remove: give a new folder, or one that holds only a checkpoint"
         )
+
+
+def _base(adapter: Path) -> Falcon:
+    """The base model that an adapter names."""
+    name = adapter_base(adapter) or adapters.base_name(adapter)
+    if holds_base(adapter, name):
+        raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
+    with base_errors(adapter, name):
+        return load(name)
 
 
 def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
@@ -185,7 +199,8 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
     _add(falcon.model, adapter)
     adapters.record_merged(falcon.model, [adapter])
     falcon.model.name_or_path = falcon.model.config.name_or_path = str(adapter)
-    falcon = replace(falcon, spec=adapter_spec(falcon.spec, adapter))
+    spec = replace(adapter_spec(falcon.spec, adapter), tied_head=bool(falcon.model.config.tie_word_embeddings))
+    falcon = replace(falcon, spec=spec)
     gap = float((_logits(falcon) - expected).abs().max() / expected.abs().max())
     allowed = _ALLOWED[falcon.model.dtype]
     if not gap <= allowed:  # also where the gap is NaN
@@ -203,12 +218,21 @@ def _add(model: Any, adapter: Path) -> None:
     """
     parameters = {name.replace(".base_layer.", "."): each for name, each in model.named_parameters()}
     if adapters.fields_beyond_lora(adapter) or any(each.is_meta for each in parameters.values()):
+        if adapters.changes_tied_weight(adapter):
+            _untie(model)
         _attach(model, adapter).merge_and_unload(safe_merge=True)
         model.__dict__.pop("peft_config", None)
         return
     with torch.no_grad():
         for name, weight in adapters.merged_weights(parameters, adapter).items():
             parameters[name].copy_(weight[...])
+
+
+def _untie(model: Any) -> None:
+    """Gives the head a weight of its own, which the embedding's adapter does not change."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _logits(falcon: Falcon) -> Tensor:

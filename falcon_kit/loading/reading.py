@@ -1,6 +1,7 @@
 """The weights of a checkpoint read into a model: on their devices, with adapters added, quantised, complete."""
 
 import gc
+import pickle
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from transformers import FalconForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
-from falcon_kit.loading.adapters import lazy_state_dict, record_merged
+from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.quantization import (
@@ -99,6 +100,8 @@ def _free_on_failure(directory: Path) -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(refused_pickle(f"a weight file of {directory}")) from error
         if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
             raise FileNotFoundError(
                 f"a file of {directory} was removed while it was read ({error}): fetch the checkpoint again"

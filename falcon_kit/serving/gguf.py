@@ -18,6 +18,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import atomic_file
+from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import live_spec
 
@@ -158,7 +159,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(plain_template(str(tokenizer.chat_template)))
 
 
 def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: PreTrainedTokenizerBase) -> TokenType:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from falcon_kit import load
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, embedded_directory, spec
 from tests.catalogue.test_spec import OLD_7B, built_parameters
@@ -23,10 +24,28 @@ def test_names_are_found_in_any_case_and_with_their_owner(name: str) -> None:
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(LookupError) as error:
-        spec("tiiuae/falcon-40b-instuct")
+        spec("falcon-40b-instuct")
     assert str(error.value).startswith(
-        "Unknown model 'tiiuae/falcon-40b-instuct'. Nearest: falcon-40b-instruct, falcon-7b-instruct"
+        "Unknown model 'falcon-40b-instuct'. Nearest: falcon-40b-instruct, falcon-7b-instruct"
     )
+
+
+@pytest.mark.parametrize("name", ["tiiuae/falcon-11B", "tiiuae/falcon-40b-instuct"])
+def test_a_name_of_the_publisher_may_be_on_the_hub_when_that_cannot_be_reached(name: str) -> None:
+    with pytest.raises(ConnectionError, match=rf"{name} is not .*the hub cannot be reached.*Nearest: falcon-"):
+        spec(name)
+
+
+def test_a_name_in_a_folder_that_exists_may_be_a_directory_or_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for find in (spec, load):
+        with pytest.raises(FileNotFoundError, match=r"there is no directory models/typo; as the name of a hub"):
+            find("models/typo")
+        with pytest.raises(FileNotFoundError, match=r"there is no directory runs/typo: give one that holds a config"):
+            find("runs/typo")
 
 
 def test_a_loaded_falcon_is_no_name_but_has_a_spec() -> None:

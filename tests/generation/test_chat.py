@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.generation.chat import (
     BAIZE,
     FALCON,
@@ -27,6 +28,7 @@ from falcon_kit.generation.chat import (
     install,
     plain_template,
     render,
+    save_tokenizer,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -478,3 +480,21 @@ def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruc
     assert len(found) == 20
     assert len(set(found)) == 1
     assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda each: each.name)
+def test_a_saved_template_is_plain_jinja_and_the_tokenizer_in_memory_keeps_its_marks(
+    format: ChatFormat, tmp_path: Path
+) -> None:
+    tokenizer = install(make_tokenizer(), format)
+    save_tokenizer(tokenizer, tmp_path)
+    saved = (tmp_path / "chat_template.jinja").read_text()
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701  # a chat is no HTML
+    template = environment.from_string(saved)
+    assert template.render(messages=TALK, add_generation_prompt=True, eos_token="") == render(TALK, format)
+    assert tokenizer.chat_template == format.template
+
+
+def test_the_shipped_template_is_plain_jinja() -> None:
+    shipped = (embedded_directory("falconet") / "chat_template.jinja").read_text()
+    assert shipped.rstrip("\n") == plain_template(FALCON.template)

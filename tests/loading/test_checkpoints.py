@@ -1,10 +1,13 @@
 """Checkpoints: found by name, directory or hub id; errors are raised before the weights are read."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 import falcon_kit as fk
 from falcon_kit.loading import checkpoints
@@ -109,7 +112,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         fk.load("falconet-instrct")
 
 
-@pytest.mark.parametrize("name", ["/no/such/place", "./nor/here", "~/nor-here"])
+@pytest.mark.parametrize("name", ["/no/such/place", "./nor/here", "../nor/here", "~/nor-here", "runs/typo", "a/b/c"])
 def test_a_directory_that_does_not_exist_is_not_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"there is no directory {name}: give one that holds a config"):
         fk.load(name)
@@ -161,6 +164,61 @@ def test_a_missing_shard_is_named(tokenizer, tmp_path):
     gone.unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks 1 of the . shards.*{gone.name}"):
         fk.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_single_file_is_read_before_an_index_as_transformers_reads_them(tokenizer, tmp_path, name):
+    small_model("40b").save_pretrained(tmp_path / "old", max_shard_size="2MB")
+    if name == "pytorch_model.bin":
+        legacy(tmp_path / "pickled", "40b", tokenizer)
+    base = tmp_path / ("pickled" if name == "pytorch_model.bin" else "old")
+    other = small_model("40b")
+    other.transformer.ln_f.weight.data.mul_(3)
+    if name == "pytorch_model.bin":
+        torch.save(other.state_dict(), base / name)
+    else:
+        save_file({key: each.clone() for key, each in other.state_dict().items()}, base / name, {"format": "pt"})
+    tokenizer.save_pretrained(base)
+    adapter = saved_adapter_without_effect(base, tmp_path / "none")
+    for found in (fk.load(base, dtype="float32"), fk.load(adapter, dtype="float32")):
+        torch.testing.assert_close(logits(found.model), logits(other), rtol=1e-4, atol=1e-4)
+
+
+def saved_adapter_without_effect(base, directory):
+    """An adapter that changes nothing, so that the logits are those of the weights that were read."""
+    config = LoraConfig(r=1, target_modules=["dense"], base_model_name_or_path=str(base))
+    adapted = get_peft_model(small_model("40b"), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("shard", ["../x.bin", "/etc/passwd", "sub/x.bin", ".."])
+def test_a_shard_outside_of_its_folder_is_refused(tokenizer, tmp_path, shard):
+    index = legacy(tmp_path / "old", "7b", tokenizer) / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"transformer.ln_f.weight": shard}}))
+    with pytest.raises(ValueError, match=rf"names the shard '{shard}', but shards lie beside their index"):
+        fk.load(index.parent)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_code_from_the_hub_is_refused(tokenizer, tmp_path, key):
+    small_model("7b").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "someone/kernel"}))
+    with pytest.raises(ValueError, match=rf"has {key}='someone/kernel', code that .* remove the key"):
+        fk.load(tmp_path)
+    file.write_text(json.dumps({name: each for name, each in json.loads(file.read_text()).items() if name != key}))
+    torch.testing.assert_close(logits(fk.load(tmp_path).model), logits(small_model("7b")), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pickle_with_code_is_refused_in_our_own_words(tokenizer, tmp_path):
+    file = legacy(tmp_path / "old", "7b", tokenizer) / "pytorch_model-00002-of-00002.bin"
+    torch.save({"transformer.ln_f.weight": re.compile("x")}, file)
+    with pytest.raises(ValueError, match=r"other objects than tensors, .* so it is not read: get the weights") as error:
+        fk.load(file.parent)
+    assert "weights_only" not in str(error.value)
 
 
 def test_weights_that_the_config_asks_for_and_the_file_lacks_are_not_made_up(checkpoint):

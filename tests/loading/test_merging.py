@@ -10,6 +10,7 @@ from peft.tuners.lora import Linear
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
+from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import LazyMergedWeight
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import TARGETS, saved_adapter
@@ -35,6 +36,16 @@ def attached_by_peft(model, adapter):
 
 
 # The merged weights
+
+
+def test_a_merged_checkpoint_has_a_plain_template_and_is_marked_for_training_when_it_is_loaded(base, adapter, tmp_path):
+    merged = fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    saved = (tmp_path / "merged" / "chat_template.jinja").read_text()
+    again = fk.load(tmp_path / "merged")
+    assert (saved, "generation %}" in saved) == (plain_template(merged.chat_format.template), False)
+    assert again.tokenizer.chat_template == merged.tokenizer.chat_template == merged.chat_format.template
+    rows = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}]
+    assert fk.tune(again, rows, output_dir=tmp_path / "run", held_out=0, max_steps=1, quiet=True).adapter
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 import falcon_kit as fk
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.generation.chat import encode_text, render
+from falcon_kit.generation.chat import encode_text, plain_template, render
 from falcon_kit.serving import gguf as export
 from falcon_kit.serving.gguf import export_gguf, write_gguf
 from tests.conftest import LAYOUTS, small_model
@@ -90,6 +90,11 @@ def test_the_chat_template_goes_along(instruct, server):
         {"role": "user", "content": "Bye"},
     ]
     assert post(server, "/apply-template", messages=messages)["prompt"] == render(messages, instruct.chat_format)
+
+
+def test_the_chat_template_in_the_file_is_plain_jinja(instruct, tmp_path):
+    fields = gguf.GGUFReader(export_gguf(instruct, tmp_path / "a.gguf")).fields
+    assert fields["tokenizer.chat_template"].contents() == plain_template(instruct.chat_format.template)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"rw"}))

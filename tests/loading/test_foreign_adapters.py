@@ -1,0 +1,247 @@
+"""Adapters as other people save them: each loads as PEFT loads it, or is refused with a way that works."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, FalconForCausalLM
+
+import falcon_kit as fk
+from falcon_kit.loading import adapters
+from tests.conftest import logits, small_model
+from tests.loading.test_adapters import renamed, saved_adapter
+from tests.loading.test_checkpoints import cached
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    """A small model of the 40B layout, whose head is tied to its embedding."""
+    return saved_base(tokenizer, tmp_path / "base")
+
+
+def saved_base(tokenizer, directory, **changes):
+    small_model("40b", **changes).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def pickled(base, directory):
+    saved_adapter(base, directory)
+    torch.save(load_file(directory / adapters.WEIGHTS), directory / adapters.PICKLED_WEIGHTS)
+    (directory / adapters.WEIGHTS).unlink()
+
+
+def with_saved_embeddings(base, directory, rows=2048):
+    saved_adapter(base, directory)
+    weights = load_file(directory / adapters.WEIGHTS)
+    embedding = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)) / 10
+    weights["base_model.model.transformer.word_embeddings.weight"] = embedding
+    weights["base_model.model.lm_head.weight"] = embedding.clone()
+    save_file(weights, directory / adapters.WEIGHTS)
+
+
+def other_kind(config):
+    def save(base, directory):
+        adapted = get_peft_model(FalconForCausalLM.from_pretrained(base), config())
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                torch.nn.init.uniform_(weight.data, 0.5, 1.5)
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        adapted.save_pretrained(directory)
+
+    return save
+
+
+def lora(**options):
+    return lambda base, directory: saved_adapter(base, directory, **options)
+
+
+def beside_a_config(base, directory):
+    saved_adapter(base, directory)
+    (directory / "config.json").write_bytes((base / "config.json").read_bytes())
+
+
+LOADED = {
+    "plain": lora(),
+    "pickled, as in 2023": pickled,
+    "on two of the layers": lora(layers_to_transform=[1]),
+    "beside the config.json of its base": beside_a_config,
+}
+MERGED = {
+    "LoRA on the embedding": lora(target_modules=["word_embeddings"]),
+    "LoRA on the head": lora(target_modules=["lm_head"]),
+    "LoRA on both and a layer": lora(target_modules=["word_embeddings", "lm_head", "dense"]),
+    "saved embeddings": with_saved_embeddings,
+    "DoRA": lora(use_dora=True),
+    "IA3": other_kind(lambda: IA3Config(target_modules=["query_key_value"], feedforward_modules=[])),
+}
+
+
+def by_peft(base, adapter):
+    """The logits of transformers' own Falcon with the adapter attached."""
+    return logits(PeftModel.from_pretrained(FalconForCausalLM.from_pretrained(base), adapter).eval())
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_an_adapter_from_elsewhere_loads_as_peft_loads_it(base, tmp_path, kind):
+    LOADED[kind](base, tmp_path / "wise")
+    torch.testing.assert_close(
+        logits(fk.load(tmp_path / "wise").model), by_peft(base, tmp_path / "wise"), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_an_adapter_that_load_refuses_is_merged_as_its_message_says(base, tmp_path, kind):
+    MERGED[kind](base, adapter := tmp_path / "wise")
+    with pytest.raises(ValueError, match=r"is more than plain LoRA \(.+\): fk\.merge\(adapter, base\) merges"):
+        fk.load(adapter)
+    falcon = fk.load(base)
+    fk.merge(adapter, falcon, output_dir=tmp_path / "merged")
+    expected = by_peft(base, adapter)
+    torch.testing.assert_close(logits(fk.load(tmp_path / "merged").model), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits(falcon.model), logits(fk.load(base).model))
+    assert not torch.allclose(expected, logits(falcon.model), atol=1e-2)
+
+
+def test_prompt_tuning_is_refused_with_a_way_to_attach_it(base, tmp_path):
+    save = other_kind(lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    save(base, adapter := tmp_path / "wise")
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match=r"PROMPT_TUNING.*peft\.PeftModel\.from_pretrained\(fk\.load\(base\)"):
+            call(adapter)
+    attached = PeftModel.from_pretrained(fk.load(base).model, adapter)
+    torch.testing.assert_close(logits(attached), by_peft(base, adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_added_to_a_base_without_the_prefix_of_its_weights(base, tokenizer, tmp_path):
+    AutoModel.from_pretrained(base).save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+    adapter = saved_adapter(base, tmp_path / "wise")
+    expected = by_peft(base, adapter)
+    renamed(adapter, str(tmp_path / "headless"))
+    for found in (fk.load(adapter), fk.merge(adapter)):
+        torch.testing.assert_close(logits(found.model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_trained_on_the_model_without_its_head_is_added_to_the_model_with_it(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    expected = by_peft(base, adapter)
+    weights = load_file(adapter / adapters.WEIGHTS)
+    save_file({key.replace(".transformer.", "."): each for key, each in weights.items()}, adapter / adapters.WEIGHTS)
+    for found in (fk.load(adapter), fk.merge(adapter)):
+        torch.testing.assert_close(logits(found.model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_a_larger_vocabulary_are_merged_after_the_resize_that_the_message_names(base, tmp_path):
+    with_saved_embeddings(base, adapter := tmp_path / "wise", rows=2056)
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(2056\); fk\.merge\(adapter, falcon\)"):
+        fk.merge(adapter, base)
+    falcon = fk.load(base)
+    falcon.model.resize_token_embeddings(2056)
+    stock = FalconForCausalLM.from_pretrained(base)
+    stock.resize_token_embeddings(2056)
+    expected = logits(PeftModel.from_pretrained(stock, adapter).eval())
+    torch.testing.assert_close(logits(fk.merge(adapter, falcon).model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("there", ["/home/alice/falcon-7b", "C:\\models\\falcon", "models/falcon", "alice/falcon-40b"])
+def test_a_base_of_another_machine_is_named_with_the_way_out(base, tmp_path, there):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    expected = by_peft(base, adapter)
+    renamed(adapter, there)
+    for call in (fk.load, fk.spec, fk.merge):
+        with pytest.raises((OSError, LookupError), match=r"the base model of the adapter in .*wise, .* is not found"):
+            call(adapter)
+    torch.testing.assert_close(logits(fk.merge(adapter, base).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_beside_its_base_is_added_to_it(base):
+    expected = fk.load(base)
+    saved_adapter(base, base)
+    torch.testing.assert_close(logits(fk.load(base).model), by_peft_beside(base), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(fk.load(base).model), logits(expected.model), atol=0.1)
+    with pytest.raises(ValueError, match=r"holds the adapter and its base: fk\.load\("):
+        fk.merge(base)
+
+
+def by_peft_beside(directory):
+    config = fk.load(directory).model.config  # transformers reads the adapter by itself, so weights are given
+    stock = FalconForCausalLM(config)
+    stock.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    return logits(PeftModel.from_pretrained(stock, directory).eval())
+
+
+# Broken adapters
+
+
+def changed_config(**values):
+    def change(adapter):
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def changed_weights(keep):
+    def change(adapter):
+        weights = load_file(adapter / adapters.WEIGHTS)
+        save_file({key: each for key, each in weights.items() if keep(key)}, adapter / adapters.WEIGHTS)
+
+    return change
+
+
+def with_code(adapter):
+    (adapter / adapters.WEIGHTS).unlink()
+    torch.save({"weight": re.compile("x")}, adapter / adapters.PICKLED_WEIGHTS)
+
+
+def names_itself(adapter):
+    renamed(adapter, str(adapter))
+
+
+BROKEN = {
+    "no weight": (changed_weights(lambda key: False), "holds no weights: the adapter was not saved completely"),
+    "no A": (changed_weights(lambda key: "lora_A" not in key), r"lacks lora_A\.weight of transformer\.h\.0"),
+    "no B": (changed_weights(lambda key: "h.1.mlp.dense_h_to_4h.lora_B" not in key), r"lacks lora_B\.weight of tran"),
+    "r=-1": (changed_config(r=-1), r"r=-1 and lora_alpha=6, but r is a whole number, at least 1"),
+    "r=8": (changed_config(r=8), r"has r=8, but lora_A\.weight of .* has the rank 4"),
+    "NaN": (changed_config(lora_alpha=math.nan), r"lora_alpha=nan, but .* lora_alpha is finite"),
+    "its own base": (names_itself, r"names itself as its base model.*fk\.merge\(adapter, base\)"),
+    "a pickle with code": (with_code, r"other objects than tensors, .* so it is not read: get the weights as saf"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_refused_with_the_true_reason(base, tmp_path, kind):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    spoil, message = BROKEN[kind]
+    spoil(adapter)
+    with pytest.raises(ValueError, match=message) as error:
+        fk.load(adapter)
+    assert "weights_only" not in str(error.value)
+
+
+def test_two_adapters_that_name_each_other_are_refused(base, tmp_path):
+    one, other = (saved_adapter(base, tmp_path / name) for name in ("one", "other"))
+    renamed(one, str(other))
+    renamed(other, str(one))
+    for call in (fk.load, fk.spec):
+        with pytest.raises(ValueError, match="names itself as its base model, directly or through other adapters"):
+            call(one)
+
+
+# On the hub
+
+
+def test_an_adapter_on_the_hub_has_the_spec_and_the_plan_of_its_directory(monkeypatch, base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    cached(tmp_path, "somebody/falcon-lora", adapter)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    spec = fk.spec("somebody/falcon-lora")
+    assert (spec.name, spec.parameters) == ("somebody/falcon-lora", fk.spec(adapter).parameters)
+    planned = fk.plan("somebody/falcon-lora", devices="T4")
+    assert planned.total_bytes == fk.plan(str(adapter), devices="T4").total_bytes
