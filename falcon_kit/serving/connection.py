@@ -1,10 +1,14 @@
 """How to reach an endpoint, and how its key stays out of every text that is shown."""
 
 import json
+import os
 from dataclasses import dataclass, field
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
+
+from falcon_kit.display.errors import require
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
@@ -33,8 +37,28 @@ class Connection:
         return httpx2.Timeout(self.timeout, connect=min(self.timeout, 10))
 
     def client(self) -> httpx2.AsyncClient:
-        """An HTTP client with key and timeout. It follows no redirect: prompt and key go to no other server."""
-        return httpx2.AsyncClient(headers=self.headers, timeout=self.http_timeout, follow_redirects=False)
+        """An HTTP client with key and timeout. It follows no redirect: prompt and key go to no other server.
+
+        Raises ValueError for proxies and certificates of the environment that cannot be used, and ModuleNotFoundError
+        for a SOCKS proxy without socksio.
+        """
+        try:
+            return httpx2.AsyncClient(headers=self.headers, timeout=self.http_timeout, follow_redirects=False)
+        except ImportError:
+            raise ModuleNotFoundError(
+                f"{_proxy_variables()} names a SOCKS proxy, which needs socksio: pip install socksio, or remove the "
+                "variable"
+            ) from None
+        except OSError:
+            raise ValueError(
+                "SSL_CERT_FILE or SSL_CERT_DIR names no certificates: give the path of a PEM file, or remove the "
+                "variable"
+            ) from None
+        except (ValueError, httpx2.InvalidURL):
+            raise ValueError(
+                f"{_proxy_variables()} names no proxy that can be used: its URL begins with http://, https:// or "
+                "socks5://. Correct or remove the variable"
+            ) from None
 
     def redact(self, text: str) -> str:
         """A server's message without the API key, and with at most 500 characters."""
@@ -63,6 +87,34 @@ class Connection:
 
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _proxy_variables() -> str:
+    """The variables of the environment that name a proxy."""
+    proxies = ("all_proxy", "http_proxy", "https_proxy")
+    return " or ".join(name for name in os.environ if name.lower() in proxies) or "the system's proxy setting"
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy that the environment names for an address, without its password; None if there is none."""
+    parts, proxies = urlsplit(address), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return redact_url(proxy) if proxy and not proxy_bypass(parts.hostname or "") else None
+
+
+def check_token(token: str | None) -> None:
+    """Raises ValueError, without repeating it, for a key that no HTTP header can carry."""
+    token = token or ""
+    require(
+        token == token.strip(),
+        "the key begins or ends with a space or a line end: pass it without, as token=key.strip()",
+    )
+    wrong = next((at for at, letter in enumerate(token) if not "!" <= letter <= "~"), None)
+    require(
+        wrong is None,
+        f"character {wrong} of the key (counted from 0) is a space, a control character or no ASCII letter, which no "
+        "HTTP header can carry: copy the key again",
+    )
 
 
 def redact_url(url: str) -> str:

@@ -21,7 +21,7 @@ from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
-from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.connection import Connection, check_token, redact_url
 from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, retry_stream
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
@@ -186,13 +186,15 @@ def connect(
     connections or closes them before the first piece. session: a boto3.Session, for SageMaker.
 
     Raises ConnectionError if no server with such a protocol responds, LookupError for a model or endpoint that does not
-    exist, PermissionError for a refused key, and ValueError for an invalid URL or argument.
+    exist, PermissionError for a refused key, and ValueError for an invalid URL or argument, a key that no HTTP header
+    can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
     own_format = None if chat is None else chat_format(chat)
     _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries)
+    check_token(connection.token)
     server = wait_for(_discover_with_retries(url, model, api, connection, session))
     facts, shape = server.facts, _find_spec(server.facts.model)
     return Endpoint(

@@ -2,14 +2,16 @@
 
 import json
 import re
+import ssl
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
-from falcon_kit.serving.connection import redact_url
+from falcon_kit.serving.connection import proxy_for, redact_url
 
+_EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
 _PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
 
 
@@ -59,13 +61,54 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def connection_error(error: httpx2.HTTPError, address: str, timeout: float) -> Exception:
     """The exception for a connection that was refused, timed out or broke."""
+    if tls := _tls_error(error):
+        return _explain_tls(tls, address)
+    if isinstance(error, httpx2.ProxyError | httpx2.ConnectError | httpx2.ConnectTimeout) and proxy_for(address):
+        return _explain_proxy(error, address)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
         return Unavailable(f"nothing answers at {address}: start the server, or check host and port")
     if isinstance(error, httpx2.TimeoutException):
         return TimeoutError(f"{address} sent nothing for {timeout:g} s: give a longer timeout=, or read its log")
     message = f"the connection to {address} broke ({type(error).__name__}): read the server's log"
+    if address.startswith("http://"):
+        message += f", or connect to https{address[4:]} if it speaks TLS"
     # A server may close an idle connection at the moment when the next request is sent over it.
     return Unavailable(message) if isinstance(error, httpx2.RemoteProtocolError) else ConnectionError(message)
+
+
+def _tls_error(error: BaseException | None) -> ssl.SSLError | None:
+    """The error of TLS behind an error of the HTTP client; None if there is none."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _explain_tls(error: ssl.SSLError, address: str) -> Exception:
+    """The exception for a failed TLS handshake, which fails again when it is repeated."""
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return ConnectionError(
+            f"{address} does not answer in TLS: connect to http{address[5:]} if the server has no certificate"
+        )
+    advice = {
+        _EXPIRED: "renew it on the server",
+        **dict.fromkeys(_OTHER_NAME, "connect to a host name that the certificate contains"),
+    }
+    trust = "set SSL_CERT_FILE to the PEM file of the authority that issued it, or of the certificate if self-signed"
+    return ConnectionError(
+        f"the certificate of {address} is refused ({error.verify_message}): {advice.get(error.verify_code, trust)}"
+    )
+
+
+def _explain_proxy(error: httpx2.HTTPError, address: str) -> Exception:
+    """The exception for a proxy that does not answer, or refuses to connect."""
+    proxy, host = proxy_for(address), urlsplit(address).hostname
+    if isinstance(error, httpx2.ProxyError):
+        return ConnectionError(
+            f"the proxy {proxy} does not connect to {address} ({error}): set NO_PROXY={host} to connect without it"
+        )
+    return Unavailable(
+        f"the proxy {proxy} for {address} does not answer: start it, or set NO_PROXY={host} to connect without it"
+    )
 
 
 def parse_json(text: str) -> Any:
