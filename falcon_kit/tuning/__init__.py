@@ -7,6 +7,7 @@ forms.py             a row of any form becomes a conversation or a text, or is r
 data.py              documents: read, checked, split, mixed
 settings.py          settings of fine-tuning, with defaults by size of the model (no torch)
 packing.py           documents become rows of tokens
+checks.py            models and vocabularies that tune() refuses
 distributed.py       several processes: copies of the weights, or shards
 plots.py             loss curves (no torch)
 measure.py           stop rate and exact answers on held-out conversations

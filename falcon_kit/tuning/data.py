@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd  # type: ignore[import-untyped]  # it brings no types of its own
+import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 

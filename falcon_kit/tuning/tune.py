@@ -18,19 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
+from transformers import EarlyStoppingCallback
 
-from falcon_kit.catalogue.card import CARD
 from falcon_kit.display.errors import plain_scalar, require
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import check_no_adapters, detach, is_quantised, quiet, unchanged
+from falcon_kit.loading.merging import detach, is_quantised, quiet, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
-from falcon_kit.model import modeling
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import checkpoint_files, distributed
+from falcon_kit.tuning.checks import check_model
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import answer_rates
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
@@ -72,7 +71,7 @@ def tune(
     if isinstance(held_out := plain_scalar(held_out), float | int):
         settings["held_out"] = held_out = float(held_out)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
-    _check_model(falcon, chosen)
+    check_model(falcon, chosen)
     documents, test_documents = _split(data, held_out, chosen)
     packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
     train = documents if isinstance(documents, Packed) else packed(documents)
@@ -84,54 +83,6 @@ def tune(
         show_plan(memory_plan)
     with _restored(falcon), unpacked(falcon.model):
         return run()
-
-
-def _check_model(falcon: Falcon, settings: Tuning) -> None:
-    """Raises ValueError for a model that cannot be trained; warns of an instruct model, with the advice of its card."""
-    if not isinstance(falcon.model, modeling.FalconForCausalLM):
-        raise ValueError(
-            "with transformers' own Falcon, packed documents attend to each other: load the model without "
-            "attention='transformers'"
-        )
-    check_no_adapters(falcon, "the new one")
-    if any(each.device.type == "meta" for each in falcon.model.parameters()):
-        raise ValueError(
-            "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
-            "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
-        )
-    _check_vocabulary(falcon)
-    if settings.shard and is_quantised(falcon.model):
-        raise ValueError(
-            "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
-            "quarter of 16), or load in bfloat16"
-        )
-    if falcon.spec.fine_tuned_from:
-        warnings.warn(
-            f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
-            f"{falcon.spec.fine_tuned_from!r}",
-            stacklevel=3,
-        )
-
-
-def _check_vocabulary(falcon: Falcon) -> None:
-    """Raises ValueError for tokens that were added after loading: an adapter contains neither tokens nor embeddings.
-
-    Its base would be loaded without them, and would read other tokens than the adapter was trained on. A new padding
-    token is no problem, because the model does not read it.
-    """
-    tokenizer, directory = falcon.tokenizer, Path(falcon.tokenizer.name_or_path)
-    if not (directory / "tokenizer.json").is_file():
-        return
-    stored = PreTrainedTokenizerFast.from_pretrained(directory)
-    changed = dict(tokenizer.get_vocab().items() ^ stored.get_vocab().items())
-    changed.pop(str(tokenizer.pad_token), None)
-    if stored.eos_token not in (None, tokenizer.eos_token):
-        changed[str(tokenizer.eos_token)] = tokenizer.eos_token_id
-    if changed:
-        raise ValueError(
-            f"the token {next(iter(changed))!r} is not as in {falcon.name}, with which the adapter would be loaded: "
-            "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune fk.load(folder)"
-        )
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
