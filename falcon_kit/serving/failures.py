@@ -3,7 +3,8 @@
 import json
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -109,6 +110,18 @@ def _explain_proxy(error: httpx2.HTTPError, address: str) -> Exception:
     return Unavailable(
         f"the proxy {proxy} for {address} does not answer: start it, or set NO_PROXY={host} to connect without it"
     )
+
+
+@contextmanager
+def reading(address: str) -> Iterator[None]:
+    """Reads events of a server: raises ConnectionError for those with wrong types, invalid UTF-8 or deep nesting."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ConnectionError(
+            f"{address} sent an event that is not of its protocol ({type(error).__name__}): check the URL and the "
+            "server's version"
+        ) from None
 
 
 def parse_json(text: str) -> Any:

@@ -5,6 +5,7 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 """
 
 import json
+import math
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error
+from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
 from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
 
 
@@ -120,10 +121,11 @@ class OpenAIServer:
         try:
             stream: Any = await call.create(**arguments, extra_body=extra)
             async with stream:
-                async for chunk in stream:
-                    for delta in read_chunk(chunk.to_dict()):
-                        yield delta
-        except (openai.OpenAIError, httpx2.HTTPError, json.JSONDecodeError) as error:
+                with reading(self.facts.address):
+                    async for chunk in stream:
+                        for delta in list(read_chunk(chunk.to_dict())):
+                            yield delta
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise self._explain(error) from None  # the client's own error may quote the request
 
     def _explain(self, error: Exception) -> Exception:
@@ -172,6 +174,8 @@ def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
     reason = choice.get("finish_reason")
     if reason is None:
         return None
+    if not isinstance(reason, str):
+        raise TypeError(f"finish_reason is {reason!r}, not a text")
     if reason == "length":
         return "length"
     return "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
@@ -186,7 +190,8 @@ def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
     else:
         ids = choice.get("token_ids") or []
         entries = logprobs.get("token_logprobs") or [float("nan")] * len(ids)
-    return [(id, logprob) for id, logprob in zip(ids, entries, strict=False) if id is not None]
+    pairs = [(id, math.nan if logprob is None else logprob) for id, logprob in zip(ids, entries, strict=False)]
+    return [pair for pair in pairs if pair[0] is not None]
 
 
 async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:

@@ -68,6 +68,16 @@ class Delta:
     new_tokens: int | None = None
     """Tokens generated so far, if the endpoint reports them."""
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for values of other types, which come from a malformed event."""
+        numbers = (self.token_id, self.prompt_tokens, self.new_tokens)
+        if not (
+            isinstance(self.text, str)
+            and isinstance(self.logprob, int | float)
+            and all(each is None or type(each) is int for each in numbers)
+        ):
+            raise TypeError(f"wrong types in an event: {self}")
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -11,7 +11,7 @@ from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
 from falcon_kit.serving.connection import Connection
-from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json
+from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import Delta, Facts, Request
 
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
@@ -79,9 +79,9 @@ class SageMakerServer:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
                 *lines, unfinished = (unfinished + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
                 for line in lines:
-                    for delta in self._read(line.decode()):
+                    for delta in self._read(line):
                         yield delta
-            for delta in self._read(unfinished.decode(errors="replace")):
+            for delta in self._read(unfinished):
                 yield delta
         finally:
             stream.close()
@@ -108,13 +108,15 @@ class SageMakerServer:
         except (HTTPError, OSError) as error:
             raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
-    def _read(self, line: str) -> Iterator[Delta]:
+    def _read(self, line: bytes) -> list[Delta]:
         """The deltas of a line: an event of TGI, or a chunk of the OpenAI protocol."""
-        if self._api == "tgi":
-            delta = tgi.read_event(line, self.facts.address)
-            return iter([delta] if delta else [])
-        chunk = parse_json(line.removeprefix("data:"))
-        return openai_api.read_chunk(chunk) if isinstance(chunk, dict) else iter(())
+        with reading(self.facts.address):
+            text = line.decode()
+            if self._api == "tgi":
+                delta = tgi.read_event(text, self.facts.address)
+                return [delta] if delta else []
+            chunk = parse_json(text.removeprefix("data:"))
+            return list(openai_api.read_chunk(chunk)) if isinstance(chunk, dict) else []
 
     def _explain(self, error: Exception) -> Exception:
         """The exception for an error of boto3."""

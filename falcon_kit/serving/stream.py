@@ -143,8 +143,8 @@ def _check_context(generation: Generation, context: int | None) -> Generation:
 
 
 async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
-    """Reads the token counts that an endpoint may send after the last piece."""
-    with suppress(ConnectionError, TimeoutError):
+    """Reads the token counts that an endpoint may send after the last piece; no error there undoes the answer."""
+    with suppress(Exception):
         async with asyncio.timeout(_USAGE_TIMEOUT):
             async for delta in deltas:
                 answer.count(delta)

@@ -13,7 +13,7 @@ import httpx2
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json
+from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
@@ -44,9 +44,10 @@ class TGIServer:
                     text = (await response.aread()).decode(errors="replace")
                     message = self.connection.redact(error_message(text))
                     raise http_error(response.status_code, message, address, response.headers)
-                async for line in response.aiter_lines():
-                    if delta := read_event(line, address):
-                        yield delta
+                with reading(address):
+                    async for line in response.aiter_lines():
+                        if delta := read_event(line, address):
+                            yield delta
         except httpx2.HTTPError as error:
             raise connection_error(error, address, self.connection.timeout) from None
 
@@ -82,7 +83,7 @@ def read_event(line: str, address: str) -> Delta | None:
     if not isinstance(event, dict) or not isinstance(event.get("token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
     token, details = event["token"], event.get("details") or {}
-    text = "" if token.get("special") else str(token.get("text") or "")
+    text = "" if token.get("special") else token.get("text") or ""
     logprob = token.get("logprob", token.get("log_prob"))  # LMI's name has an underscore
     return Delta(
         text=text,
