@@ -15,6 +15,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
+from falcon_kit.guardrails import guardrails
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
+    from falcon_kit.guardrails.guard import Guardrails
     from falcon_kit.inspection.ablation import Ablation, ablate, ablated
     from falcon_kit.inspection.attention import AttentionView, attention, induction, repeated_tokens
     from falcon_kit.inspection.attribution import Attribution, attribute
@@ -56,6 +58,7 @@ __all__ = [
     "Falcon",
     "FalconSpec",
     "Generation",
+    "Guardrails",
     "IncompleteAnswer",
     "LensView",
     "Merged",
@@ -82,6 +85,7 @@ __all__ = [
     "dialogues",
     "environment",
     "export_gguf",
+    "guardrails",
     "induction",
     "lens",
     "load",
@@ -102,6 +106,7 @@ _ON_FIRST_USE = {
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
+    "guardrails.guard": "Guardrails",
     "inspection.ablation": "Ablation ablate ablated",
     "inspection.attention": "AttentionView attention induction repeated_tokens",
     "inspection.attribution": "Attribution attribute",

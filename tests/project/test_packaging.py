@@ -44,6 +44,7 @@ SHIPPED = [f"falcon_kit/falconet/base/{file}" for file in CHECKPOINT_FILES]
 SHIPPED += [f"falcon_kit/falconet/instruct/{file}" for file in ADAPTER_FILES]
 SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
 SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
+SHIPPED += ["falcon_kit/guardrails/lines.jsonl"]
 
 # Packages that the kit needs but does not import, each with the reason.
 USED_BY_OTHERS = {

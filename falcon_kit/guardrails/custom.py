@@ -1,0 +1,120 @@
+"""A check of your own: a function, or a text-classification pipeline of transformers. An error blocks the text."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.guardrails.matching import Growing, Running
+from falcon_kit.guardrails.verdict import Finding
+
+Judge = Callable[[str], Any]
+"""Takes a text; returns a reason to block it, or True; None, False or "" for a harmless text."""
+# A sentence, or 400 characters of a longer one.
+_PASSAGE = re.compile(r"(?s).{0,398}?(?:[.!?…](?=\s)|[\n。！？؟।])|.{400}")
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A check of your own. A prompt is read whole, an output sentence by sentence, before it is shown."""
+
+    name: str
+    """The check's name in a finding."""
+    judge: Judge
+    """The function."""
+    whole: bool
+    """Whether the text is read at once: a prompt."""
+
+    def running(self) -> Running:
+        """The check of one text."""
+        return _Reader(self)
+
+    def findings(self, passage: str, first: int) -> list[Finding]:
+        """What the function objects to in a passage that begins at character `first`; an error is a finding."""
+        try:
+            reason = _reason(self.judge(passage))
+        except Exception as error:  # noqa: BLE001  # its message may contain the text: only its type is reported
+            reason = f"the check {self.name} failed: {type(error).__name__}"
+            logging.getLogger(__name__).warning("%s; the text is blocked", reason)
+        if not reason:
+            return []
+        reason = reason if isinstance(reason, str) else f"the check {self.name} objects"
+        return [Finding((first, first + len(passage)), self.name, reason)]
+
+
+def _reason(returned: Any) -> str | bool | None:
+    """What a function returned. Raises TypeError for what is neither a reason nor a yes or no."""
+    if returned is None or isinstance(returned, str | bool):
+        return returned
+    raise TypeError(f"a custom check returns a reason, True, False or None, not a {type(returned).__name__}")
+
+
+class _Reader:
+    """The text that the function has not read yet."""
+
+    def __init__(self, custom: Custom) -> None:
+        self._custom, self._unread, self._first = custom, "", 0
+
+    def waiting(self, text: Growing) -> int:
+        return self._first
+
+    def read(self, text: Growing) -> list[Finding]:
+        self._unread += text.newest
+        findings = []
+        for passage in self._passages(text.ended):
+            findings += self._custom.findings(passage, self._first) if passage.strip() else []
+            self._first += len(passage)
+        return findings
+
+    def _passages(self, ended: bool) -> Iterator[str]:
+        """The passages that are complete; they do not depend on the pieces in which the text arrived."""
+        while not self._custom.whole and (match := _PASSAGE.match(self._unread)):
+            self._unread = self._unread[match.end() :]
+            yield match[0]
+        if ended and self._unread:
+            passage, self._unread = self._unread, ""
+            yield passage
+
+
+def classifier(pipeline: Any, labels: Sequence[str], threshold: float) -> Judge:
+    """A function that blocks what a text-classification pipeline gives one of some labels, with at least this score.
+
+    Raises ValueError without labels, or for one that the pipeline's model does not have.
+    """
+    known = list(pipeline.model.config.id2label.values())
+    require(bool(labels), f"a classifier needs labels=(...): those that block a text, of {', '.join(known)}")
+    for label in labels:
+        require(label in known, unknown_name("label", label, known))
+
+    def judge(text: str) -> str | None:
+        scores = pipeline(text, top_k=None)
+        scores = scores[0] if scores and isinstance(scores[0], list) else scores
+        found = [each for each in scores if each["label"] in labels and each["score"] >= threshold]
+        return f"{found[0]['label']} with a score of {found[0]['score']:.2f}" if found else None
+
+    return judge
+
+
+def named(
+    custom: Judge | Mapping[str, Judge] | None, labels: Sequence[str], threshold: float
+) -> Iterator[tuple[str, Judge]]:
+    """The custom checks with their names. Raises ValueError for what cannot be called, and for labels of nothing."""
+    checks = custom if isinstance(custom, Mapping) else {} if custom is None else {_name(custom): custom}
+    require(
+        not labels or any(map(_is_pipeline, checks.values())), "labels=(...) needs custom= a classification pipeline"
+    )
+    for name, check in checks.items():
+        require(callable(check), f"the custom check {name!r} must be callable, got a {type(check).__name__}")
+        yield name, classifier(check, labels, threshold) if _is_pipeline(check) else check
+
+
+def _is_pipeline(check: Judge) -> bool:
+    return any(each.__name__ == "TextClassificationPipeline" for each in type(check).__mro__)  # without importing it
+
+
+def _name(check: Judge) -> str:
+    return getattr(check, "__name__", type(check).__name__)

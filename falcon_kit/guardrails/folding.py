@@ -1,0 +1,97 @@
+"""A text in a form in which different spellings of a character are equal, with each character's place in the original.
+
+Every character is replaced by itself, so that a text may arrive in any pieces. `plain` keeps upper and lower case:
+compatibility forms are resolved (full-width letters and digits, ligatures), accents, Arabic vowel marks and invisible
+characters are removed. `folded` also removes case and turns the Cyrillic and Greek letters that look like Latin ones
+into these.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import lru_cache
+
+# After case folding. Letters that look like a Latin letter in one case only are left alone: Russian words stay whole.
+_LOOK_ALIKES = str.maketrans("аеорсухіјѕԁһӏԛԝкαινορυχκøłđħı", "aeopcyxijsdhlqwkaivopuxkoldhi")
+_DROPPED_MARKS = (  # accents of Latin, Greek and Cyrillic, Arabic vowel marks and tatweel, variation selectors
+    *range(0x0300, 0x0370),
+    *range(0x0610, 0x061B),
+    *range(0x0640, 0x0641),
+    *range(0x064B, 0x0660),
+    *range(0x0670, 0x0671),
+    *range(0x1AB0, 0x1B00),
+    *range(0x1DC0, 0x1E00),
+    *range(0x20D0, 0x2100),
+    *range(0xFE00, 0xFE10),
+    *range(0xFE20, 0xFE30),
+    *range(0xE0100, 0xE01F0),
+)
+_DROPPED = frozenset(map(chr, (*_DROPPED_MARKS, 0x115F, 0x1160, 0x3164)))  # the last three are empty Hangul letters
+
+
+@lru_cache(maxsize=65536)
+def plain(character: str) -> str:
+    """The characters that stand for one character; none for an invisible one."""
+    resolved = unicodedata.normalize("NFKD", character)
+    return "".join(each for each in resolved if each not in _DROPPED and unicodedata.category(each) != "Cf")
+
+
+@lru_cache(maxsize=65536)
+def folded(character: str) -> str:
+    """As `plain`, without case and look-alike letters."""
+    return plain(character).casefold().translate(_LOOK_ALIKES)
+
+
+def fold(text: str) -> str:
+    """A whole text, folded."""
+    return "".join(map(folded, text))
+
+
+class View:
+    """A text that grows at its end and may be forgotten at its beginning, in one of the two forms.
+
+    Places in it are counted from the first character that it ever had.
+    """
+
+    def __init__(self, form: Callable[[str], str]) -> None:
+        self.text, self.start = "", 0
+        self._form, self._origins, self._length = form, [0], 0  # the last origin is where the next character will be
+
+    def add(self, characters: str) -> None:
+        """Appends characters of the original text."""
+        first = self._length
+        self._length += len(characters)
+        self._origins.pop()
+        if characters.isascii():
+            self.text += characters if self._form is plain else characters.lower()
+            self._origins.extend(range(first, self._length))
+        else:
+            for origin, character in enumerate(characters, first):
+                formed = self._form(character)
+                self.text += formed
+                self._origins.extend([origin] * len(formed))
+        self._origins.append(self._length)
+
+    @property
+    def end(self) -> int:
+        """The place after the last character."""
+        return self.start + len(self.text)
+
+    def origin(self, place: int) -> int:
+        """Where the character at a place begins in the original; for the end of the view, the original's end."""
+        return self._origins[place - self.start]
+
+    def place(self, origin: int) -> int:
+        """The first place whose character is not before `origin` in the original."""
+        return self.start + bisect_left(self._origins, origin)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The span in the original of the characters from `first` to before `last`."""
+        return self.origin(first), self.origin(last - 1) + 1 if last > first else self.origin(first)
+
+    def forget(self, place: int) -> None:
+        """Drops what stands before a place."""
+        dropped = max(place - self.start, 0)
+        self.text, self._origins, self.start = self.text[dropped:], self._origins[dropped:], self.start + dropped

@@ -1,0 +1,153 @@
+"""Guardrails: the checks that were chosen, for prompts and for outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+from falcon_kit.display.errors import require
+from falcon_kit.display.tables import html_table
+from falcon_kit.guardrails.custom import Custom, Judge, named
+from falcon_kit.guardrails.injection import control_patterns, phrase_patterns
+from falcon_kit.guardrails.length import Length
+from falcon_kit.guardrails.matching import Running
+from falcon_kit.guardrails.personal import check_regions, personal_patterns
+from falcon_kit.guardrails.repetition import Repetition
+from falcon_kit.guardrails.secrets import secret_patterns
+from falcon_kit.guardrails.stream import StreamCheck
+from falcon_kit.guardrails.verdict import Blocked, Verdict, Where
+from falcon_kit.guardrails.words import word_patterns
+
+Item = TypeVar("Item")
+
+
+class Check(Protocol):
+    """What every check is: it starts anew for each text."""
+
+    def running(self) -> Running:
+        """The check of one text."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Guardrails:
+    """Checks on prompts and outputs. Several threads may use them at once.
+
+    Raises ValueError for a limit below 1, a region without a numbering plan, blocked words that are no words, a
+    pipeline without labels or with labels that its model does not have.
+    """
+
+    max_characters: int | None = 8000
+    """The longest prompt, and the longest output, in characters; None for no limit."""
+    secrets: bool = True
+    """Keys of known forms, and passwords that stand beside their name."""
+    personal_data: bool = True
+    """Email addresses, payment cards, IBANs, US social security numbers, and telephone numbers."""
+    phone_regions: Sequence[str] = ("US",)
+    """Regions whose telephone numbers are found without "+" and country code too."""
+    blocked_words: Sequence[str] = ()
+    """Whole words and phrases, in any spelling of case, accents, width, invisible and look-alike letters."""
+    control_tokens: bool = True
+    """In prompts: Falcon's special tokens, the markers of chat formats, the control tokens of other models."""
+    injection: bool = True
+    """In prompts: phrases that revoke instructions, in English, German, Chinese and Arabic."""
+    repetition: bool = True
+    """In outputs: the same words over and over."""
+    custom: Judge | Mapping[str, Judge] | None = None
+    """A function that takes a text and returns a reason to block it or None; a dict of such functions by name; or a
+    text-classification pipeline of transformers. It reads a prompt at once and an output sentence by sentence. If it
+    raises an error, the text is blocked."""
+    labels: Sequence[str] = ()
+    """The labels of a pipeline that block a text."""
+    threshold: float = 0.5
+    """The least score of such a label that blocks a text."""
+
+    def __post_init__(self) -> None:
+        limit = self.max_characters
+        require(limit is None or limit >= 1, f"max_characters={limit!r} must be at least 1, or None for no limit")
+        require(0 < self.threshold <= 1, f"threshold={self.threshold!r} must be above 0, and at most 1")
+        _ = self._checks  # raises for what cannot be checked
+
+    @cached_property
+    def _checks(self) -> dict[Where, list[Check]]:
+        """The checks of a prompt and of an output."""
+        custom = list(named(self.custom, self.labels, self.threshold))
+        return {
+            "prompt": [*self._shared(), *self._prompt(), *(Custom(*each, whole=True) for each in custom)],
+            "output": [*self._shared(), *self._output(), *(Custom(*each, whole=False) for each in custom)],
+        }
+
+    def _shared(self) -> Iterator[Check]:
+        """The checks of both."""
+        if self.max_characters is not None:
+            yield Length(self.max_characters)
+        if self.secrets:
+            yield from secret_patterns()
+        if self.personal_data:
+            yield from personal_patterns(check_regions(self.phone_regions))
+        yield from word_patterns(self.blocked_words)
+
+    def _prompt(self) -> Iterator[Check]:
+        """The checks of a prompt only."""
+        if self.control_tokens:
+            yield from control_patterns()
+        if self.injection:
+            yield from phrase_patterns()
+
+    def _output(self) -> Iterator[Check]:
+        """The checks of an output only."""
+        if self.repetition:
+            yield Repetition()
+
+    def check(self, text: str, where: Where = "prompt") -> Verdict:
+        """What was found in a whole text, and why; false where nothing was.
+
+        where: "prompt" for what a user writes, "output" for what a model generates.
+        """
+        require(where in ("prompt", "output"), f'where={where!r} must be "prompt" or "output"')
+        return self._begin(where).check(text)
+
+    def raise_if_found(self, text: str, where: Where = "prompt") -> None:
+        """Raises `Blocked`, a ValueError, for a text in which something is found."""
+        if verdict := self.check(text, where):
+            raise Blocked(verdict)
+
+    def __call__(self, text: str) -> str | None:
+        """A reason to block a text, be it a prompt or an output; None if nothing is found."""
+        found = [*self.check(text, "prompt").findings, *self.check(text, "output").findings]
+        return "; ".join(dict.fromkeys(map(str, found))) or None
+
+    def begin(self) -> StreamCheck[Any]:
+        """The checks of one output while it is generated: push each piece, then end it."""
+        return self._begin("output")
+
+    def stream(self, pieces: Iterable[Item]) -> Iterator[Item]:
+        """The pieces of an output (texts, or objects with a `text`), each once none of it can become part of a finding.
+
+        Raises `Blocked` at the first finding, before any of its characters was returned. `pieces` is closed at the end.
+        """
+        check: StreamCheck[Item] = self.begin()
+        try:
+            for piece in pieces:
+                yield from check.push(piece)
+            yield from check.end()
+        finally:
+            if close := getattr(pieces, "close", None):
+                close()
+
+    def _begin(self, where: Where) -> StreamCheck[Any]:
+        return StreamCheck([check.running() for check in self._checks[where]], where)
+
+    def _facts(self) -> dict[str, object]:
+        """The settings, for people to read: no blocked word is among them."""
+        names = ("max_characters", "secrets", "personal_data", "control_tokens", "injection", "repetition")
+        facts: dict[str, object] = {name: getattr(self, name) for name in names}
+        custom = [check.name for check in self._checks["prompt"] if isinstance(check, Custom)]
+        return {**facts, "blocked_words": len(self.blocked_words), "custom": ", ".join(custom) or None}
+
+    def __repr__(self) -> str:
+        return f"Guardrails({', '.join(f'{name}={value!r}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table("Guardrails", ("check", "setting"), self._facts().items())

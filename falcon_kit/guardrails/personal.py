@@ -1,0 +1,106 @@
+"""Personal data with a form that can be confirmed: addresses, payment cards, bank accounts, telephone numbers.
+
+Check digits, the structure of account numbers and the numbering plans come from python-stdnum and phonenumbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from falcon_kit.display.errors import require
+from falcon_kit.guardrails.matching import Pattern
+
+
+def _run(part: str, least: int, most: int, border: str) -> str:
+    """As many parts as there are, up to `most`; after fewer stands a border, so that there is one way to match."""
+    return rf"(?:(?:{part}){{{most}}}|(?:{part}){{{least},{most - 1}}}(?={border}))"
+
+
+_EMAIL = r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?=[^A-Za-z0-9-])"
+_CARD = (  # 4-4-4-4 and 4-6-5 in one spelling of the gaps, or all digits together
+    r"(?<!\d)(?:\d{4}([ .-])\d{4}\1\d{4}\1\d{4}|3\d{3}([ .-])\d{6}\2\d{4,5}|\d{13,19})(?=\D)"
+)
+_IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}" + _run(r" ?[A-Z0-9]", 11, 30, r"[^A-Z0-9 ]| [^A-Z0-9]")
+_SSN = r"(?<![\d-])\d{3}-\d{2}-\d{4}(?=[^\d-]|-\D)"
+_INTERNATIONAL = r"(?<![\w+])\+\d" + _run(r"[ ().-]{0,3}\d", 6, 15, r"[^\d ().-]|[ ().-]{1,3}[^\d ().-]|[ ().-]{4}")
+_UNITED_STATES = r"(?<![\w+(.,/-])(?<!\d )(?:\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}([.-])\d{3}\1\d{4})(?=[^\d/.,-]|[/.,-]\D)"
+_NATIONAL = r"(?<![\w+(.,/-])(?<!\d )\(?0\d{1,4}\)?[ /-]\d" + _run(r"[ -]?\d", 3, 10, r"[^\d /.,-]|[ /.,-]\D")
+_ISSUERS = {  # first digits, and the lengths of a card's number
+    ("4",): (13, 16, 19),
+    (*map(str, range(51, 56)), *map(str, range(2221, 2721))): (16,),
+    ("34", "37"): (15,),
+    ("6011", "65", *map(str, range(644, 650))): (16, 19),
+    ("36", "38", "39", *map(str, range(300, 306))): (14,),
+    tuple(map(str, range(3528, 3590))): (16,),
+    ("62",): (16, 17, 18, 19),
+}
+
+
+def is_card(value: str) -> bool:
+    """Whether the digits are a payment card's: the first digits and length of an issuer, and the check digit."""
+    from stdnum import luhn
+
+    digits = "".join(filter(str.isdigit, value))
+    issued = any(digits.startswith(first) and len(digits) in lengths for first, lengths in _ISSUERS.items())
+    return issued and bool(luhn.is_valid(digits))
+
+
+def is_iban(value: str) -> bool:
+    """Whether the text begins with an account number of the structure of its country, with its check digits."""
+    from stdnum import iban
+
+    return any(iban.is_valid(each) for each in _beginnings(value))
+
+
+def is_social_security_number(value: str) -> bool:
+    """Whether a number of the form 000-00-0000 can have been issued in the United States."""
+    from stdnum.us import ssn
+
+    return bool(ssn.is_valid(value))
+
+
+def is_phone_number(value: str, regions: Sequence[str | None]) -> bool:
+    """Whether the text begins with a number of the numbering plan of a region; None stands for numbers with "+"."""
+    import phonenumbers
+
+    def valid(number: str, region: str | None) -> bool:
+        try:
+            return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
+        except phonenumbers.NumberParseException:
+            return False
+
+    return any(valid(number, region) for number in _beginnings(value) for region in regions)
+
+
+def _beginnings(value: str) -> Iterator[str]:
+    """The whole text, and its beginnings up to a gap."""
+    yield value
+    for place in range(len(value) - 1, 4, -1):
+        if not value[place].isalnum():
+            yield value[:place]
+
+
+def check_regions(regions: Sequence[str]) -> tuple[str, ...]:
+    """The two-letter codes in capitals. Raises ValueError for one without a numbering plan."""
+    from phonenumbers import SUPPORTED_REGIONS
+
+    require(not isinstance(regions, str), f'phone_regions={regions!r} is one text: give a tuple, such as ("US", "DE")')
+    codes = tuple(each.upper() for each in regions)
+    unknown = [each for each in codes if each not in SUPPORTED_REGIONS]
+    require(not unknown, f'phone_regions={regions!r}: there is no region {", ".join(unknown)}; an example is "US"')
+    return codes
+
+
+def personal_patterns(regions: Sequence[str]) -> Iterator[Pattern]:
+    """The patterns of this check; numbers without "+" are telephone numbers of these regions."""
+    yield Pattern("personal_data", "an email address", _EMAIL)
+    yield Pattern("personal_data", "a payment card number", _CARD, valid=is_card)
+    yield Pattern("personal_data", "a bank account number (IBAN)", _IBAN, valid=is_iban)
+    yield Pattern("personal_data", "a US social security number", _SSN, valid=is_social_security_number)
+    yield Pattern(
+        "personal_data", "a telephone number", _INTERNATIONAL, valid=lambda text: is_phone_number(text, [None])
+    )
+    for expression in (_UNITED_STATES, _NATIONAL) if regions else ():
+        yield Pattern(
+            "personal_data", "a telephone number", expression, valid=lambda text: is_phone_number(text, regions)
+        )

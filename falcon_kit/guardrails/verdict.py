@@ -1,0 +1,61 @@
+"""What the checks found in a text, and why. None of these objects contains the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from falcon_kit.display.tables import html_table
+
+Where = Literal["prompt", "output"]
+"""Which checks run: those for what a user writes, or those for what a model generates."""
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One thing that a check found."""
+
+    span: tuple[int, int]
+    """Its first character and the one after its last, counted in the original text."""
+    check: str
+    """The check: "length", "secrets", "personal_data", "blocked_words", "control_tokens", "injection", "repetition",
+    or the name of a custom check."""
+    reason: str
+    """What was found, without the characters themselves."""
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.reason} (characters {self.span[0]} to {self.span[1]})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The findings in one text, in the order of their places. False if there are none."""
+
+    findings: tuple[Finding, ...]
+    """What was found."""
+    where: Where
+    """Which checks ran: those for a "prompt" or those for an "output"."""
+
+    @classmethod
+    def of(cls, findings: Iterable[Finding], where: Where) -> Verdict:
+        """The verdict with its findings sorted and each of them once."""
+        return cls(tuple(sorted(set(findings))), where)
+
+    def __bool__(self) -> bool:
+        return bool(self.findings)
+
+    def __str__(self) -> str:
+        return f"{self.where} blocked by {'; '.join(map(str, self.findings))}" if self else f"{self.where} passed"
+
+    def _repr_html_(self) -> str:
+        rows = [(each.check, each.reason, f"{each.span[0]} to {each.span[1]}") for each in self.findings]
+        return html_table(f"{self.where}: {'blocked' if self else 'passed'}", ("check", "reason", "characters"), rows)
+
+
+class Blocked(ValueError):
+    """The guardrails blocked a text. `.verdict` has the findings; neither it nor the message contains the text."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict

@@ -1,0 +1,189 @@
+"""The kit's own checks: what each finds, and what it leaves alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import falcon_kit
+from falcon_kit.generation.chat import FORMATS, render
+from falcon_kit.guardrails.guard import Guardrails
+from falcon_kit.guardrails.injection import SPECIAL_TOKENS
+from falcon_kit.guardrails.matching import Growing, Pattern
+from falcon_kit.guardrails.repetition import Repetition
+
+GUARD = Guardrails(phone_regions=("US", "DE", "GB"))
+
+
+def reasons(text, where="prompt", guard=GUARD):
+    return [finding.reason for finding in guard.check(text, where).findings]
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: hunter2hunter2",
+        'password = "Tr0ub4dor&3"',
+        "'api_key': 'f3a91b7c0d2e4f6a8b9c'",
+        "The password for the server is Tr0ub4dor&3",
+        "Das Passwort lautet: Sommer2024!",
+        "密码是 Example-9x7Q-lock",
+        "PASSWORD：Ｔr0ub4dor&3",
+    ],
+)
+def test_a_password_beside_its_name_is_found(text):
+    assert reasons(text) == ["a password or key beside its name"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: str",
+        "token = tokenizer.decode(ids)",
+        'api_key = os.environ["KEY"]',
+        "password = ********",
+        "password=$DATABASE_PASSWORD1",
+        "The password is wrong-headed",
+        "secret: https://example.com/page1",
+        "My password is forgotten",
+    ],
+)
+def test_code_and_talk_about_passwords_pass(text):
+    assert reasons(text) == []
+
+
+# Personal data
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4111 1111 1111 1111 12/27", "a payment card number"),
+        ("1. 4111111111111111", "a payment card number"),
+        ("3782 822463 10005", "a payment card number"),
+        ("４１１１ １１１１ １１１１ １１１１", "a payment card number"),
+        ("DE89 3704 0044 0532 0130 00", "a bank account number (IBAN)"),
+        ("GB29NWBK60161331926819", "a bank account number (IBAN)"),
+        ("SEND IT TO GB29 NWBK 6016 1331 9268 19 AND WAIT FOR AN ANSWER", "a bank account number (IBAN)"),
+        ("536-90-4399", "a US social security number"),
+        ("+1 202-555-0143 at 12", "a telephone number"),
+        ("(202) 555-0143", "a telephone number"),
+        ("020 7946 0958", "a telephone number"),
+        ("jane.roe+x@mail.example.co.uk.", "an email address"),
+    ],
+)
+def test_personal_data_is_found(text, expected):
+    assert reasons(text) == [expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4111 1111 1111 1112",
+        "1234567890123456",
+        "DE89 3704 0044 0532 0130 01",
+        "000-12-3456",
+        "2024-05-17",
+        "10.0.22631.3447",
+        "a@b",
+        "3.14159265358979323846",
+    ],
+)
+def test_other_numbers_pass(text):
+    assert reasons(text) == []
+
+
+def test_without_regions_only_numbers_with_a_country_code_are_found():
+    guard = Guardrails(phone_regions=())
+    assert reasons("(202) 555-0143", guard=guard) == []
+    assert reasons("+1 202-555-0143", guard=guard) == ["a telephone number"]
+
+
+# Blocked words
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "expected"),
+    [
+        ("ass", "You ASS!", 1),
+        ("ass", "grass passes Assam", 0),
+        ("ass", "你ass我", 1),
+        ("ass", "_ass_ ass_x", 0),
+        ("damn", "d\u200ba\u0336mn dаmn ｄａｍｎ", 3),
+        ("Mörder", "MÖRDER mo\u0308rder Mörderin", 2),
+        ("kill yourself", "kill\n yourself, Kill-yourself", 2),
+        ("炸弹", "这是炸弹吗", 1),
+        ("c++", "I like c++ and c", 1),
+        ("غبي", "غَبِيّ", 1),
+    ],
+)
+def test_a_blocked_word_is_found_at_its_borders(word, text, expected):
+    assert len(reasons(text, guard=Guardrails(blocked_words=(word,)))) == expected
+
+
+def test_a_span_of_a_blocked_word_refers_to_the_text_as_it_was_written():
+    (finding,) = Guardrails(blocked_words=("damn",)).check("Oh \ufeffd\u200bа\u0336mn!").findings
+    assert finding.span == (4, 10)
+
+
+# Control tokens and injection
+
+
+def test_the_special_tokens_are_those_of_the_vocabulary():
+    file = Path(falcon_kit.__file__).parent / "falconet" / "base" / "tokenizer.json"
+    tokens = [each["content"] for each in json.loads(file.read_text())["added_tokens"]]
+    assert set(SPECIAL_TOKENS) <= set(tokens)
+    assert tokens[:12] == list(SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_a_special_token_in_a_prompt_is_found(token):
+    assert reasons(f"Hello{token}there") == ["a special token of Falcon"]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda each: each.name)
+def test_a_turn_inside_a_message_is_found(format):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert any(reason.startswith("a chat marker") for reason in reasons(render(turns, format).strip()))
+
+
+def test_a_speaker_in_the_middle_of_a_line_passes():
+    assert reasons('The user: who is it? "User: hello" is the beginning.') == []
+
+
+# Repetition
+
+
+@pytest.mark.parametrize(
+    "unit", ["on ", "I do not know. ", "Q: What?\nA: A bird.\n", "好的,", "!", " ".join(map(str, range(30))) + ". "]
+)
+def test_endless_copies_are_found_and_a_few_pass(unit):
+    assert reasons(unit * 400, "output")[:1] in (["the same words over and over"], ["more than 8000 characters"])
+    assert reasons(unit * 4, "output") == []
+
+
+def test_the_end_of_the_copy_that_is_one_too_many_is_blocked():
+    text = "one two three four five six. " * 8
+    (finding,) = Guardrails().check(text, "output").findings
+    assert text[: finding.span[0]].count("six") == 6
+    assert text[slice(*finding.span)] == "."
+
+
+def test_the_limits_are_those_of_the_settings():
+    repetition = Repetition(copies=3, items=10)
+    assert [repetition.limit(period) for period in (1, 2, 4)] == [9, 8, 12]
+
+
+# Patterns
+
+
+def test_a_pattern_with_an_earlier_start_waits_for_its_end():
+    search, text = Pattern("x", "y", r"abcd(?=\W)|bc").running(), Growing()
+    text.add("abc")
+    assert search.read(text) == []
+    assert search.waiting(text) == 0
+    text.add("x")
+    assert [finding.span for finding in search.read(text)] == [(1, 3)]
