@@ -222,7 +222,7 @@ def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:
     if given is None:
         return list(range(count))
     given = plain_scalar(given)
-    return [given] if isinstance(given, int) else list(dict.fromkeys(given))
+    return [given] if isinstance(given, int) else list(dict.fromkeys(map(plain_scalar, given)))
 
 
 def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:

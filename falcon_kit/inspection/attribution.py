@@ -178,7 +178,9 @@ def _path_integral(inspected: InspectedModel, ids: list[int], target: int, steps
     points, weights = (torch.tensor(each) / 2 for each in np.polynomial.legendre.leggauss(steps))
     with torch.no_grad():
         embed = inspected.decoder.get_input_embeddings()
-        start, end = (embed(inspected.input_ids(each)) for each in (_baseline(inspected, ids), ids))  # (1, T, d_model)
+        start, end = (
+            embed(inspected.input_ids(each)).detach() for each in (_baseline(inspected, ids), ids)
+        )  # (1, T, d_model)
     total = torch.zeros_like(end[0], dtype=torch.float32)
     batch = _batch_size(inspected.spec, end)
     with _frozen(inspected.model), torch.inference_mode(False), torch.enable_grad():

@@ -29,11 +29,11 @@ def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
     [
         ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
         ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
-        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but here are 'cpu'"),
+        ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but this machine has 'cpu'"),
         ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
         ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
         ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
-        ({"offload": "cpu"}, r"offload='cpu' is for layers that find no room on a GPU, and there is none here"),
+        ({"offload": "cpu"}, r"offload='cpu' moves layers from a GPU to host memory, but there is no GPU here"),
         ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes on the device that holds the weights"),
         ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' chooses the device of each layer"),
     ],
