@@ -51,8 +51,8 @@ class Column:
     def in_force(self, settings: Sampling) -> Sampling:
         """The settings with "off" written out where the checkpoint's value would count instead."""
         unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
-        off: dict[str, Any] = {"top_k": self.falcon.spec.vocabulary, "temperature": 1.0, "top_p": 1.0}
-        return replace(settings, **{name: value for name, value in off.items() if name in unset})
+        off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
+        return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
 
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of the KV cache for so many tokens, by the model's memory plan; None for an endpoint."""
