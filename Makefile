@@ -16,7 +16,7 @@ demo: .venv/.demo  ## run the model card's example on the embedded model, a minu
 lab: .venv/.lab  ## open the notebooks in JupyterLab (ARGS="--no-browser" and the like are passed on)
 	$(RUN) -m jupyterlab notebooks $(ARGS)
 
-quick: lint  ## lint, types, and the tests that take less than a second each: under two minutes
+quick: lint  ## lint, types, and the tests that are not slow: under two minutes
 	$(RUN) -m pytest -q -m "not slow" tests $(ARGS)
 
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)

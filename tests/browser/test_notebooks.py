@@ -29,14 +29,14 @@ def opened(guarded: Guarded, lab: str, folder: Path, name: str) -> Notebook:
 
 def test_the_playground_of_its_notebook_is_alive(page: Guarded, lab: str, folder: Path):
     notebook = opened(page, lab, folder, "02_playground.ipynb")
-    pad = notebook.run_until("pad = fk.playground(falcon)").locator(".fk-playground")
+    pad = notebook.run_until("playground = fk.playground(falcon)").locator(".fk-playground")
     pad.get_by_label("Examples").select_option("Counting")
     pad.locator(".fk-composer textarea").press("Control+Enter")
     expect(pad.locator(".fk-history li")).to_have_count(1)
-    typed = notebook.python("print(pad.session.turns[0].answers[0].text)")
+    typed = notebook.python("print(playground.session.turns[0].answers[0].text)")
     expect(pad.locator(".fk-generated")).to_have_text(typed)
     notebook.run_until("session.generate(fk.CARD.prompt)")
-    called = notebook.python("print(pad.session.turns[0].answers[0].text)")
+    called = notebook.python("print(playground.session.turns[0].answers[0].text)")
     expect(pad.locator(".fk-generated")).to_have_text(called)
 
 
