@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -103,9 +102,16 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
     return f"a weight of {weight} there" if kind in sides and shape[own] != weight[other] else ""
 
 
+def read_config(adapter: Path) -> Any:
+    """The PeftConfig in an adapter's folder. PEFT imports bitsandbytes, which `quantization.py` has to import first."""
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(str(adapter))
+
+
 def check_contents(adapter: Path) -> None:
     """Raises ValueError for an adapter that cannot be added to weights: incomplete, or of another kind."""
-    config: Any = PeftConfig.from_pretrained(str(adapter))
+    config = read_config(adapter)
     if config.is_prompt_learning:
         raise ValueError(
             f"the adapter in {adapter} is of the type {config.peft_type.value}: it adds virtual tokens to the "
@@ -115,11 +121,11 @@ def check_contents(adapter: Path) -> None:
         raise ValueError(
             f"{weights_file(adapter)} holds no weights: the adapter was not saved completely, save it again"
         )
-    if isinstance(config, LoraConfig):
+    if config.peft_type == "LORA":
         _check_lora(adapter, config, matrices)
 
 
-def _check_lora(adapter: Path, config: LoraConfig, matrices: Mapping[str, Tensor]) -> None:
+def _check_lora(adapter: Path, config: Any, matrices: Mapping[str, Tensor]) -> None:
     r, alpha = config.r, config.lora_alpha
     if not (isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha)):
         raise ValueError(
@@ -144,7 +150,7 @@ def base_name(adapter: Path) -> str:
     """The base model's name in an adapter's config; FileNotFoundError where there is no adapter."""
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json: give the folder of an adapter")
-    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    return str(read_config(adapter).base_model_name_or_path)
 
 
 def weights_file(adapter: Path) -> Path:
@@ -191,7 +197,9 @@ def refused_pickle(file: Path | str) -> str:
 
 def fields_beyond_lora(adapter: Path) -> list[str]:
     """The fields of an adapter's config that only PEFT can merge: use_dora, bias, modules_to_save and others."""
-    config = PeftConfig.from_pretrained(str(adapter))
+    from peft import LoraConfig
+
+    config = read_config(adapter)
     if not isinstance(config, LoraConfig):
         return [str(config.peft_type)]
     defaults = vars(LoraConfig())
@@ -258,7 +266,7 @@ def merged_weights(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyM
             f"the adapter in {adapter} is more than plain LoRA ({', '.join(fields)}): fk.merge(adapter, base) merges "
             "it through PEFT"
         )
-    config: Any = PeftConfig.from_pretrained(str(adapter))
+    config = read_config(adapter)
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     matrices = read_matrices(adapter)
     return {
