@@ -17,7 +17,7 @@ lab: .venv/.lab  ## open the notebooks in JupyterLab (ARGS="--no-browser" and th
 	$(RUN) -m jupyterlab notebooks $(ARGS)
 
 quick: lint  ## lint, types, and the tests that are not slow: under two minutes
-	$(RUN) -m pytest -q -m "not slow" tests $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow" tests $(ARGS)
 
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
 	$(RUN) -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)

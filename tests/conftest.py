@@ -35,13 +35,13 @@ settings.load_profile("falcon-kit")
 
 
 SLOW = {*Path(__file__).with_name("slow.txt").read_text().split()}
-"""Names of the test functions that `make quick` leaves out: over 0.3 s a case, or 0.8 s for all cases of a function."""
+"""What `make quick` leaves out: test functions of over 0.3 s a case or 0.8 s in all, and files with slow fixtures."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the slow tests: those of `SLOW`, and all tests in a browser."""
     for item in items:
-        if getattr(item, "originalname", None) in SLOW or item.path.parent.name == "browser":
+        if {getattr(item, "originalname", None), item.path.name} & SLOW or item.path.parent.name == "browser":
             item.add_marker(pytest.mark.slow)
 
 

@@ -208,7 +208,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_every_slow_test_exists():
-    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    names, sources = {path.name for path in files}, "".join(path.read_text() for path in files)
     slow = (ROOT / "tests/slow.txt").read_text().split()
-    assert [name for name in slow if f"def {name}(" not in sources] == []
+    assert [name for name in slow if name not in names and f"def {name}(" not in sources] == []
     assert slow == sorted(set(slow))
