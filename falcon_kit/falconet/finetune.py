@@ -38,7 +38,7 @@ def packed(falcon: Falcon, chats: Documents, seed: int) -> Packed:
     first, second = (
         pack(
             mix(half, _web_texts(seed + number), WEB_FRACTION, tokenizer=falcon.tokenizer, seed=seed),
-            replace(falcon, chat_format=form),
+            replace(falcon, loaded_format=form),
             CONTEXT,
         )
         for number, (half, form) in enumerate(zip(halves, (FALCON, BAIZE), strict=True))

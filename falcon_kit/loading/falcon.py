@@ -11,6 +11,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.own_format import own_format
 from falcon_kit.generation.prompts import Prompt
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
@@ -34,12 +35,18 @@ class Falcon:
     """Its published or configured shape."""
     plan: Plan
     """The memory plan made before the weights were read."""
-    chat_format: ChatFormat
-    """The format in which `chat` writes messages."""
+    loaded_format: ChatFormat
+    """The chat format that `load` chose."""
     dtype_reason: str
     """The reason for the dtype of the weights."""
     decoding: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
+    loaded_template: Any = None
+    """The tokenizer's chat template as it was then."""
+
+    def __post_init__(self) -> None:
+        if self.loaded_template is None:
+            object.__setattr__(self, "loaded_template", self.tokenizer.chat_template)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -74,9 +81,9 @@ class Falcon:
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
-        stop = settings.get("stop") or ()
-        stop = (*self.chat_format.stop, *((stop,) if isinstance(stop, str) else stop))
-        ids = encode(messages, self.tokenizer, self.chat_format)
+        format, stop = self.chat_format, settings.get("stop") or ()
+        stop = (*format.stop, *((stop,) if isinstance(stop, str) else stop))
+        ids = encode(messages, self.tokenizer, format)
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
             ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id])]  # templates end an answer with it
@@ -87,6 +94,13 @@ class Falcon:
         settings = arguments.expand_generation_config(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The format in which `chat` writes messages; that of the tokenizer's chat template, if it was set since."""
+        if self.tokenizer.chat_template in (None, self.loaded_template):
+            return self.loaded_format
+        return own_format(self.tokenizer, "tokenizer.chat_template")
 
     @property
     def generation_settings(self) -> dict[str, Any]:

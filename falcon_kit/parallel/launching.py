@@ -43,10 +43,11 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any
     falcon = ParallelFalcon(workers, directory, *parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        falcon._receive_answers(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
+        answers = falcon._receive_answers(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
     except BaseException:
         falcon.close()
         raise
+    falcon.generation_settings = answers[0]["generation_settings"]
     return falcon
 
 
@@ -82,6 +83,9 @@ class ParallelFalcon:
         """The name that `fk.load` loads this model by."""
         self.ranks: tuple[Rank, ...] = ()
         """The processes, with the bytes that each held after the last request."""
+        self.generation_settings: Mapping[str, Any] = {}
+        """As `Falcon.generation_settings`."""
+        self._template = tokenizer.chat_template
         self._workers, self._lock, self._numbers = workers, threading.Lock(), count()
 
     @property
@@ -143,6 +147,11 @@ class ParallelFalcon:
         """Sends a request to all ranks and returns the generated texts. emit: called with each piece of a stream."""
         if self._workers.closed:
             raise RuntimeError("the processes of this model have ended: load it again")
+        if _is_conversation(prompt) and self.tokenizer.chat_template != self._template:
+            raise ValueError(
+                "the tokenizer's chat template was changed after loading, and the processes have another: load the "
+                "model again with chat=fk.ChatFormat('mine', template=falcon.tokenizer.chat_template)"
+            )
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("another text is being generated: let its stream end, or close() it, first")
         try:
@@ -230,6 +239,11 @@ class _RemoteText:
         """The generation of a text that was cancelled before its first token; its prompt is not encoded."""
         prompt = self._prompt if isinstance(self._prompt, str) else str(self._prompt)
         return Generation(prompt, "", (), (), "cancelled", Stats(1, 0, 0, 0.0, 0.0, 0))
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, which the chat template renders."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _check_json(prompt: Any, settings: dict[str, Any]) -> None:
