@@ -21,6 +21,7 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.explanation.view import Explanation, explain
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -55,6 +56,7 @@ __all__ = [
     "Documents",
     "Endpoint",
     "Environment",
+    "Explanation",
     "Falcon",
     "FalconSpec",
     "Generation",
@@ -84,6 +86,7 @@ __all__ = [
     "connect",
     "dialogues",
     "environment",
+    "explain",
     "export_gguf",
     "guardrails",
     "induction",
@@ -106,6 +109,7 @@ _ON_FIRST_USE = {
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
+    "explanation.view": "Explanation explain",
     "guardrails.guard": "Guardrails",
     "inspection.ablation": "Ablation ablate ablated",
     "inspection.attention": "AttentionView attention induction repeated_tokens",
