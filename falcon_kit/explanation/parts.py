@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers.models.falcon import modeling_falcon as stock
 
-import falcon_kit
 from falcon_kit.catalogue.memory import dtype_name, layer_kv_bytes
 from falcon_kit.explanation.record import NORMS, LayerRecord
 from falcon_kit.explanation.route import Step, attention_scores
@@ -28,7 +27,7 @@ NAMED = 50
 """Next tokens that are sent with their text."""
 _SIDE = 64
 """Cells on a side of a head's map; the map of a longer text is max-pooled."""
-_PACKAGE = Path(falcon_kit.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 Part = dict[str, Any]
 

@@ -152,12 +152,12 @@ class Explanation(HasPage, anywidget.AnyWidget):
     def _layer(self, layer: int, position: int) -> Part:
         return layer_part(self._record(layer).layer, check_index(position, len(self.ids), "position"))
 
-    def _head(self, layer: int, position: int, head: int, key: int | None = None) -> Part:
+    def _head(self, layer: int, position: int, head: int, attended: int | None = None) -> Part:
         check_index(position, len(self.ids), "position")
         head = check_index(head, self._inspected.spec.query_heads, "head")
-        if key is not None:
-            check_index(key, position + 1, "key")
-        return head_part(self._record(layer).layer, position, head, key)
+        if attended is not None:
+            check_index(attended, position + 1, "key")
+        return head_part(self._record(layer).layer, position, head, attended)
 
     def _route(self) -> list[Part]:
         return route_part(route(self._inspected, self.ids))

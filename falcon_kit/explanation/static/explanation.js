@@ -18,7 +18,7 @@ function storedModel(data) {
 }
 
 function render({ model, el }) {
-  const state = { layer: 0, head: 0, position: 0, key: null };
+  const state = { layer: 0, head: 0, position: 0, attended: null };
   const parts = new Map(); // what was received, by request
   const waiting = new Map(); // {resolve} of what was asked for, by request
   let text = null;
@@ -58,7 +58,7 @@ function render({ model, el }) {
   }
 
   function choose(changes) {
-    if (!("key" in changes)) state.key = null;
+    if (!("attended" in changes)) state.attended = null; // the earlier token that this head attends to most
     Object.assign(state, changes);
     return update();
   }
@@ -69,8 +69,8 @@ function render({ model, el }) {
 
   async function update() {
     const number = ++drawing;
-    const { layer, position, head: at, key } = state;
-    const [layerPart, headPart] = await Promise.all([ask("layer", { layer, position }), ask("head", { layer, position, head: at, key: key ?? "" })]);
+    const { layer, position, head: at, attended } = state;
+    const [layerPart, headPart] = await Promise.all([ask("layer", { layer, position }), ask("head", { layer, position, head: at, attended: attended ?? "" })]);
     if (number !== drawing) return; // something else was chosen meanwhile
     const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored) };
     for (const each of stages) each.update(now);

@@ -101,7 +101,7 @@ function keysTable({ head, text, state, layer, fixed }, act) {
   const probabilities = unpack(layer.probabilities).subarray(state.head * width, (state.head + 1) * width);
   const best = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 12).sort((a, b) => a - b);
   const rows = best.map((at) => {
-    const name = h("button", { type: "button", class: "fk-link", disabled: fixed, "aria-pressed": String(at === head.key_position), onclick: () => act.choose({ key: at }) }, tokenText(text.tokens[at].text), ` ${at}`);
+    const name = h("button", { type: "button", class: "fk-link", disabled: fixed, "aria-pressed": String(at === head.key_position), onclick: () => act.choose({ attended: at }) }, tokenText(text.tokens[at].text), ` ${at}`);
     return h("tr", { "data-info": `key ${at}: score ${figure(scores[at])}, probability ${share(probabilities[at])}, norm of its value ${figure(norms[at])}` }, h("th", { scope: "row" }, name), h("td", { "data-value": scores[at] }, figure(scores[at])), h("td", {}, bar(probabilities[at])), h("td", { "data-value": probabilities[at] }, share(probabilities[at])), h("td", { "data-value": norms[at] }, figure(norms[at])));
   });
   const caption = best.length < width ? `The ${best.length} most attended of ${width} keys` : `All ${plural(width, "key")}`;

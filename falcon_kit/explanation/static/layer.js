@@ -59,7 +59,7 @@ function embeddingStage() {
 function normsStage() {
   const view = stage("norms", "LayerNorm");
   const sentences = {
-    two: "Falcon-40B has two LayerNorms side by side: one prepares the input of attention, the other that of the feed-forward block.",
+    two: "Two LayerNorms stand side by side, as in the 40B: one prepares the input of attention, the other that of the feed-forward block.",
     one: "One LayerNorm prepares the input of attention and of the feed-forward block, which run in parallel.",
     sequential: "The first LayerNorm comes before attention, the second after it, before the feed-forward block.",
   };
