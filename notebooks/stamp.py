@@ -37,10 +37,11 @@ try:
 except ImportError:
     folders = Path(globals().get("__vsc_ipynb_file__", "notebook")).resolve().parents
     checkout = next((str(each) for each in folders if (each / "falcon_kit").is_dir()), "")
-    source = os.environ.get("FALCON_KIT_SOURCE") or checkout  # a wheel, a folder, or git+https://...
+    source = os.environ.get("FALCON_KIT_SOURCE") or checkout
     if not source or not ("://" in source or Path(source).exists()):
-        raise ImportError("set FALCON_KIT_SOURCE to Falcon Kit's wheel, folder or git address, and run this again")
-    source = source if "://" in source else str(Path(source).resolve())  # never a name in a package index
+        remedy = "set FALCON_KIT_SOURCE to Falcon Kit's wheel, folder or git address, run this again"
+        raise ImportError(remedy) from None
+    source = source if "://" in source else str(Path(source).resolve())  # no name in an index
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()
     import falcon_kit as fk"""

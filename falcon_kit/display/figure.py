@@ -29,7 +29,8 @@ STYLE: Mapping[str, Any] = {
     "legend.frameon": False,
     "figure.dpi": _DPI,
 }
-"""matplotlib settings for a light and a dark background. In a notebook: `plt.style.use(STYLE)`."""
+"""matplotlib settings for a light and a dark background. In a notebook: `matplotlib.rcParams.update(STYLE)`, then
+`new_figure`. (Jupyter gives a figure of pyplot a white background if its own is transparent.)"""
 
 
 def drawing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -23,7 +23,7 @@ def check(exercise: str | float, answer: Any = None, *given: Any) -> Outcome:
     if number not in known:
         return Outcome(number, False, unknown_name("exercise", number, list(known)))
     form = (inspect.getdoc(known[number]) or "").replace("\n", " ")
-    if answer is None or answer is ...:
+    if _is_empty(answer):
         return Outcome(number, False, f"There is no answer yet. Expected: {form}")
     try:
         return Outcome(number, True, known[number](answer, *given))
@@ -32,6 +32,12 @@ def check(exercise: str | float, answer: Any = None, *given: Any) -> Outcome:
     except Exception as error:  # noqa: BLE001 (an answer can be of any type, also a function of the reader's)
         problem = f"{type(error).__name__}: {error}"
         return Outcome(number, False, f"The check stopped at this answer ({problem}). Expected: {form}")
+
+
+def _is_empty(answer: Any) -> bool:
+    """Whether an answer is None, `...`, or a container in which one of these is left."""
+    inside = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, list | tuple) else ()
+    return answer is None or answer is ... or any(_is_empty(each) for each in inside)
 
 
 @cache

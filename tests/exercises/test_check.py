@@ -14,7 +14,7 @@ def crash(*_):
 
 
 @pytest.mark.parametrize("exercise", list(all_checks()))
-@pytest.mark.parametrize("answer", [None, ...])
+@pytest.mark.parametrize("answer", [None, ..., [1, ...], {"share": ...}, (None, 2)], ids=repr)
 def test_no_answer_gets_the_form_of_the_answer(exercise, answer):
     outcome = fk.check(exercise, answer)
     assert not outcome

@@ -102,7 +102,7 @@ def test_a_relative_path_is_no_name_for_pip(tmp_path):
 @pytest.mark.parametrize("source", ["", "falcon-kit", "/missing/kit.whl"])
 def test_nothing_to_install_from_is_one_sentence_and_never_a_name_on_an_index(place, source):
     said, installed = place.run(place.folder, FALCON_KIT_SOURCE=source)
-    assert said == "ImportError: set FALCON_KIT_SOURCE to Falcon Kit's wheel, folder or git address, and run this again"
+    assert said == "ImportError: set FALCON_KIT_SOURCE to Falcon Kit's wheel, folder or git address, run this again"
     assert installed is None
 
 

@@ -1,6 +1,7 @@
 """Every committed notebook is short and clean, and its outputs belong to its source."""
 
 import base64
+import io
 import re
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 from falcon_kit.exercises.check import all_checks
 
@@ -104,6 +106,18 @@ def test_the_picture_in_the_readme_is_the_notebooks():
     (tagged,) = [cell for cell in cells if "readme" in cell.metadata.get("tags", [])]
     pictures = [base64.b64decode(output.data["image/png"]) for output in tagged.outputs if "image/png" in output.data]
     assert [(NOTEBOOKS.parent / "docs" / "01_inference.png").read_bytes()] == pictures
+
+
+def pictures(notebook):
+    found = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    return [(base64.b64decode(output.data["image/png"]), output.metadata) for output in found]
+
+
+@each_notebook
+def test_pictures_have_no_background_of_their_own(notebook):
+    corners = [Image.open(io.BytesIO(picture)).convert("RGBA").getpixel((0, 0))[3] for picture, _ in pictures(notebook)]
+    assert set(corners) <= {0}
+    assert [metadata for _, metadata in pictures(notebook) if "needs_background" in metadata] == []
 
 
 # Style
