@@ -21,6 +21,8 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.exercises.check import check
+    from falcon_kit.exercises.outcome import Outcome
     from falcon_kit.explanation.view import Explanation, explain
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from falcon_kit.loading.load import load
     from falcon_kit.loading.merging import Merged, merge
     from falcon_kit.parallel.launching import ParallelFalcon
+    from falcon_kit.planning.requirements import Requirements, requirements
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
     from falcon_kit.serving.stream import IncompleteAnswer
@@ -65,10 +68,12 @@ __all__ = [
     "LensView",
     "Merged",
     "NotEnoughMemory",
+    "Outcome",
     "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
+    "Requirements",
     "Sampling",
     "Stats",
     "Stream",
@@ -82,6 +87,7 @@ __all__ = [
     "attribute",
     "catalogue",
     "chat_format",
+    "check",
     "compare_tokens",
     "connect",
     "dialogues",
@@ -99,6 +105,7 @@ __all__ = [
     "playground",
     "published_tokens",
     "repeated_tokens",
+    "requirements",
     "sample_texts",
     "spec",
     "tokens",
@@ -106,10 +113,12 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "exercises.check": "check",
+    "exercises.outcome": "Outcome",
+    "explanation.view": "Explanation explain",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
-    "explanation.view": "Explanation explain",
     "guardrails.guard": "Guardrails",
     "inspection.ablation": "Ablation ablate ablated",
     "inspection.attention": "AttentionView attention induction repeated_tokens",
@@ -121,6 +130,7 @@ _ON_FIRST_USE = {
     "loading.load": "load",
     "loading.merging": "Merged merge",
     "parallel.launching": "ParallelFalcon",
+    "planning.requirements": "Requirements requirements",
     "serving.endpoint": "Endpoint connect",
     "serving.gguf": "export_gguf",
     "serving.stream": "IncompleteAnswer",
