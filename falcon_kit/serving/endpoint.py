@@ -99,6 +99,15 @@ class Endpoint:
         require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
         return self._generate_all([self._chat_request(messages, sampling, options)], strip=True)[0]
 
+    def accepts(self, **settings: Any) -> bool:
+        """Whether the endpoint has a field for each of these settings of `generate`."""
+        sampling, options = split_settings(settings)
+        try:
+            self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))
+        except ValueError:
+            return False
+        return True
+
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
         """The request for a conversation."""
         checked = check_messages(messages)
@@ -271,7 +280,7 @@ def _find_spec(model: str) -> FalconSpec | None:
 def _answer(request: Request, strip: bool) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip)
+    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip, request.sampling.alternatives)
 
 
 def _with_shared_stats(generations: list[Generation]) -> list[Generation]:

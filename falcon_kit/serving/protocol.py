@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
-from falcon_kit.generation.text import FinishReason
+from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import Unavailable, connection_error, error_message, http_error, parse_json
 
@@ -67,16 +67,28 @@ class Delta:
     """Tokens of the prompt, if the endpoint reports them."""
     new_tokens: int | None = None
     """Tokens generated so far, if the endpoint reports them."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The most probable tokens of this step, in descending order, if the request asks for them."""
 
     def __post_init__(self) -> None:
         """Raises TypeError for values of other types, which come from a malformed event."""
-        numbers = (self.token_id, self.prompt_tokens, self.new_tokens)
+        numbers = (self.token_id, self.prompt_tokens, self.new_tokens, *(each.token_id for each in self.alternatives))
         if not (
-            isinstance(self.text, str)
-            and isinstance(self.logprob, int | float)
+            all(isinstance(each.text, str) for each in (self, *self.alternatives))
+            and all(isinstance(each.logprob, int | float) for each in (self, *self.alternatives))
             and all(each is None or type(each) is int for each in numbers)
         ):
             raise TypeError(f"wrong types in an event: {self}")
+
+
+def likeliest(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
+    """Alternatives in descending order of their log-probability: some servers list the generated token first."""
+    return tuple(sorted(alternatives, key=lambda each: -each.logprob))
+
+
+def logprob_or(unknown: float, value: Any) -> float:
+    """A log-probability that a server sends, or `unknown` for null: JSON cannot write -inf."""
+    return unknown if value is None else value
 
 
 @dataclass(frozen=True)
@@ -139,16 +151,17 @@ async def retry_stream(
         await asyncio.sleep(pause)
 
 
-def map_settings(request: Request, server: str, names: Mapping[str, str]) -> dict[str, Any]:
+def map_settings(request: Request, server: str, names: Mapping[str, str], more: Collection[str] = ()) -> dict[str, Any]:
     """The request's options under the endpoint's names; `names` maps transformers' names to these.
 
+    `more`: the fields of `Sampling` that this endpoint supports beside those that all support.
     Raises ValueError for a setting that has no field, with what to do instead: no setting is dropped silently.
     """
     sampling = request.sampling
     for each in fields(sampling):
         value = getattr(sampling, each.name)
         advice = _ADVICE.get(each.name, "leave it out")
-        supported = each.name in _SUPPORTED or value == each.default
+        supported = each.name in (*_SUPPORTED, *more) or value == each.default
         require(supported, f"{server} has no field for {each.name}={value!r}: {advice}")
     require(
         sampling.top_k is None or "top_k" in names,
@@ -160,11 +173,14 @@ def map_settings(request: Request, server: str, names: Mapping[str, str]) -> dic
     return {names[name]: value for name, value in request.options.items()}
 
 
-async def get_json(url: str, connection: Connection) -> tuple[int, Any]:
-    """The status of a GET, and its content if that is JSON. Raises for a refused key, a redirect, a busy endpoint."""
+async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+    """The status of a GET, or of a POST of `content`, and what is returned if that is JSON.
+
+    Raises for a refused key, a redirect, a busy endpoint.
+    """
     try:
         async with connection.client() as client:
-            response = await client.get(url)
+            response = await client.request("GET" if content is None else "POST", url, json=content)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection.timeout) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):

@@ -79,9 +79,9 @@ class SageMakerServer:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
                 *lines, unfinished = (unfinished + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
                 for line in lines:
-                    for delta in self._read(line):
+                    for delta in self._read(line, body):
                         yield delta
-            for delta in self._read(unfinished):
+            for delta in self._read(unfinished, body):
                 yield delta
         finally:
             stream.close()
@@ -108,12 +108,12 @@ class SageMakerServer:
         except (HTTPError, OSError) as error:
             raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
-    def _read(self, line: bytes) -> list[Delta]:
-        """The deltas of a line: an event of TGI, or a chunk of the OpenAI protocol."""
+    def _read(self, line: bytes, body: dict[str, Any]) -> list[Delta]:
+        """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
         with reading(self.facts.address):
             text = line.decode()
             if self._api == "tgi":
-                delta = tgi.read_event(text, self.facts.address)
+                delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
                 return [delta] if delta else []
             chunk = parse_json(text.removeprefix("data:"))
             return list(openai_api.read_chunk(chunk)) if isinstance(chunk, dict) else []

@@ -247,7 +247,7 @@ def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     }
     ids = falcon.tokenizer(body["inputs"])["input_ids"]
     text, end, tokens = "", falcon.tokenizer.eos_token_id, []
-    stream = falcon.stream(body["inputs"], **settings)
+    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
     for index, piece in enumerate(stream, 1):
         tokens.append(piece.token_id)
         special = piece.token_id == end
@@ -270,9 +270,11 @@ def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "seed": given.get("seed"),
             "input_length": len(ids),
         }
+        top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
         yield {
             "index": index,
             "token": token,
+            **({"top_tokens": top} if top else {}),
             "generated_text": text if reason else None,
             "details": details if reason else None,
         }
