@@ -6,10 +6,10 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 
 import json
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -19,7 +19,19 @@ from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
-from falcon_kit.serving.protocol import Delta, Facts, Request, ask_json, likeliest, logprob_or, map_settings
+from falcon_kit.serving.protocol import (
+    Delta,
+    Facts,
+    Request,
+    ask_about_prompt,
+    ask_json,
+    length,
+    likeliest,
+    logprob_or,
+    map_settings,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,13 @@ class Dialect:
     """Whether a request has to ask for the token counts."""
     token_prompts: bool = False
     """Whether a prompt may be token ids."""
+    counts: bool = False
+    """Whether it counts the tokens of a prompt."""
+
+    @property
+    def sampling_fields(self) -> list[str]:
+        """The fields of `Sampling` that not all servers support."""
+        return [name for name, has in (("alternatives", self.logprobs), ("max_length", self.counts)) if has]
 
 
 VLLM = Dialect(
@@ -60,6 +79,7 @@ VLLM = Dialect(
     lists_generated=True,
     accepts_stop=True,
     token_prompts=True,
+    counts=True,
 )
 LLAMA_CPP = Dialect(
     name="llama.cpp",
@@ -68,6 +88,7 @@ LLAMA_CPP = Dialect(
     extra={"timings_per_token": True},
     logprobs=True,
     token_prompts=True,
+    counts=True,
 )
 _GENERATION = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True, usage=False)
@@ -97,7 +118,7 @@ class OpenAIServer:
     def body(self, request: Request) -> dict[str, Any]:
         """The fields of a completion, or of a chat completion."""
         dialect, sampling = self._dialect, request.sampling
-        options = map_settings(request, dialect.name, dialect.fields, ("alternatives",) if dialect.logprobs else ())
+        options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
         likely = max(1, sampling.alternatives)
         body: dict[str, Any] = {"model": self.facts.model, "max_tokens": request.new_tokens, "stream": True}
         body |= dialect.extra
@@ -134,6 +155,22 @@ class OpenAIServer:
                             yield await self._name_control_tokens(delta)
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise self._explain(error) from None  # the client's own error may quote the request
+
+    async def count(self, request: Request) -> int:
+        """The tokens of the prompt or of the conversation in the endpoint's template."""
+        if not isinstance(request.prompt, str | None):
+            return len(request.prompt)
+        messages = {"messages": [dict(message) for message in request.messages]}
+        if self._dialect is VLLM:
+            given = messages if request.prompt is None else {"prompt": request.prompt}
+            content = {"model": self.facts.model} | given
+            return await self._ask("tokenize", content, lambda answer: count(answer["count"]))
+        text = request.prompt or await self._ask("apply-template", messages, lambda answer: answer["prompt"])
+        content = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
+        return await self._ask("tokenize", content, lambda answer: length(answer["tokens"]))
+
+    def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
+        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)
 
     async def _name_control_tokens(self, delta: Delta) -> Delta:
         """The delta with the texts of control tokens among its alternatives, which llama.cpp leaves out."""

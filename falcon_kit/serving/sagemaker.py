@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
@@ -14,6 +15,7 @@ from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import Delta, Facts, Request
 
+_VLLM = replace(openai_api.VLLM, counts=False)  # SageMaker forwards no other path
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
 REFUSED = (
     "AccessDeniedException",
@@ -39,7 +41,7 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._openai = openai_api.OpenAIServer("http://unused", self.facts, openai_api.VLLM, connection)
+        self._openai = openai_api.OpenAIServer("http://unused", self.facts, _VLLM, connection)
         self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -48,6 +50,10 @@ class SageMakerServer:
             return {**tgi.body(request, self.facts.server), "stream": True}
         body = self._openai.body(request)
         return {name: value for name, value in body.items() if name != "model"}
+
+    async def count(self, request: Request) -> int:
+        """Not possible: SageMaker has no path for it, so `body` refuses `max_length`."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raises LookupError for an endpoint that does not exist, `Unavailable` for one that is not in service yet.

@@ -5,7 +5,7 @@ lines. Schema: https://huggingface.github.io/text-generation-inference (StreamRe
 """
 
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 import httpx2
@@ -14,7 +14,17 @@ from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
-from falcon_kit.serving.protocol import Delta, Facts, Request, ask_json, likeliest, logprob_or, map_settings
+from falcon_kit.serving.protocol import (
+    Delta,
+    Facts,
+    Request,
+    ask_about_prompt,
+    ask_json,
+    length,
+    likeliest,
+    logprob_or,
+    map_settings,
+)
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
@@ -33,7 +43,11 @@ class TGIServer:
 
     def body(self, request: Request) -> dict[str, Any]:
         """As the function `body`."""
-        return body(request, self.facts.server)
+        return body(request, self.facts.server, ("max_length",))
+
+    async def count(self, request: Request) -> int:
+        """The tokens of the prompt, by POST /tokenize, which lists them."""
+        return await ask_about_prompt(f"{self._url}/tokenize", self.connection, {"inputs": request.prompt}, length)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the delta of each event."""
@@ -52,10 +66,10 @@ class TGIServer:
             raise connection_error(error, address, self.connection.timeout) from None
 
 
-def body(request: Request, server: str) -> dict[str, Any]:
-    """TGI's GenerateRequest: the prompt and its GenerateParameters."""
+def body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
+    """TGI's GenerateRequest: the prompt and its GenerateParameters. more: as in `map_settings`."""
     sampling = request.sampling
-    options = map_settings(request, server, _NAMES, ("alternatives",))
+    options = map_settings(request, server, _NAMES, ("alternatives", *more))
     require(
         isinstance(request.prompt, str),
         f"{server} has no field for token ids or a conversation: give a text, or connect with chat='falcon'",

@@ -215,6 +215,9 @@ def tgi(falcon: Any) -> Script:
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
         if path == "/info":
             return as_reply({"model_id": "falconet-instruct", "max_input_tokens": 2047, "max_total_tokens": 2048})
+        if path == "/tokenize":
+            tokens = falcon.tokenizer(body["inputs"])["input_ids"]
+            return as_reply([{"id": each, "text": "", "start": 0, "stop": 0} for each in tokens])
         if path != "/generate_stream":
             return as_reply({"error": "not found"}, 404)
         if wrong := tgi_refusal(falcon, body):

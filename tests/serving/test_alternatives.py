@@ -7,7 +7,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.generation.text import Alternative
 from falcon_kit.playground.state import Session
-from tests.serving.servers import DONE, QUESTION, Reply, answering, as_reply, event, scripted
+from tests.serving.servers import DONE, QUESTION, Reply, answering, event, scripted
 
 CALLS = {
     "a text": lambda model, **settings: model.generate(fk.CARD.prompt, **settings),
@@ -23,62 +23,6 @@ def read(stream):
         stream.generation.alternatives
     )
     return stream.generation
-
-
-def vllm(falcon, most=20):
-    """A script with vLLM's responses, by its protocol.py: the generated token stands first among the likeliest."""
-
-    def script(path, body, _):
-        if path == "/v1/models":
-            return as_reply({"data": [{"id": "falconet-instruct", "owned_by": "vllm", "max_model_len": 2048}]})
-        chat = "messages" in body
-        wanted = body["top_logprobs"] if chat else body["logprobs"]
-        if wanted > most:
-            wrong = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {most}"
-            return as_reply({"error": {"message": wrong, "type": "BadRequestError", "code": 400}}, 400)
-        return Reply(list(events(chat, wanted, body)))
-
-    def events(chat, wanted, body):
-        prompt = body["messages"] if chat else body["prompt"]
-        given = {name: body[name] for name in ("seed", "temperature", "top_p") if body.get(name) is not None}
-        given |= {"top_k": body["top_k"]} if body.get("top_k", -1) > 0 else {}
-        stream = falcon.stream(prompt, max_new_tokens=body["max_tokens"], alternatives=wanted, **given)
-        for piece in stream:
-            name = falcon.tokenizer.decode([piece.token_id])
-            top = {name: piece.logprob} | {each.text: each.logprob for each in piece.alternatives}
-            choice = {"index": 0, "finish_reason": None, "token_ids": [piece.token_id]}
-            yield event({"choices": [choice | (in_chat if chat else in_completion)(piece, name, top, wanted)]})
-        reason = {"eos": "stop"}.get(stream.generation.finish_reason, stream.generation.finish_reason)
-        yield event({"choices": [{"index": 0, "text": "", "delta": {}, "finish_reason": reason}]})
-        yield b"data: [DONE]\n\n"
-
-    def in_completion(piece, name, top, wanted):
-        top = dict(list(top.items())[: wanted + 1])
-        lists = {"text_offset": [0], "tokens": [name], "token_logprobs": [piece.logprob], "top_logprobs": [top]}
-        return {"text": piece.text, "logprobs": lists}
-
-    def in_chat(piece, name, top, wanted):
-        def entry(text, logprob):
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        content = entry(name, piece.logprob) | {"top_logprobs": [entry(*each) for each in list(top.items())[:wanted]]}
-        return {"delta": {"content": piece.text}, "logprobs": {"content": [content]}}
-
-    return script
-
-
-@pytest.fixture(scope="module")
-def vllm_endpoint(instruct):
-    with scripted(vllm(instruct)) as server:
-        yield fk.connect(f"{server.address}/v1")
-
-
-def by_text(alternatives):
-    """Texts with the largest log-probability of each: vLLM's completions report no others."""
-    best = {}
-    for each in alternatives:
-        best.setdefault(each.text, each.logprob)
-    return best
 
 
 @pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in CALLS.items()])
