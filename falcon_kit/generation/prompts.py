@@ -63,7 +63,7 @@ def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
         raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocab_size - 1}")
 
 
-def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
+def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sampling) -> int:
     """The largest number of new tokens that fits the settings and the context for every prompt.
 
     Raises ValueError for a prompt that fills `max_length` or the context, unless `truncate` is "left".

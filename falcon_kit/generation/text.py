@@ -15,8 +15,8 @@ class Alternative:
 
     text: str
     """The token decoded by itself; an incomplete character is U+FFFD."""
-    token_id: int
-    """Its id."""
+    token_id: int | None
+    """Its id; None where an endpoint does not send it."""
     logprob: float
     """As `Piece.logprob`."""
 
@@ -32,7 +32,10 @@ class Piece:
     logprob: float
     """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
     alternatives: tuple[Alternative, ...] = ()
-    """The most probable tokens of this step, in descending order, as many as `Sampling.alternatives`."""
+    """The most probable tokens of this step, in descending order, as many as `Sampling.alternatives`.
+
+    vLLM's completions report tokens by their text, so there one of several tokens with equal texts stands for all.
+    """
 
 
 class Text:

@@ -54,6 +54,10 @@ class Column:
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
 
+    def accepts(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the model takes these settings; an endpoint may have no field for some."""
+        return self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**settings))
+
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of the KV cache for so many tokens, by the model's memory plan; None for an endpoint."""
         return int(tokens * self.falcon.plan.kv_bytes // self.falcon.plan.context) if self.local else None
@@ -80,7 +84,8 @@ class Column:
     def token(self, piece: Piece) -> Token:
         """The record of a piece."""
         alternatives = tuple((each.text, round(each.logprob, 4)) for each in piece.alternatives)
-        text = next((each.text for each in piece.alternatives if each.token_id == piece.token_id), None)
+        same = (each.text for each in piece.alternatives if each.token_id == piece.token_id is not None)
+        text = next(same, None)
         if text is None and self.local and piece.token_id is not None:
             text = self.falcon.tokenizer.decode([piece.token_id])
         logprob = piece.logprob

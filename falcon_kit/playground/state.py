@@ -327,6 +327,8 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     """The settings that are not the default, after the column's overrides."""
     settings = column.in_force(replace(settings, **column.overrides))
-    settings = settings if column.local else replace(settings, alternatives=0)  # endpoints do not support them
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
-    return {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
+    changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
+    if not column.accepts(changed):
+        changed.pop("alternatives", None)
+    return changed

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.connection import Connection, check_token, redact_url
 from falcon_kit.serving.failures import Redirected
-from falcon_kit.serving.protocol import Request, Server, retry_stream
+from falcon_kit.serving.protocol import Request, Server, limit_tokens, retry
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
@@ -99,6 +100,15 @@ class Endpoint:
         require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
         return self._generate_all([self._chat_request(messages, sampling, options)], strip=True)[0]
 
+    def accepts(self, **settings: Any) -> bool:
+        """Whether the endpoint has a field for each of these settings of `generate`."""
+        sampling, options = split_settings(settings)
+        try:
+            self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))
+        except ValueError:
+            return False
+        return True
+
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
         """The request for a conversation."""
         checked = check_messages(messages)
@@ -115,16 +125,19 @@ class Endpoint:
         return Request(rendered if self.own_format else None, checked, sampling, options, stop)
 
     def _stream(self, request: Request, strip: bool) -> RemoteStream:
-        body, answer = self._server.body(request), _answer(request, strip)
+        self._server.body(request)  # raises before anything is sent
+        answer = _answer(request, strip)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
+            (body,) = await self._bodies([request])
             return await request_answer(self._server, body, answer, self._retries, self.context, emit)
 
         return RemoteStream(answer, work)
 
     def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
         """All texts, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
-        bodies = [self._server.body(each) for each in requests]  # raises before anything is sent
+        for each in requests:
+            self._server.body(each)  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
 
         async def work() -> list[Generation]:
@@ -134,6 +147,7 @@ class Endpoint:
                 async with semaphore:
                     return await request_answer(self._server, body, answer, self._retries, self.context)
 
+            bodies = await self._bodies(requests)
             tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -142,6 +156,11 @@ class Endpoint:
                     task.cancel()
 
         return _with_shared_stats(wait_for(work()))
+
+    async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
+        limited = await limit_tokens(self._server, requests, self.context, self._retries)
+        return [self._server.body(each) for each in limited]
 
     def _facts(self) -> dict[str, str]:
         return {
@@ -195,7 +214,8 @@ def connect(
     _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries)
     check_token(connection.token)
-    server = wait_for(_discover_with_retries(url, model, api, connection, session))
+    discover = partial(_discover, url, model, api, connection, session)
+    server = wait_for(retry(discover, retries, connection))
     facts, shape = server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
@@ -208,16 +228,6 @@ def connect(
         _server=server,
         _retries=retries,
     )
-
-
-async def _discover_with_retries(
-    url: str, model: str | None, api: Api | None, connection: Connection, session: Any
-) -> Server:
-    async def attempt() -> AsyncIterator[Server]:
-        yield await _discover(url, model, api, connection, session)
-
-    (server,) = [each async for each in retry_stream(attempt, connection.retries, connection)]
-    return server
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
@@ -271,7 +281,7 @@ def _find_spec(model: str) -> FalconSpec | None:
 def _answer(request: Request, strip: bool) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip)
+    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip, request.sampling.alternatives)
 
 
 def _with_shared_stats(generations: list[Generation]) -> list[Generation]:
