@@ -31,7 +31,7 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
     wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
     require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}")
     for number, text in enumerate(prompts, 1):
-        label = _label(number, prompts)
+        label = _label(number, len(prompts))
         require(text != "", f"{label} is empty: give the model something to continue")
         require(
             not any("\ud800" <= character <= "\udfff" for character in text),
@@ -69,7 +69,7 @@ def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) 
     Raises ValueError for a prompt that fills `max_length` or the context, unless `truncate` is "left".
     """
     longest = max(map(len, prompts))
-    label = _label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
+    label = _label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), len(prompts))
     if sampling.max_length is not None:
         if sampling.truncate == "left" and 2 <= sampling.max_length <= longest:
             return min(context, sampling.max_length) // 2
@@ -88,6 +88,10 @@ def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) 
     return min(wanted, context - longest)
 
 
-def _label(number: int, prompts: Sequence[Any]) -> str:
-    """The name of a prompt in an error: its number, counted from 1, if there are several."""
-    return "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+def numbered(kind: str, number: int, count: int) -> str:
+    """The name of a text in an error: with its number, counted from 1, if there are several."""
+    return kind if count == 1 else f"{kind} {number} of {count}"
+
+
+def _label(number: int, count: int) -> str:
+    return "the prompt" if count == 1 else numbered("prompt", number, count)

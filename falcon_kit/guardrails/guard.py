@@ -108,10 +108,10 @@ class Guardrails:
         require(where in ("prompt", "output"), f'where={where!r} must be "prompt" or "output"')
         return self._begin(where).check(text)
 
-    def raise_if_found(self, text: str, where: Where = "prompt") -> None:
-        """Raises `Blocked`, a ValueError, for a text in which something is found."""
+    def raise_if_found(self, text: str, where: Where = "prompt", label: str = "") -> None:
+        """Raises `Blocked`, a ValueError, for a text in which something is found. label: which of several texts."""
         if verdict := self.check(text, where):
-            raise Blocked(verdict)
+            raise Blocked(verdict, label)
 
     def __call__(self, text: str) -> str | None:
         """A reason to block a text, be it a prompt or an output; None if nothing is found."""
