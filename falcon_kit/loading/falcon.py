@@ -10,9 +10,9 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
-from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt
+from falcon_kit.generation.prompts import Prompt, check_length
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
@@ -87,6 +87,10 @@ class Falcon:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
         stop = settings.get("stop") or ()
         stop = (*self.chat_format.stop, *((stop,) if isinstance(stop, str) else stop))
+        if settings.get("truncate") is None:
+            context = context_limit(self.model.config)
+            for number, each in enumerate(check_messages(messages), 1):
+                check_length(each["content"], self.tokenizer, context, f"message {number}")
         ids = encode(messages, self.tokenizer, self.chat_format)
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:

@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_whole, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
@@ -173,7 +173,8 @@ class Session:
 
     def edit(self, number: int, text: str) -> Turn:
         """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it."""
-        require(0 <= number < len(self.turns), f"there is no turn {number}: the conversation has {len(self.turns)}")
+        exists = is_whole(number, 0, len(self.turns) - 1)
+        require(exists, f"there is no turn {shown(number)}: the conversation has {len(self.turns)}")
         return self._run(text, self.turns[:number], self.draft)
 
     def stop(self) -> None:
@@ -253,9 +254,8 @@ class Session:
 
     def _texts(self, text: str, before: list[Turn]) -> list[str]:
         """What the models will read, each text once: the text, the system message, the earlier turns."""
-        prompts = (self._prompt(number, text, before) for number in range(len(self.columns)))
-        messages = (each["content"] for prompt in prompts if not isinstance(prompt, str) for each in prompt)
-        return [*dict.fromkeys([text, *messages])]
+        prompts = [] if self.mode == "prompt" else [self._prompt(at, text, before) for at in range(len(self.columns))]
+        return [*dict.fromkeys([text, *(cast(Message, each)["content"] for prompt in prompts for each in prompt)])]
 
     # The history
 

@@ -14,7 +14,7 @@ import httpx2
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -200,7 +200,11 @@ def connect(
     can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
+    require(
+        is_number(timeout, 0, 1e9) and timeout > 0 and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} must be above 0, and at most 1e9; retries={shown(retries)} from 0 to 1000",
+    )
+    require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries)
