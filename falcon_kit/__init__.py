@@ -15,7 +15,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
-from falcon_kit.guardrails import guardrails
+from falcon_kit.guardrails import Blocked, Verdict, guardrails
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
@@ -55,6 +55,7 @@ __all__ = [
     "Ablation",
     "AttentionView",
     "Attribution",
+    "Blocked",
     "ChatFormat",
     "Documents",
     "Endpoint",
@@ -81,6 +82,7 @@ __all__ = [
     "TokenView",
     "Tuning",
     "TuningRun",
+    "Verdict",
     "ablate",
     "ablated",
     "attention",

@@ -18,6 +18,7 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
+from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
@@ -117,19 +118,24 @@ class ParallelFalcon:
         """Bytes of weights in all processes together; what is not divided counts in each process."""
         return sum(rank.weight_bytes for rank in self.ranks)
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """As `Falcon.generate`; `settings` are numbers, strings and lists, since they are sent to other processes."""
+        check_given(guardrails, prompt, self.tokenizer)
         _, single = check_prompt(prompt)
-        generations = self._request("generate", prompt, settings)
+        generations = checked(guardrails, lambda: self._request("generate", prompt, settings))
         return generations if not single or len(generations) > 1 else generations[0]
 
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
+    ) -> Stream | GuardedStream:
         """As `Falcon.stream`; closing the stream, or Ctrl-C, stops all ranks at the next token."""
-        return Stream(_RemoteText(self, prompt, settings))
+        check_given(guardrails, prompt, self.tokenizer)
+        return guarded(Stream(_RemoteText(self, prompt, settings)), guardrails)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """As `Falcon.chat`."""
-        return self._request("chat", messages, settings)[0]
+        check_given(guardrails, messages, self.tokenizer)
+        return checked(guardrails, lambda: self._request("chat", messages, settings))[0]
 
     def close(self) -> None:
         """Ends the processes. A second call does nothing."""
