@@ -12,6 +12,7 @@ from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import plain_scalar
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -53,11 +54,7 @@ class InspectedModel:
 
     def encode(self, text: TextOrIds) -> list[int]:
         """The token ids of a text. Raises ValueError if there are none, too many, or unknown ones."""
-        ids = (
-            list(self.tokenizer(text, verbose=False)["input_ids"])
-            if isinstance(text, str)
-            else [plain_scalar(each) for each in text]
-        )
+        ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else [plain_scalar(each) for each in text]
         if not ids:
             raise ValueError("the text is empty: give at least one token")
         if unknown := [each for each in ids if not (isinstance(each, int) and 0 <= each < self.spec.vocabulary)]:

@@ -8,13 +8,13 @@ from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]
-_tokenizer_lock = threading.Lock()  # tokenizers are not thread-safe
 
 
 @dataclass
@@ -62,10 +62,9 @@ class Column:
         """Tokens of a prompt; None for an endpoint, whose tokenizer is not available."""
         if not self.local:
             return None
-        with _tokenizer_lock:
-            if isinstance(prompt, str):
-                return len(self.falcon.tokenizer(prompt, verbose=False)["input_ids"])
-            return len(encode(prompt, self.falcon.tokenizer, self.falcon.chat_format))
+        if isinstance(prompt, str):
+            return len(encode_prompt(prompt, self.falcon.tokenizer))
+        return len(encode(prompt, self.falcon.tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
         """Python code that makes the model."""
@@ -107,8 +106,7 @@ class Reader(threading.Thread):
 
     def _read(self) -> Any:
         """Puts each piece into the queue, and returns the `Generation`."""
-        with _tokenizer_lock:
-            self._stream = self._column.falcon.stream(self._prompt, **self._settings)
+        self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             for piece in self._stream:
                 if self._ended.is_set():
