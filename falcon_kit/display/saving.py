@@ -55,8 +55,7 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     NotADirectoryError if `path` is a file, and OSError if the disk has too little space.
     """
     path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file: give a folder")
+    _check_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(path, size)
     _remove_leftovers(path)
@@ -78,7 +77,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def move_folder(new: Path, path: Path) -> None:
-    """Renames a complete folder to `path`, once it is on the disk; what was at `path` is deleted."""
+    """Renames a complete folder to `path`, once it is on the disk; a folder that was there is deleted."""
+    _check_folder(path)
     for each in [*new.rglob("*"), new]:
         _synchronise(each)
     if path.is_symlink():
@@ -119,6 +119,11 @@ def check_disk_space(path: Path, size: int) -> None:
             f"{path.name} needs {format_bytes(size)}, and {folder} has {format_bytes(free)} free: free some space "
             "there, or give a path on another disk"
         )
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: give a folder")
 
 
 def _synchronise(path: Path) -> None:

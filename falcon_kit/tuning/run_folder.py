@@ -92,8 +92,7 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
     if not resume:
         for each in results:
             remove(each)
-        file.unlink(missing_ok=True)
-    if file.is_file():
+    if resume and file.is_file():
         _check_same_run(file, identity, results)
     else:
         write_text(file, json.dumps(identity, indent=2) + "\n")

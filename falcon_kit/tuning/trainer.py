@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
+from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning import checkpoint_files, distributed
@@ -132,7 +133,8 @@ class AdapterTrainer(Trainer):
         """Saves the adapter alone, without pickled arguments and tokenizer. Every process has to call it."""
         state = distributed.gathered_adapter(self.model) if distributed.is_sharded(self.model) else None
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)
+            with write_errors():
+                self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint in the folder `unfinished`, then moves it: it is complete or absent."""
