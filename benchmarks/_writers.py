@@ -101,8 +101,9 @@ def _differing(one: Snapshot, other: Snapshot) -> list[str]:
 
 def _cut(writer: Writer, target: Path, chance: random.Random) -> str:
     """Lets a write fail at a random byte of any of its files."""
-    writer.write(target, 0)
+    writer.write(target, 1)
     largest = max(each.stat().st_size for each in ([target] if target.is_file() else target.rglob("*")))
+    writer.write(target, 0)
     before, limit = snapshot(target), chance.randrange(largest)
 
     def write() -> None:
