@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.figure import PALETTE
+from falcon_kit.display.saving import write_text
 
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # invisible letters and marks
 
@@ -83,9 +84,7 @@ class Page:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes the complete page to a file and returns the path. Raises OSError if the file cannot be written."""
-        file = Path(path)
-        file.write_text(self.document(), encoding="utf-8", newline="\n")
-        return file
+        return write_text(path, self.document())
 
     def _source(self) -> str:
         return _SCRIPT.replace("SCOPE", self.scope).replace("SOURCE", self.script) if self.script else ""

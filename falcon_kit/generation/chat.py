@@ -19,7 +19,6 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.control_tokens import encode_text as encode_text
-from falcon_kit.generation.control_tokens import encode_text_with_offsets as encode_text_with_offsets
 
 if TYPE_CHECKING:
     import jinja2

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, plain_scalar, require, shown
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def check_length(text: str, tokenizer: PreTrainedTokenizerBase, context: int, la
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
     """The token ids of each prompt that `check_prompt` returned."""
-    # verbose=False: transformers would warn about a prompt over the context, for which `new_token_limit` raises
-    return [list(tokenizer(each, verbose=False)["input_ids"]) if isinstance(each, str) else each for each in prompts]
+    return [encode_prompt(each, tokenizer) if isinstance(each, str) else each for each in prompts]
 
 
 def vocabulary_size(model: Any) -> int:

@@ -12,6 +12,7 @@ from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole, plain_scalar, shown
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.prompts import check_length
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
@@ -56,11 +57,7 @@ class InspectedModel:
         """The token ids of a text. Raises ValueError if there are none, too many, or unknown ones."""
         if isinstance(text, str):
             check_length(text, self.tokenizer, self.spec.context, "the text")
-        ids = (
-            list(self.tokenizer(text, verbose=False)["input_ids"])
-            if isinstance(text, str)
-            else [plain_scalar(each) for each in text]
-        )
+        ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else [plain_scalar(each) for each in text]
         if not ids:
             raise ValueError("the text is empty: give at least one token")
         if unknown := [each for each in ids if not is_whole(each, 0, self.spec.vocabulary - 1)]:

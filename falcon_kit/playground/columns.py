@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
 from falcon_kit.generation.sampling import Sampling
@@ -16,7 +17,6 @@ from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]
-_tokenizer_lock = threading.Lock()  # tokenizers are not thread-safe
 
 
 @dataclass
@@ -75,8 +75,7 @@ class Column:
         if not self.local:
             return None
         if self._counted is None or self._counted[0] != prompt:
-            with _tokenizer_lock:
-                self._counted = (copy.deepcopy(prompt), self._count(prompt))
+            self._counted = (copy.deepcopy(prompt), self._count(prompt))
         return self._counted[1]
 
     def _count(self, prompt: Prompt) -> int:
@@ -86,7 +85,7 @@ class Column:
         if least > (self.context or math.inf):
             return least
         if isinstance(prompt, str):
-            return len(tokenizer(prompt, verbose=False)["input_ids"])
+            return len(encode_prompt(prompt, tokenizer))
         return len(encode(prompt, tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
@@ -130,8 +129,7 @@ class Reader(threading.Thread):
 
     def _read(self) -> Any:
         """Puts each piece into the queue, and returns the `Generation`."""
-        with _tokenizer_lock:
-            self._stream = self._column.falcon.stream(self._prompt, **self._settings)
+        self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             for piece in self._stream:
                 if self._ended.is_set():

@@ -103,7 +103,7 @@ def save(turns: Sequence[Turn], path: str | Path, guarded: bool = False) -> Path
     """Writes turns, and whether guardrails are on, into a JSON file, completely or not at all; returns its path."""
     require(bool(str(path).strip()), "give the name of a file to save to")
     content = {**_FORMAT, "guarded": guarded, "turns": [pack_turn(turn) for turn in turns]}
-    return write_text(Path(path).expanduser(), json.dumps(content, ensure_ascii=False, allow_nan=False))
+    return write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def load(path: str | Path) -> tuple[list[Turn], bool]:
