@@ -28,7 +28,7 @@ def exercise_1(shares: Mapping[str, float]) -> str:
 
 
 def exercise_2(skipped: float) -> str:
-    """A share from 0 to 1."""
+    """A share from 0 to 1: the skipped tiles, divided by all tiles."""
     side = 2048 // 64
     right = (side - 1) / (2 * side)
     expect(not near(skipped, 100 * right, 0.001), "That is the share in percent: divide it by 100.")

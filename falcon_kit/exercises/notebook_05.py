@@ -1,6 +1,6 @@
 """The checks of notebook 05, Attention."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_kit.exercises.outcome import expect, near
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 QUESTION = "The baby of a giraffe is called a"
 _PERIOD = 50
+_REPLACEMENTS: tuple[Literal["mean"], Literal["zero"]] = ("mean", "zero")
 
 
 def exercise_1(layer: int, falcon: Any) -> str:
@@ -25,7 +26,8 @@ def exercise_1(layer: int, falcon: Any) -> str:
 
 def exercise_2(bits: float, falcon: Any) -> str:
     """Bits per token of the second copy, and the model: fk.check("05.2", bits, falcon)."""
-    with_mean, with_zero = (_without(falcon, _induction_heads(falcon), replace) for replace in ("mean", "zero"))
+    heads = _induction_heads(falcon)
+    with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
     right, zero, before = with_mean.after[_PERIOD:], with_zero.after[_PERIOD:], with_mean.before[_PERIOD:]
     expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
     expect(
@@ -55,7 +57,7 @@ def _induction_heads(falcon: Any) -> list[tuple[int, int]]:
     ]
 
 
-def _without(falcon: Any, heads: list[tuple[int, int]], replace: str = "zero") -> "Ablation":
+def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> "Ablation":
     """The ablation of these heads on the repeated tokens of the notebook."""
     from falcon_kit.inspection.ablation import ablate
     from falcon_kit.inspection.attention import induction
