@@ -40,7 +40,7 @@ def drawing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         from matplotlib import rc_context
 
-        with rc_context(dict(STYLE)):
+        with rc_context(cast(Any, STYLE)):
             return function(*args, **kwargs)
 
     return styled
