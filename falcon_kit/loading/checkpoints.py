@@ -181,8 +181,6 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names. Raises FileNotFoundError for missing ones, ValueError for a path."""
     content = read_json(index)
     weight_map = content.get("weight_map")
-    if not isinstance(content.get("metadata"), dict):
-        raise ValueError(f'{index} has no object "metadata", which transformers reads: write "metadata": {{}} there.')
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
         raise ValueError(f"{index} has no weight_map of weights to files; {INCOMPLETE}.")
     names = sorted(set(weight_map.values()))
@@ -196,6 +194,8 @@ def _shards(index: Path) -> list[Path]:
             f"{index.parent} lacks {len(missing)} of the {len(names)} shards that {index.name} names: "
             f"{', '.join(missing[:3])}; fetch them again"
         )
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f'{index} has no object "metadata", which transformers reads: write "metadata": {{}} there.')
     return [index.parent / name for name in names]
 
 
