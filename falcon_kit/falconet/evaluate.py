@@ -21,11 +21,13 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import write_text
+from falcon_kit.evaluation.scoring import Row, score
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
 from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat, encode
 from falcon_kit.generation.generate import generate
+from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 
@@ -72,13 +74,10 @@ def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Q
 
 def perplexity(falcon: Falcon, documents: int = 300) -> float:
     """exp of the mean loss per token over base documents of another seed than the training corpus."""
-    loss, tokens = 0.0, 0
-    for text in corpus.documents("base", documents, seed=HELD_OUT_SEED):
-        ids = falcon.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            loss += float(falcon.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    return math.exp(loss / tokens)
+    texts = corpus.documents("base", documents, seed=HELD_OUT_SEED)
+    rows = [Row(tuple(ids), len(ids) - 1) for ids in falcon.tokenizer(list(texts))["input_ids"]]
+    scores = score(inspect_model(falcon), rows)
+    return math.exp(-sum(each.total for each in scores) / sum(row.scored for row in rows))
 
 
 def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float]:
