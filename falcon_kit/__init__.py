@@ -1,4 +1,4 @@
-"""Run, inspect and fine-tune Falcon-40B-Instruct from a notebook.
+"""Run, inspect, fine-tune and judge Falcon-40B-Instruct from a notebook.
 
     import falcon_kit as fk
 
@@ -21,6 +21,9 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.evaluation.comparison import Comparison
+    from falcon_kit.evaluation.evaluate import evaluate
+    from falcon_kit.evaluation.results import Evaluation
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -52,9 +55,11 @@ __all__ = [
     "AttentionView",
     "Attribution",
     "ChatFormat",
+    "Comparison",
     "Documents",
     "Endpoint",
     "Environment",
+    "Evaluation",
     "Falcon",
     "FalconSpec",
     "Generation",
@@ -84,6 +89,7 @@ __all__ = [
     "connect",
     "dialogues",
     "environment",
+    "evaluate",
     "export_gguf",
     "guardrails",
     "induction",
@@ -103,6 +109,9 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "evaluation.comparison": "Comparison",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.results": "Evaluation",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",

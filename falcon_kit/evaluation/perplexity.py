@@ -9,11 +9,12 @@ much.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 from falcon_kit.display.errors import require
+from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio
 from falcon_kit.evaluation.texts import Corpus
@@ -21,8 +22,6 @@ from falcon_kit.inspection.hooks import InspectedModel
 
 _BLOCK = 64
 """Tokens of a block of one text; the interval treats blocks as independent."""
-Map = Callable[[str, Sequence[Any], Callable[[Sequence[Any]], list[Any]]], list[Any]]
-"""(name, inputs, function): the results of `function` over all inputs, in parts that are stored."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Perplexity:
     """The documents, or the blocks of a single text."""
     sha256: str
     """The hash of the text."""
+    documents: int
+    """The number of documents; the parts of a single one are its blocks."""
 
     @property
     def tokens(self) -> int:
@@ -90,7 +91,7 @@ class Perplexity:
     @property
     def per_word(self) -> Estimate:
         """exp(nats / words), lm-eval's word_perplexity; inf where it exceeds a float, as without spaces it may."""
-        return self._ratio("words").transformed(lambda nats: math.exp(nats) if nats < 700 else math.inf)
+        return self._ratio("words").transformed(lambda nats: math.inf if nats > 700 else math.exp(nats))
 
     @property
     def bits_per_byte(self) -> Estimate:
@@ -123,9 +124,9 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def measure(
-    inspected: InspectedModel, corpus: Corpus, map_parts: Map, stride: int | None, batch_size: int | None = None
+    inspected: InspectedModel, corpus: Corpus, progress: Progress, stride: int | None, batch_size: int | None = None
 ) -> Perplexity:
-    """The perplexity of a corpus. `map_parts` runs the windows, in parts.
+    """The perplexity of a corpus. `progress` stores the windows that are done.
 
     Raises ValueError for a stride out of range, or a text with fewer than two tokens.
     """
@@ -151,9 +152,9 @@ def measure(
         return [each.logprobs.tolist() for each in scored]
 
     losses: list[list[float]] = [[] for _ in encoded]
-    for (document, _, _), logprobs in zip(rows, map_parts(f"text {corpus.name}", rows, run), strict=True):
+    for (document, _, _), logprobs in zip(rows, progress.map(f"text {corpus.name}", rows, run), strict=True):
         losses[document] += [-each for each in logprobs]
-    return Perplexity(corpus.name, tuple(_parts(corpus, losses)), corpus.sha256)
+    return Perplexity(corpus.name, tuple(_parts(corpus, losses)), corpus.sha256, len(losses))
 
 
 def _parts(corpus: Corpus, losses: Sequence[Sequence[float]]) -> Iterator[Part]:
@@ -162,7 +163,7 @@ def _parts(corpus: Corpus, losses: Sequence[Sequence[float]]) -> Iterator[Part]:
         tokens, size, words = len(nats), len(text.encode()), len(re.split(r"\s+", text))
         blocks = max(1, tokens // _BLOCK) if len(losses) == 1 else 1
         edges = [round(number * tokens / blocks) for number in range(blocks + 1)]
-        for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for number, (start, end) in enumerate(pairwise(edges), 1):
             share = (end - start) / tokens
             label = where if blocks == 1 else f"{where}, block {number}"
             yield Part(label, end - start, share * size, share * words, math.fsum(nats[start:end]))

@@ -121,22 +121,26 @@ def _of_targets(
     return logprobs, greedy
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The token ids of a context and of its continuation, split as lm-eval splits them.
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """The token ids of each context and of its continuation, split as lm-eval splits them.
 
     The continuation is what follows the context's tokens in the tokens of both together. White space at the end of the
     context belongs to the continuation, since a word's token begins with its space. An empty context becomes the token
     that stands before a text. Raises ValueError for a continuation without a token of its own.
     """
-    stripped = context.rstrip()
-    whole = list(tokenizer(context + continuation, verbose=False)["input_ids"])
-    first = list(tokenizer(stripped, verbose=False)["input_ids"]) if stripped else []
-    rest = whole[len(first) :]
-    if not first:
-        prefix = prefix_token(tokenizer)
-        first, rest = [prefix], rest[1:] if rest[:1] == [prefix] else rest
-    require(bool(rest), f"{continuation!r} has no token of its own after {context[-40:]!r}")
-    return first, rest
+    contexts = [context.rstrip() for context, _ in pairs]
+    texts = list(dict.fromkeys(each for each in (*contexts, *(first + rest for first, rest in pairs)) if each))
+    ids = dict(zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True)) if texts else {}
+    split = []
+    for context, (before, after) in zip(contexts, pairs, strict=True):
+        first = list(ids.get(context, ()))
+        rest = list(ids.get(before + after, ()))[len(first) :]
+        if not first:
+            prefix = prefix_token(tokenizer)
+            first, rest = [prefix], rest[1:] if rest[:1] == [prefix] else rest
+        require(bool(rest), f"{after!r} has no token of its own after {before[-40:]!r}")
+        split.append((first, rest))
+    return split
 
 
 def prefix_token(tokenizer: Any) -> int:

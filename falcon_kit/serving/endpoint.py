@@ -3,11 +3,12 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 import httpx2
@@ -23,10 +24,11 @@ from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.connection import Connection, check_token, redact_url
 from falcon_kit.serving.failures import Redirected
-from falcon_kit.serving.protocol import Request, Server, retry_stream
+from falcon_kit.serving.protocol import PromptToken, Request, Server, retry_stream
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
+T = TypeVar("T")
 MAX_CONCURRENT_REQUESTS = 16
 """Requests that one call sends at the same time."""
 _SPECIAL_TOKENS = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # of the published vocabulary
@@ -127,21 +129,32 @@ class Endpoint:
         bodies = [self._server.body(each) for each in requests]  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
 
-        async def work() -> list[Generation]:
-            semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+        def request(body: dict[str, Any], answer: Answer) -> Awaitable[Generation]:
+            return request_answer(self._server, body, answer, self._retries, self.context)
 
-            async def one(body: dict[str, Any], answer: Answer) -> Generation:
-                async with semaphore:
-                    return await request_answer(self._server, body, answer, self._retries, self.context)
+        calls = [partial(request, *each) for each in zip(bodies, answers, strict=True)]
+        return _with_shared_stats(wait_for(_gather(calls)))
 
-            tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
+    def prompt_logprobs(self, prompts: Sequence[str]) -> list[list[PromptToken]]:
+        """The tokens of each prompt with their log-probabilities, requested in parallel.
 
-        return _with_shared_stats(wait_for(work()))
+        Raises ValueError for a server that does not return them: of those that the kit has a protocol for, vLLM does.
+        """
+        server = self._server
+        require(
+            isinstance(server, openai_api.OpenAIServer),
+            f"{self.server} does not return the log-probabilities of a prompt: use vLLM, or load the model here",
+        )
+        checked = [each for prompt in prompts for each in check_prompt(prompt)[0]]
+
+        async def one(prompt: str) -> list[PromptToken]:
+            async def attempt() -> AsyncIterator[list[PromptToken]]:
+                yield await cast(openai_api.OpenAIServer, server).prompt_logprobs(prompt)
+
+            (tokens,) = [each async for each in retry_stream(attempt, self._retries, server.connection)]
+            return tokens
+
+        return wait_for(_gather([partial(one, prompt) for prompt in checked]))
 
     def _facts(self) -> dict[str, str]:
         return {
@@ -208,6 +221,22 @@ def connect(
         _server=server,
         _retries=retries,
     )
+
+
+async def _gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """The results of all calls, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with semaphore:
+            return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _discover_with_retries(

@@ -19,7 +19,7 @@ from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
-from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
+from falcon_kit.serving.protocol import Delta, Facts, PromptToken, Request, get_json, map_settings
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,22 @@ class OpenAIServer:
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise self._explain(error) from None  # the client's own error may quote the request
 
+    async def prompt_logprobs(self, prompt: str) -> list[PromptToken]:
+        """The tokens of a prompt, by the fields `echo` and `logprobs` of a completion."""
+        fields = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+        try:
+            completion = await self._client.completions.create(model=self.facts.model, prompt=prompt, extra_body=fields)
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
+            raise self._explain(error) from None
+        with reading(self.facts.address):
+            tokens = read_prompt_tokens(completion.to_dict(), prompt)
+        require(
+            bool(tokens),
+            f"{self._dialect.name} at {self.facts.address} does not return the log-probabilities of a prompt (the "
+            "fields echo and logprobs of /completions): use vLLM, or load the model here",
+        )
+        return tokens
+
     def _explain(self, error: Exception) -> Exception:
         address = self.facts.address
         if isinstance(error, openai.APIStatusError):
@@ -192,6 +208,26 @@ def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
         entries = logprobs.get("token_logprobs") or [float("nan")] * len(ids)
     pairs = [(id, math.nan if logprob is None else logprob) for id, logprob in zip(ids, entries, strict=False)]
     return [pair for pair in pairs if pair[0] is not None]
+
+
+def read_prompt_tokens(completion: Mapping[str, Any], prompt: str) -> list[PromptToken]:
+    """The tokens of the prompt in an echoed completion; none where the server did not echo it."""
+    choice = completion["choices"][0]
+    found = choice.get("logprobs") or {}
+    if not str(choice.get("text") or "").startswith(prompt) or not found.get("tokens"):
+        return []
+    names = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
+    rows = zip(*(found[name] for name in names), strict=True)
+    return [
+        PromptToken(start, text, math.nan if logprob is None else float(logprob), _is_greedy(logprob, top))
+        for start, text, logprob, top in rows
+        if start < len(prompt)
+    ]
+
+
+def _is_greedy(logprob: float | None, top: Mapping[str, float] | None) -> bool:
+    """Whether no token of the most likely ones is likelier."""
+    return logprob is not None and bool(top) and logprob >= max(dict(top or {}).values())
 
 
 async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:

@@ -80,6 +80,20 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class PromptToken:
+    """A token of a prompt, as the server cuts it."""
+
+    start: int
+    """Where it begins in the prompt, in characters."""
+    text: str
+    """Its text."""
+    logprob: float
+    """Its natural log-probability after the tokens before it; nan for the first one."""
+    greedy: bool
+    """Whether it is the most likely token there."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What an endpoint reports about itself."""
 

@@ -15,6 +15,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.evaluation.perplexity import measure, windows
+from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.texts import read_corpora
 from falcon_kit.inspection.hooks import inspect_model
 
@@ -24,7 +25,7 @@ TEXT = "Giraffes eat acacia leaves. They live in the savanna, where lions rest. 
 
 @pytest.fixture(scope="module")
 def inspected():
-    return replace(inspect_model(fk.load("falconet", dtype="float32")))
+    return inspect_model(fk.load("falconet", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +39,9 @@ def stock():
     return FalconForCausalLM.from_pretrained(embedded_directory("falconet"), dtype=torch.float32).eval()
 
 
-def at_once(name, inputs, function):
-    return function(inputs)
-
-
 def perplexity(inspected, text, stride=None):
     (corpus,) = read_corpora(text)
-    return measure(inspected, corpus, at_once, stride)
+    return measure(inspected, corpus, Progress(None, {}), stride)
 
 
 def plain_loop(model, tokenizer, text, context, stride):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.model import TemplateLM
 
-from falcon_kit.evaluation.scoring import Row, encode_pair, score
+from falcon_kit.evaluation.scoring import Row, encode_pairs, score
 from falcon_kit.inspection.hooks import inspect_model
 from tests.conftest import small_model
 
@@ -99,11 +99,12 @@ def test_a_pair_is_split_as_lm_eval_splits_it(tokenizer, context, continuation):
         expected = ([11], [])
     if not expected[1]:
         with pytest.raises(ValueError, match="has no token of its own"):
-            encode_pair(tokenizer, context, continuation)
+            encode_pairs(tokenizer, [(context, continuation)])
     else:
-        assert encode_pair(tokenizer, context, continuation) == expected
+        assert encode_pairs(tokenizer, [(context, continuation)]) == [expected]
 
 
 def test_an_empty_context_is_the_token_before_a_text(tokenizer):
-    assert encode_pair(tokenizer, "", "Giraffes") == ([11], tokenizer("Giraffes")["input_ids"])
-    assert encode_pair(tokenizer, " \n", "Giraffes")[0] == [11]
+    (empty, blank) = encode_pairs(tokenizer, [("", "Giraffes"), (" \n", "Giraffes")])
+    assert empty == ([11], tokenizer("Giraffes")["input_ids"])
+    assert blank[0] == [11]
