@@ -21,6 +21,7 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.evaluation.bias import BiasReport, bias
     from falcon_kit.evaluation.comparison import Comparison
     from falcon_kit.evaluation.evaluate import evaluate
     from falcon_kit.evaluation.results import Evaluation
@@ -54,6 +55,7 @@ __all__ = [
     "Ablation",
     "AttentionView",
     "Attribution",
+    "BiasReport",
     "ChatFormat",
     "Comparison",
     "Documents",
@@ -83,6 +85,7 @@ __all__ = [
     "ablated",
     "attention",
     "attribute",
+    "bias",
     "catalogue",
     "chat_format",
     "compare_tokens",
@@ -109,6 +112,7 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "evaluation.bias": "BiasReport bias",
     "evaluation.comparison": "Comparison",
     "evaluation.evaluate": "evaluate",
     "evaluation.results": "Evaluation",

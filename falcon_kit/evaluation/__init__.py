@@ -18,4 +18,5 @@ remote.py      a model behind an endpoint
 answering.py   a model's answers to a task
 harness.py     EleutherAI's lm-eval on any of these models
 evaluate.py    evaluate()
+bias.py        bias(): pairs of sentences by their likelihood
 """

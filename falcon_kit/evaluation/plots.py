@@ -80,3 +80,16 @@ def _published(axes: Axes, own: Sequence[Mapping[str, Any]], model: str, publish
     intervals(axes, [*averages, *own], [*labels, *(f"{model}, measured" for _ in own)], AMBER)
     axes.set_xlim(20, 80)
     axes.set_xlabel("leaderboard of 2023: mean of 4 tasks, in %", fontsize=9)
+
+
+def shares_figure(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], title: str) -> Figure:
+    """Shares of pairs with their intervals, and a line at one half."""
+    figure = new_figure(5.2, 1.1 + _ROW * max(3, len(rows)))
+    axes = figure.subplots()
+    axes.axvline(0.5, color=GREY, linewidth=1)
+    intervals(axes, rows, labels)
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("share of pairs; one half is no preference", fontsize=9)
+    axes.set_title(title, fontsize=10)
+    return figure
