@@ -1,7 +1,8 @@
-"""Time to score multiple-choice items: the kit, a bare batched loop, and lm-eval's own model with its default batch of 1.
+"""Time to score multiple-choice items: the kit, a bare batched loop, and lm-eval's own model with its default batch.
 
 All score the same items of "falconet-choices" with Falconet in float32: the log-likelihood of each choice, from texts.
-The bare loop encodes, sorts by length, pads and takes all logits, with nothing else around it. The libraries take turns.
+The bare loop encodes, sorts by length, pads and takes all logits, with nothing around it. The libraries take turns.
+Seconds are those of the processor.
 """
 
 import statistics

@@ -15,7 +15,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
-from falcon_kit.guardrails import guardrails
+from falcon_kit.guardrails import Blocked, Verdict, guardrails
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from falcon_kit.evaluation.comparison import Comparison
     from falcon_kit.evaluation.evaluate import evaluate
     from falcon_kit.evaluation.results import Evaluation
+    from falcon_kit.exercises.check import check
+    from falcon_kit.exercises.outcome import Outcome
+    from falcon_kit.explanation.view import Explanation, explain
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from falcon_kit.loading.load import load
     from falcon_kit.loading.merging import Merged, merge
     from falcon_kit.parallel.launching import ParallelFalcon
+    from falcon_kit.planning.requirements import Requirements, requirements
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
     from falcon_kit.serving.stream import IncompleteAnswer
@@ -56,12 +60,14 @@ __all__ = [
     "AttentionView",
     "Attribution",
     "BiasReport",
+    "Blocked",
     "ChatFormat",
     "Comparison",
     "Documents",
     "Endpoint",
     "Environment",
     "Evaluation",
+    "Explanation",
     "Falcon",
     "FalconSpec",
     "Generation",
@@ -70,10 +76,12 @@ __all__ = [
     "LensView",
     "Merged",
     "NotEnoughMemory",
+    "Outcome",
     "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
+    "Requirements",
     "Sampling",
     "Stats",
     "Stream",
@@ -81,6 +89,7 @@ __all__ = [
     "TokenView",
     "Tuning",
     "TuningRun",
+    "Verdict",
     "ablate",
     "ablated",
     "attention",
@@ -88,11 +97,13 @@ __all__ = [
     "bias",
     "catalogue",
     "chat_format",
+    "check",
     "compare_tokens",
     "connect",
     "dialogues",
     "environment",
     "evaluate",
+    "explain",
     "export_gguf",
     "guardrails",
     "induction",
@@ -105,6 +116,7 @@ __all__ = [
     "playground",
     "published_tokens",
     "repeated_tokens",
+    "requirements",
     "sample_texts",
     "spec",
     "tokens",
@@ -116,6 +128,9 @@ _ON_FIRST_USE = {
     "evaluation.comparison": "Comparison",
     "evaluation.evaluate": "evaluate",
     "evaluation.results": "Evaluation",
+    "exercises.check": "check",
+    "exercises.outcome": "Outcome",
+    "explanation.view": "Explanation explain",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
@@ -130,6 +145,7 @@ _ON_FIRST_USE = {
     "loading.load": "load",
     "loading.merging": "Merged merge",
     "parallel.launching": "ParallelFalcon",
+    "planning.requirements": "Requirements requirements",
     "serving.endpoint": "Endpoint connect",
     "serving.gguf": "export_gguf",
     "serving.stream": "IncompleteAnswer",

@@ -215,6 +215,9 @@ def tgi(falcon: Any) -> Script:
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
         if path == "/info":
             return as_reply({"model_id": "falconet-instruct", "max_input_tokens": 2047, "max_total_tokens": 2048})
+        if path == "/tokenize":
+            tokens = falcon.tokenizer(body["inputs"])["input_ids"]
+            return as_reply([{"id": each, "text": "", "start": 0, "stop": 0} for each in tokens])
         if path != "/generate_stream":
             return as_reply({"error": "not found"}, 404)
         if wrong := tgi_refusal(falcon, body):
@@ -247,7 +250,7 @@ def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     }
     ids = falcon.tokenizer(body["inputs"])["input_ids"]
     text, end, tokens = "", falcon.tokenizer.eos_token_id, []
-    stream = falcon.stream(body["inputs"], **settings)
+    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
     for index, piece in enumerate(stream, 1):
         tokens.append(piece.token_id)
         special = piece.token_id == end
@@ -270,9 +273,11 @@ def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "seed": given.get("seed"),
             "input_length": len(ids),
         }
+        top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
         yield {
             "index": index,
             "token": token,
+            **({"top_tokens": top} if top else {}),
             "generated_text": text if reason else None,
             "details": details if reason else None,
         }
