@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import log
 from typing import TYPE_CHECKING, Any, Protocol
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import check_whole, require
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.statistics import Estimate, mcnemar, ratio, sign_flip
@@ -101,6 +101,7 @@ class Comparison:
 
 def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:
     """The paired tests of two evaluations; see `Evaluation.compare`."""
+    check_whole("seed", seed, 0)
     _check_same("tasks", [each.task for each in first.tasks], [each.task for each in second.tasks])
     _check_same("texts", [each.name for each in first.perplexities], [each.name for each in second.perplexities])
     require(bool(first.tasks or first.perplexities), "there is nothing to compare: neither has a task or a text")

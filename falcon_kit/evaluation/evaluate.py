@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import check_flag, check_whole, require, shown, unknown_name
 from falcon_kit.evaluation.answering import answer
 from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.models import Model
@@ -63,9 +63,12 @@ def evaluate(
     Raises LookupError for an unknown task, with the nearest names, ConnectionError that names missing data of lm-eval,
     FileNotFoundError for a missing file, and ValueError for malformed rows, by file and line, or an empty text.
     """
-    require(truncate in (None, "left"), f'truncate={truncate!r} is neither "left" nor None')
-    require(batch_size is None or batch_size >= 1, f"batch_size={batch_size} is below 1")
-    require(limit is None or limit >= 1, f"limit={limit} is below 1: leave it out for all items")
+    require(truncate in (None, "left"), f'truncate must be "left" or None; got {shown(truncate)}')
+    check_flag("chat", chat)
+    check_whole("seed", seed, 0, 2**32 - 1)
+    for name, value in {"limit": limit, "stride": stride, "batch_size": batch_size, "num_fewshot": num_fewshot}.items():
+        if value is not None:
+            check_whole(name, value, 0 if name == "num_fewshot" else 1)
     settings = {"chat": chat, "limit": limit, "stride": stride, "truncate": truncate, "batch_size": batch_size}
     return _evaluate(falcon, tasks, text, {**settings, "num_fewshot": num_fewshot, "seed": seed}, output_dir)
 

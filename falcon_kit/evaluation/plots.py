@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.figure import AMBER, BLUE, GREY, new_figure
+from falcon_kit.display.figure import AMBER, BLUE, GREY, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ _ROW = 0.28  # inches
 _WIDTH = 4.2  # inches of a panel
 
 
+@drawing
 def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: Mapping[str, Any]) -> Figure:
     """A panel for tasks, one for texts, and one for the published averages, as far as there are such rows."""
     texts = [row for row in rows if row["metric"] == "bits_per_byte"]
@@ -82,6 +83,7 @@ def _published(axes: Axes, own: Sequence[Mapping[str, Any]], model: str, publish
     axes.set_xlabel("leaderboard of 2023: mean of 4 tasks, in %", fontsize=9)
 
 
+@drawing
 def shares_figure(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], title: str) -> Figure:
     """Shares of pairs with their intervals, and a line at one half."""
     figure = new_figure(5.2, 1.1 + _ROW * max(3, len(rows)))

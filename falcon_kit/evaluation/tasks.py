@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_encodable, require, unknown_name
 from falcon_kit.tuning.files import rows as rows_of_files
 
 _FOLDER = Path(__file__).parent / "tasks"
@@ -124,7 +124,7 @@ def _item(where: str, row: Any) -> Item:
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     require(isinstance(value, str) and value.strip() != "", f"its {name} is {value!r}, not a text")
-    require(not any("\ud800" <= each <= "\udfff" for each in str(value)), f"its {name} is not valid UTF-8")
+    require(is_encodable(str(value)), f"its {name} is not valid UTF-8")
     return str(value)
 
 
@@ -151,7 +151,6 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
 
 def first_items(task: Task, limit: int | None) -> Task:
     """The task with its first `limit` items; all, if `limit` is None."""
-    require(limit is None or limit >= 1, f"limit={limit} is below 1: leave it out for all items")
     return Task(task.name, task.items[:limit])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, require
 
 _TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
@@ -94,7 +94,4 @@ def _check(where: str, text: Any) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{where} is no text but {type(text).__name__}")
     require(text != "", f"{where} is empty: give at least two tokens")
-    require(
-        not any("\ud800" <= each <= "\udfff" for each in text),
-        f"{where} has a lone surrogate, which UTF-8 cannot encode",
-    )
+    require(is_encodable(text), f"{where} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}")

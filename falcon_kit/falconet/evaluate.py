@@ -8,25 +8,25 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
 
 import torch
-from tqdm.auto import tqdm
 from transformers import FalconForCausalLM
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import write_text
+from falcon_kit.evaluation.evaluate import evaluate
 from falcon_kit.evaluation.scoring import Row, score
+from falcon_kit.evaluation.tasks import make_task
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
-from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat, encode
-from falcon_kit.generation.generate import generate
+from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat
 from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
@@ -64,12 +64,10 @@ def held_out_questions(count: int = QUESTIONS, seed: int = HELD_OUT_SEED) -> lis
 
 def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Question]) -> float:
     """Share of `questions` whose greedy answer is exactly the expected one."""
-    correct = []
-    for question in tqdm(list(questions), desc=f"{falcon.spec.name}, {chat_format.name}", leave=False):
-        ids = encode([{"role": "user", "content": question.text}], falcon.tokenizer, chat_format)
-        text = generate(falcon.model, falcon.tokenizer, ids, max_new_tokens=40, stop=chat_format.stop, strip=True)
-        correct.append(str(text) == question.expected)
-    return sum(correct) / len(correct)
+    rows = [{"question": question.text, "answer": question.expected} for question in questions]
+    task = make_task("held-out", ((f"question {number}", row) for number, row in enumerate(rows, 1)))
+    found = evaluate(replace(falcon, chat_format=chat_format), task, chat=True)
+    return found[task.name].estimate("exact_match").value
 
 
 def perplexity(falcon: Falcon, documents: int = 300) -> float:

@@ -121,9 +121,9 @@ def test_an_unknown_task_is_named_with_the_nearest(base):
     ("arguments", "problem"),
     [
         ({}, "nothing to measure: give text=, or tasks="),
-        ({"text": "Lions sleep.", "truncate": "right"}, "truncate='right' is neither"),
-        ({"text": "Lions sleep.", "batch_size": 0}, "batch_size=0 is below 1"),
-        ({"tasks": "falconet-choices", "limit": 0}, "limit=0 is below 1"),
+        ({"text": "Lions sleep.", "truncate": "right"}, "truncate must be \"left\" or None; got 'right'"),
+        ({"text": "Lions sleep.", "batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"tasks": "falconet-choices", "limit": 0}, "limit must be a whole number from 1"),
     ],
 )
 def test_a_wrong_argument_is_refused(base, arguments, problem):

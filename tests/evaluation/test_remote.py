@@ -77,9 +77,7 @@ def test_a_server_without_log_probabilities_of_prompts_is_refused(file, choice):
     reply = as_reply({"id": "1", "object": "text_completion", "created": 0, "model": "falcon", "choices": [choice]})
     with scripted(answering(reply)) as server:
         endpoint = fk.connect(f"{server.address}/v1")
-        with pytest.raises(
-            ValueError, match=r"does not return the log-probabilities of a prompt .*: use vLLM, or load"
-        ):
+        with pytest.raises(ValueError, match=r"does not return the log-probabilities of a prompt: use vLLM, or load"):
             fk.evaluate(endpoint, file)
 
 
