@@ -80,7 +80,7 @@ def _published(axes: Axes, own: Sequence[Mapping[str, Any]], model: str, publish
     labels = [f"{name}, published" for name in published["averages"]]
     intervals(axes, [*averages, *own], [*labels, *(f"{model}, measured" for _ in own)], AMBER)
     axes.set_xlim(20, 80)
-    axes.set_xlabel("leaderboard of 2023: mean of 4 tasks, in %", fontsize=9)
+    axes.set_xlabel("Open LLM Leaderboard, percent", fontsize=9)
 
 
 @drawing

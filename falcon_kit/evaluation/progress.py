@@ -30,7 +30,7 @@ class Progress:
     ) -> list[Any]:
         """`function` of all inputs, called with `size` of them at a time. Inputs and results are JSON values."""
         results: list[Any] = []
-        with tqdm(total=len(inputs), desc=name, leave=False, delay=2) as bar:
+        with tqdm(total=len(inputs), desc=name, leave=False, delay=10) as bar:
             for start in range(0, len(inputs), size):
                 part = inputs[start : start + size]
                 results += self._part(f"{_slug(name)}-{start:06}", part, function)

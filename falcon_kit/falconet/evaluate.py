@@ -66,7 +66,7 @@ def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Q
     """Share of `questions` whose greedy answer is exactly the expected one."""
     rows = [{"question": question.text, "answer": question.expected} for question in questions]
     task = make_task("held-out", ((f"question {number}", row) for number, row in enumerate(rows, 1)))
-    found = evaluate(replace(falcon, chat_format=chat_format), task, chat=True)
+    found = evaluate(replace(falcon, loaded_format=chat_format), task, chat=True)
     return found[task.name].estimate("exact_match").value
 
 
