@@ -7,6 +7,7 @@ The extra `falcon-kit[evaluation]` installs it. Its tasks, prompts, few-shot exa
 import hashlib
 import json
 import logging
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -53,6 +56,8 @@ class Loaded:
     """What was asked for."""
     parts: Sequence[Any]
     """lm-eval's tasks: one, or those of a group."""
+    manager: TaskManager
+    """The index that they are from; without one, lm-eval reads all of its 14,000 tasks again."""
 
 
 def load(task: HarnessTask) -> Loaded:
@@ -61,19 +66,15 @@ def load(task: HarnessTask) -> Loaded:
     Raises LookupError for an unknown task, with the nearest names, and ConnectionError that names the data set that is
     neither in the cache nor can be reached.
     """
-    return Loaded(task, _parts(task))
-
-
-def _parts(task: HarnessTask) -> list[Any]:
     is_file = task.task.endswith((".yaml", ".yml"))
     require(not is_file or Path(task.task).is_file(), f"there is no file {task.task}")
-    with _quiet():
+    with _unnoticed():
         folder = None if task.folder is None else str(_TASKS / task.folder)
         manager = TaskManager(include_path=folder, include_defaults=folder is None and not is_file)
         if not is_file and task.task not in manager.all_tasks:
             raise LookupError(unknown_name("task of lm-eval", task.task, manager.all_tasks))
         try:
-            return list(manager.load([task.task])["tasks"].values())
+            return Loaded(task, list(manager.load([task.task])["tasks"].values()), manager)
         except (ConnectionError, FileNotFoundError) as error:
             raise ConnectionError(
                 f"the data of {task.name} is not here: {error}. Run the same call once with access to huggingface.co: "
@@ -82,15 +83,19 @@ def _parts(task: HarnessTask) -> list[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval's log at the level of errors."""
+def _unnoticed() -> Iterator[None]:
+    """lm-eval's log at the level of errors; afterwards the caller's random generators are as they were."""
     log = logging.getLogger("lm_eval")
-    before = log.level
+    level, python, tensors = log.level, random.getstate(), torch.get_rng_state()
+    arrays = np.random.get_state()  # noqa: NPY002  # it is this global generator that lm-eval uses
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.setLevel(level)
+        random.setstate(python)
+        torch.set_rng_state(tensors)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 def run(
@@ -106,18 +111,16 @@ def run(
     """The result of a task; the tasks of a group are taken together, each item with the same weight."""
     fewshot = loaded.task.num_fewshot if num_fewshot is None else num_fewshot
     lm, before = KitLM(model, progress, loaded.task.name), model.truncated
-    with _quiet():
+    with _unnoticed():
         results: Any = lm_eval.simple_evaluate(
             lm,
             tasks=list(loaded.parts),
+            task_manager=loaded.manager,
             num_fewshot=fewshot,
             limit=limit,
             bootstrap_iters=0,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
-            random_seed=None,  # None leaves the caller's generators alone
-            numpy_random_seed=None,
-            torch_random_seed=None,
             fewshot_random_seed=seed,
         )
     if truncated := model.truncated - before:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +149,19 @@ def test_chat_needs_a_chat_format(stock, base):
 def test_what_is_no_model_is_a_type_error():
     with pytest.raises(TypeError, match=r"give what fk\.load returns"):
         fk.evaluate("falconet", text="Lions sleep.")
+
+
+def test_without_lm_eval_the_extra_is_named(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "falcon_kit.evaluation.harness", raising=False)
+    monkeypatch.delattr("falcon_kit.evaluation.harness", raising=False)
+    with pytest.raises(ImportError, match=r"arc is a task of lm-eval .*: pip install 'falcon-kit\[evaluation\]'"):
+        fk.evaluate(base, "arc")
+
+
+def test_a_name_is_not_given_twice(base, file):
+    with pytest.raises(ValueError, match="animals is given twice: texts and tasks need names of their own"):
+        fk.evaluate(base, [file, file])
 
 
 def test_a_missing_file_is_named(base, tmp_path):
