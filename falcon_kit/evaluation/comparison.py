@@ -23,10 +23,14 @@ LEVEL = 0.05
 class Evaluated(Protocol):
     """What is compared: an `Evaluation`."""
 
-    model: str
-    record: Mapping[str, Any]
-    perplexities: tuple[Perplexity, ...]
-    tasks: tuple[TaskResult, ...]
+    @property
+    def model(self) -> str: ...
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+    @property
+    def perplexities(self) -> tuple[Perplexity, ...]: ...
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]: ...
 
 
 @dataclass(frozen=True)

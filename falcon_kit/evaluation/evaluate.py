@@ -82,7 +82,7 @@ def _evaluate(
     runs = [_resolve(each, settings) for each in names]
     _check_names([*(each.name for each in corpora), *(each.name for each in runs)])
     model: Model = RemoteModel(falcon) if isinstance(falcon, Endpoint) else LocalModel(falcon, settings["batch_size"])
-    data = {each.name: each.sha256 for each in (*corpora, *runs) if each.sha256}
+    data = {each.name: each.sha256 for each in corpora} | {each.name: each.sha256 for each in runs if each.sha256}
     record = {**model.record(), "settings": settings, "data": data, "versions": _versions()}
     progress = Progress(output_dir, {"model": model.name, **record})
     perplexities = tuple(model.perplexity(corpus, progress, settings["stride"]) for corpus in corpora)

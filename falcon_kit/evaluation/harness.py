@@ -162,7 +162,7 @@ def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
     return json.loads(json.dumps(item | {name: sample[name] for name in metrics if name in sample}, default=str))
 
 
-class KitLM(LM):
+class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
     """A model of the kit as lm-eval's `LM`: what it computes is stored part by part."""
 
     def __init__(self, model: Model, progress: Progress, name: str) -> None:

@@ -123,8 +123,8 @@ class LocalModel:
         return render(messages, chat_format, add_generation_prompt, self.tokenizer.eos_token)  # type: ignore[arg-type]  # not None in a chat
 
     def _generate(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Any]:
-        falcon = self._falcon
-        call = falcon.generate if hasattr(falcon, "generate") else partial(generate, *falcon)
+        model, tokenizer = self._falcon
+        call: Any = getattr(self._falcon, "generate", partial(generate, model, tokenizer))
         size = self._batch_size or BATCH
         batches = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
         return [each for batch in batches for each in call(batch, **settings)]
