@@ -10,6 +10,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
+from falcon_kit.display.errors import printable
 from falcon_kit.serving.connection import proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
@@ -139,7 +140,7 @@ def error_message(content: Any) -> str:
     for key in ("error", "detail", "message"):
         if isinstance(content, Mapping) and content.get(key):
             return error_message(content[key])
-    return str(content)
+    return printable(str(content))
 
 
 def count(value: Any) -> int | None:
