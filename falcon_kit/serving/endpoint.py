@@ -15,7 +15,7 @@ import httpx2
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
-from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
+from falcon_kit.display.errors import is_number, is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -189,7 +189,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""
-        return f"Endpoint({self.model} at {self.address}, {self.server}{context})"
+        return f"Endpoint({printable(self.model)} at {printable(self.address)}, {self.server}{context})"
 
     def _repr_html_(self) -> str:
         return html_table(self.model, (), self._facts().items())
