@@ -15,12 +15,15 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
-from falcon_kit.guardrails import guardrails
+from falcon_kit.guardrails import Blocked, Verdict, guardrails
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.exercises.check import check
+    from falcon_kit.exercises.outcome import Outcome
+    from falcon_kit.explanation.view import Explanation, explain
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from falcon_kit.loading.load import load
     from falcon_kit.loading.merging import Merged, merge
     from falcon_kit.parallel.launching import ParallelFalcon
+    from falcon_kit.planning.requirements import Requirements, requirements
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
     from falcon_kit.serving.stream import IncompleteAnswer
@@ -51,10 +55,12 @@ __all__ = [
     "Ablation",
     "AttentionView",
     "Attribution",
+    "Blocked",
     "ChatFormat",
     "Documents",
     "Endpoint",
     "Environment",
+    "Explanation",
     "Falcon",
     "FalconSpec",
     "Generation",
@@ -63,10 +69,12 @@ __all__ = [
     "LensView",
     "Merged",
     "NotEnoughMemory",
+    "Outcome",
     "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
+    "Requirements",
     "Sampling",
     "Stats",
     "Stream",
@@ -74,16 +82,19 @@ __all__ = [
     "TokenView",
     "Tuning",
     "TuningRun",
+    "Verdict",
     "ablate",
     "ablated",
     "attention",
     "attribute",
     "catalogue",
     "chat_format",
+    "check",
     "compare_tokens",
     "connect",
     "dialogues",
     "environment",
+    "explain",
     "export_gguf",
     "guardrails",
     "induction",
@@ -96,6 +107,7 @@ __all__ = [
     "playground",
     "published_tokens",
     "repeated_tokens",
+    "requirements",
     "sample_texts",
     "spec",
     "tokens",
@@ -103,6 +115,9 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "exercises.check": "check",
+    "exercises.outcome": "Outcome",
+    "explanation.view": "Explanation explain",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
@@ -117,6 +132,7 @@ _ON_FIRST_USE = {
     "loading.load": "load",
     "loading.merging": "Merged merge",
     "parallel.launching": "ParallelFalcon",
+    "planning.requirements": "Requirements requirements",
     "serving.endpoint": "Endpoint connect",
     "serving.gguf": "export_gguf",
     "serving.stream": "IncompleteAnswer",

@@ -9,6 +9,11 @@ from typing import Any, Literal, Self
 
 from falcon_kit.display.tables import format_bytes, html_table
 
+SPECIAL_TOKENS = tuple(
+    ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< >>PREFIX<< "
+    ">>SUFFIX<< >>MIDDLE<< <|endoftext|>".split()
+)
+"""The twelve special tokens of Falcon's vocabulary, ids 0 to 11."""
 _LEGACY_TYPES = ("RefinedWeb", "RefinedWebModel")
 _EXTENDING = ("linear", "dynamic", "yarn")  # of rotary embeddings, whose factor is that of the context
 _LEGACY_KEYS = {

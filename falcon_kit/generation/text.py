@@ -88,8 +88,14 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
 
 def overlap(text: str, stop: tuple[str, ...]) -> int:
     """Length of the longest suffix of `text` that is an incomplete stop string."""
-    lengths = (length for word in stop for length in range(len(word) - 1, 0, -1) if text.endswith(word[:length]))
-    return max(lengths, default=0)
+    return max((_overlap(text[max(0, len(text) - len(word) + 1) :], word) for word in stop), default=0)
+
+
+def _overlap(end: str, word: str) -> int:
+    start = end.find(word[0])
+    while start >= 0 and not word.startswith(end[start:]):
+        start = end.find(word[0], start + 1)
+    return len(end) - start if start >= 0 else 0
 
 
 @dataclass(frozen=True)

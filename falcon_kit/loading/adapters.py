@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,6 +40,15 @@ def record(adapter: Path) -> dict[str, Any]:
     """What `fk.tune` wrote about an adapter; empty for an adapter from elsewhere."""
     file = adapter / RECORD
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+@contextmanager
+def write_errors() -> Iterator[None]:
+    """Replaces the error of safetensors about a file that cannot be written by OSError, as other writers raise it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def digest(adapter: Path) -> str:

@@ -188,7 +188,7 @@ def _trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Ch
             return stored_format(trained)
     if tokenizer.chat_template is None:
         return default_format(found.base)
-    return own_format(tokenizer, found.directory)
+    return own_format(tokenizer, str(found.directory))
 
 
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -148,7 +148,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
             f"{type(adapter).__name__}"
         )
     if output_dir is not None:
-        _check_replaceable(Path(output_dir))
+        _check_replaceable(Path(output_dir).expanduser())
     if isinstance(base, Falcon):
         check_no_adapters(base, "the merged one")
     falcon = _base(Path(adapter)) if base is None else _unquantised_copy(base)
@@ -156,7 +156,8 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         return _merge(falcon, Path(adapter))
     with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
         merged = _merge(falcon, Path(adapter))
-        merged.model.save_pretrained(folder)
+        with adapters.write_errors():
+            merged.model.save_pretrained(folder)
         save_tokenizer(merged.tokenizer, folder)
     return merged
 

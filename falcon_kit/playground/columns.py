@@ -1,5 +1,6 @@
 """The models of a playground, a column each; a thread reads each stream, so that no model blocks another."""
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -8,13 +9,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
+from falcon_kit.generation.prompts import least_tokens
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]
-_tokenizer_lock = threading.Lock()  # tokenizers are not thread-safe
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Column:
     """Fields of `Sampling` that replace the session's."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held during generation. Columns with one compiled model share it, because that has a single KV cache."""
+
+    _counted: tuple[Prompt, int] | None = field(default=None, init=False, repr=False)
 
     @property
     def local(self) -> bool:
@@ -63,13 +67,26 @@ class Column:
         return int(tokens * self.falcon.plan.kv_bytes // self.falcon.plan.context) if self.local else None
 
     def count(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available."""
+        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available.
+
+        A lower bound for a prompt that is certainly longer than the context. The last count is stored: the playground
+        asks for it with every state that it sends.
+        """
         if not self.local:
             return None
-        with _tokenizer_lock:
-            if isinstance(prompt, str):
-                return len(self.falcon.tokenizer(prompt, verbose=False)["input_ids"])
-            return len(encode(prompt, self.falcon.tokenizer, self.falcon.chat_format))
+        if self._counted is None or self._counted[0] != prompt:
+            self._counted = (copy.deepcopy(prompt), self._count(prompt))
+        return self._counted[1]
+
+    def _count(self, prompt: Prompt) -> int:
+        tokenizer = self.falcon.tokenizer
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        least = sum(least_tokens(text, tokenizer) for text in texts)
+        if least > (self.context or math.inf):
+            return least
+        if isinstance(prompt, str):
+            return len(encode_prompt(prompt, tokenizer))
+        return len(encode(prompt, tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
         """Python code that makes the model."""
@@ -112,8 +129,7 @@ class Reader(threading.Thread):
 
     def _read(self) -> Any:
         """Puts each piece into the queue, and returns the `Generation`."""
-        with _tokenizer_lock:
-            self._stream = self._column.falcon.stream(self._prompt, **self._settings)
+        self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             for piece in self._stream:
                 if self._ended.is_set():

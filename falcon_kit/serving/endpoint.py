@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 import httpx2
 
 from falcon_kit.catalogue.names import spec
-from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
+from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
+from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
@@ -30,7 +31,7 @@ from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait
 Api = Literal["openai", "tgi"]
 MAX_CONCURRENT_REQUESTS = 16
 """Requests that one call sends at the same time."""
-_SPECIAL_TOKENS = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # of the published vocabulary
+_SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
 
 
@@ -55,15 +56,16 @@ class Endpoint:
     _server: Server = field(repr=False)
     _retries: int = field(repr=False)
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 
         `settings` are the fields of `falcon_kit.Sampling`, and others that the endpoint has a field for. Sequence
         number n of a prompt has the seed `seed + n`. Raises ValueError for a setting without a field, with what to do
         instead, LookupError for a wrong model name, PermissionError for a refused key, ConnectionError if there is no
         response, TimeoutError if the response pauses too long, and `IncompleteAnswer`, with the text so far, if it
-        breaks, or goes on after `max_new_tokens`.
+        breaks, or goes on after `max_new_tokens`. guardrails: as in `Falcon.generate`; a blocked prompt is not sent.
         """
+        check_given(guardrails, prompt)
         sampling, options = split_settings(settings)
         prompts, single = check_prompt(prompt)
         copies = sampling.num_return_sequences
@@ -77,11 +79,17 @@ class Endpoint:
             for each in prompts
             for seed in seeds
         ]
-        generations = self._generate_all(requests, strip=False)
+        generations = checked(guardrails, lambda: self._generate_all(requests, strip=False))
         return generations[0] if single and copies == 1 else generations
 
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> RemoteStream:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
+    ) -> RemoteStream | GuardedStream:
         """Continues a prompt, or answers a conversation, piece by piece; closing the iterator closes the connection."""
+        check_given(guardrails, prompt)
+        return guarded(self._begin_stream(prompt, settings), guardrails)
+
+    def _begin_stream(self, prompt: Prompt | Sequence[Message], settings: dict[str, Any]) -> RemoteStream:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
@@ -90,7 +98,7 @@ class Endpoint:
         require(single, "a stream yields one text: give one prompt, or use generate()")
         return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), strip=False)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
 
         Raises what `generate` raises, and ValueError for unknown roles, messages out of order, or a message that
@@ -98,7 +106,9 @@ class Endpoint:
         """
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
-        return self._generate_all([self._chat_request(messages, sampling, options)], strip=True)[0]
+        check_given(guardrails, messages)
+        request = self._chat_request(messages, sampling, options)
+        return checked(guardrails, lambda: self._generate_all([request], strip=True))[0]
 
     def accepts(self, **settings: Any) -> bool:
         """Whether the endpoint has a field for each of these settings of `generate`."""
@@ -211,8 +221,12 @@ def connect(
     can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
-    require(deadline > 0, f"deadline={deadline} must be above 0")
+    require(
+        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
+        f"retries={shown(retries)} from 0 to 1000",
+    )
+    require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries, deadline)

@@ -167,8 +167,8 @@ class OpenAIServer:
             content = {"model": self.facts.model} | given
             return await self._ask("tokenize", content, lambda answer: count(answer["count"]))
         text = request.prompt or await self._ask("apply-template", messages, lambda answer: answer["prompt"])
-        content = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
-        return await self._ask("tokenize", content, lambda answer: length(answer["tokens"]))
+        whole = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
+        return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
         return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)

@@ -81,10 +81,10 @@ class Delta:
 
     def __post_init__(self) -> None:
         """Raises TypeError for values of other types, which come from a malformed event."""
-        numbers = (self.token_id, self.prompt_tokens, self.new_tokens, *(each.token_id for each in self.alternatives))
+        tokens: tuple[Delta | Alternative, ...] = (self, *self.alternatives)
+        numbers = (self.prompt_tokens, self.new_tokens, *(each.token_id for each in tokens))
         if not (
-            all(isinstance(each.text, str) for each in (self, *self.alternatives))
-            and all(isinstance(each.logprob, int | float) for each in (self, *self.alternatives))
+            all(isinstance(each.text, str) and isinstance(each.logprob, int | float) for each in tokens)
             and all(each is None or type(each) is int for each in numbers)
         ):
             raise TypeError(f"wrong types in an event: {self}")

@@ -9,7 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import answer_rates
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
 from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, in_notebook, print_line, show_plan
-from falcon_kit.tuning.run_folder import identity, prepare_output_dir, read_record, save_adapter, write_record
+from falcon_kit.tuning.run_folder import identity, locked, prepare_output_dir, read_record, save_adapter, write_record
 from falcon_kit.tuning.runs import TuningRun
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer, arguments
@@ -64,8 +64,9 @@ def tune(
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
     adapters already, and for settings that are out of range or differ from those of the run in output_dir,
-    NotEnoughMemory, FloatingPointError for a loss that is not finite, and OSError if a checkpoint cannot be saved; the
-    earlier ones stay complete. After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
+    NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
+    output_dir, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
+    finished and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):
@@ -78,11 +79,12 @@ def tune(
     test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
     memory_plan = _plan(falcon, chosen, force)
     run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, test_documents, memory_plan, quiet)
-    run.prepare(resume)
-    if distributed.is_rank0() and not quiet:
-        show_plan(memory_plan)
-    with _restored(falcon), unpacked(falcon.model):
-        return run()
+    with run.held():
+        run.prepare(resume)
+        if distributed.is_rank0() and not quiet:
+            show_plan(memory_plan)
+        with _restored(falcon), unpacked(falcon.model):
+            return run()
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
@@ -199,6 +201,10 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         return identity(self.falcon, self.settings, self.train, self.test)
 
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other runs out of output_dir; rank 0 holds it for all processes."""
+        return locked(self.directory) if distributed.is_rank0() else nullcontext()
+
     def prepare(self, resume: bool) -> None:
         """Prepares output_dir on rank 0; the other processes wait."""
         if distributed.is_rank0():  # if it raises, the launcher ends the other processes
@@ -306,6 +312,6 @@ def _out_of_memory(error: Exception, falcon: Falcon, settings: Tuning, memory_pl
         suggestions.append(f"fk.load({falcon.name!r}, dtype='nf4'): QLoRA")
     if (settings.context or 0) >= 256:
         suggestions.append(f"context={(settings.context or 0) // 2}: longer conversations are cut")
-    first_line = str(error).splitlines()[0]
-    text = f"out of memory during training ({first_line}). The plan was: {memory_plan.verdict()}. Try:"
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    text = f"out of memory during training ({reason}). The plan was: {memory_plan.verdict()}. Try:"
     return NotEnoughMemory(replace(memory_plan, suggestions=tuple(suggestions)), text)
