@@ -47,7 +47,7 @@ def spec(name: str | os.PathLike[str]) -> FalconSpec:
 
     The spec of an adapter is that of its base model under the adapter's name. For a hub id outside the catalogue, only
     the config.json or adapter_config.json is downloaded. Raises LookupError for any other string, ConnectionError if
-    the hub cannot be reached, FileNotFoundError for a directory without config.json, and ValueError for a config that
+    the hub cannot be reached, FileNotFoundError for a path without a config.json, and ValueError for a config that
     is not valid JSON or not a Falcon's.
     """
     if not isinstance(name, str | os.PathLike):
@@ -64,9 +64,9 @@ def _spec(name: str | os.PathLike[str], seen: tuple[str, ...]) -> FalconSpec:
         known = {each.name.lower(): each for each in catalogue()}
         if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
             return found
-        if not path.exists():
+        if not name.strip() or not path.exists():
+            check_directory(name)
             if _HUB_ID.fullmatch(name):
-                check_directory(name)
                 return _hub_spec(name, seen)
             names = [each.name for each in known.values()]
             raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
@@ -98,6 +98,8 @@ def _hub_spec(name: str, seen: tuple[str, ...]) -> FalconSpec:
 
 def check_directory(name: str) -> None:
     """Raises FileNotFoundError for a name that is a path, not a hub id, where it does not exist."""
+    if name.endswith(".json"):
+        raise FileNotFoundError(f"there is no file {name}: give a config.json, its directory, or a model's name")
     if name.startswith(("/", ".", "~", "runs/")) or "\\" in name or ("/" in name and not _HUB_ID.fullmatch(name)):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
 

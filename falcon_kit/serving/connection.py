@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -12,7 +13,43 @@ from falcon_kit.display.errors import require
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
+MOST_BYTES = 8 * 2**20
+"""Bytes that a server may send as one response, or in a stream until the next event. Responses have some kilobytes."""
 _LONGEST_MESSAGE = 1000
+
+
+class Oversized(httpx2.TransportError):
+    """A response that has more than `MOST_BYTES`, or that is compressed, so that it may unpack to any number."""
+
+
+class _Limited(httpx2.AsyncByteStream):
+    """The bytes of a response, at most `MOST_BYTES` until `next_event`."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream, self.left = stream, MOST_BYTES
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            self.left -= len(part)
+            if self.left < 0:
+                raise Oversized(f"sends more than {MOST_BYTES:,} bytes without an end: check the URL")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _limit(response: httpx2.Response) -> None:
+    """Limits the bytes of a response, before any is read."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise Oversized("compresses its response, which was not asked for: switch compression off for this URL")
+    response.stream = _Limited(response.stream)  # type: ignore[arg-type]  # that of an asynchronous client
+
+
+def next_event(response: httpx2.Response) -> None:
+    """Lets a streamed response have `MOST_BYTES` more: an event has arrived."""
+    if isinstance(response.stream, _Limited):
+        response.stream.left = MOST_BYTES
 
 
 @dataclass(frozen=True)
@@ -25,11 +62,14 @@ class Connection:
     """Seconds without a byte from the endpoint until a request fails."""
     retries: int
     """Further attempts while the endpoint is busy or refuses connections."""
+    deadline: float
+    """Seconds for a whole answer, with all attempts."""
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of every request."""
-        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        plain = {"Accept-Encoding": "identity"}  # see `Oversized`
+        return plain | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
 
     @property
     def http_timeout(self) -> httpx2.Timeout:
@@ -37,13 +77,18 @@ class Connection:
         return httpx2.Timeout(self.timeout, connect=min(self.timeout, 10))
 
     def client(self) -> httpx2.AsyncClient:
-        """An HTTP client with key and timeout. It follows no redirect: prompt and key go to no other server.
+        """An HTTP client with key, timeout and limit. It follows no redirect: prompt and key go to no other server.
 
         Raises ValueError for proxies and certificates of the environment that cannot be used, and ModuleNotFoundError
         for a SOCKS proxy without socksio.
         """
         try:
-            return httpx2.AsyncClient(headers=self.headers, timeout=self.http_timeout, follow_redirects=False)
+            return httpx2.AsyncClient(
+                headers=self.headers,
+                timeout=self.http_timeout,
+                follow_redirects=False,
+                event_hooks={"response": [_limit]},
+            )
         except ImportError:
             raise ModuleNotFoundError(
                 f"{_proxy_variables()} names a SOCKS proxy, which needs socksio: pip install socksio, or remove the "
@@ -65,7 +110,8 @@ class Connection:
         return _shorten(self._replace(text), 500)
 
     def scrub(self, text: str) -> str:
-        """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters."""
+        """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters or a lone surrogate."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._replace(text) if self.token and len(self.token) >= SHORTEST_SECRET else text
 
     def clean(self, error: BaseException) -> None:

@@ -65,7 +65,7 @@ class Endpoint:
         number n of a prompt has the seed `seed + n`. Raises ValueError for a setting without a field, with what to do
         instead, LookupError for a wrong model name, PermissionError for a refused key, ConnectionError if there is no
         response, TimeoutError if the response pauses too long, and `IncompleteAnswer`, with the text so far, if it
-        breaks. guardrails: as in `Falcon.generate`; a blocked prompt is not sent.
+        breaks, or goes on after `max_new_tokens`. guardrails: as in `Falcon.generate`; a blocked prompt is not sent.
         """
         check_given(guardrails, prompt)
         sampling, options = split_settings(settings)
@@ -205,6 +205,7 @@ def connect(
     context: int | None = None,
     timeout: float = 120.0,
     retries: int = 4,
+    deadline: float = 1800.0,
     session: Any = None,
 ) -> Endpoint:
     """The endpoint at a URL: "http://host:8000/v1" or "sagemaker://endpoint-name".
@@ -215,8 +216,9 @@ def connect(
     chat: "falcon", "hub", "baize" or a ChatFormat renders conversations in that format and sends them as plain
     completions; unset, the endpoint's own chat template renders them, if its protocol has conversations (TGI's has
     not). context: its limit in tokens, if it does not report one. timeout: seconds without a byte from it until a
-    request fails. retries: further attempts, after growing pauses, while the endpoint is busy (429, 503), refuses
-    connections or closes them before the first piece. session: a boto3.Session, for SageMaker.
+    request fails, and for the whole response to a request for anything but text. deadline: seconds for a whole text,
+    however steadily it comes. retries: further attempts, after growing pauses, while the endpoint is busy (429, 503),
+    refuses connections or closes them before the first piece. session: a boto3.Session, for SageMaker.
 
     Raises ConnectionError if no server with such a protocol responds, LookupError for a model or endpoint that does not
     exist, PermissionError for a refused key, and ValueError for an invalid URL or argument, a key that no HTTP header
@@ -224,13 +226,14 @@ def connect(
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     require(
-        is_number(timeout, 0, 1e9) and timeout > 0 and is_whole(retries, 0, 1000),
-        f"timeout={shown(timeout)} must be above 0, and at most 1e9; retries={shown(retries)} from 0 to 1000",
+        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
+        f"retries={shown(retries)} from 0 to 1000",
     )
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     _check_url(url)
-    connection = Connection(token or _token_from_environment(url), timeout, retries)
+    connection = Connection(token or _token_from_environment(url), timeout, retries, deadline)
     check_token(connection.token)
     discover = partial(_discover, url, model, api, connection, session)
     server = wait_for(retry(discover, retries, connection))
@@ -268,7 +271,7 @@ async def _discover(url: str, model: str | None, api: Api | None, connection: Co
     """The server at the URL, with the protocol that it uses."""
     parts = urlsplit(url.strip())
     if parts.scheme == "sagemaker":
-        return await asyncio.to_thread(sagemaker.discover, parts.netloc, api or "tgi", model, connection, session)
+        return await sagemaker.discover(parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
         with suppress(*([Redirected] if api is None else [])):  # a server of another kind may redirect an unknown path
@@ -315,7 +318,13 @@ def _find_spec(model: str) -> FalconSpec | None:
 def _answer(request: Request, strip: bool) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip, request.sampling.alternatives)
+    return Answer(
+        prompt if isinstance(prompt, str) else "",
+        request.stop,
+        strip,
+        request.sampling.alternatives,
+        request.new_tokens,
+    )
 
 
 def _with_shared_stats(generations: list[Generation]) -> list[Generation]:

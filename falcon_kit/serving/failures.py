@@ -1,17 +1,18 @@
 """The exception for each failure of an endpoint."""
 
+import asyncio
 import json
 import re
 import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
 from falcon_kit.display.errors import printable
-from falcon_kit.serving.connection import proxy_for, redact_url
+from falcon_kit.serving.connection import Oversized, proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
 _PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
@@ -63,6 +64,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def connection_error(error: httpx2.HTTPError, address: str, timeout: float) -> Exception:
     """The exception for a connection that was refused, timed out or broke."""
+    if isinstance(error, Oversized):
+        return ConnectionError(f"{address} {error}")
     if tls := _tls_error(error):
         return _explain_tls(tls, address)
     if isinstance(error, httpx2.ProxyError | httpx2.ConnectError | httpx2.ConnectTimeout) and proxy_for(address):
@@ -111,6 +114,20 @@ def _explain_proxy(error: httpx2.HTTPError, address: str) -> Exception:
     return Unavailable(
         f"the proxy {proxy} for {address} does not answer: start it, or set NO_PROXY={host} to connect without it"
     )
+
+
+@asynccontextmanager
+async def within(seconds: float, address: str, argument: str) -> AsyncIterator[None]:
+    """Raises TimeoutError after so many seconds; `argument` is the one of `connect` that sets them."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise TimeoutError(
+            f"{address} has not ended after {seconds:g} s: give a longer {argument}=, or read its log"
+        ) from None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import openai
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
-from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
 from falcon_kit.serving.protocol import (
     Delta,
@@ -151,6 +151,7 @@ class OpenAIServer:
             async with stream:
                 with reading(self.facts.address):
                     async for chunk in stream:
+                        next_event(stream.response)
                         for delta in list(read_chunk(chunk.to_dict())):
                             yield await self._name_control_tokens(delta)
         except (openai.OpenAIError, httpx2.HTTPError) as error:
@@ -166,8 +167,8 @@ class OpenAIServer:
             content = {"model": self.facts.model} | given
             return await self._ask("tokenize", content, lambda answer: count(answer["count"]))
         text = request.prompt or await self._ask("apply-template", messages, lambda answer: answer["prompt"])
-        content = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
-        return await self._ask("tokenize", content, lambda answer: length(answer["tokens"]))
+        whole = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
+        return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
         return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)
@@ -305,14 +306,15 @@ async def discover(url: str, model: str | None, connection: Connection) -> OpenA
 
 async def _dialect(url: str, models: list[dict[str, Any]], connection: Connection) -> Dialect | None:
     """The dialect by the owner in the list of models; `transformers serve` has no owner but a path of its own."""
-    owners = {each.get("owned_by") for each in models}
+    owners = [each.get("owned_by") for each in models]
     for owner, dialect in (("vllm", VLLM), ("llamacpp", LLAMA_CPP)):
         if owner in owners:
             return dialect
     documented = None
     with suppress(Redirected):  # as some gateways answer an unknown path
         _, documented = await ask_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
-    if isinstance(documented, dict) and "/load_model" in documented.get("paths", {}):
+    paths = documented.get("paths") if isinstance(documented, dict) else None
+    if isinstance(paths, dict) and "/load_model" in paths:
         return TRANSFORMERS
     return STANDARD if models else None
 
@@ -323,7 +325,8 @@ def _find_model(models: list[dict[str, Any]], model: str | None) -> dict[str, An
     if model is None and len(names) > 1:
         raise ValueError(f"the endpoint serves several models, pass model=, one of: {', '.join(names)}")
     for each in models:
-        if model is None or model in (each["id"], *(each.get("aliases") or ())):
+        aliases = each.get("aliases")
+        if model in (None, each["id"]) or (isinstance(aliases, list) and model in aliases):
             return each
     raise LookupError(unknown_name("model", str(model), names))
 

@@ -17,7 +17,15 @@ from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import Unavailable, connection_error, count, error_message, http_error, parse_json
+from falcon_kit.serving.failures import (
+    Unavailable,
+    connection_error,
+    count,
+    error_message,
+    http_error,
+    parse_json,
+    within,
+)
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 MAX_PAUSE, MAX_RETRY_AFTER = 8.0, 60.0  # seconds: limits of the doubled pause, and of an endpoint's Retry-After
@@ -48,8 +56,8 @@ class Request:
 
     @property
     def new_tokens(self) -> int:
-        """The maximum number of new tokens."""
-        return self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+        """The maximum number of new tokens; before the prompt is counted, `max_length`."""
+        return self.sampling.max_new_tokens or self.sampling.max_length or DEFAULT_NEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,10 @@ class Delta:
 
     def __post_init__(self) -> None:
         """Raises TypeError for values of other types, which come from a malformed event."""
-        numbers = (self.token_id, self.prompt_tokens, self.new_tokens, *(each.token_id for each in self.alternatives))
+        tokens: tuple[Delta | Alternative, ...] = (self, *self.alternatives)
+        numbers = (self.prompt_tokens, self.new_tokens, *(each.token_id for each in tokens))
         if not (
-            all(isinstance(each.text, str) for each in (self, *self.alternatives))
-            and all(isinstance(each.logprob, int | float) for each in (self, *self.alternatives))
+            all(isinstance(each.text, str) and isinstance(each.logprob, int | float) for each in tokens)
             and all(each is None or type(each) is int for each in numbers)
         ):
             raise TypeError(f"wrong types in an event: {self}")
@@ -193,7 +201,7 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
     Raises for a refused key, a redirect, a busy endpoint.
     """
     try:
-        async with connection.client() as client:
+        async with within(connection.timeout, redact_url(url), "timeout"), connection.client() as client:
             response = await client.request("GET" if content is None else "POST", url, json=content)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection.timeout) from None

@@ -7,12 +7,13 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
-from falcon_kit.serving.connection import Connection
-from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading
+from falcon_kit.serving.connection import MOST_BYTES, Connection
+from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading, within
 from falcon_kit.serving.protocol import Delta, Facts, Request
 
 _VLLM = replace(openai_api.VLLM, counts=False)  # SageMaker forwards no other path
@@ -26,10 +27,11 @@ REFUSED = (
 )
 
 
-def discover(name: str, api: str, model: str | None, connection: Connection, session: Any) -> "SageMakerServer":
-    """The endpoint of that name, in service. Blocks, so it runs in a thread."""
-    server = SageMakerServer(name, api, model, connection, session)
-    server.check()
+async def discover(name: str, api: str, model: str | None, connection: Connection, session: Any) -> "SageMakerServer":
+    """The endpoint of that name, in service. boto3 blocks, so it runs in a thread."""
+    server = await asyncio.to_thread(SageMakerServer, name, api, model, connection, session)
+    async with within(connection.timeout, server.facts.address, "timeout"):
+        await asyncio.to_thread(server.check)
     return server
 
 
@@ -60,12 +62,12 @@ class SageMakerServer:
 
         Without the permission to describe the endpoint, nothing is checked.
         """
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             description = self._control.describe_endpoint(EndpointName=self._name)
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "AccessDeniedException":
+        except (BotoCoreError, ClientError) as error:
+            if _code(error) != "AccessDeniedException":
                 raise self._explain(error) from None
             return
         status = description["EndpointStatus"]
@@ -80,17 +82,23 @@ class SageMakerServer:
         """Sends the request and yields the deltas of each line; boto3 blocks, so it runs in a thread."""
         stream = await asyncio.to_thread(self._invoke, body)
         events = iter(stream)
+        left = MOST_BYTES  # until the next event
         unfinished = b""  # a PayloadPart may end in the middle of a line, even of a character
         try:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
-                *lines, unfinished = (unfinished + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
+                received = event.get("PayloadPart", {}).get("Bytes", b"")
+                left -= len(received)
+                if left < 0:
+                    raise ConnectionError(f"{self.facts.address} sends more than {MOST_BYTES:,} bytes without an end")
+                *lines, unfinished = (unfinished + received).split(b"\n")
                 for line in lines:
                     for delta in self._read(line, body):
+                        left = MOST_BYTES
                         yield delta
             for delta in self._read(unfinished, body):
                 yield delta
         finally:
-            stream.close()
+            _close(stream)
 
     def _invoke(self, body: dict[str, Any]) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -105,12 +113,14 @@ class SageMakerServer:
 
     def _next(self, events: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         from botocore.exceptions import BotoCoreError, ClientError
-        from urllib3.exceptions import HTTPError
+        from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         try:
             return next(events, None)
         except (BotoCoreError, ClientError) as error:
             raise self._explain(error) from None
+        except ReadTimeoutError:
+            raise self._silent() from None
         except (HTTPError, OSError) as error:
             raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
@@ -124,13 +134,18 @@ class SageMakerServer:
             chunk = parse_json(text.removeprefix("data:"))
             return list(openai_api.read_chunk(chunk)) if isinstance(chunk, dict) else []
 
+    def _silent(self) -> TimeoutError:
+        return TimeoutError(
+            f"{self.facts.address} sent nothing for {self.connection.timeout:g} s: give a longer timeout="
+        )
+
     def _explain(self, error: Exception) -> Exception:
         """The exception for an error of boto3."""
         from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
         address, message = self.facts.address, self.connection.redact(str(error))
         response = getattr(error, "response", None) or {}
-        code = response.get("Error", {}).get("Code", "")
+        code = _code(error)
         if code == "ModelError":  # from the container, not from AWS
             status, original = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", message)
             return http_error(status, error_message(original), address, {})
@@ -143,8 +158,20 @@ class SageMakerServer:
         if "not find" in message or "not found" in message:
             return LookupError(f"{address} is not in this region: check name and region. AWS reports: {message}")
         if isinstance(error, ReadTimeoutError):
-            return TimeoutError(f"{address} sent nothing for {self.connection.timeout:g} s: give a longer timeout=")
+            return self._silent()
         return ConnectionError(f"{address} failed. AWS reports: {message}")
+
+
+def _code(error: Exception) -> str:
+    """AWS's name of an error; empty for an error of the connection."""
+    return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
+
+
+def _close(stream: Any) -> None:
+    """Closes a response. Its socket ends first: otherwise closing waits while a thread reads."""
+    with suppress(AttributeError, ValueError, RuntimeError, OSError):
+        stream._raw_stream.shutdown()  # an urllib3.HTTPResponse
+    stream.close()
 
 
 def _clients(session: Any, connection: Connection) -> tuple[Any, Any]:

@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text
+from falcon_kit.serving.failures import within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
 Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
 """A coroutine function that calls its argument with each piece."""
 _USAGE_TIMEOUT = 1.0  # seconds to wait for the token counts, which some endpoints send after the text
+
+
+_MOST_PER_TOKEN = 256  # events and characters; the longest token of the published vocabulary has 80 characters
 
 
 class IncompleteAnswer(ConnectionError):
@@ -32,9 +36,12 @@ class IncompleteAnswer(ConnectionError):
 class Answer:
     """One generated text while it is received."""
 
-    def __init__(self, prompt: str, stop: tuple[str, ...], strip: bool, alternatives: int = 0) -> None:
-        """alternatives: how many there are at each step, as in `Sampling`."""
+    def __init__(
+        self, prompt: str, stop: tuple[str, ...], strip: bool, alternatives: int = 0, limit: int | None = None
+    ) -> None:
+        """alternatives: how many there are at each step, as in `Sampling`. limit: the most tokens."""
         self.prompt, self._text, self._wanted = prompt, Text(stop, strip), alternatives
+        self._limit, self._received = limit, 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
@@ -52,9 +59,22 @@ class Answer:
         """Whether the text has reached a stop string."""
         return self._text.stopped
 
+    @property
+    def begun(self) -> bool:
+        """Whether an event has arrived."""
+        return self._received > 0
+
+    @property
+    def too_long(self) -> bool:
+        """Whether more than `limit` tokens have arrived: by their ids, or by far more characters than they have."""
+        return self._limit is not None and (
+            len(self.tokens) > self._limit or self._received > _MOST_PER_TOKEN * (self._limit + 1)
+        )
+
     def push(self, delta: Delta) -> Piece | None:
         """Adds an event; returns a piece if the event has a token, or if more of the text can be shown."""
         self.count(delta)
+        self._received += 1 + len(delta.text)
         alternatives = delta.alternatives[: self._wanted]
         require(
             not (self._wanted and delta.text) or bool(alternatives or self.tokens),
@@ -67,7 +87,7 @@ class Answer:
             self.logprobs.append(delta.logprob)
             self.alternatives.append(alternatives)
         self._text.add(delta.text)
-        self.finish = "stop" if self.stopped else delta.finish
+        self.finish = "stop" if self.stopped else None if self.too_long else delta.finish
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
 
@@ -114,27 +134,36 @@ async def request_answer(
     Raises `IncompleteAnswer` if the response breaks after its first event, and ValueError for a text that is longer
     than `context` tokens.
     """
-    begun = False
+    address = server.facts.address
     try:
-        async with aclosing(retry_stream(lambda: server.deltas(body), retries, server.connection)) as deltas:  # type: ignore[type-var]
-            async for delta in deltas:
-                begun = True
-                if piece := answer.push(_scrub(delta, server.connection.scrub)):
-                    emit(piece)
-                if answer.finish:
-                    break
+        async with (
+            within(server.connection.deadline, address, "deadline"),
+            aclosing(retry_stream(lambda: server.deltas(body), retries, server.connection)) as deltas,  # type: ignore[type-var]
+        ):
+            await _receive(deltas, server, answer, emit)
             if server.accepts_stop or not answer.stopped:
                 await _read_usage(deltas, answer)
     except (ConnectionError, TimeoutError) as error:
-        if not begun:
+        if not answer.begun:
             raise
-        raise _incomplete(answer, f"the answer broke off after {len(answer.text)} characters: {error}") from None
-    address = server.facts.address
-    if not begun:
+        if not answer.finish:
+            raise _incomplete(answer, f"the answer broke off after {len(answer.text)} characters: {error}") from None
+    if not answer.begun:
         raise ConnectionError(f"{address} does not use the protocol of {server.facts.server}: check the URL")
     if not answer.finish:
         raise _incomplete(answer, f"{address} gave no finish reason after {len(answer.text)} characters")
     return _check_context(answer.generation(), context)
+
+
+async def _receive(deltas: AsyncIterator[Delta], server: Server, answer: Answer, emit: Callable[[Piece], None]) -> None:
+    """Fills `answer` until it ends. Raises ConnectionError if it does not end where it should."""
+    async for delta in deltas:
+        if piece := answer.push(_scrub(delta, server.connection.scrub)):
+            emit(piece)
+        if answer.finish:
+            return
+        if answer.too_long:
+            raise ConnectionError(f"{server.facts.address} sends more new tokens than were asked for")
 
 
 def _scrub(delta: Delta, scrub: Callable[[str], str]) -> Delta:

@@ -12,7 +12,7 @@ import httpx2
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative, FinishReason
-from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import (
     Delta,
@@ -61,6 +61,7 @@ class TGIServer:
                 with reading(address):
                     async for line in response.aiter_lines():
                         if delta := read_event(line, address, reshapes(body["parameters"])):
+                            next_event(response)
                             yield delta
         except httpx2.HTTPError as error:
             raise connection_error(error, address, self.connection.timeout) from None

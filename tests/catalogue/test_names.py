@@ -36,6 +36,33 @@ def test_a_name_of_the_publisher_may_be_on_the_hub_when_that_cannot_be_reached(n
         spec(name)
 
 
+@pytest.mark.parametrize(
+    "path", ["./x", "../x", "/no/where", "~/no/where", "runs/x", "a/b/c", "C:\\models\\x", "./falcon-7b", "tiiuae/x/"]
+)
+def test_a_path_is_named_as_one_where_it_does_not_exist(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for find in (spec, load):
+        with pytest.raises(FileNotFoundError) as error:
+            find(path)
+        assert str(error.value) == f"there is no directory {path}: give one that holds a config.json, or a model's name"
+
+
+@pytest.mark.parametrize("path", ["a.json", "./config.json", "runs/x/config.json"])
+def test_a_file_is_named_as_one_where_it_does_not_exist(path: str) -> None:
+    for find in (spec, load):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {path}: give a config.json, its directory, or"):
+            find(path)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_directory(name: str) -> None:
+    for find in (spec, load):
+        with pytest.raises(LookupError, match="falcon-40b-instruct"):
+            find(name)
+
+
 def test_a_name_in_a_folder_that_exists_may_be_a_directory_or_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ NUMBERS = {
     "split share": lambda _, value: fk.dialogues(DOCUMENTS).split(value),
     "attribute tolerance": lambda falcon, value: fk.attribute(falcon, TEXT, tolerance=value),
     "connect timeout": lambda _, value: fk.connect(CLOSED, timeout=value, retries=0),
+    "connect deadline": lambda _, value: fk.connect(CLOSED, deadline=value, retries=0),
 }
 SWITCHES = {
     "evaluate chat": lambda falcon, value: fk.evaluate(falcon, text=TEXT, chat=value),

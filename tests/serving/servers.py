@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,7 +88,7 @@ def llama_cpp(path: Path, context: int = 2048, **settings: Any) -> tuple[xllamac
 class Reply:
     """One response of a scripted server."""
 
-    chunks: list[bytes] = field(default_factory=list)
+    chunks: Iterable[bytes] = ()
     status: int = 200
     kind: str = "text/event-stream"
     headers: dict[str, str] = field(default_factory=dict)
@@ -98,6 +98,8 @@ class Reply:
     """Seconds before the first byte."""
     dropped: bool = False
     """Closes the connection without any response."""
+    raw: Iterator[bytes] | None = None
+    """Bytes in place of an HTTP response."""
 
 
 Script = Callable[[str, dict[str, Any], dict[str, str]], Reply | Iterator[bytes]]
@@ -151,6 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(reply.silence)
         if reply.dropped:
             self.close_connection = True
+            return
+        if reply.raw is not None:
+            self.close_connection = True
+            self.wfile.writelines(reply.raw)
             return
         self.send_response(reply.status)
         self.send_header("content-type", reply.kind)

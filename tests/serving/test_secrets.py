@@ -123,3 +123,22 @@ def test_a_redirect_is_refused_with_a_target_that_works(what):
         assert KEY not in str(error.value)
         target = str(error.value).partition("redirects to ")[2].partition(" ")[0]
         assert fk.connect(target).generate("Hi").text == "Hello"
+
+
+def test_a_key_among_the_alternatives_or_in_a_count_is_not_shown(caplog):
+    caplog.set_level(logging.INFO)
+    tops = {"Hi": -0.1, f" {KEY}": -3.0}
+    logprobs = {"tokens": ["Hi"], "token_logprobs": [-0.1], "top_logprobs": [tops]}
+    choice = {"index": 0, "text": "Hi", "finish_reason": "stop", "token_ids": [5], "logprobs": logprobs}
+    completions = answering(Reply([event({"choices": [choice]})]), owner="vllm")
+
+    def script(path, *rest):
+        return as_reply({"error": {"message": KEY}}, 400) if path == "/tokenize" else completions(path, *rest)
+
+    with scripted(script) as server:
+        endpoint = fk.connect(f"{server.address}/v1", token=KEY)
+        answer = endpoint.generate("Hi", alternatives=2)
+        _, shown = shown_of(lambda: endpoint.generate("Hi", max_length=50))
+    assert [each.text for each in answer.alternatives[0]] == ["Hi", " ***"]
+    assert shown
+    assert [text for text in [*shown, repr(answer.alternatives), caplog.text] if KEY in text] == []
