@@ -145,19 +145,16 @@ class SamplingRNG:
         self._global_states = None
 
     def _read(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        elif self._device.type == "mps":
-            states.append(torch.mps.get_rng_state())
-        return states
+        return [torch.get_rng_state(), *(module.get_rng_state(self._device) for module in self._accelerator())]
 
     def _write(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self._device)
-        elif self._device.type == "mps":
-            torch.mps.set_rng_state(states[1])
+        for module, state in zip(self._accelerator(), states[1:], strict=True):
+            module.set_rng_state(state, self._device)
+
+    def _accelerator(self) -> list[Any]:
+        """torch's module for the device, such as torch.cuda; none for a CPU."""
+        return [] if self._device.type == "cpu" else [torch.get_device_module(self._device)]
 
 
 class GenerationObserver:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Restores the random states of the CPU and of the model's own devices after a `with` block.
+
+    Without a list of devices, `fork_rng` warns where there are several, and reads those that other processes use.
+    """
+    devices = {each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")}
+    return torch.random.fork_rng(devices, device_type=devices.copy().pop().type if devices else None)
+
+
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
-    with torch.random.fork_rng(), quiet():  # PEFT draws random matrices before it reads the adapter's
+    with random_state_kept(model), quiet():  # PEFT draws random matrices before it reads the adapter's
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 

@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback
 from falcon_kit.display.errors import plain_scalar, require
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import detach, is_quantised, quiet, unchanged
+from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
@@ -145,7 +145,7 @@ def _restored(falcon: Falcon) -> Iterator[None]:
     """Turns gradients on; restores them, the random states, and the model's `use_cache` and modes after the block."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
     use_cache = falcon.model.config.use_cache  # the Trainer sets it to False
-    with torch.random.fork_rng(), torch.enable_grad(), unchanged(falcon.model):
+    with random_state_kept(falcon.model), torch.enable_grad(), unchanged(falcon.model):
         try:
             yield
         finally:
