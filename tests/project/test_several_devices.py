@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 import falcon_kit as fk
 from falcon_kit.planning.devices import Device
+from falcon_kit.planning.placement import device_map
 from tests import devices
 from tests.conftest import small_model
 from tests.tuning.small_runs import QUICK, talk
@@ -265,9 +266,8 @@ REFUSED = {("rw", export_gguf), ("rw", notebook_04), ("apart", notebook_04)}
 
 
 def spread(spec):
-    """The plan's own device map for three equal devices."""
-    equal = [Device("sim", f"sim:{index}", 2**31) for index in range(devices.COUNT)]
-    return dict(fk.plan(spec, "float32", context=64, devices=equal).device_map)
+    """A map as the plan writes it, with two layers on the first two devices and one on the third."""
+    return device_map([Device("sim", f"sim:{index}", 2**31) for index in range(devices.COUNT)], [2, 2, 1])
 
 
 def apart(spec):
