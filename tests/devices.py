@@ -17,6 +17,8 @@ import torch
 from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
 
 NAME, COUNT = "sim", 3
+READ: list[str] = []
+"""What was read from the devices, for which a GPU is waited for."""
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _GENERATORS = [torch.Generator() for _ in range(COUNT)]
 
@@ -67,6 +69,7 @@ class Simulated(torch.Tensor):
         return self.raw.untyped_storage()
 
     def tolist(self) -> Any:
+        READ.append("a list")
         return self.raw.tolist()
 
     def numpy(self, **options: Any) -> Any:
@@ -81,6 +84,8 @@ class Simulated(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default:
+            READ.append("a scalar")
         if _is_composed(func):  # in inference mode torch leaves it to the backend
             return func.decompose(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
@@ -158,7 +163,10 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = torch.device(kwargs.pop("device", None) or args[0].device)
     kwargs.pop("pin_memory", None)
     copy = func(_raw(args[0]), **kwargs)
-    return Simulated(copy, device) if device.type == NAME else copy
+    if device.type == NAME:
+        return Simulated(copy, device)
+    READ.append("a copy")
+    return copy
 
 
 def _empty(size: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Simulated:

@@ -7,6 +7,7 @@ call them.
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from falcon_kit.generation.prompts import (
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
 from falcon_kit.generation.sampling import split_settings
+from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 
@@ -115,12 +117,22 @@ class _GenerateTask:
             if not self.has_steps:  # no hook swaps it in before each step, so it is swapped in for the whole call
                 rng.swap_in()
             hooks = observer.hooks(self.options) if self.has_steps else {}
-            output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
+            with self._cache() as cache:
+                output: Any = self.model.generate(**self._arguments() | hooks | cache)  # type: ignore[misc]  # misdeclared
         finally:
             rng.swap_out()
         if not self.has_steps:
             observer.read_sequences(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(observer, _cache_bytes(output.past_key_values))
+
+    @contextmanager
+    def _cache(self) -> Iterator[dict[str, Any]]:
+        """The arguments of a cache that is kept for compiled decoding; none for other decoding."""
+        if self.options.get("cache_implementation") != "static" or self.options.get("compile_config") is None:
+            yield {}
+            return
+        with kept_cache(self.model, len(self.prompts) * self.sampling.num_return_sequences) as cache:
+            yield {"cache_implementation": None, "past_key_values": cache}
 
     def nothing(self) -> Generation:
         """The generation of a text that was cancelled before its first token."""

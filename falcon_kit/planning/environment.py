@@ -130,7 +130,7 @@ def environment(
 
 
 def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accelerator, ...]:
-    """The GPUs that torch can use; none without torch.
+    """The GPUs that torch can use; none without torch. One of several processes (torchrun) finds its own GPU only.
 
     torch: the module, imported if not given. only: the index of one GPU, so that no CUDA context is created on others.
     """
@@ -139,12 +139,23 @@ def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accel
             return ()
         import torch
     if torch.cuda.is_available():
-        indices = range(torch.cuda.device_count()) if only is None else (only,)
-        return tuple(_cuda_device(torch, index) for index in indices)
+        count = torch.cuda.device_count()
+        only = own_gpu(count) if only is None else only
+        return tuple(_cuda_device(torch, index) for index in (range(count) if only is None else (only,)))
     if torch.backends.mps.is_available():
         total = torch.mps.recommended_max_memory()
         return (Accelerator("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
     return ()
+
+
+def own_gpu(count: int) -> int | None:
+    """The index of this process's GPU, of `count`, if a launcher started several processes; None in a single process.
+
+    The same as accelerate's PartialState chooses.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not count:
+        return None
+    return int(os.environ.get("LOCAL_RANK", "0")) % count
 
 
 def _cuda_device(torch: Any, index: int) -> Accelerator:

@@ -5,7 +5,6 @@ The same call runs on a CPU, on a GPU and, with `torchrun`, in several processes
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
@@ -123,8 +122,6 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     devices = [
         Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
     ]
-    if distributed.world_size() > 1 and devices[0].key != "cpu":
-        devices = [devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         live_spec(falcon.spec, falcon.model),
@@ -200,9 +197,10 @@ class _Run:
         return identity(self.falcon, self.settings, self.train, self.test)
 
     def prepare(self, resume: bool) -> None:
-        """Prepares output_dir on rank 0; the other processes wait."""
+        """Prepares output_dir on rank 0. The other processes wait, but not while the data are hashed."""
+        identity = self._identity
         if distributed.is_rank0():  # if it raises, the launcher ends the other processes
-            prepare_output_dir(self.directory, self._identity, resume)
+            prepare_output_dir(self.directory, identity, resume)
         distributed.barrier(self._on_cpu)
 
     def __call__(self) -> TuningRun:

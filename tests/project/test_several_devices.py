@@ -350,6 +350,14 @@ def misplaced():
         matrix.to(device)
 
 
+def values_read(tokens):
+    """How often a greedy text of so many tokens is waited for: what reads a value of a device."""
+    falcon = places_of("40b").several
+    devices.READ.clear()
+    falcon.generate(TEXT, max_new_tokens=tokens, suppress_tokens=[11])
+    return len(devices.READ)
+
+
 @pytest.fixture(scope="module")
 def process():
     """Runs a function of this file in the process with the simulated devices."""
@@ -378,6 +386,11 @@ def test_the_weights_are_on_the_devices_of_the_map(name, found, process):
 
 def test_no_hook_is_left_on_layers_that_are_all_on_devices(process):
     assert process(hooks_of, "40b") == 0
+
+
+def test_a_token_is_waited_for_twice(process):
+    """For the token with its log-probability, and for transformers' own stop check."""
+    assert (process(values_read, 12) - process(values_read, 4)) / 8 == 2
 
 
 def test_a_tensor_on_the_wrong_device_is_an_error(process):
