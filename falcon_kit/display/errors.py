@@ -22,3 +22,9 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, the host's, or that of torch's allocator on a CPU, whose error has no type."""
+    kinds = {each.__name__ for each in type(error).__mro__}
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "allocate memory" in str(error)

@@ -18,6 +18,7 @@ from falcon_kit.loading.compiling import compile_options
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
+from falcon_kit.planning.environment import gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
@@ -115,7 +116,8 @@ def _check_device_map(device_map: Any) -> None:
     if (absent := next((each for each in named if each not in known), None)) is None:
         return
     if not present and (isinstance(absent, int) or absent.startswith("cuda")):
-        raise ValueError(f"device_map={absent!r}, but torch finds no GPU here: leave it out to use the CPU")
+        problem = gpu_problem() or "torch finds no GPU here"
+        raise ValueError(f"device_map={absent!r}, but {problem}: leave it out to use the CPU")
     raise ValueError(unknown_name("device_map", str(absent), [str(each) for each in known]))
 
 

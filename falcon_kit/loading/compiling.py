@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.model.checks import context_limit
 
 
@@ -66,10 +67,10 @@ class _Progress(StoppingCriteria):
 def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
     """Generates four tokens: prefill, compilation, recording of the CUDA graph, one replay.
 
-    The static cache takes the whole context, since a longer cache for a later text would compile again.
+    The first text finds the cache of the warm-up, for which the CUDA graph was recorded.
     """
     start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
-    with tqdm(total=4, desc="Compiling", unit="step") as bar:
+    with tqdm(total=4, desc="Compiling", unit="step") as bar, kept_cache(model, 1) as cache:
         model.generate(  # type: ignore[misc]  # its self is misdeclared
             start,
             attention_mask=torch.ones_like(start),
@@ -77,5 +78,6 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
             min_new_tokens=bar.total,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-            **decoding,
+            past_key_values=cache,
+            compile_config=decoding["compile_config"],
         )

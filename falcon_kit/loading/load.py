@@ -4,6 +4,7 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,7 +35,7 @@ from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
 from falcon_kit.parallel import launching, ranks
 from falcon_kit.planning.devices import Device, identical_gpus, local_devices
-from falcon_kit.planning.environment import host_memory, own_gpu
+from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
@@ -99,6 +100,8 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
     parallel = settings.tensor_parallel
     if torch.cuda.is_available() and (own := own_gpu(torch.cuda.device_count())) is not None:
         torch.cuda.set_device(own)  # pinned memory would create a context on the current device, which is the first
+    if problem := gpu_problem():
+        warnings.warn(problem, stacklevel=3)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
     return local_devices(settings.max_memory, settings.offload, settings.folder)

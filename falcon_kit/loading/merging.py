@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
 from falcon_kit.display.saving import atomic_folder
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 from falcon_kit.loading.reading import progress_bar
+from falcon_kit.planning.devices import resolve_devices
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -198,7 +201,24 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
         return load(base)
     if is_quantised(base.model):
         return load(base.name, dtype="bfloat16", chat=base.chat_format)
+    _check_room_for_a_copy(base)
     return replace(base, model=copy.deepcopy(base.model))
+
+
+def _check_room_for_a_copy(base: Falcon) -> None:
+    """Raises MemoryError where a device of the model has no room for its weights once more."""
+    needed: Counter[int | str] = Counter()
+    for each in {id(weight): weight for weight in base.model.parameters()}.values():
+        needed[each.device.index if each.device.type == "cuda" else each.device.type] += each.nbytes
+    free: dict[int | str, int] = {device.key: device.free_bytes for device in resolve_devices(None)}
+    for key, size in needed.items():
+        if size > free.get(key, size):
+            elsewhere = f", or merge in host memory: fk.merge(adapter, fk.load({base.name!r}, device_map='cpu'))"
+            raise MemoryError(
+                f"fk.merge copies the model, which takes {format_bytes(size)} on device {key!r}, where "
+                f"{format_bytes(free[key])} are free: delete the loaded model and give its name, fk.merge(adapter, "
+                f"{base.name!r}){'' if key == 'cpu' else elsewhere}"
+            )
 
 
 def _merge(falcon: Falcon, adapter: Path) -> Merged:

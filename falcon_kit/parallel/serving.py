@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
+from falcon_kit.display.errors import is_out_of_memory
 from falcon_kit.generation.own_format import stored_format
 from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
@@ -36,12 +37,17 @@ def serve(load: Callable[..., Any]) -> None:
             except EOFError:
                 raise
             except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
-                link.send(error=[type(error).__name__, str(error)])
+                link.send(error=_named(error))
     except EOFError:
         return
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
-        link.send(error=[type(error).__name__, str(error)])
+        link.send(error=_named(error))
         link.receive()
+
+
+def _named(error: Exception) -> list[str]:
+    """An error's type and text. torch's types of errors are named after Python's own."""
+    return ["MemoryError" if is_out_of_memory(error) else type(error).__name__, str(error)]
 
 
 def _init_process_group(folder: Path) -> int:

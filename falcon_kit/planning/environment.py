@@ -77,6 +77,8 @@ class Environment:
     """The cache directory of huggingface_hub."""
     cache_free_bytes: int
     """Free disk space at the cache directory."""
+    gpu_problem: str = ""
+    """Why torch cannot use the GPU that is there; empty where it can, or where there is none."""
 
     def __repr__(self) -> str:
         gpus = ", ".join(f"{each.name} {format_bytes(each.total_bytes)}" for each in self.devices) or "no GPU"
@@ -89,7 +91,7 @@ class Environment:
             ("Python", self.python),
             *((name, installed or "not installed") for name, installed in self.versions.items()),
             *((f"{each.kind}:{each.index}", _accelerator_text(each)) for each in self.devices),
-            *([] if self.devices else [("GPU", "none usable by torch")]),
+            *([] if self.devices else [("GPU", self.gpu_problem or "none usable by torch")]),
             ("CPU cores", self.cores),
             ("host memory", f"{format_bytes(self.available_bytes)} free of {format_bytes(self.memory_bytes)}"),
             ("downloads", f"{_short(self.cache_directory)}, {format_bytes(self.cache_free_bytes)} free"),
@@ -126,6 +128,7 @@ def environment(
         available_bytes=available_bytes,
         cache_directory=cache,
         cache_free_bytes=free_disk(cache),
+        gpu_problem=gpu_problem(),
     )
 
 
@@ -146,6 +149,28 @@ def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accel
         total = torch.mps.recommended_max_memory()
         return (Accelerator("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
     return ()
+
+
+def gpu_problem(torch: Any = None) -> str:
+    """Why torch cannot use an NVIDIA GPU that is there, and what to do; empty without such a problem, or without torch.
+
+    torch: the module, imported if not given.
+    """
+    if torch is None:
+        if importlib.util.find_spec("torch") is None:
+            return ""
+        import torch
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # also for a machine without a GPU, which is no problem
+        if "too old" in str(error):  # c10/cuda/CUDAFunctions.cpp; the number is its CUDA version, 11040 for 11.4
+            return (
+                f"the NVIDIA driver is too old for this torch, built for CUDA {torch.version.cuda}, so the GPU is not "
+                "used: update the driver, or install torch for the driver's CUDA version, see pytorch.org"
+            )
+    return ""
 
 
 def own_gpu(count: int) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
-from falcon_kit.display.errors import plain_scalar, require
+from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
@@ -267,8 +267,8 @@ class _Run:
                 step = checkpoint_files.step_of(last) if last else 0
                 print_line(f"Interrupted: the same call resumes from step {step} of {trainer.state.max_steps}")
             raise
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 raise _out_of_memory(error, self.falcon, self.settings, self.plan) from error
             raise
         finally:
