@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.parallel.ranks import Rank, local_bytes, local_tensor
 from falcon_kit.parallel.workers import Link
+
+_READER_TIMEOUT = timedelta(days=7)
 
 
 def serve(load: Callable[..., Any]) -> None:
@@ -53,14 +56,17 @@ def _named(error: Exception) -> list[str]:
 def _init_process_group(folder: Path) -> int:
     """Joins the process group and returns this process's rank.
 
-    The ranks meet through a file that only this user can read, instead of an open port.
+    The ranks meet through a file that only this user can read, instead of an open port. The timeout is longer than any
+    reader pauses in a stream, for which one rank waits and the others wait for that one.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.device("cuda", rank) if torch.cuda.is_available() else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     backend, store = "gloo" if gpu is None else "nccl", f"file://{folder}/store"
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, device_id=gpu)
+    dist.init_process_group(
+        backend, init_method=store, rank=rank, world_size=ranks, device_id=gpu, timeout=_READER_TIMEOUT
+    )
     return rank
 
 

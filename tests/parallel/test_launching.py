@@ -24,7 +24,7 @@ from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel import launching
 from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.parallel.ranks import local_bytes, local_tensor
-from falcon_kit.parallel.serving import _named
+from falcon_kit.parallel.serving import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
@@ -455,3 +455,12 @@ def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, 
 )
 def test_memory_that_runs_out_on_a_rank_is_a_memory_error_here(error, name):
     assert _named(error) == [name, "x"]
+
+
+def test_a_reader_may_pause_longer_than_torchs_timeout(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _init_process_group(tmp_path)
+    assert given["timeout"] > 100 * dist.default_pg_timeout

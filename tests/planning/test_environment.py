@@ -292,9 +292,7 @@ def test_a_driver_that_is_too_old_is_named_with_what_to_do(cuda, error, problem,
     assert (f"built for CUDA {problem}" in gpu_problem()) if problem else (gpu_problem() == "")
     assert ("update the driver" in environment()._repr_html_()) == bool(problem)
     if problem:
-        with pytest.raises(
-            ValueError, match="device_map='cuda:0', but the NVIDIA driver is too old .* update the driver"
-        ):
+        with pytest.raises(ValueError, match=r"device_map='cuda:0', but the NVIDIA driver is too old"):
             fk.load("falconet", device_map="cuda:0")
         with pytest.warns(UserWarning, match="the NVIDIA driver is too old"):
             fk.load("falconet")
