@@ -139,6 +139,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             "unseeing_queries": unseeing,
             "position_ids": position_ids,
         }
+        layer: Any
         for layer in self.h:
             if is_elsewhere(weight := getattr(layer, layer.norms[0]).weight, hidden_states):
                 hidden_states, shared = send_to_device((hidden_states, shared), weight.device)

@@ -81,7 +81,7 @@ class AdapterTrainer(Trainer):
         The Trainer adds up losses on its own device, which need not be the one of the model's head.
         """
         rows = inputs.pop("rows").tolist()
-        loss = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **options)
+        loss: Any = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **options)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(self._not_finite(value, rows))
         self.tokens_read += sum(self.packed.lengths[each] for row in rows for each in self.packed.rows[row])
