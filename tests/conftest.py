@@ -79,6 +79,26 @@ def small_model(layout: str, **changes: Any) -> "FalconForCausalLM":
         return FalconForCausalLM(small_config(layout, initializer_range=0.1, **changes)).eval()
 
 
+def simulated_gpus(monkeypatch: pytest.MonkeyPatch, free: list[int]) -> list[int]:
+    """Makes torch report GPUs with these free bytes; returns the list of those whose memory is read from then on."""
+    import torch
+
+    asked: list[int] = []
+
+    def memory(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return free[index], free[index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    return asked
+
+
 def logits(model: "FalconForCausalLM") -> "torch.Tensor":
     """The logits of a few fixed tokens."""
     import torch

@@ -102,7 +102,9 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
     """The peak of activations during the prefill of `context` tokens, in one layer, on each rank.
 
     The peak is in the MLP: d channels each for the layer's input, the LayerNorm outputs and the attention output, and f
-    channels before and after the GELU. ALiBi adds its bias for every pair of tokens, (B, H, T, T).
+    channels before and after the GELU. Attention stays below it, also where it repeats keys for its kernel: 8 d at
+    most, for input, LayerNorm, queries before and after their rotation, keys, values and output. ALiBi adds its bias
+    for every pair of tokens, (B, H, T, T).
     """
     channels = (2 + spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model
     channels += 2 * spec.intermediate_size // tensor_parallel

@@ -84,3 +84,9 @@ def shown(value: Any) -> str:
     except ValueError:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, the host's, or that of torch's allocator on a CPU, whose error has no type."""
+    kinds = {each.__name__ for each in type(error).__mro__}
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "allocate memory" in str(error)

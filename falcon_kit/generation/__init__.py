@@ -12,6 +12,7 @@ guarding.py        guardrails that a caller passes: prompts and texts are checke
 arguments.py       keyword arguments of transformers' generate expanded and checked
 ranks.py           events and seeds that the ranks of a tensor-parallel model share
 decoding.py        transformers' generate observed token by token
+static_cache.py    the static cache of a compiled model, kept between calls
 stream.py          generation in a thread, one token ahead of the reader
 generate.py        one call of transformers' generate: arguments checked, text and statistics returned
 """

@@ -104,7 +104,7 @@ class SamplingRNG:
             self._states = [torch.Generator(each).manual_seed(seed).get_state() for each in devices]
 
     def swap_in(self) -> None:
-        """Saves the global generator states and, with a seed, replaces them by the request's.
+        """With a seed, saves the global generator states and replaces them by the request's.
 
         Waits while a request of another thread is between `swap_in` and `swap_out`. One of the same thread, whose
         logits processor makes this request, gets its states back in `swap_out`.
@@ -118,7 +118,7 @@ class SamplingRNG:
 
     def swap_out(self) -> None:
         """Saves the request's generator states and restores the global ones; without `swap_in`, does nothing."""
-        if self._global_states is None:
+        if self not in self._sampling:
             return
         self._leave()
         self._sampling.pop()
@@ -134,30 +134,27 @@ class SamplingRNG:
         return cls._thread == threading.get_ident()
 
     def _enter(self) -> None:
-        self._global_states = self._read()
-        if self._states:
+        if self._states:  # reading the state of a GPU takes longer than choosing a token
+            self._global_states = self._read()
             self._write(self._states)
 
     def _leave(self) -> None:
-        if self._states and self._global_states:
+        if self._global_states:
             self._states = self._read()
             self._write(self._global_states)
-        self._global_states = None
+            self._global_states = None
 
     def _read(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        elif self._device.type == "mps":
-            states.append(torch.mps.get_rng_state())
-        return states
+        return [torch.get_rng_state(), *(module.get_rng_state(self._device) for module in self._accelerator())]
 
     def _write(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self._device)
-        elif self._device.type == "mps":
-            torch.mps.set_rng_state(states[1])
+        for module, state in zip(self._accelerator(), states[1:], strict=True):
+            module.set_rng_state(state, self._device)
+
+    def _accelerator(self) -> list[Any]:
+        """torch's module for the device, such as torch.cuda; none for a CPU."""
+        return [] if self._device.type == "cpu" else [torch.get_device_module(self._device)]
 
 
 class GenerationObserver:
@@ -173,7 +170,7 @@ class GenerationObserver:
     ) -> None:
         """`emit` is called with each piece; `alternatives` is the number of most probable tokens to keep per step."""
         self.decoders, self._rng, self._cancelled, self._emit = decoders, rng, cancelled, emit
-        self._alternatives = alternatives
+        self._alternatives, self._stopped = alternatives, False
         self._start = self._first_token = self._last_token = time.perf_counter()
         self._logprobs: torch.Tensor  # (B, V), of the current step
 
@@ -200,20 +197,43 @@ class GenerationObserver:
         self._logprobs = torch.log_softmax(logits, dim=-1)
         self._rng.swap_in()
 
-    def after_sampling(self, ids: torch.Tensor) -> list[bool]:
-        """Decodes the newest token of each sequence, ids (B, T); returns which sequences are finished."""
+    def after_sampling(self, ids: torch.Tensor) -> torch.Tensor:
+        """Decodes the newest token of each sequence, ids (B, T); returns which sequences are finished, (B,).
+
+        Does nothing once all were: on Apple's GPUs transformers reads a step late whether to stop (DeferredStopCheck),
+        and a reader that has closed its stream waits for no further piece.
+        """
         self._rng.swap_out()
-        newest = ids[:, -1:]
-        tokens, logprobs = newest[:, 0].tolist(), self._logprobs.gather(1, newest)[:, 0].tolist()
-        likeliest = self._likeliest()
+        if not self._stopped:
+            self._decode(self._newest(ids[:, -1:]))
+            self._stopped = self._cancelled.is_set() or all(each.finish_reason for each in self.decoders)
+        finished = [self._stopped or each.finish_reason is not None for each in self.decoders]
+        if any(finished):
+            return torch.tensor(finished, device=ids.device)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # without a copy from the host
+
+    def _newest(self, tokens: torch.Tensor) -> list[list[float]]:
+        """A row for each sequence: its newest token (B, 1), the log-probability, and the alternatives and theirs.
+
+        One tensor, so that the GPU is waited for once. float32 represents token ids up to 2**24 exactly.
+        """
+        count = min(self._alternatives, self._logprobs.shape[-1])
+        columns = [tokens, self._logprobs.gather(1, tokens)]
+        if count:
+            values, likeliest = self._logprobs.topk(count)  # (B, count)
+            columns += [likeliest, values]
+        return torch.cat([each.float() for each in columns], dim=1).tolist()
+
+    def _decode(self, rows: list[list[float]]) -> None:
         self._record_time()
-        for decoder, token, logprob, alternatives in zip(self.decoders, tokens, logprobs, likeliest, strict=True):
+        for decoder, (token, logprob, *others) in zip(self.decoders, rows, strict=True):
             if decoder.finish_reason is None:
-                piece = Piece(decoder.push(token, logprob), token, logprob, decoder.add_alternatives(alternatives))
+                half = len(others) // 2
+                likeliest = [(int(each), value) for each, value in zip(others[:half], others[half:], strict=True)]
+                text = decoder.push(int(token), logprob)
+                piece = Piece(text, int(token), logprob, decoder.add_alternatives(likeliest))
                 if self._emit:
                     self._emit(piece)
-        cancelled = self._cancelled.is_set()
-        return [cancelled or decoder.finish_reason is not None for decoder in self.decoders]
 
     def read_sequences(self, ids: torch.Tensor) -> None:
         """Decodes the new tokens (B, T) of a call without hooks, such as beam search; log-probabilities are nan."""
@@ -222,13 +242,6 @@ class GenerationObserver:
             for token in tokens:
                 if decoder.finish_reason is None:
                     decoder.push(token, float("nan"))
-
-    def _likeliest(self) -> list[list[tuple[int, float]]]:
-        """Token and log-probability of the most probable tokens of each sequence; empty lists if none are kept."""
-        if not self._alternatives:
-            return [[] for _ in self.decoders]
-        values, tokens = self._logprobs.topk(min(self._alternatives, self._logprobs.shape[-1]))  # (B, alternatives)
-        return [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
 
     def _record_time(self) -> None:
         self._last_token = time.perf_counter()
@@ -254,4 +267,4 @@ class _ObservingStoppingCriteria(StoppingCriteria):
         self._observer = observer
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor(self._observer.after_sampling(input_ids), device=input_ids.device)
+        return self._observer.after_sampling(input_ids)

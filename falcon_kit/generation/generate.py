@@ -6,7 +6,9 @@ call them.
 """
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import is_out_of_memory, require
 from falcon_kit.generation.arguments import (
     ASSISTED,
     add_checkpoint_settings,
@@ -35,8 +37,9 @@ from falcon_kit.generation.prompts import (
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
 from falcon_kit.generation.sampling import check_stop, split_settings
+from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.generation.stream import Stream
-from falcon_kit.generation.text import Generation, Piece, Stats
+from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
 
 
 def generate(
@@ -117,12 +120,40 @@ class _GenerateTask:
             if not self.has_steps:  # no hook swaps it in before each step, so it is swapped in for the whole call
                 rng.swap_in()
             hooks = observer.hooks(self.options) if self.has_steps else {}
-            output: Any = self.model.generate(**self._arguments() | hooks)  # type: ignore[misc]  # its self is misdeclared
+            with self._cache() as cache:
+                output: Any = self.model.generate(**self._arguments() | hooks | cache)  # type: ignore[misc]  # misdeclared
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error, observer) from None
+            raise
         finally:
             rng.swap_out()
         if not self.has_steps:
             observer.read_sequences(output.sequences[:, max(map(len, self.prompts)) :])
         return self._generations(observer, _cache_bytes(output.past_key_values))
+
+    def _out_of_memory(self, error: Exception, observer: GenerationObserver) -> TextOutOfMemory:
+        """The error with the texts so far. What the failed call holds is freed: Jupyter keeps the last error."""
+        traceback.clear_frames(error.__traceback__)
+        for decoder in observer.decoders:
+            decoder.finish_reason = decoder.finish_reason or "broken"
+        done, prompt = max(len(each.tokens) for each in observer.decoders), max(map(len, self.prompts))
+        where = f"after {done} of up to {self.new_tokens} new tokens" if done else f"while {prompt} tokens were read"
+        fewer = "fewer new tokens" if len(observer.decoders) == 1 else "fewer new tokens, prompts or sequences"
+        message = (
+            f"out of memory {where} ({error}); the error's .generations have the text so far. Ask for {fewer}, read a "
+            "long prompt in parts (prefill_chunk_size=256), or load the model in a smaller dtype or on more GPUs"
+        )
+        return TextOutOfMemory(message, self._generations(observer, 0))
+
+    @contextmanager
+    def _cache(self) -> Iterator[dict[str, Any]]:
+        """The arguments of a cache that is kept for compiled decoding; none for other decoding."""
+        if self.options.get("cache_implementation") != "static" or self.options.get("compile_config") is None:
+            yield {}
+            return
+        with kept_cache(self.model, len(self.prompts) * self.sampling.num_return_sequences) as cache:
+            yield {"cache_implementation": None, "past_key_values": cache}
 
     def nothing(self) -> Generation:
         """The generation of a text that was cancelled before its first token."""

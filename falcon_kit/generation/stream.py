@@ -83,6 +83,7 @@ def _run_in_thread(task: GenerationTask, finished: list[Generation]) -> Any:
             finished.extend(task(emit))
             results.put(None)
         except BaseException as error:  # noqa: BLE001  # raised again in the reader's thread
+            finished.extend(getattr(error, "generations", ()))  # the text so far, where memory ran out
             results.put(error)
 
     worker = threading.Thread(target=work, name="falcon-stream", daemon=True)

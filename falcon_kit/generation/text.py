@@ -1,6 +1,7 @@
 """Generated text: the pieces of a stream, stop strings, the finished text and its statistics."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,7 +149,7 @@ class Generation:
     """One per token, see `Piece.logprob`; None after beam search or assisted generation."""
     finish_reason: FinishReason
     """"eos": end-of-sequence token; "stop": stop string; "length": limit of new tokens, or context full;
-    "cancelled": by the caller; "broken": the endpoint's connection broke."""
+    "cancelled": by the caller; "broken": the endpoint's connection broke, or memory ran out."""
     stats: Stats
     """Time and memory of the call, shared by all rows of a batch."""
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
@@ -169,3 +170,11 @@ class Generation:
             f"<b>{html.escape(self.text)}</b></div>"
             f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
         )
+
+
+class TextOutOfMemory(MemoryError):
+    """Memory ran out while a text was generated; `.generations` has the texts so far, with finish_reason "broken"."""
+
+    def __init__(self, message: str, generations: Sequence[Generation]) -> None:
+        super().__init__(message)
+        self.generations = tuple(generations)

@@ -18,6 +18,7 @@ from falcon_kit.loading.compiling import compile_options
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
+from falcon_kit.planning.environment import gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
@@ -100,20 +101,35 @@ def _check_combinations(
         raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
     if max_memory is not None and device_map not in (None, "auto"):
         raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
-    if isinstance(device_map, str):
-        _check_device(device_map)
+    if device_map is not None:
+        _check_device_map(device_map)
 
 
-def _check_device(device_map: str) -> None:
+def _check_device_map(device_map: Any) -> None:
     """Raises ValueError for a device that this machine does not have; the error lists those it has."""
-    known = ["auto", "balanced", "balanced_low_0", "sequential", "cpu"]
-    known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    known += ["cuda"] if torch.cuda.is_available() else []
-    known += ["mps"] if torch.backends.mps.is_available() else []
-    if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device_map={device_map!r}, but torch finds no GPU here: leave it out to use the CPU")
-    if device_map not in known:
-        raise ValueError(unknown_name("device_map", device_map, known))
+    present = _devices()
+    if isinstance(device_map, Mapping):
+        known, asked = [*present, "cpu", "disk"], [*device_map.values()]
+    else:
+        known, asked = ["auto", "balanced", "balanced_low_0", "sequential", "cpu", *present], [device_map]
+    named = (each if isinstance(each, int) else str(each) for each in asked)
+    if (absent := next((each for each in named if each not in known), None)) is None:
+        return
+    if not present and (isinstance(absent, int) or absent.startswith("cuda")):
+        problem = gpu_problem() or "torch finds no GPU here"
+        raise ValueError(f"device_map={absent!r}, but {problem}: leave it out to use the CPU")
+    raise ValueError(unknown_name("device_map", str(absent), [str(each) for each in known]))
+
+
+def _devices() -> list[str | int]:
+    """The GPUs as a device map names them: "cuda", "cuda:0", 0 and so on; none without a GPU."""
+    if torch.cuda.is_available():
+        kind, count = "cuda", torch.cuda.device_count()
+    elif (accelerator := torch.accelerator.current_accelerator()) and torch.accelerator.is_available():
+        kind, count = accelerator.type, torch.accelerator.device_count()
+    else:
+        return []
+    return [kind, *(f"{kind}:{index}" for index in range(count)), *range(count)]
 
 
 def check_adapters(found: Checkpoint, offload: str | None) -> None:

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.model.checks import context_limit
 
 
@@ -24,8 +25,17 @@ def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
 
 
 def check_compilable(dtype: str, device_map: Any) -> None:
-    """Raises ValueError where transformers would not compile and only warn. device_map: as in `from_pretrained`."""
+    """Raises ValueError where transformers would not compile and only warn, and for layers on several devices.
+
+    torch records no CUDA graph of several devices (torch._inductor.cudagraph_utils.check_multiple_devices_or_any_cpu_
+    nodes). device_map: as in `from_pretrained`.
+    """
     devices = {str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+    if len(devices - {"cpu", "disk"}) > 1:
+        raise ValueError(
+            f"compile with layers on {len(devices)} devices: CUDA graphs, without which compiling gains little, are of "
+            "one device: leave compile out, or put all layers on one GPU, with a smaller dtype or model"
+        )
     if dtype in QUANTISED:
         raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
     if "disk" in devices or ("cpu" in devices and len(devices) > 1):
@@ -35,15 +45,9 @@ def check_compilable(dtype: str, device_map: Any) -> None:
         )
 
 
-def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig, default: bool) -> dict[str, Any]:
-    """The arguments of `generate` for compiled decoding, after a warm-up that compiles.
-
-    default: whether the options are the kit's own, which may then be changed for several devices.
-    """
-    device_map = getattr(model, "hf_device_map", {})
-    check_compilable(dtype, device_map)
-    if default and len(set(device_map.values())) > 1:
-        options = CompileConfig(fullgraph=False)  # accelerate's hooks between devices break the graph
+def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig) -> dict[str, Any]:
+    """The arguments of `generate` for compiled decoding, after a warm-up that compiles."""
+    check_compilable(dtype, getattr(model, "hf_device_map", {}))
     decoding = {"cache_implementation": "static", "compile_config": options}
     _warm_up(model, decoding)
     return decoding
@@ -63,10 +67,10 @@ class _Progress(StoppingCriteria):
 def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
     """Generates four tokens: prefill, compilation, recording of the CUDA graph, one replay.
 
-    The static cache takes the whole context, since a longer cache for a later text would compile again.
+    The first text finds the cache of the warm-up, for which the CUDA graph was recorded.
     """
     start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
-    with tqdm(total=4, desc="Compiling", unit="step") as bar:
+    with tqdm(total=4, desc="Compiling", unit="step") as bar, kept_cache(model, 1) as cache:
         model.generate(  # type: ignore[misc]  # its self is misdeclared
             start,
             attention_mask=torch.ones_like(start),
@@ -74,5 +78,6 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
             min_new_tokens=bar.total,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-            **decoding,
+            past_key_values=cache,
+            compile_config=decoding["compile_config"],
         )

@@ -4,6 +4,7 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,7 +36,7 @@ from falcon_kit.model import modeling
 from falcon_kit.model.attention import faster_without_onednn
 from falcon_kit.parallel import launching, ranks
 from falcon_kit.planning.devices import Device, identical_gpus, local_devices
-from falcon_kit.planning.environment import host_memory
+from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
@@ -96,8 +97,12 @@ def load(
 
 
 def _devices(settings: LoadSettings) -> tuple[Device, ...]:
-    """The devices to plan for. A rank reads the free memory of its own GPU only."""
+    """The devices to plan for. One of several processes reads and uses its own GPU only."""
     parallel = settings.tensor_parallel
+    if torch.cuda.is_available() and (own := own_gpu(torch.cuda.device_count())) is not None:
+        torch.cuda.set_device(own)  # pinned memory would create a context on the current device, which is the first
+    if problem := gpu_problem():
+        warnings.warn(problem, stacklevel=3)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
     return local_devices(settings.max_memory, settings.offload, settings.folder)
@@ -166,7 +171,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         linears = [ranks.local_tensor(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
     options = compile_options(settings.compile)
-    decoding = compiled(model, planned.dtype, options, settings.compile is True) if options else {}
+    decoding = compiled(model, planned.dtype, options) if options else {}
     return Falcon(model, *parts, decoding)
 
 

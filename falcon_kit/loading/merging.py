@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 from falcon_kit.loading.reading import progress_bar
+from falcon_kit.planning.devices import resolve_devices
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -99,9 +102,18 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Restores the random states of the CPU and of the model's own devices after a `with` block.
+
+    Without a list of devices, `fork_rng` warns where there are several, and reads those that other processes use.
+    """
+    devices = {each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")}
+    return torch.random.fork_rng(devices, device_type=devices.copy().pop().type if devices else None)
+
+
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
     named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", UNEXPECTED)
-    with torch.random.fork_rng(), quiet(), named:  # PEFT draws random matrices before it reads the adapter's
+    with random_state_kept(model), quiet(), named:  # PEFT draws random matrices before it reads the adapter's
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 
@@ -192,7 +204,24 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
         return load(base)
     if is_quantised(base.model):
         return load(base.name, dtype="bfloat16", chat=base.chat_format)
+    _check_room_for_a_copy(base)
     return replace(base, model=copy.deepcopy(base.model))
+
+
+def _check_room_for_a_copy(base: Falcon) -> None:
+    """Raises MemoryError where a device of the model has no room for its weights once more."""
+    needed: Counter[int | str] = Counter()
+    for each in {id(weight): weight for weight in base.model.parameters()}.values():
+        needed[each.device.index if each.device.type == "cuda" else each.device.type] += each.nbytes
+    free: dict[int | str, int] = {device.key: device.free_bytes for device in resolve_devices(None)}
+    for key, size in needed.items():
+        if size > free.get(key, size):
+            elsewhere = f", or merge in host memory: fk.merge(adapter, fk.load({base.name!r}, device_map='cpu'))"
+            raise MemoryError(
+                f"fk.merge copies the model, which takes {format_bytes(size)} on device {key!r}, where "
+                f"{format_bytes(free[key])} are free: delete the loaded model and give its name, fk.merge(adapter, "
+                f"{base.name!r}){'' if key == 'cpu' else elsewhere}"
+            )
 
 
 def _merge(falcon: Falcon, adapter: Path) -> Merged:

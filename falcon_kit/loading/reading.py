@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
 from transformers import FalconForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +27,7 @@ from falcon_kit.loading.quantization import (
     make_savable,
     stored_quantisation,
 )
+from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.plan import Plan
 
@@ -54,7 +57,10 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
     if device_map not in (None, "auto"):
         return device_map
     if plan.fits:
-        return dict(plan.device_map)
+        devices = set(plan.device_map.values())
+        # accelerate counts the entries of a map, not its devices, and refuses several where processes train together
+        # (Accelerator.verify_device_map).
+        return {"": devices.pop()} if len(devices) == 1 else dict(plan.device_map)
     return None if plan.devices[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
 
 
@@ -93,8 +99,19 @@ def _from_pretrained(
     if found.adapters:
         record_merged(model, found.adapters)
         model.name_or_path = model.config.name_or_path = found.name
+    _remove_needless_hooks(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
+
+
+def _remove_needless_hooks(model: nn.Module) -> None:
+    """Removes accelerate's hooks from a model whose weights are all on devices that compute.
+
+    A device map puts a hook on every module, 547 on a Falcon-40B, and each of them looks through all its inputs. The
+    kit's Falcon itself moves hidden states to the device of the next layer. Offloaded weights need their hooks.
+    """
+    if isinstance(model, modeling.FalconForCausalLM) and not any(each.is_meta for each in model.parameters()):
+        remove_hook_from_module(model, recurse=True)
 
 
 @contextmanager

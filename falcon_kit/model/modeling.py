@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, DynamicCache, FalconConfig
@@ -47,6 +48,16 @@ from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_ST
 
 class _KVHeads(int):
     """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it; it is not saved."""
+
+
+def is_elsewhere(weight: Tensor, values: Tensor) -> bool:
+    """Whether values are on another device than a weight; False for an offloaded weight, which accelerate copies."""
+    return weight.device != values.device and not weight.is_meta
+
+
+def on_device_of(weight: Tensor, values: Tensor) -> Tensor:
+    """The values on the device of a weight."""
+    return values.to(weight.device) if is_elsewhere(weight, values) else values
 
 
 class _AttentionCanBeSet:
@@ -110,6 +121,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         and static caches are not checked, which would synchronise the GPU.
         """
         hidden_states = self._embed(input_ids, inputs_embeds)
+        attention_mask, position_ids = send_to_device((attention_mask, position_ids), hidden_states.device)
         if not torch.compiler.is_compiling():
             self._check_inputs(hidden_states, past_key_values, attention_mask, position_ids)
         probabilities = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -121,17 +133,19 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             cached = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached)[None]
         rotation = None if self.config.alibi else self.rotary_emb(hidden_states, position_ids)
+        shared = {
+            "rotation": rotation,
+            "attention_mask": mask,
+            "unseeing_queries": unseeing,
+            "position_ids": position_ids,
+        }
+        layer: Any
         for layer in self.h:
-            hidden_states = layer(
-                hidden_states,
-                rotation=rotation,
-                attention_mask=mask,
-                unseeing_queries=unseeing,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+            if is_elsewhere(weight := getattr(layer, layer.norms[0]).weight, hidden_states):
+                hidden_states, shared = send_to_device((hidden_states, shared), weight.device)
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
+        normed = self.ln_f(on_device_of(self.ln_f.weight, hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=normed, past_key_values=past_key_values)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embeddings (B, T, d_model) of the input. Raises ValueError unless exactly one input is given."""
@@ -141,7 +155,9 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}, not (rows, tokens): for one text give [ids]"
             )
-        return self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is not None or input_ids is None:
+            return cast(Tensor, inputs_embeds)
+        return self.word_embeddings(on_device_of(self.word_embeddings.weight, input_ids))
 
     def _check_inputs(
         self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -255,7 +271,7 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
                 return_dict=True,
                 **kwargs,
             )
-            hidden_states = outputs.last_hidden_state
+            hidden_states = on_device_of(self.lm_head.weight, outputs.last_hidden_state)
             if skip_logits and labels is not None:
                 count = kwargs.get("num_items_in_batch")
                 return CausalLMOutputWithPast(loss=language_model_loss(self.lm_head, hidden_states, labels, count))

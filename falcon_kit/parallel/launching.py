@@ -25,7 +25,7 @@ from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
-from falcon_kit.parallel.workers import Workers
+from falcon_kit.parallel.workers import WorkerDied, Workers
 from falcon_kit.planning.plan import Plan
 
 _ERROR_TIMEOUT = 10.0  # seconds to wait for the other ranks after the error of one
@@ -195,6 +195,9 @@ class ParallelFalcon:
             except queue.Empty:  # the other ranks wait for a collective operation of the one that failed
                 self.close()
                 break
+            except WorkerDied as died:  # perhaps because of the error of another rank
+                before = f". Before that, {_error(errors, 0)}" if errors else ""
+                raise WorkerDied(f"{died}{before}") from None
             if "piece" in message:
                 self._emit(_PIECE.validate_python(message["piece"]), text, emit)
             elif "error" in message:
@@ -204,7 +207,7 @@ class ParallelFalcon:
                 if bar is not None:
                     bar.update()
         if errors:
-            raise _error(errors)
+            raise _error(errors, len(self._workers.processes))
         self.ranks = tuple(_RANK.validate_python(answers[rank]) for rank in sorted(answers))
         return answers
 
@@ -267,10 +270,12 @@ def _check_json(prompt: Any, settings: dict[str, Any]) -> None:
             ) from error
 
 
-def _error(errors: Mapping[int, tuple[str, str]]) -> Exception:
-    """The ranks' errors as one: of the same type, if it is a known one and all ranks raised the same."""
+def _error(errors: Mapping[int, tuple[str, str]], ranks: int) -> Exception:
+    """The ranks' errors as one: of the same type, if it is a known one and all that failed raised the same."""
     if len(set(errors.values())) == 1:
         name, text = next(iter(errors.values()))
+        if len(errors) < ranks:
+            text += f". Raised on rank {next(iter(errors))}, it ended all {ranks} processes: load the model again"
         known = next((kind for kind in _KNOWN_ERRORS if kind.__name__ == name), None)
         return known(text) if known else RuntimeError(f"{name}: {text}")
     return RuntimeError("; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in sorted(errors.items())))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import StoppingCriteria
 
+from falcon_kit.display.errors import is_out_of_memory
 from falcon_kit.generation.own_format import stored_format
 from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.parallel.ranks import Rank, local_bytes, local_tensor
 from falcon_kit.parallel.workers import Link
+
+_READER_TIMEOUT = timedelta(days=7)
 
 
 def serve(load: Callable[..., Any]) -> None:
@@ -36,25 +40,33 @@ def serve(load: Callable[..., Any]) -> None:
             except EOFError:
                 raise
             except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
-                link.send(error=[type(error).__name__, str(error)])
+                link.send(error=_named(error))
     except EOFError:
         return
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
-        link.send(error=[type(error).__name__, str(error)])
+        link.send(error=_named(error))
         link.receive()
+
+
+def _named(error: Exception) -> list[str]:
+    """An error's type and text. torch's types of errors are named after Python's own."""
+    return ["MemoryError" if is_out_of_memory(error) else type(error).__name__, str(error)]
 
 
 def _init_process_group(folder: Path) -> int:
     """Joins the process group and returns this process's rank.
 
-    The ranks meet through a file that only this user can read, instead of an open port.
+    The ranks meet through a file that only this user can read, instead of an open port. The timeout is longer than any
+    reader pauses in a stream, for which one rank waits and the others wait for that one.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.device("cuda", rank) if torch.cuda.is_available() else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     backend, store = "gloo" if gpu is None else "nccl", f"file://{folder}/store"
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, device_id=gpu)
+    dist.init_process_group(
+        backend, init_method=store, rank=rank, world_size=ranks, device_id=gpu, timeout=_READER_TIMEOUT
+    )
     return rank
 
 

@@ -77,6 +77,8 @@ class Environment:
     """The cache directory of huggingface_hub."""
     cache_free_bytes: int
     """Free disk space at the cache directory."""
+    gpu_problem: str = ""
+    """Why torch cannot use the GPU that is there; empty where it can, or where there is none."""
 
     def __repr__(self) -> str:
         gpus = ", ".join(f"{each.name} {format_bytes(each.total_bytes)}" for each in self.devices) or "no GPU"
@@ -89,7 +91,7 @@ class Environment:
             ("Python", self.python),
             *((name, installed or "not installed") for name, installed in self.versions.items()),
             *((f"{each.kind}:{each.index}", _accelerator_text(each)) for each in self.devices),
-            *([] if self.devices else [("GPU", "none usable by torch")]),
+            *([] if self.devices else [("GPU", self.gpu_problem or "none usable by torch")]),
             ("CPU cores", self.cores),
             ("host memory", f"{format_bytes(self.available_bytes)} free of {format_bytes(self.memory_bytes)}"),
             ("downloads", f"{_short(self.cache_directory)}, {format_bytes(self.cache_free_bytes)} free"),
@@ -126,11 +128,12 @@ def environment(
         available_bytes=available_bytes,
         cache_directory=cache,
         cache_free_bytes=free_disk(cache),
+        gpu_problem=gpu_problem(),
     )
 
 
 def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accelerator, ...]:
-    """The GPUs that torch can use; none without torch.
+    """The GPUs that torch can use; none without torch. One of several processes (torchrun) finds its own GPU only.
 
     torch: the module, imported if not given. only: the index of one GPU, so that no CUDA context is created on others.
     """
@@ -139,12 +142,45 @@ def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accel
             return ()
         import torch
     if torch.cuda.is_available():
-        indices = range(torch.cuda.device_count()) if only is None else (only,)
-        return tuple(_cuda_device(torch, index) for index in indices)
+        count = torch.cuda.device_count()
+        only = own_gpu(count) if only is None else only
+        return tuple(_cuda_device(torch, index) for index in (range(count) if only is None else (only,)))
     if torch.backends.mps.is_available():
         total = torch.mps.recommended_max_memory()
         return (Accelerator("Apple GPU", "mps", 0, total, total - torch.mps.driver_allocated_memory()),)
     return ()
+
+
+def gpu_problem(torch: Any = None) -> str:
+    """Why torch cannot use an NVIDIA GPU that is there, and what to do; empty without such a problem, or without torch.
+
+    torch: the module, imported if not given.
+    """
+    if torch is None:
+        if importlib.util.find_spec("torch") is None:
+            return ""
+        import torch
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # also for a machine without a GPU, which is no problem
+        if "too old" in str(error):  # c10/cuda/CUDAFunctions.cpp; the number is its CUDA version, 11040 for 11.4
+            return (
+                f"the NVIDIA driver is too old for this torch, built for CUDA {torch.version.cuda}, so the GPU is not "
+                "used: update the driver, or install torch for the driver's CUDA version, see pytorch.org"
+            )
+    return ""
+
+
+def own_gpu(count: int) -> int | None:
+    """The index of this process's GPU, of `count`, if a launcher started several processes; None in a single process.
+
+    The same as accelerate's PartialState chooses.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not count:
+        return None
+    return int(os.environ.get("LOCAL_RANK", "0")) % count
 
 
 def _cuda_device(torch: Any, index: int) -> Accelerator:

@@ -85,9 +85,9 @@ class Packed(Sequence[dict[str, Any]]):
         """The tokenizer of the tokens."""
         self.problems = tuple(problems)
         """Conversations that were cut or left out, and why."""
-        self.lengths = [length for part in _column(examples, "ids") for length in part.value_lengths().to_pylist()]
+        self.lengths = [length for part in column(examples, "ids") for length in part.value_lengths().to_pylist()]
         """The number of tokens of each document."""
-        self.trained_tokens = sum(part.flatten().true_count for part in _column(examples, "trained"))
+        self.trained_tokens = sum(part.flatten().true_count for part in column(examples, "trained"))
         """The number of tokens that are trained on."""
         self._folders = tuple(folders)  # temporary folders, which exist as long as rows in them are used
 
@@ -208,7 +208,7 @@ def check_falcon(value: Any) -> None:
         raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}")
 
 
-def _column(examples: Dataset, name: str) -> Iterator[Any]:
+def column(examples: Dataset, name: str) -> Iterator[Any]:
     """A column of the examples, also of selected ones, in parts of arrow's memory."""
     for batch in examples.select_columns(name).with_format("arrow").iter(batch_size=10_000):
         yield from batch.column(name).chunks

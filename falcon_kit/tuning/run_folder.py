@@ -24,7 +24,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.tuning import distributed
-from falcon_kit.tuning.packing import Packed
+from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.runs import model_card
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer
@@ -35,10 +35,11 @@ eval_steps, because patience counts evaluations."""
 
 
 def digest(packed: Packed) -> str:
-    """A hash of all tokens and labels."""
-    digest = hashlib.sha256(json.dumps(packed.rows).encode())
-    for row in (packed[index] for index in range(len(packed))):
-        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    """A hash of all tokens and labels. It reads the table's own memory, 150 million tokens in about a second."""
+    digest = hashlib.sha256(json.dumps([packed.rows, packed.lengths]).encode())
+    for name in ("ids", "trained"):
+        for part in column(packed.examples, name):
+            digest.update(part.flatten().to_numpy(zero_copy_only=name == "ids"))
     return digest.hexdigest()[:16]
 
 

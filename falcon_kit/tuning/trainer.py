@@ -33,6 +33,8 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, model: Any, args: TrainingArguments, train: Packed, **options: Any) -> None:
         super().__init__(model=model, args=args, train_dataset=train, **options)
+        if distributed.world_size() == 1:
+            self.accelerator.device_placement = False  # accelerate would move the model too
         self.packed = train
         self.tokens_read = 0
         """Tokens of documents in the batches so far, in this process."""
@@ -76,14 +78,16 @@ class AdapterTrainer(Trainer):
         return best
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """The loss of one batch; FloatingPointError with the places of its documents if it is not finite."""
+        """The loss of one batch; FloatingPointError with the places of its documents if it is not finite.
+
+        The Trainer adds up losses on its own device, which need not be the one of the model's head.
+        """
         rows = inputs.pop("rows").tolist()
-        computed = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **options)
-        loss = computed[0] if isinstance(computed, tuple) else computed
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(self._not_finite(loss.item(), rows))
+        loss: Any = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **options)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(self._not_finite(value, rows))
         self.tokens_read += sum(self.packed.lengths[each] for row in rows for each in self.packed.rows[row])
-        return computed
+        return loss.to(self.args.device)
 
     def _not_finite(self, loss: float, rows: Sequence[int]) -> str:
         places = [place for row in rows for place in self.packed.places(row)]
@@ -105,7 +109,7 @@ class AdapterTrainer(Trainer):
             rows = batch.pop("rows")
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model_wrapped(**batch, skip_logits=True, num_items_in_batch=1).loss
-            parts.append(torch.stack([each.float() for each in (rows[0], loss, count)]))
+            parts.append(torch.stack([each.to(self.args.device, torch.float32) for each in (rows[0], loss, count)]))
         gathered = self.accelerator.gather(torch.stack(parts)).cpu()
         by_row = {int(row): (loss, count) for row, loss, count in gathered.tolist()}
         mean = sum(loss for loss, _ in by_row.values()) / sum(count for _, count in by_row.values())
@@ -203,6 +207,14 @@ def _is_over(state: TrainerState) -> bool:
     return stopped or state.global_step >= state.max_steps
 
 
+class _Arguments(TrainingArguments):
+    """The Trainer's arguments, with which it leaves a model where it is: on any GPU, or on several."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
+
+
 def arguments(
     settings: Tuning, directory: Path, model: Any, rows: int, evaluated: bool, cpu: bool
 ) -> TrainingArguments:
@@ -211,7 +223,7 @@ def arguments(
     per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * distributed.world_size()
     steps = settings.max_steps or max(1, round(settings.num_train_epochs * rows / per_step))
     every = settings.eval_steps or max(1, steps // 10)
-    options = TrainingArguments(
+    options = _Arguments(
         output_dir=str(directory),
         per_device_train_batch_size=settings.per_device_train_batch_size,
         per_device_eval_batch_size=1,

@@ -5,7 +5,6 @@ The same call runs on a CPU, on a GPU and, with `torchrun`, in several processes
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
-from falcon_kit.display.errors import plain_scalar, require
+from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import detach, is_quantised, quiet, unchanged
+from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
 from falcon_kit.loading.quantization import stored_quantisation, unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
@@ -125,8 +124,6 @@ def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     devices = [
         Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
     ]
-    if distributed.world_size() > 1 and devices[0].key != "cpu":
-        devices = [devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices)]]  # a process has one GPU
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         live_spec(falcon.spec, falcon.model),
@@ -147,7 +144,7 @@ def _restored(falcon: Falcon) -> Iterator[None]:
     """Turns gradients on; restores them, the random states, and the model's `use_cache` and modes after the block."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
     use_cache = falcon.model.config.use_cache  # the Trainer sets it to False
-    with torch.random.fork_rng(), torch.enable_grad(), unchanged(falcon.model):
+    with random_state_kept(falcon.model), torch.enable_grad(), unchanged(falcon.model):
         try:
             yield
         finally:
@@ -206,9 +203,10 @@ class _Run:
         return locked(self.directory) if distributed.is_rank0() else nullcontext()
 
     def prepare(self, resume: bool) -> None:
-        """Prepares output_dir on rank 0; the other processes wait."""
+        """Prepares output_dir on rank 0. The other processes wait, but not while the data are hashed."""
+        identity = self._identity
         if distributed.is_rank0():  # if it raises, the launcher ends the other processes
-            prepare_output_dir(self.directory, self._identity, resume)
+            prepare_output_dir(self.directory, identity, resume)
         distributed.barrier(self._on_cpu)
 
     def __call__(self) -> TuningRun:
@@ -275,8 +273,8 @@ class _Run:
                 step = checkpoint_files.step_of(last) if last else 0
                 print_line(f"Interrupted: the same call resumes from step {step} of {trainer.state.max_steps}")
             raise
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 raise _out_of_memory(error, self.falcon, self.settings, self.plan) from error
             raise
         finally:

@@ -312,3 +312,60 @@ def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
 def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, given, nearest):
     with pytest.raises(ValueError, match=f"Unknown setting '{given}'. Nearest: .*{nearest}"):
         instruct.generate(QUESTION, **{given: 1})
+
+
+# Memory that runs out
+
+
+@pytest.fixture
+def out_of_memory(instruct):
+    """Makes the model's forward pass of this number fail."""
+    handles = []
+
+    def after(steps):
+        passed = []
+
+        def hook(*_):
+            passed.append(1)
+            if len(passed) > steps:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+        handles.append(instruct.model.register_forward_hook(hook))
+
+    yield after
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_text_is_kept_when_memory_runs_out_in_its_middle(instruct, out_of_memory):
+    expected = instruct.generate(QUESTION, max_new_tokens=8)
+    out_of_memory(5)
+    with pytest.raises(
+        MemoryError, match=r"after 5 of up to 8 new tokens \(CUDA out of memory.*fewer new tokens"
+    ) as error:
+        instruct.generate(QUESTION, max_new_tokens=8)
+    (kept,) = error.value.generations
+    assert (kept.tokens, kept.finish_reason) == (expected.tokens[:5], "broken")
+    assert expected.text.startswith(kept.text)
+
+
+def test_a_stream_has_the_text_until_memory_ran_out(instruct, out_of_memory):
+    out_of_memory(3)
+    stream = instruct.stream(QUESTION, max_new_tokens=8)
+    shown = [next(stream).text for _ in range(3)]
+    with pytest.raises(MemoryError, match="after 3 of up to 8 new tokens"):
+        next(stream)
+    assert (stream.generation.text, stream.generation.finish_reason) == ("".join(shown), "broken")
+
+
+def test_a_prompt_that_finds_no_memory_is_told_to_be_read_in_parts(instruct, out_of_memory):
+    out_of_memory(0)
+    with pytest.raises(MemoryError, match=r"while \d+ tokens were read .*prefill_chunk_size=256"):
+        instruct.generate([QUESTION, QUESTION], max_new_tokens=8)
+
+
+def test_another_error_stays_what_it_is(instruct):
+    handle = instruct.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        instruct.generate(QUESTION, max_new_tokens=8)
+    handle.remove()

@@ -183,3 +183,37 @@ def test_a_stream_hands_alternatives_over_with_each_piece(instruct):
     pieces = [piece.alternatives for piece in stream]
     assert tuple(pieces) == stream.generation.alternatives
     assert {len(each) for each in pieces} == {2}
+
+
+# Apple's GPUs, where transformers reads a step late whether to stop
+
+
+class LateStopCheck:
+    """As transformers' DeferredStopCheck, without its events of the GPU."""
+
+    def __init__(self, streamer=None):
+        self.before = self.stops = False
+
+    def __call__(self, unfinished, tokens, length):
+        self.stops, self.before = self.before, bool(unfinished.max() == 0)
+        return self.stops
+
+    def finish(self):
+        return 1 if self.stops else 0
+
+
+def test_a_stop_that_is_read_a_step_late_changes_no_text(instruct, monkeypatch):
+    settings = {"max_new_tokens": 40, "stop": "."}
+    expected = instruct.generate(QUESTION, **settings)
+    monkeypatch.setattr("transformers.generation.utils.StopCheck", LateStopCheck)
+    actual = instruct.generate(QUESTION, **settings)
+    assert (actual.tokens, actual.finish_reason) == (expected.tokens, expected.finish_reason)
+    assert [piece.token_id for piece in instruct.stream(QUESTION, **settings)] == [*expected.tokens]
+
+
+def test_a_stream_that_is_closed_ends_where_the_stop_is_read_a_step_late(instruct, monkeypatch):
+    monkeypatch.setattr("transformers.generation.utils.StopCheck", LateStopCheck)
+    stream = long(instruct)
+    next(stream)
+    stream.close()
+    assert (working_threads(), stream.generation.finish_reason) == ([], "cancelled")

@@ -29,6 +29,9 @@ def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
     [
         ({"device_map": "gpu"}, r"Unknown device_map 'gpu'"),
         ({"device_map": "cuda:0"}, r"device_map='cuda:0', but torch finds no GPU here"),
+        ({"device_map": {"transformer": "cpu", "lm_head": 1}}, r"device_map=1, but torch finds no GPU here"),
+        ({"device_map": {"": torch.device("cuda", 1)}}, r"device_map='cuda:1', but torch finds no GPU here"),
+        ({"device_map": {"": "gpu"}}, r"Unknown device_map 'gpu'"),
         ({"max_memory": {3: "20GiB"}}, r"max_memory names 3, but this machine has 'cpu'"),
         ({"max_memory": {"cpu": "lots"}}, r"max_memory has 'lots': give bytes, or a size such as '20GiB'"),
         ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
@@ -43,6 +46,14 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(setti
         pytest.skip("these are the devices of a machine without a GPU")
     with pytest.raises(ValueError, match=message):
         fk.load("no/such/model", **settings)
+
+
+@pytest.mark.parametrize("device_map", ["cuda:2", 2, {"transformer": 0, "lm_head": 2}, {"": torch.device("cuda", 2)}])
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(device_map, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"Unknown device_map '(cuda:)?2'\. .*(cuda:0.* cuda:1|cuda:1.* cuda:0)"):
+        fk.load("no/such/model", device_map=device_map)
 
 
 @pytest.mark.parametrize(

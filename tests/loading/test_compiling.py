@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 import falcon_kit as fk
-from falcon_kit.loading.compiling import compiled
+from falcon_kit.loading.compiling import check_compilable
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,26 @@ def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(falcon):
     falcon.generate("The", max_new_tokens=5, do_sample=False)
     falcon.generate(fk.CARD.prompt, max_new_tokens=40, do_sample=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_the_cache_of_compiled_decoding_is_kept_and_emptied(falcon, monkeypatch):
+    """A CUDA graph is of one cache: another would have to be recorded for each call."""
+    expected = falcon.generate("The", max_new_tokens=5, do_sample=False).tokens
+    made = []
+    monkeypatch.setattr(
+        "falcon_kit.generation.static_cache.StaticCache", lambda **given: made.append(1) or StaticCache(**given)
+    )
+    falcon.generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False)
+    assert falcon.generate("The", max_new_tokens=5, do_sample=False).tokens == expected
+    assert made == []
+
+
+def test_two_streams_at_once_have_a_cache_each(falcon):
+    prompts = ("The", fk.CARD.prompt)
+    expected = [falcon.generate(each, max_new_tokens=8, do_sample=False).tokens for each in prompts]
+    streams = [falcon.stream(each, max_new_tokens=8, do_sample=False) for each in prompts]
+    pieces = list(zip(*streams, strict=True))
+    assert [tuple(piece.token_id for piece in each) for each in zip(*pieces, strict=True)] == expected
 
 
 def test_compiled_decoding_leaves_other_modes_and_saved_checkpoints_alone(falcon, tmp_path):
@@ -62,9 +82,7 @@ def test_what_transformers_would_not_compile_is_refused_before_its_weights_are_r
         fk.load(checkpoint, compile=compiling_anywhere(), **settings)
 
 
-@pytest.mark.parametrize(("places", "whole"), [({"": 0}, True), ({"a": 0, "b": 1}, False)])
-def test_a_model_on_several_devices_is_compiled_in_pieces(places, whole, instruct, monkeypatch):
-    monkeypatch.setattr(instruct.model, "hf_device_map", places, raising=False)
-    monkeypatch.setattr("falcon_kit.loading.compiling._warm_up", lambda *_: None)
-    decoding = compiled(instruct.model, "bfloat16", CompileConfig(fullgraph=True), True)
-    assert decoding["compile_config"].fullgraph == whole
+def test_a_model_on_several_devices_is_not_compiled():
+    with pytest.raises(ValueError, match=r"compile with layers on 2 devices: .* leave compile out"):
+        check_compilable("bfloat16", {"transformer": 0, "lm_head": 1})
+    check_compilable("bfloat16", {"": 0})

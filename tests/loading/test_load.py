@@ -11,9 +11,10 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.generation.chat import install
+from falcon_kit.loading.reading import choose_device_map
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Device
-from tests.conftest import legacy, logits, small_model
+from tests.conftest import legacy, logits, simulated_gpus, small_model
 
 
 def assert_same_logits(model, expected):
@@ -215,3 +216,25 @@ def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokeni
     small_model("40b").save_pretrained(tmp_path)
     install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
     assert fk.load(tmp_path).chat_format.name == name
+
+
+# Processes of a launcher
+
+
+@pytest.mark.parametrize(("local_rank", "gpus", "own"), [("1", 3, 1), ("2", 3, 2), ("3", 1, 0)])
+def test_a_process_of_torchrun_plans_for_its_own_gpu_and_touches_no_other(local_rank, gpus, own, monkeypatch):
+    """Also where each process sees one GPU only, whatever its number."""
+    asked, current = simulated_gpus(monkeypatch, [40 * 2**30] * gpus), []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    used = {}
+
+    def stopped(found, files, plan, settings):
+        used["device_map"] = choose_device_map(settings.device_map, plan)
+        raise InterruptedError
+
+    monkeypatch.setattr("falcon_kit.loading.load.read_model", stopped)
+    with pytest.raises(InterruptedError):
+        fk.load("falconet")
+    assert (used["device_map"], set(asked), current) == ({"": own}, {own}, [own])

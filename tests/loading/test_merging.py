@@ -12,6 +12,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import LazyMergedWeight
+from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import TARGETS, saved_adapter
 
@@ -176,3 +177,10 @@ def test_an_output_dir_with_more_than_a_checkpoint_is_refused_first(base, adapte
     with pytest.raises(FileExistsError, match=r"holds \S+, which saving a model there would remove: give a new folder"):
         fk.merge(adapter, base, output_dir=tmp_path / folder)
     assert sorted((tmp_path / folder).rglob("*")) == before
+
+
+def test_a_copy_that_finds_no_room_is_refused_with_what_to_do(monkeypatch, base, adapter):
+    falcon = fk.load(base)
+    monkeypatch.setattr("falcon_kit.loading.merging.resolve_devices", lambda _: (Device("cpu", "cpu", 1000),))
+    with pytest.raises(MemoryError, match=r"takes .* on device 'cpu', where 1000 B are free: delete .* its name"):
+        fk.merge(adapter, falcon)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,32 @@ def test_a_step_reads_each_key_once_however_many_queries_share_it(layout, monkey
     run(kit, IDS[:, -1:], past_key_values=past)
     spec = kit.transformer.spec
     assert set(shapes) == {((3, spec.kv_heads, spec.queries_per_kv_head), (3, spec.kv_heads, 24), False)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype", "masked", "grouped"),
+    [
+        ("cpu", None, torch.float32, True, True),
+        ("cuda", (8, 0), torch.bfloat16, False, True),
+        ("cuda", (9, 0), torch.float16, False, True),
+        ("cuda", (8, 0), torch.bfloat16, True, False),
+        ("cuda", (8, 0), torch.float32, False, False),
+        ("cuda", (7, 5), torch.float16, False, False),
+        ("mps", None, torch.float16, False, False),
+    ],
+)
+def test_keys_are_repeated_where_no_fused_kernel_takes_groups(kind, capability, dtype, masked, grouped, monkeypatch):
+    monkeypatch.setattr("falcon_kit.model.attention._capability", lambda _: capability)
+    query = SimpleNamespace(device=torch.device(kind), dtype=dtype)
+    assert attention._takes_groups(query, torch.ones(1) if masked else None) == grouped
+
+
+@pytest.mark.parametrize("kind", ["7b", "40b"])
+def test_repeated_keys_give_the_logits_of_grouped_ones(kind, monkeypatch):
+    kit = pair(kind)[1]
+    expected = run(kit).logits
+    monkeypatch.setattr("falcon_kit.model.attention._takes_groups", lambda *_: False)
+    assert_close(run(kit).logits, expected)
 
 
 def test_a_prompt_reads_a_static_cache_only_as_far_as_it_is_filled(layout, monkeypatch):

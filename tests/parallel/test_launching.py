@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel import launching
+from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.parallel.ranks import local_bytes, local_tensor
+from falcon_kit.parallel.serving import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
@@ -416,3 +419,62 @@ def test_a_process_that_dies_takes_the_others_along_and_is_named():
     assert [process.poll() for process in falcon._workers.processes] == [-9, -9]
     with pytest.raises(RuntimeError, match="the processes of this model have ended: load it again"):
         falcon.generate("The giraffe")
+
+
+# A rank that fails while the others wait for it
+
+
+class Answers:
+    """Workers that have sent these messages, and of which one then dies or all wait."""
+
+    closed = False
+
+    def __init__(self, messages, end):
+        self.processes, self._messages, self._end = [0, 1], iter(messages), end
+
+    def receive(self, seconds):
+        if (message := next(self._messages, None)) is None:
+            raise self._end
+        return message
+
+    def close(self):
+        self.closed = True
+
+
+OUT_OF_MEMORY = (1, {"error": ["MemoryError", "out of memory after 3 tokens"]})
+
+
+@pytest.mark.parametrize(
+    ("messages", "end", "kind", "text"),
+    [
+        ([OUT_OF_MEMORY], queue.Empty(), MemoryError, r"after 3 tokens\. Raised on rank 1, it ended all 2 processes"),
+        (
+            [OUT_OF_MEMORY],
+            WorkerDied("worker 0 ended"),
+            WorkerDied,
+            "worker 0 ended. Before that, out of memory after 3",
+        ),
+        ([], WorkerDied("worker 0 ended"), WorkerDied, "^worker 0 ended$"),
+    ],
+)
+def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, text):
+    falcon = ParallelFalcon(Answers(messages, end), "falconet", None, fk.spec("falconet"), None, None, "")
+    with pytest.raises(kind, match=text):
+        falcon._receive_answers()
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [(torch.OutOfMemoryError("x"), "MemoryError"), (MemoryError("x"), "MemoryError"), (ValueError("x"), "ValueError")],
+)
+def test_memory_that_runs_out_on_a_rank_is_a_memory_error_here(error, name):
+    assert _named(error) == [name, "x"]
+
+
+def test_a_reader_may_pause_longer_than_torchs_timeout(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _init_process_group(tmp_path)
+    assert given["timeout"] > 100 * dist.default_pg_timeout

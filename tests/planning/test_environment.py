@@ -11,15 +11,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+import falcon_kit as fk
 from falcon_kit.planning.environment import (
     PACKAGES,
     Accelerator,
     Environment,
     environment,
     find_accelerators,
+    gpu_problem,
     host_memory,
     usable_cores,
 )
+from tests.conftest import simulated_gpus
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -266,3 +269,39 @@ def test_the_table_shows_no_home_directory(monkeypatch, tmp_path):
 def test_memory_that_torch_keeps_in_store_is_free() -> None:
     torch = SimpleNamespace(cuda=fake_cuda(("T4", 16, 5), cached=3), backends=NO_MPS)
     assert [device.free_bytes for device in find_accelerators(torch)] == [8]
+
+
+# A driver that is too old
+
+
+@pytest.mark.parametrize(
+    ("cuda", "error", "problem"),
+    [
+        ("13.0", RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "13.0"),
+        ("13.0", RuntimeError("Found no NVIDIA driver on your system."), ""),
+        (None, AssertionError("Torch not compiled with CUDA enabled"), ""),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named_with_what_to_do(cuda, error, problem, monkeypatch):
+    def init():
+        raise error
+
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", init)
+    assert (f"built for CUDA {problem}" in gpu_problem()) if problem else (gpu_problem() == "")
+    assert ("update the driver" in environment()._repr_html_()) == bool(problem)
+    if problem:
+        with pytest.raises(ValueError, match=r"device_map='cuda:0', but the NVIDIA driver is too old"):
+            fk.load("falconet", device_map="cuda:0")
+        with pytest.warns(UserWarning, match="the NVIDIA driver is too old"):
+            fk.load("falconet")
+
+
+def test_one_of_several_processes_finds_its_own_gpu(monkeypatch):
+    asked = simulated_gpus(monkeypatch, [10, 20, 30])
+    assert [each.index for each in environment().devices] == [0, 1, 2]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    asked.clear()
+    assert ([each.index for each in environment().devices], asked) == ([2], [2])

@@ -6,10 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 import falcon_kit as fk
+from falcon_kit.tuning.packing import FEATURES, Packed
+from falcon_kit.tuning.run_folder import digest
 from falcon_kit.tuning.trainer import AdapterTrainer
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, same, weights
+
+# The hash of the data
+
+
+def test_the_hash_of_rows_depends_on_their_tokens_and_labels_and_on_nothing_else(falcon):
+    documents = fk.dialogues(ROWS)
+    whole = fk.pack(documents, falcon, context=64)
+    assert digest(whole) == digest(fk.pack(documents, falcon, context=64))
+    assert digest(whole) != digest(whole[1:])
+    for name, changed in (("ids", [5, 6, 7]), ("trained", [True, True, False])):
+        rows = [{"ids": [5, 6, 8], "trained": [False, True, True], "where": "a"}, {**whole.examples[1], "where": "b"}]
+        tables = [Dataset.from_list([first, rows[1]], FEATURES) for first in (rows[0], {**rows[0], name: changed})]
+        one, other = (digest(Packed(each, [[0, 1]], 64, falcon.tokenizer)) for each in tables)
+        assert one != other
+
 
 # One run
 

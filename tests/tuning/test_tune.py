@@ -15,6 +15,7 @@ import falcon_kit as fk
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.planning.devices import Device
 from falcon_kit.tuning import tune
+from tests.conftest import simulated_gpus
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, logits, same, talk, weights
 
 # What is trained
@@ -110,15 +111,14 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(monkeypatch,
 
 
 def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
-    slots = (Device("first", 0, 10_000), Device("second", 1, 10**12))
-    monkeypatch.setattr("falcon_kit.tuning.tune.resolve_devices", lambda _: slots)
+    asked = simulated_gpus(monkeypatch, [10_000, 10**12])
     monkeypatch.setenv("WORLD_SIZE", "2")
     chosen = fk.Tuning().for_model(falcon.spec)
     fits = []
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         fits.append(tune._plan(falcon, chosen, False).fits)
-    assert fits == [False, True]
+    assert (fits, asked) == ([False, True], [0, 1])
 
 
 @pytest.mark.parametrize(("dtype", "sharded"), [("float32", True), ("nf4", False)])

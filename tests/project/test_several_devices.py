@@ -1,0 +1,403 @@
+"""What a Falcon gives with its layers on three devices is what it gives on one.
+
+The devices are simulated (tests/devices.py), in a process of their own. There, a tensor on the wrong device is an error
+as it is between GPUs.
+"""
+
+import copy
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import count
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+import torch
+from IPython.core.inputtransformer2 import TransformerManager
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+import falcon_kit as fk
+from falcon_kit.planning.devices import Device
+from falcon_kit.planning.placement import device_map
+from tests import devices
+from tests.conftest import small_model
+from tests.tuning.small_runs import QUICK, talk
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks/04_architecture.ipynb"
+TEXT = "The giraffe eats the leaves of trees"
+CHAT = [{"role": "user", "content": TEXT}]
+ROWS = [talk(f"What is {each}?", f"{each} is an animal.") for each in ("a giraffe", "a lion", "an elephant", "a seal")]
+TUNE = {**QUICK, "max_steps": 2, "lora_dropout": 0.0, "quiet": True, "held_out": 0.25}
+SIZES = {"hidden_size": 64, "ffn_hidden_size": 128, "num_hidden_layers": 5, "max_position_embeddings": 256}
+LORA = LoraConfig(r=2, target_modules=["query_key_value", "dense"], init_lora_weights=False, task_type="CAUSAL_LM")
+_HEAD = ("transformer.ln_f", "lm_head")
+
+# The public functions; each case returns numbers to compare
+
+
+def greedy(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8).tokens
+
+
+def sampled(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8, temperature=1.0, seed=3).tokens
+
+
+def beams(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8, num_beams=3).tokens
+
+
+def batch(falcon, places):
+    return [each.tokens for each in falcon.generate([TEXT, "Lions"], max_new_tokens=8)]
+
+
+def sequences(falcon, places):
+    settings = {"num_return_sequences": 3, "temperature": 1.0, "seed": 1}
+    return [each.tokens for each in falcon.generate(TEXT, max_new_tokens=8, **settings)]
+
+
+def stop_string(falcon, places):
+    first = falcon.generate(TEXT, max_new_tokens=8)
+    return falcon.generate(TEXT, max_new_tokens=8, stop=first.text[4:7]).tokens
+
+
+def alternatives(falcon, places):
+    steps = falcon.generate(TEXT, max_new_tokens=4, alternatives=3).alternatives
+    return [[each.logprob for each in step] for step in steps]
+
+
+def assisted(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8, assistant_model=falcon.model).tokens
+
+
+def prompt_lookup(falcon, places):
+    return falcon.generate(TEXT * 2, max_new_tokens=8, prompt_lookup_num_tokens=2).tokens
+
+
+def static_cache(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8, cache_implementation="static").tokens
+
+
+def chunked_prefill(falcon, places):
+    return falcon.generate(TEXT, max_new_tokens=8, prefill_chunk_size=4).tokens
+
+
+def eager_attention(falcon, places):
+    falcon.model.set_attn_implementation("eager")
+    try:
+        return falcon.generate(TEXT, max_new_tokens=8).tokens
+    finally:
+        falcon.model.set_attn_implementation("sdpa")
+
+
+def stream(falcon, places):
+    return [piece.logprob for piece in falcon.stream(TEXT, max_new_tokens=8, temperature=1.0, seed=2)]
+
+
+def chat(falcon, places):
+    return falcon.chat(CHAT, max_new_tokens=8).tokens
+
+
+def playground(falcon, places):
+    session = fk.playground(falcon).session
+    session.set(max_new_tokens=8, seed=0)
+    return session.generate(TEXT).answers[0].text.encode()
+
+
+def loss(falcon, places):
+    """As users compute it: with tokens on the CPU, and the gradient of each layer's norm."""
+    ids = torch.tensor([falcon.tokenizer(TEXT)["input_ids"]])
+    norms = [getattr(each, each.norms[0]).weight for each in falcon.model.transformer.h]
+    for each in norms:
+        each.requires_grad_()
+    try:
+        losses = [falcon.model(ids, labels=ids, skip_logits=skip).loss for skip in (False, True)]
+        gradients = torch.autograd.grad(losses[0] + losses[1], norms)
+        return [*(float(each) for each in losses), *(float(each.norm()) for each in gradients)]
+    finally:
+        for each in norms:
+            each.requires_grad_(False)
+
+
+def packed_documents(falcon, places):
+    ids = torch.arange(3, 27).reshape(2, 12)
+    positions = torch.tensor([[*range(5), *range(7)], [*range(9), *range(3)]])
+    with torch.inference_mode():
+        return falcon.model(ids, position_ids=positions).logits.cpu().numpy()
+
+
+def notebook_04(falcon, places):
+    """Falcon from scratch; the notebook also compares it with the model, part by part."""
+    names = {}
+    cells = [each["source"] for each in json.loads(NOTEBOOK.read_text())["cells"] if each["cell_type"] == "code"]
+    cells = ["".join(each) for each in cells]
+    last = next(index for index, each in enumerate(cells) if "check(falcon_from_scratch(ids)" in each)
+    load, fk.load = fk.load, lambda _: falcon
+    try:
+        for cell in cells[: last + 1]:
+            exec(TransformerManager().transform_cell(cell), names)  # noqa: S102  # the project's own notebook
+        return names["falcon_from_scratch"](names["ids"]).cpu().numpy()
+    finally:
+        fk.load = load
+        torch.set_grad_enabled(True)
+
+
+def attention(falcon, places):
+    found = fk.attention(falcon, TEXT, layers=[0, 3], prefill_chunk_size=3)
+    return [*found.statistics["entropy"].ravel(), *found.map(3, 1).ravel()]
+
+
+def induction(falcon, places):
+    return fk.induction(falcon, 10).statistics["induction"]
+
+
+def repeated_tokens(falcon, places):
+    return fk.repeated_tokens(falcon, 10)
+
+
+def lens(falcon, places):
+    found = fk.lens(falcon, TEXT)
+    return [found.target_logits, found.target_probabilities[2], found.mlp_contribution[3]]
+
+
+def ablate(falcon, places):
+    return fk.ablate(falcon, TEXT, heads=[(0, 1), (3, 0)], replace="mean").after[1:]
+
+
+def ablated(falcon, places):
+    with fk.ablated(falcon, [(3, 1)]):
+        return falcon.generate(TEXT, max_new_tokens=8).logprobs
+
+
+def integrated_gradients(falcon, places):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few steps
+        return fk.attribute(falcon, TEXT, 42, steps=4).scores
+
+
+def leave_one_out(falcon, places):
+    found = fk.attribute(falcon, TEXT, 42, method="leave-one-out")
+    return math.log(found.target.probability) - found.scores
+
+
+def tokens(falcon, places):
+    return [each.id for each in fk.tokens(TEXT, falcon).tokens]
+
+
+def compare_tokens(falcon, places):
+    return [row.tokens for row in fk.compare_tokens({"English": TEXT, "German": "Die Giraffe"}, falcon).rows]
+
+
+def pack(falcon, places):
+    return fk.pack(fk.dialogues(ROWS), falcon, context=64)[0]["input_ids"]
+
+
+def tune(falcon, places):
+    run = fk.tune(falcon, ROWS, output_dir=places.empty() / "run", **TUNE)
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    return [
+        *(each["loss"] for each in run.history if "loss" in each),
+        *(float(weights[name].norm()) for name in weights),
+    ]
+
+
+def merge(falcon, places):
+    merged = fk.merge(places.adapter, falcon)
+    return [*merged.generate(TEXT, max_new_tokens=4).logprobs, merged.gap < 1e-5]
+
+
+def merge_and_save(falcon, places):
+    folder = places.empty() / "merged"
+    fk.merge(places.adapter, falcon, output_dir=folder)
+    return [each.norm() for _, each in sorted(load_file(folder / "model.safetensors").items())]
+
+
+def export_gguf(falcon, places):
+    return np.fromfile(fk.export_gguf(falcon, places.empty() / "falcon.gguf"), np.uint8)
+
+
+def weights(falcon, places):
+    return [row.bytes for row in falcon.weights.rows]
+
+
+TABLE = {
+    "generate": [
+        *(greedy, sampled, beams, batch, sequences, stop_string, alternatives, assisted, prompt_lookup, static_cache),
+        *(chunked_prefill, eager_attention),
+    ],
+    "stream": [stream],
+    "chat": [chat],
+    "weights": [weights],
+    "model": [loss, packed_documents, notebook_04],
+    "playground": [playground],
+    "attention": [attention],
+    "induction": [induction],
+    "repeated_tokens": [repeated_tokens],
+    "lens": [lens],
+    "ablate": [ablate],
+    "ablated": [ablated],
+    "attribute": [integrated_gradients, leave_one_out],
+    "tokens": [tokens],
+    "compare_tokens": [compare_tokens],
+    "pack": [pack],
+    "tune": [tune],
+    "merge": [merge, merge_and_save],
+    "export_gguf": [export_gguf],
+}
+"""The public functions and methods that take a Falcon, and what each is compared by."""
+WITHOUT_A_FALCON = {
+    *("catalogue", "chat_format", "connect", "dialogues", "environment", "guardrails", "load", "mix", "plan"),
+    *("published_tokens", "sample_texts", "spec"),
+}
+CASES = [case for cases in TABLE.values() for case in cases]
+RANDOM = {sampled, sequences, stream}
+REFUSED = {("rw", export_gguf), ("rw", notebook_04), ("apart", notebook_04)}
+"""What a layout does not have on one device either: llama.cpp has no ALiBi, the notebook needs a tied head."""
+
+# Where the layers are
+
+
+def spread(spec):
+    """A map as the plan writes it, with two layers on the first two devices and one on the third."""
+    return device_map([Device("sim", f"sim:{index}", 2**31) for index in range(devices.COUNT)], [2, 2, 1])
+
+
+def apart(spec):
+    """As transformers' "auto" places an untied head: on the last device."""
+    return {**spread(spec), **dict.fromkeys(_HEAD, "sim:2")}
+
+
+def second(spec):
+    """All on one device that is not the first."""
+    return "sim:1"
+
+
+PLACES = {"7b": spread, "40b": spread, "rw": spread, "apart": apart, "second": second}
+
+
+class Places:
+    """A Falcon on one device and one on several, an adapter that was tuned on the first, and empty folders."""
+
+    def __init__(self, name):
+        self.folder, self._numbers = Path(mkdtemp()), count()
+        layout = {"apart": "40b", "second": "40b"}.get(name, name)
+        tokenizer = fk.load("falconet-instruct").tokenizer
+        small_model(layout, tie_word_embeddings=name != "apart", **SIZES).save_pretrained(self.folder / "base")
+        tokenizer.save_pretrained(self.folder / "base")
+        self.one = fk.load(self.folder / "base", dtype="float32")
+        self.several = fk.load(self.folder / "base", dtype="float32", device_map=PLACES[name](self.one.spec))
+        self.adapter = self.folder / "adapter"
+        attached = get_peft_model(copy.deepcopy(self.one.model), LORA)
+        attached.save_pretrained(self.adapter)
+
+    def empty(self):
+        folder = self.folder / str(next(self._numbers))
+        folder.mkdir()
+        return folder
+
+
+# In the process with the simulated devices
+
+
+def start():
+    os.environ["MPLBACKEND"] = "Agg"
+    torch.set_num_threads(1)
+    devices.simulate()
+
+
+places_of = cache(Places)
+
+
+def both(name, case):
+    """The values of a case on one device and on several, or why it was refused."""
+    places = places_of(name)
+    return [_value(CASES[case], falcon, places) for falcon in (places.one, places.several)]
+
+
+def _value(case, falcon, places):
+    try:
+        return np.asarray(case(falcon, places), dtype=object if case is batch or case is sequences else None)
+    except (ValueError, AssertionError) as error:
+        return str(error)
+
+
+def devices_of(name):
+    return sorted({str(each.device) for each in places_of(name).several.model.parameters()})
+
+
+def hooks_of(name):
+    return sum(hasattr(each, "_hf_hook") for each in places_of(name).several.model.modules())
+
+
+def misplaced():
+    """The error of a model with one matrix on another device than its layer."""
+    matrix = places_of("40b").several.model.transformer.h[1].mlp.dense_h_to_4h
+    device = matrix.weight.device
+    matrix.to("sim:2")
+    try:
+        places_of("40b").several.generate(TEXT, max_new_tokens=1)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        matrix.to(device)
+
+
+def values_read(tokens):
+    """How often a greedy text of so many tokens is waited for: what reads a value of a device."""
+    falcon = places_of("40b").several
+    devices.READ.clear()
+    falcon.generate(TEXT, max_new_tokens=tokens, suppress_tokens=[11])
+    return len(devices.READ)
+
+
+@pytest.fixture(scope="module")
+def process():
+    """Runs a function of this file in the process with the simulated devices."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+# The table
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("name", PLACES)
+def test_several_devices_give_what_one_gives(name, case, process):
+    one, several = process(both, name, CASES.index(case))
+    assert isinstance(one, str) == ((name, case) in REFUSED), one
+    if isinstance(one, str) or one.dtype.kind not in "fc":
+        assert np.array_equal(one, several)
+    else:
+        np.testing.assert_allclose(several, one, rtol=1e-6, atol=2e-6 * np.abs(one).max())
+
+
+@pytest.mark.parametrize(("name", "found"), [("40b", ["sim:0", "sim:1", "sim:2"]), ("second", ["sim:1"])])
+def test_the_weights_are_on_the_devices_of_the_map(name, found, process):
+    assert process(devices_of, name) == found
+
+
+def test_no_hook_is_left_on_layers_that_are_all_on_devices(process):
+    assert process(hooks_of, "40b") == 0
+
+
+def test_a_token_is_waited_for_twice(process):
+    """For the token with its log-probability, and for transformers' own stop check."""
+    assert (process(values_read, 12) - process(values_read, 4)) / 8 == 2
+
+
+def test_a_tensor_on_the_wrong_device_is_an_error(process):
+    assert "Expected all tensors to be on the same device" in process(misplaced)
+
+
+def test_every_public_function_that_takes_a_falcon_is_in_the_table():
+    functions = {name for name in fk.__all__ if inspect.isfunction(getattr(fk, name))}
+    methods = {name for name in ("generate", "stream", "chat", "weights", "model") if name in dir(fk.Falcon)}
+    assert functions | methods | {"model"} == set(TABLE) | WITHOUT_A_FALCON
