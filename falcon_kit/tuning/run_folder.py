@@ -52,6 +52,13 @@ def identity(falcon: Falcon, settings: Tuning, train: Packed, held_out: Packed |
     return dict(json.loads(json.dumps(values)))
 
 
+def default_output_dir(name: str, identity: Mapping[str, Any]) -> Path:
+    """runs/<name>-<hash of everything that determines the result>: another setting gets another folder."""
+    determining = {key: value for key, value in identity.items() if key != "save_steps"}
+    digest = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"{name}-{digest[:8]}"
+
+
 def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Writes run.json into a new folder, or checks that the run in the folder is the same one.
 
@@ -79,7 +86,10 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
 
 
 def _check_same_run(file: Path, identity: Mapping[str, Any]) -> None:
-    remedy = "another output_dir, or resume=False to start over there"
+    remedy = (
+        "another output_dir, or resume=False to start over there (without output_dir, each choice of settings gets a "
+        "folder of its own)"
+    )
     started = _read_json(file, f"take {remedy}")
     may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
     differences = [

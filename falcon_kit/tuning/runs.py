@@ -16,6 +16,7 @@ from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.plots import loss_curve
 from falcon_kit.tuning.settings import Tuning
+from falcon_kit.tuning.verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,13 @@ class TuningRun:
     history: tuple[Mapping[str, float], ...]
     """The log: the loss of each step, and every `eval_steps` the held-out loss."""
     figures: Mapping[str, float]
-    """Measured on held-out documents before and after the run: loss, stop rate, exact answers."""
+    """Measured before and after the run: the loss on a sample of web text, which shows what is forgotten, and on
+    held-out documents loss, stop rate, exact answers."""
+
+    @property
+    def verdict(self) -> str:
+        """What the run learned and forgot, and which setting to change if it learned nothing or forgot too much."""
+        return verdict(self.history, self.figures, self.settings, len(self.packed.lengths))
 
     def plot(self) -> Figure:
         """The loss over the steps."""
@@ -73,7 +80,7 @@ class TuningRun:
             "data": repr(self.packed),
             "steps": str(max((int(each["step"]) for each in self.history if "step" in each), default=0)),
         }
-        return facts | {name: f"{value:.4g}" for name, value in self.figures.items()}
+        return facts | {name: f"{value:.4g}" for name, value in self.figures.items()} | {"verdict": self.verdict}
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
