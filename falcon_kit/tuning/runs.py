@@ -13,6 +13,8 @@ from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.plan import Plan
+from falcon_kit.tuning.data import dialogues
+from falcon_kit.tuning.measure import answer_rates
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.plots import loss_curve
 from falcon_kit.tuning.settings import Tuning
@@ -71,6 +73,15 @@ class TuningRun:
         with attached(self.falcon, self.adapter):
             after = answers()
         return BeforeAfter(tuple(zip(prompts, before, after, strict=True)))
+
+    def rates(self, documents: Any, count: int = 32) -> dict[str, float]:
+        """Stop rate and exact answers of the tuned model, each from 0 to 1.
+
+        documents: as for `fk.dialogues`; the last answer of the first `count` conversations is generated, greedily. On
+        the rows of the run, this shows whether it answers from them.
+        """
+        with attached(self.falcon, self.adapter):
+            return answer_rates(self.falcon, dialogues(documents), count, self.settings.context or 0)
 
     def _facts(self) -> dict[str, str]:
         size = sum(file.stat().st_size for file in self.adapter.iterdir())

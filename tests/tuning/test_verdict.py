@@ -4,7 +4,7 @@ import pytest
 
 import falcon_kit as fk
 from falcon_kit.tuning.verdict import verdict
-from tests.tuning.small_runs import QUICK, ROWS
+from tests.tuning.small_runs import QUICK, ROWS, talk
 
 SETTINGS = fk.Tuning(learning_rate=1e-3, context=256)
 
@@ -68,3 +68,11 @@ def test_a_run_shows_its_verdict_unless_it_is_quiet(falcon, tmp_path, capsys):
         fk.tune(falcon, ROWS, output_dir=tmp_path / str(quiet), quiet=quiet, **QUICK)
         shown.append("6 steps over" in capsys.readouterr().out)
     assert shown == [False, True]
+
+
+def test_a_run_answers_from_the_rows_that_it_learned(falcon, tmp_path):
+    rows = ROWS[:4]
+    options = {"r": 16, "max_steps": 25, "context": 64, "per_device_train_batch_size": 4, "held_out": 0, "quiet": True}
+    run = fk.tune(falcon, rows, output_dir=tmp_path, **options)
+    assert run.rates(rows) == {"stop rate": 1, "exact answers": 1}
+    assert run.rates([talk("What is a giraffe?", "Cake.")])["exact answers"] == 0
