@@ -21,6 +21,8 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.exercises.check import check
+    from falcon_kit.exercises.outcome import Outcome
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from falcon_kit.loading.load import load
     from falcon_kit.loading.merging import Merged, merge
     from falcon_kit.parallel.launching import ParallelFalcon
+    from falcon_kit.planning.requirements import Requirements, requirements
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
     from falcon_kit.serving.stream import IncompleteAnswer
@@ -63,10 +66,12 @@ __all__ = [
     "LensView",
     "Merged",
     "NotEnoughMemory",
+    "Outcome",
     "Packed",
     "ParallelFalcon",
     "Piece",
     "Plan",
+    "Requirements",
     "Sampling",
     "Stats",
     "Stream",
@@ -80,6 +85,7 @@ __all__ = [
     "attribute",
     "catalogue",
     "chat_format",
+    "check",
     "compare_tokens",
     "connect",
     "dialogues",
@@ -96,6 +102,7 @@ __all__ = [
     "playground",
     "published_tokens",
     "repeated_tokens",
+    "requirements",
     "sample_texts",
     "spec",
     "tokens",
@@ -103,6 +110,8 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "exercises.check": "check",
+    "exercises.outcome": "Outcome",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",
@@ -117,6 +126,7 @@ _ON_FIRST_USE = {
     "loading.load": "load",
     "loading.merging": "Merged merge",
     "parallel.launching": "ParallelFalcon",
+    "planning.requirements": "Requirements requirements",
     "serving.endpoint": "Endpoint connect",
     "serving.gguf": "export_gguf",
     "serving.stream": "IncompleteAnswer",

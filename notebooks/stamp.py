@@ -24,6 +24,36 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 LARGEST_WIDGET_STATE = 30_000  # bytes; a larger widget is shown by its text output only
 
 
+FIRST_CELL = """\
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MODEL = os.environ.get("FALCON_KIT_MODEL", "falconet-instruct")
+try:
+    import falcon_kit as fk
+except ImportError:
+    folders = Path(globals().get("__vsc_ipynb_file__", "notebook")).resolve().parents
+    checkout = next((str(each) for each in folders if (each / "falcon_kit").is_dir()), "")
+    source = os.environ.get("FALCON_KIT_SOURCE") or checkout
+    if not source or not ("://" in source or Path(source).exists()):
+        remedy = "set FALCON_KIT_SOURCE to Falcon Kit's wheel, folder or git address, run this again"
+        raise ImportError(remedy) from None
+    source = source if "://" in source else str(Path(source).resolve())  # no name in an index
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    importlib.invalidate_caches()
+    import falcon_kit as fk"""
+
+
+def set_first_cell(notebook: NotebookNode) -> None:
+    """Makes the first code cell the same in all notebooks: it finds or installs the kit, and names the model."""
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    if "FALCON_KIT_MODEL" in first.source:
+        first.source = FIRST_CELL
+
+
 def source_hash(notebook: NotebookNode) -> str:
     """SHA-256 of the type and source of every cell, without outputs and metadata."""
     cells = [[cell.cell_type, cell.source] for cell in notebook.cells]
@@ -63,6 +93,7 @@ def save_picture(notebook: NotebookNode, path: Path) -> None:
 def stamp(path: Path) -> None:
     """Executes one notebook in its own folder; the file changes only if every cell succeeds."""
     notebook = nbformat.read(path, as_version=4)
+    set_first_cell(notebook)
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
     client.record_timing = False

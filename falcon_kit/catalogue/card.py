@@ -47,12 +47,15 @@ class ModelCard:
     """Licence of the weights."""
     contact: str
     """Address of the authors."""
+    citations: str
+    """The card's BibTeX entries: Falcon-40B, RefinedWeb and Baize."""
 
     def __repr__(self) -> str:
         return f"ModelCard({self.model!r})"
 
     def _repr_html_(self) -> str:
-        rows = [(field.name.replace("_", " "), getattr(self, field.name)) for field in fields(self)]
+        shown = [field.name for field in fields(self) if field.name != "citations"]  # BibTeX is no table
+        rows = [(name.replace("_", " "), getattr(self, name)) for name in shown]
         return html_table(f"Model card of {self.model}", (), rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import GREY, PALETTE, new_figure
+from falcon_kit.display.figure import GREY, PALETTE, drawing, new_figure
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import Part
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
+@drawing
 def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Figure:
-    """One horizontal bar per device, in GiB: its parts stacked, its free memory hatched, its limit as a black line."""
+    """One horizontal bar per device, in GiB: its parts stacked, its free memory hatched, its limit as a thick line."""
     figure = new_figure(8, 1.6 + 0.4 * len(devices))
     axes = figure.subplots()
     names = list(dict.fromkeys(_legend_name(row) for row in rows))
@@ -29,15 +30,15 @@ def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Fi
     for index, device in enumerate(devices):
         limit, start = device.free_bytes / GIB, used[device.key]
         axes.barh(index, max(0.0, limit - start), left=start, color="none", edgecolor=GREY, hatch="//")
-        axes.plot([limit, limit], [index - 0.4, index + 0.4], color="#000000", linewidth=2)
+        axes.plot([limit, limit], [index - 0.4, index + 0.4], color=GREY, linewidth=2)
     axes.invert_yaxis()
     axes.set(
         title=title,
-        xlabel="GiB (black line: memory of the device, hatched: free)",
+        xlabel="GiB (thick line: memory of the device, hatched: free)",
         ylabel="device",
     )
     axes.title.set_fontsize(9)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import BLUE, PALETTE, VERMILION, new_figure
+from falcon_kit.display.figure import BLUE, PALETTE, VERMILION, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@drawing
 def loss_curve(
     trained: Sequence[tuple[float, float]], held_out: Sequence[tuple[float, float]] = (), title: str = "Loss"
 ) -> Figure:
@@ -25,10 +26,11 @@ def loss_curve(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if trained or held_out:
-        axes.legend(frameon=False)
+        axes.legend()
     return figure
 
 
+@drawing
 def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "Loss") -> Figure:
     """The losses of several runs in one figure; for each name its losses, as (step, loss)."""
     figure = new_figure(7, 3)
@@ -38,5 +40,5 @@ def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure

@@ -20,3 +20,12 @@ def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
     assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
     with pytest.raises(TypeError):
         CARD.sampling["top_k"] = 50  # type: ignore[index]
+
+
+def test_the_cards_citations_are_three_bibtex_entries_which_its_table_leaves_out() -> None:
+    assert [line for line in CARD.citations.splitlines() if line.startswith("@")] == [
+        "@article{falcon40b,",
+        "@article{refinedweb,",
+        "@article{xu2023baize,",
+    ]
+    assert "@article" not in CARD._repr_html_()

@@ -1,18 +1,23 @@
 """Every committed notebook is short and clean, and its outputs belong to its source."""
 
 import base64
+import io
 import re
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
+
+from falcon_kit.exercises.check import all_checks
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
-from stamp import source_hash  # noqa: E402  (a script in the folder of the notebooks, not part of the package)
+from stamp import FIRST_CELL, source_hash  # noqa: E402  (a script in the folder of the notebooks, not part of the package)
 
 TUTORIAL = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 ALL = [*TUTORIAL, *sorted(NOTEBOOKS.glob("solutions/*.ipynb"))]
@@ -103,6 +108,18 @@ def test_the_picture_in_the_readme_is_the_notebooks():
     assert [(NOTEBOOKS.parent / "docs" / "01_inference.png").read_bytes()] == pictures
 
 
+def pictures(notebook):
+    found = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    return [(base64.b64decode(output.data["image/png"]), output.metadata) for output in found]
+
+
+@each_notebook
+def test_pictures_have_no_background_of_their_own(notebook):
+    corners = [Image.open(io.BytesIO(picture)).convert("RGBA").getpixel((0, 0))[3] for picture, _ in pictures(notebook)]
+    assert set(corners) <= {0}
+    assert [metadata for _, metadata in pictures(notebook) if "needs_background" in metadata] == []
+
+
 # Style
 
 
@@ -133,8 +150,23 @@ def test_a_sentence_comes_before_each_code_cell(notebook):
 
 
 @each_notebook
-def test_the_first_code_cell_chooses_the_model(notebook):
-    assert "FALCON_KIT_MODEL" in code_cells(notebook)[0].source
+def test_the_first_code_cell_is_the_same_in_all_notebooks(notebook):
+    assert code_cells(notebook)[0].source == FIRST_CELL
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_what_a_notebook_takes_is_printed_first(path):
+    assert "fk.requirements(" in "".join(cell.source for cell in code_cells(nbformat.read(path, 4))[1:4])
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_every_section_with_code_names_the_machines_that_it_runs_on(path):
+    cells = nbformat.read(path, as_version=4).cells
+    starts = [at for at, cell in enumerate(cells) if cell.source.startswith("## ")]
+    sections = [cells[start:end] for start, end in pairwise([*starts, len(cells)])]
+    with_code = [section for section in sections if any(cell.cell_type == "code" for cell in section)]
+    silent = [section[0].source.splitlines()[0] for section in with_code if "\n*Runs on: " not in section[0].source]
+    assert [heading for heading in silent if heading != "## Exercises"] == []
 
 
 @each_notebook
@@ -148,6 +180,30 @@ def test_a_notebook_contains_no_access_token(notebook):
 
 
 # Exercises
+
+
+NUMBERS = list(all_checks())
+
+
+def results(path):
+    """What `fk.check` returned in a notebook, such as {"00.1": "not yet"}."""
+    found = re.findall(r"^(\d\d\.\d+): (right|not yet)\.", "\n".join(texts(nbformat.read(path, 4))), re.MULTILINE)
+    return dict(found)
+
+
+def exercises_of(path):
+    return [number for number in NUMBERS if number.startswith(path.name[:2])]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_a_notebook_has_two_to_four_exercises_that_check_themselves(path):
+    assert 2 <= len(exercises_of(path)) <= 4
+    assert results(path) == dict.fromkeys(exercises_of(path), "not yet")
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_the_shipped_solutions_are_right(path):
+    assert results(NOTEBOOKS / "solutions" / path.name) == dict.fromkeys(exercises_of(path), "right")
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.figure import BLUE, VERMILION, new_figure
+from falcon_kit.display.figure import BLUE, VERMILION, drawing, new_figure
 from falcon_kit.inspection.plots.labels import token_label
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _MAX_LABELS = 40  # with more tokens, a map has no labels
 _MAX_CELLS = 512  # a side of a map; the figure does not resolve more
 
 
+@drawing
 def heads(values: Floats, kv_heads: int, title: str, label: str, chance: float | None = None) -> Figure:
     """A statistic of every head, `values` (L, H): a panel for each layer, with a row for each KV group.
 
@@ -69,6 +70,7 @@ def _write_numbers(axes: Axes, values: Floats, high: float) -> None:
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
 
 
+@drawing
 def one_map(probabilities: Floats, tokens: Sequence[str], title: str) -> Figure:
     """An attention map (T, T), rows are queries, columns are keys. The colour scale is a square root, because most
     probabilities are small."""
@@ -107,6 +109,7 @@ def pool(values: Floats, max_side: int) -> Floats:
     return padded.reshape(len(padded) // step, step, -1, step).max((1, 3))
 
 
+@drawing
 def head_similarity(within: Floats, across: Floats) -> Figure:
     """Mean similarity of query heads in each KV group, `within` (L, G), and across KV groups, `across` (L,)."""
     figure = new_figure(8, 3.4)
@@ -117,6 +120,6 @@ def head_similarity(within: Floats, across: Floats) -> Figure:
     axes.plot(layers, across, "s--", color=VERMILION, label="mean across KV groups")
     axes.set(xlabel="layer", ylabel="similarity, 0 to 1", ylim=(-0.02, 1.02))
     figure.suptitle("Similarity of two query heads (Bhattacharyya coefficient, mean over queries)", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, new_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, new_figure
 from falcon_kit.inspection.plots.labels import token_figure, token_label
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Floats = NDArray[np.floating[Any]]
 _MAX_CELL = 9  # characters of a token in a cell of the lens
 
 
+@drawing
 def layers(tokens: Sequence[str], predicted: Sequence[Sequence[str]], probabilities: Floats, first: int = 0) -> Figure:
     """The logit lens: the most likely next token of each layer, `predicted` (L + 1, T), and its probability.
 
@@ -44,6 +45,7 @@ def layers(tokens: Sequence[str], predicted: Sequence[Sequence[str]], probabilit
     return figure
 
 
+@drawing
 def contributions(embedding: float, attention: Floats, mlp: Floats, title: str) -> Figure:
     """What the attention and the MLP of each layer, (L,) each, add to one logit, and their running sum."""
     figure = new_figure(max(6.0, 0.25 * len(mlp) + 3), 3.4)
@@ -53,14 +55,15 @@ def contributions(embedding: float, attention: Floats, mlp: Floats, title: str) 
     axes.bar(at - 0.2, attention, 0.4, color=BLUE, label="attention")
     axes.bar(at + 0.2, mlp, 0.4, color=VERMILION, label="MLP")
     axes.plot([-1, *at], embedding + np.cumsum([0, *(attention + mlp)]), "o-", color=GREEN, label="running sum")
-    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xticks([-1, *at], ["emb.", *map(str, at)], fontsize=9 if len(at) <= 32 else 5)
     axes.set(xlabel="layer", ylabel="logit")
     axes.set_title(title, fontsize=11, parse_math=False)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
+@drawing
 def surprisal(tokens: Sequence[str], lines: Mapping[str, Floats]) -> Figure:
     """The surprisal of each token in bits, a line for each name."""
     figure, axes = token_figure(tokens)
@@ -70,15 +73,16 @@ def surprisal(tokens: Sequence[str], lines: Mapping[str, Floats]) -> Figure:
     axes.set_title("Surprisal of each token", fontsize=11)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9)
     return figure
 
 
+@drawing
 def attribution(tokens: Sequence[str], scores: Floats, title: str) -> Figure:
     """What each token adds to the log-probability of a prediction."""
     figure, axes = token_figure(tokens)
     axes.bar(range(len(tokens)), scores, color=[BLUE if score >= 0 else VERMILION for score in scores])
-    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="nats of log-probability")
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.grid(alpha=0.3, axis="y")

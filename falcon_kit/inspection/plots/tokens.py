@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, new_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, new_figure
 from falcon_kit.inspection.plots.labels import drawable, token_figure
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _KINDS = {
 _MAX_NAME = 24  # characters of a text's name
 
 
+@drawing
 def lengths(tokens: Sequence[str | bytes], sizes: Sequence[int], kinds: Sequence[str]) -> Figure:
     """The bytes in each token, `sizes`, coloured by kind: "whole", "part" or "special"."""
     figure, axes = token_figure(tokens)
@@ -33,10 +34,11 @@ def lengths(tokens: Sequence[str | bytes], sizes: Sequence[int], kinds: Sequence
     axes.set_title("Bytes of text in each token", fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9)
     return figure
 
 
+@drawing
 def languages(
     names: Sequence[str],
     parity: Mapping[str, Sequence[float]],
@@ -47,14 +49,14 @@ def languages(
     figure = new_figure(9.5, 1.2 + 0.13 * len(names) * (1 + len(parity)))
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, parity)
-    left.axvline(1, color="black", linewidth=0.8)
+    left.axvline(1, color=GREY, linewidth=0.8)
     left.set(xlabel=f"tokens for the same sentences, {drawable(reference)[:_MAX_NAME]} = 1")
     _bars(right, bytes_per_token)
     right.set(xlabel="bytes of text per token")
     left.set_yticks(range(len(names)), [drawable(each)[:_MAX_NAME] for each in names], fontsize=9, parse_math=False)
     left.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     entries = right.get_legend_handles_labels()
-    figure.legend(*entries, title="Token counts", frameon=False, fontsize=10, loc="outside upper center", ncols=2)
+    figure.legend(*entries, title="Token counts", fontsize=10, loc="outside upper center", ncols=2)
     return figure
 
 

@@ -1,0 +1,12 @@
+"""Exercises that check themselves: `fk.check("06.1", answer)`.
+
+The files, in the order of their imports:
+
+outcome.py      what a check returns, and what the checks of the notebooks share (no torch)
+notebook_00.py  the checks of notebook 00, Start here (no torch)
+notebook_01.py  the checks of notebook 01, Inference (no torch)
+check.py        `check`: the number of an exercise and an answer in, an Outcome out (no torch)
+
+A file of a notebook has a function for each exercise: `exercise_1`, `exercise_2`, ... It returns what a right answer
+shows, or raises Hint. Its docstring states the form of the answer; `check` shows it where there is no answer yet.
+"""

@@ -1,0 +1,58 @@
+"""`requirements`: what a notebook takes, before it starts."""
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.planning import requirements as module
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """An empty download folder with 10 GiB of free disk."""
+    from dataclasses import replace
+
+    here = replace(fk.environment(), cache_directory=tmp_path, cache_free_bytes=10 * 2**30)
+    monkeypatch.setattr(module, "environment", lambda: here)
+    return tmp_path
+
+
+def test_an_embedded_model_needs_no_download(machine):
+    taken = fk.requirements("falconet-instruct", minutes=5)
+    assert taken.download_bytes == 0
+    assert "download: nothing" in repr(taken)
+    assert "about 5 minutes" in repr(taken)
+
+
+def test_files_are_compared_with_the_free_disk(machine):
+    taken = fk.requirements("tiiuae/falcon-40b-instruct", minutes=5)
+    assert taken.download_bytes == 83_671_941_120
+    assert "77.9 GiB into 10.0 GiB of free disk: it does not fit: set HF_HOME" in repr(taken)
+
+
+def test_cached_files_are_not_downloaded_again(machine):
+    blobs = machine / "models--tiiuae--falcon-rw-1b" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "shard").write_bytes(b"x" * 1000)
+    assert fk.requirements("falcon-rw-1b", minutes=5).download_bytes == fk.spec("falcon-rw-1b").stored_bytes - 1000
+
+
+def test_a_directory_needs_no_download(machine, checkpoint):
+    assert fk.requirements(checkpoint, minutes=5).download_bytes == 0
+
+
+def test_the_plan_takes_the_arguments_of_the_notebook(machine):
+    taken = fk.requirements("falconet", minutes=5, purpose="lora", context=256)
+    assert {each.purpose for each in (taken.plan, *taken.tiers)} == {"lora"}
+    assert taken.plan.context == 256
+
+
+def test_other_machines_hold_the_larger_models(machine):
+    tiers = fk.requirements("falconet", minutes=5).tiers
+    assert {each.spec.name for each in tiers} == {"falcon-7b-instruct", "falcon-40b-instruct"}
+    assert all(each.fits for each in tiers)
+
+
+def test_in_jupyter_it_is_two_tables(machine):
+    html = fk.requirements("falconet", minutes=5)._repr_html_()
+    assert html.count("<table>") == 2
+    assert "falcon-40b-instruct" in html
