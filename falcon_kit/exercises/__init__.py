@@ -5,6 +5,10 @@ The files, in the order of their imports:
 outcome.py      what a check returns, and what the checks of the notebooks share (no torch)
 notebook_00.py  the checks of notebook 00, Start here (no torch)
 notebook_01.py  the checks of notebook 01, Inference (no torch)
+notebook_06.py  the checks of notebook 06, Fine-tuning with LoRA (no torch)
+notebook_07.py  the checks of notebook 07, Quantization (no torch)
+notebook_08.py  the checks of notebook 08, Several GPUs (no torch)
+notebook_10.py  the checks of notebook 10, Serving (no torch)
 check.py        `check`: the number of an exercise and an answer in, an Outcome out (no torch)
 
 A file of a notebook has a function for each exercise: `exercise_1`, `exercise_2`, ... It returns what a right answer

@@ -2,8 +2,8 @@
 
     python -m tests.project.notebook_memory NOTEBOOK CHECKPOINT
 
-`checkpoint` writes a Falcon whose weights are much larger than anything else that a notebook holds, and which ends every
-text at once. Training is cut to one step: neither changes how many copies of the weights there are. The last line
+`checkpoint` writes a Falcon whose weights are much larger than anything else that a notebook holds. It ends every text
+at once. Training is cut to one step: neither changes how many copies of the weights there are. The last line
 printed is a JSON object with both figures in multiples of the weights, and the cell of the peak.
 """
 
@@ -114,7 +114,7 @@ def main() -> None:
         os.environ |= {"FALCON_KIT_MODEL": str(model), "TMPDIR": folder}
         tempfile.tempdir = folder
         os.chdir(folder)
-        print(json.dumps(measure(notebook, stored(model))))
+        sys.stdout.write(f"\n{json.dumps(measure(notebook, stored(model)))}\n")
         os.chdir("/")
 
 
