@@ -235,9 +235,7 @@ class _Run:
                 base = self._identity["base"]
                 write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
             trainer.accelerator.wait_for_everyone()
-        result = self._result(history, figures)
-        self._tell(result.verdict)
-        return result
+        return self._result(history, figures)
 
     def _tell(self, line: str) -> None:
         if distributed.is_rank0() and not self.quiet:
@@ -245,7 +243,9 @@ class _Run:
 
     def _result(self, history: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
         adapter = self.directory / "adapter"
-        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
+        run = TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
+        self._tell(run.verdict)
+        return run
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
         evaluated = self.test is not None
