@@ -32,7 +32,8 @@ def exercise_2(r: int, loss_of_four: float, loss_of_one: float) -> str:
     expect(min(losses) > 0, 'Give run.figures["held-out loss after"] of both runs.')
     expect(losses[0] != losses[1], "Both losses are the same: was target_modules given to the second run only?")
     lower = "all four layers" if losses[0] < losses[1] else "query_key_value alone"
-    return f"With as many parameters, {lower} reached the lower loss: {min(losses):.3f}, not {max(losses):.3f}."
+    figures = f"{min(losses):.3f}, not {max(losses):.3f}"
+    return f"With as many parameters, {lower} reached the lower loss: {figures}. Another seed shows how much is chance."
 
 
 def exercise_3(largest_difference: float) -> str:

@@ -33,7 +33,7 @@ def exercise_2(kind: str) -> str:
         kind == "query_key_value",
         "Another kind has twice the divergence: the sum of p (log p - log q) over the vocabulary, p unquantised.",
     )
-    return "0.0003 nats per token, twice that of the next kind: an error in it moves where every head attends to."
+    return "0.0003 nats per token, twice that of the next kind."
 
 
 def exercise_3(context: float) -> str:
