@@ -82,7 +82,7 @@ def shorten() -> None:
     corpus.documents = lambda kind, count, seed: documents(kind, min(count, 4), seed)
 
     with_defaults = Tuning.for_model
-    short = {"max_steps": 1, "answers": 0, "context": 64, "per_device_train_batch_size": 1}
+    short = {"max_steps": 1, "answers": 1, "context": 64, "per_device_train_batch_size": 1}
 
     def for_model(self: Tuning, spec: Any) -> Tuning:
         for name, value in short.items():
