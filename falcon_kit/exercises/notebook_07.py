@@ -58,7 +58,8 @@ def _first_weight() -> tuple[Any, Any]:
     from falcon_kit.loading.load import load
 
     model: Any = load("falconet", dtype="bfloat16").model
-    return model.transformer.h[0].mlp.dense_h_to_4h.weight.detach().float(), get_4bit_type("nf4", device="cpu")
+    levels = get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]  # bitsandbytes has no types
+    return model.transformer.h[0].mlp.dense_h_to_4h.weight.detach().float(), levels
 
 
 def _error(weight: Any, levels: Any, block: int) -> float:

@@ -301,7 +301,8 @@ class _Run:
 
     def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
         """The figures without and with the adapter."""
-        web, figures = web_text(self.falcon), {}
+        web = web_text(self.falcon)
+        figures: dict[str, float] = {}
         for name in ("before", "after"):
             with model.disable_adapter() if name == "before" else nullcontext():
                 measured = self._held_out_figures(trainer, model, name)
