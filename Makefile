@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks gallery bench falconet clean
+.PHONY: help demo lab test quick browser lint notebooks gallery bench audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ gallery: .venv/.dev  ## write all executed notebooks as HTML, with an index: run
 
 bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
+
+audit: .venv/.dev  ## compare the pinned versions with the known vulnerabilities (needs a network, and installs pip-audit)
+	$(RUN) -m pip install pip-audit
+	$(RUN) -m pip_audit --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 90 minutes on two cores
 	$(RUN) -m falcon_kit.falconet.corpus

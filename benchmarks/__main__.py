@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import CannotRun
+from falcon_kit.display.saving import atomic_file, write_text
 
 HERE = Path(__file__).parent
 NAMES = sorted(file.stem for file in HERE.glob("[a-z]*.py"))
@@ -41,10 +42,11 @@ def _run(name: str) -> None:
     figures = benchmark.run()
     file = HERE / "results" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"machine": _machine(), "figures": figures}, indent=2) + "\n")
+    write_text(file, json.dumps({"machine": _machine(), "figures": figures}, indent=2) + "\n")
     print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), f"written to {file}", sep="\n")
     if hasattr(benchmark, "draw"):
-        benchmark.draw(figures).savefig(file.with_suffix(".png"), dpi=120)
+        with atomic_file(file.with_suffix(".png")) as picture:
+            benchmark.draw(figures).savefig(picture, format="png", dpi=120)
         print(f"drawn to {file.with_suffix('.png')}")
 
 

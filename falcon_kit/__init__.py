@@ -15,7 +15,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
-from falcon_kit.guardrails import guardrails
+from falcon_kit.guardrails import Blocked, Verdict, guardrails
 from falcon_kit.planning.environment import Environment, environment
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
@@ -23,6 +23,7 @@ from falcon_kit.playground import playground
 if TYPE_CHECKING:
     from falcon_kit.exercises.check import check
     from falcon_kit.exercises.outcome import Outcome
+    from falcon_kit.explanation.view import Explanation, explain
     from falcon_kit.generation.sampling import Sampling
     from falcon_kit.generation.stream import Stream
     from falcon_kit.generation.text import Generation, Piece, Stats
@@ -54,10 +55,12 @@ __all__ = [
     "Ablation",
     "AttentionView",
     "Attribution",
+    "Blocked",
     "ChatFormat",
     "Documents",
     "Endpoint",
     "Environment",
+    "Explanation",
     "Falcon",
     "FalconSpec",
     "Generation",
@@ -79,6 +82,7 @@ __all__ = [
     "TokenView",
     "Tuning",
     "TuningRun",
+    "Verdict",
     "ablate",
     "ablated",
     "attention",
@@ -90,6 +94,7 @@ __all__ = [
     "connect",
     "dialogues",
     "environment",
+    "explain",
     "export_gguf",
     "guardrails",
     "induction",
@@ -112,6 +117,7 @@ __all__ = [
 _ON_FIRST_USE = {
     "exercises.check": "check",
     "exercises.outcome": "Outcome",
+    "explanation.view": "Explanation explain",
     "generation.sampling": "Sampling",
     "generation.stream": "Stream",
     "generation.text": "Generation Piece Stats",

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 import falcon_kit as fk
+from falcon_kit.display.saving import write_text
 
 NOTEBOOK = Path(__file__).with_name("01_inference.ipynb")
 PAGE = Path("runs/01_inference.html")
@@ -38,7 +39,7 @@ def execute(notebook: Path, page: Path) -> None:
         warnings.simplefilter("ignore")  # nbconvert warns about pictures without alternative text
         html, _ = HTMLExporter().from_notebook_node(content)
     page.parent.mkdir(exist_ok=True)
-    page.write_text(html, encoding="utf-8")
+    write_text(page, html)
 
 
 def main() -> None:

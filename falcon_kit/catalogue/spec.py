@@ -3,12 +3,19 @@
 Neither torch nor transformers is imported.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from falcon_kit.display.errors import require
 from falcon_kit.display.tables import format_bytes, html_table
 
+SPECIAL_TOKENS = tuple(
+    ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< >>PREFIX<< "
+    ">>SUFFIX<< >>MIDDLE<< <|endoftext|>".split()
+)
+"""The twelve special tokens of Falcon's vocabulary, ids 0 to 11."""
 _LEGACY_TYPES = ("RefinedWeb", "RefinedWebModel")
 _EXTENDING = ("linear", "dynamic", "yarn")  # of rotary embeddings, whose factor is that of the context
 _LEGACY_KEYS = {
@@ -233,10 +240,15 @@ def context_limit(config: Mapping[str, Any]) -> int:
     """
     limit: int = config["max_position_embeddings"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object.")
     factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
     if config.get("alibi") or kind not in _EXTENDING or not factor:
         return limit
-    return max(limit, int((rope.get("original_max_position_embeddings") or limit) * factor))
+    original = rope.get("original_max_position_embeddings") or limit
+    for name, value in {"factor": factor, "original_max_position_embeddings": original}.items():
+        numeric = isinstance(value, int | float) and math.isfinite(value)
+        require(numeric, f"{name} of the rotary embeddings is {value!r}, but it must be a number.")
+    return max(limit, int(original * factor))
 
 
 def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

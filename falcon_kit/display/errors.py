@@ -1,4 +1,4 @@
-"""Checks of arguments, and the error text for an unknown name."""
+"""Checks of arguments: ranges, and the error text for an unknown name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -22,3 +22,53 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+LARGEST = 2**63 - 1
+"""The largest whole number that the kit accepts: what 64 bits hold."""
+
+
+def is_whole(value: object, least: float, most: float = LARGEST) -> bool:
+    """Whether a value is a whole number in a range; a boolean is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    """Whether a value is a number in a range; a boolean and nan are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_whole(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+    """Raises ValueError, with the range, unless a value is a whole number in it."""
+    largest = "2**63 - 1" if most == LARGEST else most
+    require(
+        is_whole(value, least, most), f"{name} must be a whole number from {least} to {largest}, got {shown(value)}"
+    )
+
+
+def check_flag(name: str, value: Any, *others: Any) -> None:
+    """Raises ValueError unless a value is True, False or one of the others."""
+    allowed = ", ".join(map(repr, (True, False, *others)))
+    require(any(value is each for each in (True, False, *others)), f"{name} must be {allowed}; got {shown(value)}")
+
+
+JOIN_SURROGATES = "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest"
+"""What to do with half a surrogate pair."""
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can encode a text: it cannot if half a surrogate pair is in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it, with at most 60 characters; `repr` refuses to write out a very large number."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -40,7 +40,7 @@ def drawing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         from matplotlib import rc_context
 
-        with rc_context(dict(STYLE)):
+        with rc_context(cast(Any, STYLE)):
             return function(*args, **kwargs)
 
     return styled
@@ -50,13 +50,41 @@ def drawing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this width and height in inches. A notebook displays it without importing pyplot.
 
-    The figure is not registered with pyplot: it needs no `plt.close`, and it may be drawn in any thread.
+    The figure is not registered with pyplot: it needs no `plt.close`, and it may be drawn in any thread. Names and
+    tokens in it are drawn as they are: "$" begins no formula, and `drawable` replaces what cannot be seen.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     cast(Any, figure)._repr_png_ = partial(_png, figure)  # Jupyter calls this method to display an object
+    cast(Any, figure).draw = partial(_draw, figure)
     return figure
+
+
+def drawable(text: str) -> str:
+    """The text with each invisible character, or one that the font lacks, as its code point: "🦅" is "[U+1F985]"."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        each if each == "\n" or (each.isprintable() and font.get_char_index(ord(each))) else f"[U+{ord(each):04X}]"
+        for each in text
+    )
+
+
+def legend_label(name: str) -> str:
+    """A name as the label of a line or bar: matplotlib leaves a label that begins with "_" out of the legend."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def _draw(figure: Figure, renderer: Any) -> None:
+    """Draws the figure, as its class does, with all texts as plain text."""
+    from matplotlib.text import Text
+
+    for each in figure.findobj(Text):
+        cast(Text, each).set_parse_math(False)
+        cast(Text, each).set_text(drawable(cast(Text, each).get_text()))
+    type(figure).draw(figure, renderer)
 
 
 @drawing  # matplotlib makes the last ticks when a figure is saved

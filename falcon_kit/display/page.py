@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.figure import PALETTE
+from falcon_kit.display.saving import write_text
 
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # invisible letters and marks
 
@@ -30,6 +31,8 @@ def static_text(module: str, name: str) -> str:
     return Path(module).with_name("static").joinpath(name).read_text(encoding="utf-8")
 
 
+DOM_SCRIPT = static_text(__file__, "dom.js")
+"""JavaScript functions that widgets share: elements, and values as text."""
 _STYLE, _SCRIPT = static_text(__file__, "page.css"), static_text(__file__, "page.js")
 _PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1em auto; max-width: 75em; padding: 0 1em; }"
 
@@ -81,9 +84,7 @@ class Page:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes the complete page to a file and returns the path. Raises OSError if the file cannot be written."""
-        file = Path(path)
-        file.write_text(self.document(), encoding="utf-8", newline="\n")
-        return file
+        return write_text(path, self.document())
 
     def _source(self) -> str:
         return _SCRIPT.replace("SCOPE", self.scope).replace("SOURCE", self.script) if self.script else ""

@@ -1,13 +1,16 @@
 """Atomic writes of files and folders: the content is written under a temporary name in the same folder, then renamed.
 
-If the process is killed in between, the previous version stays. The next write to the same path removes the temporary
-files of processes that have ended.
+If the process is killed or the disk is full in between, the previous version stays. The next write to the same path
+removes the temporary files of processes that have ended. A symbolic link at the path is replaced, not followed.
 """
 
+import ctypes
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from glob import escape
 from pathlib import Path
 
@@ -16,29 +19,32 @@ import psutil
 from falcon_kit.display.tables import format_bytes
 
 _SUFFIX = ".partial"
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
+_CURRENT_FOLDER = -100  # AT_FDCWD
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
     """Yields a temporary path to write to. It is renamed to `path` at the end of the block, or removed on an error.
 
-    size: bytes to write, checked against the free disk space first. A symbolic link at `path` is replaced, not
-    followed. Raises FileNotFoundError for a missing folder, IsADirectoryError if `path` is a folder, and OSError if the
-    disk has too little space.
+    size: bytes to write, checked against the free disk space first. Raises FileNotFoundError for a missing folder,
+    IsADirectoryError if `path` is a folder, and OSError if the disk has too little space.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} in: make it first")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it")
-    _check_disk_space(path, size)
+    check_disk_space(path, size)
     _remove_leftovers(path)
     partial = _temporary_name(path, "new")
     try:
         yield partial
+        _synchronise(partial)
         partial.replace(path)
+        _synchronise(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        remove_quietly(partial)
 
 
 @contextmanager
@@ -48,53 +54,129 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     An existing folder at `path` stays unchanged until then; afterwards it is deleted with its content. Raises
     NotADirectoryError if `path` is a file, and OSError if the disk has too little space.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file: give a folder")
+    path = Path(path).expanduser()
+    _check_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk_space(path, size)
+    check_disk_space(path, size)
     _remove_leftovers(path)
-    partial, old = _temporary_name(path, "new"), _temporary_name(path, "old")
+    partial = _temporary_name(path, "new")
     partial.mkdir()
     try:
         yield partial
-        if path.is_symlink():
-            path.unlink()
-        elif path.exists():
-            path.rename(old)  # if the process is killed before the next line, `_remove_leftovers` undoes this
-        partial.rename(path)
+        move_folder(partial, path)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_quietly(partial)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Writes a UTF-8 text file atomically and returns its path."""
-    with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return Path(path)
+    path = Path(path).expanduser()
+    with atomic_file(path, len(text.encode())) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def move_folder(new: Path, path: Path) -> None:
+    """Renames a complete folder to `path`, once it is on the disk; a folder that was there is deleted."""
+    _check_folder(path)
+    for each in [*new.rglob("*"), new]:
+        _synchronise(each)
+    if path.is_symlink():
+        path.unlink()
+    old = _temporary_name(path, "old")
+    try:
+        if path.exists() and not _exchange(new, path):
+            path.rename(old)  # if the process is killed before the next line, `_remove_leftovers` undoes this
+        if not path.exists():
+            new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+    _synchronise(path.parent)
+    remove_quietly(old)
+    remove_quietly(new)  # after an exchange, this is the version before
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder with its content, or a symbolic link, but not what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_quietly(path: Path) -> None:
+    """As `remove`, for what may stay: another process may be removing it, or own it."""
+    with suppress(OSError):
+        remove(path)
+
+
+def check_disk_space(path: Path, size: int) -> None:
+    """Raises OSError if the disk of `path` has less space than `size` bytes."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    if size and (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(
+            f"{path.name} needs {format_bytes(size)}, and {folder} has {format_bytes(free)} free: free some space "
+            "there, or give a path on another disk"
+        )
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: give a folder")
+
+
+def _synchronise(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk, so that they outlive a power cut."""
+    if path.is_symlink() or (path.is_dir() and os.name == "nt"):  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0
 
 
 def _temporary_name(path: Path, mark: str) -> Path:
-    """A hidden name in the same folder that contains the id of this process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{mark}{_SUFFIX}")
+    """A hidden name in the same folder that no other write has; it contains the process."""
+    return path.with_name(f".{path.name}.{_this_process()}.{secrets.token_hex(4)}.{mark}{_SUFFIX}")
+
+
+def _this_process() -> str:
+    return f"{os.getpid()}-{_started(os.getpid())}"
+
+
+@lru_cache(maxsize=1)  # of a process and not of its forks, whose id is another
+def _started(process: int) -> int:
+    """When a process started, in seconds. Another process may get its id later, in a container even at once."""
+    return int(psutil.Process(process).create_time())
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process, by id and time, is running. The system's clock may have been set by a second since."""
+    try:
+        number, started = map(int, process.split("-"))
+        return abs(int(psutil.Process(number).create_time()) - started) <= 1
+    except (ValueError, psutil.NoSuchProcess):
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def _remove_leftovers(path: Path) -> None:
     """Removes the temporary files of ended processes, and restores a folder that one of them had renamed."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*{_SUFFIX}"):
-        process, _, mark = leftover.name.removeprefix(f".{path.name}.").removesuffix(_SUFFIX).partition(".")
-        if not process.isdigit() or psutil.pid_exists(int(process)):
+        process, *_, mark = leftover.name.removeprefix(f".{path.name}.").removesuffix(_SUFFIX).split(".")
+        if _is_running(process):
             continue
         if mark == "old" and not path.exists():
             leftover.rename(path)
-        elif leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
-
-
-def _check_disk_space(path: Path, size: int) -> None:
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    if size and (free := shutil.disk_usage(folder).free) < size:
-        raise OSError(f"{path.name} needs {format_bytes(size)}, and {folder} has {format_bytes(free)} free")
+            remove_quietly(leftover)

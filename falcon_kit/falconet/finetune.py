@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.display.saving import write_text
 from falcon_kit.falconet.corpus import END, SIZES, WEB_FRACTION, WORK, documents, self_chat
 from falcon_kit.generation.chat import BAIZE, FALCON
 from falcon_kit.loading.adapters import RECORD, WEIGHTS
@@ -38,7 +39,7 @@ def packed(falcon: Falcon, chats: Documents, seed: int) -> Packed:
     first, second = (
         pack(
             mix(half, _web_texts(seed + number), WEB_FRACTION, tokenizer=falcon.tokenizer, seed=seed),
-            replace(falcon, chat_format=form),
+            replace(falcon, loaded_format=form),
             CONTEXT,
         )
         for number, (half, form) in enumerate(zip(halves, (FALCON, BAIZE), strict=True))
@@ -57,7 +58,7 @@ def ship(adapter: Path, directory: Path) -> None:
     for name in ("adapter_config.json", WEIGHTS):
         shutil.copyfile(adapter / name, directory / name)
     record = json.loads((adapter / RECORD).read_text(encoding="utf-8")) | {"history": []}
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:

@@ -24,16 +24,14 @@ from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.corpus import SIZES, WORK
 from falcon_kit.generation.chat import FALCON, install, save_tokenizer
 
 VOCABULARY = 2048
 CONTEXT = 2048
-SPECIAL = (
-    ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< "
-    ">>PREFIX<< >>SUFFIX<< >>MIDDLE<< <|endoftext|> <|pad|>"
-)
+SPECIAL = " ".join((*SPECIAL_TOKENS, "<|pad|>"))
 """Falcon's twelve special tokens with their published ids 0 to 11, then a pad token, which Falcon does not have."""
 FIRST_ORDINARY_ID = len(SPECIAL.split())
 

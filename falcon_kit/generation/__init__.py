@@ -2,12 +2,13 @@
 
 The files, in the order of their imports:
 
-control_tokens.py  control tokens of a chat template become tokens, those in messages stay text (no torch)
+control_tokens.py  control tokens of a chat template become tokens, those in messages stay text; thread-safe (no torch)
 chat.py            chat formats; conversations checked, rendered and encoded (no torch)
 own_format.py      the format of a checkpoint's own chat template (no torch)
 sampling.py        the settings of generation (no torch)
 prompts.py         prompts checked and encoded; the limit of new tokens (no torch)
 text.py            pieces of a stream, stop strings, the finished text and its statistics (no torch)
+guarding.py        guardrails that a caller passes: prompts and texts are checked (no torch)
 arguments.py       keyword arguments of transformers' generate expanded and checked
 ranks.py           events and seeds that the ranks of a tensor-parallel model share
 decoding.py        transformers' generate observed token by token

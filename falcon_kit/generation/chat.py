@@ -16,10 +16,9 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.control_tokens import encode_text as encode_text
-from falcon_kit.generation.control_tokens import encode_text_with_offsets as encode_text_with_offsets
 
 if TYPE_CHECKING:
     import jinja2
@@ -183,6 +182,8 @@ def _check_message(number: int, message: Mapping[str, Any]) -> Message:
         raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
+    if not is_encodable(content):
+        raise ValueError(f"Message {number} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}.")
     return {"role": role, "content": content}
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Offsets = list[tuple[int, int]]
 """The span of each token in the text, in characters."""
-_encode_lock = threading.Lock()
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
@@ -57,30 +56,41 @@ def encode_marked(text: str, marks: Marks, tokenizer: PreTrainedTokenizerBase) -
     offsets: Offsets = []
     position = 0
     for piece in marks.pieces(text):
-        new, spans = _encode(piece, tokenizer, special_as_text=False)
-        ids += new
-        offsets += [(position + start, position + end) for start, end in spans]
+        encoded = encoding(piece, tokenizer, split_special_tokens=False)
+        ids += encoded.ids
+        offsets += [(position + start, position + end) for start, end in encoded.offsets]
         position += len(piece)
     return ids, offsets
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a text. Special tokens in it are encoded as text: "<|endoftext|>" becomes several ordinary ids."""
-    return encode_text_with_offsets(text, tokenizer)[0]
+    return list(encoding(text, tokenizer, split_special_tokens=True).ids)
 
 
-def encode_text_with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Offsets]:
-    """Token ids as from `encode_text`, and the span of each in the text, in characters."""
-    return _encode(text, tokenizer, special_as_text=True)
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text as `tokenizer(text)` returns them, by the tokenizer's own settings of special tokens."""
+    return list(encoding(text, tokenizer, add_special_tokens=True).ids)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, special_as_text: bool) -> tuple[list[int], Offsets]:
-    options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True}
-    backend = tokenizer.backend_tokenizer
-    with _encode_lock:  # the setting belongs to the tokenizer, not to the thread
-        before = backend.encode_special_tokens
-        try:
-            encoded = tokenizer(text, verbose=False, split_special_tokens=special_as_text, **options)
-        finally:
-            backend.encode_special_tokens = before  # the call changes the setting and does not restore it
-    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+def encoding(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split_special_tokens: bool | None = None,
+    add_special_tokens: bool = False,
+) -> Encoding:
+    """The tokens of a text with their spans. The arguments are those of transformers; None is the tokenizer's own.
+
+    `tokenizer(text)` sets them, padding and truncation on a backend that all threads share, and keeps them there. Here
+    each call has a backend of its own, which shares the vocabulary and takes microseconds to make.
+    """
+    from tokenizers import Tokenizer
+
+    shared = tokenizer.backend_tokenizer
+    own = Tokenizer(shared.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if (value := getattr(shared, part)) is not None:
+            setattr(own, part, value)
+    own.add_tokens([token for _, token in sorted(shared.get_added_tokens_decoder().items())])
+    own.encode_special_tokens = tokenizer.split_special_tokens if split_special_tokens is None else split_special_tokens
+    return own.encode(text, add_special_tokens=add_special_tokens)

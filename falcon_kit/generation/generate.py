@@ -25,14 +25,16 @@ from falcon_kit.generation.arguments import (
 from falcon_kit.generation.decoding import GenerationObserver, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.prompts import (
     Prompt,
+    check_length,
     check_prompt,
     check_tokens,
     new_token_limit,
+    prompt_label,
     token_ids,
     vocabulary_size,
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
-from falcon_kit.generation.sampling import split_settings
+from falcon_kit.generation.sampling import check_stop, split_settings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 
@@ -136,9 +138,12 @@ class _GenerateTask:
 
     def _encode(self, prompts: list[Any]) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, the first ones dropped as `truncate` allows, and the limit of new tokens."""
+        context = context_limit(vars(self.model.config))
+        for number, each in enumerate(prompts, 1):
+            if isinstance(each, str) and self.sampling.truncate is None:
+                check_length(each, self.tokenizer, context, prompt_label(number, len(prompts)))
         encoded = token_ids(self.tokenizer, prompts)
         check_tokens(encoded, vocabulary_size(self.model))
-        context = context_limit(vars(self.model.config))
         new_tokens = new_token_limit(encoded, context, self.sampling)
         room = min(context, self.sampling.max_length or context)
         return [ids[-(room - new_tokens) :] for ids in encoded], new_tokens
@@ -146,6 +151,7 @@ class _GenerateTask:
     def _stop_strings(self) -> tuple[str, ...]:
         """The setting `stop` and transformers' `stop_strings`, of the caller or the checkpoint; all are cut off."""
         others = self._effective("stop_strings") or ()
+        check_stop(others)
         return (*self.sampling.stop_strings, *((others,) if isinstance(others, str) else others))
 
     def _decoder(self) -> SequenceDecoder:

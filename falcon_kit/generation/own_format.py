@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.generation.chat import FORMATS, ChatFormat, chat_format, render_prompt
@@ -20,19 +19,19 @@ _PROBE = [
 ]
 
 
-def own_format(tokenizer: PreTrainedTokenizerBase, directory: Path) -> ChatFormat:
+def own_format(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatFormat:
     """The format of a tokenizer's own template: one of `FORMATS` if it renders the same prompts, else a new one.
 
-    directory: where the tokenizer is from. Raises ValueError for several named templates without a default.
+    source: where the template is from. Raises ValueError for several named templates without a default.
     """
     named: Any = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         raise ValueError(
-            f"{directory} has several chat templates and no default: {', '.join(sorted(named))}. Give one of them as "
+            f"{source} has several chat templates and no default: {', '.join(sorted(named))}. Give one of them as "
             "chat=fk.ChatFormat('mine', template=...)"
         )
     template = named["default"] if isinstance(named, dict) else named
-    own = ChatFormat("own", source=str(directory), template=template, stop=end_of_turn(tokenizer, template))
+    own = ChatFormat("own", source=source, template=template, stop=end_of_turn(tokenizer, template))
     probes = [_PROBE, [{"role": "system", "content": "S s"}, *_PROBE]]
     for each in FORMATS:
         if [_probe(probe, tokenizer, each) for probe in probes] == [_probe(probe, tokenizer, own) for probe in probes]:

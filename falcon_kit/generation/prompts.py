@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import plain_scalar, require
+from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, plain_scalar, require, shown
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[str] | Sequence[int]
 """One text, several texts, or the token ids of one text."""
 DEFAULT_NEW_TOKENS = 200
+_ENCODED_AT_ONCE = 100_000
 
 
 def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
@@ -26,25 +28,44 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
     require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else [plain_scalar(each) for each in prompt]
     require(bool(prompts), "the prompt is empty: give the model something to continue")
-    if all(isinstance(each, int) for each in prompts):
+    if all(isinstance(each, int) and not isinstance(each, bool) for each in prompts):
         return [prompts], True
     wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
     require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}")
     for number, text in enumerate(prompts, 1):
-        label = _label(number, prompts)
+        label = prompt_label(number, len(prompts))
         require(text != "", f"{label} is empty: give the model something to continue")
         require(
-            not any("\ud800" <= character <= "\udfff" for character in text),
-            f"{label} has a lone surrogate, which UTF-8 cannot encode: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest",
+            is_encodable(text),
+            f"{label} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}",
         )
     return prompts, isinstance(prompt, str)
 
 
+def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A lower bound for the tokens of a long text, without encoding it: no token has more bytes than its name letters.
+
+    0 for a text of at most `_ENCODED_AT_ONCE` characters, which takes a fraction of a second to encode.
+    """
+    if len(text) <= _ENCODED_AT_ONCE:
+        return 0
+    return -(-len(text) // max(map(len, tokenizer.get_vocab())))
+
+
+def check_length(text: str, tokenizer: PreTrainedTokenizerBase, context: int, label: str) -> None:
+    """Raises ValueError for a text that is certainly longer than the context. Ten million characters take a minute to
+    encode, so this comes first."""
+    least = least_tokens(text, tokenizer)
+    require(
+        least <= context,
+        f"{label} has {len(text):,} characters, which are at least {least:,} tokens; the model's context is {context}: "
+        "shorten it",
+    )
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
     """The token ids of each prompt that `check_prompt` returned."""
-    # verbose=False: transformers would warn about a prompt over the context, for which `new_token_limit` raises
-    return [list(tokenizer(each, verbose=False)["input_ids"]) if isinstance(each, str) else each for each in prompts]
+    return [encode_prompt(each, tokenizer) if isinstance(each, str) else each for each in prompts]
 
 
 def vocabulary_size(model: Any) -> int:
@@ -60,16 +81,16 @@ def vocabulary_size(model: Any) -> int:
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
     """Raises ValueError for a token id outside the vocabulary."""
     if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocab_size]:
-        raise ValueError(f"{wrong[0]!r} is no token id of this model: they go from 0 to {vocab_size - 1}")
+        raise ValueError(f"{shown(wrong[0])} is no token id of this model: they go from 0 to {vocab_size - 1}")
 
 
-def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) -> int:
+def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sampling) -> int:
     """The largest number of new tokens that fits the settings and the context for every prompt.
 
     Raises ValueError for a prompt that fills `max_length` or the context, unless `truncate` is "left".
     """
     longest = max(map(len, prompts))
-    label = _label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), prompts)
+    label = prompt_label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), len(prompts))
     if sampling.max_length is not None:
         if sampling.truncate == "left" and 2 <= sampling.max_length <= longest:
             return min(context, sampling.max_length) // 2
@@ -88,6 +109,11 @@ def new_token_limit(prompts: list[list[int]], context: int, sampling: Sampling) 
     return min(wanted, context - longest)
 
 
-def _label(number: int, prompts: Sequence[Any]) -> str:
-    """The name of a prompt in an error: its number, counted from 1, if there are several."""
-    return "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+def numbered(kind: str, number: int, count: int) -> str:
+    """The name of a text in an error: with its number, counted from 1, if there are several."""
+    return kind if count == 1 else f"{kind} {number} of {count}"
+
+
+def prompt_label(number: int, count: int) -> str:
+    """The name of a prompt in an error."""
+    return "the prompt" if count == 1 else numbered("prompt", number, count)

@@ -1,10 +1,28 @@
 """The settings of generation, checked on creation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from falcon_kit.display.errors import plain_scalar, require
+from falcon_kit.display.errors import (
+    LARGEST,
+    check_flag,
+    check_whole,
+    is_encodable,
+    is_number,
+    is_whole,
+    plain_scalar,
+    require,
+    shown,
+)
+
+MAX_SEQUENCES = 1024
+"""The most texts per prompt in one call."""
+MAX_STOP_CHARACTERS = 10_000
+"""The most characters of all stop strings together."""
+_TEMPERATURES = 1e-30, 1e30
+_ANY = -math.inf, math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,40 +62,53 @@ class Sampling:
         """Raises ValueError for a value out of range."""
         for name in SAMPLING_FIELDS:
             object.__setattr__(self, name, plain_scalar(getattr(self, name)))  # the dataclass is frozen
-        for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
-            value = getattr(self, name)
-            require(value is None or _whole(value), f"{name} must be a whole number, got {value!r}")
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value!r}")
-        require(
-            _whole(self.alternatives) and self.alternatives >= 0,
-            f"alternatives must be a whole number, 0 (none) or more, got {self.alternatives!r}",
-        )
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, int | float), f"{name} must be a number, got {value!r}")
-        require(
-            self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**63),
-            f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}",
-        )
-        require(
-            isinstance(self.stop, str | list | tuple | None) and all(isinstance(word, str) for word in self.stop or ()),
-            f"stop must be a text or a list of texts, got {self.stop!r}",
-        )
-        require(
-            self.temperature is None or 0 <= self.temperature < float("inf"),
-            f"temperature must be 0 (the most probable token) or more, got {self.temperature}",
-        )
-        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_flag("do_sample", self.do_sample, None)
+        self._check_whole_numbers()
+        self._check_numbers()
+        check_stop(self.stop)
         require(
             self.max_new_tokens is None or self.max_length is None,
             f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
         )
-        require(all(self.stop_strings), "stop must not contain an empty string: it would end every text at once")
         require(self.truncate in (None, "left"), f'truncate must be None or "left", got {self.truncate!r}')
         require(
             self.do_sample is not False or not self._sampling_is_set,
             "temperature, top_k and top_p have no effect with do_sample=False: leave them out, or set do_sample=True",
         )
+
+    def _check_whole_numbers(self) -> None:
+        for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
+            value = getattr(self, name)
+            require(value is None or is_whole(value, *_ANY), f"{name} must be a whole number, got {shown(value)}")
+            require(value is None or value >= 1, f"{name} must be at least 1, got {shown(value)}")
+            require(value is None or value <= LARGEST, f"{name} must be at most 2**63 - 1, got {shown(value)}")
+        require(
+            self.num_return_sequences <= MAX_SEQUENCES,
+            f"num_return_sequences must be at most {MAX_SEQUENCES}, got {self.num_return_sequences}: call again, with "
+            "another seed, for more",
+        )
+        require(
+            is_whole(self.alternatives, 0),
+            f"alternatives must be a whole number, 0 (none) or more, got {shown(self.alternatives)}",
+        )
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0)
+
+    def _check_numbers(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            require(value is None or _is_number_or_nan(value), f"{name} must be a number, got {shown(value)}")
+        temperature, top_p = self.temperature, self.top_p
+        require(
+            temperature is None or 0 <= temperature < float("inf"),
+            f"temperature must be 0 (the most probable token) or more, got {temperature}",
+        )
+        require(
+            not temperature or is_number(temperature, *_TEMPERATURES),
+            f"temperature must be 0, or from {_TEMPERATURES[0]} to {_TEMPERATURES[1]}, which float32 can divide logits "
+            f"by; got {shown(temperature)}",
+        )
+        require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {shown(top_p)}")
 
     @property
     def _sampling_is_set(self) -> bool:
@@ -112,5 +143,24 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any
     return Sampling(**sampling), {name: value for name, value in settings.items() if name not in sampling}
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_stop(stop: Any) -> None:
+    """Raises ValueError for what is no stop string or list of them, and for those that are empty or too long."""
+    require(
+        isinstance(stop, str | list | tuple | None) and all(isinstance(word, str) for word in stop or ()),
+        f"stop must be a text or a list of texts, got {shown(stop)}",
+    )
+    words = (stop,) if isinstance(stop, str) else stop or ()
+    require(all(words), "stop must not contain an empty string: it would end every text at once")
+    length = sum(map(len, words))
+    require(
+        length <= MAX_STOP_CHARACTERS,
+        f"stop has {length} characters; the limit for all stop strings together is {MAX_STOP_CHARACTERS}",
+    )
+    require(
+        all(map(is_encodable, words)),
+        "stop has a lone surrogate, which no text of a model contains: give whole characters",
+    )
+
+
+def _is_number_or_nan(value: object) -> bool:
+    return is_number(value, *_ANY) or (isinstance(value, float) and math.isnan(value))

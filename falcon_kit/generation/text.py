@@ -15,8 +15,8 @@ class Alternative:
 
     text: str
     """The token decoded by itself; an incomplete character is U+FFFD."""
-    token_id: int
-    """Its id."""
+    token_id: int | None
+    """Its id; None where an endpoint does not send it."""
     logprob: float
     """As `Piece.logprob`."""
 
@@ -32,7 +32,10 @@ class Piece:
     logprob: float
     """Its natural log-probability under the model, before temperature, top_k and top_p; nan where it is not known."""
     alternatives: tuple[Alternative, ...] = ()
-    """The most probable tokens of this step, in descending order, as many as `Sampling.alternatives`."""
+    """The most probable tokens of this step, in descending order, as many as `Sampling.alternatives`.
+
+    vLLM's completions report tokens by their text, so there one of several tokens with equal texts stands for all.
+    """
 
 
 class Text:
@@ -85,8 +88,14 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
 
 def overlap(text: str, stop: tuple[str, ...]) -> int:
     """Length of the longest suffix of `text` that is an incomplete stop string."""
-    lengths = (length for word in stop for length in range(len(word) - 1, 0, -1) if text.endswith(word[:length]))
-    return max(lengths, default=0)
+    return max((_overlap(text[max(0, len(text) - len(word) + 1) :], word) for word in stop), default=0)
+
+
+def _overlap(end: str, word: str) -> int:
+    start = end.find(word[0])
+    while start >= 0 and not word.startswith(end[start:]):
+        start = end.find(word[0], start + 1)
+    return len(end) - start if start >= 0 else 0
 
 
 @dataclass(frozen=True)

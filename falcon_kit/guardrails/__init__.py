@@ -32,6 +32,7 @@ __all__ = ["Blocked", "Finding", "Verdict", "guardrails"]
 def guardrails(**settings: Any) -> Guardrails:
     """Checks on prompts and outputs: `.check(text)` returns what was found and why, `.stream(pieces)` what passed.
 
+    `falcon.generate`, `stream` and `chat`, those of an endpoint, and `playground` take the result as `guardrails`.
     `settings` are the fields of `falcon_kit.Guardrails`: max_characters, secrets, personal_data, phone_regions,
     blocked_words, control_tokens, injection, repetition, custom, labels and threshold. Without settings, all checks run
     but those of blocked words and of your own.

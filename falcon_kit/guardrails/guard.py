@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import check_flag, is_number, is_whole, require, shown
 from falcon_kit.display.tables import html_table
 from falcon_kit.guardrails.custom import Custom, Judge, named
 from falcon_kit.guardrails.injection import control_patterns, phrase_patterns
@@ -21,6 +21,7 @@ from falcon_kit.guardrails.verdict import Blocked, Verdict, Where
 from falcon_kit.guardrails.words import word_patterns
 
 Item = TypeVar("Item")
+_READ_AT_MOST = 100_000
 
 
 class Check(Protocol):
@@ -64,9 +65,16 @@ class Guardrails:
     """The least score of such a label that blocks a text."""
 
     def __post_init__(self) -> None:
-        limit = self.max_characters
-        require(limit is None or limit >= 1, f"max_characters={limit!r} must be at least 1, or None for no limit")
-        require(0 < self.threshold <= 1, f"threshold={self.threshold!r} must be above 0, and at most 1")
+        limit, threshold = self.max_characters, self.threshold
+        require(
+            limit is None or is_whole(limit, 1),
+            f"max_characters={shown(limit)} must be at least 1, or None for no limit",
+        )
+        require(
+            is_number(threshold, 0, 1) and threshold > 0, f"threshold={shown(threshold)} must be above 0, and at most 1"
+        )
+        for name in ("secrets", "personal_data", "control_tokens", "injection", "repetition"):
+            check_flag(name, getattr(self, name))
         _ = self._checks  # raises for what cannot be checked
 
     @cached_property
@@ -103,15 +111,19 @@ class Guardrails:
     def check(self, text: str, where: Where = "prompt") -> Verdict:
         """What was found in a whole text, and why; false where nothing was.
 
-        where: "prompt" for what a user writes, "output" for what a model generates.
+        where: "prompt" for what a user writes, "output" for what a model generates. A text of more than 100,000
+        characters that is over `max_characters` is not read: its length is the only finding.
         """
         require(where in ("prompt", "output"), f'where={where!r} must be "prompt" or "output"')
+        limit = self.max_characters
+        if limit is not None and len(text) > max(limit, _READ_AT_MOST):
+            return Verdict((Length(limit).finding(len(text)),), where)
         return self._begin(where).check(text)
 
-    def raise_if_found(self, text: str, where: Where = "prompt") -> None:
-        """Raises `Blocked`, a ValueError, for a text in which something is found."""
+    def raise_if_found(self, text: str, where: Where = "prompt", label: str = "") -> None:
+        """Raises `Blocked`, a ValueError, for a text in which something is found. label: which of several texts."""
         if verdict := self.check(text, where):
-            raise Blocked(verdict)
+            raise Blocked(verdict, label)
 
     def __call__(self, text: str) -> str | None:
         """A reason to block a text, be it a prompt or an output; None if nothing is found."""

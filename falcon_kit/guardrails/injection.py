@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 
+from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.generation.chat import FORMATS
 from falcon_kit.guardrails.folding import fold
 from falcon_kit.guardrails.matching import Pattern
 
-SPECIAL_TOKENS = tuple(
-    ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< >>PREFIX<< "
-    ">>SUFFIX<< >>MIDDLE<< <|endoftext|>".split()
-)
-"""The twelve special tokens of Falcon's vocabulary, ids 0 to 11."""
 _PREFIXES = {each for format in FORMATS for each in (format.user_prefix, format.assistant_prefix)}
 _SPEAKERS = "|".join(sorted(re.escape(each) for each in {*_PREFIXES, "System:"} if each.endswith(":")))
 _CONTROL = {

@@ -15,6 +15,10 @@ class Length:
     characters: int
     """The limit."""
 
+    def finding(self, length: int) -> Finding:
+        """The finding in a text of that length, which is over the limit."""
+        return Finding((self.characters, length), "length", f"more than {self.characters} characters")
+
     def running(self) -> Running:
         """The count in one text."""
         return _Length(self)
@@ -22,11 +26,11 @@ class Length:
 
 class _Length:
     def __init__(self, length: Length) -> None:
-        self._limit = length.characters
+        self._length = length
 
     def waiting(self, text: Growing) -> int:
         return text.length
 
     def read(self, text: Growing) -> list[Finding]:
-        over = text.length > self._limit
-        return [Finding((self._limit, text.length), "length", f"more than {self._limit} characters")] if over else []
+        over = text.length > self._length.characters
+        return [self._length.finding(text.length)] if over else []

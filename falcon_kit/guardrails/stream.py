@@ -28,7 +28,8 @@ class StreamCheck(Generic[Item]):
     def push(self, item: Item) -> list[Item]:
         """Takes the next piece; the pieces that may be shown now. Raises `Blocked` for a finding, then and later."""
         self._text.add(item if isinstance(item, str) else item.text)  # type: ignore[attr-defined]
-        self._held.append((self._text.length, item))
+        # A piece without text has a token of the text to come: it waits for the next character.
+        self._held.append((self._text.length + (not self._text.newest), item))
         return self._released()
 
     def end(self) -> list[Item]:

@@ -45,8 +45,13 @@ class Verdict:
     def __bool__(self) -> bool:
         return bool(self.findings)
 
+    @property
+    def reasons(self) -> str:
+        """All findings in one line; empty if there are none."""
+        return "; ".join(map(str, self.findings))
+
     def __str__(self) -> str:
-        return f"{self.where} blocked by {'; '.join(map(str, self.findings))}" if self else f"{self.where} passed"
+        return f"{self.where} blocked by {self.reasons}" if self else f"{self.where} passed"
 
     def _repr_html_(self) -> str:
         rows = [(each.check, each.reason, f"{each.span[0]} to {each.span[1]}") for each in self.findings]
@@ -56,6 +61,8 @@ class Verdict:
 class Blocked(ValueError):
     """The guardrails blocked a text. `.verdict` has the findings; neither it nor the message contains the text."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(str(verdict))
+    def __init__(self, verdict: Verdict, label: str = "") -> None:
         self.verdict = verdict
+        self.label = label or verdict.where
+        """Which text: "prompt", "output", or one of several, as "prompt 2 of 3", "message 1 of 2", "output 4 of 4"."""
+        super().__init__(f"{self.label} blocked by {verdict.reasons}")

@@ -22,7 +22,7 @@ from falcon_kit.display.page import percent
 from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, inspect_model
 from falcon_kit.inspection.plots import lens as plots
-from falcon_kit.inspection.predictions import Candidate, Floats, next_candidates, predict
+from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, next_candidates, predict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,6 +124,7 @@ def ablate(
     ids = inspected.encode(text)
     pairs = _query_heads(inspected, heads, kv_heads)
     require(bool(pairs), "no head is given: give heads=[(layer, head), ...] or kv_heads=[(layer, KV head), ...]")
+    check_top_k(inspected, top_k)
     before = predict(inspected, ids, top_k)
     with _ablation_hooks(inspected, pairs, replace):
         after = predict(inspected, ids, top_k)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from falcon_kit.display.errors import plain_scalar, require, unknown_name
+from falcon_kit.display.errors import check_whole, is_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, inspect_model
@@ -39,10 +39,9 @@ class AttentionView(TextResult, Measurements, HasPage):
 
     def map(self, layer: int, head: int) -> Array:
         """The attention probabilities (T, T) of a head. Raises KeyError if they were not kept."""
-        layer, head = plain_scalar(layer), plain_scalar(head)
+        layer = check_index(layer, self.spec.layers, "layer")
+        head = check_index(head, self.spec.query_heads, "head")
         if (layer, head) not in self.maps:
-            check_index(layer, self.spec.layers, "layer")
-            check_index(head, self.spec.query_heads, "head")
             kept = ", ".join(f"{each[0]}.{each[1]}" for each in list(self.maps)[:8]) or "none"
             raise KeyError(
                 f"the map of layer {layer}, head {head} was not kept (kept: {kept}): request it with the arguments "
@@ -78,6 +77,7 @@ class AttentionView(TextResult, Measurements, HasPage):
 
     def top(self, statistic: str = "induction", count: int = 5) -> list[tuple[int, int, float]]:
         """The heads with the highest values: (layer, head, value), highest first."""
+        check_whole("count", count, 0)
         values = self.statistics[check_statistic(statistic)]
         best = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None)[:count]
         return [(int(at // values.shape[1]), int(at % values.shape[1]), float(values.flat[at])) for at in best]
@@ -167,11 +167,12 @@ def attention(
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
     pairs = _requested(inspected, layers, heads)
+    check_whole("max_bytes", max_bytes, 0)
     _check_max_bytes(len(pairs), len(ids), max_bytes)
     _check_attention_implementation(inspected)
     require(
-        prefill_chunk_size is None or prefill_chunk_size >= 1,
-        f"prefill_chunk_size={prefill_chunk_size}: must be at least 1",
+        prefill_chunk_size is None or is_whole(prefill_chunk_size, 1),
+        f"prefill_chunk_size={shown(prefill_chunk_size)}: must be at least 1",
     )
     found = measure(inspected, ids, pairs, prefill_chunk_size)
     texts = inspected.token_texts(ids)
@@ -194,12 +195,14 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
     special = {*inspected.tokenizer.all_special_ids, *inspected.tokenizer.added_tokens_decoder}
     plain = [each for each in range(inspected.spec.vocabulary) if each not in special]
     context = inspected.spec.context
-    if not (2 <= period <= len(plain) and 2 <= copies <= context // period):
+    if not (is_whole(period, 2, len(plain)) and is_whole(copies, 2, context // period)):
         raise ValueError(
-            f"{copies} copies of {period} tokens: give at least 2 of each, within the {len(plain)} plain tokens of the "
-            f"vocabulary and the context of {context}"
+            f"{shown(copies)} copies of {shown(period)} tokens: give at least 2 of each, within the {len(plain)} plain "
+            f"tokens of the vocabulary and the context of {context}"
         )
-    return random.Random(plain_scalar(seed)).sample(plain, period) * copies
+    seed = plain_scalar(seed)
+    check_whole("seed", seed, 0)
+    return random.Random(seed).sample(plain, period) * copies
 
 
 def check_statistic(name: str) -> str:
@@ -214,15 +217,16 @@ def _requested(
     """The pairs (layer, head) whose maps are kept."""
     if layers is None and heads is None:
         return []
-    pairs = product(_indices(layers, inspected.spec.layers), _indices(heads, inspected.spec.query_heads))
-    return inspected.check_heads(pairs, inspected.spec.query_heads, "head")
+    count = inspected.spec.query_heads
+    return list(product(_indices(layers, inspected.spec.layers, "layer"), _indices(heads, count, "head")))
 
 
-def _indices(given: int | Iterable[int] | None, count: int) -> list[int]:
+def _indices(given: int | Iterable[int] | None, count: int, kind: str) -> list[int]:
     if given is None:
         return list(range(count))
     given = plain_scalar(given)
-    return [given] if isinstance(given, int) else list(dict.fromkeys(map(plain_scalar, given)))
+    several = given if isinstance(given, Iterable) else [given]
+    return list(dict.fromkeys(check_index(each, count, kind) for each in several))
 
 
 def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from falcon_kit.catalogue.memory import backward_bytes
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
 from falcon_kit.display.page import percent, visible
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, evaluation_mode, inspect_model
 from falcon_kit.inspection.plots import lens as plots
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Method = Literal["integrated-gradients", "leave-one-out"]
 
+_MAX_GIVEN_STEPS = 10_000
 _FIRST_STEPS, _MAX_STEPS = 16, 1024
 _MAX_BATCH = 16  # texts, or points of the path, in one forward pass
 _MAX_ACTIVATION_BYTES = 2 * 2**30  # that the backward pass of one batch keeps
@@ -104,7 +105,11 @@ def attribute(
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
     require(method in get_args(Method), unknown_name("method", str(method), get_args(Method)))
-    require(steps is None or steps >= 1, f"steps={steps}: must be at least 1")
+    require(
+        steps is None or is_whole(steps, 1, _MAX_GIVEN_STEPS),
+        f"steps={shown(steps)}: must be at least 1, and at most {_MAX_GIVEN_STEPS}",
+    )
+    require(is_number(tolerance, 0, 1), f"tolerance={shown(tolerance)}: must be from 0 to 1")
     following = int(predict(inspected, ids, 1).top_ids[-1, 0]) if target is None else target_id(inspected, target)
     with evaluation_mode(inspected.model), unpacked(inspected.model):
         log_probabilities = _next_log_probabilities(inspected, inspected.input_ids(ids))[0]

@@ -11,7 +11,9 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import plain_scalar
+from falcon_kit.display.errors import is_whole, plain_scalar, shown
+from falcon_kit.generation.control_tokens import encode_prompt
+from falcon_kit.generation.prompts import check_length
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -53,16 +55,14 @@ class InspectedModel:
 
     def encode(self, text: TextOrIds) -> list[int]:
         """The token ids of a text. Raises ValueError if there are none, too many, or unknown ones."""
-        ids = (
-            list(self.tokenizer(text, verbose=False)["input_ids"])
-            if isinstance(text, str)
-            else [plain_scalar(each) for each in text]
-        )
+        if isinstance(text, str):
+            check_length(text, self.tokenizer, self.spec.context, "the text")
+        ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else [plain_scalar(each) for each in text]
         if not ids:
             raise ValueError("the text is empty: give at least one token")
-        if unknown := [each for each in ids if not (isinstance(each, int) and 0 <= each < self.spec.vocabulary)]:
+        if unknown := [each for each in ids if not is_whole(each, 0, self.spec.vocabulary - 1)]:
             raise ValueError(
-                f"{unknown[0]!r} is not a token id of this model: ids range from 0 to {self.spec.vocabulary - 1}"
+                f"{shown(unknown[0])} is not a token id of this model: ids range from 0 to {self.spec.vocabulary - 1}"
             )
         if len(ids) > self.spec.context:
             raise ValueError(f"the text has {len(ids)} tokens, the model's context is {self.spec.context}: shorten it")
@@ -113,8 +113,8 @@ def inspect_model(falcon: Any) -> InspectedModel:
 def check_index(index: int, count: int, kind: str) -> int:
     """An index from 0 to `count` - 1. Raises IndexError for any other."""
     index = plain_scalar(index)
-    if not isinstance(index, int) or not 0 <= index < count:
-        raise IndexError(f"{kind} {index!r} does not exist: the model has {count}, numbered 0 to {count - 1}")
+    if not is_whole(index, 0, count - 1):
+        raise IndexError(f"{kind} {shown(index)} does not exist: the model has {count}, numbered 0 to {count - 1}")
     return index
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from falcon_kit.display.errors import check_whole, is_whole, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
@@ -35,6 +36,7 @@ from falcon_kit.inspection.predictions import (
     Ints,
     Predictions,
     TargetPredictions,
+    check_top_k,
     log_probability_and_rank,
     logits_in_chunks,
     predict,
@@ -92,11 +94,12 @@ class LensView(TextResult, Predictions, HasPage):
         return [Candidate(each, self.id_to_text[each], found, rank) for rank, (each, found) in enumerate(pairs)]
 
     def _check_position(self, position: int) -> None:
-        if not -len(self.ids) <= position < len(self.ids):
-            raise IndexError(f"position {position} is not in a text of {len(self.ids)} tokens")
+        if not is_whole(position, -len(self.ids), len(self.ids) - 1):
+            raise IndexError(f"position {shown(position)} is not in a text of {len(self.ids)} tokens")
 
     def figure(self, last: int = 12) -> Figure:
         """The logit lens after the `last` tokens: each layer's most likely next token and its probability."""
+        check_whole("last", last, 1)
         first = max(0, len(self.ids) - last)
         return plots.layers(
             self.token_texts[first:], self._layer_texts(first), self.layer_probabilities[:, first:], first
@@ -165,8 +168,7 @@ def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k
     """
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
-    if not 1 <= top_k <= inspected.spec.vocabulary:
-        raise ValueError(f"top_k={top_k} is not between 1 and {inspected.spec.vocabulary}, the size of the vocabulary")
+    check_top_k(inspected, top_k)
     predictions = predict(inspected, ids, top_k, None if target is None else target_id(inspected, target))
     layers = _LayerReader(inspected, predictions)
     with torch.inference_mode(), forward_hooks(inspected, layers.hooks()):

@@ -6,7 +6,7 @@ Shapes: T time, V vocabulary, K tokens that are kept.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from falcon_kit.display.errors import plain_scalar
+from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 
 Floats = NDArray[np.float32]
@@ -132,10 +132,16 @@ def next_candidates(inspected: InspectedModel, predictions: Predictions) -> tupl
     return tuple(Candidate(*row) for row in rows)
 
 
+def check_top_k(inspected: InspectedModel, top_k: int) -> None:
+    """Raises ValueError for a number of candidates out of range."""
+    size = inspected.spec.vocabulary
+    require(is_whole(top_k, 1, size), f"top_k={shown(top_k)} is not between 1 and {size}, the size of the vocabulary")
+
+
 def target_id(inspected: InspectedModel, target: str | int) -> int:
     """The id of a token given by its text or id. Raises ValueError for a text that is not exactly one token."""
     target = plain_scalar(target)
-    ids = inspected.encode([target] if isinstance(target, int) else target)
+    ids = inspected.encode(target if isinstance(target, str | Iterable) else [target])
     if len(ids) != 1:
         pieces = ", ".join(map(repr, inspected.token_texts(ids)))
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import HasPage, Page
+from falcon_kit.generation.control_tokens import encoding
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.views.tokens import tokens_page
 
@@ -119,12 +120,11 @@ def tokens(text: str, tokenizer: Any, *, split_special_tokens: bool | None = Non
     """
     fast = fast_tokenizer(tokenizer)
     _check(text)
-    options = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
-    encoded = fast(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
-    ids, added = encoded["input_ids"], fast.added_tokens_decoder
+    encoded = encoding(text, fast, split_special_tokens)
+    ids, added = encoded.ids, fast.added_tokens_decoder
     pieces = [
         text[slice(*span)].encode() if each in added else _bytes(name)
-        for each, name, span in zip(ids, fast.convert_ids_to_tokens(ids), encoded["offset_mapping"], strict=True)
+        for each, name, span in zip(ids, encoded.tokens, encoded.offsets, strict=True)
     ]
     offsets = _align(text.encode(), pieces, missing_bytes(fast))
     character_of = [at for at, each in enumerate(text) for _ in each.encode()]  # the character of each byte

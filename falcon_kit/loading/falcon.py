@@ -10,8 +10,10 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
-from falcon_kit.generation.chat import ChatFormat, Message, encode
-from falcon_kit.generation.prompts import Prompt
+from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
+from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
+from falcon_kit.generation.own_format import own_format
+from falcon_kit.generation.prompts import Prompt, check_length
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
@@ -34,49 +36,69 @@ class Falcon:
     """Its published or configured shape."""
     plan: Plan
     """The memory plan made before the weights were read."""
-    chat_format: ChatFormat
-    """The format in which `chat` writes messages."""
+    loaded_format: ChatFormat
+    """The chat format that `load` chose."""
     dtype_reason: str
     """The reason for the dtype of the weights."""
     decoding: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
+    loaded_template: Any = None
+    """The tokenizer's chat template as it was then."""
+
+    def __post_init__(self) -> None:
+        if self.loaded_template is None:
+            object.__setattr__(self, "loaded_template", self.tokenizer.chat_template)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """The continuation of a prompt as a `Generation`; for several prompts or sequences a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
-        seed, ...) and any other argument of transformers' `generate`. Raises ValueError for an empty prompt, one longer
-        than the context, or settings out of range.
+        seed, ...) and any other argument of transformers' `generate`. guardrails: what `fk.guardrails(...)` returned;
+        it checks each prompt before the model reads it, and each text before it is returned. Raises ValueError for an
+        empty prompt, one longer than the context, or settings out of range; `Blocked` if the guardrails block a text.
         """
-        return generate.generate(self.model, self.tokenizer, prompt, **self._with_decoding(settings))
+        check_given(guardrails, prompt, self.tokenizer)
+        settings = self._with_decoding(settings)
+        return checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, prompt, **settings))
 
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
-        """The continuation of a prompt, or the answer to a conversation, piece by piece; closing it stops the model."""
+    def stream(
+        self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
+    ) -> Stream | GuardedStream:
+        """The continuation of a prompt, or the answer to a conversation, piece by piece; closing it stops the model.
+
+        With guardrails, a piece comes once none of it can become part of a finding. `Blocked` stops the model.
+        """
+        check_given(guardrails, prompt, self.tokenizer)
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
-            return generate.stream(self.model, self.tokenizer, **self._with_decoding(settings))
-        settings = self._with_decoding({**_ONE_TEXT, **settings})
-        return generate.stream(self.model, self.tokenizer, cast(Prompt, prompt), **settings)
+        else:
+            settings = {**_ONE_TEXT, **settings, "prompt": prompt}
+        return guarded(generate.stream(self.model, self.tokenizer, **self._with_decoding(settings)), guardrails)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """The answer to a conversation: [{"role": "user", "content": "..."}]. It ends before the next user message.
 
-        Special tokens written out in a message are encoded as plain text. Raises ValueError for unknown roles or
-        messages out of order.
+        Special tokens written out in a message are encoded as plain text. With guardrails, the content of each message
+        is checked as a prompt, the system's too. Raises ValueError for unknown roles or messages out of order.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
+        check_given(guardrails, messages, self.tokenizer)
         settings = self._with_decoding(self._turns(messages, settings))
-        return cast(Generation, generate.generate(self.model, self.tokenizer, **settings))
+        return cast(Generation, checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, **settings)))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
-        stop = settings.get("stop") or ()
-        stop = (*self.chat_format.stop, *((stop,) if isinstance(stop, str) else stop))
-        ids = encode(messages, self.tokenizer, self.chat_format)
+        format, stop = self.chat_format, settings.get("stop") or ()
+        stop = (*format.stop, *((stop,) if isinstance(stop, str) else stop))
+        if settings.get("truncate") is None:
+            context = context_limit(self.model.config)
+            for number, each in enumerate(check_messages(messages), 1):
+                check_length(each["content"], self.tokenizer, context, f"message {number}")
+        ids = encode(messages, self.tokenizer, format)
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
             ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id])]  # templates end an answer with it
@@ -87,6 +109,13 @@ class Falcon:
         settings = arguments.expand_generation_config(settings)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The format in which `chat` writes messages; that of the tokenizer's chat template, if it was set since."""
+        if self.tokenizer.chat_template in (None, self.loaded_template):
+            return self.loaded_format
+        return own_format(self.tokenizer, "tokenizer.chat_template")
 
     @property
     def generation_settings(self) -> dict[str, Any]:

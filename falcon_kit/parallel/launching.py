@@ -18,6 +18,7 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
+from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import Stream
@@ -43,10 +44,11 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any
     falcon = ParallelFalcon(workers, directory, *parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        falcon._receive_answers(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
+        answers = falcon._receive_answers(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
     except BaseException:
         falcon.close()
         raise
+    falcon.generation_settings = answers[0]["generation_settings"]
     return falcon
 
 
@@ -82,6 +84,9 @@ class ParallelFalcon:
         """The name that `fk.load` loads this model by."""
         self.ranks: tuple[Rank, ...] = ()
         """The processes, with the bytes that each held after the last request."""
+        self.generation_settings: Mapping[str, Any] = {}
+        """As `Falcon.generation_settings`."""
+        self._template = tokenizer.chat_template
         self._workers, self._lock, self._numbers = workers, threading.Lock(), count()
 
     @property
@@ -113,19 +118,24 @@ class ParallelFalcon:
         """Bytes of weights in all processes together; what is not divided counts in each process."""
         return sum(rank.weight_bytes for rank in self.ranks)
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """As `Falcon.generate`; `settings` are numbers, strings and lists, since they are sent to other processes."""
+        check_given(guardrails, prompt, self.tokenizer)
         _, single = check_prompt(prompt)
-        generations = self._request("generate", prompt, settings)
+        generations = checked(guardrails, lambda: self._request("generate", prompt, settings))
         return generations if not single or len(generations) > 1 else generations[0]
 
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> Stream:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
+    ) -> Stream | GuardedStream:
         """As `Falcon.stream`; closing the stream, or Ctrl-C, stops all ranks at the next token."""
-        return Stream(_RemoteText(self, prompt, settings))
+        check_given(guardrails, prompt, self.tokenizer)
+        return guarded(Stream(_RemoteText(self, prompt, settings)), guardrails)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """As `Falcon.chat`."""
-        return self._request("chat", messages, settings)[0]
+        check_given(guardrails, messages, self.tokenizer)
+        return checked(guardrails, lambda: self._request("chat", messages, settings))[0]
 
     def close(self) -> None:
         """Ends the processes. A second call does nothing."""
@@ -143,6 +153,11 @@ class ParallelFalcon:
         """Sends a request to all ranks and returns the generated texts. emit: called with each piece of a stream."""
         if self._workers.closed:
             raise RuntimeError("the processes of this model have ended: load it again")
+        if _is_conversation(prompt) and self.tokenizer.chat_template != self._template:
+            raise ValueError(
+                "the tokenizer's chat template was changed after loading, and the processes have another: load the "
+                "model again with chat=fk.ChatFormat('mine', template=falcon.tokenizer.chat_template)"
+            )
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("another text is being generated: let its stream end, or close() it, first")
         try:
@@ -230,6 +245,11 @@ class _RemoteText:
         """The generation of a text that was cancelled before its first token; its prompt is not encoded."""
         prompt = self._prompt if isinstance(self._prompt, str) else str(self._prompt)
         return Generation(prompt, "", (), (), "cancelled", Stats(1, 0, 0, 0.0, 0.0, 0))
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, which the chat template renders."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _check_json(prompt: Any, settings: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def serve(load: Callable[..., Any]) -> None:
         request = link.receive()
         settings = {**request["settings"], "chat": stored_format(request["settings"]["chat"])}
         falcon = load(request["directory"], **settings)
-        link.send(done=_rank(falcon, rank, 0))
+        link.send(done=_rank(falcon, rank, 0) | {"generation_settings": falcon.generation_settings})
         while True:
             request = link.receive()
             try:

@@ -15,7 +15,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import is_whole, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.placement import (
@@ -188,12 +188,14 @@ def _check(request: Request) -> None:
         if (given := getattr(request, name)) not in values:
             raise ValueError(unknown_name(name, str(given), values))
     shape, context = request.spec, request.context
-    if not 1 <= context <= shape.context:
-        raise ValueError(f"context={context} must be from 1 to {shape.context}, the context of {shape.name}")
-    if request.batch < 1:
-        raise ValueError(f"batch={request.batch} must be at least 1")
-    if request.r < 1:
-        raise ValueError(f"r={request.r}: the rank of LoRA must be at least 1")
+    require(
+        is_whole(context, 1, shape.context),
+        f"context={shown(context)} must be from 1 to {shape.context}, the context of {shape.name}",
+    )
+    require(is_whole(request.batch, 1, 2**31), f"batch={shown(request.batch)} must be at least 1, and at most 2**31")
+    require(is_whole(request.r, 1, 2**31), f"r={shown(request.r)}: the rank of LoRA must be at least 1")
+    ranks = request.tensor_parallel
+    require(is_whole(ranks, -(2**31), 2**31), f"tensor_parallel must be a whole number, got {shown(ranks)}")
 
 
 def _fits(request: Request, devices: Sequence[Device]) -> bool:

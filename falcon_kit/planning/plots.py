@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import GREY, PALETTE, drawing, new_figure
+from falcon_kit.display.figure import GREY, PALETTE, drawable, drawing, legend_label, new_figure
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import Part
 
@@ -25,12 +25,14 @@ def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Fi
     for name, colour in zip(names, PALETTE * 2, strict=False):
         named = [row for row in rows if _legend_name(row) == name]
         sizes = {key: sum(row.bytes for row in named if row.device == key) / GIB for key in used}
-        axes.barh([str(key) for key in used], list(sizes.values()), left=list(used.values()), color=colour, label=name)
+        label = legend_label(name)
+        axes.barh(range(len(used)), list(sizes.values()), left=list(used.values()), color=colour, label=label)
         used = {key: start + sizes[key] for key, start in used.items()}
     for index, device in enumerate(devices):
         limit, start = device.free_bytes / GIB, used[device.key]
         axes.barh(index, max(0.0, limit - start), left=start, color="none", edgecolor=GREY, hatch="//")
         axes.plot([limit, limit], [index - 0.4, index + 0.4], color=GREY, linewidth=2)
+    axes.set_yticks(range(len(used)), [drawable(str(key)) for key in used])
     axes.invert_yaxis()
     axes.set(
         title=title,

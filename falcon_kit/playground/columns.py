@@ -1,5 +1,6 @@
 """The models of a playground, a column each; a thread reads each stream, so that no model blocks another."""
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -8,13 +9,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.generation.chat import ChatFormat, Message, encode
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
+from falcon_kit.generation.prompts import least_tokens
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
 Prompt = str | list[Message]
-_tokenizer_lock = threading.Lock()  # tokenizers are not thread-safe
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Column:
     """Fields of `Sampling` that replace the session's."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held during generation. Columns with one compiled model share it, because that has a single KV cache."""
+
+    _counted: tuple[Prompt, int] | None = field(default=None, init=False, repr=False)
 
     @property
     def local(self) -> bool:
@@ -54,18 +58,35 @@ class Column:
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
 
+    def accepts(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the model takes these settings; an endpoint may have no field for some."""
+        return self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**settings))
+
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of the KV cache for so many tokens, by the model's memory plan; None for an endpoint."""
         return int(tokens * self.falcon.plan.kv_bytes // self.falcon.plan.context) if self.local else None
 
     def count(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available."""
+        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available.
+
+        A lower bound for a prompt that is certainly longer than the context. The last count is stored: the playground
+        asks for it with every state that it sends.
+        """
         if not self.local:
             return None
-        with _tokenizer_lock:
-            if isinstance(prompt, str):
-                return len(self.falcon.tokenizer(prompt, verbose=False)["input_ids"])
-            return len(encode(prompt, self.falcon.tokenizer, self.falcon.chat_format))
+        if self._counted is None or self._counted[0] != prompt:
+            self._counted = (copy.deepcopy(prompt), self._count(prompt))
+        return self._counted[1]
+
+    def _count(self, prompt: Prompt) -> int:
+        tokenizer = self.falcon.tokenizer
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        least = sum(least_tokens(text, tokenizer) for text in texts)
+        if least > (self.context or math.inf):
+            return least
+        if isinstance(prompt, str):
+            return len(encode_prompt(prompt, tokenizer))
+        return len(encode(prompt, tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
         """Python code that makes the model."""
@@ -80,7 +101,8 @@ class Column:
     def token(self, piece: Piece) -> Token:
         """The record of a piece."""
         alternatives = tuple((each.text, round(each.logprob, 4)) for each in piece.alternatives)
-        text = next((each.text for each in piece.alternatives if each.token_id == piece.token_id), None)
+        same = (each.text for each in piece.alternatives if each.token_id == piece.token_id is not None)
+        text = next(same, None)
         if text is None and self.local and piece.token_id is not None:
             text = self.falcon.tokenizer.decode([piece.token_id])
         logprob = piece.logprob
@@ -107,8 +129,7 @@ class Reader(threading.Thread):
 
     def _read(self) -> Any:
         """Puts each piece into the queue, and returns the `Generation`."""
-        with _tokenizer_lock:
-            self._stream = self._column.falcon.stream(self._prompt, **self._settings)
+        self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             for piece in self._stream:
                 if self._ended.is_set():

@@ -92,21 +92,25 @@ class _SavedTurn(BaseModel):
 class _SavedHistory(BaseModel):
     format: Literal["falcon-kit playground"]
     version: Literal[1]
+    guarded: bool = False  # files of earlier versions do not have it
     turns: list[_SavedTurn]
 
 
 # Saving and loading
 
 
-def save(turns: Sequence[Turn], path: str | Path) -> Path:
-    """Writes turns into a JSON file, completely or not at all; returns its path."""
+def save(turns: Sequence[Turn], path: str | Path, guarded: bool = False) -> Path:
+    """Writes turns, and whether guardrails are on, into a JSON file, completely or not at all; returns its path."""
     require(bool(str(path).strip()), "give the name of a file to save to")
-    content = {**_FORMAT, "turns": [pack_turn(turn) for turn in turns]}
-    return write_text(Path(path).expanduser(), json.dumps(content, ensure_ascii=False, allow_nan=False))
+    content = {**_FORMAT, "guarded": guarded, "turns": [pack_turn(turn) for turn in turns]}
+    return write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
-def load(path: str | Path) -> list[Turn]:
-    """The turns of a saved file. Raises ValueError, with place and reason, for a file that `save` did not write."""
+def load(path: str | Path) -> tuple[list[Turn], bool]:
+    """The turns of a saved file, and whether guardrails were on.
+
+    Raises ValueError, with place and reason, for a file that `save` did not write.
+    """
     require(bool(str(path).strip()), "give the name of a file to load")
     file = Path(path).expanduser()
     try:
@@ -114,7 +118,7 @@ def load(path: str | Path) -> list[Turn]:
     except ValidationError as error:
         problem = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
         raise ValueError(f"{file} is not a saved playground: {_explain(problem)}") from None
-    return [turn.record() for turn in history.turns]
+    return [turn.record() for turn in history.turns], history.guarded
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

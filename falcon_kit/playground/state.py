@@ -10,19 +10,20 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.display.tables import format_bytes
+from falcon_kit.display.errors import is_whole, require, shown, unknown_name
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.playground import files
 from falcon_kit.playground.columns import Column, Prompt, model_name
-from falcon_kit.playground.records import MODES, Answer, Mode, Turn
-from falcon_kit.playground.writing import Guard, TurnWriter
+from falcon_kit.playground.guarding import Guard, check_guard, check_prompts
+from falcon_kit.playground.records import MODES, Answer, Meter, Mode, Turn
+from falcon_kit.playground.writing import TurnWriter
 
 PRESETS: dict[str, dict[str, Any]] = {
     "card": {"temperature": 1.0, "top_k": 10, "top_p": None},
@@ -41,34 +42,18 @@ EXAMPLES: dict[str, tuple[Mode, str]] = {
 """Title, mode and text."""
 
 
-@dataclass(frozen=True)
-class Meter:
-    """How much of the context is used."""
-
-    used: int | None
-    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not reported."""
-    context: int | None
-    """The limit in tokens; None if not reported."""
-    cache_bytes: int | None
-    """Bytes of the KV cache for the used tokens; None for an endpoint."""
-
-    def __str__(self) -> str:
-        if self.used is None:
-            return "the endpoint counts the tokens"
-        room = f" of {self.context}" if self.context else ""
-        cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
-        return f"{self.used}{room} tokens{cache}"
-
-
 class Session:
     """The state of a playground. `generate` blocks until the end; `stop` may be called from another thread."""
 
     def __init__(
         self, falcon: Any, compare: Any = None, guardrails: Guard | None = None, *, mode: Mode | None = None
     ) -> None:
-        require(guardrails is None or callable(guardrails), f"guardrails must be callable, got {guardrails!r:.60}")
+        check_guard(guardrails)
         self.columns = _columns(falcon, compare)
         self.guardrails = guardrails
+        """The checks of prompts and answers, while `guarded`."""
+        self.guarded = guardrails is not None
+        """Whether prompts and answers are checked; change it with `guard`."""
         self.mode: Mode = "prompt"
         self.draft = ""
         """The content of the text field."""
@@ -118,6 +103,13 @@ class Session:
         self.settings = replace(self.settings, **changes)
         self._notify("change")
 
+    def guard(self, on: bool) -> None:
+        """Turns the guardrails on or off, from the next turn on; `fk.guardrails()` if none were given."""
+        if on and self.guardrails is None:
+            self.guardrails = Guardrails()
+        self.guarded = on
+        self._notify("change")
+
     def preset(self, name: str) -> None:
         """Sets the values of one of `PRESETS`."""
         require(name in PRESETS, f"there is no preset {name!r}: choose {', '.join(PRESETS)}")
@@ -161,7 +153,8 @@ class Session:
 
     def edit(self, number: int, text: str) -> Turn:
         """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it."""
-        require(0 <= number < len(self.turns), f"there is no turn {number}: the conversation has {len(self.turns)}")
+        exists = is_whole(number, 0, len(self.turns) - 1)
+        require(exists, f"there is no turn {shown(number)}: the conversation has {len(self.turns)}")
         return self._run(text, self.turns[:number], self.draft)
 
     def stop(self) -> None:
@@ -195,12 +188,12 @@ class Session:
         """Answers a text after the turns `before`; `undo` restores the draft."""
         text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
         require(bool(text.strip()), "the text is empty: write something first")
-        if self.guardrails and (reason := self.guardrails(text)):
-            raise ValueError(f"the guardrails refuse this text: {reason}")
+        guard = self.guardrails if self.guarded else None
+        check_prompts(guard, self._texts(text, before) if guard else ())
         with self._lock:
             self._require_idle()
             turn = self._turn(text, before)
-            self._writer = writer = TurnWriter(turn, self.columns, self.guardrails, lambda: self._notify("piece"))
+            self._writer = writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
         self._undo_steps.append((self.mode, self.turns, draft))
         self.turns = [*before, turn]
         self.draft = "" if self.mode == "chat" else text
@@ -239,6 +232,11 @@ class Session:
                 messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": answer.text}]
         return [*messages, {"role": "user", "content": text}]
 
+    def _texts(self, text: str, before: list[Turn]) -> list[str]:
+        """What the models will read, each text once: the text, the system message, the earlier turns."""
+        prompts = [] if self.mode == "prompt" else [self._prompt(at, text, before) for at in range(len(self.columns))]
+        return [*dict.fromkeys([text, *(cast(Message, each)["content"] for prompt in prompts for each in prompt)])]
+
     # The history
 
     def find(self, id: str) -> Turn:
@@ -262,22 +260,23 @@ class Session:
         return files.as_code(self.history[-1] if id is None else self.find(id))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the history into a JSON file."""
-        return files.save(self.history, path)
+        """Writes the history, and whether the guardrails are on, into a JSON file."""
+        return files.save(self.history, path, self.guarded)
 
     def load(self, path: str | Path) -> int:
         """Adds the turns of a saved history, opens the last one, and returns how many were new.
 
+        Guardrails that were on when it was saved are turned on; a file never turns them off.
         Raises ValueError for a file that `save` cannot have written, with place and reason, and then adds nothing.
         """
         self._require_idle()
-        turns = files.load(path)
+        turns, guarded = files.load(path)
         known = {turn.id for turn in self.history}
         new = [turn for turn in turns if turn.id not in known]
         self.history = [*self.history, *new]
         if turns:
             self.open(turns[-1].id)
-        self._notify("change")
+        self.guard(self.guarded or guarded)
         return len(new)
 
     def meter(self) -> Meter:
@@ -296,8 +295,7 @@ class Session:
             listener(event)
 
 
-def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:
-    """One column, or two that differ in the model or in settings."""
+def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:  # one, or two that differ in the model or in settings
     require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
     if compare is None:
         return (Column(model_name(falcon), falcon),)
@@ -327,6 +325,8 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     """The settings that are not the default, after the column's overrides."""
     settings = column.in_force(replace(settings, **column.overrides))
-    settings = settings if column.local else replace(settings, alternatives=0)  # endpoints do not support them
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
-    return {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
+    changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
+    if not column.accepts(changed):
+        changed.pop("alternatives", None)
+    return changed

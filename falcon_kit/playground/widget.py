@@ -14,12 +14,13 @@ from typing import Any
 import anywidget
 
 from falcon_kit.display.errors import require
+from falcon_kit.display.page import DOM_SCRIPT
 from falcon_kit.playground.files import pack_span, pack_turn
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
 
 _STATIC = files("falcon_kit.playground") / "static"
-_SCRIPTS = ("dom.js", "answers.js", "settings.js", "playground.js")
+_SCRIPTS = ("answers.js", "settings.js", "playground.js")
 _UPDATE_SECONDS = 0.1  # between two updates
 _SHOWN_HISTORY = 100
 _GENERATING = ("generate", "regenerate", "edit")  # these commands run in a thread
@@ -28,7 +29,7 @@ _GENERATING = ("generate", "regenerate", "edit")  # these commands run in a thre
 class Playground(anywidget.AnyWidget):
     """A playground as an ipywidget. It shows `session`, with the changes made to it from Python."""
 
-    _esm = "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    _esm = "\n".join([DOM_SCRIPT, *((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)])
     _css = (_STATIC / "playground.css").read_text(encoding="utf-8")
 
     def __init__(self, session: Session) -> None:
@@ -104,6 +105,7 @@ class Playground(anywidget.AnyWidget):
             "example": lambda title: session.example(title),
             "draft": self._draft,
             "system": lambda text: setattr(session, "system", _join_pairs(text)),
+            "guard": lambda on: session.guard(bool(on)),
             "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
             "open": lambda id: session.open(id),
             "seed": lambda id: session.set(seed=session.find(id).answers[0].seed),
@@ -170,6 +172,7 @@ class Playground(anywidget.AnyWidget):
                 "settings": asdict(session.settings) | {"stop": list(session.settings.stop_strings)},
                 "preset": session.chosen_preset,
                 "token_probabilities": self.token_probabilities,
+                "guarded": session.guarded,
                 "can_undo": session.can_undo,
                 "meter": asdict(session.meter()),
                 "notice": {"text": self.notice, "kind": "error" if self._is_error else "news"},

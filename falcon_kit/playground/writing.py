@@ -9,11 +9,9 @@ from typing import Any
 
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.columns import Column, Reader
+from falcon_kit.playground.guarding import Guard, Refused, output_check
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 
-Guard = Callable[[str], str | None]
-"""Takes a text and returns a reason to refuse it, or None."""
-_SENTENCE_ENDS = frozenset(".!?:;\n。！？…")
 _STATISTICS_TIMEOUT = 0.2  # seconds to wait for the statistics of a stopped model
 
 
@@ -60,7 +58,7 @@ class TurnWriter:
         writer, event = self._writers[item[0]], item[1]
         try:
             writer.push(event) if hasattr(event, "logprob") else writer.end(event)
-        except Exception as error:  # noqa: BLE001  # of the guardrails, for example; shown in place of the answer
+        except Exception as error:  # noqa: BLE001  # of the guardrails' function, for example; shown in place of the answer
             writer.fail(error)
         self._changed()
 
@@ -79,10 +77,10 @@ class AnswerWriter:
     """Fills one answer piece by piece; text that the guardrails have not checked yet is kept back."""
 
     def __init__(self, column: Column, answer: Answer, guard: Guard | None) -> None:
-        self.column, self.answer, self.guard = column, answer, guard
+        self.column, self.answer, self._check = column, answer, output_check(guard)
         self._start = time.perf_counter()
         self._pending: list[Token] = []  # of an incomplete character, or of text that may become a stop string
-        self._unchecked: list[Span] = []
+        self._received = ""  # more than the answer has, if the guardrails hold text back
 
     def push(self, piece: Piece) -> None:
         """Adds a piece."""
@@ -92,10 +90,7 @@ class AnswerWriter:
             self.answer.first_token_seconds = self.answer.seconds
         self._pending.append(self.column.token(piece))
         if piece.text:
-            self._unchecked.append(Span(piece.text, tuple(self._pending)))
-            self._pending = []
-            if self.guard is None or not _SENTENCE_ENDS.isdisjoint(piece.text):
-                self._release()
+            self._push(piece.text)
 
     def end(self, outcome: Any) -> None:
         """Ends the answer with a `Generation`, an error, or None for a stopped model without statistics."""
@@ -104,33 +99,34 @@ class AnswerWriter:
         if generation is not None:
             self._set_statistics(generation.stats)
             self._add_rest(generation.text)
-        self._release()
+        self._show(self._check.end)
         if self.answer.ending is None:
             self.answer.ending = "error" if failed else getattr(outcome, "finish_reason", "cancelled")
             self.answer.reason = f"{type(outcome).__name__}: {outcome}" if failed else ""
 
     def fail(self, error: Exception) -> None:
-        """Ends the answer with an error that is not the model's, and drops the unchecked text."""
-        self._unchecked.clear()
+        """Ends the answer with an error that is not the model's; text that was held back is not shown."""
         self.answer.ending, self.answer.reason = "error", f"{type(error).__name__}: {error}"
 
     def _add_rest(self, text: str) -> None:
         """Adds text that a stopped stream kept back because it might have become a stop string."""
-        known = self.answer.text + "".join(span.text for span in self._unchecked)
-        if text.startswith(known) and text != known:
-            self._unchecked.append(Span(text[len(known) :], tuple(self._pending)))
+        if text.startswith(self._received) and text != self._received:
+            self._push(text[len(self._received) :])
 
-    def _release(self) -> None:
-        """Adds the unchecked text to the answer, unless the guardrails refuse the text so far."""
-        spans, self._unchecked = self._unchecked, []
-        if not spans or self.answer.ending == "refused":
+    def _push(self, text: str) -> None:
+        """Passes text with its tokens to the guardrails."""
+        span, self._pending = Span(text, tuple(self._pending)), []
+        self._received += text
+        self._show(lambda: self._check.push(span))
+
+    def _show(self, passed: Callable[[], list[Span]]) -> None:
+        """Adds the spans that passed to the answer, which ends if the guardrails refuse one."""
+        if self.answer.ending == "refused":
             return
-        text = self.answer.text + "".join(span.text for span in spans)
-        reason = self.guard(text) if self.guard else None
-        if reason is None:
-            self.answer.spans.extend(spans)
-        else:
-            self.answer.ending, self.answer.reason = "refused", reason
+        try:
+            self.answer.spans.extend(passed())
+        except Refused as refused:
+            self.answer.ending, self.answer.reason = "refused", str(refused)
 
     def _set_statistics(self, stats: Any) -> None:
         """Replaces the measured statistics by the model's own, if it has them."""

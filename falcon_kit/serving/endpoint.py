@@ -3,9 +3,10 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
@@ -13,23 +14,24 @@ from urllib.parse import urlsplit
 import httpx2
 
 from falcon_kit.catalogue.names import spec
-from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
+from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
+from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.connection import Connection, check_token, redact_url
 from falcon_kit.serving.failures import Redirected
-from falcon_kit.serving.protocol import Request, Server, retry_stream
+from falcon_kit.serving.protocol import Request, Server, limit_tokens, retry
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
 MAX_CONCURRENT_REQUESTS = 16
 """Requests that one call sends at the same time."""
-_SPECIAL_TOKENS = re.compile(r"<\|endoftext\|>|>>[A-Z]+<<")  # of the published vocabulary
+_SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
 
 
@@ -54,15 +56,16 @@ class Endpoint:
     _server: Server = field(repr=False)
     _retries: int = field(repr=False)
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Any:  # one or a list: no overload can tell from `settings`
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 
         `settings` are the fields of `falcon_kit.Sampling`, and others that the endpoint has a field for. Sequence
         number n of a prompt has the seed `seed + n`. Raises ValueError for a setting without a field, with what to do
         instead, LookupError for a wrong model name, PermissionError for a refused key, ConnectionError if there is no
         response, TimeoutError if the response pauses too long, and `IncompleteAnswer`, with the text so far, if it
-        breaks.
+        breaks. guardrails: as in `Falcon.generate`; a blocked prompt is not sent.
         """
+        check_given(guardrails, prompt)
         sampling, options = split_settings(settings)
         prompts, single = check_prompt(prompt)
         copies = sampling.num_return_sequences
@@ -76,11 +79,17 @@ class Endpoint:
             for each in prompts
             for seed in seeds
         ]
-        generations = self._generate_all(requests, strip=False)
+        generations = checked(guardrails, lambda: self._generate_all(requests, strip=False))
         return generations[0] if single and copies == 1 else generations
 
-    def stream(self, prompt: Prompt | Sequence[Message], **settings: Any) -> RemoteStream:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
+    ) -> RemoteStream | GuardedStream:
         """Continues a prompt, or answers a conversation, piece by piece; closing the iterator closes the connection."""
+        check_given(guardrails, prompt)
+        return guarded(self._begin_stream(prompt, settings), guardrails)
+
+    def _begin_stream(self, prompt: Prompt | Sequence[Message], settings: dict[str, Any]) -> RemoteStream:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
@@ -89,7 +98,7 @@ class Endpoint:
         require(single, "a stream yields one text: give one prompt, or use generate()")
         return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), strip=False)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
 
         Raises what `generate` raises, and ValueError for unknown roles, messages out of order, or a message that
@@ -97,7 +106,18 @@ class Endpoint:
         """
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
-        return self._generate_all([self._chat_request(messages, sampling, options)], strip=True)[0]
+        check_given(guardrails, messages)
+        request = self._chat_request(messages, sampling, options)
+        return checked(guardrails, lambda: self._generate_all([request], strip=True))[0]
+
+    def accepts(self, **settings: Any) -> bool:
+        """Whether the endpoint has a field for each of these settings of `generate`."""
+        sampling, options = split_settings(settings)
+        try:
+            self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))
+        except ValueError:
+            return False
+        return True
 
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
         """The request for a conversation."""
@@ -115,16 +135,19 @@ class Endpoint:
         return Request(rendered if self.own_format else None, checked, sampling, options, stop)
 
     def _stream(self, request: Request, strip: bool) -> RemoteStream:
-        body, answer = self._server.body(request), _answer(request, strip)
+        self._server.body(request)  # raises before anything is sent
+        answer = _answer(request, strip)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
+            (body,) = await self._bodies([request])
             return await request_answer(self._server, body, answer, self._retries, self.context, emit)
 
         return RemoteStream(answer, work)
 
     def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
         """All texts, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
-        bodies = [self._server.body(each) for each in requests]  # raises before anything is sent
+        for each in requests:
+            self._server.body(each)  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
 
         async def work() -> list[Generation]:
@@ -134,6 +157,7 @@ class Endpoint:
                 async with semaphore:
                     return await request_answer(self._server, body, answer, self._retries, self.context)
 
+            bodies = await self._bodies(requests)
             tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -142,6 +166,11 @@ class Endpoint:
                     task.cancel()
 
         return _with_shared_stats(wait_for(work()))
+
+    async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
+        limited = await limit_tokens(self._server, requests, self.context, self._retries)
+        return [self._server.body(each) for each in limited]
 
     def _facts(self) -> dict[str, str]:
         return {
@@ -190,12 +219,17 @@ def connect(
     can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    require(timeout > 0 and retries >= 0, f"timeout={timeout} must be above 0, retries={retries} at least 0")
+    require(
+        is_number(timeout, 0, 1e9) and timeout > 0 and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} must be above 0, and at most 1e9; retries={shown(retries)} from 0 to 1000",
+    )
+    require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries)
     check_token(connection.token)
-    server = wait_for(_discover_with_retries(url, model, api, connection, session))
+    discover = partial(_discover, url, model, api, connection, session)
+    server = wait_for(retry(discover, retries, connection))
     facts, shape = server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
@@ -208,16 +242,6 @@ def connect(
         _server=server,
         _retries=retries,
     )
-
-
-async def _discover_with_retries(
-    url: str, model: str | None, api: Api | None, connection: Connection, session: Any
-) -> Server:
-    async def attempt() -> AsyncIterator[Server]:
-        yield await _discover(url, model, api, connection, session)
-
-    (server,) = [each async for each in retry_stream(attempt, connection.retries, connection)]
-    return server
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
@@ -271,7 +295,7 @@ def _find_spec(model: str) -> FalconSpec | None:
 def _answer(request: Request, strip: bool) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip)
+    return Answer(prompt if isinstance(prompt, str) else "", request.stop, strip, request.sampling.alternatives)
 
 
 def _with_shared_stats(generations: list[Generation]) -> list[Generation]:

@@ -125,21 +125,25 @@ def reading(address: str) -> Iterator[None]:
 
 
 def parse_json(text: str) -> Any:
-    """The content of a JSON text; None if the text is not JSON."""
+    """The content of a JSON text; None if the text is not JSON, or too deeply nested to be read."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def error_message(content: Any) -> str:
     """The message in an error response: a text, or {"error": {"message": ...}}, {"error": ...}, {"detail": ...}."""
-    if isinstance(content, str):
-        content = parse_json(content) or content
-    for key in ("error", "detail", "message"):
-        if isinstance(content, Mapping) and content.get(key):
-            return error_message(content[key])
-    return str(content)
+    inner: list[Any] = [content]
+    while inner:
+        (content, *_) = inner
+        content = parse_json(content) or content if isinstance(content, str) else content
+        keys = ("error", "detail", "message") if isinstance(content, Mapping) else ()
+        inner = [content[key] for key in keys if content.get(key)]
+    try:
+        return str(content)
+    except RecursionError:
+        return "(deeply nested)"
 
 
 def count(value: Any) -> int | None:

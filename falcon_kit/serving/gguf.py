@@ -66,7 +66,6 @@ def write_gguf(
     """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp accepts token ids only."""
     kind, file_type = _file_type(model, dtype)
     _check(model, spec)
-    path = path.expanduser()
     with atomic_file(path, _size(spec, kind)) as partial:
         writer = GGUFWriter(partial, "falcon")
         _add_shape(writer, model, spec)
@@ -74,7 +73,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer, spec.vocabulary)
         _write_tensors(writer, model, spec, kind)
-    return path
+    return path.expanduser()
 
 
 def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> tuple[GGMLQuantizationType, LlamaFileType]:

@@ -6,20 +6,32 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 
 import json
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import httpx2
 import openai
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
-from falcon_kit.generation.text import FinishReason
+from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
-from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
+from falcon_kit.serving.protocol import (
+    Delta,
+    Facts,
+    Request,
+    ask_about_prompt,
+    ask_json,
+    length,
+    likeliest,
+    logprob_or,
+    map_settings,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,21 @@ class Dialect:
     """Fields that request token ids, stop strings in the text, or timings."""
     logprobs: bool = False
     """Whether it streams log-probabilities, those before temperature, top_k and top_p."""
+    lists_generated: bool = False
+    """Whether the generated token takes one of the places in a chat's top_logprobs, likely or not."""
     accepts_stop: bool = False
     """Whether a request may contain stop strings: the server names the one it found, or leaves it in the text."""
     usage: bool = True
     """Whether a request has to ask for the token counts."""
     token_prompts: bool = False
     """Whether a prompt may be token ids."""
+    counts: bool = False
+    """Whether it counts the tokens of a prompt."""
+
+    @property
+    def sampling_fields(self) -> list[str]:
+        """The fields of `Sampling` that not all servers support."""
+        return [name for name, has in (("alternatives", self.logprobs), ("max_length", self.counts)) if has]
 
 
 VLLM = Dialect(
@@ -55,8 +76,10 @@ VLLM = Dialect(
     neutral={"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},  # vLLM reads generation_config.json
     extra={"include_stop_str_in_output": True, "return_token_ids": True},
     logprobs=True,
+    lists_generated=True,
     accepts_stop=True,
     token_prompts=True,
+    counts=True,
 )
 LLAMA_CPP = Dialect(
     name="llama.cpp",
@@ -65,6 +88,7 @@ LLAMA_CPP = Dialect(
     extra={"timings_per_token": True},
     logprobs=True,
     token_prompts=True,
+    counts=True,
 )
 _GENERATION = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True, usage=False)
@@ -79,6 +103,8 @@ class OpenAIServer:
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
         self.facts, self.accepts_stop = facts, dialect.accepts_stop
         self._dialect, self.connection = dialect, connection
+        self._root = url.removesuffix("/v1")
+        self._control_tokens: dict[int | None, str] = {}
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=connection.token or "none",  # the client requires one
@@ -92,7 +118,8 @@ class OpenAIServer:
     def body(self, request: Request) -> dict[str, Any]:
         """The fields of a completion, or of a chat completion."""
         dialect, sampling = self._dialect, request.sampling
-        options = map_settings(request, dialect.name, dialect.fields)
+        options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
+        likely = max(1, sampling.alternatives)
         body: dict[str, Any] = {"model": self.facts.model, "max_tokens": request.new_tokens, "stream": True}
         body |= dialect.extra
         if dialect.usage:
@@ -101,14 +128,15 @@ class OpenAIServer:
             body["stop"] = list(request.stop)
         if request.prompt is None:
             body["messages"] = [dict(message) for message in request.messages]
-            body |= {"logprobs": True, "top_logprobs": 1} if dialect.logprobs else {}
+            likely += dialect.lists_generated and sampling.alternatives > 0
+            body |= {"logprobs": True, "top_logprobs": likely} if dialect.logprobs else {}
         else:
             require(
                 isinstance(request.prompt, str) or dialect.token_prompts,
                 f"{dialect.name} takes no token ids for a prompt: give the text",
             )
             body["prompt"] = request.prompt
-            body |= {"logprobs": 1} if dialect.logprobs else {}
+            body |= {"logprobs": likely} if dialect.logprobs else {}
         body |= _sampling_fields(sampling, options, dialect)
         return body if sampling.seed is None else body | {"seed": sampling.seed}
 
@@ -124,9 +152,43 @@ class OpenAIServer:
                 with reading(self.facts.address):
                     async for chunk in stream:
                         for delta in list(read_chunk(chunk.to_dict())):
-                            yield delta
+                            yield await self._name_control_tokens(delta)
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise self._explain(error) from None  # the client's own error may quote the request
+
+    async def count(self, request: Request) -> int:
+        """The tokens of the prompt or of the conversation in the endpoint's template."""
+        if not isinstance(request.prompt, str | None):
+            return len(request.prompt)
+        messages = {"messages": [dict(message) for message in request.messages]}
+        if self._dialect is VLLM:
+            given = messages if request.prompt is None else {"prompt": request.prompt}
+            content = {"model": self.facts.model} | given
+            return await self._ask("tokenize", content, lambda answer: count(answer["count"]))
+        text = request.prompt or await self._ask("apply-template", messages, lambda answer: answer["prompt"])
+        content = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
+        return await self._ask("tokenize", content, lambda answer: length(answer["tokens"]))
+
+    def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
+        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)
+
+    async def _name_control_tokens(self, delta: Delta) -> Delta:
+        """The delta with the texts of control tokens among its alternatives, which llama.cpp leaves out."""
+        if self._dialect is not LLAMA_CPP or all(each.text for each in delta.alternatives):
+            return delta
+        for each in delta.alternatives:
+            if not each.text and each.token_id not in self._control_tokens:
+                self._control_tokens[each.token_id] = await self._control_token(each.token_id)
+        named = (replace(each, text=each.text or self._control_tokens[each.token_id]) for each in delta.alternatives)
+        return replace(delta, alternatives=tuple(named))
+
+    async def _control_token(self, token_id: int | None) -> str:
+        """The text of a control token; empty if llama.cpp does not return it."""
+        answer: Any = None
+        with suppress(ConnectionError, TimeoutError, PermissionError):
+            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
+        text = answer.get("content") if isinstance(answer, dict) else None
+        return text if isinstance(text, str) else ""
 
     def _explain(self, error: Exception) -> Exception:
         address = self.facts.address
@@ -161,10 +223,9 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
     }
     for choice in chunk.get("choices") or []:
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        tokens = _tokens(choice)
-        yield from (Delta(token_id=token, logprob=logprob) for token, logprob in tokens[:-1])
-        token, logprob = tokens[-1] if tokens else (None, float("nan"))
-        yield Delta(text, token, logprob, _finish_reason(choice), **counts)
+        *tokens, last = _tokens(choice) or [Delta()]
+        yield from tokens
+        yield replace(last, text=text, finish=_finish_reason(choice), **counts)
     if not chunk.get("choices"):
         yield Delta(**counts)
 
@@ -181,22 +242,47 @@ def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
     return "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
 
 
-def _tokens(choice: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """Token ids with log-probabilities: llama.cpp lists them in one list of objects, vLLM in two lists."""
+def _tokens(choice: Mapping[str, Any]) -> list[Delta]:
+    """A delta without text for each token of a chunk."""
     logprobs = choice.get("logprobs") or {}
-    if logprobs.get("content"):
-        entries, ids = [each["logprob"] for each in logprobs["content"]], choice.get("token_ids")
-        ids = ids or [each.get("id") for each in logprobs["content"]]
-    else:
-        ids = choice.get("token_ids") or []
-        entries = logprobs.get("token_logprobs") or [float("nan")] * len(ids)
-    pairs = [(id, math.nan if logprob is None else logprob) for id, logprob in zip(ids, entries, strict=False)]
-    return [pair for pair in pairs if pair[0] is not None]
+    content = logprobs.get("content") or _as_content(logprobs)
+    ids = choice.get("token_ids") or [each.get("id") for each in content]
+    steps = zip(ids, content or [{}] * len(ids), strict=False)
+    return [_token(token, entry) for token, entry in steps if token is not None]
+
+
+def _as_content(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lists in the log-probabilities of vLLM's completions, as the objects that llama.cpp and all chats send."""
+    values = logprobs.get("token_logprobs") or []
+    tokens, tops = logprobs.get("tokens") or [None] * len(values), logprobs.get("top_logprobs") or [None] * len(values)
+    return [
+        {"token": token, "logprob": value, "top_logprobs": [{"token": text, "logprob": v} for text, v in top.items()]}
+        for token, value, top in zip(tokens, values, (each or {} for each in tops), strict=False)
+    ]
+
+
+def _token(token_id: int, entry: Mapping[str, Any]) -> Delta:
+    """The delta of one token. vLLM sends the id of the generated token only, so one alternative gets it."""
+    generated, alternatives = (entry.get("token"), entry.get("logprob")), []
+    for each in entry.get("top_logprobs") or []:
+        same = token_id if (each["token"], each["logprob"]) == generated else None
+        alternatives.append(
+            Alternative(_token_text(each), each.get("id", same), logprob_or(-math.inf, each["logprob"]))
+        )
+    return Delta(
+        token_id=token_id, logprob=logprob_or(math.nan, entry.get("logprob")), alternatives=likeliest(alternatives)
+    )
+
+
+def _token_text(entry: Mapping[str, Any]) -> Any:
+    """A token by itself, from its bytes where they are sent: they may be an incomplete character."""
+    octets = entry.get("bytes")
+    return bytes(octets).decode(errors="replace") if isinstance(octets, list) else entry["token"]
 
 
 async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:
     """The server at `url`. Its list of models and its documented paths show which software it is."""
-    status, listed = await get_json(f"{url}/models", connection)
+    status, listed = await ask_json(f"{url}/models", connection)
     data = listed.get("data") if isinstance(listed, dict) else None
     models = (
         [each for each in data if isinstance(each, dict) and isinstance(each.get("id"), str) and each["id"]]
@@ -225,7 +311,7 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
             return dialect
     documented = None
     with suppress(Redirected):  # as some gateways answer an unknown path
-        _, documented = await get_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
+        _, documented = await ask_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
     if isinstance(documented, dict) and "/load_model" in documented.get("paths", {}):
         return TRANSFORMERS
     return STANDARD if models else None
@@ -246,6 +332,6 @@ async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection
     """The limit for tokens of prompt and answer, from vLLM's list of models or llama.cpp's /props."""
     if dialect is not LLAMA_CPP:
         return count(entry.get("max_model_len"))
-    _, properties = await get_json(f"{url.removesuffix('/v1')}/props", connection)
+    _, properties = await ask_json(f"{url.removesuffix('/v1')}/props", connection)
     settings = properties.get("default_generation_settings") if isinstance(properties, dict) else None
     return count(settings.get("n_ctx")) if isinstance(settings, dict) else None

@@ -3,20 +3,21 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import httpx2
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS
+from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
-from falcon_kit.generation.text import FinishReason
+from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import Unavailable, connection_error, error_message, http_error, parse_json
+from falcon_kit.serving.failures import Unavailable, connection_error, count, error_message, http_error, parse_json
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 MAX_PAUSE, MAX_RETRY_AFTER = 8.0, 60.0  # seconds: limits of the doubled pause, and of an endpoint's Retry-After
@@ -24,7 +25,7 @@ T = TypeVar("T")
 _SUPPORTED = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "stop", "seed")
 """Fields of `Sampling` that every protocol supports, or that the kit handles itself."""
 _ADVICE = {
-    "max_length": "the prompt's tokens are counted at the endpoint; give max_new_tokens",
+    "max_length": "it counts no tokens of a prompt; give max_new_tokens",
     "truncate": "only the endpoint has the tokenizer; shorten the prompt",
 }
 """What to do instead of an unsupported field."""
@@ -67,16 +68,28 @@ class Delta:
     """Tokens of the prompt, if the endpoint reports them."""
     new_tokens: int | None = None
     """Tokens generated so far, if the endpoint reports them."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The most probable tokens of this step, in descending order, if the request asks for them."""
 
     def __post_init__(self) -> None:
         """Raises TypeError for values of other types, which come from a malformed event."""
-        numbers = (self.token_id, self.prompt_tokens, self.new_tokens)
+        numbers = (self.token_id, self.prompt_tokens, self.new_tokens, *(each.token_id for each in self.alternatives))
         if not (
-            isinstance(self.text, str)
-            and isinstance(self.logprob, int | float)
+            all(isinstance(each.text, str) for each in (self, *self.alternatives))
+            and all(isinstance(each.logprob, int | float) for each in (self, *self.alternatives))
             and all(each is None or type(each) is int for each in numbers)
         ):
             raise TypeError(f"wrong types in an event: {self}")
+
+
+def likeliest(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
+    """Alternatives in descending order of their log-probability: some servers list the generated token first."""
+    return tuple(sorted(alternatives, key=lambda each: -each.logprob))
+
+
+def logprob_or(unknown: float, value: Any) -> float:
+    """A log-probability that a server sends, or `unknown` for null: JSON cannot write -inf."""
+    return unknown if value is None else value
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,9 @@ class Server(Protocol):
     def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the events of the response."""
 
+    async def count(self, request: Request) -> int:
+        """The tokens of a request's prompt, counted by the endpoint; called where `body` accepts `max_length`."""
+
 
 async def retry_stream(
     attempt: Callable[[], AsyncIterator[T]], retries: int, connection: Connection | None = None
@@ -139,16 +155,27 @@ async def retry_stream(
         await asyncio.sleep(pause)
 
 
-def map_settings(request: Request, server: str, names: Mapping[str, str]) -> dict[str, Any]:
+async def retry(call: Callable[[], Awaitable[T]], retries: int, connection: Connection) -> T:
+    """The result of `call`, which is called again as by `retry_stream`."""
+
+    async def attempt() -> AsyncIterator[T]:
+        yield await call()
+
+    (result,) = [each async for each in retry_stream(attempt, retries, connection)]
+    return result
+
+
+def map_settings(request: Request, server: str, names: Mapping[str, str], more: Collection[str] = ()) -> dict[str, Any]:
     """The request's options under the endpoint's names; `names` maps transformers' names to these.
 
+    `more`: the fields of `Sampling` that this endpoint supports beside those that all support.
     Raises ValueError for a setting that has no field, with what to do instead: no setting is dropped silently.
     """
     sampling = request.sampling
     for each in fields(sampling):
         value = getattr(sampling, each.name)
         advice = _ADVICE.get(each.name, "leave it out")
-        supported = each.name in _SUPPORTED or value == each.default
+        supported = each.name in (*_SUPPORTED, *more) or value == each.default
         require(supported, f"{server} has no field for {each.name}={value!r}: {advice}")
     require(
         sampling.top_k is None or "top_k" in names,
@@ -160,14 +187,52 @@ def map_settings(request: Request, server: str, names: Mapping[str, str]) -> dic
     return {names[name]: value for name, value in request.options.items()}
 
 
-async def get_json(url: str, connection: Connection) -> tuple[int, Any]:
-    """The status of a GET, and its content if that is JSON. Raises for a refused key, a redirect, a busy endpoint."""
+async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+    """The status of a GET, or of a POST of `content`, and what is returned if that is JSON.
+
+    Raises for a refused key, a redirect, a busy endpoint.
+    """
     try:
         async with connection.client() as client:
-            response = await client.get(url)
+            response = await client.request("GET" if content is None else "POST", url, json=content)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection.timeout) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
         message = connection.redact(error_message(response.text))
         raise http_error(response.status_code, message, redact_url(url), response.headers)
     return response.status_code, parse_json(response.text)
+
+
+async def limit_tokens(
+    server: Server, requests: Sequence[Request], context: int | None, retries: int
+) -> Sequence[Request]:
+    """The requests, with `max_new_tokens` in place of `max_length`: the endpoint counts the tokens of the prompts.
+
+    As on a local model, the longest prompt sets the limit for all. Raises ValueError if it leaves no room.
+    """
+    sampling = requests[0].sampling
+    if sampling.max_length is None:
+        return requests
+    distinct = {str(each.prompt): each for each in requests}.values()  # several sequences have the same prompt
+    counts = [await retry(partial(server.count, each), retries, server.connection) for each in distinct]
+    limit = new_token_limit([range(each) for each in counts], context or sampling.max_length, sampling)
+    return [replace(each, sampling=replace(each.sampling, max_length=None, max_new_tokens=limit)) for each in requests]
+
+
+async def ask_about_prompt(
+    url: str, connection: Connection, content: Mapping[str, Any], read: Callable[[Any], T | None]
+) -> T:
+    """What `read` finds in the response to a POST. Raises ValueError if there is nothing."""
+    status, answer = await ask_json(url, connection, content)
+    with suppress(TypeError, LookupError):
+        if status == 200 and (found := read(answer)) is not None:
+            return found
+    raise ValueError(
+        f"{redact_url(url)} does not count the tokens of the prompt (HTTP {status}), which max_length needs: give "
+        "max_new_tokens"
+    )
+
+
+def length(value: Any) -> int | None:
+    """The number of entries of a list that a server sends; None for an empty list and for anything else."""
+    return count(len(value)) if isinstance(value, list) else None

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
@@ -14,6 +15,7 @@ from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import Delta, Facts, Request
 
+_VLLM = replace(openai_api.VLLM, counts=False)  # SageMaker forwards no other path
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
 REFUSED = (
     "AccessDeniedException",
@@ -39,7 +41,7 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._openai = openai_api.OpenAIServer("http://unused", self.facts, openai_api.VLLM, connection)
+        self._openai = openai_api.OpenAIServer("http://unused", self.facts, _VLLM, connection)
         self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -48,6 +50,10 @@ class SageMakerServer:
             return {**tgi.body(request, self.facts.server), "stream": True}
         body = self._openai.body(request)
         return {name: value for name, value in body.items() if name != "model"}
+
+    async def count(self, request: Request) -> int:
+        """Not possible: SageMaker has no path for it, so `body` refuses `max_length`."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raises LookupError for an endpoint that does not exist, `Unavailable` for one that is not in service yet.
@@ -79,9 +85,9 @@ class SageMakerServer:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
                 *lines, unfinished = (unfinished + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
                 for line in lines:
-                    for delta in self._read(line):
+                    for delta in self._read(line, body):
                         yield delta
-            for delta in self._read(unfinished):
+            for delta in self._read(unfinished, body):
                 yield delta
         finally:
             stream.close()
@@ -108,12 +114,12 @@ class SageMakerServer:
         except (HTTPError, OSError) as error:
             raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
-    def _read(self, line: bytes) -> list[Delta]:
-        """The deltas of a line: an event of TGI, or a chunk of the OpenAI protocol."""
+    def _read(self, line: bytes, body: dict[str, Any]) -> list[Delta]:
+        """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
         with reading(self.facts.address):
             text = line.decode()
             if self._api == "tgi":
-                delta = tgi.read_event(text, self.facts.address)
+                delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
                 return [delta] if delta else []
             chunk = parse_json(text.removeprefix("data:"))
             return list(openai_api.read_chunk(chunk)) if isinstance(chunk, dict) else []

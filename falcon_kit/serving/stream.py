@@ -11,7 +11,8 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from falcon_kit.generation.text import FinishReason, Generation, Piece, Stats, Text
+from falcon_kit.display.errors import require
+from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
@@ -31,10 +32,12 @@ class IncompleteAnswer(ConnectionError):
 class Answer:
     """One generated text while it is received."""
 
-    def __init__(self, prompt: str, stop: tuple[str, ...], strip: bool) -> None:
-        self.prompt, self._text = prompt, Text(stop, strip)
+    def __init__(self, prompt: str, stop: tuple[str, ...], strip: bool, alternatives: int = 0) -> None:
+        """alternatives: how many there are at each step, as in `Sampling`."""
+        self.prompt, self._text, self._wanted = prompt, Text(stop, strip), alternatives
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.alternatives: list[tuple[Alternative, ...]] = []
         self.finish: FinishReason | None = None
         self.prompt_tokens, self._new_tokens, self._events = 0, 0, 0
         self.start = self.first = self.last = time.perf_counter()
@@ -52,15 +55,21 @@ class Answer:
     def push(self, delta: Delta) -> Piece | None:
         """Adds an event; returns a piece if the event has a token, or if more of the text can be shown."""
         self.count(delta)
+        alternatives = delta.alternatives[: self._wanted]
+        require(
+            not (self._wanted and delta.text) or bool(alternatives or self.tokens),
+            f"the endpoint sends no alternatives, although alternatives={self._wanted} asks for them: leave it out",
+        )
         if delta.text or delta.token_id is not None:
             self._record_time()
         if delta.token_id is not None:
             self.tokens.append(delta.token_id)
             self.logprobs.append(delta.logprob)
+            self.alternatives.append(alternatives)
         self._text.add(delta.text)
         self.finish = "stop" if self.stopped else delta.finish
         text = self._text.show(self.finish is not None)
-        return Piece(text, delta.token_id, delta.logprob) if text or delta.token_id is not None else None
+        return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
 
     def count(self, delta: Delta) -> None:
         """Stores the endpoint's token counts."""
@@ -82,6 +91,7 @@ class Answer:
                 first_token_seconds=self.first - self.start,
                 seconds=self.last - self.start,
             ),
+            alternatives=tuple(self.alternatives) if self._wanted else None,
         )
 
     def _record_time(self) -> None:
@@ -109,7 +119,7 @@ async def request_answer(
         async with aclosing(retry_stream(lambda: server.deltas(body), retries, server.connection)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 begun = True
-                if piece := answer.push(replace(delta, text=server.connection.scrub(delta.text))):
+                if piece := answer.push(_scrub(delta, server.connection.scrub)):
                     emit(piece)
                 if answer.finish:
                     break
@@ -125,6 +135,12 @@ async def request_answer(
     if not answer.finish:
         raise _incomplete(answer, f"{address} gave no finish reason after {len(answer.text)} characters")
     return _check_context(answer.generation(), context)
+
+
+def _scrub(delta: Delta, scrub: Callable[[str], str]) -> Delta:
+    """The event with `scrub` applied to each text in it."""
+    alternatives = tuple(replace(each, text=scrub(each.text)) for each in delta.alternatives)
+    return replace(delta, text=scrub(delta.text), alternatives=alternatives)
 
 
 def _incomplete(answer: Answer, message: str) -> IncompleteAnswer:

@@ -5,16 +5,26 @@ lines. Schema: https://huggingface.github.io/text-generation-inference (StreamRe
 """
 
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 import httpx2
 
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.generation.text import FinishReason
+from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
-from falcon_kit.serving.protocol import Delta, Facts, Request, get_json, map_settings
+from falcon_kit.serving.protocol import (
+    Delta,
+    Facts,
+    Request,
+    ask_about_prompt,
+    ask_json,
+    length,
+    likeliest,
+    logprob_or,
+    map_settings,
+)
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
@@ -33,7 +43,11 @@ class TGIServer:
 
     def body(self, request: Request) -> dict[str, Any]:
         """As the function `body`."""
-        return body(request, self.facts.server)
+        return body(request, self.facts.server, ("max_length",))
+
+    async def count(self, request: Request) -> int:
+        """The tokens of the prompt, by POST /tokenize, which lists them."""
+        return await ask_about_prompt(f"{self._url}/tokenize", self.connection, {"inputs": request.prompt}, length)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the delta of each event."""
@@ -46,16 +60,16 @@ class TGIServer:
                     raise http_error(response.status_code, message, address, response.headers)
                 with reading(address):
                     async for line in response.aiter_lines():
-                        if delta := read_event(line, address):
+                        if delta := read_event(line, address, reshapes(body["parameters"])):
                             yield delta
         except httpx2.HTTPError as error:
             raise connection_error(error, address, self.connection.timeout) from None
 
 
-def body(request: Request, server: str) -> dict[str, Any]:
-    """TGI's GenerateRequest: the prompt and its GenerateParameters."""
+def body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
+    """TGI's GenerateRequest: the prompt and its GenerateParameters. more: as in `map_settings`."""
     sampling = request.sampling
-    options = map_settings(request, server, _NAMES)
+    options = map_settings(request, server, _NAMES, ("alternatives", *more))
     require(
         isinstance(request.prompt, str),
         f"{server} has no field for token ids or a conversation: give a text, or connect with chat='falcon'",
@@ -67,13 +81,29 @@ def body(request: Request, server: str) -> dict[str, Any]:
         top_p = None if sampling.top_p == 1 else sampling.top_p  # TGI requires a value below 1
         chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": top_p}
         parameters |= {name: value for name, value in chosen.items() if value is not None}
+    if sampling.alternatives:
+        parameters["top_n_tokens"] = sampling.alternatives
     if sampling.seed is not None:
         parameters["seed"] = sampling.seed
-    return {"inputs": request.prompt, "parameters": parameters | options}
+    parameters |= options
+    require(
+        not (sampling.alternatives and reshapes(parameters)),
+        f"{server} reports probabilities after temperature, top_k, top_p and penalties, and alternatives="
+        f"{sampling.alternatives} means those before: leave it out, or set do_sample=False",
+    )
+    return {"inputs": request.prompt, "parameters": parameters}
 
 
-def read_event(line: str, address: str) -> Delta | None:
-    """The delta in a line of server-sent events or of JSON; None for an empty line, a comment or the end mark."""
+def reshapes(parameters: Mapping[str, Any]) -> bool:
+    """Whether a request changes the probabilities that TGI reports: it computes them from what it draws from."""
+    return parameters.get("temperature", 1) != 1 or any(name in parameters for name in ("top_p", *_NAMES.values()))
+
+
+def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
+    """The delta in a line of server-sent events or of JSON; None for an empty line, a comment or the end mark.
+
+    reshaped: the request `reshapes` what TGI reports, so that the log-probability is not known. LMI's is the model's.
+    """
     line = line.removeprefix("data:").strip()
     if not line or line.startswith((":", "event:")) or line == "[DONE]":
         return None
@@ -84,20 +114,27 @@ def read_event(line: str, address: str) -> Delta | None:
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
     token, details = event["token"], event.get("details") or {}
     text = "" if token.get("special") else token.get("text") or ""
-    logprob = token.get("logprob", token.get("log_prob"))  # LMI's name has an underscore
     return Delta(
         text=text,
         token_id=token["id"] if isinstance(token.get("id"), int) else None,
-        logprob=math.nan if logprob is None else logprob,
+        logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
         finish=_FINISHED.get(details.get("finish_reason", "")),
         prompt_tokens=details.get("input_length"),
         new_tokens=details.get("generated_tokens"),
+        alternatives=likeliest(
+            Alternative(each["text"], each.get("id"), _logprob(each, -math.inf))
+            for each in event.get("top_tokens") or []
+        ),
     )
+
+
+def _logprob(token: Mapping[str, Any], unknown: float) -> float:
+    return logprob_or(unknown, token.get("logprob", token.get("log_prob")))  # LMI's name has an underscore
 
 
 async def discover(url: str, model: str | None, connection: Connection) -> TGIServer | None:
     """The TGI server at `url`; None if there is another server."""
-    _, info = await get_json(f"{url}/info", connection)
+    _, info = await ask_json(f"{url}/info", connection)
     if not isinstance(info, dict) or not isinstance(info.get("model_id"), str):
         return None
     if model not in (None, info["model_id"]):

@@ -1,6 +1,6 @@
 """A server of Text Generation Inference's protocol for one Falcon, on loopback: to try a client without its container.
 
-It has the schema of TGI 3: GET /info, and POST /generate_stream with server-sent events.
+It has the schema of TGI 3: GET /info, POST /tokenize, and POST /generate_stream with server-sent events.
 Source: https://huggingface.co/docs/text-generation-inference
 """
 
@@ -49,8 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": "not found"})
 
     def do_POST(self) -> None:
-        """POST /generate_stream."""
+        """POST /generate_stream or /tokenize."""
         length = int(self.headers.get("content-length", 0))
+        if self.path == "/tokenize" and length <= _LARGEST_REQUEST:
+            self._json(200, tokenize(self.falcon, json.loads(self.rfile.read(length) or b"{}")))
+            return
         if self.path != "/generate_stream" or length > _LARGEST_REQUEST:
             self._json(404 if length <= _LARGEST_REQUEST else 413, {"error": "not found, or too long"})
             return
@@ -65,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data:" + json.dumps(each).encode() + b"\n\n")
             self.wfile.flush()
 
-    def _json(self, status: int, content: Mapping[str, Any]) -> None:
+    def _json(self, status: int, content: Any) -> None:
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.end_headers()
@@ -79,6 +82,12 @@ def info(falcon: Falcon) -> dict[str, Any]:
     """The answer to GET /info, as far as clients need it."""
     context = falcon.spec.context
     return {"model_id": falcon.spec.name, "max_input_tokens": context - 1, "max_total_tokens": context}
+
+
+def tokenize(falcon: Falcon, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answer to POST /tokenize; clients read the ids."""
+    tokens = falcon.tokenizer(body["inputs"])["input_ids"]
+    return [{"id": each, "text": "", "start": 0, "stop": 0} for each in tokens]
 
 
 def refusal(falcon: Falcon, body: Mapping[str, Any]) -> str | None:
@@ -100,7 +109,8 @@ def events(falcon: Falcon, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     given = body["parameters"]
     text, end, count = "", falcon.tokenizer.eos_token_id, 0
     length = len(falcon.tokenizer(body["inputs"])["input_ids"])
-    stream = falcon.stream(body["inputs"], **{name: given[name] for name in _SETTINGS if name in given})
+    settings = {name: given[name] for name in _SETTINGS if name in given}
+    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
     for count, piece in enumerate(stream, 1):
         special = piece.token_id == end
         text += piece.text
@@ -118,10 +128,9 @@ def events(falcon: Falcon, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
     shown = "<|endoftext|>" if special else piece.text
-    return {
-        "index": index,
-        "token": {"id": piece.token_id, "text": shown, "logprob": piece.logprob, "special": special},
-    }
+    token = {"id": piece.token_id, "text": shown, "logprob": piece.logprob, "special": special}
+    top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
+    return {"index": index, "token": token, **({"top_tokens": top} if top else {})}
 
 
 def _ending(reason: str | None, text: str, count: int, seed: int | None, length: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import warnings
 from pathlib import Path
+
+from falcon_kit.display.saving import move_folder, remove_quietly
 
 KEPT = 2
 """Checkpoints that are kept, besides the best one: the last two."""
@@ -59,9 +60,8 @@ def publish(checkpoint: Path, run: Path, best: str | None) -> None:
     files = [each for each in checkpoint.rglob("*") if each.is_file()]
     sizes = {str(each.relative_to(checkpoint)): each.stat().st_size for each in files}
     (checkpoint / _FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    shutil.rmtree(run / checkpoint.name, ignore_errors=True)
-    checkpoint.rename(run / checkpoint.name)
+    move_folder(checkpoint, run / checkpoint.name)
     checkpoint.parent.rmdir()
     for old in list(filter(is_complete, checkpoints(run)))[KEPT:]:
         if str(old) != best:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_quietly(old)

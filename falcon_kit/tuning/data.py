@@ -20,6 +20,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
+from falcon_kit.display.errors import check_whole, is_number, plain_scalar, shown
 from falcon_kit.display.tables import html_table
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
@@ -77,8 +78,11 @@ class Documents(Sequence[dict[str, Any]]):
 
         Raises ValueError for a share that is not between 0 and 1, and for fewer than two documents.
         """
-        if not 0 < share < 1 or len(self) < 2:
-            raise ValueError(f"share={share} of {len(self)} documents: give a share between 0 and 1, and two or more")
+        _check_seed(seed)
+        if not (is_number(share, 0, 1) and 0 < share < 1) or len(self) < 2:
+            raise ValueError(
+                f"share={shown(share)} of {len(self)} documents: give a share between 0 and 1, and two or more"
+            )
         order = random.Random(operator.index(seed)).sample(range(len(self)), len(self))
         count = min(max(1, round(share * len(self))), len(self) - 1)
         return self._select(sorted(order[count:])), self._select(sorted(order[:count]))
@@ -196,6 +200,10 @@ def _read(rows: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any] | Problem]
             yield {"text": None, "messages": [], "untrained": [], **usable, "where": where}
 
 
+def _check_seed(seed: int) -> None:
+    check_whole("seed", plain_scalar(seed), 0)
+
+
 def mix(
     dialogues: Documents,
     web_texts: Documents | str | Path | Iterable[str | Mapping[str, Any]] | pd.DataFrame,
@@ -212,8 +220,9 @@ def mix(
     bytes of UTF-8.
     Raises ValueError for a fraction out of range, or for too few web texts.
     """
-    if not 0 < web_fraction < 1:
-        raise ValueError(f"web_fraction={web_fraction} is not between 0 and 1: the model card's recipe is 0.05")
+    _check_seed(seed)
+    if not (is_number(web_fraction, 0, 1) and 0 < web_fraction < 1):
+        raise ValueError(f"web_fraction={shown(web_fraction)} is not between 0 and 1: the model card's recipe is 0.05")
 
     def size(text: str) -> int:
         return len(tokenizer(text, verbose=False)["input_ids"]) if tokenizer else len(text.encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.generation.chat import encode, render_prompt
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.generation.text import Generation
@@ -35,7 +36,7 @@ def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: 
     if not conversations:
         return {}
     expected = [messages[-1]["content"].strip() for messages in conversations]
-    longest = max(len(ids) for ids in falcon.tokenizer(expected)["input_ids"])
+    longest = max(len(encode_prompt(text, falcon.tokenizer)) for text in expected)
     answers = _answers(falcon, conversations, min(_MAX_NEW_TOKENS, longest + 16))
     exact = [str(answer) == text for answer, text in zip(answers, expected, strict=True)]
     return {

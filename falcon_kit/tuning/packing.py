@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from falcon_kit.display.errors import is_whole, shown
 from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
@@ -179,8 +180,8 @@ def pack(
     check_falcon(falcon)
     limit = context_limit(falcon.model.config)
     context = limit if context is None else context
-    if not 8 <= context <= limit:
-        raise ValueError(f"context={context} is not between 8 and {limit}, the context of {falcon.spec.name}")
+    if not is_whole(context, 8, limit):
+        raise ValueError(f"context={shown(context)} is not between 8 and {limit}, the context of {falcon.spec.name}")
     if falcon.tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-sequence token, so the model cannot learn to stop: set tokenizer.eos_token"

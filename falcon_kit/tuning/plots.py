@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import BLUE, PALETTE, VERMILION, drawing, new_figure
+from falcon_kit.display.figure import BLUE, PALETTE, VERMILION, drawing, legend_label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def compare_losses(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
     figure = new_figure(7, 3)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), color=PALETTE[index % len(PALETTE)], label=name)
+        axes.plot(*zip(*points, strict=True), color=PALETTE[index % len(PALETTE)], label=legend_label(name))
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """The output_dir of `fk.tune`, which belongs to one run.
 
+run.lock         held while a run writes here
 run.json         what determines the adapter: base model, data, settings
 checkpoint-N/    see checkpoint_files.py
 adapter/         the adapter, its model card, and its record tuning.json, written last: then the run is finished
@@ -7,14 +8,16 @@ adapter/         the adapter, its model card, and its record tuning.json, writte
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.saving import atomic_folder, write_text
+from filelock import FileLock, Timeout
+
+from falcon_kit.display.reading import read_json
+from falcon_kit.display.saving import atomic_folder, remove, write_text
 from falcon_kit.generation.own_format import storable
 from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
@@ -59,15 +62,35 @@ def default_output_dir(name: str, identity: Mapping[str, Any]) -> Path:
     return Path("runs") / f"{name}-{digest[:8]}"
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a folder, which is made if need be. Raises BlockingIOError where another run of `fk.tune` holds it.
+
+    The lock ends with its process, also if that is killed.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"output_dir={str(directory)!r} is a file: give a folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "run.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another run of fk.tune is writing in {directory}: wait until it has ended, or take another output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Writes run.json into a new folder, or checks that the run in the folder is the same one.
 
-    resume=False deletes an earlier run first. Raises NotADirectoryError for a file, FileExistsError for checkpoints or
-    an adapter that `fk.tune` did not write, and ValueError for another run or a damaged run.json.
+    resume=False deletes an earlier run first. Raises FileExistsError for checkpoints or an adapter that `fk.tune` did
+    not write, and ValueError for another run or a damaged run.json.
     """
     file = directory / "run.json"
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"output_dir={str(directory)!r} is a file: give a folder")
     results = [each for each in (*directory.glob("checkpoint-*"), directory / "adapter") if each.exists()]
     if results and not file.is_file():
         raise FileExistsError(
@@ -76,21 +99,21 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
         )
     if not resume:
         for each in results:
-            shutil.rmtree(each, ignore_errors=True)
-        file.unlink(missing_ok=True)
-    if file.is_file():
-        _check_same_run(file, identity)
+            remove(each)
+    if resume and file.is_file():
+        _check_same_run(file, identity, results)
     else:
-        directory.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
 
 
-def _check_same_run(file: Path, identity: Mapping[str, Any]) -> None:
+def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[Path]) -> None:
     remedy = (
         "another output_dir, or resume=False to start over there (without output_dir, each choice of settings gets a "
         "folder of its own)"
     )
-    started = _read_json(file, f"take {remedy}")
+    names = ", ".join(sorted(each.name for each in results))
+    lost = f"the run there cannot be resumed without it, and resume=False deletes its {names}: " if names else ""
+    started = read_json(file, f"{lost}take {remedy}")
     may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
     differences = [
         f"{name}: {started.get(name)!r} there, {identity.get(name)!r} here"
@@ -106,20 +129,13 @@ def _check_same_run(file: Path, identity: Mapping[str, Any]) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a finished run; None for a run that is not finished."""
     file = directory / "adapter" / RECORD
-    return _read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is empty or damaged ({error}): {remedy}") from error
+    return read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
 
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
     """Saves the adapter, completely or not at all; returns its folder. Every process has to call it."""
     adapter = directory / "adapter"
-    with atomic_folder(adapter) if distributed.is_rank0() else nullcontext(adapter) as folder:
+    with atomic_folder(adapter, trainer.adapter_bytes) if distributed.is_rank0() else nullcontext(adapter) as folder:
         trainer.save_model(str(folder))
     return adapter
 

@@ -7,14 +7,23 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import plain_scalar, require, unknown_name
+from falcon_kit.display.errors import (
+    check_flag,
+    check_whole,
+    is_number,
+    is_whole,
+    plain_scalar,
+    require,
+    shown,
+    unknown_name,
+)
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a block."""
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine")
 _TINY, _MIDDLE = 100e6, 20e9  # parameters
 _AT_LEAST_1 = ("r", "per_device_train_batch_size", "gradient_accumulation_steps")
-_NONE_OR_AT_LEAST_1 = ("max_steps", "eval_steps", "patience", "save_steps")
+_NONE_OR_AT_LEAST_1 = ("context", "max_steps", "eval_steps", "patience", "save_steps")
 _OTHER_NAMES = {
     **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r, as in LoraConfig"),
     "alpha": "lora_alpha, as in LoraConfig",
@@ -97,25 +106,41 @@ class Tuning:
         """Raises ValueError for a value out of range, with its name and the range."""
         for field in fields(self):
             object.__setattr__(self, field.name, plain_scalar(getattr(self, field.name)))  # the dataclass is frozen
-        for name in _AT_LEAST_1:
-            require(_is_int(getattr(self, name), 1), f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in _NONE_OR_AT_LEAST_1:
-            value = getattr(self, name)
-            require(value is None or _is_int(value, 1), f"{name} must be at least 1, got {value!r}")
-        require(_is_int(self.answers, 0), f"answers must be 0 or more, got {self.answers!r}")
-        for name in ("num_train_epochs", "lora_alpha"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be more than 0, got {value}")
-        for name in ("held_out", "warmup_ratio", "lora_dropout"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}")
-        rate = self.learning_rate
-        require(rate is None or 0 < rate < 1, f"learning_rate must be above 0 and below 1, got {rate}")
+        self._check_numbers()
+        for name in ("packing", "gradient_checkpointing", "shard"):
+            check_flag(name, getattr(self, name), *(() if name == "packing" else (None,)))
         kind = self.lr_scheduler_type
         require(kind in _SCHEDULES, f"lr_scheduler_type must be one of {', '.join(_SCHEDULES)}, got {kind!r}")
         self._check_target_modules()
         require(
             self.patience is None or self.held_out > 0, "patience needs the held-out loss: set held_out above 0 too"
+        )
+
+    def _check_numbers(self) -> None:
+        for name in _AT_LEAST_1:
+            value = getattr(self, name)
+            require(is_whole(value, 1), f"{name} must be at least 1, got {shown(value)}")
+        for name in _NONE_OR_AT_LEAST_1:
+            value = getattr(self, name)
+            require(value is None or is_whole(value, 1), f"{name} must be at least 1, got {shown(value)}")
+        require(is_whole(self.answers, 0), f"answers must be 0 or more, got {shown(self.answers)}")
+        check_whole("seed", self.seed, 0, 2**32 - 1)  # numpy's range
+        for name in ("num_train_epochs", "lora_alpha", "max_grad_norm"):
+            value = getattr(self, name)
+            require(
+                value is None or (is_number(value, 0, 1e30) and value > 0),
+                f"{name} must be more than 0, and at most 1e30, got {shown(value)}",
+            )
+        for name in ("held_out", "warmup_ratio", "lora_dropout"):
+            value = getattr(self, name)
+            require(
+                value is None or (is_number(value, 0, 1) and value < 1),
+                f"{name} must be at least 0 and below 1, got {shown(value)}",
+            )
+        rate = self.learning_rate
+        require(
+            rate is None or (is_number(rate, 0, 1) and 0 < rate < 1),
+            f"learning_rate must be above 0 and below 1, got {shown(rate)}",
         )
 
     def _check_target_modules(self) -> None:
@@ -138,7 +163,3 @@ class Tuning:
             "gradient_checkpointing": not tiny,
         }
         return replace(self, **{name: value for name, value in by_size.items() if getattr(self, name) is None})
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -5,8 +5,8 @@ weighted by token; checkpoints that are complete or absent; shards of the weight
 """
 
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
+from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning import checkpoint_files, distributed
@@ -124,23 +126,29 @@ class AdapterTrainer(Trainer):
 
     # Checkpoints
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the trained weights; of a sharded model, those of all processes."""
+        return sum(each.nbytes for each in self.model.parameters() if each.requires_grad)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter alone, without pickled arguments and tokenizer. Every process has to call it."""
         state = distributed.gathered_adapter(self.model) if distributed.is_sharded(self.model) else None
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)
+            with write_errors():
+                self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint in the folder `unfinished`, then moves it: it is complete or absent."""
         unfinished, is_writer = self._run / checkpoint_files.UNFINISHED, self.args.should_save
         if is_writer:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(unfinished)
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a file cannot be written
-            raise self._not_saved(error) from error
+            with self._named_failure():
+                check_disk_space(unfinished, 3 * self.adapter_bytes)  # with the two moments of the optimizer
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self._run)
         self.accelerator.wait_for_everyone()
@@ -148,13 +156,22 @@ class AdapterTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._run / Path(best).name)
         if is_writer:
             checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
-            self.state.save_to_json(str(checkpoint / "trainer_state.json"))
-            checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
+            with self._named_failure():
+                self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+                checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        """Names the step that could not be saved and the last complete checkpoint."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a file cannot be written
+            raise self._not_saved(error) from error
 
     def _not_saved(self, error: Exception) -> OSError:
         last = checkpoint_files.last_complete(self._run)
-        shutil.rmtree(self._run / checkpoint_files.UNFINISHED, ignore_errors=True)
+        remove_quietly(self._run / checkpoint_files.UNFINISHED)
         saved = f"{last} is complete, and the same call resumes from it" if last else "no checkpoint was saved before"
         return OSError(
             f"step {self.state.global_step} could not be saved in {self._run} ({error}): free some space; {saved}"

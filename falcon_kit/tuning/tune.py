@@ -9,7 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, in_noteboo
 from falcon_kit.tuning.run_folder import (
     default_output_dir,
     identity,
+    locked,
     prepare_output_dir,
     read_record,
     save_adapter,
@@ -73,8 +74,9 @@ def tune(
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
     adapters already, and for settings that are out of range or differ from those of the run in output_dir,
-    NotEnoughMemory, FloatingPointError for a loss that is not finite, and OSError if a checkpoint cannot be saved; the
-    earlier ones stay complete. After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
+    NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
+    output_dir, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
+    finished and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):
@@ -87,11 +89,12 @@ def tune(
     test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
     memory_plan = _plan(falcon, chosen, force)
     run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet)
-    run.prepare(resume)
-    if distributed.is_rank0() and not quiet:
-        show_plan(memory_plan)
-    with _restored(falcon), unpacked(falcon.model):
-        return run()
+    with run.held():
+        run.prepare(resume)
+        if distributed.is_rank0() and not quiet:
+            show_plan(memory_plan)
+        with _restored(falcon), unpacked(falcon.model):
+            return run()
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
@@ -215,6 +218,10 @@ class _Run:
             return default_output_dir(self.falcon.spec.name, self._identity)
         return Path(self.output_dir).expanduser()
 
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other runs out of output_dir; rank 0 holds it for all processes."""
+        return locked(self.directory) if distributed.is_rank0() else nullcontext()
+
     def prepare(self, resume: bool) -> None:
         """Prepares output_dir on rank 0; the other processes wait."""
         if distributed.is_rank0():  # if it raises, the launcher ends the other processes
@@ -335,6 +342,6 @@ def _out_of_memory(error: Exception, falcon: Falcon, settings: Tuning, memory_pl
         suggestions.append(f"fk.load({falcon.name!r}, dtype='nf4'): QLoRA")
     if (settings.context or 0) >= 256:
         suggestions.append(f"context={(settings.context or 0) // 2}: longer conversations are cut")
-    first_line = str(error).splitlines()[0]
-    text = f"out of memory during training ({first_line}). The plan was: {memory_plan.verdict()}. Try:"
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    text = f"out of memory during training ({reason}). The plan was: {memory_plan.verdict()}. Try:"
     return NotEnoughMemory(replace(memory_plan, suggestions=tuple(suggestions)), text)

@@ -458,12 +458,12 @@ def test_every_control_has_a_name_and_the_tab_key_goes_from_top_to_bottom(pad: P
     assert unnamed == []
     pad.button("Prompt").focus()
     stops = ["Prompt"]
-    for _ in range(8):
+    for _ in range(9):
         pad.page.keyboard.press("Tab")
         stops.append(pad.page.evaluate(FOCUSED))
     names = [stop.split("\n")[0].strip() for stop in stops]
-    assert names[:6] == ["Prompt", "Chat", "Token probabilities", "Text", "Examples", "Prompt"]
-    assert names[6].startswith("Generate")
+    assert names[:7] == ["Prompt", "Chat", "Token probabilities", "Guardrails", "Text", "Examples", "Prompt"]
+    assert names[7].startswith("Generate")
 
 
 FOCUSED = """() => {

@@ -4,9 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from falcon_kit.display import saving
 from falcon_kit.display.saving import atomic_file, atomic_folder, write_text
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
@@ -67,18 +70,88 @@ def test_a_symbolic_link_is_replaced_and_what_it_led_to_is_not_touched(context, 
 
 
 def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
-    (tmp_path / f".a.{DEAD}.new.partial").write_text("half")
-    (tmp_path / f".a.{os.getpid()}.other.partial").write_text("still being written")
-    write_text(tmp_path / "a", "whole")
-    assert names(tmp_path) == [f".a.{os.getpid()}.other.partial", "a"]
+    (tmp_path / f".a.{DEAD}-0.x.new.partial").write_text("half")
+    (tmp_path / f".a.{os.getpid()}-0.x.new.partial").write_text("by a process of the same id before this one")
+    with atomic_file(tmp_path / "a") as first:
+        first.write_text("first")
+        write_text(tmp_path / "a", "second")
+        assert names(tmp_path) == [first.name, "a"]
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "first"
 
 
 def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path):
-    (tmp_path / f".run.{DEAD}.old.partial").mkdir()
-    (tmp_path / f".run.{DEAD}.old.partial" / "good").touch()
+    (tmp_path / f".run.{DEAD}-0.x.old.partial").mkdir()
+    (tmp_path / f".run.{DEAD}-0.x.old.partial" / "good").touch()
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "run"):
         _ = 1 / 0
     assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["good"])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_cannot_be_renamed_stays_as_it_was(tmp_path, monkeypatch, exchange):
+    monkeypatch.setattr(saving, "_exchange", lambda *_: exchange)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "good").touch()
+    rename = Path.rename
+    moved = []
+
+    def interrupted(self, target):
+        if ".new." in self.name:
+            moved.append(self)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    if exchange:
+        with atomic_folder(tmp_path / "run"):
+            pass
+        assert moved == []
+    else:
+        with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "run"):
+            pass
+    assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["good"])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_where_names_cannot_be_exchanged_too(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(saving, "_exchange", lambda *_: False)
+    for version in ("one", "two"):
+        with atomic_folder(tmp_path / "run") as partial:
+            (partial / version).touch()
+    assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["two"])
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synchronised = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        synchronised.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".")[-1])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_text(tmp_path / "a", "text")
+    with atomic_folder(tmp_path / "run") as partial:
+        (partial / "b").touch()
+    assert synchronised == ["partial", tmp_path.name, "b", "partial", tmp_path.name]
+
+
+def test_a_path_in_the_home_folder_is_written_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text("~/a", "text")
+    with atomic_folder("~/run"):
+        pass
+    assert names(tmp_path) == ["a", "run"]
+
+
+def test_threads_that_write_one_file_leave_one_of_their_texts(tmp_path):
+    texts = [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda text: write_text(tmp_path / "a", text), texts * 5))
+    assert (tmp_path / "a").read_text() in texts
+    assert names(tmp_path) == ["a"]
 
 
 def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):

@@ -149,7 +149,7 @@ def test_a_chat_answer_is_the_continuation_of_the_rendered_turns_up_to_the_next(
 
 
 def test_a_chat_answer_ends_before_the_next_speaker(tokenizer, instruct):
-    loud = dataclasses.replace(instruct, chat_format=dataclasses.replace(instruct.chat_format, stop=(" leaves",)))
+    loud = dataclasses.replace(instruct, loaded_format=dataclasses.replace(instruct.chat_format, stop=(" leaves",)))
     assert loud.chat(CHAT).text == "Giraffes eat acacia"
 
 

@@ -1,7 +1,5 @@
 """A checkpoint's own chat template is the one that is used; transformers' apply_chat_template is the oracle."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +53,7 @@ def in_format(falcon, template):
     """The format in which the checkpoint would be loaded with another template."""
     before, falcon.tokenizer.chat_template = falcon.tokenizer.chat_template, template
     try:
-        return own_format(falcon.tokenizer, Path("here"))
+        return own_format(falcon.tokenizer, "here")
     finally:
         falcon.tokenizer.chat_template = before
 
@@ -167,3 +165,16 @@ def test_a_checkpoint_with_several_templates_uses_the_default_and_keeps_all(inst
     with pytest.raises(ValueError, match=r"several chat templates and no default: rag, tool_use"):
         fk.load(with_template(instruct, {"rag": LINES, "tool_use": LINES}, tmp_path / "other"))
     assert fk.load(tmp_path / "other", chat=fk.ChatFormat("mine", template=LINES)).chat_format.template == LINES
+
+
+# A template that is set after loading
+
+
+def test_a_template_that_is_set_after_loading_is_the_format_of_chat(instruct):
+    falcon = fk.load("falconet-instruct")
+    falcon.tokenizer.chat_template = LINES
+    expected = falcon.tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=False)
+    assert (falcon.chat_format.template, falcon.chat_format.stop) == (LINES, ("\n### user:\n",))
+    assert falcon.chat(TALK[:1], max_new_tokens=4).prompt == falcon.tokenizer.decode(expected)
+    falcon.tokenizer.chat_template = instruct.tokenizer.chat_template
+    assert falcon.chat_format is falcon.loaded_format

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import falcon_kit
+from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.generation.chat import FORMATS, render
 from falcon_kit.guardrails.guard import Guardrails
-from falcon_kit.guardrails.injection import SPECIAL_TOKENS
 from falcon_kit.guardrails.matching import Growing, Pattern
 from falcon_kit.guardrails.repetition import Repetition
 

@@ -1,6 +1,7 @@
 """The shipped lines, what the checks do on them, and what a stream costs."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,15 @@ def test_a_check_catches_its_lines_and_few_others(score):
 def test_the_report_has_a_row_for_each_check_and_half():
     assert all(report().count(check) == 2 for check in CHECKS)
     assert "tokens/s" in report().splitlines()[-1]
+
+
+def test_the_readme_gives_the_result_on_the_held_out_half():
+    held_out = [score for score in SCORES if score.half == "held out"]
+    caught, labelled, alarms = (
+        sum(getattr(each, n) for each in held_out) for n in ("caught", "labelled", "false_alarms")
+    )
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"the checks catch {caught} of {labelled} and raise {alarms} false alarms" in readme
 
 
 def test_the_checks_take_less_than_two_percent_of_a_stream():

@@ -168,3 +168,17 @@ def test_neither_the_error_nor_the_log_contains_the_text(caplog):
     shown = f"{caught.value!r} {caught.value} {verdict!r} {verdict} {verdict._repr_html_()} {caplog.text}"
     assert "secrets" in caplog.text
     assert not any(part in shown for part in ("AKIA", "FODNN7", "EXAMPLE"))
+
+
+def test_a_token_without_text_waits_for_the_text_that_it_begins():
+    check = Guardrails().begin()
+    assert [piece.token_id for piece in check.push(Piece("So: ", 1, -1.0))] == [1]
+    assert check.push(Piece("", 2, -1.0)) == []
+    with pytest.raises(Blocked):
+        check.push(Piece(KEY + " ", 3, -1.0))
+
+
+@pytest.mark.parametrize("texts", [("", "a "), ("a", "", "", "b "), ("", "")])
+def test_tokens_without_text_come_in_their_order_at_the_latest_at_the_end(texts):
+    pieces = [Piece(text, number, -1.0) for number, text in enumerate(texts)]
+    assert list(Guardrails().stream(iter(pieces))) == pieces

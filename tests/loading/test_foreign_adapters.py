@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -245,3 +246,14 @@ def test_an_adapter_on_the_hub_has_the_spec_and_the_plan_of_its_directory(monkey
     assert (spec.name, spec.parameters) == ("somebody/falcon-lora", fk.spec(adapter).parameters)
     planned = fk.plan("somebody/falcon-lora", devices="T4")
     assert planned.total_bytes == fk.plan(str(adapter), devices="T4").total_bytes
+
+
+def test_a_repository_that_holds_an_adapter_and_its_base_loads_both(base, tmp_path):
+    both = saved_adapter(base, tmp_path / "both")
+    for file in base.iterdir():
+        shutil.copyfile(file, both / file.name)
+    renamed(both, "somebody/both")
+    cached(tmp_path, "somebody/both", both)
+    falcon = fk.load("somebody/both", cache_dir=tmp_path, local_files_only=True)
+    assert falcon.spec.name == "somebody/both"
+    torch.testing.assert_close(logits(falcon.model), by_peft(base, both), rtol=1e-4, atol=1e-4)

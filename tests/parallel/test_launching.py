@@ -273,6 +273,20 @@ def test_each_process_keeps_half_of_weights_and_cache(together):
     assert parts[0] == parts[1] < 0.51 * memory.weight_bytes(together.spec, "float32")
 
 
+def test_the_settings_of_the_checkpoint_are_those_of_one_process(together, instruct):
+    assert together.generation_settings == instruct.generation_settings
+
+
+@pytest.mark.parametrize("method", ["chat", "stream"])
+def test_a_template_that_the_processes_do_not_have_is_refused(together, method, monkeypatch):
+    monkeypatch.setattr(together.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match=r"load the model again with chat=fk\.ChatFormat"):
+        together.chat([{"role": "user", "content": "Hi"}]) if method == "chat" else list(
+            together.stream([{"role": "user", "content": "Hi"}])
+        )
+    assert together.generate(QUESTION, max_new_tokens=1).tokens
+
+
 def test_a_stream_from_processes_gives_the_pieces_of_one(together, instruct):
     chat = [{"role": "user", "content": "What do pandas eat?"}]
     expected = [(piece.text, piece.token_id) for piece in instruct.stream(chat)]

@@ -62,10 +62,10 @@ turns = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(turns, max_size=3))
-def test_a_saved_history_loads_as_it_was(tmp_path_factory, saved):
-    file = files.save(saved, tmp_path_factory.mktemp("saved") / "playground.json")
-    assert files.load(file) == saved
+@given(st.lists(turns, max_size=3), st.booleans())
+def test_a_saved_history_loads_as_it_was(tmp_path_factory, saved, guarded):
+    file = files.save(saved, tmp_path_factory.mktemp("saved") / "playground.json", guarded)
+    assert files.load(file) == (saved, guarded)
 
 
 @pytest.fixture
@@ -115,11 +115,11 @@ def test_a_damaged_file_is_refused_in_words_or_is_none(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("damaged") / "playground.json"
     file.write_text(json.dumps(content))
     try:
-        loaded = files.load(file)
+        loaded, guarded = files.load(file)
     except ValueError as error:
         assert str(file) in str(error)  # noqa: PT017  # either outcome is right
     else:
-        files.save(loaded, file)
+        files.save(loaded, file, guarded)
 
 
 @pytest.mark.parametrize(

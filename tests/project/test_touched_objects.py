@@ -26,6 +26,11 @@ TEXT = "The giraffe eats the leaves of trees"
 ROWS = [talk("What is a giraffe?", "A tall animal."), talk("What is a lion?", "A large cat.")]
 TUNE = {**QUICK, "max_steps": 1, "held_out": 0, "lora_dropout": 0.0, "quiet": True}
 LORA = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
+TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}\n{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### assistant\n{% endif %}"
+)
 
 
 @dataclass
@@ -112,9 +117,14 @@ def checkpointing(falcon):
     return lambda: falcon.model.is_activation_checkpointing and falcon.model._require_grads_hooks
 
 
+def another_template(falcon):
+    falcon.tokenizer.chat_template = TEMPLATE
+    return lambda: falcon.tokenizer.chat_template == TEMPLATE
+
+
 CHANGES = [
     *(add_adapter, wrap_in_peft, add_tokens, turn_gradients_off, dispatch, half, to_bfloat16, train, eager, pad_token),
-    *(generation_settings, checkpointing),
+    *(generation_settings, checkpointing, another_template),
 ]
 
 # The public functions; each returns what can be compared
@@ -221,7 +231,7 @@ def gradients_afterwards():
 def references(places):
     """For each change of weights or tokens, the Falcon that is saved with it and loaded again; else the untouched."""
     found = dict.fromkeys(CHANGES, places.clean)
-    for change in (add_adapter, wrap_in_peft, half, to_bfloat16, add_tokens, pad_token):
+    for change in (add_adapter, wrap_in_peft, half, to_bfloat16, add_tokens, pad_token, another_template):
         touched = copied(places.clean)
         change(touched)
         model = merged_by_peft(touched.model) if change in (add_adapter, wrap_in_peft) else touched.model

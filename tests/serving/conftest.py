@@ -15,6 +15,7 @@ from tests.serving.servers import (
     tgi,
     transformers_serve,
 )
+from tests.serving.vllm import vllm
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,12 @@ def served(instruct, tmp_path_factory):
 def tgi_endpoint(instruct):
     with scripted(tgi(instruct)) as server:
         yield fk.connect(server.address)
+
+
+@pytest.fixture(scope="package")
+def vllm_endpoint(instruct):
+    with scripted(vllm(instruct)) as server:
+        yield fk.connect(f"{server.address}/v1")
 
 
 @pytest.fixture(scope="package")

@@ -217,6 +217,8 @@ def tgi(falcon: Any) -> Script:
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
         if path == "/info":
             return as_reply(tgi_server.info(falcon))
+        if path == "/tokenize":
+            return as_reply(tgi_server.tokenize(falcon, body))
         if path != "/generate_stream":
             return as_reply({"error": "not found"}, 404)
         if wrong := tgi_server.refusal(falcon, body):

@@ -132,7 +132,6 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
 @pytest.mark.parametrize(
     ("settings", "instead"),
     [
-        ({"max_length": 50}, "max_length=50: .* counted at the endpoint; give max_new_tokens"),
         ({"truncate": "left"}, "truncate='left': .*shorten the prompt"),
         ({"num_beams": 3}, "Unknown setting for .*: 'num_beams'"),
         ({"temprature": 3}, "Nearest: temperature"),

@@ -1,7 +1,5 @@
 """Documents become rows: what is trained on, where they are cut, how they are packed, and that they stay apart."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import FORMATS, encode, encode_text_with_offsets
+from falcon_kit.generation.chat import FORMATS, encode
 from falcon_kit.tuning.packing import collate, first_fit
 from tests.conftest import small_model
 
@@ -210,19 +208,6 @@ def test_a_slice_of_rows_is_packed_too(falcon):
 def test_a_name_is_no_falcon(falcon):
     with pytest.raises(TypeError, match=r"give what fk.load returns: fk\.load\('falconet'\); got str"):
         fk.pack(fk.dialogues([talk("Hi", "Hello.")]), "falconet")
-
-
-def test_threads_that_pack_and_write_do_not_restore_each_others_switch(monkeypatch, falcon):
-    entered = []
-
-    @contextmanager
-    def lock():
-        entered.append(1)
-        yield
-
-    monkeypatch.setattr("falcon_kit.generation.control_tokens._encode_lock", lock())
-    encode_text_with_offsets("Hi", falcon.tokenizer)
-    assert entered
 
 
 @pytest.mark.parametrize("part", [slice(0, 2), slice(1, 3), slice(None, None, -1), slice(0, 0), slice(3, 0, -2)])

@@ -1,6 +1,7 @@
 """The output_dir: one run, resumed only with the same settings and data; a record when it is finished."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,50 @@ def test_resume_false_starts_over(monkeypatch, falcon, tmp_path):
 def test_a_run_json_that_is_empty_is_refused_with_what_to_do(falcon, tmp_path):
     fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
     (tmp_path / "run.json").write_text("")
-    with pytest.raises(ValueError, match=r"run\.json is empty or damaged .*another output_dir, or resume=False"):
+    with pytest.raises(
+        ValueError, match=r"run\.json is not valid JSON \(it is empty\).*another output_dir, or resume=False"
+    ):
         fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
     assert fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **QUICK).figures
+
+
+def test_a_damaged_run_json_is_refused_with_what_starting_over_would_delete(monkeypatch, falcon, tmp_path):
+    broken_off(monkeypatch, falcon, tmp_path, KeyboardInterrupt(), step=6)
+    for content in ("", "[1", "7", "[" * 100_000):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json .* deletes its checkpoint-2, checkpoint-4: take"):
+            fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+
+
+def test_starting_over_replaces_links_and_leaves_what_they_lead_to(monkeypatch, falcon, tmp_path):
+    broken_off(monkeypatch, falcon, tmp_path / "run", KeyboardInterrupt(), step=6)
+    for name in ("checkpoint-4", "unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for name in ("checkpoint-4", "unfinished"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    fk.tune(falcon, ROWS, output_dir=tmp_path / "run", resume=False, **{**QUICK, "r": 4})
+    assert [[each.name for each in (tmp_path / name).iterdir()] for name in ("checkpoint-4", "unfinished")] == [
+        ["precious"],
+        ["precious"],
+    ]
+    assert [each for each in (tmp_path / "run").iterdir() if each.is_symlink()] == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(monkeypatch, falcon, tmp_path):
+    other = fk.load("falconet")
+
+    def second(*_):
+        with pytest.raises(BlockingIOError, match=r"another run of fk\.tune is writing in .*wait .* another output"):
+            fk.tune(other, ROWS, output_dir=tmp_path, **QUICK)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterTrainer, "training_step", second)
+        with pytest.raises(KeyboardInterrupt):
+            fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK).figures
 
 
 @pytest.mark.parametrize("full", ["run.json", "tuning.json", "README.md"])

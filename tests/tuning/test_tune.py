@@ -91,8 +91,13 @@ def test_held_out_conversations_that_do_not_fit_are_not_asked(falcon, tmp_path):
 # What is refused
 
 
-def test_out_of_memory_says_the_plan_and_what_to_try_next(monkeypatch, falcon, tmp_path):
-    text = broken_off(monkeypatch, falcon, tmp_path, torch.OutOfMemoryError("CUDA out of memory"))
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(torch.OutOfMemoryError("CUDA out of memory\nTried"), "CUDA out of memory"), (MemoryError(), "MemoryError")],
+)
+def test_out_of_memory_says_the_plan_and_what_to_try_next(monkeypatch, falcon, tmp_path, error, reason):
+    text = broken_off(monkeypatch, falcon, tmp_path, error)
+    assert f"out of memory during training ({reason}). The plan was" in text
     assert "falconet in float32 for lora, 2 x 64 tokens, needs" in text
     assert text.splitlines()[1].startswith("- per_device_train_batch_size=1, gradient_accumulation_steps=2")
 

@@ -90,8 +90,8 @@ def one_map(probabilities: Floats, tokens: Sequence[str], title: str) -> Figure:
     )
     if labelled:
         labels = [token_label(each) for each in tokens]
-        axes.set_xticks(range(time), labels, rotation=90, fontsize=9, parse_math=False)
-        axes.set_yticks(range(time), labels, fontsize=9, parse_math=False)
+        axes.set_xticks(range(time), labels, rotation=90, fontsize=9)
+        axes.set_yticks(range(time), labels, fontsize=9)
     pooled_side = math.ceil(time / _MAX_CELLS)
     what = "attention" if len(pooled) == time else f"attention, maximum of {pooled_side} x {pooled_side} tokens"
     axes.set(xlabel="key: the attended token", ylabel="query: the attending token")

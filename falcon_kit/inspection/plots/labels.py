@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from falcon_kit.display.figure import new_figure
+from falcon_kit.display.figure import drawable, new_figure
 from falcon_kit.display.page import visible
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def token_figure(tokens: Sequence[str | bytes]) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     if len(tokens) <= _MAX_LABELS:
         labels = [token_label(each) for each in tokens]
-        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=9, parse_math=False)
+        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=9)
         axes.set_xlabel("token")
     else:
         axes.set_xlabel("position in the text, tokens")
@@ -33,11 +33,3 @@ def token_label(token: str | bytes, length: int = 24) -> str:
     """A token with visible spaces and control characters, at most `length` characters; bytes in hexadecimal."""
     text = token.hex(" ").upper() if isinstance(token, bytes) else drawable(visible(token, spaces=True))
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def drawable(text: str) -> str:
-    """The text with each character that the font lacks replaced by its code point: "🦅" is "[U+1F985]"."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font = get_font(findfont(FontProperties()))
-    return "".join(each if font.get_char_index(ord(each)) else f"[U+{ord(each):04X}]" for each in text)

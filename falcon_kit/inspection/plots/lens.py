@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, new_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, legend_label, new_figure
 from falcon_kit.inspection.plots.labels import token_figure, token_label
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def layers(tokens: Sequence[str], predicted: Sequence[Sequence[str]], probabilit
     for (row, column), probability in np.ndenumerate(probabilities):
         colour = "white" if probability < 0.55 else "black"
         text = token_label(predicted[row][column], _MAX_CELL)
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9, parse_math=False)
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     labels = [f"{token_label(token)}\n{first + at}" for at, token in enumerate(tokens)]
-    axes.set_xticks(range(time), labels, fontsize=9, parse_math=False)
+    axes.set_xticks(range(time), labels, fontsize=9)
     axes.set_yticks(range(rows), ["embedding", *(f"layer {row}" for row in range(rows - 1))], fontsize=9)
     axes.set(xlabel="token of the text, and its position", ylabel="after")
     axes.set_title("Logit lens: the most likely next token after each layer", fontsize=11)
@@ -58,7 +58,7 @@ def contributions(embedding: float, attention: Floats, mlp: Floats, title: str) 
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xticks([-1, *at], ["emb.", *map(str, at)], fontsize=9 if len(at) <= 32 else 5)
     axes.set(xlabel="layer", ylabel="logit")
-    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_title(title, fontsize=11)
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -68,7 +68,7 @@ def surprisal(tokens: Sequence[str], lines: Mapping[str, Floats]) -> Figure:
     """The surprisal of each token in bits, a line for each name."""
     figure, axes = token_figure(tokens)
     for (name, values), colour, mark in zip(lines.items(), (BLUE, VERMILION, GREEN), "os^", strict=False):
-        axes.plot(values, f"{mark}-", color=colour, label=name, markersize=3, linewidth=1)
+        axes.plot(values, f"{mark}-", color=colour, label=legend_label(name), markersize=3, linewidth=1)
     axes.set(ylabel="bits", ylim=(0, None))
     axes.set_title("Surprisal of each token", fontsize=11)
     axes.grid(alpha=0.3)
@@ -84,6 +84,6 @@ def attribution(tokens: Sequence[str], scores: Floats, title: str) -> Figure:
     axes.bar(range(len(tokens)), scores, color=[BLUE if score >= 0 else VERMILION for score in scores])
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="nats of log-probability")
-    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, axis="y")
     return figure

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, new_figure
-from falcon_kit.inspection.plots.labels import drawable, token_figure
+from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawable, drawing, legend_label, new_figure
+from falcon_kit.inspection.plots.labels import token_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def languages(
     left.set(xlabel=f"tokens for the same sentences, {drawable(reference)[:_MAX_NAME]} = 1")
     _bars(right, bytes_per_token)
     right.set(xlabel="bytes of text per token")
-    left.set_yticks(range(len(names)), [drawable(each)[:_MAX_NAME] for each in names], fontsize=9, parse_math=False)
+    left.set_yticks(range(len(names)), [drawable(each)[:_MAX_NAME] for each in names], fontsize=9)
     left.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     entries = right.get_legend_handles_labels()
     figure.legend(*entries, title="Token counts", fontsize=10, loc="outside upper center", ncols=2)
@@ -65,5 +65,5 @@ def _bars(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
     for row, (name, values) in enumerate(series.items()):
         colour = (BLUE, VERMILION, GREEN, GREY)[row % 4]
         at = np.arange(len(values)) + (row - (len(series) - 1) / 2) * height
-        axes.barh(at, np.nan_to_num(values), height, color=colour, label=name)
+        axes.barh(at, np.nan_to_num(values), height, color=colour, label=legend_label(name))
     axes.grid(alpha=0.3, axis="x")

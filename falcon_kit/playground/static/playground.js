@@ -9,14 +9,16 @@ function render({ model, el }) {
   let examplesByTitle = {}; // {title: [mode, text]}
   let lastDraft = ""; // the kernel's copy of the text field
 
-  // The header: models, mode, token probabilities.
+  // The header: models, mode, token probabilities, guardrails.
   const title = h("h2", {});
   const modes = segments("Mode", { prompt: ["Prompt", "Continue a text as it stands"], chat: ["Chat", "Answer messages"] }, (mode) => act("mode", { mode }));
   const probabilities = h("input", { type: "checkbox", id: unique("probabilities"), onchange: () => act("token_probabilities", { shown: probabilities.checked }) });
   const legend = h("span", { class: "fk-legend", "aria-hidden": "true" }, "likely", ...[0, 1, 2, 3, 4, 5].map((level) => h("i", { class: `fk-p${level}` })), "unlikely");
   const probabilitiesLabel = h("label", { class: "fk-switch", for: probabilities.id, title: "Tint each token by its probability; hover, or use the arrow keys, for the most probable tokens" }, probabilities, "Token probabilities", legend);
+  const guarded = h("input", { type: "checkbox", role: "switch", id: unique("guardrails"), onchange: () => act("guard", { on: guarded.checked }) });
+  const guardedLabel = h("label", { class: "fk-switch", for: guarded.id, title: "Check each prompt before the model reads it, and each answer before it is shown" }, guarded, "Guardrails");
   const fold = h("button", { type: "button", class: "fk-fold", "aria-expanded": "false" }, "Settings and history");
-  const head = h("header", {}, title, modes.node, probabilitiesLabel, fold);
+  const head = h("header", {}, title, modes.node, probabilitiesLabel, guardedLabel, fold);
 
   // The text.
   const empty = h("p", { class: "fk-empty" }, "No text yet. Choose an example or type a prompt, then press Ctrl+Enter.");
@@ -104,6 +106,7 @@ function render({ model, el }) {
       modes.enable(!running);
       probabilities.checked = state.token_probabilities;
       root.classList.toggle("fk-probabilities", state.token_probabilities);
+      guarded.checked = state.guarded;
       settings.show(state);
       fieldLabel.textContent = state.mode === "chat" ? "Message" : "Prompt";
       go.firstChild.data = state.mode === "chat" ? "Send" : "Generate";

@@ -1,0 +1,158 @@
+"""What the view shows, as JSON: a part for the text, one for each layer and position, one for each head of it.
+
+The widget sends a part when the browser asks for it; a page without a kernel holds the parts of the chosen layers.
+Arrays are base64 of float32, little-endian.
+"""
+
+import inspect
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.models.falcon import modeling_falcon as stock
+
+from falcon_kit.catalogue.memory import dtype_name, layer_kv_bytes
+from falcon_kit.explanation.record import NORMS, LayerRecord
+from falcon_kit.explanation.route import Step, attention_scores
+from falcon_kit.generation.sampling import Sampling
+from falcon_kit.inspection.hooks import InspectedModel
+from falcon_kit.inspection.plots.attention import pool
+from falcon_kit.model import layers, modeling
+
+NAMED = 50
+"""Next tokens that are sent with their text."""
+_SIDE = 64
+"""Cells on a side of a head's map; the map of a longer text is max-pooled."""
+_PACKAGE = Path(__file__).parents[1]
+
+Part = dict[str, Any]
+
+
+def text_part(inspected: InspectedModel, ids: list[int], logits: Tensor) -> Part:
+    """The text, the model's shape, and the logits (V,) of the next token."""
+    spec = inspected.spec
+    best = logits.topk(min(NAMED, len(logits))).indices.tolist()
+    return {
+        "model": spec.name,
+        "tokens": [{"id": id, "text": text} for id, text in zip(ids, inspected.token_texts(ids), strict=True)],
+        "spec": {name: getattr(spec, name) for name in _SPEC},
+        "frequencies": _frequencies(inspected),
+        "cache": _cache(inspected),
+        "logits": packed(logits),
+        "named": [{"id": id, "text": text} for id, text in zip(best, inspected.token_texts(best), strict=True)],
+        "norms": [name for name in NORMS if hasattr(inspected.layers[0], name)],
+        "code": _code(),
+    }
+
+
+_SPEC = ("layers", "d_model", "query_heads", "kv_heads", "queries_per_kv_head", "head_dim", "intermediate_size")
+_SPEC = (*_SPEC, "vocabulary", "context", "parallel_block", "norms_per_block", "positions", "tied_head", "layout")
+
+
+def layer_part(found: LayerRecord, position: int) -> Part:
+    """What a layer computed for the token at a position; of its heads the attention probabilities (H, position + 1)."""
+    scores = attention_scores(found.heads, found.bias, position, position + 1)[:, 0]
+    vectors = {
+        name: {
+            "first": packed(each.first[position]),
+            **{fact: float(getattr(each, fact)[position]) for fact in ("mean", "deviation", "norm")},
+        }
+        for name, each in found.vectors.items()
+    }
+    return {
+        "vectors": vectors,
+        "probabilities": packed(scores.softmax(-1)),
+        "neurons": found.neurons[position].tolist(),
+        "activations": found.activations[position].tolist(),
+        "active": float(found.active[position]),
+    }
+
+
+def head_part(found: LayerRecord, position: int, head: int, key: int | None) -> Part:
+    """One head at a position: its query, the key of one token, scores, output and map.
+
+    key: the position of that token; None for the earlier token that the head attends to most.
+    """
+    heads, group = found.heads, head * len(found.heads.key) // len(found.heads.query)
+    scores = attention_scores(heads, found.bias, position, position + 1)[head, 0]
+    probabilities = scores.softmax(-1)
+    if key is None:
+        key = int(probabilities[:-1].argmax()) if position else 0
+    values = heads.value[group, : position + 1]
+    return {
+        "group": group,
+        "query": packed(heads.query[head, position]),
+        "query_before": packed(found.before.query[head, position]),
+        "key_position": key,
+        "key": packed(heads.key[group, key]),
+        "key_before": packed(found.before.key[group, key]),
+        "scores": packed(scores),
+        "output": packed(probabilities @ values),
+        "values": packed(values.norm(dim=-1)),
+        "map": packed(_map(found, head, group)),
+    }
+
+
+def _map(found: LayerRecord, head: int, group: int) -> Tensor:
+    """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64."""
+    scores = found.heads.query[head] @ found.heads.key[group].T * found.heads.key.shape[-1] ** -0.5
+    if found.bias is not None:
+        scores += found.bias[head]
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    probabilities = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.from_numpy(pool(probabilities.numpy(), _SIDE))
+
+
+def route_part(steps: list[Step]) -> list[Part]:
+    """The route of the prediction, last layer first."""
+    return [vars(step) for step in steps]
+
+
+def packed(values: Tensor) -> Part:
+    """An array as base64 of float32, with its shape."""
+    array = values.detach().cpu().numpy().astype("<f4")
+    return {"shape": list(array.shape), "f32": b64encode(np.ascontiguousarray(array).tobytes()).decode()}
+
+
+def _frequencies(inspected: InspectedModel) -> list[float] | None:
+    """The angle in radians per token by which the rotary embedding turns each pair of components; None with ALiBi."""
+    if inspected.spec.positions == "alibi":
+        return None
+    found: list[float] = inspected.decoder.rotary_emb.inv_freq.float().tolist()
+    return found
+
+
+def _cache(inspected: InspectedModel) -> Part:
+    """Bytes of the KV cache for one token in all layers: grouped, and as transformers' own Falcon caches them."""
+    dtype = dtype_name(inspected.decoder.ln_f.weight.dtype)
+    sizes = {name: layer_kv_bytes(inspected.spec, dtype, 1, 1, name) for name in ("grouped", "transformers")}
+    return {"dtype": dtype, **{name: size * inspected.spec.layers for name, size in sizes.items()}}
+
+
+def _code() -> dict[str, str]:
+    """The place in the code that computes each stage: file and first line."""
+    places: dict[str, Callable[..., Any]] = {
+        "embedding": modeling.FalconModel.forward,
+        "norms": layers.FalconDecoderLayer.forward,
+        "projection": layers.split_heads,
+        "rotary": layers.rotate_half,
+        "attention": modeling.attention.fused_attention,
+        "feed_forward": layers.FalconMLP.forward,
+        "residual": layers.FalconDecoderLayer.forward,
+        "prediction": modeling.FalconForCausalLM.forward,
+        "sampling": Sampling.generate_arguments,
+        "cache": layers.FalconAttention.forward,
+    }
+    return {stage: _place(function) for stage, function in places.items()}
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """ "falcon_kit/model/layers.py, line 96", or the same in transformers."""
+    source = inspect.unwrap(function)
+    file, line = Path(inspect.getsourcefile(source) or ""), inspect.getsourcelines(source)[1]
+    root = _PACKAGE if file.is_relative_to(_PACKAGE) else Path(stock.__file__).parents[2]
+    return f"{root.name}/{file.relative_to(root).as_posix()}, line {line}"

@@ -1,0 +1,171 @@
+"""The values of one layer while a text goes through the model, taken by forward hooks.
+
+One forward pass records one layer. Of the wide vectors only the first components, the mean, the standard deviation and
+the norm of each token are kept, so the record of a layer of the 40B takes about 20 kB a token.
+
+Shapes: T time, H query heads, G KV heads, D head_dim, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
+from falcon_kit.model.attention import alibi
+from falcon_kit.model.layers import split_heads
+
+SHOWN = 64
+"""Components of each vector that are kept."""
+NEURONS = 12
+"""Neurons of the feed-forward block that are kept, the strongest of each token."""
+NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm")
+"""Names of LayerNorms in the checkpoints: those before attention, then those before the feed-forward block."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One vector for each token, in float32."""
+
+    first: Tensor
+    """(T, at most 64): the first components."""
+    mean: Tensor
+    """(T,)"""
+    deviation: Tensor
+    """(T,): the standard deviation."""
+    norm: Tensor
+    """(T,)"""
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> "Vectors":
+        """Those of hidden states (1, T, d)."""
+        wide = hidden[0].float()
+        deviation = wide.std(-1, correction=0)
+        return cls(wide[:, :SHOWN].clone().cpu(), wide.mean(-1).cpu(), deviation.cpu(), wide.norm(dim=-1).cpu())
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries (H, T, D), and keys and values (G, T, D), in float32."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, fused: Tensor, spec: Any, rotation: tuple[Tensor, Tensor] | None) -> "Heads":
+        """Those of the fused projection (1, T, (H + 2 G) x D), turned by the rotary embedding."""
+        parts = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)
+        return cls(*(each[0].float() for each in parts))
+
+    def cpu(self) -> "Heads":
+        """The same in host memory."""
+        return Heads(self.query.cpu(), self.key.cpu(), self.value.cpu())
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer computed for a text."""
+
+    vectors: Mapping[str, Vectors]
+    """"input", "attention", "feed_forward", "output", and each LayerNorm's output by its name in the checkpoint."""
+    before: Heads
+    """Queries, keys and values as they were projected."""
+    heads: Heads
+    """The same with the rotary embedding; equal to `before` where the model has ALiBi."""
+    bias: Tensor | None
+    """ALiBi's bias (H, T) on the score of each key; None for rotary embeddings."""
+    neurons: Tensor
+    """(T, at most 12): the numbers of the neurons with the largest absolute values after the activation."""
+    activations: Tensor
+    """Their values."""
+    active: Tensor
+    """(T,): the share of neurons with a value above 0."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a forward pass recorded."""
+
+    layer: LayerRecord
+    logits: Tensor
+    """(V,): of the token after the text, in float32."""
+
+
+def record(inspected: InspectedModel, ids: list[int], layer: int) -> Record:
+    """Runs the model over the text once and records one of its layers."""
+    recorder = _Recorder(inspected, layer)
+    with torch.inference_mode(), forward_hooks(inspected, recorder.hooks()):
+        output = inspected.model(input_ids=inspected.input_ids(ids), use_cache=False, logits_to_keep=1)
+    return Record(recorder.result(), output.logits[0, -1].float().cpu())
+
+
+def rotation_of(keywords: Mapping[str, Any], positions: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The cosines and sines that attention was called with, (1, T, D) each; None with ALiBi.
+
+    transformers passes them with ALiBi too.
+    """
+    pair = keywords.get("rotation") if "rotation" in keywords else keywords.get("position_embeddings")
+    return None if pair is None or positions == "alibi" else (pair[0].to(device), pair[1].to(device))
+
+
+class _Recorder:
+    """Forward hooks on one layer that keep what the record needs."""
+
+    def __init__(self, inspected: InspectedModel, layer: int) -> None:
+        self.spec, self.module = inspected.spec, inspected.layers[layer]
+        self.vectors: dict[str, Vectors] = {}
+        self.values: dict[str, Any] = {}
+
+    def hooks(self) -> list[tuple[Any, Any]]:
+        module = self.module
+        norms = [name for name in NORMS if hasattr(module, name)]
+        return [
+            *((getattr(module, name), self._keeper(name)) for name in norms),
+            (module.self_attention.query_key_value, self._keep_fused),
+            (module.self_attention, self._keep_attention),
+            (module.mlp.act, self._keep_activations),
+            (module.mlp, self._keeper("feed_forward")),
+            (module, self._keep_layer),
+        ]
+
+    def _keeper(self, name: str) -> Any:
+        def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            self.vectors[name] = Vectors.of(output)
+
+        return keep
+
+    def _keep_fused(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        self.values["fused"] = output
+
+    def _keep_attention(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        fused: Tensor = self.values.pop("fused")
+        rotation = rotation_of(kwargs, self.spec.positions, fused.device)
+        self.values["before"] = Heads.of(fused, self.spec, None).cpu()
+        self.values["heads"] = Heads.of(fused, self.spec, rotation).cpu()
+        bias = alibi_bias(self.spec, fused)
+        self.values["bias"] = None if bias is None else bias.cpu()
+        self.vectors["attention"] = Vectors.of(output[0])
+
+    def _keep_activations(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        values = output[0].float()  # (T, 4 d)
+        found = values.abs().topk(min(NEURONS, values.shape[-1])).indices
+        self.values["neurons"], self.values["activations"] = found.cpu(), values.gather(1, found).cpu()
+        self.values["active"] = (values > 0).float().mean(-1).cpu()
+
+    def _keep_layer(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.vectors["input"] = Vectors.of(args[0] if args else kwargs["hidden_states"])
+        self.vectors["output"] = Vectors.of(output[0] if isinstance(output, tuple) else output)
+
+    def result(self) -> LayerRecord:
+        return LayerRecord(self.vectors, **self.values)
+
+
+def alibi_bias(spec: Any, fused: Tensor) -> Tensor | None:
+    """ALiBi's bias (H, T) on the score of each key; None for rotary embeddings. fused: a projection (1, T, ...)."""
+    if spec.positions != "alibi":
+        return None
+    positions = torch.arange(fused.shape[1], device=fused.device)[None]
+    return alibi(spec, positions, fused.dtype)[0].float()

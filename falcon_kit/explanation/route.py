@@ -1,0 +1,100 @@
+"""The route of a prediction: from its position, the token that mattered most in each layer, followed back to the start.
+
+Of all heads and earlier tokens, the one with the largest attention probability times the norm of its value matters most
+(Kobayashi et al. 2020, arXiv 2004.10102, without the output projection). A step to the token itself is left to the
+residual stream. The route is a summary: it shows one of many ways.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falcon_kit.explanation.record import Heads, alibi_bias, rotation_of
+from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
+
+_BLOCK = 2**21  # attention probabilities of all heads that are computed at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """In a layer, the position that is followed, and the head through which it took most from an earlier position."""
+
+    layer: int
+    position: int
+    head: int
+    key: int
+    """The earlier position; the position itself if no other took part."""
+    probability: float
+    """The head's attention probability."""
+
+
+def route(inspected: InspectedModel, ids: list[int]) -> list[Step]:
+    """The route of the prediction after the text, from the last layer to the first."""
+    finder = _Finder(inspected, len(ids))
+    with torch.inference_mode(), forward_hooks(inspected, finder.hooks()):
+        inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
+    position, steps = len(ids) - 1, []
+    for layer in reversed(range(inspected.spec.layers)):
+        head, key, probability = (each[position] for each in finder.found[layer])
+        steps.append(Step(layer, position, int(head), int(key), float(probability)))
+        position = int(key)
+    return steps
+
+
+class _Finder:
+    """Forward hooks that find, for each position in each layer, the head and the key that matter most."""
+
+    def __init__(self, inspected: InspectedModel, time: int) -> None:
+        self.inspected, self.spec = inspected, inspected.spec
+        self.fused: Any = None
+        empty = torch.zeros(time, dtype=torch.long)
+        self.found = [(empty.clone(), empty.clone(), torch.ones(time)) for _ in range(self.spec.layers)]
+
+    def hooks(self) -> list[tuple[Any, Any]]:
+        hooks: list[tuple[Any, Any]] = []
+        for index, layer in enumerate(self.inspected.layers):
+            hooks.append((layer.self_attention.query_key_value, self._keep))
+            hooks.append((layer.self_attention, partial(self._find, index)))
+        return hooks
+
+    def _keep(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        self.fused = output
+
+    def _find(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        fused, self.fused = self.fused, None
+        heads = Heads.of(fused, self.spec, rotation_of(kwargs, self.spec.positions, fused.device))
+        bias = alibi_bias(self.spec, fused)
+        time = fused.shape[1]
+        block = max(1, _BLOCK // (self.spec.query_heads * time))
+        for start in range(1, time, block):  # position 0 has no earlier token
+            self._find_in_block(self.found[layer], heads, bias, start, min(time, start + block))
+
+    def _find_in_block(self, found: Any, heads: Heads, bias: Tensor | None, start: int, stop: int) -> None:
+        probabilities = attention_rows(heads, bias, start, stop)  # (H, b, stop)
+        lengths = heads.value[:, :stop].norm(dim=-1)  # (G, stop)
+        copies = len(heads.query) // len(heads.value)
+        matter = probabilities * lengths.repeat_interleave(copies, 0)[:, None]
+        rows = torch.arange(stop - start, device=matter.device)
+        matter[:, rows, rows + start] = -1  # a step to the token itself
+        best = matter.transpose(0, 1).flatten(1).argmax(1)  # over heads and keys
+        head, key = best // stop, best % stop
+        for target, value in zip(found, (head, key, probabilities[head, rows, key]), strict=True):
+            target[start:stop] = value
+
+
+def attention_rows(heads: Heads, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    """The attention probabilities (H, stop - start, stop) of the queries `start` to `stop`."""
+    scores = attention_scores(heads, bias, start, stop)
+    future = torch.ones(stop - start, stop, dtype=torch.bool, device=scores.device).triu(start + 1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def attention_scores(heads: Heads, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    """The scores of the queries `start` to `stop` before the mask: q k / sqrt(D), and ALiBi's bias."""
+    groups, width = len(heads.key), heads.key.shape[-1]
+    rows = heads.query[:, start:stop].unflatten(0, (groups, -1)).flatten(1, 2)  # (G, R x b, D)
+    scores = (rows @ heads.key[:, :stop].mT * width**-0.5).view(-1, stop - start, stop)
+    return scores if bias is None else scores + bias[:, None, :stop]

@@ -1,0 +1,115 @@
+// The view: it asks the model for parts, in the kernel or stored in the page, and draws the stages from them.
+
+const NO_ANSWER = 5000; // milliseconds after which a missing answer is reported
+
+/** The parts that are stored in a page, behind the interface of a widget's model. */
+function storedModel(data) {
+  let listener = null;
+  const answer = (message) => setTimeout(() => listener?.(message), 0);
+  return {
+    stored: [...new Set(Object.keys(data.parts).map((key) => +key.split(" ")[1]))].sort((a, b) => a - b),
+    on: (event, run) => (listener = run),
+    off: () => (listener = null),
+    send({ do: command, key }) {
+      if (command === "hello") answer({ type: "start", ...data.start });
+      else answer({ type: "part", key, part: command === "route" ? data.route : data.parts[key] });
+    },
+  };
+}
+
+function render({ model, el }) {
+  const state = { layer: 0, head: 0, position: 0, attended: null };
+  const parts = new Map(); // what was received, by request
+  const waiting = new Map(); // {resolve} of what was asked for, by request
+  let text = null;
+  let drawing = 0; // the number of the drawing that is newest
+
+  const notice = h("div", { class: "fk-notice", role: "alert", hidden: true });
+  const act = { state, choose, take, ask };
+  const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), feedForwardStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
+  const diagram = flow(stages);
+  const guide = tour(stages, diagram.node);
+  const selects = ["layer", "head"].map((name) => {
+    const select = h("select", { id: unique(name), onchange: () => choose({ [name]: +select.value }) });
+    return { name, select, label: h("label", { for: select.id }, name[0].toUpperCase() + name.slice(1), " ", select) };
+  });
+  const title = h("h2", {}, "…");
+  const head = h("header", {}, title, ...selects.map((each) => each.label), guide.start);
+  const root = h("div", { class: "fk-explanation", "data-lm-suppress-shortcuts": "true" }, head, notice, diagram.node, guide.card, h("div", { class: "fk-stages" }, ...stages.map((each) => each.node)));
+  root.classList.add("fk-empty");
+  el.querySelector(".fk-summary")?.remove(); // what is shown without JavaScript
+  el.append(root);
+
+  function say(message) {
+    notice.textContent = message;
+    notice.hidden = !message;
+  }
+
+  /** The part that answers a request, from the model or from an earlier answer. */
+  function ask(command, values = {}) {
+    const key = [command, ...Object.values(values)].join(" ");
+    if (parts.has(key)) return Promise.resolve(parts.get(key));
+    return new Promise((resolve) => {
+      const late = setTimeout(() => say("No answer from the kernel. If it was restarted, run the cell again."), NO_ANSWER);
+      waiting.set(key, { resolve, late });
+      const filled = Object.fromEntries(Object.entries(values).filter(([, value]) => value !== ""));
+      model.send({ do: command, key, ...filled });
+    });
+  }
+
+  function choose(changes) {
+    if (!("attended" in changes)) state.attended = null; // the earlier token that this head attends to most
+    Object.assign(state, changes);
+    return update();
+  }
+
+  function take(id) {
+    model.send({ do: "take", key: "take", id });
+  }
+
+  async function update() {
+    const number = ++drawing;
+    const { layer, position, head: at, attended } = state;
+    const [layerPart, headPart] = await Promise.all([ask("layer", { layer, position }), ask("head", { layer, position, head: at, attended: attended ?? "" })]);
+    if (number !== drawing) return; // something else was chosen meanwhile
+    const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored) };
+    for (const each of stages) each.update(now);
+    selects.forEach(({ name, select }) => (select.value = state[name]));
+    root.classList.remove("fk-empty");
+    root.dataset.drawn = number;
+  }
+
+  function options(select, numbers, total) {
+    select.replaceChildren(...numbers.map((at) => h("option", { value: at }, `${at} of 0 to ${total - 1}`)));
+  }
+
+  function start(message) {
+    const first = text === null;
+    text = message.text;
+    parts.clear();
+    const { layers, query_heads: heads } = text.spec;
+    options(selects[0].select, model.stored ?? [...Array(layers).keys()], layers);
+    options(selects[1].select, [...Array(heads).keys()], heads);
+    if (first) Object.assign(state, { layer: message.layer, head: message.head });
+    diagram.update(text);
+    title.textContent = `${text.model}, from a text to the next token`;
+    say("");
+    choose({ position: text.tokens.length - 1 });
+  }
+
+  function receive(message) {
+    const { type, key } = message;
+    const asked = waiting.get(key);
+    clearTimeout(asked?.late);
+    waiting.delete(key);
+    if (type === "start") start(message);
+    if (type === "error") say(message.text);
+    if (type !== "part") return;
+    parts.set(key, message.part);
+    asked?.resolve(message.part);
+  }
+
+  model.on("msg:custom", receive);
+  model.send({ do: "hello" });
+  return () => model.off("msg:custom", receive);
+}

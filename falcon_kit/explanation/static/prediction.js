@@ -1,0 +1,129 @@
+// The next token: its distribution under temperature, top-k and top-p; the route back; the KV cache.
+
+const SHOWN_TOKENS = 12;
+
+/** The probabilities after temperature, top-k and top-p, in the order of `order` (likeliest first), as transformers has them. */
+function distribution(logits, order, { temperature, topK, topP }) {
+  const kept = topK > 0 ? Math.min(topK, order.length) : order.length;
+  const result = new Float64Array(order.length);
+  if (temperature === 0) {
+    result[0] = 1;
+    return result;
+  }
+  let sum = 0;
+  for (let at = 0; at < kept; at++) sum += result[at] = Math.exp((logits[order[at]] - logits[order[0]]) / temperature);
+  let before = 0; // the probability of all likelier tokens
+  let left = 0;
+  for (let at = 0; at < kept; at++) {
+    const probability = result[at] / sum;
+    result[at] = at > 0 && before >= topP ? 0 : probability;
+    left += result[at];
+    before += probability;
+  }
+  return result.map((value) => value / left);
+}
+
+function predictionStage(act) {
+  const view = stage("prediction", "The next token");
+  const settings = { temperature: 1, topK: 0, topP: 1 };
+  const controls = [
+    ["temperature", "temperature", 0, 2, 0.05, (value) => (value === 0 ? "0: always the likeliest" : value.toFixed(2))],
+    ["topK", "top-k", 0, 50, 1, (value) => (value === 0 ? "off" : value)],
+    ["topP", "top-p", 0.05, 1, 0.01, (value) => (value === 1 ? "off" : value.toFixed(2))],
+  ].map(([name, label, min, max, step, format]) => {
+    const input = h("input", { type: "range", min, max, step, value: settings[name], id: unique(name), "data-setting": name });
+    const output = h("output", { for: input.id }, format(settings[name]));
+    input.addEventListener("input", () => ((settings[name] = +input.value), (output.textContent = format(settings[name])), draw()));
+    return h("label", { class: "fk-slider", for: input.id }, h("span", {}, label), input, output);
+  });
+  const body = h("tbody", {});
+  const table = h("table", { class: "fk-next" }, h("caption", {}, "The likeliest next tokens"), headings("token", "logit", "", "probability", "", "with the settings", ""), body);
+  const sample = h("button", { type: "button", class: "fk-go", onclick: () => draw_one() }, "Draw a token");
+  let now, logits, order, plain;
+
+  function read(text) {
+    logits = unpack(text.logits);
+    order = Uint32Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
+    plain = distribution(logits, order, { temperature: 1, topK: 0, topP: 1 });
+  }
+
+  function draw() {
+    const found = distribution(logits, order, settings);
+    const words = now.text.named.slice(0, SHOWN_TOKENS);
+    const rows = words.map(({ id, text }, at) => {
+      const take = h("button", { type: "button", class: "fk-link", disabled: now.fixed, "aria-label": `Take the token ${visible(text)}`, onclick: () => act.take(id) }, "take");
+      return h("tr", { class: found[at] === 0 ? "fk-excluded" : null, "data-info": `id ${id}: logit ${figure(logits[id])}, ${share(plain[at])}, with the settings ${share(found[at])}` }, h("th", { scope: "row" }, tokenText(text)), h("td", { "data-value": logits[id] }, figure(logits[id])), h("td", {}, bar(plain[at])), h("td", { "data-value": plain[at] }, share(plain[at])), h("td", {}, bar(found[at], "fk-warmbar")), h("td", { "data-value": found[at] }, share(found[at])), h("td", {}, take));
+    });
+    body.replaceChildren(...rows);
+  }
+
+  function draw_one() {
+    const found = distribution(logits, order, settings);
+    let point = Math.random();
+    const at = found.findIndex((value) => (point -= value) < 0);
+    act.take(order[Math.max(0, at)]);
+  }
+
+  view.update = (shown) => {
+    const { text } = (now = shown);
+    if (!logits || view.text !== text) read(text);
+    view.text = text;
+    sample.disabled = now.fixed;
+    draw();
+    const first = text.named[0];
+    const sentence = ["After the last layer, a LayerNorm and the output head give each of the ", `${count(text.spec.vocabulary)} tokens a logit. The likeliest next token is `, tokenText(first.text), `, ${share(plain[0])}. Temperature, top-k and top-p then change what is drawn from.`];
+    const how = now.fixed ? h("p", { class: "fk-note" }, "This page has no kernel: run fk.explain in a notebook to take a token.") : sample;
+    view.show([h("div", { class: "fk-sliders" }, ...controls), table, how], sentence, `logits (V,) = (${count(text.spec.vocabulary)},) → / temperature → top-k → top-p → softmax · ${text.code.sampling}`);
+  };
+  return view;
+}
+
+/** The route of the prediction: a line through tokens (across) and layers (upwards). */
+function routeStage(act) {
+  const view = stage("route", "What the prediction looked at");
+  view.update = async (now) => {
+    const { text } = now;
+    const button = h("button", { type: "button", onclick: async () => show(now, await act.ask("route")) }, "Follow it back");
+    view.show([button], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
+    if (now.fixed) show(now, await act.ask("route"));
+    return text;
+  };
+
+  /** The points (token, layer) of the route, with the layers upwards and the tokens below. */
+  function picture({ tokens, spec }, steps) {
+    const [left, step, rise] = [54, Math.max(9, Math.min(44, 800 / tokens.length)), Math.max(8, Math.min(22, 300 / spec.layers))];
+    const [x, y] = [(at) => left + (at + 0.5) * step, (layer) => 14 + (spec.layers - layer) * rise];
+    const points = [[steps[0].position, spec.layers], ...steps.map(({ key, layer }) => [key, layer])];
+    const line = svg("polyline", { points: points.map(([at, layer]) => `${x(at)},${y(layer)}`).join(" ") });
+    const circles = points.map(([at, layer]) => svg("circle", { cx: x(at), cy: y(layer), r: 4 }));
+    const visited = new Set(points.map(([at]) => at));
+    const words = [...visited].map((at) => svg("text", { transform: `translate(${x(at) - 4} ${y(0) + 12}) rotate(40)` }, visible(tokens[at].text).slice(0, 12)));
+    const ends = [svg("text", { x: 0, y: y(spec.layers) + 4 }, `layer ${spec.layers - 1}`), svg("text", { x: 0, y: y(0) + 4 }, "layer 0")];
+    const [width, height] = [left + tokens.length * step + 60, y(0) + 80];
+    return svg("svg", { class: "fk-route", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": "The route of the prediction, from the last layer down to the first" }, line, ...circles, ...words, ...ends);
+  }
+
+  function show({ text }, steps) {
+    const items = steps.map((step) => {
+      const itself = step.key === step.position;
+      const choose = h("button", { type: "button", class: "fk-link", onclick: () => act.choose({ layer: step.layer, head: step.head, position: step.position }) }, `layer ${step.layer}, head ${step.head}`);
+      return h("li", {}, choose, ": ", tokenText(text.tokens[step.position].text), ` ${step.position}`, ...(itself ? [" takes nothing from earlier tokens"] : [" ← ", tokenText(text.tokens[step.key].text), ` ${step.key} (${share(step.probability)})`]));
+    });
+    view.body.replaceChildren(h("div", { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" }, picture(text, steps)), h("ol", { class: "fk-steps" }, ...items));
+  }
+  return view;
+}
+
+function cacheStage() {
+  const view = stage("cache", "The KV cache");
+  view.update = ({ text }) => {
+    const { grouped, transformers, dtype } = text.cache;
+    const tokens = text.tokens.length;
+    const row = (name, size, kind) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(size / Math.max(transformers, grouped), kind)), h("td", { "data-value": size * tokens }, bytes(size * tokens)), h("td", { class: "fk-wrap" }, `${bytes(size * text.spec.context)} for ${count(text.spec.context)} tokens`));
+    const table = h("table", {}, h("caption", {}, `Keys and values of ${plural(tokens, "token")} in ${dtype}`), h("tbody", {}, row("this architecture", grouped, ""), row("transformers' own Falcon", transformers, "fk-warmbar")));
+    const times = transformers / grouped;
+    const sentence = times > 1 ? `Each new token adds ${bytes(grouped)}. transformers' own Falcon copies each key and value to all query heads of its group and keeps ${count(Math.round(times * 10) / 10)} times as much.` : `Each new token adds ${bytes(grouped)}, here and in transformers' own Falcon.`;
+    view.show([table], sentence, `2 × layers × KV heads × head_dim × bytes · ${text.code.cache}`);
+  };
+  return view;
+}

@@ -1,0 +1,54 @@
+// The guided tour: ten cards, each about one stage.
+
+const TOUR = [
+  ["tokens", "Falcon reads tokens, pieces of text from a fixed vocabulary. It predicts one token at a time: the next one."],
+  ["embedding", "Each token becomes a vector, its row of the embedding. These vectors are the residual stream: every layer reads them and adds to them."],
+  ["norms", "A LayerNorm brings each vector to the same scale before a block reads it. The 40B has two, because its two blocks run in parallel."],
+  ["projection", "One matrix computes all queries, keys and values. Several query heads share one key and one value: that is what keeps Falcon's KV cache small."],
+  ["rotary", "Queries and keys are turned by an angle that grows with their position. Move the slider: both hands turn, and the score stays the same."],
+  ["attention", "A query times each key gives a score; later tokens are masked; softmax makes probabilities. The head returns the values, weighted by them."],
+  ["feed_forward", "Beside attention, the feed-forward block looks at each token on its own. A few of its neurons answer strongly."],
+  ["residual", "Both results are added to the residual stream. The next layer reads the sum, and so on up to the last layer."],
+  ["prediction", "The last vector becomes a logit for each token of the vocabulary. Move the sliders, then take a token: it joins the text."],
+  ["cache", "Keys and values are kept, so that the next token does not compute them again. Look at how little this architecture keeps."],
+];
+
+function tour(stages, diagram) {
+  let at = 0;
+  const place = h("span", { class: "fk-note" });
+  const text = h("p", {});
+  const button = (label, step) => h("button", { type: "button", onclick: () => go(at + step) }, label);
+  const [back, next] = [button("Back", -1), button("Next", 1)];
+  const end = h("button", { type: "button", class: "fk-link", onclick: () => show(false) }, "end the tour");
+  const card = h("aside", { class: "fk-tour", "aria-label": "Guided tour", hidden: true }, h("div", { "aria-live": "polite" }, place, text), h("div", { class: "fk-row" }, back, next, end));
+  const start = h("button", { type: "button", class: "fk-go", onclick: () => (show(true), go(0)) }, "Start the tour");
+
+  function show(open) {
+    card.hidden = !open;
+    start.hidden = open;
+    if (!open) mark(null);
+    if (!open) start.focus();
+  }
+
+  /** Frames a stage and its box in the diagram. */
+  function mark(found) {
+    for (const each of stages) each.node.classList.toggle("fk-toured", each === found);
+    for (const box of diagram.querySelectorAll("[data-to]")) box.classList.toggle("fk-toured", box.dataset.to === found?.name);
+  }
+
+  function go(number) {
+    at = Math.max(0, number);
+    if (at === TOUR.length) return show(false);
+    const [name, words] = TOUR[at];
+    const found = stages.find((each) => each.name === name);
+    mark(found);
+    place.textContent = `${at + 1} of ${TOUR.length}: ${found.title}`;
+    text.textContent = words;
+    back.disabled = at === 0;
+    next.textContent = at === TOUR.length - 1 ? "Done" : "Next";
+    found.node.scrollIntoView({ block: "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    return undefined;
+  }
+  card.addEventListener("keydown", (event) => event.key === "Escape" && show(false));
+  return { card, start };
+}

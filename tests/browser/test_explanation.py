@@ -1,0 +1,250 @@
+"""The view of `fk.explain`: every number on the screen is the model's, in a page and as a widget in JupyterLab."""
+
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, expect
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import falcon_kit as fk
+from falcon_kit.explanation.record import record
+from falcon_kit.explanation.route import attention_rows
+from falcon_kit.inspection.hooks import inspect_model
+
+from .lab import Notebook
+
+TEXT = "The giraffe eats the leaves of"
+LAYER, HEAD = 4, 2
+AXE = files("axe_playwright_python") / "axe.min.js"
+
+
+@pytest.fixture(scope="module")
+def falcon():
+    return fk.load("falconet-instruct")
+
+
+@pytest.fixture(scope="module")
+def file(falcon, tmp_path_factory):
+    """A page without a kernel."""
+    return fk.explain(falcon, TEXT, layer=LAYER, head=HEAD).to_html(tmp_path_factory.mktemp("page") / "page.html")
+
+
+@pytest.fixture(scope="module")
+def found(falcon):
+    inspected = inspect_model(falcon)
+    return record(inspected, inspected.encode(TEXT), LAYER)
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request):
+    return request.param
+
+
+def opened(browser: Browser, file, **options) -> Page:
+    page = browser.new_context(**{"viewport": {"width": 1100, "height": 900}} | options).new_page()
+    page.set_default_timeout(20_000)
+    page.goto(file.as_uri())
+    page.wait_for_selector("[data-drawn]")
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, file):
+    page = opened(browser, file)
+    yield page
+    page.context.close()
+
+
+def numbers(page: Page, stage: str, column: int) -> list[float]:
+    """The exact values behind the numbers in a column of a stage's table."""
+    rows = page.locator(f"[data-stage={stage}] tbody tr td:nth-child({column})")
+    return [float(value) for value in rows.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+
+
+def distribution(page: Page, **settings: float) -> list[float]:
+    """The probabilities that the sliders give to the tokens that are shown."""
+    for name, value in {"temperature": 1, "topK": 0, "topP": 1, **settings}.items():
+        page.locator(f"[data-setting={name}]").evaluate(
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+        )
+    return numbers(page, "prediction", 6)
+
+
+# Numbers
+
+
+def test_scores_and_probabilities_are_the_models(page, found):
+    width = len(found.layer.heads.query[0])
+    rows = attention_rows(found.layer.heads, None, 0, width)[HEAD, -1]
+    np.testing.assert_allclose(numbers(page, "attention", 4), rows, rtol=1e-5)
+    scores = found.layer.heads.key[HEAD // 2] @ found.layer.heads.query[HEAD, -1] / 8
+    np.testing.assert_allclose(numbers(page, "attention", 2), scores, rtol=1e-5)
+
+
+def test_the_written_number_is_the_exact_one_rounded(page):
+    cells = page.locator("[data-stage=attention] tbody td[data-value]")
+    for exact, written in cells.evaluate_all("cells => cells.map(cell => [+cell.dataset.value, cell.textContent])"):
+        if written.endswith("%"):
+            assert written in ("<0.1%", ">99.9%") or abs(100 * exact - float(written[:-1])) <= 0.051
+        else:
+            assert float(written.replace("−", "-")) == pytest.approx(exact, rel=1e-3)
+
+
+def test_the_components_of_the_residual_stream_are_the_models(page, found):
+    shown = page.locator("[data-stage=residual] .fk-strip").evaluate_all(
+        "strips => strips.map(strip => [...strip.children].map(cell => +cell.dataset.value))"
+    )
+    vectors = [found.layer.vectors[name].first[-1] for name in ("input", "attention", "feed_forward", "output")]
+    np.testing.assert_allclose(shown, torch.stack(vectors), rtol=1e-5)
+
+
+def test_the_strongest_neurons_are_the_models(page, found):
+    np.testing.assert_allclose(numbers(page, "feed_forward", 3), found.layer.activations[-1], rtol=1e-5)
+
+
+def test_logits_and_probabilities_of_the_next_token_are_the_models(page, found):
+    best = found.logits.topk(12)
+    np.testing.assert_allclose(numbers(page, "prediction", 2), best.values, rtol=1e-5)
+    np.testing.assert_allclose(distribution(page), found.logits.softmax(-1)[best.indices], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"topK": 3},
+        {"topP": 0.9},
+        {"topP": 0.05},
+        {"temperature": 1.5, "topK": 8, "topP": 0.6},
+    ],
+    ids=str,
+)
+def test_the_sliders_give_what_the_warpers_of_transformers_give(page, found, settings):
+    logits, best = found.logits[None], found.logits.topk(12).indices
+    warpers = {"temperature": TemperatureLogitsWarper, "topK": TopKLogitsWarper, "topP": TopPLogitsWarper}
+    for name, warper in warpers.items():
+        if name in settings:
+            logits = warper(settings[name])(None, logits)
+    expected = logits[0].softmax(-1)[best]
+    np.testing.assert_allclose(distribution(page, **settings), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_temperature_zero_is_the_likeliest_token(page):
+    assert distribution(page, temperature=0)[:2] == [1, 0]
+
+
+def test_moving_both_tokens_leaves_the_score(page):
+    stage = page.locator("[data-stage=rotary]")
+    before = stage.locator("output").inner_text().split()[-1]
+    stage.locator("input").evaluate("slider => { slider.value = 64; slider.dispatchEvent(new Event('input')); }")
+    assert stage.locator("output").inner_text().split() == ["64", "tokens:", "score", before]
+
+
+# Used by everybody
+
+
+def test_the_page_asks_for_nothing_and_no_script_fails(browser, file):
+    page = browser.new_page()
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(file.as_uri())
+    page.wait_for_selector("[data-drawn]")
+    assert (asked, errors) == ([file.as_uri()], [])
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_axe_finds_no_violation(browser, file, scheme, width):
+    page = opened(browser, file, color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
+    page.get_by_role("button", name="Start the tour").click()
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("async () => (await axe.run('.fk-explanation')).violations")
+    assert [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found] == []
+    page.context.close()
+
+
+def test_a_narrow_page_does_not_scroll_sideways(browser, file):
+    page = opened(browser, file, viewport={"width": 390, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.context.close()
+
+
+def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
+    page = opened(browser, file)
+    page.get_by_role("button", name="Start the tour").press("Enter")
+    seen = []
+    for _ in range(10):
+        seen.append(page.locator("section.fk-toured").get_attribute("data-stage"))
+        expect(page.locator(".fk-tour")).to_contain_text(f"{len(seen)} of 10")
+        page.locator(".fk-tour button", has_text="Done" if len(seen) == 10 else "Next").press("Enter")
+    assert len({*seen}) == 10
+    expect(page.locator(".fk-tour")).to_be_hidden()
+    expect(page.get_by_role("button", name="Start the tour")).to_be_focused()
+    page.context.close()
+
+
+def test_a_box_of_the_diagram_leads_to_its_stage(page):
+    page.locator("[data-to=feed_forward]").press("Enter")
+    expect(page.locator("[data-stage=feed_forward] h3")).to_be_focused()
+
+
+def test_another_head_and_layer_are_drawn(browser, file, falcon):
+    page = opened(browser, file)
+    page.get_by_role("combobox", name="Layer").select_option("0")
+    page.get_by_role("combobox", name="Head").select_option("3")
+    expect(page.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("Head 3 of layer 0")
+    expect(page.locator("[data-stage=projection] [aria-pressed=true]")).to_have_text("Q3")
+    inspected = inspect_model(falcon)
+    ids = inspected.encode(TEXT)
+    rows = attention_rows(record(inspected, ids, 0).layer.heads, None, 0, len(ids))[3, -1]
+    np.testing.assert_allclose(numbers(page, "attention", 4), rows, rtol=1e-5)
+    page.context.close()
+
+
+def test_the_arrow_keys_walk_through_components(page):
+    strip = page.locator("[data-stage=embedding] .fk-strip")
+    strip.press("ArrowRight")
+    strip.press("ArrowRight")
+    expect(page.locator("[data-stage=embedding] .fk-info")).to_contain_text("component 1:")
+
+
+def test_hostile_text_is_shown_as_text(browser, falcon, tmp_path):
+    text = '</script><img src=x onerror="window.broken=1">$\\frac{$'
+    page = opened(browser, fk.explain(falcon, text).to_html(tmp_path / "page.html"))
+    assert page.evaluate("window.broken") is None
+    assert page.locator(".fk-explanation img").count() == 0
+    shown = page.locator(".fk-tokens bdi").all_inner_texts()
+    assert "".join(shown).replace("␣", " ") == text
+    page.context.close()
+
+
+# In JupyterLab
+
+
+def test_a_taken_token_joins_the_text_and_the_cache_grows(notebook: Notebook):
+    view = notebook.start(f"view = fk.explain(falcon, {TEXT!r}); view").locator(".fk-explanation")
+    expect(view.locator(".fk-tokens button")).to_have_count(6)
+    before = view.locator("[data-stage=cache] td[data-value]").first.get_attribute("data-value")
+    first = view.locator("[data-stage=prediction] tbody th").first.inner_text()
+    view.get_by_role("button", name="Take the token").first.click()
+    expect(view.locator(".fk-tokens button")).to_have_count(7)
+    assert notebook.python("print(len(view.ids))") == "7"
+    assert view.locator(".fk-tokens bdi").last.inner_text() == first
+    after = view.locator("[data-stage=cache] td[data-value]").first.get_attribute("data-value")
+    assert float(after) / float(before) == pytest.approx(7 / 6)
+
+
+def test_a_token_that_is_chosen_shows_its_own_row(notebook: Notebook):
+    view = notebook.start(f"fk.explain(falcon, {TEXT!r})").locator(".fk-explanation")
+    view.locator(".fk-tokens button").nth(3).click()
+    expect(view.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("(3)")
+    expect(view.locator("[data-stage=attention] tbody tr")).to_have_count(4)
+    view.locator("[data-stage=attention] tbody button").nth(1).click()
+    expect(view.locator("[data-stage=rotary] .fk-legend")).to_contain_text("key at position 1")
+    view.get_by_role("button", name="Follow it back").click()
+    expect(view.locator(".fk-steps li")).to_have_count(6)

@@ -1,0 +1,99 @@
+"""The parts that the view shows: equal to the record, and within bounds."""
+
+import json
+import re
+from base64 import b64decode
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import falcon_kit as fk
+from falcon_kit.explanation import parts
+from falcon_kit.explanation.record import record
+from falcon_kit.explanation.route import attention_rows
+from falcon_kit.inspection.hooks import inspect_model
+
+TEXT = "The giraffe eats the leaves of tall trees"
+
+
+@pytest.fixture(scope="module")
+def inspected(instruct):
+    return inspect_model(instruct)
+
+
+@pytest.fixture(scope="module")
+def ids(inspected):
+    return inspected.encode(TEXT)
+
+
+@pytest.fixture(scope="module")
+def found(inspected, ids):
+    return record(inspected, ids, 2)
+
+
+def unpacked(part):
+    return np.frombuffer(b64decode(part["f32"]), "<f4").reshape(part["shape"])
+
+
+def test_an_array_comes_back_as_it_was():
+    values = torch.tensor([[1.5, -2.0, 3e-8], [0.0, torch.inf, 7.0]])
+    assert np.array_equal(unpacked(parts.packed(values)), values.numpy())
+
+
+def test_the_probabilities_of_all_heads_are_the_row_of_their_maps(found, ids):
+    for position in (0, 3, len(ids) - 1):
+        rows = attention_rows(found.layer.heads, None, 0, len(ids))[:, position, : position + 1]
+        shown = unpacked(parts.layer_part(found.layer, position)["probabilities"])
+        np.testing.assert_allclose(shown, rows, atol=1e-6)
+        np.testing.assert_allclose(shown.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", range(4))
+def test_a_score_is_the_product_of_the_query_and_the_key(found, ids, head):
+    part = parts.head_part(found.layer, len(ids) - 1, head, 3)
+    score = unpacked(part["query"]) @ unpacked(part["key"]) / 8
+    assert score == pytest.approx(unpacked(part["scores"])[3], rel=1e-4)
+    assert part["group"] == head // 2
+
+
+def test_without_a_key_it_is_the_earlier_token_that_is_attended_to_most(found, ids):
+    position = len(ids) - 1
+    part = parts.head_part(found.layer, position, 1, None)
+    assert part["key_position"] == int(unpacked(part["scores"])[:position].argmax())
+    assert parts.head_part(found.layer, 0, 1, None)["key_position"] == 0
+
+
+def test_the_map_is_causal_and_of_at_most_64_cells_a_side(inspected):
+    ids = inspected.encode(list(range(20, 320)))
+    part = parts.head_part(record(inspected, ids, 0).layer, 299, 0, None)
+    shown = unpacked(part["map"])
+    assert shown.shape == (60, 60)  # the maximum of 5 x 5 tokens
+    assert (np.triu(shown, 1) == 0).all()
+
+
+def test_the_named_tokens_are_the_likeliest(inspected, ids, found):
+    part = parts.text_part(inspected, ids, found.logits)
+    order = np.argsort(-unpacked(part["logits"]), kind="stable")[: parts.NAMED]
+    assert [each["id"] for each in part["named"]] == order.tolist()
+
+
+def test_the_cache_is_the_closed_form_of_both_architectures(inspected, ids, found):
+    cache = parts.text_part(inspected, ids, found.logits)["cache"]
+    assert cache == {"dtype": "float32", "grouped": 2 * 6 * 2 * 64 * 4, "transformers": 2 * 6 * 4 * 64 * 4}
+
+
+def test_every_place_in_the_code_exists_and_computes_what_it_says(inspected, ids, found):
+    package, stock = Path(fk.__file__).parent, Path(__import__("transformers").__file__).parent
+    for stage, place in parts.text_part(inspected, ids, found.logits)["code"].items():
+        name, line = re.fullmatch(r"(.+), line (\d+)", place).groups()
+        root = {"falcon_kit": package, "transformers": stock}[name.partition("/")[0]]
+        lines = (root.parent / name).read_text().splitlines()
+        assert any("def " in each for each in lines[int(line) - 1 : int(line) + 4]), (stage, place)
+
+
+def test_all_parts_are_json(inspected, ids, found):
+    position = len(ids) - 1
+    whole = [parts.text_part(inspected, ids, found.logits), parts.layer_part(found.layer, position)]
+    assert json.loads(json.dumps([*whole, parts.head_part(found.layer, position, 0, None)], allow_nan=False))

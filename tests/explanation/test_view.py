@@ -1,0 +1,178 @@
+"""`explain`: what it sends, what it refuses, and the page without a kernel."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from tests.conftest import small_model
+
+TEXT = "The giraffe eats the leaves"
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What the widget sends to the browser."""
+    messages = []
+    monkeypatch.setattr(fk.Explanation, "send", lambda self, content, buffers=None: messages.append(content))
+    return messages
+
+
+def ask(view, do, **values):
+    view._on_message(view, {"do": do, **values}, [])
+
+
+# Messages
+
+
+def test_hello_gives_the_text_and_what_is_shown_first(instruct, sent):
+    ask(fk.explain(instruct, TEXT, layer=3, head=2), "hello")
+    (message,) = sent
+    assert (message["type"], message["layer"], message["head"]) == ("start", 3, 2)
+    assert "".join(token["text"] for token in message["text"]["tokens"]) == TEXT
+
+
+def test_an_answer_carries_the_key_of_its_request(instruct, sent):
+    view = fk.explain(instruct, TEXT)
+    ask(view, "layer", key="a", layer=5, position=2)
+    ask(view, "head", key="b", layer=5, position=2, head=3)
+    ask(view, "route", key="c")
+    assert [(message["type"], message["key"]) for message in sent] == [("part", key) for key in "abc"]
+    assert sent[0]["part"]["probabilities"]["shape"] == [4, 3]
+
+
+def test_a_taken_token_joins_the_text_as_generation_would_continue_it(instruct, sent):
+    view = fk.explain(instruct, TEXT)
+    expected = instruct.generate(TEXT, max_new_tokens=3).tokens
+    for _ in expected:
+        ask(view, "hello")
+        ask(view, "take", id=sent[-1]["text"]["named"][0]["id"])
+    assert tuple(view.ids[-3:]) == expected
+    assert sent[-1]["type"] == "start"
+    assert view.text.startswith(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"do": "layer", "layer": 6, "position": 0}, "layer 6 does not exist"),
+        ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist"),
+        ({"do": "head", "layer": 0, "position": 1, "head": 4}, "head 4 does not exist"),
+        ({"do": "head", "layer": 0, "position": 1, "head": 0, "attended": 2}, "key 2 does not exist"),
+        ({"do": "take", "id": 99999}, "is not a token id"),
+        ({"do": "nonsense"}, "KeyError"),
+        ({}, "KeyError"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_an_error_in_the_view(instruct, sent, request_, words):
+    view = fk.explain(instruct, TEXT)
+    view._on_message(view, {"key": "x", **request_}, [])
+    (message,) = sent
+    assert (message["type"], message["key"]) == ("error", "x")
+    assert words in message["text"]
+    assert view.text == TEXT
+
+
+def test_a_full_context_is_an_error_and_the_text_stays(tokenizer, sent):
+    model = small_model("40b", max_position_embeddings=8)
+    view = fk.explain((model, tokenizer), list(range(8)))
+    ask(view, "take", id=5)
+    assert "8" in sent[0]["text"]
+    assert len(view.ids) == 8
+
+
+def test_one_forward_pass_answers_all_requests_for_a_layer(instruct, sent):
+    view, passes = fk.explain(instruct, TEXT), []
+    hook = instruct.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    ask(view, "hello")
+    for head in range(4):
+        ask(view, "head", key="k", layer=0, position=1, head=head)
+    ask(view, "layer", key="k", layer=0, position=2)
+    hook.remove()
+    assert len(passes) == 1
+
+
+def test_records_of_at_most_two_layers_are_kept(instruct, sent):
+    view = fk.explain(instruct, TEXT)
+    for layer in range(6):
+        ask(view, "layer", key="k", layer=layer, position=0)
+    assert [*view._records] == [4, 5]
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"text": ""}, ValueError, "the text is empty"),
+        ({"text": "a " * 3000}, ValueError, "the model's context is 2048"),
+        ({"text": [5000]}, ValueError, "is not a token id"),
+        ({"text": TEXT, "layer": 6}, IndexError, "layer 6 does not exist: the model has 6"),
+        ({"text": TEXT, "head": -1}, IndexError, "head -1 does not exist"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(instruct, arguments, error, words):
+    with pytest.raises(error, match=words):
+        fk.explain(instruct, **arguments)
+
+
+def test_what_is_no_falcon_is_refused():
+    with pytest.raises(TypeError, match=r"give what fk\.load returns"):
+        fk.explain("falconet", TEXT)
+
+
+# The page
+
+
+def test_a_page_of_forty_tokens_is_under_a_megabyte_and_a_half(instruct, tmp_path):
+    file = fk.explain(instruct, list(range(100, 140))).to_html(tmp_path / "page.html")
+    assert file.stat().st_size < 1_500_000
+
+
+def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):
+    page = fk.explain(instruct, TEXT).page(layers=[4, 1])
+    assert page.data["start"]["layer"] == 4
+    last = len(page.data["start"]["text"]["tokens"]) - 1
+    names = {f"layer {layer} {last}" for layer in (1, 4)}
+    assert {*page.data["parts"]} == names | {f"head {layer} {last} {head} " for layer in (1, 4) for head in range(4)}
+
+
+def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):
+    view = fk.explain(instruct, TEXT, layer=3)
+    one = len(str(view._layer_parts(3)))
+    whole = len(str({"start": view._start() | {"layer": 3}, "route": view._route(), "parts": {}})) + len(
+        fk.Explanation._esm
+    )
+    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", whole + int(2.5 * one))
+    layers = {int(key.split()[1]) for key in view.page().data["parts"]}
+    assert layers == {2, 3}
+
+
+def test_a_page_that_would_be_too_large_is_refused_and_a_notebook_shows_the_next_tokens(instruct, monkeypatch):
+    view = fk.explain(instruct, TEXT)
+    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", 100_000)
+    with pytest.raises(ValueError, match=r"takes 0\..* MB, the limit is 0\.1: give fewer layers, or a shorter text"):
+        view.page([0, 1, 2, 3, 4, 5])
+    assert "continues" in view._repr_html_()
+
+
+HOSTILE = ["</script><img src=x onerror=alert(1)>", '"><b>', "<!--", "\u202egnp.exe", "]]>", "$\\frac{$"]
+
+
+@given(st.one_of(st.sampled_from(HOSTILE), st.text(min_size=1, max_size=20)))
+@settings(max_examples=15)
+def test_a_text_stays_text_in_the_page(instruct, text):
+    view = fk.explain(instruct, text + "<x-planted>")
+    assert "<x-planted" not in view.page([0]).document().replace("&lt;x-planted", "")
+    assert "<x-planted" not in view._summary()
+
+
+def test_the_repr_is_short(instruct):
+    assert repr(fk.explain(instruct, TEXT)) == "Explanation(falconet-instruct, 5 tokens)"
+
+
+def test_a_notebook_without_a_kernel_gets_the_page(instruct):
+    bundle = fk.explain(instruct, TEXT)._repr_mimebundle_()[0]
+    assert "fk-explanation" in bundle["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in bundle
