@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import printable, require
 from falcon_kit.display.tables import format_bytes, html_table
 
 SPECIAL_TOKENS = tuple(
@@ -73,10 +73,12 @@ class FalconSpec:
         d, h, g = self.d_model, self.query_heads, self.kv_heads
         if d % h or h % g:
             raise ValueError(
-                f"{self.name}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
+                f"{printable(self.name)}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
             )
         if self.norms_per_block > 2:
-            raise ValueError(f"{self.name}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}.")
+            raise ValueError(
+                f"{printable(self.name)}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}."
+            )
 
     @property
     def hub_id(self) -> str | None:

@@ -12,6 +12,7 @@ notebook_05.py  the checks of notebook 05, Attention (no torch)
 notebook_06.py  the checks of notebook 06, Fine-tuning with LoRA (no torch)
 notebook_07.py  the checks of notebook 07, Quantization (no torch)
 notebook_08.py  the checks of notebook 08, Several GPUs (no torch)
+notebook_09.py  the checks of notebook 09, Evaluation and safety (no torch)
 notebook_10.py  the checks of notebook 10, Serving (no torch)
 check.py        `check`: the number of an exercise and an answer in, an Outcome out (no torch)
 

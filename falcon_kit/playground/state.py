@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.guardrails.guard import Guardrails
@@ -75,7 +75,7 @@ class Session:
             self.switch(mode)
 
     def __repr__(self) -> str:
-        models = " and ".join(column.name for column in self.columns)
+        models = " and ".join(printable(column.name) for column in self.columns)
         return f"Session({models}, {self.mode} mode, {len(self.history)} turns)"
 
     @property

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import parse_json
 from falcon_kit.generation.chat import BAIZE
 
@@ -47,8 +48,8 @@ def rows(path: Any) -> Iterator[tuple[str, Any]]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}: give a file or a folder of {', '.join(SUFFIXES)}; a text itself is "
-            '{"text": "..."}'
+            f"there is no file {printable(str(path))}: give a file or a folder of {', '.join(SUFFIXES)}; a text itself "
+            'is {"text": "..."}'
         )
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
