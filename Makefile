@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks bench audit falconet clean
+.PHONY: help demo lab test quick browser lint notebooks gallery bench audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: .venv/.dev  ## ruff and mypy
 
 notebooks: .venv/.dev  ## execute notebooks in place and stamp them with the hash of their source (ARGS names some)
 	$(RUN) notebooks/stamp.py $(ARGS)
+
+gallery: .venv/.dev  ## write all executed notebooks as HTML, with an index: runs/gallery/index.html
+	$(RUN) notebooks/gallery.py
 
 bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)

@@ -11,6 +11,7 @@ echo.py        log-probabilities of a prompt (no torch)
 tgi.py         Text Generation Inference (no torch)
 sagemaker.py   SageMaker endpoints (no torch)
 endpoint.py    connect(): generate, stream and chat over an endpoint (no torch)
+tgi_server.py  a server of TGI's protocol on loopback, to try a client
 deployment.py  settings of vLLM and of SageMaker's containers (no torch)
 gguf.py        export_gguf(): one file for llama.cpp
 """

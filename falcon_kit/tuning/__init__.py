@@ -10,7 +10,8 @@ packing.py           documents become rows of tokens
 checks.py            models and vocabularies that tune() refuses
 distributed.py       several processes: copies of the weights, or shards
 plots.py             loss curves (no torch)
-measure.py           stop rate and exact answers on held-out conversations
+measure.py           stop rate and exact answers on held-out conversations; a sample of web text
+verdict.py           what a run learned and forgot, in sentences (no torch)
 checkpoint_files.py  complete checkpoints: names, file lists, which to keep (no torch)
 callbacks.py         Ctrl-C saves the step first; adapters without a gradient are an error
 runs.py              TuningRun: the adapter, its losses, before and after, its model card

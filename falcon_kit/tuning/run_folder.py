@@ -56,6 +56,13 @@ def identity(falcon: Falcon, settings: Tuning, train: Packed, held_out: Packed |
     return dict(json.loads(json.dumps(values)))
 
 
+def default_output_dir(name: str, identity: Mapping[str, Any]) -> Path:
+    """runs/<name>-<hash of everything that determines the result>: another setting gets another folder."""
+    determining = {key: value for key, value in identity.items() if key != "save_steps"}
+    digest = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"{name}-{digest[:8]}"
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds a folder, which is made if need be. Raises BlockingIOError where another run of `fk.tune` holds it.
@@ -101,7 +108,10 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
 
 
 def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[Path]) -> None:
-    remedy = "another output_dir, or resume=False to start over there"
+    remedy = (
+        "another output_dir, or resume=False to start over there (without output_dir, each choice of settings gets a "
+        "folder of its own)"
+    )
     names = ", ".join(sorted(each.name for each in results))
     lost = f"the run there cannot be resumed without it, and resume=False deletes its {names}: " if names else ""
     started = read_json(file, f"{lost}take {remedy}")

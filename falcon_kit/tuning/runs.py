@@ -14,9 +14,12 @@ from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.plan import Plan
+from falcon_kit.tuning.data import dialogues
+from falcon_kit.tuning.measure import answer_rates
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.plots import loss_curve
 from falcon_kit.tuning.settings import Tuning
+from falcon_kit.tuning.verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +42,13 @@ class TuningRun:
     history: tuple[Mapping[str, float], ...]
     """The log: the loss of each step, and every `eval_steps` the held-out loss."""
     figures: Mapping[str, float]
-    """Measured on held-out documents before and after the run: loss, stop rate, exact answers."""
+    """Measured before and after the run: the loss on a sample of web text, which shows what is forgotten, and on
+    held-out documents loss, stop rate, exact answers."""
+
+    @property
+    def verdict(self) -> str:
+        """What the run learned and forgot, and which setting to change if it learned nothing or forgot too much."""
+        return verdict(self.history, self.figures, self.settings, len(self.packed.lengths))
 
     def plot(self) -> Figure:
         """The loss over the steps."""
@@ -66,6 +75,15 @@ class TuningRun:
             after = answers()
         return BeforeAfter(tuple(zip(prompts, before, after, strict=True)))
 
+    def rates(self, documents: Any, count: int = 32) -> dict[str, float]:
+        """Stop rate and exact answers of the tuned model, each from 0 to 1.
+
+        documents: as for `fk.dialogues`; the last answer of the first `count` conversations is generated, greedily. On
+        the rows of the run, this shows whether it answers from them.
+        """
+        with attached(self.falcon, self.adapter):
+            return answer_rates(self.falcon, dialogues(documents), count, self.settings.context or 0)
+
     def _facts(self) -> dict[str, str]:
         size = sum(file.stat().st_size for file in self.adapter.iterdir())
         facts = {
@@ -74,7 +92,7 @@ class TuningRun:
             "data": repr(self.packed),
             "steps": str(max((int(each["step"]) for each in self.history if "step" in each), default=0)),
         }
-        return facts | {name: f"{value:.4g}" for name, value in self.figures.items()}
+        return facts | {name: f"{value:.4g}" for name, value in self.figures.items()} | {"verdict": self.verdict}
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())

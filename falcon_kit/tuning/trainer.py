@@ -99,11 +99,13 @@ class AdapterTrainer(Trainer):
             f"a lower learning_rate; float16 overflows where bfloat16 does not. {saved}"
         )
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> dict[str, float]:
         """The mean loss per token of all held-out rows; each row counts once, with any number of processes."""
         self.model.eval()
         parts = []
-        for inputs in self.get_eval_dataloader():
+        for inputs in self.get_eval_dataloader(eval_dataset):
             batch = dict(inputs)
             count = (batch["labels"][:, 1:] != IGNORED).sum()
             rows = batch.pop("rows")

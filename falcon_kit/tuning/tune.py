@@ -30,10 +30,18 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.checks import check_model
 from falcon_kit.tuning.data import Documents, dialogues
-from falcon_kit.tuning.measure import answer_rates
+from falcon_kit.tuning.measure import answer_rates, web_text
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
 from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, in_notebook, print_line, show_plan
-from falcon_kit.tuning.run_folder import identity, locked, prepare_output_dir, read_record, save_adapter, write_record
+from falcon_kit.tuning.run_folder import (
+    default_output_dir,
+    identity,
+    locked,
+    prepare_output_dir,
+    read_record,
+    save_adapter,
+    write_record,
+)
 from falcon_kit.tuning.runs import TuningRun
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer, arguments
@@ -43,7 +51,7 @@ def tune(
     falcon: Falcon,
     data: Any,
     *,
-    output_dir: str | Path,
+    output_dir: str | Path | None = None,
     held_out: Any = None,
     resume: bool = True,
     force: bool = False,
@@ -54,9 +62,11 @@ def tune(
 
     data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`. output_dir: the folder
     for checkpoints and the adapter; an interrupted run in it is resumed, and its adapter is the same as without the
-    interruption. held_out: what to measure with: a share of the documents (of packed data None, and nothing is
-    measured), or separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False starts
-    over. force: train although the plan does not fit. quiet: no plan, progress bar or loss curve.
+    interruption. Unset, it is a folder in ./runs whose name follows from model, data and settings: the same call
+    resumes or returns the finished run, and a call with another setting starts a run of its own. held_out: what to
+    measure with: a share of the documents (of packed data None, and nothing is measured but the loss on web text), or
+    separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False starts over. force:
+    train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
     `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
@@ -77,7 +87,7 @@ def tune(
     train = documents if isinstance(documents, Packed) else packed(documents)
     test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
     memory_plan = _plan(falcon, chosen, force)
-    run = _Run(falcon, chosen, Path(output_dir).expanduser(), train, test, test_documents, memory_plan, quiet)
+    run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet)
     with run.held():
         run.prepare(resume)
         if distributed.is_rank0() and not quiet:
@@ -110,7 +120,7 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
     if settings.held_out and len(data) < 2:
         raise ValueError(
             "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on "
-            "this one and measure nothing"
+            "this one"
         )
     return data.split(settings.held_out, settings.seed) if settings.held_out else (data, None)
 
@@ -187,7 +197,7 @@ class _Run:
 
     falcon: Falcon
     settings: Tuning
-    directory: Path
+    output_dir: str | Path | None
     train: Packed
     test: Packed | None
     test_documents: Documents | Packed | None
@@ -197,6 +207,13 @@ class _Run:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         return identity(self.falcon, self.settings, self.train, self.test)
+
+    @cached_property
+    def directory(self) -> Path:
+        """The folder of the run: output_dir, or one that is named after what determines the run."""
+        if self.output_dir is None:
+            return default_output_dir(self.falcon.spec.name, self._identity)
+        return Path(self.output_dir).expanduser()
 
     def held(self) -> AbstractContextManager[None]:
         """Keeps other runs out of output_dir; rank 0 holds it for all processes."""
@@ -211,6 +228,7 @@ class _Run:
 
     def __call__(self) -> TuningRun:
         if record := read_record(self.directory):
+            self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
             return self._result(record["history"], record["figures"])
         with _new_adapter(self.falcon, self.settings) as model:
             trainer = self._trainer(model)
@@ -224,9 +242,15 @@ class _Run:
             trainer.accelerator.wait_for_everyone()
         return self._result(history, figures)
 
+    def _tell(self, line: str) -> None:
+        if distributed.is_rank0() and not self.quiet:
+            print_line(line)
+
     def _result(self, history: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
         adapter = self.directory / "adapter"
-        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
+        run = TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
+        self._tell(run.verdict)
+        return run
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
         evaluated = self.test is not None
@@ -281,18 +305,24 @@ class _Run:
             progress.close()
 
     def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
-        """Loss, stop rate and exact answers on the held-out documents, without and with the adapter."""
-        if self.test is None:
-            return {}
+        """The figures without and with the adapter."""
+        web = web_text(self.falcon)
         figures: dict[str, float] = {}
-        documents = self.test_documents
-        count, context = self.settings.answers, self.settings.context or 0
         for name in ("before", "after"):
             with model.disable_adapter() if name == "before" else nullcontext():
-                figures[f"held-out loss {name}"] = trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
-                if isinstance(documents, Documents) and distributed.is_rank0() and not distributed.is_sharded(model):
-                    rates = answer_rates(self.falcon, documents, count, context)
-                    figures |= {f"{key} {name}": value for key, value in rates.items()}
+                measured = self._held_out_figures(trainer, model, name)
+                measured["web-text loss"] = trainer.evaluate(web, metric_key_prefix=f"web_{name}")[f"web_{name}_loss"]
+            figures |= {f"{key} {name}": value for key, value in measured.items()}
+        return figures
+
+    def _held_out_figures(self, trainer: AdapterTrainer, model: PeftModel, name: str) -> dict[str, float]:
+        """Loss, stop rate and exact answers on the held-out documents; empty without any."""
+        if self.test is None:
+            return {}
+        figures = {"held-out loss": trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]}
+        documents = self.test_documents
+        if isinstance(documents, Documents) and distributed.is_rank0() and not distributed.is_sharded(model):
+            figures |= answer_rates(self.falcon, documents, self.settings.answers, self.settings.context or 0)
         return figures
 
 

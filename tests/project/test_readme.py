@@ -32,6 +32,14 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/mine/adapter").is_dir()
 
 
+def test_the_chinese_readme_has_the_same_code_and_notebooks_and_no_broken_link():
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    for pattern in (r"```(?:python|sh)\n.*?```", r"\]\(notebooks/[\w.]+\)"):
+        assert set(re.findall(pattern, README, re.DOTALL)) == set(re.findall(pattern, chinese, re.DOTALL))
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", chinese)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 @pytest.mark.parametrize(("name", "column"), [("falconet", 0), ("falconet-instruct", 1)])
 def test_the_readme_states_the_figures_of_the_model_card(name, column):
     card = table_rows((embedded_directory(name) / "README.md").read_text(), columns=2)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.serving import protocol
+from falcon_kit.serving import protocol, tgi_server
 from tests.serving.servers import (
     Reply,
     container_error,
@@ -13,8 +13,6 @@ from tests.serving.servers import (
     part,
     scripted,
     tgi,
-    tgi_events,
-    tgi_refusal,
     transformers_serve,
 )
 from tests.serving.vllm import vllm
@@ -69,9 +67,9 @@ def sagemaker_service(instruct):
 
     def runtime(path, body, _):
         assert path == "/endpoints/falcon/invocations-response-stream"
-        if wrong := tgi_refusal(instruct, body):
+        if wrong := tgi_server.refusal(instruct, body):
             return container_error(422, f"Input validation error: {wrong}")
-        lines = b"".join(b"data:" + json.dumps(each).encode() + b"\n\n" for each in tgi_events(instruct, body))
+        lines = b"".join(b"data:" + json.dumps(each).encode() + b"\n\n" for each in tgi_server.events(instruct, body))
         return Reply(
             [part(lines[at : at + 50]) for at in range(0, len(lines), 50)], kind="application/vnd.amazon.eventstream"
         )

@@ -20,6 +20,8 @@ from typing import Any
 import httpx2
 import xllamacpp
 
+from falcon_kit.serving import tgi_server
+
 QUESTION = [{"role": "user", "content": "What do giraffes eat?"}]
 
 
@@ -216,80 +218,20 @@ DONE = [chunk("Hello"), chunk(" there", "stop"), b"data: [DONE]\n\n"]
 
 
 def tgi(falcon: Any) -> Script:
-    """A script with TGI's responses to /info, /generate_stream and invalid requests."""
+    """TGI 3 on a Falcon: GET /info and POST /generate_stream, with TGI's validation."""
 
     def script(path: str, body: dict[str, Any], _: dict[str, str]) -> Reply | Iterator[bytes]:
         if path == "/info":
-            return as_reply({"model_id": "falconet-instruct", "max_input_tokens": 2047, "max_total_tokens": 2048})
+            return as_reply(tgi_server.info(falcon))
         if path == "/tokenize":
-            tokens = falcon.tokenizer(body["inputs"])["input_ids"]
-            return as_reply([{"id": each, "text": "", "start": 0, "stop": 0} for each in tokens])
+            return as_reply(tgi_server.tokenize(falcon, body))
         if path != "/generate_stream":
             return as_reply({"error": "not found"}, 404)
-        if wrong := tgi_refusal(falcon, body):
+        if wrong := tgi_server.refusal(falcon, body):
             return as_reply({"error": f"Input validation error: {wrong}", "error_type": "validation"}, 422)
-        return (b"data:" + json.dumps(each).encode() + b"\n\n" for each in tgi_events(falcon, body))
+        return (b"data:" + json.dumps(each).encode() + b"\n\n" for each in tgi_server.events(falcon, body))
 
     return script
-
-
-def tgi_refusal(falcon: Any, body: dict[str, Any]) -> str | None:
-    """The error of TGI's validation for a request; None if it is valid."""
-    parameters = body["parameters"]
-    length, wanted = len(falcon.tokenizer(body["inputs"])["input_ids"]), parameters["max_new_tokens"]
-    rules = {
-        "`temperature` must be strictly positive": parameters.get("temperature", 1) > 0,
-        "`top_p` must be > 0.0 and < 1.0": 0 < parameters.get("top_p", 0.5) < 1,
-        "`stop` supports up to 4 stop sequences": len(parameters.get("stop", [])) <= 4,
-        f"`inputs` tokens + `max_new_tokens` must be <= 2048. Given: {length} and {wanted}": length + wanted <= 2048,
-    }
-    return next((rule for rule, holds in rules.items() if not holds), None)
-
-
-def tgi_events(falcon: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """TGI's StreamResponse events; a stop sequence ends the text and stays in it."""
-    given = body["parameters"]
-    settings = {
-        name: given[name]
-        for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
-        if name in given
-    }
-    ids = falcon.tokenizer(body["inputs"])["input_ids"]
-    text, end, tokens = "", falcon.tokenizer.eos_token_id, []
-    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
-    for index, piece in enumerate(stream, 1):
-        tokens.append(piece.token_id)
-        special = piece.token_id == end
-        text += piece.text
-        ends = {
-            "eos_token": special,
-            "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
-            "length": len(tokens) == given["max_new_tokens"],
-        }
-        reason = next((name for name, holds in ends.items() if holds), None)
-        token = {
-            "id": piece.token_id,
-            "text": "<|endoftext|>" if special else piece.text,
-            "logprob": piece.logprob,
-            "special": special,
-        }
-        details = {
-            "finish_reason": reason,
-            "generated_tokens": len(tokens),
-            "seed": given.get("seed"),
-            "input_length": len(ids),
-        }
-        top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
-        yield {
-            "index": index,
-            "token": token,
-            **({"top_tokens": top} if top else {}),
-            "generated_text": text if reason else None,
-            "details": details if reason else None,
-        }
-        if reason:
-            stream.close()
-            return
 
 
 # SageMaker's runtime: AWS's event stream encoding around a container's answer (moto imitates the control plane only)

@@ -7,7 +7,8 @@ import pytest
 
 import falcon_kit as fk
 from falcon_kit.serving.tgi import read_event
-from tests.serving.servers import scripted, tgi
+from falcon_kit.serving.tgi_server import TgiServer
+from tests.serving.servers import QUESTION, scripted, tgi
 
 EVENT = {"token": {"id": 5, "text": " a", "logprob": -0.1, "special": False}}
 
@@ -56,3 +57,16 @@ def test_a_line_without_an_event_is_skipped(line):
 def test_a_line_that_is_no_event_is_an_error(line, message):
     with pytest.raises(ConnectionError, match=message):
         read_event(line, "local")
+
+
+# The server on loopback
+
+
+def test_the_server_of_the_kit_streams_the_local_text_and_frees_its_port(instruct):
+    with TgiServer(instruct) as server:
+        served = fk.connect(server.address)
+        assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
+        with pytest.raises(ValueError, match="2048"):
+            served.generate("word " * 3000, max_new_tokens=5)
+    with pytest.raises(ConnectionError, match="nothing answers"):
+        fk.connect(server.address, retries=0)

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import falcon_kit as fk
 from falcon_kit.tuning.packing import FEATURES, Packed
-from falcon_kit.tuning.run_folder import digest
+from falcon_kit.tuning.run_folder import default_output_dir, digest
 from falcon_kit.tuning.trainer import AdapterTrainer
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, same, weights
 
@@ -185,3 +185,28 @@ def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
     assert record["figures"] == dict(run.figures)
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "falconet"
+
+
+# Without an output_dir
+
+
+def test_the_same_call_returns_the_finished_run_and_another_setting_starts_its_own(
+    monkeypatch, falcon, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    first = fk.tune(falcon, ROWS, **QUICK)
+    other = fk.tune(falcon, ROWS, **{**QUICK, "r": 4})
+    capsys.readouterr()
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: pytest.fail("it trains again"))
+    again = fk.tune(falcon, ROWS, **QUICK)
+    assert "This run is finished" in capsys.readouterr().out
+    assert (again.adapter, again.figures) == (first.adapter, first.figures)
+    assert [first.adapter.exists(), other.adapter.exists(), first.adapter != other.adapter] == [True, True, True]
+    assert [each.name for each in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("name", ["base", "data", "held-out data", "dtype", "r", "seed", "answers", "eval_steps"])
+def test_whatever_changes_the_result_changes_the_folder(name):
+    given = {"base": 1, "r": 8, "save_steps": 5}
+    assert default_output_dir("falconet", given | {name: "other"}) != default_output_dir("falconet", given)
+    assert default_output_dir("falconet", given | {"save_steps": 9}) == default_output_dir("falconet", given)

@@ -173,7 +173,7 @@ def test_separate_data_are_held_out_in_every_form(falcon, tmp_path, kind, packin
     packed = fk.pack(fk.dialogues(ROWS[:3]), falcon, 64)
     with pytest.warns(UserWarning, match="only its loss is measured: for stop rate and exact answers give the Doc"):
         other = fk.tune(falcon, data, output_dir=tmp_path / "other", held_out=packed, **options)
-    losses = {"held-out loss before", "held-out loss after"}
+    losses = {f"{name} loss {when}" for name in ("held-out", "web-text") for when in ("before", "after")}
     assert other.figures.keys() == losses < run.figures.keys()
     assert {name: run.figures[name] for name in losses} == other.figures
 

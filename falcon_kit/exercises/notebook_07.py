@@ -1,0 +1,72 @@
+"""The checks of notebook 07, Quantization."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from falcon_kit.catalogue.names import spec
+from falcon_kit.exercises.outcome import expect, near
+from falcon_kit.planning.plan import plan
+
+
+def exercise_1(errors: Mapping[int, float]) -> str:
+    """A dictionary with the relative error for each block size: {16: ..., 64: ..., 256: ..., 1024: ...}."""
+    weight, levels = _first_weight()
+    for block in (16, 64, 256, 1024):
+        given, right = float(errors[block]), _error(weight, levels, block)
+        expect(not near(given, 100 * right), f"{given:.3g} is in percent: divide it by 100.")
+        expect(not near(given, right**2), "That is the square: divide the norm of the difference by the norm.")
+        if block != 64:
+            unchanged = near(given, _error(weight, levels, 64), 1e-3)
+            expect(not unchanged, f"Block {block} has the error of blocks of 64: are the scales computed again?")
+        expect(near(given, right), f"Block {block}: is each scale the largest absolute value of its {block} weights?")
+    return "A larger block saves scales and has a larger maximum, so that its levels are farther apart."
+
+
+def exercise_2(kind: str) -> str:
+    """The name of a kind of layer: "query_key_value", "dense", "dense_h_to_4h" or "dense_4h_to_h"."""
+    kinds = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    expect(kind in kinds, f"Give one of {', '.join(kinds)}.")
+    expect(
+        kind != "dense_4h_to_h", "That kind changes the predictions least. Is the divergence the mean over all tokens?"
+    )
+    expect(
+        kind == "query_key_value",
+        "Another kind has twice the divergence: the sum of p (log p - log q) over the vocabulary, p unquantised.",
+    )
+    return "0.0003 nats per token, twice that of the next kind."
+
+
+def exercise_3(context: float) -> str:
+    """A number of tokens in each of the 32 texts, which may have a fraction."""
+    shape = spec("falcon-40b-instruct")
+    weights = plan(shape, "nf4-double", devices="H200").weight_bytes
+    right = weights / (32 * shape.kv_bytes_per_token())
+    expect(
+        not near(context, 32 * right), "That is the context of one text: the cache of 32 texts is 32 times as large."
+    )
+    expect(not near(context, right / 2), "Keys and values are both in kv_bytes_per_token(): count them once.")
+    whole = plan(shape, "bfloat16", devices="H200").weight_bytes / (32 * shape.kv_bytes_per_token())
+    expect(not near(context, whole), "These are the weights in bfloat16: take dtype='nf4-double'.")
+    expect(near(context, right), "Divide plan.weight_bytes by 32 * spec.kv_bytes_per_token().")
+    return f"{right:,.0f} tokens: at its own context of {shape.context}, the weights are still the larger part."
+
+
+def _first_weight() -> tuple[Any, Any]:
+    """A weight of Falconet in bfloat16, as the notebook has it, and the 16 levels of nf4."""
+    from bitsandbytes.functional import get_4bit_type
+
+    from falcon_kit.loading.load import load
+
+    model: Any = load("falconet", dtype="bfloat16").model
+    levels = get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]  # bitsandbytes has no types
+    return model.transformer.h[0].mlp.dense_h_to_4h.weight.detach().float(), levels
+
+
+def _error(weight: Any, levels: Any, block: int) -> float:
+    """The relative error of rounding to the nearest level, with a scale for each block."""
+    import torch
+
+    blocks = weight.reshape(-1, block)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    rounded = levels[torch.bucketize(blocks / scales, (levels[1:] + levels[:-1]) / 2)] * scales
+    return float((rounded - blocks).norm() / blocks.norm())

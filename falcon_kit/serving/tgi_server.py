@@ -1,0 +1,141 @@
+"""A server of Text Generation Inference's protocol for one Falcon, on loopback: to try a client without its container.
+
+It has the schema of TGI 3: GET /info, POST /tokenize, and POST /generate_stream with server-sent events.
+Source: https://huggingface.co/docs/text-generation-inference
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+from falcon_kit.loading.falcon import Falcon
+
+_LARGEST_REQUEST = 1 << 20  # bytes
+_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+
+
+class TgiServer:
+    """A running server, used as `with TgiServer(falcon) as server: fk.connect(server.address)`."""
+
+    def __init__(self, falcon: Falcon) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"falcon": falcon}))
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        """The URL, with a free port."""
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Stops the server and frees the port."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    falcon: Falcon
+
+    def do_GET(self) -> None:
+        """GET /info."""
+        if self.path == "/info":
+            self._json(200, info(self.falcon))
+        else:
+            self._json(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        """POST /generate_stream or /tokenize."""
+        length = int(self.headers.get("content-length", 0))
+        if self.path == "/tokenize" and length <= _LARGEST_REQUEST:
+            self._json(200, tokenize(self.falcon, json.loads(self.rfile.read(length) or b"{}")))
+            return
+        if self.path != "/generate_stream" or length > _LARGEST_REQUEST:
+            self._json(404 if length <= _LARGEST_REQUEST else 413, {"error": "not found, or too long"})
+            return
+        body = json.loads(self.rfile.read(length) or b"{}")
+        if wrong := refusal(self.falcon, body):
+            self._json(422, {"error": f"Input validation error: {wrong}", "error_type": "validation"})
+            return
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        for each in events(self.falcon, body):
+            self.wfile.write(b"data:" + json.dumps(each).encode() + b"\n\n")
+            self.wfile.flush()
+
+    def _json(self, status: int, content: Any) -> None:
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Logs nothing: a request may contain a key."""
+
+
+def info(falcon: Falcon) -> dict[str, Any]:
+    """The answer to GET /info, as far as clients need it."""
+    context = falcon.spec.context
+    return {"model_id": falcon.spec.name, "max_input_tokens": context - 1, "max_total_tokens": context}
+
+
+def tokenize(falcon: Falcon, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answer to POST /tokenize; clients read the ids."""
+    tokens = falcon.tokenizer(body["inputs"])["input_ids"]
+    return [{"id": each, "text": "", "start": 0, "stop": 0} for each in tokens]
+
+
+def refusal(falcon: Falcon, body: Mapping[str, Any]) -> str | None:
+    """The error of TGI's validation for a request; None if it is valid."""
+    parameters, context = body.get("parameters", {}), falcon.spec.context
+    length, wanted = len(falcon.tokenizer(body["inputs"])["input_ids"]), parameters["max_new_tokens"]
+    total = f"`inputs` tokens + `max_new_tokens` must be <= {context}. Given: {length} and {wanted}"
+    rules = {
+        "`temperature` must be strictly positive": parameters.get("temperature", 1) > 0,
+        "`top_p` must be > 0.0 and < 1.0": 0 < parameters.get("top_p", 0.5) < 1,
+        "`stop` supports up to 4 stop sequences": len(parameters.get("stop", [])) <= 4,
+        total: length + wanted <= context,
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
+def events(falcon: Falcon, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """TGI's StreamResponse events; a stop sequence ends the text and stays in it."""
+    given = body["parameters"]
+    text, end, count = "", falcon.tokenizer.eos_token_id, 0
+    length = len(falcon.tokenizer(body["inputs"])["input_ids"])
+    settings = {name: given[name] for name in _SETTINGS if name in given}
+    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
+    for count, piece in enumerate(stream, 1):
+        special = piece.token_id == end
+        text += piece.text
+        ends = {
+            "eos_token": special,
+            "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
+            "length": count == given["max_new_tokens"],
+        }
+        reason = next((name for name, holds in ends.items() if holds), None)
+        yield _event(piece, special, count) | _ending(reason, text, count, given.get("seed"), length)
+        if reason:
+            stream.close()
+            return
+
+
+def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
+    shown = "<|endoftext|>" if special else piece.text
+    token = {"id": piece.token_id, "text": shown, "logprob": piece.logprob, "special": special}
+    top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
+    return {"index": index, "token": token, **({"top_tokens": top} if top else {})}
+
+
+def _ending(reason: str | None, text: str, count: int, seed: int | None, length: int) -> dict[str, Any]:
+    """The fields that only the last event fills."""
+    if reason is None:
+        return {"generated_text": None, "details": None}
+    details = {"finish_reason": reason, "generated_tokens": count, "seed": seed, "input_length": length}
+    return {"generated_text": text, "details": details}

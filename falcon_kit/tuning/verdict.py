@@ -1,0 +1,87 @@
+"""What a run learned and what it forgot, in sentences that name the setting to change.
+
+The limits are choices: a loss that fell by less than a tenth counts as nothing learned, and a loss on web text that
+rose by more than 0.1 nats per token (a perplexity that grew by a tenth) counts as forgetting.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from falcon_kit.tuning.settings import Tuning
+
+_LEAST_FALL = 0.1
+_MOST_FORGOTTEN = 0.1  # nats per token
+_ENOUGH_STEPS = 60
+
+
+def verdict(
+    history: Sequence[Mapping[str, float]], figures: Mapping[str, float], settings: Tuning, documents: int
+) -> str:
+    """What a run on so many documents did, as one line per finding.
+
+    history, figures: as in `TuningRun`.
+    """
+    losses = [each["loss"] for each in history if "loss" in each]
+    findings = [_learned(losses, figures, settings, documents), _forgotten(figures, settings)]
+    return "\n".join(each for each in findings if each)
+
+
+def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tuning, documents: int) -> str:
+    batches = _fall(*_ends(losses))
+    fall = _fall(*(figures.get(f"held-out loss {when}", 0.0) for when in ("before", "after")))
+    name = "loss of the batches" if fall is None else "held-out loss"
+    known = batches if fall is None else fall
+    steps = f"{_count(len(losses), 'step')} over {_count(documents, 'document')}"
+    if known is None:
+        return f"{steps}: the loss cannot be compared{_more_steps(len(losses), settings)}"
+    line = f"{steps}: the {name} {_change(known)}"
+    if known >= _LEAST_FALL:
+        return line
+    if fall is not None and batches is not None and batches >= _LEAST_FALL:
+        return (
+            f"{line}, that of the batches {_change(batches)}: it learned these documents by heart, and nothing for "
+            "others. Give more documents, fewer epochs, or patience=2"
+        )
+    return f"{line}, so it has learned next to nothing{_more_steps(len(losses), settings)}"
+
+
+def _more_steps(steps: int, settings: Tuning) -> str:
+    """What to raise where too little was learned."""
+    if steps >= _ENOUGH_STEPS:
+        return f". Raise learning_rate (it was {settings.learning_rate:g}), or r (it was {settings.r})"
+    return (
+        f". Raise max_steps to {_ENOUGH_STEPS} or more. Short documents share a row: a smaller context (it was "
+        f"{settings.context}) gives more steps to an epoch"
+    )
+
+
+def _forgotten(figures: Mapping[str, float], settings: Tuning) -> str:
+    before, after = (figures.get(f"web-text loss {when}") for when in ("before", "after"))
+    if before is None or after is None:
+        return ""
+    line = f"the loss on web text went from {before:.2f} to {after:.2f}"
+    if after - before <= _MOST_FORGOTTEN:
+        return f"{line}: little or nothing is forgotten"
+    return (
+        f"{line}: it forgets. Mix in more web text (fk.mix with web_fraction=0.3), lower learning_rate (it was "
+        f"{settings.learning_rate:g}), or train fewer steps"
+    )
+
+
+def _ends(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean of the first and of the last fifth of the losses; zeros for fewer than two."""
+    part = max(1, len(losses) // 5)
+    return (fmean(losses[:part]), fmean(losses[-part:])) if len(losses) > 1 else (0.0, 0.0)
+
+
+def _fall(before: float, after: float) -> float | None:
+    """The share of a loss that is gone; None where there is none."""
+    return 1 - after / before if before else None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _change(fall: float) -> str:
+    return f"fell by {fall:.0%}" if fall >= 0 else f"rose by {-fall:.0%}"

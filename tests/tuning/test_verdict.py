@@ -1,0 +1,78 @@
+"""What a run says about itself: what it learned, what it forgot, and which setting to change."""
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.tuning.verdict import verdict
+from tests.tuning.small_runs import QUICK, ROWS, talk
+
+SETTINGS = fk.Tuning(learning_rate=1e-3, context=256)
+
+
+def losses(*values):
+    return [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
+
+
+def figures(**values):
+    return {name.replace("_", " ").replace("web text", "web-text").replace("held out", "held-out"): value
+            for name, value in values.items()}  # fmt: skip
+
+
+def test_twelve_steps_that_learned_nothing_say_so_and_what_to_raise():
+    said = verdict(losses(*[2.0] * 6, *[1.96] * 6), {}, SETTINGS, 30)
+    assert said.startswith("12 steps over 30 documents: the loss of the batches fell by 2%, so it has learned next to")
+    assert "Raise max_steps to 60" in said
+
+
+def test_many_steps_that_learned_nothing_name_the_learning_rate():
+    said = verdict(losses(*[2.0] * 100), {}, SETTINGS, 30)
+    assert "Raise learning_rate (it was 0.001), or r (it was 8)" in said
+
+
+def test_a_single_step_is_compared_with_nothing():
+    assert verdict(losses(2.0), {}, SETTINGS, 1).startswith("1 step over 1 document: the loss cannot be compared")
+
+
+def test_the_held_out_loss_counts_where_there_is_one():
+    measured = figures(held_out_loss_before=4.0, held_out_loss_after=1.0)
+    assert (
+        verdict(losses(4.0, 4.0), measured, SETTINGS, 30) == "2 steps over 30 documents: the held-out loss fell by 75%"
+    )
+
+
+def test_rows_learned_by_heart_are_told_apart():
+    measured = figures(held_out_loss_before=4.0, held_out_loss_after=4.4)
+    said = verdict(losses(*[4.0] * 5, *[0.1] * 5), measured, SETTINGS, 30)
+    assert "the held-out loss rose by 10%, that of the batches fell by 98%: it learned these documents by heart" in said
+
+
+@pytest.mark.parametrize(("after", "end"), [(2.05, "little or nothing is forgotten"), (3.0, "or train fewer steps")])
+def test_a_loss_on_web_text_that_rose_is_forgetting(after, end):
+    said = verdict(losses(4.0, 1.0), figures(web_text_loss_before=2.0, web_text_loss_after=after), SETTINGS, 30)
+    assert said.splitlines()[1].startswith(f"the loss on web text went from 2.00 to {after:.2f}")
+    assert said.endswith(end)
+
+
+def test_every_run_measures_what_it_forgets_also_where_nothing_is_held_out(falcon, tmp_path):
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=0, **{**QUICK, "learning_rate": 0.05})
+    assert set(run.figures) == {"web-text loss before", "web-text loss after"}
+    assert run.figures["web-text loss after"] > run.figures["web-text loss before"] + 0.1
+    assert "it forgets" in run.verdict
+    assert "it forgets" in run._repr_html_()
+    assert "web-text loss after" in (run.adapter / "README.md").read_text()
+
+
+def test_a_run_shows_its_verdict_unless_it_is_quiet(falcon, tmp_path, capsys):
+    shown = []
+    for quiet in (True, False):
+        fk.tune(falcon, ROWS, output_dir=tmp_path / str(quiet), quiet=quiet, **QUICK)
+        shown.append("6 steps over" in capsys.readouterr().out)
+    assert shown == [False, True]
+
+
+def test_a_run_answers_from_the_rows_that_it_learned(falcon, tmp_path):
+    rows = ROWS[:4]
+    options = {"r": 16, "max_steps": 25, "context": 64, "per_device_train_batch_size": 4, "held_out": 0, "quiet": True}
+    run = fk.tune(falcon, rows, output_dir=tmp_path, **options)
+    assert run.rates(rows) == {"stop rate": 1, "exact answers": 1}
+    assert run.rates([talk("What is a giraffe?", "Cake.")])["exact answers"] == 0
