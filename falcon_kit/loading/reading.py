@@ -52,7 +52,7 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
     """The device map for `from_pretrained`: the one asked for, else the plan's."""
     if device_map not in (None, "auto"):
         return device_map
-    if plan.fits:
+    if plan.device_map:  # also of a plan that is tight, with force=True
         return dict(plan.device_map)
     return None if plan.devices[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
 
