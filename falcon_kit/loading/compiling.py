@@ -26,8 +26,10 @@ def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
 def check_compilable(dtype: str, device_map: Any) -> None:
     """Raises ValueError where transformers would not compile and only warn. device_map: as in `from_pretrained`."""
     devices = {str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])}
-    if dtype in QUANTISED:
-        raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
+    if dtype in QUANTISED and dtype != "int4":
+        raise ValueError(
+            f"compile with dtype={dtype!r}: its layers are not compiled: leave compile out, or use dtype='int4'"
+        )
     if "disk" in devices or ("cpu" in devices and len(devices) > 1):
         raise ValueError(
             "compile with layers offloaded to disk or host memory, which are not compiled: leave compile out, or put "

@@ -61,7 +61,7 @@ class Plan:
     spec: FalconSpec
     """The model."""
     dtype: str
-    """The dtype of the weights: float32, bfloat16, float16, int8, nf4 or nf4-double."""
+    """The dtype of the weights: float32, bfloat16, float16, int8, int4, nf4 or nf4-double."""
     context: int
     """Tokens per sequence, prompt and answer together."""
     batch: int
@@ -151,9 +151,9 @@ def plan(
 ) -> Plan:
     """The memory that a Falcon needs, and whether it fits. No weights are downloaded or loaded.
 
-    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, nf4 or nf4-double. context: tokens
-    per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA on
-    quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
+    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, int4, nf4 or nf4-double. context:
+    tokens per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA
+    on quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
     devices: unset, the GPUs of this machine, or its host memory if it has none; "4x40GiB"; a GPU ("2xA100-80GB", "8 x
     H100"); a machine of AWS, Google Cloud, Azure, Colab or Kaggle ("ml.g5.12xlarge", "a2-highgpu-1g", "colab-t4"); or a
     list of `falcon_kit.planning.devices.Device`.

@@ -194,6 +194,18 @@ def test_each_setting_that_is_suggested_does_fit():
         assert fk.plan("falcon-40b", **given | {name: int(value) if value.isdigit() else value.strip("'")}).fits
 
 
+@pytest.mark.parametrize(
+    ("device", "purpose", "advice"),
+    [
+        (Device("cpu", "cpu", 30 * GIB), "inference", "dtype='int4'"),
+        (Device("gpu", 0, 30 * GIB), "inference", "dtype='nf4'"),
+        (Device("cpu", "cpu", 40 * GIB), "lora", "dtype='nf4'"),
+    ],
+)
+def test_four_bits_on_a_cpu_are_those_with_a_fast_kernel_unless_they_are_trained_on(device, purpose, advice):
+    assert fk.plan("falcon-40b", devices=[device], purpose=purpose).suggestions[0] == advice
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_no_machine_is_told_to_offload_more_than_its_host_memory(machine):
     plan = fk.plan("falcon-40b", devices=machine)
