@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks bench falconet clean
+.PHONY: help demo lab test quick browser lint notebooks bench gpu falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ notebooks: .venv/.dev  ## execute notebooks in place and stamp them with the has
 
 bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
+
+gpu: .venv/.dev  ## measure the kit on one GPU of 80 GB, without network, within eight minutes
+	$(RUN) -m benchmarks gpu
 
 falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 90 minutes on two cores
 	$(RUN) -m falcon_kit.falconet.corpus

@@ -30,19 +30,21 @@ from falcon_kit.parallel.ranks import local_tensor
 
 
 def _import_bitsandbytes() -> Any:
-    """bitsandbytes, imported without its warning about a faster kernel on the hub."""
+    """bitsandbytes, imported without its warning about a faster kernel on the hub; None where it is not installed."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes
+    except ImportError:
+        return None
     finally:
         logger.setLevel(level)
     return bitsandbytes
 
 
 _BNB = _import_bitsandbytes()
-_KINDS = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"}
+_KINDS: dict[type[nn.Module], str] = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"} if _BNB else {}
 
 
 def quantisation_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig | PackedConfig:
@@ -55,8 +57,14 @@ def quantisation_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig | Packed
 def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
     """The settings for "int8", "nf4" or "nf4-double".
 
-    Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32.
+    Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32. Raises
+    ImportError where bitsandbytes is missing.
     """
+    if _BNB is None:
+        raise ImportError(
+            f"dtype={dtype!r} needs bitsandbytes, which is not installed here: pip install bitsandbytes, or use "
+            "dtype='int4', which needs no other package"
+        )
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     slow = not torch.cuda.is_available() and not fast_bfloat16()
@@ -199,9 +207,13 @@ def check_quantised(model: nn.Module, dtype: str) -> None:
 
 def make_savable(model: Any) -> None:
     """Makes `state_dict()` unpack 4-bit layers correctly, so that the saved weights are those that compute."""
-    for module in model.modules():
-        if isinstance(module, _BNB.nn.Linear4bit):
-            module.register_state_dict_pre_hook(_unpack)
+    for module in _four_bit_layers(model):
+        module.register_state_dict_pre_hook(_unpack)
+
+
+def _four_bit_layers(model: nn.Module) -> list[Any]:
+    """bitsandbytes' 4-bit layers of a model."""
+    return [module for module in model.modules() if _KINDS.get(type(module)) == "nf4"]
 
 
 def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -226,7 +238,7 @@ def unpacked(model: Any) -> Iterator[None]:
     bitsandbytes packs a layer for the CPU in the first forward pass without gradients. A packed layer passes no
     gradient back, with no more than a warning, so adapters before it would not be trained.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BNB.nn.Linear4bit)]
+    layers = _four_bit_layers(model)
     packing = [layer.support_avx512bf16_for_cpu for layer in layers]
     for layer in layers:
         _unpack(layer, "", False)

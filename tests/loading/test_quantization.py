@@ -98,6 +98,15 @@ def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, 
     assert bitsandbytes_config("nf4-double").bnb_4bit_compute_dtype == expected
 
 
+def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directory, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.quantization._BNB", None)
+    monkeypatch.setattr("falcon_kit.loading.quantization._KINDS", {})
+    with pytest.raises(ImportError, match=r"dtype='nf4' needs bitsandbytes.*: pip install bitsandbytes, or use"):
+        fk.load(directory, dtype="nf4")
+    assert fk.load(directory, dtype="int4").weights.quantised == 8
+    assert fk.load(directory, dtype="bfloat16").weights.quantised == 0
+
+
 # Layers that are not quantised
 
 
