@@ -11,7 +11,7 @@ inputs of an output; q is from 0 to 15.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +56,14 @@ class PackedLinear(nn.Linear):
             weight = torch.empty(out, into, dtype=torch.int8, device=device)
             scales = torch.empty(out, dtype=torch.bfloat16, device=device)
         self.weight, self.scales = frozen(weight), frozen(scales)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else frozen(bias))
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the input."""
         if self.packed_for != self.weight.device.type:
             self.pack()
         rows = input.reshape(-1, self.in_features)
-        product = _Product.apply(rows, self) if rows.requires_grad else self.product(rows)
+        product: Tensor = cast(Any, _Product).apply(rows, self) if rows.requires_grad else self.product(rows)
         product = product.reshape(*input.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
@@ -112,7 +112,7 @@ class PackedLinear(nn.Linear):
         """Moves the layer; on a device of another kind, the next forward pass packs it again."""
         self.weight, self.packed_for = frozen(self.canonical()), None
         scales = self.scales.data
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = frozen(scales.to(self.weight.device))  # a change of dtype is not theirs
         return self
 
