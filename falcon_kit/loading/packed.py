@@ -3,7 +3,8 @@
 bitsandbytes is built for GPUs and for training: on CPUs its 8 and 4 bits take several times as long as 16. These layers
 call `torch._weight_int8pack_mm` and `torch._weight_int4pack_mm`, which read the small weights and little else, and
 which torch.compile understands. torchao's int4 on CUDA calls the same kernel; its layer for CPUs is a prototype, and
-what it saves on one kind of device does not load on another.
+what it saves on one kind of device does not load on another. One row times a layer of 2048 x 4096 on one thread, in
+milliseconds: bfloat16 2.1, int8 1.2, int4 0.6; without AVX-512 2.3, 1.2, 1.2.
 
 int8: W = q s, with one scale for each output. int4: W = (q - 8) s + z, with a scale and a zero for each group of 64
 inputs of an output; q is from 0 to 15.
