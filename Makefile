@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks gallery bench audit falconet clean
+.PHONY: help demo lab test quick browser lint notebooks gallery bench gpu audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ gallery: .venv/.dev  ## write all executed notebooks as HTML, with an index: run
 
 bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
+
+gpu: .venv/.dev  ## measure the kit on one GPU of 80 GB, without network, within eight minutes
+	$(RUN) -m benchmarks gpu
 
 audit: .venv/.dev  ## compare the pinned versions with the known vulnerabilities (needs a network, and installs pip-audit)
 	$(RUN) -m pip install pip-audit

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,10 +40,12 @@ def main() -> None:
 
 def _run(name: str) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
-    figures = benchmark.run()
     file = HERE / "results" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
-    write_text(file, json.dumps({"machine": _machine(), "figures": figures}, indent=2) + "\n")
+    found = benchmark.run()
+    for figures in found if isinstance(found, Iterator) else [found]:  # an iterator gives them after each of its parts
+        write_text(file, json.dumps({"machine": _machine(), "figures": figures}, indent=2) + "\n")
+        print(*list(figures.items())[-1:], flush=True)
     print(f"\n{name}", *(f"  {key}: {value}" for key, value in figures.items()), f"written to {file}", sep="\n")
     if hasattr(benchmark, "draw"):
         with atomic_file(file.with_suffix(".png")) as picture:

@@ -11,15 +11,17 @@ from falcon_kit.catalogue.spec import FalconSpec
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes without quantisation; the names are those of torch."""
-QUANTISED = ("int8", "nf4", "nf4-double")
-"""LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) and 4-bit NormalFloat, without and with double quantisation
-(Dettmers et al. 2023, arXiv 2305.14314), as bitsandbytes stores them. Only the linear layers of the decoder layers are
-quantised."""
+QUANTISED = ("int8", "nf4", "int4", "nf4-double")
+"""int8: LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) through bitsandbytes, on a CPU torch's kernel. nf4: 4-bit
+NormalFloat, without and with double quantisation (Dettmers et al. 2023, arXiv 2305.14314), through bitsandbytes. int4:
+whole numbers in groups, on torch's kernels. Only the linear layers of the decoder layers are quantised."""
 DTYPES = (*FLOAT_DTYPES, *QUANTISED)
 """All dtypes, from the largest weights to the smallest."""
 VALUE_BYTES = {dtype: 4 if dtype == "float32" else 2 for dtype in DTYPES}
 """Bytes per value that is not quantised, by dtype: embeddings, LayerNorms, activations, keys and values."""
 _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-level scale (QLoRA, section 3)
+INT4_GROUP = 64
+"""Values per scale and zero of int4: it divides the channels of every published Falcon."""
 
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
@@ -29,12 +31,15 @@ def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
 
 
 def linear_bytes(out: int, into: int, dtype: str) -> int:
-    """One weight matrix. int8: a byte per value, a float32 scale per row. nf4: 4 bits per value, a scale per 64."""
+    """One weight matrix. int8: a byte per value, a float32 scale per row. nf4: 4 bits per value, a scale per 64.
+    int4: 4 bits per value, a scale and a zero of two bytes per 64, which is as much."""
     values = out * into
     if dtype == "int8":
         return values + 4 * out
     if dtype not in QUANTISED:
         return values * VALUE_BYTES[dtype]
+    if dtype == "int4":
+        return values // 2 + 4 * values // INT4_GROUP
     scales = -(-values // _NF4_BLOCK)
     if dtype == "nf4":
         return values // 2 + 4 * scales
@@ -115,15 +120,20 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
 
 
 def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool) -> int:
-    """Temporary memory of bitsandbytes when it multiplies a whole prompt with quantised weights; measured, not derived.
+    """Temporary memory when a whole prompt is multiplied with quantised weights; that of bitsandbytes measured, not
+    derived.
 
-    int8: the output of the widest layer, in int32 and float32; on a CPU, several more copies. nf4: the largest matrix
-    in 16 bits; on a CPU it is repacked at first use, which takes an int32 copy.
+    int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU the largest matrix in float32. nf4:
+    the largest matrix in 16 bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the
+    largest matrix, in bytes and in 16 bits; on a CPU an int32 copy of it, made once for its kernel.
     """
+    largest = max(out * into for out, into in linear_shapes(spec))
     if dtype == "int8":
-        return batch * context * spec.intermediate_size * (32 if on_cpu else 6)
+        return 4 * largest if on_cpu else batch * context * spec.intermediate_size * 6
+    if dtype == "int4":
+        return 5 * largest
     if dtype in QUANTISED:
-        return max(out * into for out, into in linear_shapes(spec)) * (9 if on_cpu else 2)
+        return largest * (9 if on_cpu else 2)
     return 0
 
 

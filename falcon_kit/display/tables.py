@@ -1,19 +1,31 @@
-"""Byte counts as text, and HTML tables."""
+"""Byte counts as text, alone and in a column of one unit, and HTML tables."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from falcon_kit.display.errors import printable
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def format_bytes(count: float) -> str:
     """A byte count in binary units with at least three digits: 122880 is "120 KiB", 4026531840 is "3.75 GiB"."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    value, units = float(count), list(_UNITS)
     while value >= 1023.5 and len(units) > 1:
         value /= 1024
         del units[0]
     digits = 0 if units[0] == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {units[0]}"
+
+
+def byte_column(counts: Sequence[float]) -> list[str]:
+    """Byte counts in the unit of the largest, so that a column can be added up: 1.5 GiB and 3 MiB are "1.50 GiB" and
+    "< 0.01 GiB"."""
+    unit = format_bytes(max(counts, default=0)).split()[1]
+    size = 1024 ** _UNITS.index(unit)
+    digits = 0 if unit == "B" else 2
+    small = f"< {10**-digits:.{digits}f} {unit}"
+    return [small if 0 < count < size / 10**digits else f"{count / size:.{digits}f} {unit}" for count in counts]
 
 
 def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

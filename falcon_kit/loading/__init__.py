@@ -4,6 +4,8 @@ The files, in the order of their imports:
 
 adapters.py      LoRA adapters on disk, and a checkpoint's state dict with adapters added
 checkpoints.py   a checkpoint: found by name, fetched from the hub, checked
+packed.py        linear layers with 8-bit and 4-bit weights on torch's own kernels
+quantizer.py     packed layers quantised while weights are read, saved, and read again
 quantization.py  8-bit and 4-bit weights: chosen, counted after loading, saved
 compiling.py     decoding with a static cache and torch.compile
 checks.py        the settings of load(), and what it refuses before a download

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import DryRunFileInfo, snapshot_download
+from huggingface_hub.errors import DryRunError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
@@ -29,6 +30,8 @@ from falcon_kit.catalogue.names import (
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.display.reading import INCOMPLETE, named_errors, read_json
 from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, damaged, load_pickled, weights_file
+from falcon_kit.planning.downloads import disk_shortage
+from falcon_kit.planning.environment import free_disk
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _READ_BY_TRANSFORMERS = (
@@ -143,8 +146,8 @@ def _config(directory: Path) -> FalconConfig:
 def fetch(found: Checkpoint) -> list[Path]:
     """The weight files of a checkpoint; weights, tokenizer and adapters are downloaded where the cache lacks them.
 
-    safetensors are preferred to pickled weights. Raises FileNotFoundError for missing weights or shards, and what
-    `find` raises for the hub.
+    safetensors are preferred to pickled weights. Raises OSError where the disk has no room for them, FileNotFoundError
+    for missing weights or shards, and what `find` raises for the hub.
     """
     for directory, repository in found.repositories.items():
         if directory in found.adapters:
@@ -159,8 +162,23 @@ def fetch(found: Checkpoint) -> list[Path]:
 
 def _download(snapshot: Path, repository: str, patterns: list[str], hub: Mapping[str, Any]) -> None:
     """Completes a snapshot in the cache, whose folder is named after its commit."""
+    options = {"allow_patterns": patterns, **hub, "revision": snapshot.name}
+    _check_room(snapshot, repository, options)
     with hub_errors(repository):
-        snapshot_download(repository, allow_patterns=patterns, **{**hub, "revision": snapshot.name})
+        snapshot_download(repository, **options)
+
+
+def _check_room(snapshot: Path, repository: str, options: Mapping[str, Any]) -> None:
+    """Raises OSError where the files that a download would fetch are larger than the disk has room for."""
+    if options.get("local_files_only"):
+        return
+    try:
+        listed: list[DryRunFileInfo] = snapshot_download(repository, **options, dry_run=True)
+    except (DryRunError, HfHubHTTPError):  # without the hub; the download itself uses the cache, or says what is wrong
+        return
+    needed, free = sum(each.file_size or 0 for each in listed if each.will_download), free_disk(snapshot)
+    if needed > free:
+        raise OSError(disk_shortage(needed, free))
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -24,9 +24,9 @@ ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCa
 """The model class for each value of load's argument `attention`."""
 _REPLACED_ARGUMENTS = {
     "torch_dtype": "give dtype",
-    "load_in_4bit": "give dtype='nf4'",
+    "load_in_4bit": "give dtype='nf4' or 'int4'",
     "load_in_8bit": "give dtype='int8'",
-    "quantization_config": "give dtype='int8', 'nf4' or 'nf4-double'",
+    "quantization_config": "give dtype='int8', 'int4', 'nf4' or 'nf4-double'",
     "device": "give device_map, which takes a device too",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
 }
@@ -89,13 +89,13 @@ def _check_combinations(
         )
     if dtype in QUANTISED and attention != "grouped":
         raise ValueError(
-            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers bitsandbytes skips: "
+            f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers are of another class: "
             "leave attention at 'grouped'"
         )
     if dtype in QUANTISED and offload:
         raise ValueError(
-            f"dtype={dtype!r} with offload={offload!r}: bitsandbytes computes on the device that holds the weights, so "
-            "quantised layers cannot be offloaded: use max_memory and more devices, or dtype='bfloat16' with offload"
+            f"dtype={dtype!r} with offload={offload!r}: quantised layers compute where their weights are, so they "
+            "cannot be offloaded: use max_memory and more devices, or dtype='bfloat16' with offload"
         )
     if offload and device_map not in (None, "auto"):
         raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")

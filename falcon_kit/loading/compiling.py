@@ -36,8 +36,10 @@ def check_compilable(dtype: str, device_map: Any) -> None:
             f"compile with layers on {len(devices)} devices: CUDA graphs, without which compiling gains little, are of "
             "one device: leave compile out, or put all layers on one GPU, with a smaller dtype or model"
         )
-    if dtype in QUANTISED:
-        raise ValueError(f"compile with dtype={dtype!r}: quantised layers are not compiled: leave one of them out")
+    if dtype in QUANTISED and dtype != "int4":
+        raise ValueError(
+            f"compile with dtype={dtype!r}: its layers are not compiled: leave compile out, or use dtype='int4'"
+        )
     if "disk" in devices or ("cpu" in devices and len(devices) > 1):
         raise ValueError(
             "compile with layers offloaded to disk or host memory, which are not compiled: leave compile out, or put "

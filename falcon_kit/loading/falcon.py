@@ -140,8 +140,8 @@ class Falcon:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights: float32, bfloat16, float16, int8, nf4, nf4-double; LayerNorms and embeddings are
-        never quantised."""
+        """The dtype of the weights: float32, bfloat16, float16, int8, int4, nf4, nf4-double; LayerNorms and embeddings
+        are never quantised."""
         return stored_quantisation(self.model.config) or str(self.model.dtype).removeprefix("torch.")
 
     @property

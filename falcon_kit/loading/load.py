@@ -66,7 +66,7 @@ def load(
     """Loads a Falcon by name of `fk.catalogue()`, hub id or directory; for an adapter, its base with the adapter added.
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
-    "float16", or through bitsandbytes "int8", "nf4", "nf4-double" (4 bits, the scales quantised too).
+    "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
     device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for

@@ -1,4 +1,7 @@
-"""8-bit and 4-bit weights through bitsandbytes: chosen, counted after loading, and saved correctly.
+"""8-bit and 4-bit weights: the method chosen, counted after loading, and saved correctly.
+
+int4 uses the layers of `packed.py`, and on a CPU int8 does too, since bitsandbytes is slow there. int8 on a GPU and nf4
+are bitsandbytes'.
 
 Two faults of the libraries are corrected here. transformers' own Falcon has linear layers of a class that bitsandbytes
 skips: it loads "in 4 bits" and every weight is still in 16, so the kit counts quantised layers. And bitsandbytes 0.50
@@ -21,34 +24,55 @@ from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.loading.packed import PackedLinear, fast_bfloat16
+from falcon_kit.loading.quantizer import METHOD, PackedConfig
 from falcon_kit.parallel.ranks import local_tensor
 
 
 def _import_bitsandbytes() -> Any:
-    """bitsandbytes, imported without its warning about a faster kernel on the hub."""
+    """bitsandbytes, imported without its warning about a faster kernel on the hub; None where it is not installed."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes
+    except ImportError:
+        return None
     finally:
         logger.setLevel(level)
     return bitsandbytes
 
 
 _BNB = _import_bitsandbytes()
-_KINDS = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"}
+_KINDS: dict[type[nn.Module], str] = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"} if _BNB else {}
+
+
+def quantisation_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig | PackedConfig:
+    """The settings for `from_pretrained`; on_cpu: whether the layers are computed on a CPU."""
+    if dtype == "int4" or (dtype == "int8" and on_cpu):
+        return PackedConfig(dtype)
+    return bitsandbytes_config(dtype)
 
 
 def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
-    """The settings for "int8", "nf4" or "nf4-double"; computes in bfloat16, on GPUs without it in float16."""
+    """The settings for "int8", "nf4" or "nf4-double".
+
+    Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32. Raises
+    ImportError where bitsandbytes is missing.
+    """
+    if _BNB is None:
+        raise ImportError(
+            f"dtype={dtype!r} needs bitsandbytes, which is not installed here: pip install bitsandbytes, or use "
+            "dtype='int4', which needs no other package"
+        )
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
+    slow = not torch.cuda.is_available() and not fast_bfloat16()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=dtype == "nf4-double",
-        bnb_4bit_compute_dtype=compute_dtype(),
+        bnb_4bit_compute_dtype=torch.float32 if slow else compute_dtype(),
     )
 
 
@@ -62,34 +86,38 @@ def _is_no_cast_warning(record: logging.LogRecord) -> bool:
 
 
 def stored_quantisation(config: Any) -> str | None:
-    """The dtype that a checkpoint's weights are already quantised to: "int8", "nf4", "nf4-double"; None for no such.
+    """The dtype that a checkpoint's weights are already quantised to: int8, int4, nf4 or nf4-double; None for none.
 
-    Raises ValueError for another method than bitsandbytes' int8 and nf4.
+    Raises ValueError for a method other than the kit's own and bitsandbytes' int8 and nf4.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     method = settings.get("quant_method")
+    if method == METHOD:
+        return PackedConfig(**settings).dtype
     if method == "bitsandbytes" and settings.get("load_in_8bit"):
         return "int8"
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
         return "nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"
     raise ValueError(
-        f"the checkpoint is quantised by {method!r}; the kit reads bitsandbytes' int8 and nf4: load the original "
-        "weights, with dtype='nf4' for example"
+        f"the checkpoint is quantised by {method!r}; the kit reads bitsandbytes' int8 and nf4, and its own int4: load "
+        "the original weights, with dtype='nf4' for example"
     )
 
 
 def compute_dtype() -> torch.dtype:
-    """The dtype of products with quantised weights, and of the weights that are not quantised."""
+    """The dtype of the weights that are not quantised, and on GPUs of the products with those that are."""
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
 
 def kept_as(module: nn.Module) -> str:
-    """The dtype of a module's weights: "int8", "nf4", "nf4-double", "bfloat16", ..."""
+    """The dtype of a module's weights: "int8", "int4", "nf4", "nf4-double", "bfloat16", ..."""
+    if isinstance(module, PackedLinear):
+        return module.kind
     kind = next((name for cls, name in _KINDS.items() if isinstance(module, cls)), None)
     if kind == "nf4":
         state = getattr(module.weight, "quant_state", None)
@@ -173,15 +201,19 @@ def check_quantised(model: nn.Module, dtype: str) -> None:
     if missed or not in_blocks:
         raise RuntimeError(
             f"{len(missed)} of {len(in_blocks)} linear layers were not quantised to {dtype}, such as "
-            f"{missed[0] if missed else 'all'}: load with attention='grouped', whose layers bitsandbytes recognises"
+            f"{missed[0] if missed else 'all'}: load with attention='grouped', whose layers are recognised"
         )
 
 
 def make_savable(model: Any) -> None:
     """Makes `state_dict()` unpack 4-bit layers correctly, so that the saved weights are those that compute."""
-    for module in model.modules():
-        if isinstance(module, _BNB.nn.Linear4bit):
-            module.register_state_dict_pre_hook(_unpack)
+    for module in _four_bit_layers(model):
+        module.register_state_dict_pre_hook(_unpack)
+
+
+def _four_bit_layers(model: nn.Module) -> list[Any]:
+    """bitsandbytes' 4-bit layers of a model."""
+    return [module for module in model.modules() if _KINDS.get(type(module)) == "nf4"]
 
 
 def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -206,7 +238,7 @@ def unpacked(model: Any) -> Iterator[None]:
     bitsandbytes packs a layer for the CPU in the first forward pass without gradients. A packed layer passes no
     gradient back, with no more than a warning, so adapters before it would not be trained.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BNB.nn.Linear4bit)]
+    layers = _four_bit_layers(model)
     packing = [layer.support_avx512bf16_for_cpu for layer in layers]
     for layer in layers:
         _unpack(layer, "", False)

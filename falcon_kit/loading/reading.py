@@ -20,11 +20,11 @@ from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.quantization import (
-    bitsandbytes_config,
     check_quantised,
     compute_dtype,
     hide_cast_warnings,
     make_savable,
+    quantisation_config,
     stored_quantisation,
 )
 from falcon_kit.model import modeling
@@ -47,7 +47,7 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
     if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
         options["offload_folder"] = settings.folder
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
-        options["quantization_config"] = bitsandbytes_config(plan.dtype)
+        options["quantization_config"] = quantisation_config(plan.dtype, _computes_on_cpu(device_map))
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
         return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
 
@@ -56,12 +56,18 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
     """The device map for `from_pretrained`: the one asked for, else the plan's."""
     if device_map not in (None, "auto"):
         return device_map
-    if plan.fits:
+    if plan.device_map:  # also of a plan that is tight, with force=True
         devices = set(plan.device_map.values())
         # accelerate counts the entries of a map, not its devices, and refuses several where processes train together
         # (Accelerator.verify_device_map).
         return {"": devices.pop()} if len(devices) == 1 else dict(plan.device_map)
     return None if plan.devices[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
+
+
+def _computes_on_cpu(device_map: Any) -> bool:
+    """Whether a device map puts all layers on the CPU; without one, that is where transformers puts them."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    return places <= {None, "cpu"}
 
 
 def _from_pretrained(

@@ -105,7 +105,7 @@ class Request:
         if device.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
         workspace = memory.workspace_bytes(*self._size, on_cpu=device.key == "cpu")
-        parts = {"workspace": (workspace, "of bitsandbytes, for the prefill")} if workspace else {}
+        parts = {"workspace": (workspace, "for the prefill with quantised weights")} if workspace else {}
         return {"activations": (peak, reason), **parts, "overhead": overhead}
 
     def first_device_parts(self) -> Sizes:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
-from falcon_kit.catalogue.names import catalogue, spec
+from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
-from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
+from falcon_kit.planning.downloads import Disk, disk_for
 from falcon_kit.planning.placement import (
     CacheKind,
     Part,
@@ -32,11 +33,16 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
+from falcon_kit.planning.suggestions import (
+    margin_doubt,
+    report_doubt,
+    suggestions,
+    tensor_parallel_suggestions,
+    without_margin,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_ENDPOINT = "an endpoint on another machine: fk.connect"
 
 
 class NotEnoughMemory(MemoryError):
@@ -55,7 +61,7 @@ class Plan:
     spec: FalconSpec
     """The model."""
     dtype: str
-    """The dtype of the weights: float32, bfloat16, float16, int8, nf4 or nf4-double."""
+    """The dtype of the weights: float32, bfloat16, float16, int8, int4, nf4 or nf4-double."""
     context: int
     """Tokens per sequence, prompt and answer together."""
     batch: int
@@ -70,12 +76,17 @@ class Plan:
     """The device of each module, for `from_pretrained`; no decoder layer is split. Empty if the model does not fit, and
     under tensor parallelism, which divides each layer."""
     suggestions: tuple[str, ...]
-    """What to change if the model does not fit, the least loss of quality first."""
+    """What to change if the model does not fit or is tight, the least loss of quality first."""
+    tight: str = ""
+    """Why a model that fits by arithmetic is not counted as fitting; empty otherwise. fk.load(force=True) tries."""
+    disk: Disk | None = None
+    """The files to download and the disk for them; None for a model that is not published."""
 
     @property
     def fits(self) -> bool:
-        """Whether the parts on each device fit into its memory."""
-        return fits_in_memory(self.devices, self.rows)
+        """Whether the parts on each device fit into its memory, with a margin, and no published report speaks
+        against it."""
+        return not self.tight and fits_in_memory(self.devices, self.rows)
 
     @property
     def total_bytes(self) -> int:
@@ -101,11 +112,13 @@ class Plan:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
         counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
         devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
-        fits = "fits" if self.fits else "does not fit"
+        fits = "is tight in" if self.tight else "fits into" if self.fits else "does not fit into"
+        reason = f": {self.tight}" if self.tight else ""
+        disk = f". {self.disk.shortage}" if self.disk and self.disk.shortage else ""
         work = "" if self.purpose == "inference" else f" for {self.purpose}"
         return (
             f"{printable(self.spec.name)} in {self.dtype}{work}, {self.batch} x {self.context} tokens, needs "
-            f"{format_bytes(self.total_bytes)}: it {fits} into {devices}"
+            f"{format_bytes(self.total_bytes)}: it {fits} {devices}{reason}{disk}"
         )
 
     def plot(self) -> Figure:
@@ -116,7 +129,10 @@ class Plan:
         return f"Plan({self.verdict()})"
 
     def _repr_html_(self) -> str:
-        rows = [(row.part, row.device, format_bytes(row.bytes), row.reason) for row in self.rows]
+        disk = [] if self.disk is None else [("files to download", "disk", self.disk.bytes, self.disk.reason)]
+        parts = [*((row.part, row.device, row.bytes, row.reason) for row in self.rows), *disk]
+        sizes = byte_column([size for _, _, size, _ in parts])
+        rows = [(part, device, size, why) for (part, device, _, why), size in zip(parts, sizes, strict=True)]
         table = html_table(self.verdict(), ("part", "device", "bytes", "why"), rows)
         return table + (html_table("What would help", (), enumerate(self.suggestions, 1)) if self.suggestions else "")
 
@@ -135,11 +151,12 @@ def plan(
 ) -> Plan:
     """The memory that a Falcon needs, and whether it fits. No weights are downloaded or loaded.
 
-    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, nf4 or nf4-double. context: tokens
-    per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA on
-    quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
-    devices: unset, the GPUs of this machine, or its host memory if it has none; "4x40GiB"; a GPU ("2xA100-80GB"); an
-    instance type ("ml.g5.12xlarge", "colab-t4"); or a list of `falcon_kit.planning.devices.Device`.
+    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, int4, nf4 or nf4-double. context:
+    tokens per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA
+    on quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
+    devices: unset, the GPUs of this machine, or its host memory if it has none; "4x40GiB"; a GPU ("2xA100-80GB", "8 x
+    H100"); a machine of AWS, Google Cloud, Azure, Colab or Kaggle ("ml.g5.12xlarge", "a2-highgpu-1g", "colab-t4"); or a
+    list of `falcon_kit.planning.devices.Device`.
     cache: "grouped", or "transformers" for the KV cache of transformers' own Falcon. r: the rank of LoRA.
     tensor_parallel: number of ranks that divide each layer among them, one GPU per rank, or all in host memory.
 
@@ -154,22 +171,32 @@ def plan(
         dtype = "nf4-double"
     request = Request(shape, dtype, context, batch, purpose, cache, r, tensor_parallel)
     _check(request)
+    disk = disk_for(shape, here=devices is None)
     devices = resolve_devices(devices)
     if tensor_parallel != 1:
-        return _plan_tensor_parallel(request, tensor_parallel_devices(request, devices))
-    counts = layers_per_device(request, devices)
+        return _plan_tensor_parallel(request, tensor_parallel_devices(request, devices), disk)
+    counts = layers_per_device(request, without_margin(devices))
+    tight = report_doubt(request, devices)
+    if sum(counts) < shape.layers:
+        counts, tight = layers_per_device(request, devices), tight or margin_doubt()
     fits = sum(counts) == shape.layers
     counts = counts if fits else split_by_memory(request, devices)
     rows = layer_split_parts(request, devices, counts)
-    if fits:
-        return _plan(request, devices, rows, device_map(devices, counts))
-    return _plan(request, devices, rows, {}, _suggestions(request, devices))
+    if fits and not tight:
+        return _plan(request, devices, rows, device_map(devices, counts), disk)
+    modules = device_map(devices, counts) if fits else {}
+    return _plan(request, devices, rows, modules, disk, suggestions(request, devices), tight if fits else "")
 
 
-def _plan_tensor_parallel(request: Request, devices: tuple[Device, ...]) -> Plan:
+def _plan_tensor_parallel(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:
     rows = list(tensor_parallel_parts(request, devices))
+    safe = fits_in_memory(without_margin(devices), rows)
+    tight = report_doubt(request, devices) or ("" if safe else margin_doubt())
+    if not tight:
+        return _plan(request, devices, rows, {}, disk)
     fits = fits_in_memory(devices, rows)
-    return _plan(request, devices, rows, {}, () if fits else _tensor_parallel_suggestions(request, devices))
+    changes = tensor_parallel_suggestions(request, devices)
+    return _plan(request, devices, rows, {}, disk, changes, tight if fits else "")
 
 
 def _plan(
@@ -177,10 +204,12 @@ def _plan(
     devices: tuple[Device, ...],
     rows: Iterable[Part],
     modules: Mapping[str, int | str],
-    suggestions: Iterable[str] = (),
+    disk: Disk | None,
+    changes: Iterable[str] = (),
+    tight: str = "",
 ) -> Plan:
     arguments = request.spec, request.dtype, request.context, request.batch, request.purpose
-    return Plan(*arguments, devices, tuple(rows), modules, tuple(suggestions))
+    return Plan(*arguments, devices, tuple(rows), modules, tuple(changes), tight, disk)
 
 
 def _check(request: Request) -> None:
@@ -196,82 +225,3 @@ def _check(request: Request) -> None:
     require(is_whole(request.r, 1, 2**31), f"r={shown(request.r)}: the rank of LoRA must be at least 1")
     ranks = request.tensor_parallel
     require(is_whole(ranks, -(2**31), 2**31), f"tensor_parallel must be a whole number, got {shown(ranks)}")
-
-
-def _fits(request: Request, devices: Sequence[Device]) -> bool:
-    return sum(layers_per_device(request, devices)) == request.spec.layers
-
-
-def _like(device: Device, count: int) -> list[Device]:
-    return [replace(device, key=key) for key in range(count)]
-
-
-def _tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
-    """Changes with which the model fits, the least loss of quality first."""
-    kv_heads, device = request.spec.kv_heads, devices[0]
-    larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
-    for ranks in larger if device.key != "cpu" else ():
-        more = _like(device, ranks)
-        if fits_in_memory(more, list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))):
-            yield f"tensor_parallel={ranks} on {ranks} x {device.name}"
-            break
-    undivided = replace(request, tensor_parallel=1)
-    for dtype in (request.dtype, *_smaller_dtypes(request.dtype)):
-        if _fits(replace(undivided, dtype=dtype), devices):
-            yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
-            break
-    yield _ENDPOINT
-
-
-def _suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
-    """Changes with which the model fits, the least loss of quality first; per argument the first value that fits."""
-    halvings = range(1, 8)
-    candidates: dict[str, Sequence[Any]] = {
-        "cache": ["grouped"] if request.cache == "transformers" else [],
-        "dtype": _smaller_dtypes(request.dtype),
-        "purpose": {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, []),
-        "context": [request.context >> times for times in halvings if request.context >> times >= 64],
-        "batch": [request.batch >> times for times in halvings if request.batch >> times],
-        "spec": _smaller_falcons(request.spec),
-    }
-    for name, values in candidates.items():
-        fitting = next((value for value in values if _fits(_changed(request, name, value), devices)), None)
-        if fitting is not None:
-            yield f"another model: {fitting.name}" if isinstance(fitting, FalconSpec) else f"{name}={fitting!r}"
-    if devices[0].key != "cpu" and not devices[-1].offload_target:
-        yield from _more_memory(request, devices)
-    yield _ENDPOINT
-
-
-def _more_memory(request: Request, devices: Sequence[Device]) -> Iterator[str]:
-    """More GPUs like the first one, or offloading to host memory."""
-    for count in range(len(devices) + 1, 17):
-        if _fits(request, _like(devices[0], count)):
-            yield f"more devices: {count} x {devices[0].name}"
-            break
-    if request.purpose == "inference" and request.dtype not in memory.QUANTISED:
-        host = Device("host memory", "cpu", 2**50, offload_target=True)  # more than any machine has
-        if offloaded := layers_per_device(request, [*devices, host])[-1]:
-            layers = f"{offloaded} of {request.spec.layers} layers"
-            yield f"offload='cpu': {layers} in host memory, copied to the GPU for each token"
-
-
-def _changed(request: Request, name: str, value: Any) -> Request:
-    """The request with another value of one field. For QLoRA, the dtype changes too."""
-    changes = {name: value}
-    if value == "qlora" and request.dtype not in memory.QUANTISED:
-        changes["dtype"] = "nf4-double"
-    return replace(request, **changes)
-
-
-def _smaller_dtypes(dtype: str) -> list[str]:
-    """From large to small, without float16, which takes as much memory as bfloat16."""
-    smaller = memory.DTYPES[memory.DTYPES.index(dtype) + 1 :]
-    return [each for each in smaller if each != "float16"]
-
-
-def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
-    """Published models of the same kind, instruct or base, with fewer parameters, the largest first."""
-    published = [each for each in catalogue() if each.published and each.parameters < shape.parameters]
-    same_kind = [each for each in published if bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)]
-    return sorted(same_kind, key=lambda each: -each.parameters)

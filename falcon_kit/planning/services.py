@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.tables import html_table
-from falcon_kit.planning.devices import MACHINES
+from falcon_kit.planning.machines import MACHINES
 from falcon_kit.planning.places import SAGEMAKER_FILE, detect_place
 
 

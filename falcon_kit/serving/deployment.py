@@ -13,7 +13,8 @@ from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.planning.devices import GPUS, MACHINES, MIB, resolve_devices
+from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.machines import GPUS, MACHINES, MIB
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
+from falcon_kit.loading.quantization import quantisation_config
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.conftest import small_config
 
@@ -104,6 +105,16 @@ def test_quantised_weights_weigh_what_bitsandbytes_holds(layout, dtype, options,
         tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options)
     )
     assert memory.weight_bytes(spec, dtype) == pytest.approx(total_bytes(quantised), rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_packed_weights_weigh_what_their_layers_hold(layout, dtype, tmp_path):
+    model, spec = sized(layout)
+    model.save_pretrained(tmp_path)
+    quantised = FalconForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=quantisation_config(dtype, on_cpu=True)
+    )
+    assert memory.weight_bytes(spec, dtype) == pytest.approx(total_bytes(quantised), rel=0.01)
 
 
 @pytest.mark.parametrize(

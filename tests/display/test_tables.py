@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.display.tables import byte_column, format_bytes, html_table
 
 HOSTILE = "</td><img src=x onerror=alert(1)>"
 
@@ -32,6 +32,19 @@ def test_written_bytes_can_be_read_back_to_half_a_percent(count: int) -> None:
     number, unit = format_bytes(count).split()
 
     assert float(number) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit) == pytest.approx(count, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([3 * 2**29, 3 * 2**20, 0], ["1.50 GiB", "< 0.01 GiB", "0.00 GiB"]),
+        ([2**20, 2**19], ["1.00 MiB", "0.50 MiB"]),
+        ([7, 0], ["7 B", "0 B"]),
+        ([], []),
+    ],
+)
+def test_a_column_of_bytes_has_the_unit_of_its_largest(counts: list[int], expected: list[str]) -> None:
+    assert byte_column(counts) == expected
 
 
 def test_headings_and_cells_are_escaped_in_tables() -> None:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +99,26 @@ def test_weights_are_fetched_from_the_commit_whose_config_was_read(configs_only,
         ("somebody/my-falcon", "0" * 40),
         ("somebody/falcon-lora", "0" * 40),
     }
+
+
+@pytest.mark.parametrize(("free", "fetches"), [(10**9 - 1, 0), (10**9, 1)])
+def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_begins(configs_only, monkeypatch, free, fetches):
+    fetched = []
+    files = [SimpleNamespace(file_size=10**9, will_download=True), SimpleNamespace(file_size=7, will_download=False)]
+    answer = lambda *_, dry_run=False, **__: files if dry_run else fetched.append("weights")  # noqa: E731
+    monkeypatch.setattr(checkpoints, "snapshot_download", answer)
+    monkeypatch.setattr(checkpoints, "free_disk", lambda path: free)
+    folder = configs_only / "models--somebody--my-falcon" / "snapshots" / ("0" * 40)
+    problem = nullcontext() if fetches else pytest.raises(OSError, match=r"954 MiB of disk.*: set HF_HOME to a folder")
+    with problem:
+        checkpoints._download(folder, "somebody/my-falcon", ["*.safetensors"], {})
+    assert len(fetched) == fetches
+
+
+def test_without_the_hub_the_cache_is_used_whatever_is_free(configs_only, monkeypatch):
+    monkeypatch.setattr(checkpoints, "free_disk", lambda path: 0)
+    folder = configs_only / "models--somebody--my-falcon" / "snapshots" / ("0" * 40)
+    checkpoints._download(folder, "somebody/my-falcon", ["*.json"], {"cache_dir": configs_only})
 
 
 # What is wrong with a checkpoint

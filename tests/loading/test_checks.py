@@ -37,7 +37,7 @@ def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
         ({"max_memory": {"cpu": "1GiB"}, "device_map": "cpu"}, r"leave it or device_map='cpu' out"),
         ({"offload": "gpu"}, r"Unknown offload 'gpu'"),
         ({"offload": "cpu"}, r"offload='cpu' moves layers from a GPU to host memory, but there is no GPU here"),
-        ({"offload": "disk", "dtype": "nf4"}, r"bitsandbytes computes on the device that holds the weights"),
+        ({"offload": "disk", "dtype": "nf4"}, r"quantised layers compute where their weights are"),
         ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' chooses the device of each layer"),
     ],
 )

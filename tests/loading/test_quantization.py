@@ -75,7 +75,7 @@ def test_the_table_of_weights_names_every_part(directory):
 # Their logits
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [("int8", 0.05), ("nf4", 0.3), ("nf4-double", 0.3)])
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 0.05), ("int4", 0.3), ("nf4", 0.3), ("nf4-double", 0.3)])
 def test_the_logits_stay_near_those_of_the_exact_model(checkpoint, layout, dtype, largest):
     assert 0 < relative_error(fk.load(checkpoint, dtype=dtype).model, small_model(layout)) < largest
 
@@ -92,10 +92,25 @@ def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
     assert [record.message for record in caplog.records] == []
 
 
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, expected):
+    monkeypatch.setattr("falcon_kit.loading.quantization.fast_bfloat16", lambda: fast)
+    assert bitsandbytes_config("nf4-double").bnb_4bit_compute_dtype == expected
+
+
+def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directory, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.quantization._BNB", None)
+    monkeypatch.setattr("falcon_kit.loading.quantization._KINDS", {})
+    with pytest.raises(ImportError, match=r"dtype='nf4' needs bitsandbytes.*: pip install bitsandbytes, or use"):
+        fk.load(directory, dtype="nf4")
+    assert fk.load(directory, dtype="int4").weights.quantised == 8
+    assert fk.load(directory, dtype="bfloat16").weights.quantised == 0
+
+
 # Layers that are not quantised
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", ["int8", "nf4", "nf4-double"])
 def test_transformers_own_falcon_is_still_not_quantised(dtype, directory):
     """A fault of transformers: once this fails, it is corrected there."""
     model = FalconForCausalLM.from_pretrained(directory, quantization_config=bitsandbytes_config(dtype))

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from falcon_kit.planning.devices import GPUS, MACHINES, Device, identical_gpus, local_devices, resolve_devices
+import falcon_kit as fk
+from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_devices, resolve_devices
 from falcon_kit.planning.environment import Accelerator, environment
+from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report
 
 
 @pytest.mark.parametrize(
@@ -15,12 +17,8 @@ from falcon_kit.planning.environment import Accelerator, environment
         (" 2 x 24 GB ", 2, 24 * 10**9),
         ("512MiB", 1, 512 * 2**20),
         ("1.5TiB", 1, 1.5 * 2**40),
-        ("T4", 1, 15360 * 2**20),
-        ("2xa100-80", 2, 81920 * 2**20),
-        ("8 x H100-80GB", 8, 81559 * 2**20),
-        ("ml.g5.12xlarge", 4, 23028 * 2**20),
-        ("p4d.24xlarge", 8, 40960 * 2**20),
-        ("Colab-T4", 1, 15360 * 2**20),
+        ("80GB", 1, 80 * 10**9),
+        ("4 x 40 GiB", 4, 40 * 2**30),
     ],
 )
 def test_words_stand_for_devices(words, count, size):
@@ -31,16 +29,49 @@ def test_words_stand_for_devices(words, count, size):
 @pytest.mark.parametrize(
     ("words", "count", "gpu"),
     [
+        ("T4", 1, "T4"),
+        ("Tesla T4", 1, "T4"),
         ("H100", 1, "H100-80GB"),
+        ("NVIDIA H100 80GB HBM3", 1, "H100-80GB"),
         ("8xH100", 8, "H100-80GB"),
         ("8 x h100", 8, "H100-80GB"),
+        ("8 H100s", 8, "H100-80GB"),
+        ("H100 x 8", 8, "H100-80GB"),
+        ("8*H100", 8, "H100-80GB"),
+        ("8 x A100 80GB", 8, "A100-80GB"),
+        ("2xa100-80", 2, "A100-80GB"),
+        ("a100 80g", 1, "A100-80GB"),
+        ("NVIDIA A100-SXM4-80GB", 1, "A100-80GB"),
+        ("A100-PCIE-40GB", 1, "A100-40GB"),
+        ("A100", 1, "A100-40GB"),
+        ("8xA100", 8, "A100-40GB"),
+        ("V100", 1, "V100-16GB"),
         ("L4", 1, "L4"),
         ("4xL40S", 4, "L40S"),
+        ("2 L40Ss", 2, "L40S"),
+        ("L40", 1, "L40"),
+        ("A10", 1, "A10"),
+        ("4xA10G", 4, "A10G"),
+        ("GeForce RTX 4090", 1, "RTX-4090"),
+        ("4090", 1, "RTX-4090"),
+        ("2x 4090", 2, "RTX-4090"),
+        ("RTX 3090", 1, "RTX-3090"),
         ("RTX 4090", 1, "RTX-4090"),
         ("2x RTX 4090", 2, "RTX-4090"),
         ("A100 40GB", 1, "A100-40GB"),
         ("MI300X", 1, "MI300X"),
         ("8xmi300x", 8, "MI300X"),
+        ("AMD Instinct MI300X", 1, "MI300X"),
+        ("ml.g5.12xlarge", 4, "A10G"),
+        ("g5.12xlarge", 4, "A10G"),
+        ("p4d.24xlarge", 8, "A100-40GB"),
+        ("a2-highgpu-8g", 8, "A100-40GB"),
+        ("a2-ultragpu-1g", 1, "A100-80GB"),
+        ("Standard_NC24ads_A100_v4", 1, "A100-80GB"),
+        ("nc96ads-a100-v4", 4, "A100-80GB"),
+        ("Colab-T4", 1, "T4"),
+        ("colab a100", 1, "A100-40GB"),
+        ("kaggle-t4x2", 2, "T4"),
     ],
 )
 def test_a_gpu_is_found_by_the_words_that_people_type(words, count, gpu):
@@ -56,6 +87,45 @@ def test_offload_targets_alone_are_refused():
 @pytest.mark.parametrize(("words", "name"), [("8x24gib", "24GiB"), ("40GB", "40GB"), ("512 MiB", "512 MiB")])
 def test_a_size_is_shown_in_its_units(words, name):
     assert resolve_devices(words)[0].name == name
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_gpu_is_found_by_its_name_and_by_a_count_of_it(name):
+    assert [device.name for device in resolve_devices(name)] == [name]
+    assert [device.name for device in resolve_devices(f"3 x {name.replace('-', ' ')}")] == [name] * 3
+
+
+@pytest.mark.parametrize(
+    ("gpu", "seen"), [("A100-80GB", 79.15), ("A100-40GB", 39.5), ("T4", 14.75)]
+)  # torch's "total capacity" in published errors
+def test_a_gpu_has_what_torch_can_allocate_and_not_what_nvidia_smi_prints(gpu, seen):
+    (device,) = resolve_devices(gpu)
+    assert seen * 0.98 < device.free_bytes / 2**30 <= seen
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_no_two_machines_are_meant_by_one_name(name):
+    assert {device.machine for device in resolve_devices(name.lower().replace("_", "-"))} == {name}
+
+
+def test_a_plan_leaves_a_part_of_a_gpu_free_and_nothing_of_host_memory():
+    gpu, cpu = Device("gpu", 0, 1000), Device("cpu", "cpu", 1000)
+    assert (gpu.safe_bytes, cpu.safe_bytes) == (1000 * (1 - MARGIN), 1000)
+
+
+def test_a_machine_tells_its_host_memory_where_a_figure_is_known():
+    hosts = {machine.name: machine.host_bytes for machine in ALL_MACHINES}
+    for name in ("colab-t4", "colab-l4", "ml.g5.12xlarge"):
+        assert {device.host_bytes for device in resolve_devices(name)} == {hosts[name]}
+    assert (hosts["colab-l4"], hosts["ml.g5.12xlarge"]) == (None, 192 * 2**30)
+    assert {device.host_bytes for device in resolve_devices("4xA10G")} == {None}
+
+
+def test_reports_are_found_by_the_size_of_a_model_and_its_dtype():
+    assert published_report(fk.spec("falcon-40b-instruct"), "float16").gigabytes == 90
+    assert published_report(fk.spec("falcon-40b"), "nf4").gigabytes == 27
+    assert published_report(fk.spec("falcon-40b"), "float32") is None
+    assert published_report(fk.spec("falconet"), "bfloat16") is None
 
 
 @pytest.mark.parametrize("name", MACHINES)

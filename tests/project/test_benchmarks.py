@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import CompileConfig
 
 import falcon_kit as fk
-from benchmarks import full_size, inspection, reliability
+from benchmarks import full_size, gpu, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue.names import embedded_directory
@@ -70,6 +71,84 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 16e9))
     with pytest.raises(full_size.CannotRun, match="the GPU has 16 GB; the 7B needs 18 GB, the 40B 100 GB"):
         full_size.run()
+
+
+# make gpu
+
+
+@pytest.fixture(scope="module")
+def on_a_cpu():
+    """The whole of `make gpu` in a tiny form: the figures after each part."""
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True
+    seven = FalconSpec("7b", 2, 320, 5, 1, 2048, 1280, 256, norms_per_block=1, new_decoder_architecture=False)
+    forty = FalconSpec("40b", 60, 256, 4, 2, 2048, 1024, context=256)
+    settings = gpu.Settings(seven, forty, torch.device("cpu"), (1, 2), 96, options)
+    return list(gpu.measure(settings))
+
+
+def test_every_part_of_make_gpu_runs_on_a_cpu(on_a_cpu):
+    figures = on_a_cpu[-1]
+    bad = {name: part for name, part in figures.items() if "failed" in part or part.get("fits") is False}
+    assert bad == {}
+    skipped = {name for name, part in figures.items() if "skipped" in part}
+    assert all("SFTTrainer" in name for name in skipped)  # TRL is no part of the environment for tests
+    assert len(figures) == len(on_a_cpu) + 1
+
+
+def test_the_results_grow_with_each_part(on_a_cpu):
+    assert [len(figures) for figures in on_a_cpu] == [*range(2, len(on_a_cpu) + 2)]
+    assert list(on_a_cpu[-1])[:3] == ["packages", "products against float64", "logits against float64"]
+
+
+def test_computation_agrees_with_float64(on_a_cpu):
+    largest = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02, "rows": 0.02}
+    found = on_a_cpu[-1]["logits against float64"] | on_a_cpu[-1]["products against float64"]
+    assert len(found) == 18 + 8 + 1
+    for name, error in found.items():
+        assert name.startswith("seconds") or error < next(most for word, most in largest.items() if word in name), name
+
+
+def test_both_models_of_the_seven_b_are_measured_eager_and_compiled(on_a_cpu):
+    part = on_a_cpu[-1]["7B, bfloat16"]
+    decoded = ["eager, batch 1", "eager, batch 2", "compiled, batch 1", "compiled, batch 2"]
+    assert list(part["kit"]["decode"]) == list(part["transformers"]["decode"]) == decoded
+    assert set(part["transformers' time over the kit's"]) == set(decoded)
+    assert part["kit"]["prefill"]["cache bytes"] == part["kit"]["prefill"]["planned cache bytes"]
+
+
+def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):
+    assert 1 < on_a_cpu[-1]["slice of the 40B, bfloat16"]["layers"] < 60
+
+
+@pytest.mark.parametrize(
+    ("error", "figure"),
+    [
+        (ImportError("no bnb"), {"skipped": f"no bnb; transformers here is {transformers.__version__}"}),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), {"fits": False, "error": "CUDA out of memory"}),
+        (TypeError("another version"), {"failed": "TypeError: another version"}),
+    ],
+)
+def test_a_part_that_cannot_run_is_a_figure_with_the_reason(error, figure):
+    def part():
+        raise error
+
+    assert gpu.attempted(part) == figure
+
+
+def test_an_older_transformers_is_survived_with_the_reason(monkeypatch):
+    """One that lacks what the kit's model imports; the parts without the model are measured."""
+    monkeypatch.setattr(gpu, "import_module", lambda _: (_ for _ in ()).throw(ModuleNotFoundError("no parallel_utils")))
+    spec = fk.spec("falconet")
+    *_, figures = gpu.measure(gpu.Settings(spec, spec, torch.device("cpu")))
+    assert figures["7B, bfloat16"]["skipped"].startswith("no parallel_utils; transformers here is")
+    assert figures["products against float64"]["int4, 1 rows"] < 0.02
+
+
+def test_parts_for_which_no_time_is_left_say_so():
+    spec = fk.spec("falconet")
+    *_, figures = gpu.measure(gpu.Settings(spec, spec, torch.device("cpu"), seconds=-1))
+    assert {tuple(part) for name, part in figures.items() if name != "packages"} == {("skipped",)}
 
 
 SMALL = FalconSpec("small", layers=2, d_model=256, query_heads=4, kv_heads=2, vocabulary=2048, intermediate_size=1024)

@@ -210,7 +210,7 @@ def test_transformers_own_falcon_is_refused(tmp_path):
         fk.tune(fk.load("falconet", attention="transformers"), ROWS, output_dir=tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["nf4", "nf4-double", "int8"])
+@pytest.mark.parametrize("dtype", ["nf4", "nf4-double", "int8", "int4"])
 def test_qlora_trains_on_quantised_weights_and_merges_into_whole_ones(dtype, tmp_path):
     falcon = fk.load("falconet", dtype=dtype)
     run = fk.tune(falcon, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 12, "learning_rate": 0.01})

@@ -1,0 +1,255 @@
+"""The parts of `python -m benchmarks gpu` that need the kit's model, and with it the kit's version of transformers."""
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import FalconConfig, FalconForCausalLM
+
+import falcon_kit as fk
+from benchmarks import full_size
+from benchmarks._gpu_models import RESERVED, built, cache_bytes, freed, pair, sliced, weight_bytes
+from benchmarks.gpu import Settings, relative_error
+from benchmarks.tuning import conversations
+from falcon_kit import FalconSpec
+from falcon_kit.catalogue import memory
+from falcon_kit.model import modeling
+from falcon_kit.planning.devices import Device
+from falcon_kit.planning.placement import GPU_OVERHEAD
+
+
+def bandwidth(settings: Settings) -> dict[str, Any]:
+    """Bytes read and written per second by a copy."""
+    return {"copy": round(full_size._bandwidth(settings.device) / 1e9)}
+
+
+def slice_of(settings: Settings) -> FalconSpec:
+    """As much of the 40B as fits with transformers' cache at the largest batch."""
+    free = float(torch.cuda.mem_get_info()[0]) if settings.device.type == "cuda" else RESERVED + 6e6
+    return sliced(settings.forty, free, max(settings.batches), settings.context)
+
+
+# Against float64
+
+
+def against_float64(settings: Settings) -> dict[str, Any]:
+    """Relative errors of logits on the device against float64 on the CPU."""
+    shapes = {
+        "40B": FalconSpec("", 2, 512, 8, 2, 512, 2048),
+        "7B": FalconSpec("", 2, 320, 5, 1, 512, 1280, norms_per_block=1, new_decoder_architecture=False),
+    }
+    return {
+        f"{layout}, {dtype}, {mode}": _model_error(shape, getattr(torch, dtype), settings.device, mode)
+        for layout, shape in shapes.items()
+        for dtype in ("float32", "bfloat16", "float16")
+        for mode in ("prefill", "decode", "left-padded batch")
+    }
+
+
+def _model_error(shape: FalconSpec, dtype: torch.dtype, device: torch.device, mode: str) -> float:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exact = modeling.FalconForCausalLM(FalconConfig(**shape.to_config(), initializer_range=0.1)).double().eval()
+        model = modeling.FalconForCausalLM(exact.config).to(dtype).to(device).eval()
+    model.load_state_dict(exact.state_dict())
+    ids = torch.arange(12, 12 + 2 * 130).view(2, 130) % shape.vocabulary
+    mask = torch.ones_like(ids)
+    if mode == "left-padded batch":
+        mask[1, :50] = 0
+    with torch.inference_mode():
+        expected = exact(ids, attention_mask=mask).logits[:, -1]
+        ids, mask = ids.to(device), mask.to(device)
+        if mode == "decode":
+            past = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+            found = model(ids[:, -1:], attention_mask=mask, past_key_values=past).logits[:, -1]
+        else:
+            found = model(ids, attention_mask=mask).logits[:, -1]
+    return relative_error(found, expected)
+
+
+# Speed and memory
+
+
+def both(settings: Settings, shape: FalconSpec | None) -> dict[str, Any]:
+    """The kit and transformers with the same bfloat16 weights: eager at each batch, compiled at the first and last.
+
+    shape: None for the slice of the 40B.
+    """
+    shape = shape or slice_of(settings)
+    models = pair(shape, settings.device)
+    figures = {name: _speeds(model, shape, "bfloat16", settings) for name, model in models.items()}
+    ratios = {
+        f"{how}, batch {batch}": round(theirs["ms per step"] / ours["ms per step"], 2)
+        for how, batch in figures["kit"]["decode"]
+        if "ms per step" in (ours := figures["kit"]["decode"][how, batch])
+        and "ms per step" in (theirs := figures["transformers"]["decode"].get((how, batch), {}))
+    }
+    return (
+        {"layers": shape.layers}
+        | {
+            name: each | {"decode": {f"{how}, batch {batch}": row for (how, batch), row in each["decode"].items()}}
+            for name, each in figures.items()
+        }
+        | {"transformers' time over the kit's": ratios}
+    )
+
+
+def quantised(settings: Settings, shape: FalconSpec | None, dtype: str) -> dict[str, Any]:
+    """The kit in a quantised dtype; compiled where it can be. shape: None for the slice of the 40B."""
+    shape = shape or slice_of(settings)
+    model = built(shape, settings.device, modeling.FalconForCausalLM, dtype)
+    figures = _speeds(model, shape, dtype, replace(settings, compiled=settings.compiled if dtype == "int4" else None))
+    decode = {f"{how}, batch {batch}": row for (how, batch), row in figures["decode"].items()}
+    return {"layers": shape.layers} | figures | {"decode": decode}
+
+
+def _speeds(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: Settings) -> dict[str, Any]:
+    bandwidth = full_size._bandwidth(settings.device)
+    size = weight_bytes(model)
+    decode: dict[tuple[str, int], dict[str, Any]] = {}
+    for batch in settings.batches:
+        decode["eager", batch] = _decoded(model, shape, size, batch, settings, bandwidth, {})
+    for batch in (settings.batches[0], settings.batches[-1]) if settings.compiled else ():
+        arguments = {"cache_implementation": "static", "compile_config": settings.compiled}
+        decode["compiled", batch] = _decoded(model, shape, size, batch, settings, bandwidth, arguments)
+    return {
+        "weights, GiB": round(size / 2**30, 3),
+        "prefill": _prefill(model, shape, dtype, settings),
+        "decode": decode,
+    }
+
+
+def _decoded(
+    model: FalconForCausalLM,
+    shape: FalconSpec,
+    size: int,
+    batch: int,
+    settings: Settings,
+    bandwidth: float,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    with freed():
+        seconds = full_size._decode(model, batch, settings.context, arguments).seconds
+    if seconds is None:
+        return {"fits": False}
+    least = (size + shape.kv_bytes_per_token() * batch * settings.context) / bandwidth
+    return {
+        "ms per step": round(1000 * seconds, 3),
+        "ms per layer, head included": round(1000 * seconds / shape.layers, 4),
+        "tokens/s": round(batch / seconds, 1),
+        "share of the bandwidth": round(least / seconds, 3),
+    }
+
+
+def _prefill(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: Settings) -> dict[str, Any]:
+    """One text of the context: seconds, the bytes of its cache, and the peak beside the plan's."""
+    device = settings.device
+    ids = torch.randint(12, shape.vocabulary, (1, settings.context), device=device)
+    past: Any = None
+
+    def once() -> None:
+        nonlocal past
+        past = model(ids, logits_to_keep=1, use_cache=True).past_key_values
+
+    with torch.inference_mode():
+        once()
+        if device.type == "cuda":
+            past = None
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [full_size._seconds(once, device) for _ in range(3)]
+    figures = {"ms": round(1000 * statistics.median(seconds), 2), "cache bytes": cache_bytes(past)}
+    figures["planned cache bytes"] = shape.kv_bytes_per_token() * settings.context
+    return figures | _peak(shape, dtype, settings, "inference")
+
+
+def _peak(shape: FalconSpec, dtype: str, settings: Settings, purpose: Any, **size: int) -> dict[str, Any]:
+    """torch's peak and the plan's, without the CUDA context, which torch does not count."""
+    device = Device("this GPU", 0, int(1e13))
+    planned = fk.plan(shape, dtype, context=settings.context, purpose=purpose, devices=[device], **size).total_bytes
+    planned -= GPU_OVERHEAD
+    if settings.device.type != "cuda":
+        return {"planned peak, GiB": round(planned / 2**30, 4), "peak": "measured on GPUs only"}
+    peak = torch.cuda.max_memory_allocated()
+    names = ("planned peak, GiB", "peak, GiB", "planned over measured")
+    return dict(zip(names, (round(planned / 2**30, 3), round(peak / 2**30, 3), round(planned / peak, 3)), strict=True))
+
+
+# Inspection and tuning
+
+
+def _falcon(shape: FalconSpec, model: FalconForCausalLM) -> Any:
+    """The model as `fk.load` would return it, with Falconet's tokenizer."""
+    model.name_or_path = ""
+    return replace(fk.load("falconet"), model=model, spec=shape)
+
+
+def statistics_of_attention(settings: Settings) -> dict[str, Any]:
+    """`fk.attention` of one text of the context, without maps."""
+    shape = settings.seven
+    falcon = _falcon(shape, built(shape, settings.device, modeling.FalconForCausalLM, "bfloat16"))
+    ids = torch.randint(12, 2000, (settings.context,)).tolist()
+    fk.attention(falcon, ids[:64])
+    if settings.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = full_size._seconds(lambda: fk.attention(falcon, ids), settings.device)
+    weights = memory.weight_bytes(shape, "bfloat16")
+    peak = torch.cuda.max_memory_allocated() - weights if settings.device.type == "cuda" else None
+    return {"tokens": len(ids), "seconds": round(seconds, 2), "bytes beside the weights": peak}
+
+
+def tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:
+    """`fk.tune` for a few steps of one packed row each: tokens per second, and the peak beside the plan's."""
+    shape = settings.seven
+    falcon = _falcon(shape, built(shape, settings.device, modeling.FalconForCausalLM, dtype))
+    rows = conversations(8 * steps, 0, falcon.tokenizer)
+    options: dict[str, Any] = {"held_out": 0, "max_steps": steps, "quiet": True, "gradient_checkpointing": True, "r": 8}
+    options |= {"context": min(2048, shape.context), "per_device_train_batch_size": 1, "save_steps": 10_000}
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        fk.tune(falcon, rows, output_dir=Path(folder) / "run", **options)
+        seconds = time.perf_counter() - start
+    purpose = "lora" if dtype == "bfloat16" else "qlora"
+    sized = replace(settings, context=options["context"])
+    return {
+        "steps": steps,
+        "seconds, from rows to adapter": round(seconds, 2),
+        "tokens/s": round(steps * options["context"] / seconds, 1),
+    } | _peak(shape, dtype, sized, purpose, r=8)
+
+
+def peer_tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:
+    """TRL's SFTTrainer with packing on the same rows and adapters. Raises ImportError without TRL."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from benchmarks.tuning import _arguments, _lora
+
+    shape, tokenizer = settings.seven, fk.load("falconet").tokenizer
+    model = built(shape, settings.device, FalconForCausalLM, dtype)
+    tokens = min(2048, shape.context)
+    with tempfile.TemporaryDirectory() as folder:
+        options = _arguments(Path(folder), 1, 1) | {"max_steps": steps, "max_length": tokens, "packing": True}
+        options |= {"use_cpu": settings.device.type == "cpu", "gradient_checkpointing": True}
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**options),
+            train_dataset=Dataset.from_list(conversations(8 * steps, 0, tokenizer)),
+            processing_class=tokenizer,
+            peft_config=_lora(),
+        )
+        if settings.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = full_size._seconds(trainer.train, settings.device)
+    peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "tokens/s": round(steps * tokens / seconds, 1),
+        "peak, GiB": peak and round(peak / 2**30, 3),
+    }

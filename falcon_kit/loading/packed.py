@@ -1,0 +1,216 @@
+"""Linear layers with 8-bit and 4-bit weights on torch's own kernels, which are fast for few rows.
+
+bitsandbytes is built for GPUs and for training: on CPUs its 8 and 4 bits take several times as long as 16. These layers
+call `torch._weight_int8pack_mm` and `torch._weight_int4pack_mm`, which read the small weights and little else, and
+which torch.compile understands. torchao's int4 on CUDA calls the same kernel; its layer for CPUs is a prototype, and
+what it saves on one kind of device does not load on another. One row times a layer of 2048 x 4096 on one thread, in
+milliseconds: bfloat16 2.1, int8 1.2, int4 0.6; without AVX-512 2.3, 1.2, 1.2.
+
+int8: W = q s, with one scale for each output. int4: W = (q - 8) s + z, with a scale and a zero for each group of 64
+inputs of an output; q is from 0 to 15.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from falcon_kit.catalogue.memory import INT4_GROUP
+
+GROUP = INT4_GROUP
+_SLAB = 64
+"""Rows that the kernels' layouts keep together, a multiple of theirs."""
+_MANY_ROWS = 64
+"""Rows from which unpacking the weights is faster than the kernels for few rows."""
+_ALIGNMENT = 64
+"""Bytes: torch._weight_int8pack_mm of torch 2.13 crashes on a CPU where its input or weight starts elsewhere."""
+_INNER_TILES = 4
+"""Tiles of 16 inputs that CUDA's kernel keeps together: with 4, the inputs are a multiple of 64."""
+
+
+def check_shape(out: int, into: int, name: str) -> None:
+    """Raises ValueError for a matrix that int4's kernels cannot hold."""
+    if out % _SLAB or into % GROUP:
+        raise ValueError(
+            f"dtype='int4' needs matrices of multiples of {GROUP}; {name} is {out} x {into}: use dtype='nf4' or 'int8'"
+        )
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with weights in 8 or 4 bits, in memory as the kernel of their device needs them.
+
+    In a state dict, and before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits.
+    """
+
+    def __init__(self, out: int, into: int, kind: str, bias: Tensor | None, device: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.kind = into, out, kind
+        self.packed_for: str | None = None
+        """The kind of device that the weight is ready for; None as read from a checkpoint."""
+        if kind == "int4":
+            weight = torch.empty(out, into // 2, dtype=torch.uint8, device=device)
+            scales = torch.empty(into // GROUP, out, 2, dtype=torch.bfloat16, device=device)
+        else:
+            weight = torch.empty(out, into, dtype=torch.int8, device=device)
+            scales = torch.empty(out, dtype=torch.bfloat16, device=device)
+        self.weight, self.scales = frozen(weight), frozen(scales)
+        self.register_parameter("bias", None if bias is None else frozen(bias))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of the input."""
+        if self.packed_for != self.weight.device.type:
+            self.pack()
+        rows = input.reshape(-1, self.in_features)
+        product: Tensor = cast(Any, _Product).apply(rows, self) if rows.requires_grad else self.product(rows)
+        product = product.reshape(*input.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in) to (rows, out), without the bias."""
+        many = len(rows) >= _MANY_ROWS
+        if many and (self.kind == "int8" or self.packed_for == "cuda"):
+            dtype = products_dtype(rows)
+            return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        # bfloat16 is the dtype that each of the kernels computes fast; a copy is aligned
+        few = rows.to(torch.bfloat16, copy=self.kind == "int8")
+        if self.kind == "int8":
+            product = torch._weight_int8pack_mm(few, self.weight, self.scales)
+        elif self.packed_for == "cuda":
+            product = torch._weight_int4pack_mm(few, self.weight, GROUP, self.scales)
+        else:
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.weight, GROUP, self.scales)
+        return product.to(rows.dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the layer computes with."""
+        if self.kind == "int8":
+            return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
+        values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
+        scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
+        return ((values - 8) * scale + zero).view(self.out_features, self.in_features)
+
+    def pack(self) -> None:
+        """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
+        kind = self.weight.device.type
+        if self.kind == "int4" and kind in ("cpu", "cuda"):
+            self.weight = frozen(_kernel_layout(halves(self.canonical())))
+        elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
+            self.weight = frozen(self.weight.clone())
+        self.packed_for = kind
+
+    def canonical(self) -> Tensor:
+        """An int4 weight as in a state dict, (out, in / 2)."""
+        if self.packed_for is None or self.kind == "int8":
+            return self.weight.data
+        where = _layout(self.in_features, self.weight.device.type, str(self.weight.device))
+        nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _SLAB * self.in_features // 2))
+        return joined(nibbles[:, where].reshape(self.out_features, self.in_features))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moves the layer; on a device of another kind, the next forward pass packs it again."""
+        self.weight, self.packed_for = frozen(self.canonical()), None
+        scales = self.scales.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales = frozen(scales.to(self.weight.device))  # a change of dtype is not theirs
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.canonical()
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`, with the dtype."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+class _Product(torch.autograd.Function):
+    """The product with a packed weight, whose gradient goes to the input alone, as QLoRA needs it."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, layer: PackedLinear) -> Tensor:
+        context.layer = layer
+        return layer.product(rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        dtype = products_dtype(gradient)
+        return (gradient.to(dtype) @ context.layer.dequantised(dtype)).to(gradient.dtype), None
+
+
+def products_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype in which many rows are multiplied: float32 on CPUs whose bfloat16 products are slow."""
+    return torch.bfloat16 if rows.device.type != "cpu" or fast_bfloat16() else torch.float32
+
+
+@lru_cache(maxsize=1)
+def fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in instructions of its own; others take ten times as long as for float32."""
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported()) if supported else True
+
+
+def frozen(values: Tensor) -> nn.Parameter:
+    """A parameter that is never trained."""
+    return nn.Parameter(values, requires_grad=False)
+
+
+# Quantising
+
+
+def quantised8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values (out, in) and bfloat16 scales (out,). The scales are rounded before the values."""
+    scales = (weight.abs().amax(1).float() / 127).clamp(min=1e-12).to(torch.bfloat16)
+    values = (weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return values, scales
+
+
+def quantised4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int4 values (out, in / 2) as in a state dict, and bfloat16 scales and zeros (in / 64, out, 2)."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / 15).clamp(min=1e-12).to(torch.bfloat16)
+    zero = (low + 8 * scale.float()).to(torch.bfloat16)
+    values = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round().add(8).clamp(0, 15)
+    return joined(values.to(torch.uint8).flatten(1)), torch.stack([scale.T, zero.T], -1).contiguous()
+
+
+def halves(packed: Tensor) -> Tensor:
+    """(..., n) bytes to (..., 2 n) values of four bits, the low bits first."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def joined(values: Tensor) -> Tensor:
+    """The inverse of `halves`."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+# The layouts of the kernels
+
+
+def _kernel_layout(values: Tensor) -> Tensor:
+    """Values of four bits (out, in) in the layout of the kernel of their device."""
+    if values.device.type == "cuda":
+        high_first = values[:, ::2] << 4 | values[:, 1::2]
+        return torch.ops.aten._convert_weight_to_int4pack(high_first, _INNER_TILES)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+
+
+@lru_cache(maxsize=16)
+def _layout(into: int, kind: str, device: str) -> Tensor:
+    """Where the kernel's layout keeps each value of 64 rows of `into` inputs; the order of its values, flat.
+
+    Each device and instruction set has its own order, which torch does not describe and cannot undo. It is found by
+    packing the positions themselves, four bits at a time.
+    """
+    positions = torch.arange(_SLAB * into, device=device)
+    found = torch.zeros_like(positions)
+    for shift in range(0, positions.numel().bit_length(), 4):
+        digits = (positions >> shift & 15).to(torch.uint8).view(_SLAB, into)
+        found |= halves(_kernel_layout(digits).view(torch.uint8).flatten()).long() << shift
+    return found.argsort()

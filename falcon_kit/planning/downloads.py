@@ -1,0 +1,61 @@
+"""The disk that a published model's files need.
+
+Neither torch nor transformers is imported, and nothing is downloaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning.environment import cache_directory, free_disk
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The files of a model that are still to be downloaded, and the disk of huggingface_hub's cache."""
+
+    bytes: int
+    """The files that the cache lacks, at the size of the published bfloat16 files."""
+    free_bytes: int | None
+    """Free bytes at the cache; None for a machine other than this one."""
+
+    @property
+    def reason(self) -> str:
+        """The row of a plan in words."""
+        free = (
+            "of the machine" if self.free_bytes is None else f"that HF_HOME names: {format_bytes(self.free_bytes)} free"
+        )
+        return f"once, to the disk {free}"
+
+    @property
+    def shortage(self) -> str:
+        """What the disk lacks, and the way out; empty where it has room, or where it is not known."""
+        if self.free_bytes is None or self.bytes <= self.free_bytes:
+            return ""
+        return disk_shortage(self.bytes, self.free_bytes)
+
+
+def disk_shortage(needed: int, free: int) -> str:
+    """The text about a disk that is too small for a download."""
+    return (
+        f"Its files take {format_bytes(needed)} of disk, and {format_bytes(free)} are free in the cache of "
+        "huggingface_hub: set HF_HOME to a folder on a larger disk before Python starts"
+    )
+
+
+def disk_for(shape: FalconSpec, here: bool) -> Disk | None:
+    """The disk that a published model needs: on this machine, without the files in its cache; None for other models."""
+    if shape.hub_id is None:
+        return None
+    if not here:
+        return Disk(shape.stored_bytes, None)
+    cache = cache_directory()
+    return Disk(max(0, shape.stored_bytes - _cached(cache, shape.hub_id)), free_disk(cache))
+
+
+def _cached(cache: Path, repository: str) -> int:
+    """Bytes of the weight files in the fullest snapshot of a repository."""
+    snapshots = (cache / f"models--{repository.replace('/', '--')}" / "snapshots").glob("*")
+    files = ([*each.glob("*.safetensors")] or [*each.glob("*.bin")] for each in snapshots)
+    return max((sum(file.stat().st_size for file in found) for found in files), default=0)

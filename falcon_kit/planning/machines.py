@@ -1,0 +1,116 @@
+"""GPUs, machines of clouds and published reports, from devices.json, and the words that people type for them.
+
+Neither torch nor transformers is imported.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falcon_kit.catalogue.names import catalogue
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import unknown_name
+
+MIB, GIB = 2**20, 2**30
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
+GPUS: dict[str, int] = {name: int(gpu["gib"] * 1024) for name, gpu in _DATA["gpus"].items()}
+"""Memory in MiB that torch can allocate, from the "total capacity" in published out-of-memory errors, which is 0.5 to 5
+percent less than nvidia-smi prints. Of several published figures, the smallest that was found. The source of each is
+in devices.json; null where the errors are in public files without a lasting address."""
+_NOISE = re.compile(r"^standard|nvidia|amd|instinct|tesla|geforce|rtx|sxm\d?|pcie|hbm\d?e?|gpus?")
+"""Parts of names that tell no two cards or machines apart."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An instance type of a cloud, or a runtime of a notebook service."""
+
+    name: str
+    """The name there; AWS's types with "ml.", as in SageMaker."""
+    provider: str
+    """AWS, Google Cloud, Azure, Colab or Kaggle."""
+    count: int
+    """The number of GPUs."""
+    gpu: str
+    """Their kind, a key of `GPUS`."""
+    host_bytes: int | None
+    """Its published host memory; None where no figure was found."""
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of all its GPUs together."""
+        return self.count * GPUS[self.gpu] * MIB
+
+
+ALL_MACHINES = tuple(
+    Machine(name, provider, count, gpu, None if host is None else int(host * GIB))
+    for provider, group in _DATA["machines"].items()
+    for name, (count, gpu, host) in group["types"].items()
+)
+"""The sources of each provider's figures are in devices.json."""
+MACHINES: dict[str, tuple[int, str]] = {machine.name: (machine.count, machine.gpu) for machine in ALL_MACHINES}
+"""Number and type of the GPUs of each machine, by its name."""
+
+
+def find_machine(words: str) -> Machine | None:
+    """The machine that words name: "ml.g5.12xlarge", "g5.12xlarge", "Colab T4", "nc24ads-a100-v4"."""
+    typed = _squeeze(words)
+    names = {_squeeze(each.name): each for each in ALL_MACHINES}
+    return names.get(typed) or names.get(f"ml.{typed}")
+
+
+def find_gpu(words: str) -> str | None:
+    """The key of `GPUS` that words name: "H100", "NVIDIA A100-SXM4-80GB", "RTX 4090", "a100 80g".
+
+    Without a size, the smaller of two: the device is shown under the name with the size.
+    """
+    typed = re.sub(r"gb$|(?<=\d{5})g$", "", _squeeze(words))  # five digits: A100 and 80, not A10G
+    names = {name: _squeeze(name).removesuffix("gb") for name in GPUS}
+    without_size = {name: _squeeze(re.sub(r"-\d+GB$", "", name)) for name in GPUS}
+    same = [name for name in GPUS if typed in (names[name], without_size[name])]
+    return min(same, key=GPUS.__getitem__, default=None)
+
+
+def count_and_kind(words: str) -> tuple[int, str]:
+    """The number of devices and their kind: 8 and "h100" for "8xH100", "8 x H100", "8 H100s" and "H100 x 8"."""
+    word = words.strip().lower()
+    if match := re.fullmatch(r"(\d+)\s*[x*×]\s*(.+)|(.*[\dbgs])\s*[x*×]\s*(\d+)|(\d+)\s+([a-z].+)", word):
+        before, kind, kind_first, after, plain, plain_kind = match.groups()
+        return int(before or after or plain), kind or kind_first or plain_kind
+    return 1, word
+
+
+def unknown_device(words: str) -> str:
+    """The error text for words that name neither a GPU, a machine nor a size."""
+    return f"{unknown_name('devices', words, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'."
+
+
+def _squeeze(words: str) -> str:
+    """Words without the maker, the form of the card, spaces and signs; a point stays, as in "g5.xlarge"."""
+    return _NOISE.sub("", re.sub(r"[^a-z0-9.]", "", words.lower()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The memory that a published measurement found for a model."""
+
+    model: str
+    dtypes: tuple[str, ...]
+    gigabytes: int
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """The figure in bytes."""
+        return self.gigabytes * 10**9
+
+
+_REPORTS = tuple(Report(each["model"], tuple(each["dtypes"]), each["gb"], each["source"]) for each in _DATA["reports"])
+
+
+def published_report(shape: FalconSpec, dtype: str) -> Report | None:
+    """What was published about a model of this size in this dtype; None where nothing is known."""
+    sizes = {each.name: each.parameters for each in catalogue()}
+    return next((each for each in _REPORTS if dtype in each.dtypes and sizes[each.model] == shape.parameters), None)

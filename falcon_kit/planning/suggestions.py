@@ -1,0 +1,153 @@
+"""What to change where a model does not fit, and the doubts about one that fits by arithmetic alone.
+
+Neither torch nor transformers is imported.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from falcon_kit.catalogue import memory
+from falcon_kit.catalogue.names import catalogue
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning.devices import MARGIN, Device, devices_of
+from falcon_kit.planning.machines import ALL_MACHINES, published_report
+from falcon_kit.planning.placement import (
+    CPU_OVERHEAD,
+    Request,
+    fits_in_memory,
+    layers_per_device,
+    tensor_parallel_parts,
+)
+
+_ENDPOINT = "an endpoint on another machine: fk.connect"
+_UNKNOWN_HOST = 2**50
+"""Bytes of host memory, more than any machine has, where the plan's devices do not tell it."""
+
+
+def without_margin(devices: Sequence[Device]) -> tuple[Device, ...]:
+    """The devices with the memory that a plan may fill."""
+    return tuple(replace(device, free_bytes=device.safe_bytes) for device in devices)
+
+
+def report_doubt(request: Request, devices: Sequence[Device]) -> str:
+    """What published reports say against a model that fits by arithmetic; empty where they say nothing."""
+    report = published_report(request.spec, request.dtype)
+    known = report is not None and request.purpose == "inference" and devices[0].key != "cpu"
+    if report is None or not known or any(device.offload_target for device in devices):
+        return ""
+    if sum(device.free_bytes for device in devices) >= report.bytes:
+        return ""
+    return f"published reports say no: they need {format_bytes(report.bytes)} ({report.source})"
+
+
+def margin_doubt() -> str:
+    """The doubt about a model that leaves less of a GPU than `MARGIN`."""
+    return f"less than {MARGIN:.0%} of a GPU would stay free, and torch's allocator and libraries need some of it"
+
+
+def _fits(request: Request, devices: Sequence[Device]) -> bool:
+    placed = sum(layers_per_device(request, without_margin(devices)))
+    return placed == request.spec.layers and not report_doubt(request, devices)
+
+
+def _like(device: Device, count: int) -> list[Device]:
+    return [replace(device, key=key) for key in range(count)]
+
+
+def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """Changes with which the model fits, the least loss of quality first."""
+    kv_heads, device = request.spec.kv_heads, devices[0]
+    larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
+    for ranks in larger if device.key != "cpu" else ():
+        more = _like(device, ranks)
+        if fits_in_memory(
+            without_margin(more), list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
+        ):
+            yield f"tensor_parallel={ranks} on {ranks} x {device.name}"
+            break
+    undivided = replace(request, tensor_parallel=1)
+    for dtype in (request.dtype, *_smaller_dtypes(request, devices)):
+        if _fits(replace(undivided, dtype=dtype), devices):
+            yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
+            break
+    yield _ENDPOINT
+
+
+def suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """Changes with which the model fits, the least loss of quality first; per argument the first value that fits."""
+    halvings = range(1, 8)
+    candidates: dict[str, Sequence[Any]] = {
+        "cache": ["grouped"] if request.cache == "transformers" else [],
+        "dtype": _smaller_dtypes(request, devices),
+        "purpose": {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, []),
+        "context": [request.context >> times for times in halvings if request.context >> times >= 64],
+        "batch": [request.batch >> times for times in halvings if request.batch >> times],
+        "spec": _smaller_falcons(request.spec),
+    }
+    for name, values in candidates.items():
+        fitting = next((value for value in values if _fits(_changed(request, name, value), devices)), None)
+        if fitting is not None:
+            yield f"another model: {fitting.name}" if isinstance(fitting, FalconSpec) else f"{name}={fitting!r}"
+    if devices[0].key != "cpu" and not devices[-1].offload_target:
+        yield from _larger_machine(request, devices) if devices[0].machine else _more_devices(request, devices)
+        yield from _offloading(request, devices)
+    yield _ENDPOINT
+
+
+def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """More GPUs like the first one."""
+    for count in range(len(devices) + 1, 17):
+        if _fits(request, _like(devices[0], count)):
+            yield f"more devices: {count} x {devices[0].name}"
+            break
+
+
+def _larger_machine(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """The machine of the same provider with the least GPU memory in which the model fits."""
+    provider = next(each.provider for each in ALL_MACHINES if each.name == devices[0].machine)
+    offered = sorted((each for each in ALL_MACHINES if each.provider == provider), key=lambda each: each.gpu_bytes)
+    if larger := next((each for each in offered if _fits(request, devices_of(each))), None):
+        yield f"another machine: {larger.name}, {larger.count} x {larger.gpu}"
+
+
+def _offloading(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+    """Layers in host memory, where the machine has it; where its host memory is not known, with the size it needs."""
+    if request.purpose != "inference" or request.dtype in memory.QUANTISED:
+        return
+    known = devices[0].host_bytes
+    free = _UNKNOWN_HOST if known is None else max(0, known - CPU_OVERHEAD)
+    targets = [*without_margin(devices), Device("host memory", "cpu", free, offload_target=True)]
+    if offloaded := layers_per_device(request, targets)[-1]:
+        weights, _ = request.layer_parts()["weights"]
+        needs = "" if known else f" ({format_bytes(offloaded * weights)} of it)"
+        layers = f"{offloaded} of {request.spec.layers} layers"
+        yield f"offload='cpu': {layers} in host memory{needs}, copied to the GPU for each token"
+
+
+def _changed(request: Request, name: str, value: Any) -> Request:
+    """The request with another value of one field. For QLoRA, the dtype changes too."""
+    changes = {name: value}
+    if value == "qlora" and request.dtype not in memory.QUANTISED:
+        changes["dtype"] = "nf4-double"
+    return replace(request, **changes)
+
+
+def _smaller_dtypes(request: Request, devices: Sequence[Device]) -> list[str]:
+    """From large to small, without float16, which takes as much memory as bfloat16.
+
+    Of the two with four bits, int4 to run on a CPU, where it is several times as fast, and nf4 everywhere else: QLoRA
+    was published with it, and on a GPU int4 is not measured yet.
+    """
+    on_cpu = devices[0].key == "cpu" and request.purpose == "inference"
+    other = "nf4" if on_cpu else "int4"
+    smaller = memory.DTYPES[memory.DTYPES.index(request.dtype) + 1 :]
+    return [each for each in smaller if each not in ("float16", other)]
+
+
+def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
+    """Published models of the same kind, instruct or base, with fewer parameters, the largest first."""
+    published = [each for each in catalogue() if each.published and each.parameters < shape.parameters]
+    same_kind = [each for each in published if bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)]
+    return sorted(same_kind, key=lambda each: -each.parameters)

@@ -1,0 +1,160 @@
+"""Packed layers: what they compute, against float32 with bounds from the quantisation error; where they are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import falcon_kit as fk
+from falcon_kit.loading.compiling import check_compilable
+from falcon_kit.loading.packed import GROUP, PackedLinear, frozen, quantised4, quantised8
+from falcon_kit.loading.quantizer import PackedConfig, PackedQuantizer
+from tests.conftest import logits, small_model
+
+each_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
+shapes = st.tuples(st.sampled_from([64, 128, 192, 320]), st.sampled_from([64, 128, 576]))
+ROUNDING = 2**-8  # of bfloat16
+
+
+def layer(weight, kind):
+    """A packed layer of a weight, as a checkpoint leaves it."""
+    made = PackedLinear(*weight.shape, kind, None)
+    values, scales = (quantised4 if kind == "int4" else quantised8)(weight)
+    made.weight, made.scales = frozen(values), frozen(scales)
+    return made
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_errors(weight, kind):
+    """The largest error of each weight: half a step, and the rounding of the scale and the zero to bfloat16."""
+    if kind == "int8":
+        return (weight.abs().amax(1, keepdim=True) * (0.5 / 127 + ROUNDING)).expand_as(weight)
+    groups = weight.unflatten(1, (-1, GROUP))
+    span = (groups.amax(-1) - groups.amin(-1))[..., None]
+    return (
+        (span * (0.5 / 15 + ROUNDING) + groups.abs().amax(-1, keepdim=True) * 2 * ROUNDING).expand_as(groups).flatten(1)
+    )
+
+
+@each_kind
+@given(shape=shapes, scale=st.sampled_from([1e-4, 0.02, 30.0]), seed=st.integers(0, 99))
+def test_each_weight_is_as_near_as_its_bits_allow(kind, shape, scale, seed):
+    weight = scale * random(*shape, seed=seed)
+    error = (layer(weight, kind).dequantised(torch.float32) - weight).abs()
+    assert (error <= largest_errors(weight, kind)).all()
+
+
+@each_kind
+@given(shape=shapes, rows=st.sampled_from([1, 3, 63, 64, 100]), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+def test_a_product_is_within_the_quantisation_error_of_float32(kind, shape, rows, dtype):
+    weight, x = random(*shape), random(rows, shape[1], seed=1).to(dtype)
+    with torch.inference_mode():
+        product = layer(weight, kind)(x)
+    assert product.dtype == dtype
+    expected = x.float() @ weight.T
+    allowed = x.float().abs() @ (largest_errors(weight, kind) + 4 * ROUNDING * weight.abs()).T
+    assert ((product.float() - expected).abs() <= allowed).all()
+
+
+@given(shape=shapes, seed=st.integers(0, 99))
+def test_the_layout_of_a_kernel_is_undone_exactly(shape, seed):
+    made = layer(random(*shape, seed=seed), "int4")
+    before = made.weight.clone()
+    made.pack()
+    assert torch.equal(made.canonical(), before)
+    assert torch.equal(made.state_dict()["weight"], before)
+
+
+@each_kind
+def test_a_layer_that_is_moved_or_cast_computes_the_same(kind):
+    made, x = layer(random(128, 64), kind), random(2, 64, seed=1)
+    with torch.inference_mode():
+        before = made(x)
+        assert torch.equal(made.to("cpu").float()(x), before)
+        assert torch.equal(made.half()(x), before)
+    assert made.scales.dtype == torch.bfloat16
+
+
+@each_kind
+def test_a_weight_that_starts_anywhere_in_memory_is_computed_with(kind):
+    """As one in a file that is mapped into memory; torch's kernel for int8 crashes on it."""
+    made = layer(random(128, 64), kind)
+    space = torch.empty(made.weight.numel() + 1, dtype=made.weight.dtype)
+    odd = space[1:].view(made.weight.shape).copy_(made.weight.data)
+    x = torch.empty(6 * 64 + 1, dtype=torch.bfloat16)[1:].view(6, 64).copy_(random(6, 64))
+    with torch.inference_mode():
+        expected = layer(random(128, 64), kind)(x.clone())
+        made.weight = frozen(odd)
+        assert torch.equal(made(x), expected)
+
+
+@each_kind
+def test_gradients_go_to_the_input_through_the_weight_that_computes(kind):
+    made, x = layer(random(128, 64), kind), random(5, 64, seed=1).requires_grad_()
+    made(x).backward(random(5, 128, seed=2))
+    expected = random(5, 128, seed=2) @ made.dequantised(torch.float32)
+    torch.testing.assert_close(x.grad, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+
+
+def test_int4_is_compiled_in_one_graph():
+    made, x = layer(random(128, 64), "int4"), random(2, 64, seed=1)
+    made.pack()
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
+    check_compilable("int4", None)
+
+
+@each_kind
+def test_a_bias_is_added(kind, tokenizer, tmp_path):
+    small_model("rw").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    falcon = fk.load(tmp_path, dtype=kind)
+    layers = [each for each in falcon.model.modules() if isinstance(each, PackedLinear)]
+    assert all(each.bias is not None and each.bias.dtype == torch.bfloat16 for each in layers)
+    exact = logits(small_model("rw"))
+    assert float((logits(falcon.model).float() - exact).norm() / exact.norm()) < {"int8": 0.05, "int4": 0.3}[kind]
+
+
+def test_both_kinds_compute_the_same_without_avx512():
+    """The same tests under the instruction set of an ordinary laptop."""
+    isa = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    wanted = "product or layout or gradients or anywhere"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", wanted, __file__]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, env=os.environ | isa, cwd=root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+
+
+# Refused
+
+
+def test_int4_of_a_matrix_that_is_no_multiple_of_64_is_refused(tokenizer, tmp_path):
+    small_model("40b", hidden_size=160).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"multiples of 64; transformer\.h\.0.* is .*160.*: use dtype='nf4' or 'int8'"):
+        fk.load(tmp_path, dtype="int4")
+    assert fk.load(tmp_path, dtype="int8").weights.quantised == 8
+
+
+def test_int4_on_a_gpu_before_ampere_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    reader = PackedQuantizer(PackedConfig("int4"))
+    with pytest.raises(ValueError, match=r"capability 8\.0, such as an A100; Tesla T4 has 7\.5: use dtype='nf4'"):
+        reader.validate_environment(device_map={"": 0})
+    reader.validate_environment(device_map={"": "cpu"})
+
+
+def test_groups_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="dtype='int4' and group=32; this version of the kit reads"):
+        PackedConfig("int4", group=32)
