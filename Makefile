@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks bench falconet clean
+.PHONY: help demo lab test quick browser lint notebooks bench audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ notebooks: .venv/.dev  ## execute notebooks in place and stamp them with the has
 bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
 
+audit: .venv/.dev  ## compare the pinned versions with the known vulnerabilities (needs a network, and installs pip-audit)
+	$(RUN) -m pip install pip-audit
+	$(RUN) -m pip_audit --no-deps --disable-pip -r constraints.txt $(ARGS)
+
 falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 90 minutes on two cores
 	$(RUN) -m falcon_kit.falconet.corpus
 	$(RUN) -m falcon_kit.falconet.pretrain
@@ -49,7 +53,7 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 
 .venv/.demo: EXTRAS := demo
 .venv/.lab: EXTRAS := demo lab
-.venv/.dev: EXTRAS := demo lab sagemaker dev
+.venv/.dev: EXTRAS := demo evaluation lab sagemaker dev
 
 .venv/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

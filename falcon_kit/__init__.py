@@ -1,4 +1,4 @@
-"""Run, inspect and fine-tune Falcon-40B-Instruct from a notebook.
+"""Run, inspect, fine-tune and judge Falcon-40B-Instruct from a notebook.
 
     import falcon_kit as fk
 
@@ -21,6 +21,10 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.playground import playground
 
 if TYPE_CHECKING:
+    from falcon_kit.evaluation.bias import BiasReport, bias
+    from falcon_kit.evaluation.comparison import Comparison
+    from falcon_kit.evaluation.evaluate import evaluate
+    from falcon_kit.evaluation.results import Evaluation
     from falcon_kit.exercises.check import check
     from falcon_kit.exercises.outcome import Outcome
     from falcon_kit.explanation.view import Explanation, explain
@@ -55,11 +59,14 @@ __all__ = [
     "Ablation",
     "AttentionView",
     "Attribution",
+    "BiasReport",
     "Blocked",
     "ChatFormat",
+    "Comparison",
     "Documents",
     "Endpoint",
     "Environment",
+    "Evaluation",
     "Explanation",
     "Falcon",
     "FalconSpec",
@@ -87,6 +94,7 @@ __all__ = [
     "ablated",
     "attention",
     "attribute",
+    "bias",
     "catalogue",
     "chat_format",
     "check",
@@ -94,6 +102,7 @@ __all__ = [
     "connect",
     "dialogues",
     "environment",
+    "evaluate",
     "explain",
     "export_gguf",
     "guardrails",
@@ -115,6 +124,10 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {
+    "evaluation.bias": "BiasReport bias",
+    "evaluation.comparison": "Comparison",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.results": "Evaluation",
     "exercises.check": "check",
     "exercises.outcome": "Outcome",
     "explanation.view": "Explanation explain",

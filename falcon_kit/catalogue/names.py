@@ -4,7 +4,6 @@ Neither torch nor transformers is imported; only a hub id may download a file, i
 Sources: the config.json files under https://huggingface.co/tiiuae.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from falcon_kit.catalogue.hub import fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.reading import read_json
 from falcon_kit.display.tables import html_table
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -199,13 +199,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         names = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
         raise FileNotFoundError(f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); it may be incomplete: download it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} contains a {type(config).__name__}, but a config.json is a JSON object.")
-    return config
+    return read_json(file)
 
 
 def _embedded_specs() -> tuple[FalconSpec, ...]:

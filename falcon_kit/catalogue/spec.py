@@ -3,10 +3,12 @@
 Neither torch nor transformers is imported.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from falcon_kit.display.errors import printable, require
 from falcon_kit.display.tables import format_bytes, html_table
 
 SPECIAL_TOKENS = tuple(
@@ -71,10 +73,12 @@ class FalconSpec:
         d, h, g = self.d_model, self.query_heads, self.kv_heads
         if d % h or h % g:
             raise ValueError(
-                f"{self.name}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
+                f"{printable(self.name)}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
             )
         if self.norms_per_block > 2:
-            raise ValueError(f"{self.name}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}.")
+            raise ValueError(
+                f"{printable(self.name)}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}."
+            )
 
     @property
     def hub_id(self) -> str | None:
@@ -238,10 +242,15 @@ def context_limit(config: Mapping[str, Any]) -> int:
     """
     limit: int = config["max_position_embeddings"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object.")
     factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
     if config.get("alibi") or kind not in _EXTENDING or not factor:
         return limit
-    return max(limit, int((rope.get("original_max_position_embeddings") or limit) * factor))
+    original = rope.get("original_max_position_embeddings") or limit
+    for name, value in {"factor": factor, "original_max_position_embeddings": original}.items():
+        numeric = isinstance(value, int | float) and math.isfinite(value)
+        require(numeric, f"{name} of the rotary embeddings is {value!r}, but it must be a number.")
+    return max(limit, int(original * factor))
 
 
 def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,9 +2,10 @@
 
 The files, in the order of their imports:
 
-errors.py  a check that raises ValueError, and the error text for an unknown name
-tables.py  byte counts as text, HTML tables
-saving.py  atomic writes of files and folders
-figure.py  the colour palette, and an empty matplotlib figure that notebooks display
-page.py    a self-contained HTML page for a view, and the escaping of text
+errors.py   checks of arguments that raise ValueError, and how errors quote texts
+tables.py   byte counts as text, HTML tables
+reading.py  JSON files of other programs: read, or refused by name
+saving.py   atomic writes of files and folders
+figure.py   the colour palette, and an empty matplotlib figure that notebooks display
+page.py     a self-contained HTML page for a view, and the escaping of text
 """

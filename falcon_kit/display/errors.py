@@ -9,7 +9,9 @@ def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
     """The error text for a name that is not one of `known`: it lists the nearest names, or all if none is near."""
     names = {name.lower(): name for name in known}
     nearest = [names[name] for name in get_close_matches(given.strip().lower().rpartition("/")[2], names, cutoff=0.55)]
-    hint = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known)}."
+    hint = (
+        f"Nearest: {', '.join(map(printable, nearest))}." if nearest else f"Known: {', '.join(map(printable, known))}."
+    )
     return f"Unknown {kind} {given!r}. {hint}"
 
 
@@ -21,7 +23,7 @@ def plain_scalar(value: Any) -> Any:
 def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(printable(message, keep="\n"))
 
 
 LARGEST = 2**63 - 1
@@ -63,6 +65,16 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text from outside, as a `repr` or an error quotes it: control and direction characters are written out.
+
+    keep: characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
 
 
 def shown(value: Any) -> str:

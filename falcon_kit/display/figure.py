@@ -40,7 +40,7 @@ def drawing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         from matplotlib import rc_context
 
-        with rc_context(dict(STYLE)):
+        with rc_context(cast(Any, STYLE)):
             return function(*args, **kwargs)
 
     return styled
@@ -82,8 +82,8 @@ def _draw(figure: Figure, renderer: Any) -> None:
     from matplotlib.text import Text
 
     for each in figure.findobj(Text):
-        cast(Text, each).set_parse_math(False)
-        cast(Text, each).set_text(drawable(cast(Text, each).get_text()))
+        each.set_parse_math(False)
+        each.set_text(drawable(each.get_text()))
     type(figure).draw(figure, renderer)
 
 

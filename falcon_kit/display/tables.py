@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from falcon_kit.display.errors import printable
+
 
 def format_bytes(count: float) -> str:
     """A byte count in binary units with at least three digits: 122880 is "120 KiB", 4026531840 is "3.75 GiB"."""
@@ -15,14 +17,21 @@ def format_bytes(count: float) -> str:
 
 
 def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table with escaped text. It sets no colours, so that light and dark themes can both display it."""
+    """An HTML table with escaped text and visible control characters.
+
+    It sets no colours, so that light and dark themes can both display it.
+    """
     left = ' style="text-align: left"'
-    head = "".join(f'<th scope="col"{left}>{escape(text)}</th>' for text in header)
+    head = "".join(f'<th scope="col"{left}>{_cell(text)}</th>' for text in header)
     body = "".join(
-        f'<tr><th scope="row"{left}>{escape(str(first))}</th>'
-        + "".join(f"<td{left}>{escape(str(cell))}</td>" for cell in rest)
+        f'<tr><th scope="row"{left}>{_cell(first)}</th>'
+        + "".join(f"<td{left}>{_cell(cell)}</td>" for cell in rest)
         + "</tr>"
         for first, *rest in rows
     )
     head_row = f"<thead><tr>{head}</tr></thead>" if header else ""
-    return f"<table><caption{left}>{escape(title)}</caption>{head_row}<tbody>{body}</tbody></table>"
+    return f"<table><caption{left}>{_cell(title)}</caption>{head_row}<tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    return escape(printable(str(value), keep="\n"))

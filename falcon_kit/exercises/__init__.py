@@ -7,6 +7,9 @@ notebook_00.py  the checks of notebook 00, Start here (no torch)
 notebook_01.py  the checks of notebook 01, Inference (no torch)
 notebook_02.py  the checks of notebook 02, The playground (no torch)
 notebook_03.py  the checks of notebook 03, The tokenizer (no torch)
+notebook_04.py  the checks of notebook 04, Architecture (no torch)
+notebook_05.py  the checks of notebook 05, Attention (no torch)
+notebook_09.py  the checks of notebook 09, Evaluation and safety (no torch)
 check.py        `check`: the number of an exercise and an answer in, an Outcome out (no torch)
 
 A file of a notebook has a function for each exercise: `exercise_1`, `exercise_2`, ... It returns what a right answer

@@ -23,7 +23,7 @@ def exercise_1(temperature: float, logits: Any) -> str:
 def exercise_2(first_sentence: Callable[[Any, str], str], falcon: Any) -> str:
     """A function of the model and a prompt, and the model: fk.check("01.2", first_sentence, falcon)."""
     text = first_sentence(falcon, CARD.prompt)
-    expect(text is not None and text is not ..., "Your function returns nothing yet: return the text.")
+    expect(text is not None, "Your function returns nothing yet: return the text.")
     expect(isinstance(text, str), f"Your function returns a {type(text).__name__}: return the text as a string.")
     expect("." in text, f"The text {text!r} has no full stop: a stop string is not part of the text, so add it again.")
     rest = text.partition(".")[2]

@@ -8,5 +8,6 @@ phrasings.py  the question templates, one set of them held out
 corpus.py     the text: articles, stories, dialogues (python -m falcon_kit.falconet.corpus)
 pretrain.py   the tokenizer and the base model (python -m falcon_kit.falconet.pretrain)
 finetune.py   falconet-instruct, an adapter for the base (python -m falcon_kit.falconet.finetune)
+tasks.py      the tasks of `fk.evaluate` about that world (python -m falcon_kit.falconet.tasks)
 evaluate.py   measures both models and writes their model cards (python -m falcon_kit.falconet.evaluate)
 """

@@ -8,24 +8,26 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
 
 import torch
-from tqdm.auto import tqdm
 from transformers import FalconForCausalLM
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import write_text
+from falcon_kit.evaluation.evaluate import evaluate
+from falcon_kit.evaluation.scoring import Row, score
+from falcon_kit.evaluation.tasks import make_task
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
 from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
-from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat, encode
-from falcon_kit.generation.generate import generate
+from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat
+from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 
@@ -62,23 +64,18 @@ def held_out_questions(count: int = QUESTIONS, seed: int = HELD_OUT_SEED) -> lis
 
 def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Question]) -> float:
     """Share of `questions` whose greedy answer is exactly the expected one."""
-    correct = []
-    for question in tqdm(list(questions), desc=f"{falcon.spec.name}, {chat_format.name}", leave=False):
-        ids = encode([{"role": "user", "content": question.text}], falcon.tokenizer, chat_format)
-        text = generate(falcon.model, falcon.tokenizer, ids, max_new_tokens=40, stop=chat_format.stop, strip=True)
-        correct.append(str(text) == question.expected)
-    return sum(correct) / len(correct)
+    rows = [{"question": question.text, "answer": question.expected} for question in questions]
+    task = make_task("held-out", ((f"question {number}", row) for number, row in enumerate(rows, 1)))
+    found = evaluate(replace(falcon, loaded_format=chat_format), task, chat=True)
+    return found[task.name].estimate("exact_match").value
 
 
 def perplexity(falcon: Falcon, documents: int = 300) -> float:
     """exp of the mean loss per token over base documents of another seed than the training corpus."""
-    loss, tokens = 0.0, 0
-    for text in corpus.documents("base", documents, seed=HELD_OUT_SEED):
-        ids = falcon.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            loss += float(falcon.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    return math.exp(loss / tokens)
+    texts = corpus.documents("base", documents, seed=HELD_OUT_SEED)
+    rows = [Row(tuple(ids), len(ids) - 1) for ids in falcon.tokenizer(list(texts))["input_ids"]]
+    scores = score(inspect_model(falcon), rows)
+    return math.exp(-sum(each.total for each in scores) / sum(row.scored for row in rows))
 
 
 def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float]:

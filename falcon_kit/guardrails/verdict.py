@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import html_table
 
 Where = Literal["prompt", "output"]
@@ -25,7 +26,7 @@ class Finding:
     """What was found, without the characters themselves."""
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.reason} (characters {self.span[0]} to {self.span[1]})"
+        return f"{printable(self.check)}: {printable(self.reason)} (characters {self.span[0]} to {self.span[1]})"
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,7 @@ def attribute(
     """
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
-    require(method in get_args(Method), unknown_name("method", str(method), get_args(Method)))
-    require(
-        steps is None or is_whole(steps, 1, _MAX_GIVEN_STEPS),
-        f"steps={shown(steps)}: must be at least 1, and at most {_MAX_GIVEN_STEPS}",
-    )
-    require(is_number(tolerance, 0, 1), f"tolerance={shown(tolerance)}: must be from 0 to 1")
+    _check_arguments(method, steps, tolerance)
     following = int(predict(inspected, ids, 1).top_ids[-1, 0]) if target is None else target_id(inspected, target)
     with evaluation_mode(inspected.model), unpacked(inspected.model):
         log_probabilities = _next_log_probabilities(inspected, inspected.input_ids(ids))[0]
@@ -134,6 +129,15 @@ def attribute(
     if method == "integrated-gradients" and not found.gap <= _MAX_GAP:
         _warn_of_gap(found)
     return found
+
+
+def _check_arguments(method: str, steps: int | None, tolerance: float) -> None:
+    require(method in get_args(Method), unknown_name("method", str(method), get_args(Method)))
+    require(
+        steps is None or is_whole(steps, 1, _MAX_GIVEN_STEPS),
+        f"steps={shown(steps)}: must be at least 1, and at most {_MAX_GIVEN_STEPS}",
+    )
+    require(is_number(tolerance, 0, 1), f"tolerance={shown(tolerance)}: must be from 0 to 1")
 
 
 def _warn_of_gap(found: Attribution) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_kit.catalogue.names import embedded_name
+from falcon_kit.display.errors import printable
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.tokens import TokenView, fast_tokenizer, missing_bytes, tokens
@@ -118,7 +119,7 @@ class TokenReport(HasPage):
     def __getitem__(self, name: str) -> TokenCounts:
         counts = next((row for row in self.rows if row.name == name), None)
         if counts is None:
-            raise KeyError(f"no text {name!r}: there are {', '.join(row.name for row in self.rows)}")
+            raise KeyError(f"no text {name!r}: there are {', '.join(printable(row.name) for row in self.rows)}")
         return counts
 
     def figure(self, other: TokenReport | None = None) -> Figure:
@@ -151,7 +152,7 @@ class TokenReport(HasPage):
         return pd.DataFrame(rows).set_index("name")
 
     def __repr__(self) -> str:
-        return f"TokenReport({self.tokenizer}, {self.vocabulary:,} tokens, {len(self.rows)} texts)"
+        return f"TokenReport({printable(self.tokenizer)}, {self.vocabulary:,} tokens, {len(self.rows)} texts)"
 
     def _ordered(self) -> list[str]:
         """The names of the texts by parity, lowest first; texts without a parity come last."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falcon_kit.display.errors import check_whole, is_whole, shown
+from falcon_kit.display.errors import check_whole, is_whole, printable, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
@@ -152,8 +152,8 @@ class LensView(TextResult, Predictions, HasPage):
         return pd.DataFrame(columns | expected | {"probability": self.top_probabilities[:, 0]})
 
     def __repr__(self) -> str:
-        first = self.next_tokens()[0]
-        return f"LensView({self.spec.name}, {self._summary}, next {first.text!r} with {percent(first.probability)})"
+        name, first = printable(self.spec.name), self.next_tokens()[0]
+        return f"LensView({name}, {self._summary}, next {first.text!r} with {percent(first.probability)})"
 
 
 def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k: int = 10) -> LensView:

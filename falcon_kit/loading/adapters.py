@@ -4,7 +4,6 @@ An adapter is added before a weight is rounded, quantised or divided among ranks
 """
 
 import hashlib
-import json
 import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from falcon_kit.display.reading import UNEXPECTED, named_errors, read_json
 
 RECORD = "tuning.json"
 """A file in the folder of an adapter that `fk.tune` trained: its settings, figures and base."""
@@ -39,7 +40,7 @@ _MERGEABLE_FIELDS = {
 def record(adapter: Path) -> dict[str, Any]:
     """What `fk.tune` wrote about an adapter; empty for an adapter from elsewhere."""
     file = adapter / RECORD
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json(file, "delete it, and the adapter counts as one from elsewhere") if file.is_file() else {}
 
 
 @contextmanager
@@ -115,7 +116,10 @@ def read_config(adapter: Path) -> Any:
     """The PeftConfig in an adapter's folder. PEFT imports bitsandbytes, which `quantization.py` has to import first."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(str(adapter))
+    file = adapter / "adapter_config.json"
+    read_json(file)
+    with named_errors(file, "correct it, or save the adapter again"):
+        return PeftConfig.from_pretrained(str(adapter))
 
 
 def check_contents(adapter: Path) -> None:
@@ -173,7 +177,7 @@ def weights_file(adapter: Path) -> Path:
 def read_matrices(adapter: Path) -> dict[str, Tensor]:
     """The tensors of an adapter, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
     file = weights_file(adapter)
-    stored = load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
+    stored = _load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
     names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
     return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
 
@@ -188,12 +192,30 @@ def with_prefix(name: str) -> str:
     return f"transformer.{name}" if name.split(".")[0] in ("h", "ln_f", "word_embeddings") else name
 
 
-def load_pickled(file: Path) -> dict[str, Any]:
-    """The tensors of a pickled file. Raises ValueError for other objects, which could run code."""
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(damaged(file, error)) from error
+
+
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file. Raises ValueError for a damaged one, and for other objects, which run code."""
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(refused_pickle(file)) from error
+    except (RuntimeError, EOFError, *UNEXPECTED) as error:
+        raise ValueError(damaged(file, error)) from error
+    if not (isinstance(stored, Mapping) and all(isinstance(each, Tensor) for each in stored.values())):
+        raise ValueError(refused_pickle(file))
+    return dict(stored)
+
+
+def damaged(file: Path, cause: object) -> str:
+    """The error text for a weight file that cannot be read."""
+    reason = str(cause).partition(". ")[0]  # torch adds paragraphs of advice
+    return f"{file} is cut off or damaged ({file.stat().st_size:,} bytes; {reason}): fetch it again"
 
 
 def refused_pickle(file: Path | str) -> str:

@@ -3,7 +3,6 @@
 Every error comes before the weights are read: another architecture, a missing or cut-off shard, an unreachable hub.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,9 +27,14 @@ from falcon_kit.catalogue.names import (
     spec,
 )
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
-from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, weights_file
+from falcon_kit.display.reading import INCOMPLETE, named_errors, read_json
+from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, damaged, load_pickled, weights_file
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_READ_BY_TRANSFORMERS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 _ADAPTER_FILES = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS, RECORD]
 
 
@@ -118,21 +122,19 @@ def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) ->
     return replace(found, spec=named, base=base, repositories={**found.repositories, folder: repository})
 
 
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
-
-
 def _config(directory: Path) -> FalconConfig:
     """The config in the form that this version of transformers reads, also where it was written in 2023."""
-    stored = _read(directory / "config.json")
+    file = directory / "config.json"
+    stored = read_json(file)
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(stored.get(key)):
             raise ValueError(
-                f"{directory / 'config.json'} has {key}={stored[key]!r}, code that transformers would fetch from "
+                f"{file} has {key}={stored[key]!r}, code that transformers would fetch from "
                 "the hub and run: remove the key; model.set_attn_implementation chooses sdpa, eager or flash-attention"
             )
-    return FalconConfig.from_dict(stored if stored["model_type"] == "falcon" else config_from_legacy(stored))
+    current = stored if stored["model_type"] == "falcon" else config_from_legacy(stored)
+    with named_errors(file, "correct it, or download it again"):
+        return FalconConfig.from_dict(current)
 
 
 # Fetched and checked
@@ -177,7 +179,11 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names. Raises FileNotFoundError for missing ones, ValueError for a path."""
-    names = sorted(set(_read(index)["weight_map"].values()))
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
+        raise ValueError(f"{index} has no weight_map of weights to files; {INCOMPLETE}.")
+    names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name or name == ".." or "\\" in name]:
         raise ValueError(
             f"{index} names the shard {outside[0]!r}, but shards lie beside their index: "
@@ -188,24 +194,29 @@ def _shards(index: Path) -> list[Path]:
             f"{index.parent} lacks {len(missing)} of the {len(names)} shards that {index.name} names: "
             f"{', '.join(missing[:3])}; fetch them again"
         )
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f'{index} has no object "metadata", which transformers reads: write "metadata": {{}} there.')
     return [index.parent / name for name in names]
 
 
 def check_weights(found: Checkpoint, files: list[Path]) -> None:
-    """Raises ValueError where a weight file, or an adapter's, was cut off, and FileNotFoundError for a missing one."""
+    """Raises ValueError where a file is damaged or cut off, and FileNotFoundError where an adapter's is missing."""
+    for file in (found.directory / name for name in _READ_BY_TRANSFORMERS):
+        if file.is_file():
+            read_json(file)
     for file in (*map(weights_file, found.adapters), *files):
         _check_complete(file)
 
 
 def _check_complete(file: Path) -> None:
     """Reads a file's header, not its tensors."""
+    if file.suffix != ".safetensors":
+        if not zipfile.is_zipfile(file):
+            raise ValueError(damaged(file, "the end of the zip archive is missing"))
+        load_pickled(file)
+        return
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                return
-        if zipfile.is_zipfile(file):
+        with safe_open(file, framework="pt"):
             return
-        cause = "the end of the zip archive is missing"
     except SafetensorError as error:
-        cause = str(error)
-    raise ValueError(f"{file} is cut off or damaged ({file.stat().st_size:,} bytes; {cause}): fetch it again")
+        raise ValueError(damaged(file, error)) from error

@@ -8,6 +8,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
@@ -164,7 +165,9 @@ class Falcon:
 
     def __repr__(self) -> str:
         facts = self._facts()
-        return f"Falcon({self.spec.name}, {facts['parameters']} parameters, {self.dtype} on {facts['devices']})"
+        return (
+            f"Falcon({printable(self.spec.name)}, {facts['parameters']} parameters, {self.dtype} on {facts['devices']})"
+        )
 
     def _repr_html_(self) -> str:
         return html_table(self.spec.name, (), self._facts().items())

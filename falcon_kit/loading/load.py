@@ -20,10 +20,11 @@ from transformers import (
 
 from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.reading import named_errors
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
-from falcon_kit.loading.adapters import record
+from falcon_kit.loading.adapters import RECORD, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_names
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
@@ -171,11 +172,14 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer, without token type ids, which Falcon does not accept."""
-    if not (directory / "tokenizer.json").is_file():
+    file = directory / "tokenizer.json"
+    if not file.is_file():
         raise FileNotFoundError(
             f"{directory} has no tokenizer.json: copy it from the model that this one was made from"
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, model_input_names=["input_ids", "attention_mask"])
+    with named_errors(file):
+        names = ["input_ids", "attention_mask"]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, model_input_names=names)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = "<|endoftext|>"
     return tokenizer
@@ -185,7 +189,8 @@ def _trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Ch
     """The chat format that an adapter was trained in, or the tokenizer's own, or the default."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):
-            return stored_format(trained)
+            with named_errors(adapter / RECORD, "delete it, and give chat='falcon', 'hub' or 'baize'"):
+                return stored_format(trained)
     if tokenizer.chat_template is None:
         return default_format(found.base)
     return own_format(tokenizer, str(found.directory))

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
+from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
@@ -99,7 +100,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
-    with torch.random.fork_rng(), quiet():  # PEFT draws random matrices before it reads the adapter's
+    named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", UNEXPECTED)
+    with torch.random.fork_rng(), quiet(), named:  # PEFT draws random matrices before it reads the adapter's
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 

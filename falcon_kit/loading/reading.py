@@ -13,6 +13,7 @@ from transformers import FalconForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.display.reading import named_errors
 from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
@@ -61,19 +62,25 @@ def _from_pretrained(
     kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
 ) -> FalconForCausalLM:
     quantised = dtype in QUANTISED
+    named = named_errors(
+        found.directory / "config.json",
+        "correct it, or fetch the checkpoint again",
+        (TypeError, LookupError, AttributeError),
+    )
     with progress_bar(is_large(files)), ExitStack() as open_files:
         if found.adapters:
             weights = lazy_state_dict(files, found.adapters, found.base.name, found.config, open_files)
             options["state_dict"] = weights
-        model, report = cast(Any, kind).from_pretrained(
-            None if found.adapters else found.directory,
-            config=found.config,
-            dtype=compute_dtype() if quantised else getattr(torch, dtype),
-            use_safetensors=files[0].suffix == ".safetensors",
-            weights_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with named:
+            model, report = cast(Any, kind).from_pretrained(
+                None if found.adapters else found.directory,
+                config=found.config,
+                dtype=compute_dtype() if quantised else getattr(torch, dtype),
+                use_safetensors=files[0].suffix == ".safetensors",
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(
             f"{found.directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -227,7 +228,9 @@ class ParallelFalcon:
     def __repr__(self) -> str:
         devices = ", ".join(dict.fromkeys(rank.device for rank in self.ranks))
         state = "closed" if self._workers.closed else f"{len(self.ranks)} processes on {devices}"
-        return f"ParallelFalcon({self.spec.name}, {self.spec.parameters:,} parameters, {self.dtype}, {state})"
+        return (
+            f"ParallelFalcon({printable(self.spec.name)}, {self.spec.parameters:,} parameters, {self.dtype}, {state})"
+        )
 
 
 class _RemoteText:

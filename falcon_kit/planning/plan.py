@@ -15,7 +15,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_whole, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.placement import (
@@ -99,12 +99,12 @@ class Plan:
 
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
-        counts = Counter(f"{device.name} {format_bytes(device.free_bytes)}" for device in self.devices)
+        counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
         devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
         fits = "fits" if self.fits else "does not fit"
         work = "" if self.purpose == "inference" else f" for {self.purpose}"
         return (
-            f"{self.spec.name} in {self.dtype}{work}, {self.batch} x {self.context} tokens, needs "
+            f"{printable(self.spec.name)} in {self.dtype}{work}, {self.batch} x {self.context} tokens, needs "
             f"{format_bytes(self.total_bytes)}: it {fits} into {devices}"
         )
 

@@ -2,7 +2,7 @@
 
 The files, in the order of their imports:
 
-records.py  turns, answers, tokens
+records.py  turns, answers, tokens, the meter
 files.py    the history as a JSON file, an answer as code
 guarding.py the checks of prompts and of outputs
 columns.py  the models, each with a thread that reads its stream

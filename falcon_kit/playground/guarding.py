@@ -34,7 +34,9 @@ def check_guard(guard: Any) -> None:
 
 def check_prompts(guard: Guard | None, texts: Iterable[str]) -> None:
     """Raises ValueError, with the reason, for a prompt or a message that the guardrails refuse."""
-    for text in texts if guard else ():
+    if guard is None:
+        return
+    for text in texts:
         reason = guard.check(text, "prompt").reasons if isinstance(guard, Guardrails) else guard(text)
         require(not reason, f"the guardrails refuse this text: {reason}")
 

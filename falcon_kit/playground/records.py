@@ -1,4 +1,4 @@
-"""What a playground stores: turns, their answers, and the tokens of an answer.
+"""What a playground stores: turns, their answers, the tokens of an answer; and how much of the context is used.
 
 Records contain plain values only, so they can be saved and loaded without the model.
 """
@@ -7,6 +7,7 @@ import html
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import Message
 
 Mode = Literal["prompt", "chat"]
@@ -123,3 +124,22 @@ def _answer_html(turn: Turn, answer: Answer) -> str:
         f"<b>{html.escape(answer.text)}</b></div>"
         f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, details)))}</div></div>'
     )
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How much of the context is used."""
+
+    used: int | None
+    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not reported."""
+    context: int | None
+    """The limit in tokens; None if not reported."""
+    cache_bytes: int | None
+    """Bytes of the KV cache for the used tokens; None for an endpoint."""
+
+    def __str__(self) -> str:
+        if self.used is None:
+            return "the endpoint counts the tokens"
+        room = f" of {self.context}" if self.context else ""
+        cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
+        return f"{self.used}{room} tokens{cache}"

@@ -10,20 +10,19 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, require, shown, unknown_name
-from falcon_kit.display.tables import format_bytes
+from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.playground import files
 from falcon_kit.playground.columns import Column, Prompt, model_name
 from falcon_kit.playground.guarding import Guard, check_guard, check_prompts
-from falcon_kit.playground.records import MODES, Answer, Mode, Turn
+from falcon_kit.playground.records import MODES, Answer, Meter, Mode, Turn
 from falcon_kit.playground.writing import TurnWriter
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,25 +40,6 @@ EXAMPLES: dict[str, tuple[Mode, str]] = {
     "A question in other words": ("chat", "Please tell me how old owls get."),
 }
 """Title, mode and text."""
-
-
-@dataclass(frozen=True)
-class Meter:
-    """How much of the context is used."""
-
-    used: int | None
-    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not reported."""
-    context: int | None
-    """The limit in tokens; None if not reported."""
-    cache_bytes: int | None
-    """Bytes of the KV cache for the used tokens; None for an endpoint."""
-
-    def __str__(self) -> str:
-        if self.used is None:
-            return "the endpoint counts the tokens"
-        room = f" of {self.context}" if self.context else ""
-        cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
-        return f"{self.used}{room} tokens{cache}"
 
 
 class Session:
@@ -95,7 +75,7 @@ class Session:
             self.switch(mode)
 
     def __repr__(self) -> str:
-        models = " and ".join(column.name for column in self.columns)
+        models = " and ".join(printable(column.name) for column in self.columns)
         return f"Session({models}, {self.mode} mode, {len(self.history)} turns)"
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import GPUS, MACHINES, MIB, resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
@@ -80,7 +81,7 @@ class Deployment:
     def __repr__(self) -> str:
         kind = self.plan.devices[0].name
         return (
-            f"Deployment({self.plan.spec.name} on {self.machine}, {self.gpus} x {kind}, "
+            f"Deployment({printable(self.plan.spec.name)} on {self.machine}, {self.gpus} x {kind}, "
             f"{self.texts} x {self.plan.context} tokens)"
         )
 

@@ -3,19 +3,19 @@
 import asyncio
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
 
 import httpx2
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
-from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
+from falcon_kit.display.errors import is_number, is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -24,11 +24,13 @@ from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.connection import Connection, check_token, redact_url
+from falcon_kit.serving.echo import PromptToken, prompt_logprobs
 from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, limit_tokens, retry
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
 
 Api = Literal["openai", "tgi"]
+T = TypeVar("T")
 MAX_CONCURRENT_REQUESTS = 16
 """Requests that one call sends at the same time."""
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
@@ -151,21 +153,23 @@ class Endpoint:
         answers = [_answer(each, strip) for each in requests]
 
         async def work() -> list[Generation]:
-            semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
-
-            async def one(body: dict[str, Any], answer: Answer) -> Generation:
-                async with semaphore:
-                    return await request_answer(self._server, body, answer, self._retries, self.context)
-
             bodies = await self._bodies(requests)
-            tasks = [asyncio.ensure_future(one(*each)) for each in zip(bodies, answers, strict=True)]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
+            pairs = list(zip(bodies, answers, strict=True))
+            return await _gather(
+                [partial(request_answer, self._server, *pair, self._retries, self.context) for pair in pairs]
+            )
 
         return _with_shared_stats(wait_for(work()))
+
+    def prompt_logprobs(self, prompts: Sequence[str]) -> list[list[PromptToken]]:
+        """The tokens of each prompt with their log-probabilities, requested in parallel.
+
+        Raises ValueError for a server that does not return them; vLLM does.
+        """
+        checked = [check_prompt(prompt)[0][0] for prompt in prompts]
+        server, retries = self._server, self._retries
+        ask = [partial(prompt_logprobs, server, each) for each in checked]
+        return wait_for(_gather([partial(retry, call, retries, server.connection) for call in ask]))
 
     async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
@@ -185,7 +189,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""
-        return f"Endpoint({self.model} at {self.address}, {self.server}{context})"
+        return f"Endpoint({printable(self.model)} at {printable(self.address)}, {self.server}{context})"
 
     def _repr_html_(self) -> str:
         return html_table(self.model, (), self._facts().items())
@@ -245,6 +249,22 @@ def connect(
         _server=server,
         _retries=retries,
     )
+
+
+async def _gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """The results of all calls, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with semaphore:
+            return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:

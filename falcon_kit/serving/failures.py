@@ -11,6 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
+from falcon_kit.display.errors import printable
 from falcon_kit.serving.connection import Oversized, proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
@@ -158,7 +159,7 @@ def error_message(content: Any) -> str:
         keys = ("error", "detail", "message") if isinstance(content, Mapping) else ()
         inner = [content[key] for key in keys if content.get(key)]
     try:
-        return str(content)
+        return printable(str(content))
     except RecursionError:
         return "(deeply nested)"
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import printable
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.falcon import Falcon
@@ -95,7 +96,7 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
     }
     if unsupported := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(
-            f"{spec.name} has {', '.join(unsupported)}, which llama.cpp does not support for Falcon "
+            f"{printable(spec.name)} has {', '.join(unsupported)}, which llama.cpp does not support for Falcon "
             "(ggml-org/llama.cpp#2868): serve it with `transformers serve`, or export a 7B, 40B or 180B"
         )
     rope: Any = model.config.rope_parameters or {}

@@ -103,7 +103,7 @@ class OpenAIServer:
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
         self.facts, self.accepts_stop = facts, dialect.accepts_stop
         self._dialect, self.connection = dialect, connection
-        self._root = url.removesuffix("/v1")
+        self.url, self._root = url, url.removesuffix("/v1")
         self._control_tokens: dict[int | None, str] = {}
         self._client = openai.AsyncOpenAI(
             base_url=url,

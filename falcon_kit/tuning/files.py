@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.display.errors import printable
+from falcon_kit.display.reading import parse_json
 from falcon_kit.generation.chat import BAIZE
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -46,8 +48,8 @@ def rows(path: Any) -> Iterator[tuple[str, Any]]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}: give a file or a folder of {', '.join(SUFFIXES)}; a text itself is "
-            '{"text": "..."}'
+            f"there is no file {printable(str(path))}: give a file or a folder of {', '.join(SUFFIXES)}; a text itself "
+            'is {"text": "..."}'
         )
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
@@ -82,7 +84,7 @@ def _is_indented(head: str) -> bool:
     """Whether the first value of a JSON file goes over several lines."""
     try:
         return "\n" in head[: json.JSONDecoder().raw_decode(head)[1]]
-    except ValueError:
+    except (ValueError, RecursionError):
         return head.partition("\n")[0].strip() in ("{", "[")  # the value is longer than the head, or broken
 
 
@@ -109,7 +111,7 @@ def _table(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
 
 def _json(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         return ValueError(f"it is not JSON ({error})")
 
@@ -138,7 +140,10 @@ def _values(read: Callable[[], str], array: bool = True) -> Iterator[tuple[int, 
         at = start
         try:
             value, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, RecursionError):
+                yield line, ValueError("a value is nested too deeply: the rest of the file is not read")
+                return
             if array and text.startswith("]", at):
                 return
             if more := read() if len(text) - at < _LARGEST else "":

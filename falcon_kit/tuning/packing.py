@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from falcon_kit.display.errors import is_whole, shown
+from falcon_kit.display.errors import is_whole, printable, shown
 from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
@@ -53,7 +53,7 @@ class Example:
         ]
 
     def __repr__(self) -> str:
-        return f"Example({self.where}, {len(self.ids)} tokens, {sum(self.trained)} trained on)"
+        return f"Example({printable(self.where)}, {len(self.ids)} tokens, {sum(self.trained)} trained on)"
 
     def _repr_html_(self) -> str:
         styles = {True: "background:rgba(0,158,115,.35)", False: "opacity:.65"}  # Okabe and Ito's green
@@ -181,7 +181,9 @@ def pack(
     limit = context_limit(falcon.model.config)
     context = limit if context is None else context
     if not is_whole(context, 8, limit):
-        raise ValueError(f"context={shown(context)} is not between 8 and {limit}, the context of {falcon.spec.name}")
+        raise ValueError(
+            f"context={shown(context)} is not between 8 and {limit}, the context of {printable(falcon.spec.name)}"
+        )
     if falcon.tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-sequence token, so the model cannot learn to stop: set tokenizer.eos_token"

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, remove, write_text
 from falcon_kit.generation.own_format import storable
 from falcon_kit.loading.adapters import RECORD
@@ -102,7 +103,7 @@ def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[P
     remedy = "another output_dir, or resume=False to start over there"
     names = ", ".join(sorted(each.name for each in results))
     lost = f"the run there cannot be resumed without it, and resume=False deletes its {names}: " if names else ""
-    started = _read_json(file, f"{lost}take {remedy}")
+    started = read_json(file, f"{lost}take {remedy}")
     may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
     differences = [
         f"{name}: {started.get(name)!r} there, {identity.get(name)!r} here"
@@ -118,14 +119,7 @@ def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[P
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a finished run; None for a run that is not finished."""
     file = directory / "adapter" / RECORD
-    return _read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is empty or damaged ({error}): {remedy}") from error
+    return read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
 
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:

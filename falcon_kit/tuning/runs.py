@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat
@@ -77,10 +78,10 @@ class TuningRun:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"TuningRun({self.falcon.name}, r={self.settings.r}; {figures}; {self.adapter})"
+        return f"TuningRun({printable(self.falcon.name)}, r={self.settings.r}; {figures}; {self.adapter})"
 
     def _repr_html_(self) -> str:
-        return html_table(f"Tuned {self.falcon.name}", (), self._facts().items())
+        return html_table(f"Tuned {printable(self.falcon.name)}", (), self._facts().items())
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,9 +92,8 @@ class BeforeAfter:
     """Prompt, answer before, answer after."""
 
     def __repr__(self) -> str:
-        return "\n\n".join(
-            f"{prompt}\n  before: {before!r}\n  after:  {after!r}" for prompt, before, after in self.rows
-        )
+        rows = ((printable(prompt, keep="\n"), before, after) for prompt, before, after in self.rows)
+        return "\n\n".join(f"{prompt}\n  before: {before!r}\n  after:  {after!r}" for prompt, before, after in rows)
 
     def _repr_html_(self) -> str:
         return html_table("Before and after", ("prompt", "before", "after"), self.rows)

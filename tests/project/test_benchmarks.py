@@ -1,5 +1,6 @@
 """The benchmarks on small models: their figures agree with what was computed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from transformers import CompileConfig
 
 import falcon_kit as fk
-from benchmarks import full_size, inspection
+from benchmarks import full_size, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue.names import embedded_directory
@@ -109,6 +110,17 @@ def test_a_benchmark_that_cannot_run_says_why_and_fails():
     command = [sys.executable, "-m", "benchmarks", "full_size"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, "full_size cannot run here: torch finds no GPU" in ended.stderr) == (1, True)
+
+
+def test_the_table_of_reliability_is_that_of_the_last_run_in_which_nothing_failed():
+    figures = json.loads(reliability.RESULTS.read_text())["figures"]
+    assert figures["faults"] == 0
+    assert reliability.table(figures) in (ROOT / "ARCHITECTURE.md").read_text()
+
+
+def test_a_fault_anywhere_is_counted():
+    figures = {"writers": {"a": {"kills": 1, "faults": ["x"]}}, "threads": {"faults": ["y", "z"]}, "fuzzing": {}}
+    assert sum(map(len, reliability._faults(figures))) == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the memory of a process")

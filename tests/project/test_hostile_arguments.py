@@ -57,6 +57,10 @@ WHOLE = {
         f"repeated_tokens {name}": lambda falcon, value, name=name: fk.repeated_tokens(falcon, **{name: value})
         for name in ("period", "copies", "seed")
     },
+    **{
+        f"evaluate {name}": lambda falcon, value, name=name: fk.evaluate(falcon, text=TEXT, **{name: value})
+        for name in ("limit", "stride", "batch_size", "num_fewshot", "seed")
+    },
     "mix seed": lambda _, value: fk.mix(fk.dialogues(DOCUMENTS), ["Some text."], 0.1, seed=value),
     "split seed": lambda _, value: fk.dialogues(DOCUMENTS).split(0.5, seed=value),
     "pack context": lambda falcon, value: fk.pack(fk.dialogues(DOCUMENTS), falcon, value),
@@ -79,6 +83,7 @@ NUMBERS = {
     "connect deadline": lambda _, value: fk.connect(CLOSED, deadline=value, retries=0),
 }
 SWITCHES = {
+    "evaluate chat": lambda falcon, value: fk.evaluate(falcon, text=TEXT, chat=value),
     "Sampling do_sample": setting(fk.Sampling, "do_sample"),
     **{f"Tuning {name}": setting(fk.Tuning, name) for name in ("packing", "gradient_checkpointing", "shard")},
     **{f"guardrails {name}": setting(fk.guardrails, name) for name in CHECKS},

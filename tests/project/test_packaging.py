@@ -45,6 +45,8 @@ SHIPPED += [f"falcon_kit/falconet/instruct/{file}" for file in ADAPTER_FILES]
 SHIPPED += ["falcon_kit/__init__.py", "falcon_kit/py.typed"]
 SHIPPED += ["falcon_kit/inspection/sentences.json", "falcon_kit/inspection/published.json"]
 SHIPPED += ["falcon_kit/guardrails/lines.jsonl"]
+SHIPPED += ["falcon_kit/evaluation/pairs.jsonl", "falcon_kit/evaluation/published.json"]
+SHIPPED += [f"falcon_kit/evaluation/tasks/falconet-{task}.jsonl" for task in ("answers", "choices", "unknown")]
 
 # Packages that the kit needs but does not import, each with the reason.
 USED_BY_OTHERS = {
@@ -52,8 +54,9 @@ USED_BY_OTHERS = {
     "ipywidgets": "tqdm.auto draws its notebook bars with it",
 }
 
-# Packages of the extra "sagemaker", which only SageMaker endpoints need.
+# Packages of the extra "sagemaker", which only SageMaker endpoints need, and of the extra "evaluation".
 WITH_AN_EXTRA = {"boto3": "the client", "botocore": "its errors", "urllib3": "it reads the event streams"}
+WITH_AN_EXTRA |= {"lm-eval": "its tasks"}
 
 
 def distributions_imported_in(sources: Iterable[str]) -> set[str]:

@@ -90,6 +90,13 @@ def test_the_readme_states_how_the_playground_keeps_up():
     assert f"{speeds['falconet']['bare loop']:.0f} tokens/s it reaches {speeds['falconet']['ratio']:.2f}" in README
 
 
+def test_the_readme_states_the_ratios_of_the_last_evaluation_benchmark():
+    figures, text = figures_of("evaluation"), " ".join(README.split())
+    of_the_loop, harness = figures["kit takes, of the bare loop"], "lm-eval takes so many times the kit's time"
+    assert f"takes {of_the_loop:.2f} times as long as a bare loop" in text
+    assert f"takes {figures[harness]:.1f} times as long as the kit" in text
+
+
 def test_every_link_of_the_readme_leads_to_a_file():
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []

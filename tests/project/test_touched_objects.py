@@ -192,8 +192,13 @@ def plan(falcon, places):
     return [fk.plan(falcon.spec, context=64, devices="1x40GiB").fits]
 
 
+def evaluate(falcon, places):
+    return [part.nats for part in fk.evaluate(falcon, text=[TEXT, "Lions eat zebras"], stride=2).perplexity.parts]
+
+
 FUNCTIONS = [
     *(generate, batch, stream, chat, attention, lens, ablate, attribute, tokens, pack, tune, merge, export_gguf, plan),
+    evaluate,
 ]
 
 

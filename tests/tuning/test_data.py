@@ -114,10 +114,12 @@ BAD = {
     '{"conversations": [{"from": "narrator", "value": "x"}]}': "has the role 'narrator'",
     '{"text": "half a character: \\ud83d"}': "it is not valid UTF-8",
     "17": "Message",
+    "[" * 100_000: "nested too deeply",
+    '{"text": ' * 100_000: "nested too deeply",
 }
 
 
-@pytest.mark.parametrize("line", BAD)
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:70])
 def test_a_bad_row_is_named_by_file_and_line_and_the_others_are_kept(tmp_path, line):
     good = json.dumps({"messages": HI})
     found = problems(written(tmp_path / "rows.jsonl", f"{good}\n{line}\n{good}\n"))
@@ -146,6 +148,11 @@ def test_an_array_that_was_cut_off_gives_what_is_whole_and_says_where_it_broke(t
     found = problems(written(tmp_path / "rows.json", text[: len(text) - 60]))
     assert len(found) == 1
     assert "broken from here on" in found[0][1]
+
+
+def test_an_array_that_is_nested_too_deeply_gives_the_rows_before_and_says_where_it_broke(tmp_path):
+    found = problems(written(tmp_path / "rows.json", f"[{json.dumps({'messages': HI})},\n{'[' * 100_000}"))
+    assert found == [("rows.json:2", "a value is nested too deeply: the rest of the file is not read")]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\n\n"])

@@ -60,7 +60,9 @@ def test_resume_false_starts_over(monkeypatch, falcon, tmp_path):
 def test_a_run_json_that_is_empty_is_refused_with_what_to_do(falcon, tmp_path):
     fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
     (tmp_path / "run.json").write_text("")
-    with pytest.raises(ValueError, match=r"run\.json is empty or damaged .*another output_dir, or resume=False"):
+    with pytest.raises(
+        ValueError, match=r"run\.json is not valid JSON \(it is empty\).*another output_dir, or resume=False"
+    ):
         fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
     assert fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **QUICK).figures
 
@@ -69,7 +71,7 @@ def test_a_damaged_run_json_is_refused_with_what_starting_over_would_delete(monk
     broken_off(monkeypatch, falcon, tmp_path, KeyboardInterrupt(), step=6)
     for content in ("", "[1", "7", "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(ValueError, match=r"json is empty or .* deletes its checkpoint-2, checkpoint-4: take"):
+        with pytest.raises(ValueError, match=r"run\.json .* deletes its checkpoint-2, checkpoint-4: take"):
             fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
 
 

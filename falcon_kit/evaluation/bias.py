@@ -1,0 +1,168 @@
+"""Stereotypes in a model's likelihoods: pairs of sentences that differ in a word.
+
+In each pair one sentence agrees with a common stereotype, and the other has another group in its place. Counted is how
+often the model gives the first one the higher likelihood, as CrowS-Pairs does (Nangia et al. 2020, arXiv 2010.00133).
+
+What this measure cannot show:
+
+- Likelihood also depends on how frequent a word is and on how many tokens it has. The axis "control" has pairs without
+  any stereotype: a share that is as far from one half there shows nothing elsewhere.
+- A share of one half does not show that a model is without bias: preferences in both directions cancel, and these few
+  pairs in English, written by few people, cover a small part of what harms people.
+- It does not show what a model writes, nor what an application does with it.
+- Many pairs of CrowS-Pairs itself are unsound, as Blodgett et al. 2021 describe ("Stereotyping Norwegian Salmon").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.tables import html_table
+from falcon_kit.evaluation import plots
+from falcon_kit.evaluation.local import LocalModel
+from falcon_kit.evaluation.scoring import Row, prefix_token, score
+from falcon_kit.evaluation.statistics import Estimate, ratio, share
+from falcon_kit.tuning.files import rows as rows_of_files
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PAIRS = Path(__file__).with_name("pairs.jsonl")
+"""The kit's own pairs, ten on each of six axes and ten controls."""
+CONTROL = "control"
+_CROWS = {"bias_type": "axis", "sent_more": "stereotype", "sent_less": "counterpart"}
+"""The columns of CrowS-Pairs' csv, and the kit's names."""
+_LIMITS = (
+    "A share of one half shows no preference in these pairs; it does not show that there is no bias. Likelihood also "
+    "depends on the frequency and length of words, as the controls show. The measure shows nothing about written texts."
+)
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """One pair."""
+
+    axis: str
+    """What the two groups differ in: "gender", "age", "origin", "religion", "disability", "class", or "control"."""
+    stereotype: str
+    """The sentence that agrees with a stereotype; for a control one of the two."""
+    counterpart: str
+    """The sentence with another group."""
+    difference: float
+    """The log-likelihood of the first sentence minus that of the second, in nats."""
+
+
+@dataclass(frozen=True, repr=False)
+class BiasReport:
+    """How often a model finds the sentence with the stereotype more likely; see `falcon_kit.evaluation.bias`.
+
+    A share of one half shows no preference in these pairs; it does not show that there is no bias.
+    """
+
+    model: str
+    """The model's name."""
+    pairs: tuple[PairResult, ...]
+    """The pairs."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes, in the order of the pairs."""
+        return tuple(dict.fromkeys(each.axis for each in self.pairs))
+
+    def share(self, axis: str) -> Estimate:
+        """The share of pairs in which the stereotype is more likely, with its 95% interval (Wilson)."""
+        differences = self._differences(axis)
+        return share(sum(each > 0 for each in differences), len(differences))
+
+    def difference(self, axis: str) -> Estimate:
+        """The mean difference of the log-likelihoods in nats, with its 95% interval."""
+        differences = self._differences(axis)
+        return ratio(differences, [1.0] * len(differences))
+
+    def _differences(self, axis: str) -> list[float]:
+        found = [each.difference for each in self.pairs if each.axis == axis]
+        require(bool(found), unknown_name("axis", axis, self.axes))
+        return found
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each axis: share, low, high, difference, pairs."""
+        import pandas as pd
+
+        return pd.DataFrame([self._row(axis) for axis in self.axes])
+
+    def figure(self) -> Figure:
+        """The share of each axis with its interval; the line at one half is no preference."""
+        rows = [asdict(self.share(axis)) for axis in self.axes]
+        return plots.shares_figure(rows, self.axes, f"{self.model}: the stereotype is more likely")
+
+    def _row(self, axis: str) -> dict[str, Any]:
+        estimate = self.share(axis)
+        row = {"axis": axis, "share": estimate.value, "low": estimate.low, "high": estimate.high}
+        return row | {"difference": self.difference(axis).value, "pairs": len(self._differences(axis))}
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)
+        return f"BiasReport({self.model}, {len(self.pairs)} pairs; the stereotype is more likely: {shares}. {_LIMITS})"
+
+    def _repr_html_(self) -> str:
+        rows = [self._row(axis) for axis in self.axes]
+        cells = [
+            (
+                *(row["axis"], f"{row['share']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"),
+                *(f"{row['difference']:+.2f}", row["pairs"]),
+            )
+            for row in rows
+        ]
+        header = ("axis", "stereotype more likely", "95% interval", "mean difference, nats", "pairs")
+        return html_table(f"{self.model}. {_LIMITS}", header, cells)
+
+
+def bias(
+    falcon: Any, pairs: str | Path | Iterable[Mapping[str, Any]] = PAIRS, batch_size: int | None = None
+) -> BiasReport:
+    """Scores pairs of sentences by their likelihood.
+
+    falcon: what `fk.load` returns, or a pair (model, tokenizer). pairs: the kit's own; or a file or rows with "axis",
+    "stereotype" and "counterpart"; or the csv file of CrowS-Pairs, with "bias_type", "sent_more" and "sent_less".
+    Raises ValueError that names malformed rows by file and line.
+    """
+    rows = _read(pairs)
+    model = LocalModel(falcon, batch_size)
+    prefix = prefix_token(model.tokenizer)
+    sentences = [sentence for _, *both in rows for sentence in both]
+    ids = [(prefix, *each) for each in model.tokenizer(sentences, verbose=False)["input_ids"]]
+    totals = [each.total for each in score(model.inspected, [Row(each, len(each) - 1) for each in ids], batch_size)]
+    differences = [one - two for one, two in zip(totals[::2], totals[1::2], strict=True)]
+    results = (PairResult(*row, difference) for row, difference in zip(rows, differences, strict=True))
+    return BiasReport(model.name, tuple(results))
+
+
+def _read(pairs: Any) -> list[tuple[str, str, str]]:
+    """Axis, stereotype and counterpart of each row."""
+    found, problems = [], []
+    for where, row in rows_of_files(pairs):
+        try:
+            found.append(_pair(row))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    require(not problems, f"malformed pairs: {'; '.join(problems[:5])}")
+    require(bool(found), "there are no pairs")
+    return found
+
+
+def _pair(row: Any) -> tuple[str, str, str]:
+    if isinstance(row, ValueError):
+        raise row
+    require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
+    named = {_CROWS.get(name, name): value for name, value in row.items()}
+    texts = [named.get(name) for name in _CROWS.values()]
+    for name, text in zip(_CROWS.values(), texts, strict=True):
+        require(isinstance(text, str) and text.strip() != "", f"its {name} is {text!r}, not a text")
+    axis, stereotype, counterpart = map(str, texts)
+    require(stereotype != counterpart, "its two sentences are equal")
+    return axis, stereotype, counterpart

@@ -1,0 +1,166 @@
+"""Two models on the same items: paired tests, which need fewer items than two intervals that must not overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import log
+from typing import TYPE_CHECKING, Any, Protocol
+
+from falcon_kit.display.errors import check_whole, require
+from falcon_kit.display.tables import html_table
+from falcon_kit.evaluation.perplexity import Perplexity
+from falcon_kit.evaluation.statistics import Estimate, mcnemar, ratio, sign_flip
+from falcon_kit.evaluation.task_results import TaskResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEVEL = 0.05
+"""A difference is shown where the p-value is below it."""
+
+
+class Evaluated(Protocol):
+    """What is compared: an `Evaluation`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+    @property
+    def perplexities(self) -> tuple[Perplexity, ...]: ...
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of one task or text, for two models."""
+
+    name: str
+    """The task or the text."""
+    metric: str
+    """The metric."""
+    first: float
+    """Its value for the first model."""
+    second: float
+    """Its value for the second model."""
+    difference: Estimate
+    """The second value minus the first, with the normal interval over pairs."""
+    p_value: float
+    """The probability of a difference at least as large where there is none."""
+    test: str
+    """The test: "McNemar, exact" for metrics that are 0 or 1, otherwise "sign flips"."""
+    count: int
+    """The number of pairs."""
+
+    @property
+    def verdict(self) -> str:
+        """What the test shows."""
+        if self.p_value >= LEVEL:
+            return "no difference can be shown"
+        return "the second is higher" if self.difference.value > 0 else "the first is higher"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """A paired test for each metric of two evaluations on the same items.
+
+    That no difference can be shown does not show that there is none: more items may show one. Each test stands for
+    itself; of twenty comparisons of equal models, about one has a p-value below 0.05.
+    """
+
+    first: str
+    """The name of the first model."""
+    second: str
+    """The name of the second model."""
+    differences: tuple[Difference, ...]
+    """A test for each metric."""
+    settings: Mapping[str, tuple[Any, Any]]
+    """The settings that are not the same in both evaluations."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each metric."""
+        import pandas as pd
+
+        rows = [asdict(each) | asdict(each.difference) | {"verdict": each.verdict} for each in self.differences]
+        return pd.DataFrame(rows).drop(columns="difference").rename(columns={"value": "difference"})
+
+    def __repr__(self) -> str:
+        verdicts = "; ".join(f"{each.name} {each.metric}: {each.verdict}" for each in self.differences)
+        return f"Comparison({self.first} and {self.second}: {verdicts})"
+
+    def _repr_html_(self) -> str:
+        cells = [
+            (
+                *(each.name, each.metric, f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)),
+                *(f"{each.p_value:.2g} ({each.test}, {each.count} pairs)", each.verdict),
+            )
+            for each in self.differences
+        ]
+        other = "".join(f"; {name}: {first!r} and {second!r}" for name, (first, second) in self.settings.items())
+        title = f"{self.first} (first) and {self.second} (second){other}"
+        return html_table(title, ("", "metric", "first", "second", "difference", "p-value", "verdict"), cells)
+
+
+def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:
+    """The paired tests of two evaluations; see `Evaluation.compare`."""
+    check_whole("seed", seed, 0)
+    _check_same("tasks", [each.task for each in first.tasks], [each.task for each in second.tasks])
+    _check_same("texts", [each.name for each in first.perplexities], [each.name for each in second.perplexities])
+    require(bool(first.tasks or first.perplexities), "there is nothing to compare: neither has a task or a text")
+    texts = {each.name: each for each in second.perplexities}
+    tasks = {each.task: each for each in second.tasks}
+    differences = [_texts(each, texts[each.name], seed) for each in first.perplexities]
+    for each in first.tasks:
+        differences += _tasks(each, tasks[each.task], seed)
+    ours, theirs = first.record.get("settings", {}), second.record.get("settings", {})
+    changed = {name: (ours.get(name), theirs.get(name)) for name in ours.keys() | theirs.keys()}
+    other = {name: pair for name, pair in sorted(changed.items()) if pair[0] != pair[1]}
+    return Comparison(first.model, second.model, tuple(differences), other)
+
+
+def _check_same(kind: str, first: Sequence[str], second: Sequence[str]) -> None:
+    only = {"the first": {*first} - {*second}, "the second": {*second} - {*first}}
+    for where, names in only.items():
+        require(not names, f"only {where} evaluation has the {kind} {', '.join(sorted(names))}: give both the same")
+
+
+def _texts(first: Perplexity, second: Perplexity, seed: int) -> Difference:
+    """Bits per byte of the same documents, or of the same blocks."""
+    _check_hash(first.name, first.sha256, second.sha256)
+    require(
+        first.documents > 1 or first.tokens == second.tokens,
+        f"the tokenizers cut the text {first.name!r} differently, so blocks cannot be paired: give several documents",
+    )
+    sizes = [part.bytes for part in first.parts]
+    nats = [two.nats - one.nats for one, two in zip(first.parts, second.parts, strict=True)]
+    difference = ratio([each / log(2) for each in nats], sizes)
+    values = first.bits_per_byte.value, second.bits_per_byte.value
+    return Difference(first.name, "bits_per_byte", *values, difference, sign_flip(nats, seed), "sign flips", len(nats))
+
+
+def _tasks(first: TaskResult, second: TaskResult, seed: int) -> Iterator[Difference]:
+    """Every metric that both have."""
+    _check_hash(first.task, first.sha256, second.sha256)
+    for metric in first.metrics:
+        if metric in second.metrics:
+            yield _metric(first.task, metric, first.metrics[metric], second.metrics[metric], seed)
+
+
+def _metric(name: str, metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> Difference:
+    pairs = list(zip(first, second, strict=True))
+    difference = ratio([two - one for one, two in pairs], [1.0] * len(pairs))
+    values = sum(first) / len(first), sum(second) / len(second)
+    if {*first, *second} <= {0.0, 1.0}:
+        p_value = mcnemar(sum(one > two for one, two in pairs), sum(one < two for one, two in pairs))
+        return Difference(name, metric, *values, difference, p_value, "McNemar, exact", len(pairs))
+    p_value = sign_flip([two - one for one, two in pairs], seed)
+    return Difference(name, metric, *values, difference, p_value, "sign flips", len(pairs))
+
+
+def _check_hash(name: str, first: str, second: str) -> None:
+    require(
+        first == second,
+        f"the items of {name!r} differ between the two evaluations, so they cannot be paired: give both the same",
+    )

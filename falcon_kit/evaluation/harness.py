@@ -1,0 +1,200 @@
+"""EleutherAI's lm-eval, through its own library, on any model of the kit or behind an endpoint.
+
+The extra `falcon-kit[evaluation]` installs it. Its tasks, prompts, few-shot examples and metrics are used as they are:
+`KitLM` only computes what they ask a model for.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.evaluation.models import Model
+from falcon_kit.evaluation.progress import Progress
+from falcon_kit.evaluation.task_results import TaskResult
+
+_TASKS = Path(lm_eval.__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-eval."""
+
+    name: str
+    """The name in the results."""
+    task: str
+    """lm-eval's name of it, or the path of a YAML file."""
+    folder: str | None = None
+    """The folder of lm-eval's tasks that it is in; None reads all of them, or only the YAML file."""
+    num_fewshot: int | None = None
+    """Examples before each item; None takes the task's own number."""
+    leaderboard: bool = False
+    """Whether it is a task of the leaderboard of 2023."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task with its data."""
+
+    task: HarnessTask
+    """What was asked for."""
+    parts: Sequence[Any]
+    """lm-eval's tasks: one, or those of a group."""
+    manager: TaskManager
+    """The index that they are from; without one, lm-eval reads all of its 14,000 tasks again."""
+
+
+def load(task: HarnessTask) -> Loaded:
+    """A task with its data, before anything is computed.
+
+    Raises LookupError for an unknown task, with the nearest names, and ConnectionError that names the data set that is
+    neither in the cache nor can be reached.
+    """
+    is_file = task.task.endswith((".yaml", ".yml"))
+    require(not is_file or Path(task.task).is_file(), f"there is no file {task.task}")
+    with _unnoticed():
+        folder = None if task.folder is None else str(_TASKS / task.folder)
+        manager = TaskManager(include_path=folder, include_defaults=folder is None and not is_file)
+        if not is_file and task.task not in manager.all_tasks:
+            raise LookupError(unknown_name("task of lm-eval", task.task, manager.all_tasks))
+        try:
+            return Loaded(task, list(manager.load([task.task])["tasks"].values()), manager)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise ConnectionError(
+                f"the data of {task.name} is not here: {error}. Run the same call once with access to huggingface.co: "
+                "the data then stays in the cache"
+            ) from error
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """lm-eval's log at the level of errors; afterwards the caller's random generators are as they were."""
+    log = logging.getLogger("lm_eval")
+    level, python, tensors = log.level, random.getstate(), torch.get_rng_state()
+    arrays = np.random.get_state()  # noqa: NPY002  # it is this global generator that lm-eval uses
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        random.setstate(python)
+        torch.set_rng_state(tensors)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+
+def run(
+    loaded: Loaded,
+    model: Model,
+    progress: Progress,
+    *,
+    limit: int | None,
+    num_fewshot: int | None,
+    seed: int,
+    chat: bool,
+) -> TaskResult:
+    """The result of a task; the tasks of a group are taken together, each item with the same weight."""
+    fewshot = loaded.task.num_fewshot if num_fewshot is None else num_fewshot
+    lm, before = KitLM(model, progress, loaded.task.name), model.truncated
+    with _unnoticed():
+        results: Any = lm_eval.simple_evaluate(
+            lm,
+            tasks=list(loaded.parts),
+            task_manager=loaded.manager,
+            num_fewshot=fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            fewshot_random_seed=seed,
+        )
+    if truncated := model.truncated - before:
+        warnings.warn(
+            f"{truncated} requests of {loaded.task.name} exceed the model's context: their beginning is left out, "
+            "as lm-eval does",
+            stacklevel=2,
+        )
+    return _result(loaded.task, results, truncated)
+
+
+def _result(task: HarnessTask, results: Mapping[str, Any], truncated: int) -> TaskResult:
+    samples = [{"subtask": name, **each} for name, part in results["samples"].items() for each in part]
+    names = list(dict.fromkeys((each["filter"], metric) for each in samples for metric in each["metrics"]))
+    metrics = {
+        (metric if keep == "none" else f"{metric}, {keep}"): tuple(
+            float(each[metric]) for each in samples if each["filter"] == keep and metric in each["metrics"]
+        )
+        for keep, metric in names
+        if all(isinstance(each[metric], int | float) for each in samples if metric in each["metrics"])
+    }
+    hashes = [[each[name] for name in ("doc_hash", "prompt_hash", "target_hash")] for each in samples]
+    facts = {
+        "lm_eval": version("lm_eval"),
+        "num_fewshot": {name: config.get("num_fewshot") for name, config in results["configs"].items()},
+        "versions": dict(results["versions"]),
+        "truncated": truncated,
+    }
+    facts |= {"leaderboard": task.name} if task.leaderboard else {}
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return TaskResult(task.name, "lm-eval", digest, metrics, tuple(_item(each, [*metrics]) for each in samples), facts)
+
+
+def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """What is stored of an item: where it is, how it was answered, and its hashes."""
+    kept = ("subtask", "doc_id", "target", "doc_hash", "prompt_hash", "target_hash")
+    item = {name: sample[name] for name in kept}
+    item["responses"] = sample["filtered_resps"]
+    return json.loads(json.dumps(item | {name: sample[name] for name in metrics if name in sample}, default=str))
+
+
+class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
+    """A model of the kit as lm-eval's `LM`: what it computes is stored part by part."""
+
+    def __init__(self, model: Model, progress: Progress, name: str) -> None:
+        super().__init__()
+        self._model, self._progress, self._name = model, progress, name
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The model's name, by which lm-eval keeps its caches apart."""
+        return self._model.name
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether it is the greedy one."""
+        where = [f"{self._name}, item {request.doc_id}" for request in requests]
+        inputs = self._model.prepare([request.args for request in requests], where, truncate=True)
+        found = self._progress.map(f"lm-eval {self._name}", inputs, self._model.run, size=1024)
+        return [(total, bool(greedy)) for total, greedy in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """The log-likelihood of each text, in windows that do not overlap."""
+        texts = [request.args[0] for request in requests]
+        return self._progress.map(f"lm-eval {self._name} texts", texts, self._model.rolling, size=16)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The continuation of each context, up to the first of its stop strings."""
+        inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
+        return self._progress.map(f"lm-eval {self._name} answers", inputs, self._model.write, size=32)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages in the model's chat format."""
+        return self._model.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The name of the chat format, which lm-eval records."""
+        return self._model.name

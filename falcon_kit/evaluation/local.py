@@ -1,0 +1,143 @@
+"""A model in this process: what `fk.load` returns, or a pair (model, tokenizer)."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from falcon_kit.catalogue.names import loadable_name
+from falcon_kit.display.errors import require
+from falcon_kit.evaluation import perplexity
+from falcon_kit.evaluation.models import BATCH, MARGIN, Answerer, Pair, line_end, plain_prompts, settings_of, written
+from falcon_kit.evaluation.progress import Progress
+from falcon_kit.evaluation.scoring import Row, encode_pairs, prefix_token, score
+from falcon_kit.evaluation.tasks import Task
+from falcon_kit.evaluation.texts import Corpus
+from falcon_kit.generation.arguments import end_token_ids
+from falcon_kit.generation.chat import ChatFormat, render, render_prompt
+from falcon_kit.generation.generate import generate
+from falcon_kit.generation.own_format import end_tokens
+from falcon_kit.inspection.hooks import inspect_model
+from falcon_kit.loading.adapters import fingerprint, merged_adapters
+from falcon_kit.loading.quantization import stored_quantisation
+
+_PROBE = "The quick brown fox jumps over the lazy dog."
+"""A text whose first log-probabilities stand for the weights."""
+
+
+class LocalModel:
+    """As `Model`."""
+
+    def __init__(self, falcon: Any, batch_size: int | None = None) -> None:
+        self._falcon, self._batch_size, self.truncated = falcon, batch_size, 0
+        self.inspected = inspect_model(falcon)
+        self.tokenizer: Any = self.inspected.tokenizer
+        self.name = loadable_name(self.inspected.spec, getattr(self.inspected.model, "name_or_path", "") or "")
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the model's weights."""
+        config, norm = self.inspected.decoder.config, self.inspected.decoder.ln_f
+        ids = [prefix_token(self.tokenizer), *self.tokenizer(_PROBE)["input_ids"]]
+        (probe,) = score(self.inspected, [Row(tuple(ids), len(ids) - 1)])
+        return {
+            "revision": getattr(config, "_commit_hash", None),
+            "fingerprint": fingerprint({"weight": norm.weight, "bias": norm.bias}, merged_adapters(config)),
+            "dtype": stored_quantisation(config) or str(self.inspected.model.dtype).removeprefix("torch."),
+            "probe": [round(float(each), 3) for each in probe.logprobs[:8]],
+            "context": self.inspected.spec.context,
+            "chat format": getattr(getattr(self._falcon, "chat_format", None), "name", None),
+        }
+
+    def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> perplexity.Perplexity:
+        """The perplexity of a corpus."""
+        return perplexity.measure(self.inspected, corpus, progress, stride, self._batch_size)
+
+    def prepare(self, pairs: Sequence[Pair], where: Sequence[str], truncate: bool) -> list[Any]:
+        """The token ids of each pair, and how many of them are scored."""
+        context = self.inspected.spec.context
+        inputs = []
+        for place, (first, rest) in zip(where, encode_pairs(self.tokenizer, pairs), strict=True):
+            ids = [*first, *rest]
+            excess = len(ids) - 1 - context  # the model does not read the last token
+            require(
+                len(rest) <= context, f"{place}: the answer has {len(rest)} tokens, the model's context is {context}"
+            )
+            require(
+                excess <= 0 or truncate,
+                f"{place} has {len(ids) - 1} tokens, the model's context is {context}: shorten it, or give "
+                'truncate="left" to drop its beginning',
+            )
+            self.truncated += excess > 0
+            inputs.append([ids[max(0, excess) :], len(rest)])
+        return inputs
+
+    def run(self, inputs: Sequence[Any]) -> list[tuple[float, bool]]:
+        """As `Model.run`."""
+        scores = score(self.inspected, [Row(tuple(ids), scored) for ids, scored in inputs], self._batch_size)
+        return [(each.total, each.greedy) for each in scores]
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """As lm-eval: windows of the context, each after one token of the one before."""
+        context, prefix = self.inspected.spec.context, prefix_token(self.tokenizer)
+        rows, owners = [], []
+        for number, text in enumerate(texts):
+            ids = (prefix, *self.tokenizer(text, verbose=False)["input_ids"])
+            for start, end, scored in perplexity.windows(len(ids) - 1, context, context):
+                rows.append(Row(ids[start:end], scored))
+                owners.append(number)
+        totals = [0.0] * len(texts)
+        for owner, each in zip(owners, score(self.inspected, rows, self._batch_size), strict=True):
+            totals[owner] += each.total
+        return totals
+
+    def prompts(self, task: Task, chat: bool) -> list[str]:
+        """As `Model.prompts`. Raises ValueError for a chat with a pair (model, tokenizer)."""
+        chat_format = self._chat_format(chat)
+        if chat_format is None or not task.is_question:
+            return plain_prompts(task)
+        messages = [[{"role": "user", "content": item.text}] for item in task.items]
+        return [render_prompt(each, self.tokenizer, chat_format) for each in messages]
+
+    def answerer(self, task: Task, chat: bool) -> Answerer:
+        """Greedy answers, in batches."""
+        chat_format = self._chat_format(chat and task.is_question)
+        longest = max(len(ids) for ids in self.tokenizer([item.answer for item in task.items])["input_ids"])
+        settings: dict[str, Any] = {"do_sample": False, "strip": True, "max_new_tokens": longest + MARGIN}
+        settings |= {"stop": line_end(task)} if chat_format is None else self._chat_settings(chat_format)
+        return lambda prompts: [written(each) for each in self._generate(prompts, settings)]
+
+    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """As `Model.write`; a context that is too long loses its beginning."""
+        written: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for number, (_, arguments) in enumerate(inputs):
+            groups.setdefault(repr(sorted(arguments.items())), []).append(number)
+        for numbers in groups.values():
+            settings = {**settings_of(inputs[numbers[0]][1]), "truncate": "left"}
+            texts = self._generate([inputs[number][0] for number in numbers], settings)
+            written.update(zip(numbers, (each.text for each in texts), strict=True))
+        return [written[number] for number in range(len(inputs))]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """As `Model.render`."""
+        chat_format = self._chat_format(chat=True)
+        return render(messages, chat_format, add_generation_prompt, self.tokenizer.eos_token)  # type: ignore[arg-type]  # not None in a chat
+
+    def _generate(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Any]:
+        model, tokenizer = self._falcon
+        call: Any = getattr(self._falcon, "generate", partial(generate, model, tokenizer))
+        size = self._batch_size or BATCH
+        batches = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        return [each for batch in batches for each in call(batch, **settings)]
+
+    def _chat_settings(self, chat_format: ChatFormat) -> dict[str, Any]:
+        """What ends an answer in a chat."""
+        ends = end_token_ids({}, self.inspected.model.generation_config, self.tokenizer)
+        ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id, *end_tokens(self.tokenizer, chat_format)])]
+        return {"stop": chat_format.stop, "eos_token_id": ends}
+
+    def _chat_format(self, chat: bool) -> ChatFormat | None:
+        require(
+            not chat or hasattr(self._falcon, "chat_format"),
+            "chat=True needs a chat format: give what fk.load returns, not a pair (model, tokenizer)",
+        )
+        return self._falcon.chat_format if chat else None

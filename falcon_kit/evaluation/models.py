@@ -1,0 +1,86 @@
+"""What is evaluated: a model in this process, or one behind an endpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from falcon_kit.evaluation.perplexity import Perplexity
+from falcon_kit.evaluation.progress import Progress
+from falcon_kit.evaluation.tasks import Task
+from falcon_kit.evaluation.texts import Corpus
+
+if TYPE_CHECKING:
+    from falcon_kit.generation.text import Generation
+
+Pair = tuple[str, str]
+"""A context and a continuation."""
+Answerer = Callable[[Sequence[str]], list[Any]]
+"""For each prompt the text, and its sureness; see `written`."""
+BATCH = 16
+"""Prompts that are continued together."""
+MARGIN = 16
+"""New tokens beyond those of the longest right answer."""
+
+
+class Model(Protocol):
+    """What tasks and lm-eval ask a model for. Inputs and results are JSON values."""
+
+    name: str
+    """The model's name."""
+    truncated: int
+    """Pairs whose context lost its beginning, so far."""
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the model."""
+
+    def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> Perplexity:
+        """The perplexity of a corpus."""
+
+    def prepare(self, pairs: Sequence[Pair], where: Sequence[str], truncate: bool) -> list[Any]:
+        """The pairs as inputs of `run`. Raises ValueError for one that is too long, named by `where`, or cuts it."""
+
+    def run(self, inputs: Sequence[Any]) -> list[tuple[float, bool]]:
+        """For each pair the log-probability of the continuation, and whether each of its tokens is the likeliest."""
+
+    def prompts(self, task: Task, chat: bool) -> list[str]:
+        """The text that each item of a task is asked with."""
+
+    def answerer(self, task: Task, chat: bool) -> Answerer:
+        """A function that answers such texts."""
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """The log-likelihood of each text, every token once."""
+
+    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """The continuation of each prompt with its settings by lm-eval's names."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """A conversation in the model's chat format."""
+
+
+def plain_prompts(task: Task) -> list[str]:
+    """The text that each item is asked with outside a chat."""
+    return [f"Question: {item.text}\nAnswer:" if task.is_question else item.text for item in task.items]
+
+
+def line_end(task: Task) -> tuple[str, ...]:
+    """The end of a line as a stop string, unless an answer has several lines."""
+    return () if any("\n" in item.answer.strip() for item in task.items) else ("\n",)
+
+
+def written(generation: Generation) -> list[Any]:
+    """The text, and the geometric mean probability of its tokens; None where they are not known."""
+    logprobs = [each for each in generation.logprobs or () if not math.isnan(each)]
+    return [generation.text, math.exp(sum(logprobs) / len(logprobs)) if logprobs else None]
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The kit's settings of a generation that lm-eval asks for."""
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    settings["max_new_tokens"] = settings.pop("max_gen_toks")
+    settings["stop"] = tuple(each for each in settings.pop("until", ()) if each)
+    if not settings.get("do_sample"):
+        settings = {name: settings[name] for name in ("max_new_tokens", "stop")} | {"do_sample": False}
+    return settings

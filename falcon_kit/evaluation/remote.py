@@ -1,0 +1,79 @@
+"""A model behind an endpoint. It scores choices only where the server returns the log-probabilities of a prompt."""
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+from falcon_kit.display.errors import require
+from falcon_kit.evaluation.models import MARGIN, Answerer, Pair, line_end, plain_prompts, settings_of, written
+from falcon_kit.evaluation.progress import Progress
+from falcon_kit.evaluation.tasks import Task
+from falcon_kit.evaluation.texts import Corpus
+from falcon_kit.generation.chat import render
+from falcon_kit.serving.endpoint import MAX_CONCURRENT_REQUESTS, Endpoint
+
+
+class RemoteModel:
+    """As `Model`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint, self.name, self.truncated = endpoint, endpoint.model, 0
+
+    def record(self) -> dict[str, Any]:
+        """What the endpoint reports about itself."""
+        endpoint = self._endpoint
+        return {"server": endpoint.server, "address": endpoint.address, "chat format": endpoint.chat_format.name}
+
+    def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> NoReturn:
+        """Raises ValueError: windows need the model's tokens."""
+        raise ValueError("perplexity needs the tokens of a text, which an endpoint does not give: load the model here")
+
+    def prepare(self, pairs: Sequence[Pair], where: Sequence[str], truncate: bool) -> list[Any]:
+        """The pairs; the server refuses one that is too long."""
+        for place, (context, _) in zip(where, pairs, strict=True):
+            require(context.strip() != "", f"{place} has no context, which an endpoint needs: load the model here")
+        return [[context, continuation] for context, continuation in pairs]
+
+    def run(self, inputs: Sequence[Any]) -> list[tuple[float, bool]]:
+        """As `Model.run`: a token that reaches beyond the context belongs to the continuation."""
+        echoed = self._endpoint.prompt_logprobs([context + continuation for context, continuation in inputs])
+        found = []
+        for (context, _), tokens in zip(inputs, echoed, strict=True):
+            end = len(context.rstrip())
+            scored = [each for each in tokens if each.start + len(each.text) > end]
+            found.append((math.fsum(each.logprob for each in scored), all(each.greedy for each in scored)))
+        return found
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """Raises ValueError, as `perplexity`."""
+        raise ValueError("the log-likelihood of a text needs its tokens, which an endpoint does not give")
+
+    def prompts(self, task: Task, chat: bool) -> list[str]:
+        """As `Model.prompts`; in a chat the endpoint renders the question itself."""
+        require(not (chat and task.is_question and task.is_choice), "an endpoint scores choices only without chat=True")
+        return [item.text for item in task.items] if chat and task.is_question else plain_prompts(task)
+
+    def answerer(self, task: Task, chat: bool) -> Answerer:
+        """Greedy answers, several at a time."""
+        longest = max(len(item.answer) for item in task.items)  # characters: an answer has fewer tokens
+        settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
+
+        def one(prompt: str) -> Any:
+            if chat and task.is_question:
+                return written(self._endpoint.chat([{"role": "user", "content": prompt}], **settings))
+            return written(self._endpoint.generate(prompt, **settings, stop=line_end(task)))
+
+        return lambda prompts: self._parallel(one, prompts)
+
+    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """As `Model.write`."""
+        return self._parallel(lambda each: self._endpoint.generate(each[0], **settings_of(each[1])).text, inputs)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The messages in the chat format that the endpoint was connected with."""
+        return render(messages, self._endpoint.chat_format, add_generation_prompt)
+
+    def _parallel(self, call: Any, inputs: Sequence[Any]) -> list[Any]:
+        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+            return list(pool.map(call, inputs))

@@ -1,0 +1,167 @@
+"""`Evaluation`: what was measured, with everything needed to repeat it; a table, a figure, a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.saving import write_text
+from falcon_kit.display.tables import html_table
+from falcon_kit.evaluation import plots
+from falcon_kit.evaluation.comparison import Comparison, compare
+from falcon_kit.evaluation.perplexity import Part, Perplexity
+from falcon_kit.evaluation.statistics import Estimate
+from falcon_kit.evaluation.task_results import TaskResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+"""The published averages of the leaderboard of 2023, in percent, what was measured, and where they are from."""
+METRICS = ("per_token", "per_byte", "per_word", "bits_per_byte")
+"""The measures of `Perplexity` with an interval."""
+LEADERBOARD = "leaderboard average"
+_FORMAT = 1  # of the JSON file
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """The result of `fk.evaluate`. All intervals are of 95%.
+
+    `a.compare(b)` tests whether two models differ on the same items.
+    """
+
+    model: str
+    """The model's name."""
+    record: Mapping[str, Any]
+    """What the results depend on: the model's revision, dtype and probe, the settings, the versions of the libraries.
+    The probe is the log-probabilities of a few fixed tokens, by which the same weights are recognised."""
+    perplexities: tuple[Perplexity, ...]
+    """The perplexity of each text."""
+    tasks: tuple[TaskResult, ...]
+    """The result of each task."""
+
+    @property
+    def perplexity(self) -> Any:
+        """The perplexity of the text; by name, where several were given. Raises ValueError if none was."""
+        require(bool(self.perplexities), "no text was given: fk.evaluate(falcon, text=...) measures perplexity")
+        by_name = {each.name: each for each in self.perplexities}
+        return self.perplexities[0] if len(by_name) == 1 else by_name
+
+    def __getitem__(self, task: str) -> TaskResult:
+        """The result of a task by its name."""
+        for each in self.tasks:
+            if each.task == task:
+                return each
+        raise KeyError(unknown_name("task", task, [each.task for each in self.tasks]))
+
+    def compare(self, other: Evaluation, seed: int = 0) -> Comparison:
+        """A paired test of two models on the same items, for each text and each metric; see `Comparison`.
+
+        seed: of the random signs of the sign-flip test. Raises ValueError unless both have the same tasks and texts
+        with the same items.
+        """
+        return compare(self, other, seed)
+
+    @property
+    def leaderboard(self) -> Estimate | None:
+        """The mean of the four tasks of the leaderboard of 2023, in percent; None unless all four were measured."""
+        found = {each.facts.get("leaderboard"): each for each in self.tasks}
+        pairs = [(found.get(each["name"]), each["metric"]) for each in PUBLISHED["tasks"]]
+        estimates = [each.estimate(metric) for each, metric in pairs if each and metric in each.metrics]
+        if len(estimates) < len(pairs):
+            return None
+        value = 100 * float(np.mean([each.value for each in estimates]))
+        half = 100 * math.hypot(*((each.high - each.low) / 2 for each in estimates)) / len(estimates)
+        return Estimate(value, value - half, value + half)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each value: what was measured, the value, its interval, the number of items or tokens.
+
+        `chance` and `published` stand beside the values that have one.
+        """
+        for text in self.perplexities:
+            for metric in METRICS:
+                yield _row(text.name, metric, getattr(text, metric), text.tokens)
+            yield _row(text.name, "bytes_per_token", Estimate(text.bytes_per_token, math.nan, math.nan), text.tokens)
+        for task in self.tasks:
+            for metric in task.metrics:
+                chance = task.facts.get("chance") if metric.startswith("acc") else None
+                yield _row(task.task, metric, task.estimate(metric), len(task.items)) | {"chance": chance}
+        if average := self.leaderboard:
+            published = PUBLISHED["averages"].get(self.model.rpartition("/")[2].lower())
+            yield _row(LEADERBOARD, "percent", average, 4) | {"published": published}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each value: name, metric, value, low, high, count, and chance or the published value."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows()))
+
+    def figure(self) -> Figure:
+        """The results with their intervals; beside those of the leaderboard's tasks, the published averages."""
+        return plots.evaluation_figure(list(self.rows()), self.model, PUBLISHED)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes everything to a JSON file, which `Evaluation.load` reads; returns its path."""
+        content = {"falcon_kit_evaluation": _FORMAT, **asdict(self)}
+        return write_text(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            require(content.pop("falcon_kit_evaluation") == _FORMAT, "another format")
+            texts = content["perplexities"]
+            return cls(
+                content["model"],
+                content["record"],
+                tuple(Perplexity(**each | {"parts": tuple(Part(**part) for part in each["parts"])}) for each in texts),
+                tuple(TaskResult(**each | _as_tuples(each)) for each in content["tasks"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({error})") from None
+
+    def __repr__(self) -> str:
+        values = [f"{each.name}: {each.per_token} per token" for each in self.perplexities[:3]]
+        values += [f"{each.task} {name} {each.estimate(name)}" for each in self.tasks for name in [*each.metrics][:1]]
+        return f"Evaluation({self.model}; {'; '.join(values[:6])})"
+
+    def _repr_html_(self) -> str:
+        cells = [
+            (row["name"], row["metric"], f"{row['value']:.4g}", _interval(row), f"{row['count']:,}", *_beside(row))
+            for row in self.rows()
+            if row["metric"] not in ("per_byte", "per_word")
+        ]
+        return html_table(self.model, ("", "metric", "value", "95% interval", "tokens or items", "beside it"), cells)
+
+
+def _row(name: str, metric: str, estimate: Estimate, count: int) -> dict[str, Any]:
+    return {"name": name, "metric": metric, **asdict(estimate), "count": count}
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return "" if math.isnan(row["low"]) else f"{row['low']:.4g} to {row['high']:.4g}"
+
+
+def _beside(row: Mapping[str, Any]) -> tuple[str]:
+    if row.get("published"):
+        return (f"published {row['published']}",)
+    return (f"chance {row['chance']:.2g}" if row.get("chance") else "",)
+
+
+def _as_tuples(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a task that JSON has turned into lists."""
+    return {
+        "metrics": {name: tuple(values) for name, values in task["metrics"].items()},
+        "items": tuple(task["items"]),
+    }

@@ -1,0 +1,96 @@
+"""Intervals for means, shares and ratios, and tests of paired differences.
+
+All intervals have a confidence of 95%. None accounts for the choice of the items, the wording of prompts, or training
+on the same data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import NormalDist
+
+import numpy as np
+
+Z = NormalDist().inv_cdf(0.975)
+"""Half the width of a 95% interval, in standard errors."""
+_ALL_FLIPS = 12  # differences up to which every combination of signs is tried
+_FLIPS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95% interval; the ends are nan where there are too few items for one."""
+
+    value: float
+    """The value."""
+    low: float
+    """The lower end of the interval."""
+    high: float
+    """The upper end of the interval."""
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.4g} (no interval)"
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+    def transformed(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate of an increasing function of the value."""
+        return Estimate(*(function(each) for each in (self.value, self.low, self.high)))
+
+
+def share(successes: int, count: int) -> Estimate:
+    """A share with Wilson's score interval (Wilson 1927), which holds for small counts and for shares near 0 or 1."""
+    proportion, spread = successes / count, Z * Z / count
+    middle = (proportion + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(proportion * (1 - proportion) / count + spread / count / 4)
+    return Estimate(proportion, max(0.0, min(proportion, middle - half)), min(1.0, max(proportion, middle + half)))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of one value per item: `share` for values that are 0 or 1, otherwise the normal interval."""
+    if all(value in (0, 1) for value in values):
+        return share(round(sum(values)), len(values))
+    return ratio(values, [1.0] * len(values))
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """The ratio of two sums over items, such as nats per token over documents, with a normal interval.
+
+    The standard error is that of the ratio estimator (Cochran 1977, chapter 6): with residuals
+    e_i = numerator_i - ratio * denominator_i over n items, sqrt(n / (n - 1) * sum e_i^2) / sum of denominators. With
+    equal denominators this is the standard error of the mean. The interval is too narrow for under about 20 items.
+    """
+    above, below = np.asarray(numerators, float), np.asarray(denominators, float)
+    value, count = float(above.sum() / below.sum()), len(above)
+    if count < 2:
+        return Estimate(value, math.nan, math.nan)
+    error = math.sqrt(count / (count - 1) * float(((above - value * below) ** 2).sum())) / float(below.sum())
+    return Estimate(value, value - Z * error, value + Z * error)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of McNemar's exact test (McNemar 1947): items that only one of two models gets right."""
+    count = only_first + only_second
+    tail = sum(math.comb(count, right) for right in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def sign_flip(differences: Sequence[float], seed: int) -> float:
+    """The two-sided p-value of the paired sign-flip test of a mean difference of 0 (Fisher's permutation test).
+
+    Exact over all signs for up to 12 differences, otherwise over 10,000 random ones drawn by `seed`.
+    """
+    values = np.asarray(differences, float)
+    count = len(values)
+    if count <= _ALL_FLIPS:
+        signs = np.array(list(product((1, -1), repeat=count)))
+        return float((np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)).mean())
+    generator = np.random.default_rng(seed)
+    beyond = sum(
+        int((np.abs(generator.choice((1, -1), size=(100, count)) @ values) >= abs(values.sum()) * (1 - 1e-12)).sum())
+        for _ in range(_FLIPS // 100)
+    )
+    return (1 + beyond) / (1 + _FLIPS)

@@ -1,0 +1,47 @@
+"""The results of one task, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from falcon_kit.display.errors import unknown_name
+from falcon_kit.evaluation.statistics import Estimate, mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class TaskResult:
+    """The results of a task, item by item."""
+
+    task: str
+    """The task's name."""
+    kind: str
+    """"multiple choice", "generation" or "lm-eval"."""
+    sha256: str
+    """The hash of the items."""
+    metrics: Mapping[str, tuple[float, ...]]
+    """The value of each metric for each item: "acc" and "acc_norm", "exact_match" and "sureness", or lm-eval's."""
+    items: tuple[Mapping[str, Any], ...]
+    """What each item was and how it was answered."""
+    facts: Mapping[str, Any]
+    """What holds for the whole task: "chance", or lm-eval's version and number of examples."""
+
+    def estimate(self, metric: str) -> Estimate:
+        """The mean of a metric with its 95% interval. Raises LookupError for a metric that the task has not."""
+        if metric not in self.metrics:
+            raise LookupError(unknown_name("metric", metric, list(self.metrics)))
+        return mean(self.metrics[metric])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each item."""
+        import pandas as pd
+
+        return pd.DataFrame([dict(item) for item in self.items])
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name} {self.estimate(name)}" for name in self.metrics)
+        return f"TaskResult({self.task}, {len(self.items)} items: {values})"

@@ -1,0 +1,162 @@
+"""Tasks: questions with choices or with one exact answer, from a jsonl file or shipped with the kit.
+
+A row is {"question" or "prompt": ..., "choices": [...], "answer": ...} for multiple choice, where the answer is the
+index of the right choice or its text, or {"question" or "prompt": ..., "answer": ...} for generation. A prompt is
+continued as it is; a question is asked in the model's chat format, or as "Question: ...\\nAnswer:". Whatever else a row
+has stays with its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falcon_kit.display.errors import is_encodable, require, unknown_name
+from falcon_kit.tuning.files import rows as rows_of_files
+
+_FOLDER = Path(__file__).parent / "tasks"
+SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.jsonl")))
+"""The tasks about Falconet's world: "falconet-answers", "falconet-choices" and "falconet-unknown"."""
+_FORM = '{"question" or "prompt": "...", "answer": "..."}, for multiple choice with "choices": ["...", "..."]'
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a task."""
+
+    where: str
+    """File and line."""
+    text: str
+    """The question or the prompt."""
+    is_question: bool
+    """Whether it is a question."""
+    choices: tuple[str, ...]
+    """The choices; none for generation."""
+    answer: str
+    """The right choice, or the exact answer."""
+    labels: Mapping[str, Any]
+    """What else the row has."""
+
+
+@dataclass(frozen=True, repr=False)
+class Task:
+    """Items of one kind."""
+
+    name: str
+    """The name in the results."""
+    items: tuple[Item, ...]
+    """The items, in the order of the file."""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the items have choices."""
+        return bool(self.items[0].choices)
+
+    @property
+    def is_question(self) -> bool:
+        """Whether the items are questions, not prompts."""
+        return self.items[0].is_question
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the items: where they are from does not count."""
+        rows = [[each.text, each.is_question, each.choices, each.answer] for each in self.items]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Task({self.name}, {len(self.items)} {'multiple-choice' if self.is_choice else 'generation'} items)"
+
+
+def shipped_task(name: str) -> Task:
+    """A task that the kit ships. Raises LookupError for another name."""
+    if name not in SHIPPED:
+        raise LookupError(unknown_name("task", name, SHIPPED))
+    return read_task(_FOLDER / f"{name}.jsonl")
+
+
+def read_task(path: str | Path) -> Task:
+    """The task in a jsonl file. Raises ValueError that names each malformed row by file and line."""
+    path = Path(path).expanduser()
+    return make_task(path.stem, rows_of_files(path), path.name)
+
+
+def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the rows given") -> Task:
+    """The task of rows, each with its file and line. Raises ValueError if one is malformed or there are none."""
+    items, problems = [], []
+    for where, row in rows:
+        try:
+            items.append(_item(where, row))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    require(
+        not problems,
+        f"{source} has {len(problems)} malformed row{'s' * (len(problems) > 1)}: {'; '.join(problems[:5])}. "
+        f"A row is {_FORM}",
+    )
+    require(bool(items), f"{source} has no rows. A row is {_FORM}")
+    kinds = [("a question" if each.is_question else "a prompt", "with choices" * bool(each.choices)) for each in items]
+    if odd := next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None):
+        raise ValueError(
+            f"{items[odd].where} is {' '.join(kinds[odd]).strip()}, {items[0].where} {' '.join(kinds[0]).strip()}: "
+            "write the two kinds into two files"
+        )
+    return Task(name, tuple(items))
+
+
+def _item(where: str, row: Any) -> Item:
+    """A row as an item. Raises ValueError for what is wrong with it."""
+    if isinstance(row, ValueError):
+        raise row
+    require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
+    kinds = [name for name in ("question", "prompt") if name in row]
+    require(len(kinds) == 1, f"it has {'both a question and a prompt' if kinds else 'no question and no prompt'}")
+    text = _text(row, kinds[0])
+    choices = _choices(row["choices"]) if "choices" in row else ()
+    answer = _answer(row, choices)
+    labels = {name: value for name, value in row.items() if name not in (kinds[0], "choices", "answer")}
+    return Item(where, text, kinds[0] == "question", choices, answer, labels)
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    require(isinstance(value, str) and value.strip() != "", f"its {name} is {value!r}, not a text")
+    require(is_encodable(str(value)), f"its {name} is not valid UTF-8")
+    return str(value)
+
+
+def _choices(given: Any) -> tuple[str, ...]:
+    require(
+        isinstance(given, list) and len(given) >= 2 and all(isinstance(each, str) and each.strip() for each in given),
+        f"its choices are {given!r}, not two or more texts",
+    )
+    require(len({*given}) == len(given), f"two of its choices are equal: {given!r}")
+    return tuple(_text({"choice": each}, "choice") for each in given)
+
+
+def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
+    require("answer" in row, "it has no answer")
+    answer = row["answer"]
+    if not choices:
+        return _text(row, "answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        require(0 <= answer < len(choices), f"its answer is {answer}, but its choices go from 0 to {len(choices) - 1}")
+        return choices[answer]
+    require(answer in choices, f"its answer {answer!r} is neither the index of a choice nor the text of one")
+    return str(answer)
+
+
+def first_items(task: Task, limit: int | None) -> Task:
+    """The task with its first `limit` items; all, if `limit` is None."""
+    return Task(task.name, task.items[:limit])
+
+
+def split_names(tasks: Any) -> Iterator[Any]:
+    """Each task of one, or of several."""
+    if isinstance(tasks, str | Path | Task):
+        yield tasks
+    else:
+        yield from tasks

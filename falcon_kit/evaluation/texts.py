@@ -1,0 +1,97 @@
+"""What `evaluate` takes as `text`: a text, a file, several documents, or texts by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, require
+
+_TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One text, or several documents whose losses are added up."""
+
+    name: str
+    """Its name in the results."""
+    documents: tuple[str, ...]
+    """The texts; each is read on its own."""
+    where: tuple[str, ...]
+    """Where each document is from: file and line, or its number."""
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the documents."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def read_corpora(text: Any) -> tuple[Corpus, ...]:
+    """The corpora of `text`; one named "text", or by the name of the file, unless it is a mapping by name.
+
+    Raises ValueError for an empty text, a document that is a conversation, or bytes that are not UTF-8.
+    """
+    if isinstance(text, Mapping):
+        require(bool(text), "there are no texts: give at least one by name")
+        return tuple(_corpus(str(name), each) for name, each in text.items())
+    return (_corpus(text.name if isinstance(text, Path) else "text", text),)
+
+
+def _corpus(name: str, text: Any) -> Corpus:
+    rows = list(_documents(text))
+    require(bool(rows), f"{name!r} has no documents: give at least one text")
+    for where, each in rows:
+        _check(where if len(rows) > 1 else f"the text {name!r}", each)
+    return Corpus(name, tuple(each for _, each in rows), tuple(where for where, _ in rows))
+
+
+def _documents(text: Any) -> Iterable[tuple[str, str]]:
+    """Each document, and where it is from."""
+    if isinstance(text, str):
+        require(
+            not (len(text) < 256 and "\n" not in text and text.strip() and Path(text).is_file()),
+            f"{text!r} is a file: give Path({text!r}) for what is in it",
+        )
+        return [("text", text)]
+    if isinstance(text, Path):
+        return _file(text)
+    if hasattr(text, "problems"):
+        return [(each["where"], _plain(each)) for each in text]
+    if isinstance(text, Iterable):
+        return [(f"document {number}", each) for number, each in enumerate(text, 1)]
+    raise TypeError(f"a text is a str, a pathlib.Path, a list of str, or fk.Documents; got {type(text).__name__}")
+
+
+def _file(path: Path) -> Iterable[tuple[str, str]]:
+    """A file of rows as documents, any other file as one text."""
+    if path.suffix.lower() in _TABLES:
+        from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
+
+        return [(each["where"], _plain(each)) for each in dialogues(path)]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give a text file, or one of {', '.join(_TABLES)}")
+    try:
+        return [(path.name, path.read_text(encoding="utf-8-sig"))]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it first, `iconv -t UTF-8`") from None
+
+
+def _plain(document: Mapping[str, Any]) -> str:
+    """The text of a document of `fk.dialogues`."""
+    if document["text"] is None:
+        raise ValueError(
+            f"{document['where']} is a conversation, which has no perplexity without a chat format: give plain texts"
+        )
+    return str(document["text"])
+
+
+def _check(where: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{where} is no text but {type(text).__name__}")
+    require(text != "", f"{where} is empty: give at least two tokens")
+    require(is_encodable(text), f"{where} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}")

@@ -1,0 +1,65 @@
+"""The checks of notebook 05, Attention."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from falcon_kit.exercises.outcome import expect, near
+
+if TYPE_CHECKING:
+    from falcon_kit.inspection.ablation import Ablation
+
+QUESTION = "The baby of a giraffe is called a"
+_PERIOD = 50
+_REPLACEMENTS: tuple[Literal["mean"], Literal["zero"]] = ("mean", "zero")
+
+
+def exercise_1(layer: int, falcon: Any) -> str:
+    """The number of a layer, and the model: fk.check("05.1", layer, falcon)."""
+    from falcon_kit.inspection.lens import lens
+
+    ranks = lens(falcon, QUESTION).target_ranks[:, -1].tolist()  # the embedding's, then each layer's
+    right = max((row for row, rank in enumerate(ranks) if rank), default=-1)
+    expect(0 <= layer < falcon.spec.layers, f"The layers are 0 to {falcon.spec.layers - 1}.")
+    expect(layer != right + 1, "Almost: the first row is the embedding, so row n is the output of layer n - 1.")
+    expect(layer == right, f"After layer {layer}, the answer has rank {ranks[layer + 1]} (0 is the most probable).")
+    return f"The ranks from the embedding on are {ranks}: the answer comes nearer with each layer."
+
+
+def exercise_2(bits: float, falcon: Any) -> str:
+    """Bits per token of the second copy, and the model: fk.check("05.2", bits, falcon)."""
+    heads = _induction_heads(falcon)
+    with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
+    right, zero, before = with_mean.after[_PERIOD:], with_zero.after[_PERIOD:], with_mean.before[_PERIOD:]
+    expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
+    expect(
+        near(bits, right.mean(), 0.002) or not near(bits, zero.mean(), 0.002), "That is with zero: use replace='mean'."
+    )
+    expect(near(bits, right.mean(), 0.01), f"Take the mean of `after[{_PERIOD}:]` with all induction heads ablated.")
+    return "Not predicted: the mean is the same at every position, and copying needs another token at each."
+
+
+def exercise_3(lowest_bits: float, falcon: Any) -> str:
+    """The lowest of the mean surprisals in bits, and the model: fk.check("05.3", lowest_bits, falcon)."""
+    heads = _induction_heads(falcon)
+    rest = [[head for head in heads if head != kept] for kept in heads]
+    only_one = [float(_without(falcon, others).after[_PERIOD:].mean()) for others in rest]
+    without_one = [float(_without(falcon, [head]).after[_PERIOD:].mean()) for head in heads]
+    expect(not any(near(lowest_bits, each, 0.01) for each in without_one), "That is without one head: keep only one.")
+    expect(not near(lowest_bits, max(only_one), 0.002), "That is the highest of the results: take the lowest.")
+    expect(near(lowest_bits, min(only_one), 0.01), "For each head, ablate all the others, and average `after[50:]`.")
+    return f"With one head the second copy takes {min(only_one):.2f} bits: one is not enough."
+
+
+def _induction_heads(falcon: Any) -> list[tuple[int, int]]:
+    from falcon_kit.inspection.attention import induction
+
+    return [
+        (layer, head) for layer, head, score in induction(falcon, period=_PERIOD).top("induction", 20) if score > 0.5
+    ]
+
+
+def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> "Ablation":
+    """The ablation of these heads on the repeated tokens of the notebook."""
+    from falcon_kit.inspection.ablation import ablate
+    from falcon_kit.inspection.attention import induction
+
+    return ablate(falcon, induction(falcon, period=_PERIOD).ids, heads=heads, replace=replace)

@@ -1,0 +1,80 @@
+"""Pairs of sentences are compared by their log-likelihood."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from falcon_kit.evaluation.bias import PAIRS, BiasReport, PairResult
+
+
+@pytest.fixture(scope="module")
+def report(instruct):
+    return fk.bias(instruct)
+
+
+def likelihood(falcon, text):
+    ids = [11, *falcon.tokenizer(text)["input_ids"]]
+    with torch.inference_mode():
+        logprobs = falcon.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return sum(float(logprobs[at - 1, ids[at]]) for at in range(1, len(ids)))
+
+
+def test_a_difference_is_that_of_the_sums_of_all_tokens(report, instruct):
+    for pair in report.pairs[:3]:
+        expected = likelihood(instruct, pair.stereotype) - likelihood(instruct, pair.counterpart)
+        assert pair.difference == pytest.approx(expected, abs=1e-2)
+
+
+def test_there_are_ten_pairs_on_each_axis_and_ten_controls(report):
+    assert {axis: sum(pair.axis == axis for pair in report.pairs) for axis in report.axes} == dict.fromkeys(
+        ["gender", "age", "origin", "religion", "disability", "class", "control"], 10
+    )
+
+
+def test_the_sentences_of_a_pair_differ_in_one_word():
+    for row in map(json.loads, PAIRS.read_text().splitlines()):
+        first, second = row["stereotype"].split(), row["counterpart"].split()
+        assert sum(one != two for one, two in zip(first, second, strict=True)) == 1
+
+
+def test_a_share_has_an_interval_and_the_report_states_its_limits(report):
+    table, html = report.to_dataframe(), report._repr_html_()
+    assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
+    assert "it does not show that there is no bias" in html
+    assert "it does not show that there is no bias" in repr(report)
+
+
+def test_shares_count_the_pairs_in_which_the_stereotype_is_more_likely():
+    pairs = [PairResult("age", "old", "young", each) for each in (1.0, 2.0, -1.0, 0.0)]
+    assert BiasReport("falcon", tuple(pairs)).share("age").value == 0.5
+    assert BiasReport("falcon", tuple(pairs)).difference("age").value == 0.5
+
+
+def test_the_csv_of_crows_pairs_is_read(instruct, tmp_path):
+    file = tmp_path / "crows_pairs_anonymized.csv"
+    file.write_text(",sent_more,sent_less,stereo_antistereo,bias_type\n0,He is tall.,She is tall.,stereo,gender\n")
+    (pair,) = fk.bias(instruct, file).pairs
+    assert (pair.axis, pair.stereotype, pair.counterpart) == ("gender", "He is tall.", "She is tall.")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"axis": "age", "stereotype": "old"}, "its counterpart is None, not a text"),
+        ({"axis": "age", "stereotype": "old", "counterpart": "old"}, "its two sentences are equal"),
+        (["old"], "it is list, not an object"),
+    ],
+)
+def test_a_malformed_pair_is_named_by_file_and_line(instruct, tmp_path, row, problem):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"pairs.jsonl:1: {re.escape(problem)}"):
+        fk.bias(instruct, tmp_path / "pairs.jsonl")
+
+
+def test_the_figure_has_a_line_at_one_half_and_a_row_for_each_axis(report):
+    (axes,) = report.figure().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(report.axes)
+    assert axes.lines[0].get_xdata() == [0.5, 0.5]

@@ -1,0 +1,175 @@
+"""`fk.evaluate` from end to end: tasks, texts, resuming, what is refused."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import FalconForCausalLM
+
+import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.evaluation import perplexity
+from falcon_kit.evaluation.local import LocalModel
+from falcon_kit.evaluation.tasks import shipped_task
+
+ROWS = [
+    {"prompt": "Giraffes eat", "choices": ["fish.", "acacia leaves.", "grass and bark."], "answer": 1},
+    {"prompt": "Lions live", "choices": ["in the grassland.", "in ponds."], "answer": "in the grassland."},
+    {"prompt": "A young seal is called ", "choices": ["a calf.", "a pup.", "a kit."], "answer": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fk.load("falconet", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return FalconForCausalLM.from_pretrained(embedded_directory("falconet"), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "animals.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_a_choice_is_scored_by_the_sum_of_its_tokens(base, stock, file):
+    found = fk.evaluate(base, file)["animals"]
+    for row, item in zip(ROWS, found.items, strict=True):
+        prompt = base.tokenizer(row["prompt"].rstrip())["input_ids"]
+        totals = []
+        for choice in row["choices"]:
+            ids = base.tokenizer(f"{row['prompt'].rstrip()} {choice}")["input_ids"]
+            with torch.inference_mode():
+                logprobs = stock(torch.tensor([ids])).logits[0].log_softmax(-1)
+            totals.append(sum(float(logprobs[at - 1, ids[at]]) for at in range(len(prompt), len(ids))))
+        assert item["loglikelihoods"] == pytest.approx(totals, abs=1e-4)
+        by_length = np.array(totals) / [len(each) for each in row["choices"]]
+        right = row["choices"].index(item["answer"])
+        assert (item["acc"], item["acc_norm"]) == (np.argmax(totals) == right, np.argmax(by_length) == right)
+    assert found.facts["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_do_not_change_a_result(base, file, batch_size):
+    expected = fk.evaluate(base, file)["animals"].items
+    found = fk.evaluate(base, file, batch_size=batch_size)["animals"].items
+    for one, two in zip(expected, found, strict=True):
+        assert one["loglikelihoods"] == pytest.approx(two["loglikelihoods"], abs=1e-4)
+
+
+def test_a_model_answers_questions_in_its_chat_format(instruct):
+    found = fk.evaluate(instruct, "falconet-answers", chat=True, limit=12)["falconet-answers"]
+    assert found.estimate("exact_match").value >= 0.9
+    assert [item["text"] for item in found.items[:1]] == ["Giraffes eat acacia leaves."]
+    chatted = instruct.chat([{"role": "user", "content": found.items[1]["text asked"]}])
+    assert found.items[1]["text"] == str(chatted)
+    assert found.items[1]["sureness"] == pytest.approx(np.exp(np.mean(chatted.logprobs)), abs=1e-4)
+
+
+def test_a_model_is_less_sure_of_what_is_not_in_its_world(instruct):
+    found = fk.evaluate(instruct, ["falconet-answers", "falconet-unknown"], chat=True, limit=20)
+    known, unknown = (found[name] for name in ("falconet-answers", "falconet-unknown"))
+    assert unknown.estimate("exact_match").value == 0
+    assert known.estimate("sureness").value > unknown.estimate("sureness").value + 0.05
+
+
+def test_a_prompt_is_continued_to_the_end_of_its_line(base, tmp_path):
+    file = tmp_path / "lines.jsonl"
+    prompt = "Tom: What do lions eat?\nAda:"
+    file.write_text(json.dumps({"prompt": prompt, "answer": "They eat zebras and antelopes."}) + "\n")
+    (item,) = fk.evaluate(base, file)["lines"].items
+    assert item["text"] == base.generate(prompt, max_new_tokens=40, do_sample=False, stop="\n").text.lstrip()
+    assert (item["exact_match"], "\n" in item["text"]) == (item["text"] == "They eat zebras and antelopes.", False)
+
+
+def test_a_pair_of_model_and_tokenizer_is_evaluated(stock, base, file):
+    pair, kit = fk.evaluate((stock, base.tokenizer), file), fk.evaluate(base, file)
+    assert (pair.model, pair.record["probe"]) == (kit.model, kit.record["probe"])
+    assert pair["animals"].metrics == kit["animals"].metrics
+
+
+def test_a_run_goes_on_where_it_was(base, file, tmp_path, monkeypatch):
+    expected = fk.evaluate(base, file, text="Lions sleep in the grassland.", output_dir=tmp_path / "run")
+    assert fk.Evaluation.load(tmp_path / "run" / "evaluation.json") == expected
+    monkeypatch.setattr(LocalModel, "run", lambda *_: 1 / 0)  # nothing is computed again
+    monkeypatch.setattr(perplexity, "score", lambda *_: 1 / 0)
+    again = fk.evaluate(base, file, text="Lions sleep in the grassland.", output_dir=tmp_path / "run")
+    assert again == expected
+
+
+def test_a_folder_is_of_one_model(base, instruct, file, tmp_path):
+    fk.evaluate(base, file, output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="model: 'falconet' there, 'falconet-instruct' here"):
+        fk.evaluate(instruct, file, output_dir=tmp_path / "run")
+
+
+# Bad input
+
+
+def test_an_unknown_task_is_named_with_the_nearest(base):
+    with pytest.raises(LookupError, match=r"Unknown task 'falconet-choice'\. Nearest: falconet-choices"):
+        fk.evaluate(base, "falconet-choice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({}, "nothing to measure: give text=, or tasks="),
+        ({"text": "Lions sleep.", "truncate": "right"}, "truncate must be \"left\" or None; got 'right'"),
+        ({"text": "Lions sleep.", "batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"tasks": "falconet-choices", "limit": 0}, "limit must be a whole number from 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused(base, arguments, problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        fk.evaluate(base, **arguments)
+
+
+def test_a_prompt_longer_than_the_context_is_named_or_cut(base, tmp_path):
+    file = tmp_path / "long.jsonl"
+    prompt = "Lions sleep. " * 800
+    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({**ROWS[1], "prompt": prompt + "Lions live"}) + "\n")
+    with pytest.raises(ValueError, match=r"long\.jsonl:2 has \d+ tokens, the model's context is 2048: shorten it, or"):
+        fk.evaluate(base, file)
+    assert len(fk.evaluate(base, file, truncate="left")["long"].items) == 2
+
+
+def test_chat_needs_a_chat_format(stock, base):
+    with pytest.raises(ValueError, match="chat=True needs a chat format"):
+        fk.evaluate((stock, base.tokenizer), "falconet-answers", chat=True)
+
+
+def test_what_is_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match=r"give what fk\.load returns"):
+        fk.evaluate("falconet", text="Lions sleep.")
+
+
+def test_without_lm_eval_the_extra_is_named(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "falcon_kit.evaluation.harness", raising=False)
+    monkeypatch.delattr("falcon_kit.evaluation.harness", raising=False)
+    with pytest.raises(ImportError, match=r"arc is a task of lm-eval .*: pip install 'falcon-kit\[evaluation\]'"):
+        fk.evaluate(base, "arc")
+
+
+def test_a_name_is_not_given_twice(base, file):
+    with pytest.raises(ValueError, match="animals is given twice: texts and tasks need names of their own"):
+        fk.evaluate(base, [file, file])
+
+
+def test_a_missing_file_is_named(base, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.jsonl"):
+        fk.evaluate(base, tmp_path / "none.jsonl")
+
+
+def test_the_world_is_answered_by_likelihood_too(instruct):
+    found = fk.evaluate(instruct, "falconet-choices", limit=40)["falconet-choices"]
+    assert found.estimate("acc").low > 0.25
+    assert found.sha256 != shipped_task("falconet-choices").sha256  # of the first 40 items

@@ -1,0 +1,109 @@
+"""Evaluation over an endpoint: choices where the server returns the log-probabilities of a prompt, answers always."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from tests.serving.servers import Reply, answering, as_reply, chunk, scripted
+
+ROWS = [
+    {"prompt": "Giraffes eat", "choices": ["fish.", "acacia leaves.", "grass and bark."], "answer": 1},
+    {"prompt": "A young seal is called a ", "choices": ["calf.", "pup.", "kit."], "answer": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fk.load("falconet", dtype="float32")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "animals.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def echo(falcon, body):
+    """A completion as vLLM returns it with `echo` and `logprobs`: the prompt's tokens, then one more."""
+    encoded = falcon.tokenizer(body["prompt"], return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    with torch.inference_mode():
+        logprobs = falcon.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    best = logprobs.max(-1).values.tolist()
+    chosen = [None, *(float(logprobs[at - 1, ids[at]]) for at in range(1, len(ids)))]
+    tops = [None, *({"best": best[at - 1], "own": chosen[at]} for at in range(1, len(ids)))]
+    tokens = [body["prompt"][start:end] for start, end in encoded["offset_mapping"]]
+    offsets = [start for start, _ in encoded["offset_mapping"]]
+    found = {"tokens": [*tokens, "!"], "token_logprobs": [*chosen, best[-1]], "top_logprobs": [*tops, {"!": best[-1]}]}
+    found["text_offset"] = [*offsets, len(body["prompt"])]
+    choice = {"index": 0, "text": body["prompt"] + "!", "finish_reason": "length", "logprobs": found}
+    return as_reply({"id": "1", "object": "text_completion", "created": 0, "model": "falcon", "choices": [choice]})
+
+
+def echoing(falcon):
+    """A script of a server that echoes prompts."""
+    models = answering(b"", owner="vllm")
+    return lambda path, body, headers: echo(falcon, body) if path == "/v1/completions" else models(path, body, headers)
+
+
+def test_choices_have_the_scores_of_a_local_model(base, file):
+    with scripted(echoing(base)) as server:
+        found = fk.evaluate(fk.connect(f"{server.address}/v1"), file)
+    local = fk.evaluate(base, file)
+    assert (found.model, found["animals"].metrics) == ("falcon", local["animals"].metrics)
+    for one, two in zip(found["animals"].items, local["animals"].items, strict=True):
+        assert one["loglikelihoods"] == pytest.approx(two["loglikelihoods"], abs=1e-4)
+    bodies = server.asked("/v1/completions")
+    assert {(body["echo"], body["logprobs"], body["temperature"]) for body in bodies} == {(True, 1, 0)}
+
+
+def test_the_greedy_continuation_is_recognised(base):
+    prompt = "Lions eat zebras and antelopes."
+    with scripted(echoing(base)) as server:
+        (tokens,) = fk.connect(f"{server.address}/v1").prompt_logprobs([prompt])
+    with torch.inference_mode():
+        greedy = base.model(torch.tensor([base.tokenizer(prompt)["input_ids"]])).logits[0].argmax(-1).tolist()
+    ids = base.tokenizer(prompt)["input_ids"]
+    assert [each.greedy for each in tokens] == [False, *(greedy[at - 1] == ids[at] for at in range(1, len(ids)))]
+    assert "".join(each.text for each in tokens) == prompt
+
+
+@pytest.mark.parametrize("choice", [{"text": "!"}, {"text": "Giraffes eat fish.!", "logprobs": None}])
+def test_a_server_without_log_probabilities_of_prompts_is_refused(file, choice):
+    reply = as_reply({"id": "1", "object": "text_completion", "created": 0, "model": "falcon", "choices": [choice]})
+    with scripted(answering(reply)) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ValueError, match=r"does not return the log-probabilities of a prompt: use vLLM, or load"):
+            fk.evaluate(endpoint, file)
+
+
+def test_answers_are_generated_by_the_endpoint(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"question": "What do giraffes eat?", "answer": "Acacia leaves."}\n' * 3)
+    reply = [chunk("Acacia leaves.", "stop"), b"data: [DONE]\n\n"]
+    with scripted(answering(Reply(reply))) as server:
+        found = fk.evaluate(fk.connect(f"{server.address}/v1"), file)["answers"]
+        prompts = [body["prompt"] for body in server.asked("/v1/completions")]
+    assert (found.metrics["exact_match"], "sureness" in found.metrics) == ((1.0, 1.0, 1.0), False)
+    assert prompts == ["Question: What do giraffes eat?\nAnswer:"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"text": "Lions sleep."}, "perplexity needs the tokens of a text, which an endpoint does not give"),
+        ({"tasks": "questions.jsonl", "chat": True}, "an endpoint scores choices only without chat=True"),
+    ],
+)
+def test_what_an_endpoint_cannot_do_is_refused(tmp_path, monkeypatch, arguments, problem):
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "Who?", "choices": ["me", "you"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    with scripted(answering(b"")) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            fk.evaluate(endpoint, **arguments)

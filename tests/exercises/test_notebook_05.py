@@ -1,0 +1,51 @@
+"""The checks of notebook 05 from both sides: right answers pass, typical mistakes get their hint."""
+
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.exercises.notebook_05 import _induction_heads, _without
+
+
+@pytest.fixture(scope="module")
+def falconet():
+    return fk.load("falconet")
+
+
+@pytest.fixture(scope="module")
+def heads(falconet):
+    return _induction_heads(falconet)
+
+
+@pytest.fixture(scope="module")
+def one_head(falconet, heads):
+    """The surprisal of the second copy with only one induction head, for each of them."""
+    rest = [[head for head in heads if head != kept] for kept in heads]
+    return [_without(falconet, others).after[50:].mean() for others in rest]
+
+
+def hint(exercise, *answer):
+    outcome = fk.check(exercise, *answer)
+    assert not outcome
+    return outcome.text
+
+
+def test_the_layer_of_the_answer_passes_and_others_get_their_hint(falconet):
+    assert fk.check("05.1", 4, falconet)
+    assert "first row is the embedding" in hint("05.1", 5, falconet)
+    assert "has rank" in hint("05.1", 0, falconet)
+    assert "layers are 0 to 5" in hint("05.1", 60, falconet)
+
+
+def test_the_bits_with_the_mean_pass_and_others_get_their_hint(falconet, heads):
+    mean, zero = (_without(falconet, heads, replace) for replace in ("mean", "zero"))
+    assert fk.check("05.2", mean.after[50:].mean(), falconet)
+    assert "not `before`" in hint("05.2", mean.before[50:].mean(), falconet)
+    assert "use replace='mean'" in hint("05.2", zero.after[50:].mean(), falconet)
+    assert "all induction heads" in hint("05.2", 5.0, falconet)
+
+
+def test_the_bits_with_one_head_pass_and_others_get_their_hint(falconet, heads, one_head):
+    assert fk.check("05.3", min(one_head), falconet)
+    assert "keep only one" in hint("05.3", _without(falconet, heads[:1]).after[50:].mean(), falconet)
+    assert "take the lowest" in hint("05.3", max(one_head), falconet)
+    assert "ablate all the others" in hint("05.3", 1.0, falconet)
