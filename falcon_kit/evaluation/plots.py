@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.figure import AMBER, BLUE, GREY, drawing, new_figure
+from falcon_kit.display.figure import AMBER, BLUE, GREY, drawable, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[st
         if not math.isnan(row["low"]):
             axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
         axes.plot([row["value"]], [place], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(rows)), labels)
+    axes.set_yticks(range(len(rows)), [drawable(each) for each in labels])
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -192,6 +192,7 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
     """`period` different random token ids without special tokens, repeated `copies` times. Raises ValueError if they do
     not fit into the vocabulary or the context."""
     inspected = inspect_model(falcon)
+    period, copies = plain_scalar(period), plain_scalar(copies)
     special = {*inspected.tokenizer.all_special_ids, *inspected.tokenizer.added_tokens_decoder}
     plain = [each for each in range(inspected.spec.vocabulary) if each not in special]
     context = inspected.spec.context

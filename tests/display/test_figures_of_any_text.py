@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 import falcon_kit
 from falcon_kit.display.figure import drawable, new_figure
+from falcon_kit.evaluation.plots import evaluation_figure, shares_figure
 from falcon_kit.inspection.plots import attention, labels, lens, tokens
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import Part
@@ -19,6 +20,11 @@ from falcon_kit.tuning import plots as tuning
 
 TEXTS = [r"$\frac{$", "_\x00\x1b\u202eabc\u2066", "\ud83e 🦅\u0301 $x$ ^_{}%\\"]
 ONES = np.ones((2, 4))
+
+
+def row(name, metric):
+    return {"name": name, "metric": metric, "value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25}
+
 
 FIGURES = {
     new_figure: lambda text: new_figure(3, 2).suptitle(text).figure,
@@ -34,6 +40,10 @@ FIGURES = {
     tokens.languages: lambda text: tokens.languages([text, "b"], {text: [1, 2]}, {text: [3, 4]}, text),
     tuning.loss_curve: lambda text: tuning.loss_curve([(0, 1.0), (1, 0.5)], title=text),
     tuning.compare_losses: lambda text: tuning.compare_losses({text: [(0, 1.0), (1, 0.5)]}, text),
+    evaluation_figure: lambda text: evaluation_figure(
+        [row(text, "acc"), row(text, "bits_per_byte")], text, {"averages": {text: 50.0}}
+    ),
+    shares_figure: lambda text: shares_figure([row(text, "share")], [text], text),
     draw_plan: lambda text: draw_plan([Part(text, text, 2**30, text)], [Device(text, text, 2**31)], text),
 }
 
