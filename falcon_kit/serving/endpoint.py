@@ -224,7 +224,9 @@ def connect(
     exist, PermissionError for a refused key, and ValueError for an invalid URL or argument, a key that no HTTP header
     can carry, or a proxy that cannot be used.
     """
-    _check_arguments(url, api, context, timeout, retries, deadline)
+    require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
+    _check_limits(timeout, deadline, retries)
+    require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     connection = Connection(token or _token_from_environment(url), timeout, retries, deadline)
     check_token(connection.token)
@@ -242,19 +244,6 @@ def connect(
         _server=server,
         _retries=retries,
     )
-
-
-def _check_arguments(
-    url: str, api: Api | None, context: int | None, timeout: float, retries: int, deadline: float
-) -> None:
-    require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    require(
-        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
-        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
-        f"retries={shown(retries)} from 0 to 1000",
-    )
-    require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
-    _check_url(url)
 
 
 async def _gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -286,6 +275,14 @@ async def _discover(url: str, model: str | None, api: Api | None, connection: Co
         if api == "tgi":
             raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
     return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
+
+
+def _check_limits(timeout: float, deadline: float, retries: int) -> None:
+    require(
+        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
+        f"retries={shown(retries)} from 0 to 1000",
+    )
 
 
 def _check_url(url: str) -> None:
