@@ -228,6 +228,7 @@ def connect(
     _check_limits(timeout, deadline, retries)
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
+    _check_url(url)
     connection = Connection(token or _token_from_environment(url), timeout, retries, deadline)
     check_token(connection.token)
     discover = partial(_discover, url, model, api, connection, session)
