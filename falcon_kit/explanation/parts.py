@@ -22,6 +22,7 @@ from falcon_kit.generation.sampling import Sampling
 from falcon_kit.inspection.hooks import InspectedModel
 from falcon_kit.inspection.plots.attention import pool
 from falcon_kit.model import layers, modeling
+from falcon_kit.model.attention import fused_attention
 
 NAMED = 50
 """Next tokens that are sent with their text."""
@@ -49,8 +50,10 @@ def text_part(inspected: InspectedModel, ids: list[int], logits: Tensor) -> Part
     }
 
 
-_SPEC = ("layers", "d_model", "query_heads", "kv_heads", "queries_per_kv_head", "head_dim", "intermediate_size")
-_SPEC = (*_SPEC, "vocabulary", "context", "parallel_block", "norms_per_block", "positions", "tied_head", "layout")
+_SPEC = (
+    *("layers", "d_model", "query_heads", "kv_heads", "queries_per_kv_head", "head_dim", "intermediate_size"),
+    *("vocabulary", "context", "parallel_block", "norms_per_block", "positions", "tied_head", "layout"),
+)
 
 
 def layer_part(found: LayerRecord, position: int) -> Part:
@@ -139,8 +142,8 @@ def _code() -> dict[str, str]:
         "embedding": modeling.FalconModel.forward,
         "norms": layers.FalconDecoderLayer.forward,
         "projection": layers.split_heads,
-        "rotary": layers.rotate_half,
-        "attention": modeling.attention.fused_attention,
+        "rotary": stock.rotate_half,
+        "attention": fused_attention,
         "feed_forward": layers.FalconMLP.forward,
         "residual": layers.FalconDecoderLayer.forward,
         "prediction": modeling.FalconForCausalLM.forward,

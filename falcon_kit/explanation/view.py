@@ -63,7 +63,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         chosen = [
             check_index(each, self._inspected.spec.layers, "layer") for each in layers or self._layers_by_interest()
         ]
-        data = {"start": self._start() | {"layer": chosen[0]}, "route": self._route(), "parts": {}}
+        data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}, "route": self._route(), "parts": {}}
         size = len(str(data)) + len(_SOURCE)
         for layer in chosen:
             parts = self._layer_parts(layer)
