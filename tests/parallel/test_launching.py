@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -458,7 +459,8 @@ OUT_OF_MEMORY = (1, {"error": ["MemoryError", "out of memory after 3 tokens"]})
     ],
 )
 def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, text):
-    falcon = ParallelFalcon(Answers(messages, end), "falconet", None, fk.spec("falconet"), None, None, "")
+    tokenizer = SimpleNamespace(chat_template=None)
+    falcon = ParallelFalcon(Answers(messages, end), "falconet", tokenizer, fk.spec("falconet"), None, None, "")
     with pytest.raises(kind, match=text):
         falcon._receive_answers()
 

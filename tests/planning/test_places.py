@@ -102,6 +102,6 @@ def test_jupyterlab_is_known_by_the_process_that_started_the_kernel(tmp_path: Pa
     assert expected == detect_place({"JPY_PARENT_PID": str(jupyter_lab)}, ipython(ZMQInteractiveShell()), tmp_path)
 
 
-@pytest.mark.parametrize("parent", [str(os.getpid()), "999999999", "nonsense"])
+@pytest.mark.parametrize("parent", [str(os.getpid()), "999999999", "nonsense"], ids=["own", "none", "nonsense"])
 def test_a_kernel_with_any_other_parent_is_just_jupyter(tmp_path: Path, parent: str) -> None:
     assert detect_place({"JPY_PARENT_PID": parent}, ipython(ZMQInteractiveShell()), tmp_path)[0] == "Jupyter"

@@ -224,6 +224,27 @@ def export_gguf(falcon, places):
     return np.fromfile(fk.export_gguf(falcon, places.empty() / "falcon.gguf"), np.uint8)
 
 
+def explain_a_layer(falcon, places):
+    """The third of the five layers, which is on the second device."""
+    found = fk.explain(falcon, TEXT, layer=2)._record(2)
+    heads = found.layer.heads
+    values = (found.logits, heads.query, heads.key, heads.value, found.layer.vectors["output"].norm)
+    return [float(each.norm()) for each in values]
+
+
+def explain_a_route(falcon, places):
+    return [(step["position"], step["head"], step["key"]) for step in fk.explain(falcon, TEXT)._route()]
+
+
+def evaluate(falcon, places):
+    return fk.evaluate(falcon, "falconet-choices", text=TEXT, limit=4).to_dataframe()["value"].to_numpy(float)
+
+
+def bias(falcon, places):
+    rows = [{"axis": "age", "stereotype": "The old man sleeps.", "counterpart": "The young man sleeps."}]
+    return [each.difference for each in fk.bias(falcon, rows).pairs]
+
+
 def weights(falcon, places):
     return [row.bytes for row in falcon.weights.rows]
 
@@ -251,11 +272,14 @@ TABLE = {
     "tune": [tune],
     "merge": [merge, merge_and_save],
     "export_gguf": [export_gguf],
+    "explain": [explain_a_layer, explain_a_route],
+    "evaluate": [evaluate],
+    "bias": [bias],
 }
 """The public functions and methods that take a Falcon, and what each is compared by."""
 WITHOUT_A_FALCON = {
     *("catalogue", "chat_format", "connect", "dialogues", "environment", "guardrails", "load", "mix", "plan"),
-    *("published_tokens", "sample_texts", "spec"),
+    *("published_tokens", "sample_texts", "spec", "check", "requirements"),
 }
 CASES = [case for cases in TABLE.values() for case in cases]
 RANDOM = {sampled, sequences, stream}

@@ -107,6 +107,7 @@ DEAD = f"127.0.0.1:{free_port()}"
         ("HTTP_PROXY", DEAD, ConnectionError, "the proxy .* does not answer: start it, or set NO_PROXY=127"),
         ("SSL_CERT_FILE", "/nowhere/x.pem", ValueError, "SSL_CERT_FILE or SSL_CERT_DIR names no certificates"),
     ],
+    ids=["socks5", "socks5h", "socks", "no port", "with a password", "dead", "no certificates"],
 )
 def test_a_setting_of_the_environment_that_fails_is_named_and_the_advice_works(monkeypatch, name, value, error, match):
     monkeypatch.setenv(name, value)
