@@ -1,13 +1,14 @@
 """The values of one layer while a text goes through the model, taken by forward hooks.
 
-One forward pass records one layer. Of the wide vectors only the first components, the mean, the standard deviation and
-the norm of each token are kept, so the record of a layer of the 40B takes about 20 kB a token.
+One forward pass records one layer, and keeps what every layer was called with where that is small: another layer is
+then recorded by calling it alone. Of the wide vectors only the first components, the mean, the standard deviation and
+the norm of each token are kept, so the record of a layer of the 40B takes about 80 kB a token.
 
 Shapes: T time, H query heads, G KV heads, D head_dim, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from falcon_kit.model.layers import split_heads
 
 SHOWN = 64
 """Components of each vector that are kept."""
+_MAX_BYTES = 64 * 2**20
 NEURONS = 12
 """Neurons of the feed-forward block that are kept, the strongest of each token."""
 NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm")
@@ -85,6 +87,10 @@ class LayerRecord:
     """(T,): the share of neurons with a value above 0."""
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments that a layer was called with."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a forward pass recorded."""
@@ -92,14 +98,37 @@ class Record:
     layer: LayerRecord
     logits: Tensor
     """(V,): of the token after the text, in float32."""
+    calls: tuple[Call, ...]
+    """The arguments of every layer; empty where they would take over 64 MiB."""
 
 
-def record(inspected: InspectedModel, ids: list[int], layer: int) -> Record:
-    """Runs the model over the text once and records one of its layers."""
+def record(inspected: InspectedModel, ids: list[int], layer: int, known: Record | None = None) -> Record:
+    """Records one of the model's layers for a text. known: a record of another layer for the same text."""
     recorder = _Recorder(inspected, layer)
-    with torch.inference_mode(), forward_hooks(inspected, recorder.hooks()):
+    if known is not None and known.calls:
+        arguments, keywords = known.calls[layer]
+        with torch.inference_mode(), forward_hooks(inspected, recorder.hooks()):
+            inspected.layers[layer](*arguments, **keywords)
+        return replace(known, layer=recorder.result())
+    calls: list[Call] = []
+    kept = _keepers(inspected, calls) if _bytes_of_calls(inspected, len(ids)) <= _MAX_BYTES else []
+    with torch.inference_mode(), forward_hooks(inspected, [*recorder.hooks(), *kept]):
         output = inspected.model(input_ids=inspected.input_ids(ids), use_cache=False, logits_to_keep=1)
-    return Record(recorder.result(), output.logits[0, -1].float().cpu())
+    return Record(recorder.result(), output.logits[0, -1].float().cpu(), tuple(calls))
+
+
+def _bytes_of_calls(inspected: InspectedModel, time: int) -> int:
+    """Bytes of the hidden states that go into all layers."""
+    return inspected.spec.layers * time * inspected.spec.d_model * inspected.decoder.ln_f.weight.element_size()
+
+
+def _keepers(inspected: InspectedModel, calls: list[Call]) -> list[tuple[Any, Any]]:
+    """A hook for each layer that appends its arguments to `calls`."""
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((args, kwargs))
+
+    return [(layer, keep) for layer in inspected.layers]
 
 
 def rotation_of(keywords: Mapping[str, Any], positions: str, device: torch.device) -> tuple[Tensor, Tensor] | None:

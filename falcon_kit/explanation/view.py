@@ -166,9 +166,10 @@ class Explanation(HasPage, anywidget.AnyWidget):
         """The record of a layer for the current text; the last two are kept."""
         layer = check_index(layer, self._inspected.spec.layers, "layer")
         if layer not in self._records:
+            known = next(iter(self._records.values()), None)
             while len(self._records) >= _KEPT_LAYERS:
                 self._records.pop(next(iter(self._records)))
-            self._records[layer] = record(self._inspected, self.ids, layer)
+            self._records[layer] = record(self._inspected, self.ids, layer, known)
         return self._records[layer]
 
 
@@ -176,7 +177,7 @@ def explain(falcon: Any, text: TextOrIds, *, layer: int = 0, head: int = 0) -> E
     """A text on its way through Falcon to the next token, as an interactive view in which every number is the model's.
 
     falcon: what `fk.load` returned, or (model, tokenizer). text: a text or token ids. layer, head: shown first; the
-    view reaches all others. One forward pass records one layer, so a large model computes only what is looked at.
+    view reaches all others. A large model computes only what is looked at: one forward pass records one layer.
     Raises ValueError for an empty text or one longer than the context, IndexError for a layer or head out of range.
     """
     return Explanation(falcon, text, layer, head)

@@ -120,6 +120,22 @@ def test_the_logits_are_those_of_the_last_token(inspected, stock):
     close(record(inspected, IDS, 0).logits, stock.logits[0, -1])
 
 
+def test_a_layer_that_is_called_alone_gives_what_the_whole_model_gives(inspected):
+    alone, whole = record(inspected, IDS, 1, record(inspected, IDS, 0)), record(inspected, IDS, 1)
+    for name, vectors in whole.layer.vectors.items():
+        close(alone.layer.vectors[name].norm, vectors.norm)
+    close(alone.layer.heads.query, whole.layer.heads.query)
+    close(alone.layer.activations, whole.layer.activations)
+    assert torch.equal(alone.logits, whole.logits)
+
+
+def test_what_the_layers_of_a_large_model_were_called_with_is_not_kept(inspected, monkeypatch):
+    monkeypatch.setattr("falcon_kit.explanation.record._MAX_BYTES", 100)
+    found = record(inspected, IDS, 0)
+    assert found.calls == ()
+    close(record(inspected, IDS, 1, found).layer.heads.query, record(inspected, IDS, 1).layer.heads.query)
+
+
 def test_the_model_has_no_hooks_afterwards_and_keeps_its_mode(inspected):
     inspected.model.train()
     try:
