@@ -214,5 +214,5 @@ class Guarded:
 
     def _record(self, request) -> None:
         address = urlparse(request.url)
-        if address.scheme not in ("data", "blob") and address.netloc != self.host:
+        if address.scheme not in ("data", "blob", "attachment") and address.netloc != self.host:
             self.left_the_host.append(request.url)

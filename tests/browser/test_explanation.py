@@ -239,6 +239,14 @@ def test_a_taken_token_joins_the_text_and_the_cache_grows(notebook: Notebook):
     assert float(after) / float(before) == pytest.approx(7 / 6)
 
 
+def test_a_kernel_that_does_not_answer_is_named(notebook: Notebook):
+    view = notebook.start(f"view = fk.explain(falcon, {TEXT!r}); view").locator(".fk-explanation")
+    expect(view.locator(".fk-tokens button")).to_have_count(6)
+    notebook.python("view._msg_callbacks.callbacks.clear()")
+    view.get_by_role("combobox", name="Layer").select_option("2")
+    expect(view.locator(".fk-notice")).to_contain_text("If it was restarted, run the cell again")
+
+
 def test_a_token_that_is_chosen_shows_its_own_row(notebook: Notebook):
     view = notebook.start(f"fk.explain(falcon, {TEXT!r})").locator(".fk-explanation")
     view.locator(".fk-tokens button").nth(3).click()

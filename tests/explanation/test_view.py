@@ -1,6 +1,9 @@
 """`explain`: what it sends, what it refuses, and the page without a kernel."""
 
+import json
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +100,30 @@ def test_records_of_at_most_two_layers_are_kept(instruct, sent):
     for layer in range(6):
         ask(view, "layer", key="k", layer=layer, position=0)
     assert [*view._records] == [4, 5]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "nf4"])
+def test_a_quantised_model_is_shown_with_its_own_numbers(dtype):
+    falcon = fk.load("falconet", dtype=dtype)
+    view = fk.explain(falcon, TEXT, layer=1)
+    with torch.inference_mode():
+        expected = falcon.model(torch.tensor([view.ids])).logits[0, -1].float()
+    torch.testing.assert_close(view._record(1).logits, expected, rtol=0.02, atol=0.02)
+    assert json.dumps([view._start(), view._layer(4, 3), view._head(4, 3, 2)], allow_nan=False)
+
+
+def test_layers_on_disk_are_shown_as_those_in_memory(tmp_path, tokenizer):
+    small_model("40b").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    parts = ("word_embeddings", "rotary_emb", "ln_f", "h.0")
+    places = {**{f"transformer.{name}": "cpu" for name in parts}, "transformer.h.1": "disk", "lm_head": "cpu"}
+    whole, offloaded = (
+        fk.explain(fk.load(tmp_path, device_map=each, offload_folder=tmp_path / "off"), TEXT) for each in (None, places)
+    )
+    for layer in (0, 1):
+        one, other = whole._record(layer).layer, offloaded._record(layer).layer
+        torch.testing.assert_close(other.heads.query, one.heads.query)
+        torch.testing.assert_close(other.vectors["output"].norm, one.vectors["output"].norm)
 
 
 # Refused

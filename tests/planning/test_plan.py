@@ -235,7 +235,10 @@ def test_a_plan_that_fits_suggests_nothing():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at its highest")
 @pytest.mark.parametrize(("dtype", "context", "batch"), [("float32", 1024, 1), ("bfloat16", 512, 8)])
 def test_the_peak_memory_of_a_process_is_as_planned(tmp_path, dtype, context, batch):
-    """Resident memory at its highest, Python and the libraries included."""
+    """Resident memory at its highest, Python and the libraries included: the least of three processes.
+
+    What else the machine does only adds to it: up to 13% were seen on a busy one.
+    """
     config = FalconConfig(
         **{**fk.spec("falconet").to_config(), "hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 4096}
     )
@@ -252,9 +255,10 @@ with torch.inference_mode():
     model(torch.zeros({batch}, {context}, dtype=torch.long), logits_to_keep=1)
     print(peak())
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
     plan = fk.plan(tmp_path, dtype, context=context, batch=batch, devices=[Device("cpu", "cpu", 4 * GIB)])
-    assert plan.total_bytes == pytest.approx(int(ended.stdout), rel=0.1)
+    assert plan.total_bytes == pytest.approx(min(peaks), rel=0.1)
 
 
 # From where
