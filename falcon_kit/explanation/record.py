@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
-from falcon_kit.model.attention import alibi
+from falcon_kit.inspection.probabilities import alibi_bias, check_all_heads, rotation_of
 from falcon_kit.model.layers import split_heads
 
 SHOWN = 64
@@ -59,6 +59,7 @@ class Heads:
     @classmethod
     def of(cls, fused: Tensor, spec: Any, rotation: tuple[Tensor, Tensor] | None) -> "Heads":
         """Those of the fused projection (1, T, (H + 2 G) x D), turned by the rotary embedding."""
+        check_all_heads(spec, fused)
         parts = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)
         return cls(*(each[0].float() for each in parts))
 
@@ -131,15 +132,6 @@ def _keepers(inspected: InspectedModel, calls: list[Call]) -> list[tuple[Any, An
     return [(layer, keep) for layer in inspected.layers]
 
 
-def rotation_of(keywords: Mapping[str, Any], positions: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The cosines and sines that attention was called with, (1, T, D) each; None with ALiBi.
-
-    transformers passes them with ALiBi too.
-    """
-    pair = keywords.get("rotation") if "rotation" in keywords else keywords.get("position_embeddings")
-    return None if pair is None or positions == "alibi" else (pair[0].to(device), pair[1].to(device))
-
-
 class _Recorder:
     """Forward hooks on one layer that keep what the record needs."""
 
@@ -171,10 +163,10 @@ class _Recorder:
 
     def _keep_attention(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         fused: Tensor = self.values.pop("fused")
-        rotation = rotation_of(kwargs, self.spec.positions, fused.device)
+        rotation = rotation_of(self.spec, kwargs, fused.device)
         self.values["before"] = Heads.of(fused, self.spec, None).cpu()
         self.values["heads"] = Heads.of(fused, self.spec, rotation).cpu()
-        bias = alibi_bias(self.spec, fused)
+        bias = alibi_bias(self.spec, fused.shape[1], fused.dtype, fused.device)
         self.values["bias"] = None if bias is None else bias.cpu()
         self.vectors["attention"] = Vectors.of(output[0])
 
@@ -190,11 +182,3 @@ class _Recorder:
 
     def result(self) -> LayerRecord:
         return LayerRecord(self.vectors, **self.values)
-
-
-def alibi_bias(spec: Any, fused: Tensor) -> Tensor | None:
-    """ALiBi's bias (H, T) on the score of each key; None for rotary embeddings. fused: a projection (1, T, ...)."""
-    if spec.positions != "alibi":
-        return None
-    positions = torch.arange(fused.shape[1], device=fused.device)[None]
-    return alibi(spec, positions, fused.dtype)[0].float()

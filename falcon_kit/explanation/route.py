@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falcon_kit.explanation.record import Heads, alibi_bias, rotation_of
+from falcon_kit.explanation.record import Heads
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
+from falcon_kit.inspection.probabilities import alibi_bias, rotation_of
 
 _BLOCK = 2**21  # attention probabilities of all heads that are computed at once
 
@@ -65,8 +66,8 @@ class _Finder:
 
     def _find(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         fused, self.fused = self.fused, None
-        heads = Heads.of(fused, self.spec, rotation_of(kwargs, self.spec.positions, fused.device))
-        bias = alibi_bias(self.spec, fused)
+        heads = Heads.of(fused, self.spec, rotation_of(self.spec, kwargs, fused.device))
+        bias = alibi_bias(self.spec, fused.shape[1], fused.dtype, fused.device)
         time = fused.shape[1]
         block = max(1, _BLOCK // (self.spec.query_heads * time))
         for start in range(1, time, block):  # position 0 has no earlier token

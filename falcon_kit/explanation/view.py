@@ -8,7 +8,8 @@ from typing import Any
 
 import anywidget
 
-from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, text_html
+from falcon_kit.display.errors import require
+from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, text_html
 from falcon_kit.explanation.parts import Part, head_part, layer_part, route_part, text_part
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
@@ -60,19 +61,20 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
         Raises ValueError if they take more than 1.4 MB.
         """
-        chosen = [
-            check_index(each, self._inspected.spec.layers, "layer") for each in layers or self._layers_by_interest()
-        ]
+        wanted = self._layers_by_interest() if layers is None else layers
+        require(len(wanted) > 0, "a page without a layer shows nothing: give one, or leave layers out")
+        chosen = [check_index(each, self._inspected.spec.layers, "layer") for each in wanted]
         data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}, "route": self._route(), "parts": {}}
         size = len(str(data)) + len(_SOURCE)
         for layer in chosen:
             parts = self._layer_parts(layer)
             size += len(str(parts))
             if size > _PAGE_BYTES:
-                if layers or not data["parts"]:
+                if layers is not None or not data["parts"]:
+                    fewer = "fewer layers, or " if data["parts"] else ""
                     raise ValueError(
                         f"a page with layer {layer} takes {size / 1e6:.1f} MB, the limit is {_PAGE_BYTES / 1e6:.1f}: "
-                        "give fewer layers, or a shorter text"
+                        f"give {fewer}a shorter text"
                     )
                 break
             data["parts"] |= parts
@@ -113,7 +115,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         best = probabilities.topk(min(5, len(probabilities)))
         texts = self._inspected.token_texts(best.indices.tolist())
         rows = "".join(
-            f"<li>{text_html(text, spaces=True)}: {probability:.1%}</li>"
+            f"<li>{text_html(text, spaces=True)}: {percent(probability)}</li>"
             for text, probability in zip(texts, best.values.tolist(), strict=True)
         )
         name = html.escape(self._inspected.spec.name)

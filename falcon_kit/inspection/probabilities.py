@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.layers import split_heads
@@ -86,6 +87,28 @@ def measure(
     return reader.measurements()
 
 
+def check_all_heads(spec: FalconSpec, fused: Tensor) -> None:
+    """Raises ValueError for a fused projection of some of the heads only, as a rank of tensor parallelism has it."""
+    if fused.shape[-1] != (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim:
+        raise ValueError("the model in this process has only some of the heads: load it without tensor_parallel")
+
+
+def rotation_of(spec: FalconSpec, keywords: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The cosines and sines, (1, T, D) each, among the keyword arguments of an attention module; None with ALiBi.
+
+    transformers passes them with ALiBi too.
+    """
+    pair = keywords.get("rotation") if "rotation" in keywords else keywords.get("position_embeddings")
+    return None if pair is None or spec.positions == "alibi" else (pair[0].to(device), pair[1].to(device))
+
+
+def alibi_bias(spec: FalconSpec, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """ALiBi's bias (H, keys) on the score of each key; None for rotary embeddings."""
+    if spec.positions != "alibi":
+        return None
+    return alibi(spec, torch.arange(keys, device=device)[None], dtype)[0].float()
+
+
 class _AttentionReader:
     """Forward hooks that compute attention probabilities block by block and add up the statistics."""
 
@@ -122,19 +145,12 @@ class _AttentionReader:
     def _measure(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         spec, fused = self.spec, cast(Tensor, self.fused)
         self.fused = None
-        if fused.shape[-1] != (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim:
-            raise ValueError("the model in this process has only some of the heads: load it without tensor_parallel")
-        rotation = kwargs.get("rotation") if "rotation" in kwargs else kwargs.get("position_embeddings")
-        if rotation is not None:
-            rotation = tuple(each.to(fused.device) for each in rotation)
-        if spec.positions == "alibi":
-            rotation = None  # transformers passes one with ALiBi too
+        check_all_heads(spec, fused)
+        rotation = rotation_of(spec, kwargs, fused.device)
         query = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)[0][0]  # (H, T, D)
         keys = cast(Any, self.cache.layers[layer]).keys[0]  # (G, K, D); (H, K, D) in transformers' own Falcon
         keys = keys[:: len(keys) // spec.kv_heads].float()
-        bias = None
-        if spec.positions == "alibi":
-            bias = alibi(spec, torch.arange(keys.shape[1], device=keys.device)[None], fused.dtype)[0].float()  # (H, K)
+        bias = alibi_bias(spec, keys.shape[1], fused.dtype, keys.device)
         grouped = query.float().unflatten(0, (spec.kv_heads, -1)) * spec.head_dim**-0.5  # (G, R, T, D)
         end = self.start + query.shape[1]
         block = max(1, _BLOCK_SIZE.get(keys.device.type, _BLOCK_SIZE_ELSEWHERE) // (end * spec.query_heads))  # queries

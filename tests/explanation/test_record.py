@@ -1,5 +1,7 @@
 """What is recorded of a layer: equal to what transformers' own Falcon computes, in every layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import FalconForCausalLM as StockFalcon
@@ -134,6 +136,14 @@ def test_what_the_layers_of_a_large_model_were_called_with_is_not_kept(inspected
     found = record(inspected, IDS, 0)
     assert found.calls == ()
     close(record(inspected, IDS, 1, found).layer.heads.query, record(inspected, IDS, 1).layer.heads.query)
+
+
+@pytest.mark.parametrize("function", [lambda *what: record(*what, 0), route], ids=["record", "route"])
+def test_a_rank_with_some_of_the_heads_is_refused_as_by_the_other_inspections(inspected, function):
+    divided = replace(inspected, spec=replace(inspected.spec, query_heads=2, kv_heads=1, d_model=128))
+    with pytest.raises(ValueError, match="has only some of the heads: load it without tensor_parallel"):
+        function(divided, IDS)
+    assert [module for module in inspected.model.modules() if module._forward_hooks] == []
 
 
 def test_the_model_has_no_hooks_afterwards_and_keeps_its_mode(inspected):

@@ -176,8 +176,16 @@ def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):
     assert layers == {2, 3}
 
 
+def test_a_page_without_a_layer_is_refused(instruct):
+    with pytest.raises(ValueError, match="give one, or leave layers out"):
+        fk.explain(instruct, TEXT).page(layers=[])
+
+
 def test_a_page_that_would_be_too_large_is_refused_and_a_notebook_shows_the_next_tokens(instruct, monkeypatch):
     view = fk.explain(instruct, TEXT)
+    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"the limit is 0\.0: give a shorter text"):
+        view.page([0])
     monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", 100_000)
     with pytest.raises(ValueError, match=r"takes 0\..* MB, the limit is 0\.1: give fewer layers, or a shorter text"):
         view.page([0, 1, 2, 3, 4, 5])
