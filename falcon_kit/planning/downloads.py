@@ -1,4 +1,4 @@
-"""The disk that a published model's files need.
+"""The disk that the files of a model of the hub need.
 
 Neither torch nor transformers is imported, and nothing is downloaded.
 """
@@ -45,13 +45,14 @@ def disk_shortage(needed: int, free: int) -> str:
 
 
 def disk_for(shape: FalconSpec, here: bool) -> Disk | None:
-    """The disk that a published model needs: on this machine, without the files in its cache; None for other models."""
-    if shape.hub_id is None:
+    """The disk that a model of the hub needs: here, without the files in the cache; None for other models."""
+    repository = shape.hub_id or (shape.name if shape.source.startswith("https://huggingface.co/") else None)
+    if repository is None:
         return None
     if not here:
         return Disk(shape.stored_bytes, None)
     cache = cache_directory()
-    return Disk(max(0, shape.stored_bytes - _cached(cache, shape.hub_id)), free_disk(cache))
+    return Disk(max(0, shape.stored_bytes - _cached(cache, repository)), free_disk(cache))
 
 
 def _cached(cache: Path, repository: str) -> int:

@@ -3,12 +3,9 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.planning.environment import environment
 from falcon_kit.planning.plan import Plan, plan
 
 _TIERS = (
@@ -26,10 +23,6 @@ class Requirements:
 
     plan: Plan
     """The memory of the reader's model on this machine."""
-    download_bytes: int
-    """Weight files that are not on this machine yet."""
-    disk_bytes: int
-    """Free disk space in the download folder."""
     minutes: int
     """The time of the whole notebook on Falconet, with two CPU cores."""
     tiers: tuple[Plan, ...]
@@ -47,11 +40,15 @@ class Requirements:
         yield "download", self._download()
         yield "time", f"about {self.minutes} minutes on Falconet with two CPU cores"
 
+    @property
+    def download_bytes(self) -> int:
+        """Weight files that are not on this machine yet."""
+        return self.plan.disk.bytes if self.plan.disk else 0
+
     def _download(self) -> str:
-        if not self.download_bytes:
+        if self.plan.disk is None or not self.download_bytes:
             return "nothing"
-        fits = "fits" if self.download_bytes <= self.disk_bytes else "does not fit: set HF_HOME to a larger disk"
-        return f"{format_bytes(self.download_bytes)} into {format_bytes(self.disk_bytes)} of free disk: it {fits}"
+        return f"{format_bytes(self.download_bytes)}, {self.plan.disk.reason}"
 
 
 def requirements(name: str | os.PathLike[str], minutes: int, **arguments: Any) -> Requirements:
@@ -59,17 +56,5 @@ def requirements(name: str | os.PathLike[str], minutes: int, **arguments: Any) -
 
     name: as for `fk.plan`. minutes: the time on Falconet. arguments: of `fk.plan`, such as purpose="qlora".
     """
-    here, machine = plan(name, **arguments), environment()
     tiers = tuple(plan(model, devices=devices, **{**arguments, "dtype": dtype}) for model, dtype, devices in _TIERS)
-    missing = _missing_bytes(name, here.spec, machine.cache_directory)
-    return Requirements(here, missing, machine.cache_free_bytes, minutes, tiers)
-
-
-def _missing_bytes(name: str | os.PathLike[str], spec: FalconSpec, cache: Path) -> int:
-    """The bytes of weights that `load` would download: none for a directory, an embedded model or cached files."""
-    repository = spec.hub_id or (spec.name if spec.source.startswith("https://huggingface.co/") else None)
-    if repository is None or Path(name).expanduser().exists():
-        return 0
-    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
-    cached = sum(file.stat().st_size for file in blobs.glob("*") if file.is_file())
-    return max(0, spec.stored_bytes - cached)
+    return Requirements(plan(name, **arguments), minutes, tiers)

@@ -277,8 +277,12 @@ def test_each_process_keeps_half_of_weights_and_cache(together):
     assert parts[0] == parts[1] < 0.51 * memory.weight_bytes(together.spec, "float32")
 
 
-def test_the_settings_of_the_checkpoint_are_those_of_one_process(together, instruct):
-    assert together.generation_settings == instruct.generation_settings
+def test_the_settings_of_the_checkpoint_are_those_of_one_process(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 11, "top_p": 0.5, "max_new_tokens": 3}')
+    with fk.load(tmp_path, tensor_parallel=2) as falcon:
+        assert falcon.generation_settings == {"top_p": 0.5, "max_new_tokens": 3}
 
 
 @pytest.mark.parametrize("method", ["chat", "stream"])

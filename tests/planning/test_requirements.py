@@ -3,16 +3,14 @@
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.planning import requirements as module
+from falcon_kit.planning import downloads
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """An empty download folder with 10 GiB of free disk."""
-    from dataclasses import replace
-
-    here = replace(fk.environment(), cache_directory=tmp_path, cache_free_bytes=10 * 2**30)
-    monkeypatch.setattr(module, "environment", lambda: here)
+    monkeypatch.setattr(downloads, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(downloads, "free_disk", lambda folder: 10 * 2**30)
     return tmp_path
 
 
@@ -26,13 +24,15 @@ def test_an_embedded_model_needs_no_download(machine):
 def test_files_are_compared_with_the_free_disk(machine):
     taken = fk.requirements("tiiuae/falcon-40b-instruct", minutes=5)
     assert taken.download_bytes == 83_671_941_120
-    assert "77.9 GiB into 10.0 GiB of free disk: it does not fit: set HF_HOME" in repr(taken)
+    assert "download: 77.9 GiB, once, to the disk that HF_HOME names: 10.0 GiB free" in repr(taken)
+    assert "Its files take 77.9 GiB of disk, and 10.0 GiB are free" in repr(taken)
+    assert "set HF_HOME" in repr(taken)
 
 
 def test_cached_files_are_not_downloaded_again(machine):
-    blobs = machine / "models--tiiuae--falcon-rw-1b" / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / "shard").write_bytes(b"x" * 1000)
+    snapshot = machine / "models--tiiuae--falcon-rw-1b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"x" * 1000)
     assert fk.requirements("falcon-rw-1b", minutes=5).download_bytes == fk.spec("falcon-rw-1b").stored_bytes - 1000
 
 
