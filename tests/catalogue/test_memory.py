@@ -25,7 +25,9 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self, known):
         super().__init__()
         self.live = self.peak = 0
-        self._storages = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        # Kept alive, so that no new tensor gets the address of a known one that was freed in between.
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._storages = {storage._cdata: 0 for storage in self._known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
