@@ -7,5 +7,6 @@ tensor_parallel.py  one all-reduce per layer for the parallel block
 layers.py           a decoder layer
 losses.py           cross-entropy in chunks of tokens, without all logits in memory
 checks.py           errors for masks, caches and positions that do not fit
+static_cache.py     decoding reads the filled slots of a static cache
 modeling.py         FalconModel and FalconForCausalLM
 """

@@ -43,6 +43,7 @@ from falcon_kit.model.attention import alibi
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
 from falcon_kit.model.losses import language_model_loss
+from falcon_kit.model.static_cache import ReadsFilledSlots
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
@@ -224,7 +225,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         return torch.where(visible, bias, torch.finfo(dtype).min).masked_fill(unseeing, 0), unseeing
 
 
-class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
+class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, stock.FalconForCausalLM):
     """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
