@@ -3,6 +3,7 @@
 The files, in the order of their imports:
 
 attention.py        attention over grouped KV heads, ALiBi, the matmul kernel for a single row on a CPU
+cache.py            a KV cache with room for the next tokens
 tensor_parallel.py  one all-reduce per layer for the parallel block
 layers.py           a decoder layer
 losses.py           cross-entropy in chunks of tokens, without all logits in memory

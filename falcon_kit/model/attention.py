@@ -13,14 +13,15 @@ D head_dim.
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
@@ -156,10 +157,11 @@ ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
 
 
-class _OneDNNSwitch:
-    """Turns oneDNN off until the last of several users has left. The setting belongs to the whole process."""
+class _Switch:
+    """Turns a setting of the whole process off until the last of several users has left."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[], bool], write: Callable[[bool], None]) -> None:
+        self._read, self._write = read, write
         self._lock = threading.Lock()
         self._users = 0
         self._before = True
@@ -167,35 +169,67 @@ class _OneDNNSwitch:
     def enter(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._before = _MKLDNN.enabled
-                _MKLDNN.enabled = False
+                self._before = self._read()
+                self._write(False)
             self._users += 1
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and not _MKLDNN.enabled:  # other code may have turned it on: then it stays on
-                _MKLDNN.enabled = self._before
+            if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
+                self._write(self._before)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context with the setting off. Several threads may enter it at once."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
-_onednn = _OneDNNSwitch()
+def _set_onednn(enabled: bool) -> None:
+    _MKLDNN.enabled = enabled
 
 
-@contextmanager
-def without_onednn() -> Iterator[None]:
+_onednn = _Switch(lambda: bool(_MKLDNN.enabled), _set_onednn)
+_cudnn_attention = _Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
+
+
+def without_onednn() -> AbstractContextManager[None]:
     """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
 
     The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
     after `torch.backends.disable_global_flags`, which locks the setting.
     """
-    if torch.backends.flags_frozen():
-        yield
-        return
-    _onednn.enter()
-    try:
-        yield
-    finally:
-        _onednn.leave()
+    return nullcontext() if torch.backends.flags_frozen() else _onednn.off()
+
+
+def without_cudnn_attention() -> AbstractContextManager[None]:
+    """A context in which scaled_dot_product_attention takes its other kernels, FlashAttention first.
+
+    On Hopper, torch prefers cuDNN, which plans anew for each number of keys. In decoding that is each token: it took 29
+    of the 36 ms of a token of the 7B on an H200 (torch 2.11). A prompt needs one plan, and keeps cuDNN.
+    """
+    return _cudnn_attention.off()
+
+
+def step_kernels(
+    weight: Tensor, tokens: Tensor | None, past: Cache | None, without: bool
+) -> AbstractContextManager[None]:
+    """The context of a step, by the device and dtype of a weight.
+
+    On a CPU, `without_onednn` for one token in 16 bits, if `without`. On CUDA, `without_cudnn_attention` where keys are
+    cached. Otherwise nothing, as in compiled code.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if weight.device.type == "cuda" and past is not None and not past.is_compileable and past.get_seq_length() > 0:
+        return without_cudnn_attention()
+    one = tokens is not None and tokens.numel() == 1
+    on_cpu = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+    return without_onednn() if without and one and on_cpu else nullcontext()
 
 
 def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
