@@ -26,7 +26,7 @@ from transformers import pipeline
 print(pipeline("text-generation", model={_BASE!r})({PROMPT!r}, max_new_tokens=1))
 """,
     "kit": f"""
-from falcon_kit.catalogue.names import embedded_directory
+import falcon_kit as fk
 print(fk.load("falconet").generate({PROMPT!r}, max_new_tokens=1))
 """,
 }

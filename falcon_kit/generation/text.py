@@ -169,10 +169,12 @@ class Generation:
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space
+        drafts = "" if self.accepted is None else f"; {self.accepted} tokens accepted from drafts"
+        facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
         return (
             f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
             f"<b>{html.escape(self.text)}</b></div>"
-            f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
+            f'<div style="opacity:.6;font-size:smaller">{facts}</div>'
         )
 
 

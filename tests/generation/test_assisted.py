@@ -91,8 +91,15 @@ def test_a_model_accepts_all_that_it_drafts_for_itself(instruct, monkeypatch):
     assert [piece.accepted for piece in pieces] == [True] * 20 + [False]  # transformers drafts 20 tokens by default
 
 
+def test_jupyter_shows_the_accepted_tokens_of_a_generation(instruct):
+    answer = instruct.generate(REPEATED, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert f"; {answer.accepted} tokens accepted from drafts" in answer._repr_html_()
+
+
 def test_other_generation_has_no_accepted_tokens(instruct):
-    assert instruct.generate(QUESTION, max_new_tokens=4).accepted is None
+    answer = instruct.generate(QUESTION, max_new_tokens=4)
+    assert answer.accepted is None
+    assert "drafts" not in answer._repr_html_()
     assert not any(piece.accepted for piece in instruct.stream(QUESTION, max_new_tokens=4))
 
 
