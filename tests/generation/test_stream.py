@@ -20,15 +20,6 @@ def long(falcon):
     return falcon.stream(QUESTION, max_new_tokens=1000, temperature=50.0, seed=0, suppress_tokens=[11])
 
 
-@pytest.fixture
-def forwards(instruct):
-    """A list that grows by one at every forward pass of the model."""
-    calls = []
-    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    handle.remove()
-
-
 def test_a_stream_computes_in_the_thread_that_reads_it(instruct):
     threads = []
     handle = instruct.model.register_forward_hook(lambda *_: threads.append(threading.current_thread()))
