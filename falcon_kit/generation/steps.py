@@ -8,27 +8,29 @@ sequences are finished, (B,), or None.
 Shapes: B sequences, T tokens, C tokens of a draft, N new tokens of a step, V vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.candidate_generator import _prepare_attention_mask, _prepare_position_ids
 from transformers.generation.utils import _speculative_sampling
 
 from falcon_kit.generation.decoding import Step
 
 Steps = Generator[Step, Tensor | None, None]
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""transformers' logits processors as one function, of the tokens (B, T) and the logits (B, V)."""
 
 
 @torch.no_grad()
 def token_by_token(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Processor,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     rng: AbstractContextManager[None],
@@ -72,7 +74,7 @@ def _choose(scores: Tensor, config: GenerationConfig) -> Tensor:
 def assisted(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Processor,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     rng: AbstractContextManager[None],
