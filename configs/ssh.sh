@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Fine-tunes a Falcon on several machines that this one reaches by ssh, with eight GPUs each:
+# Fine-tunes a Falcon on several machines with eight GPUs each, which this one reaches by ssh:
 #
 #   configs/ssh.sh "node1 node2" --model tiiuae/falcon-40b --data chats.jsonl --output runs/mine --shard
 #
-# This folder has to be the same on all of them, as on NFS: it holds the environment .venv, the data and the output.
-# After an interruption, the same command resumes the run. Where a machine fails, the processes of the others start again
-# as soon as it is back with its own command, up to three times. GPUS=4 and PORT=29501 replace the numbers below.
+# Call it in the root of the repository, with its environment activated. All machines share both folders under the same
+# paths, such as over NFS. Where one machine fails, all end, and the same command resumes the run. GPUS and PORT replace
+# the numbers below; NCCL_SOCKET_IFNAME, in the environment of each machine, names a network that NCCL does not find.
 set -euo pipefail
 
 read -ra hosts <<< "$1"
 shift
 id=$(date +%s)
+torchrun=$(command -v torchrun)
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # the terminals of -tt end the processes on the other machines
 for host in "${hosts[@]}"; do
-  command=(.venv/bin/torchrun --nnodes "${#hosts[@]}" --nproc-per-node "${GPUS:-8}" --max-restarts 3
-    --rdzv-id "$id" --rdzv-backend c10d --rdzv-endpoint "${hosts[0]}:${PORT:-29500}" configs/tune.py "$@")
-  echo "$host: ${command[*]}"
+  command=("$torchrun" --nnodes "${#hosts[@]}" --nproc-per-node "${GPUS:-8}" --rdzv-id "$id" --rdzv-backend c10d
+    --rdzv-endpoint "${hosts[0]}:${PORT:-29500}" configs/tune.py "$@")
   ssh -tt "$host" "cd $(printf '%q' "$PWD") && $(printf '%q ' "${command[@]}")" < /dev/null &
 done
-trap 'kill $(jobs -p) 2> /dev/null' EXIT # the terminal of -tt takes the remote processes along
 for host in "${hosts[@]}"; do
-  wait -n
+  wait -n # returns the error of the first that fails
 done

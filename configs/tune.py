@@ -22,6 +22,16 @@ import falcon_kit as fk
 @record  # torchrun then reports the process that failed first, with its machine and error
 def main() -> None:
     """Command line: one call of fk.tune."""
+    args = parse()
+    place = {"": "cpu"} if args.shard else None  # in host memory until it is sharded; else on the process's own GPU
+    falcon = fk.load(args.model, dtype=args.dtype, device_map=place)
+    run = fk.tune(falcon, args.data, output_dir=args.output, shard=args.shard, **settings(args.set))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(run)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a Falcon with LoRA.")
     parser.add_argument("--model", required=True, help="a name for fk.load")
     parser.add_argument("--data", required=True, help="a file or folder of dialogues")
@@ -29,12 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help='"nf4-double" is QLoRA (with copies, not with --shard)')
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of fk.Tuning")
-    args = parser.parse_args()
-    place = {"": "cpu"} if args.shard else None  # in host memory until it is sharded; else on the process's own GPU
-    falcon = fk.load(args.model, dtype=args.dtype, device_map=place)
-    run = fk.tune(falcon, args.data, output_dir=args.output, shard=args.shard, **settings(args.set))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(run)
+    return parser.parse_args(arguments)
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:

@@ -63,11 +63,12 @@ def tune(
 
     data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`. output_dir: the folder
     for checkpoints and the adapter; an interrupted run in it is resumed, and its adapter is the same as without the
-    interruption. Unset, it is a folder in ./runs whose name follows from model, data and settings: the same call
-    resumes or returns the finished run, and a call with another setting starts a run of its own. held_out: what to
-    measure with: a share of the documents (of packed data None, and nothing is measured but the loss on web text), or
-    separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False starts over. force:
-    train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
+    interruption (up to rounding with more than two copies, whose gradients DDP adds in another order after a start).
+    Several machines have to share it. Unset, it is a folder in ./runs whose name follows from model, data and settings:
+    the same call resumes or returns the finished run, and a call with another setting starts a run of its own.
+    held_out: what to measure with: a share of the documents (of packed data None, and nothing is measured but the loss
+    on web text), or separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False
+    starts over. force: train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
     `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
@@ -75,8 +76,9 @@ def tune(
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
     adapters already, and for settings that are out of range or differ from those of the run in output_dir,
     NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
-    output_dir, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
-    finished and saved first; a second Ctrl-C interrupts at once.
+    output_dir, and OSError if a checkpoint cannot be saved or processes do not share output_dir; earlier checkpoints
+    stay complete. If one of several processes fails before the training, all raise. After Ctrl-C the step is finished
+    and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):

@@ -18,7 +18,7 @@ from tests.serving.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in configs/ssh.sh
+ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # https://github.com/pytorch/pytorch/issues/135712
 OPTIONS = {"packing": False, "r": 2, "max_steps": 5, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0}
 
 
