@@ -86,10 +86,10 @@ def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The parts by name. Those of `_gpu_parts` import the kit's model as they run."""
+    """The parts by name. Those of `_gpu_parts` and `_gpu_attention` import the kit's model as they run."""
 
-    def of_the_model(name: str, *arguments: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: getattr(import_module("benchmarks._gpu_parts"), name)(settings, *arguments)
+    def of_the_model(name: str, *arguments: Any, file: str = "_gpu_parts") -> Callable[[], dict[str, Any]]:
+        return lambda: getattr(import_module(f"benchmarks.{file}"), name)(settings, *arguments)
 
     return {
         "products against float64": lambda: product_errors(settings.device),
@@ -97,6 +97,7 @@ def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
         "bandwidth, GB/s": of_the_model("bandwidth"),
         "7B, bfloat16": of_the_model("both", settings.seven),
         "slice of the 40B, bfloat16": of_the_model("both", None),
+        "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
         **{f"7B, {dtype}": of_the_model("quantised", settings.seven, dtype) for dtype in ("int4", "nf4", "int8")},
         "attention statistics": of_the_model("statistics_of_attention"),
         **{f"tuning, {dtype}": of_the_model("tuning", dtype) for dtype in ("bfloat16", "nf4", "int4")},

@@ -117,6 +117,15 @@ def test_both_models_of_the_seven_b_are_measured_eager_and_compiled(on_a_cpu):
     assert part["kit"]["prefill"]["cache bytes"] == part["kit"]["prefill"]["planned cache bytes"]
 
 
+def test_every_form_of_a_steps_attention_computes_the_same(on_a_cpu):
+    part = on_a_cpu[-1]["attention of a step"]
+    rows = {size: forms for size, forms in part.items() if not size.startswith("seconds")}
+    assert list(rows) == ["7B, batch 1", "7B, batch 2", "40B, batch 1", "40B, batch 2"]
+    for forms in rows.values():
+        assert len(forms) == 7
+        assert all(form["error"] < 0.01 and form["microseconds"] > 0 for form in forms.values())
+
+
 def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):
     assert 1 < on_a_cpu[-1]["slice of the 40B, bfloat16"]["layers"] < 60
 
