@@ -64,7 +64,7 @@ class RemoteModel:
             settings["stop"] = line_end(task)
 
         def answer(prompts: Sequence[str]) -> list[Any]:
-            asked = [[{"role": "user", "content": prompt}] if is_chat else prompt for prompt in prompts]
+            asked: list[Any] = [[{"role": "user", "content": prompt}] if is_chat else prompt for prompt in prompts]
             return [written(each) for each in self._endpoint.generate_each(asked, **settings)]
 
         return answer

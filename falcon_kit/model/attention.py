@@ -38,14 +38,15 @@ def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Documents | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Fused attention (`scaled_dot_product_attention`), without repeated keys wherever a kernel allows it.
 
-    Returns the output (B, T, H, D) and None. transformers' function repeats keys when compiled or given a mask.
+    attention_mask: a tensor, None, or `Documents`. Returns the output (B, T, H, D) and None. transformers' function
+    repeats keys when compiled or given a mask.
     """
     if isinstance(attention_mask, Documents):
         return packed_attention(query, key, value, attention_mask, scaling), None

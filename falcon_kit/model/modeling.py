@@ -187,9 +187,8 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
                 backend, probabilities, bool(self.config.alibi), documents is not None and len(hidden_states) > 1
             )
         plain = not (probabilities or self.config.alibi)
-        unmasked = documents is not None and attention_mask is None and plain and backend == "sdpa"
-        dropout = self.training and self.config.attention_dropout
-        if unmasked and not dropout and packed.has_kernel(hidden_states):
+        unmasked = plain and attention_mask is None and not (self.training and self.config.attention_dropout)
+        if documents is not None and unmasked and backend == "sdpa" and packed.has_kernel(hidden_states):
             return packed.find_documents(documents), None
         mask: Any = create_causal_mask(
             self.config,

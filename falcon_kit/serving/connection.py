@@ -181,6 +181,15 @@ def check_limits(timeout: float, deadline: float, retries: int, concurrency: int
     )
 
 
+def check_urls(url: str | Sequence[str]) -> list[str]:
+    """The URLs that `connect` is given. Raises ValueError for none, for one that is there twice, or as `check_url`."""
+    urls = [url] if isinstance(url, str) else list(url)
+    require(0 < len(urls) == len(set(urls)), f"give a URL, or different URLs of replicas; got {len(urls)}")
+    for each in urls:
+        check_url(each)
+    return urls
+
+
 def check_url(url: str) -> None:
     """Raises ValueError for what is no URL of an endpoint, without repeating user name, password or query."""
     valid = False

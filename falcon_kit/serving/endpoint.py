@@ -25,7 +25,7 @@ from falcon_kit.serving.connection import (
     Connection,
     check_limits,
     check_token,
-    check_url,
+    check_urls,
     redact_url,
     token_from_environment,
 )
@@ -272,16 +272,17 @@ def connect(
     check_limits(timeout, deadline, retries, concurrency)
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
-    urls = [url] if isinstance(url, str) else list(url)
-    require(0 < len(urls) == len(set(urls)), f"give a URL, or different URLs of replicas; got {len(urls)}")
-    for each in urls:
-        check_url(each)
+    urls = check_urls(url)
     connection = Connection(token or token_from_environment(urls), timeout, retries, deadline)
     check_token(connection.token)
-    discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
-    found = wait_for(gather([partial(retry, each, retries, connection) for each in discoveries], concurrency))
-    server = found[0] if len(found) == 1 else Replicas(found)
-    facts, shape = server.facts, _find_spec(server.facts.model)
+    server = wait_for(_find(urls, model, api, connection, session, concurrency))
+    return _endpoint(server, own_format, context, concurrency, retries)
+
+
+def _endpoint(
+    server: Server, own_format: ChatFormat | None, context: int | None, concurrency: int, retries: int
+) -> Endpoint:
+    connection, facts, shape = server.connection, server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
         server=facts.server,
@@ -294,6 +295,15 @@ def connect(
         _server=server,
         _retries=retries,
     )
+
+
+async def _find(
+    urls: Sequence[str], model: str | None, api: Api | None, connection: Connection, session: Any, concurrency: int
+) -> Server:
+    """The server at the URL, or the replicas at several."""
+    discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
+    found = await gather([partial(retry, each, connection.retries, connection) for each in discoveries], concurrency)
+    return Replicas(found) if len(found) > 1 else found[0]
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
