@@ -67,25 +67,11 @@ def in_parts(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tens
     return (part * weight).sum(dim=2).to(query.dtype)
 
 
-def of_variable_length(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """FlashAttention for rows of different lengths, which are read from the GPU: each group is a row of its own."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, groups, heads, width = query.shape
-    slots, device = key.shape[2], query.device
-    used = visible.sum(dim=-1, dtype=torch.int32).expand(batch, groups, 1).flatten()
-    queries = torch.arange(batch * groups + 1, dtype=torch.int32, device=device)
-    rows = query.reshape(-1, heads, width)
-    keys, values = (each.reshape(-1, 1, width) for each in (key, value))
-    output = varlen_attn(rows, keys, values, queries, queries * slots, 1, slots, enable_gqa=True, seqused_k=used)
-    return torch.as_tensor(output).view(batch, groups, heads, width)
-
-
 def forms(settings: Settings) -> dict[str, Callable[..., Tensor]]:
     """The forms by name; the first is what the others are compared with."""
 
     def compiled(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        backend = settings.compiled.backend
+        backend = settings.compiled["kit"].backend
         return torch.compile(form, fullgraph=True, dynamic=False, backend=backend)
 
     eager = {
@@ -95,8 +81,6 @@ def forms(settings: Settings) -> dict[str, Callable[..., Tensor]]:
         f"fused, mask, {_PARTS} parts": in_parts,
         "fused, mask, keys repeated": repeated,
     }
-    if settings.device.type == "cuda":
-        eager["variable length"] = of_variable_length
     if not settings.compiled:
         return eager
     return eager | {

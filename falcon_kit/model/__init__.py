@@ -2,6 +2,7 @@
 
 The files, in the order of their imports:
 
+packed.py           attention within packed documents, without a mask
 attention.py        attention over grouped KV heads, ALiBi, the matmul kernel for a single row on a CPU
 cache.py            a KV cache with room for the next tokens
 tensor_parallel.py  one all-reduce per layer for the parallel block

@@ -25,6 +25,7 @@ from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.model.packed import Documents, packed_attention
 
 _MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
 _SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
@@ -37,15 +38,18 @@ def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Fused attention (`scaled_dot_product_attention`), without repeated keys wherever a kernel allows it.
 
-    Returns the output (B, T, H, D) and None. transformers' function repeats keys when compiled or given a mask.
+    attention_mask: a tensor, None, or `Documents`. Returns the output (B, T, H, D) and None. transformers' function
+    repeats keys when compiled or given a mask.
     """
+    if isinstance(attention_mask, Documents):
+        return packed_attention(query, key, value, attention_mask, scaling), None
     batch, heads, time, width = query.shape
     grouped = heads != key.shape[1]
     if attention_mask is not None:  # a static cache is longer than the slots to read

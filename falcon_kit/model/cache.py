@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMixin
 
 ROOM = 64
 """Tokens that a full layer makes room for: the most that a cache keeps unused."""
@@ -37,6 +36,9 @@ class _Buffer:
 
 class GrowingLayer(DynamicLayer):
     """transformers' DynamicLayer, which writes the tokens of a decoding step in place."""
+
+    keys: Any  # tensors once there are some
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +90,11 @@ def with_room(cache: Cache) -> Cache:
 class MakesRoom(GenerationMixin):
     """A model whose dynamic caches, in `generate`, have room for the next tokens."""
 
-    def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *rest: Any) -> Any:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *rest: Any) -> Any:
         """As in transformers. A cache of the caller and an offloaded one stay as they are."""
         given = model_kwargs.get("past_key_values")
-        GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *rest)
+        stock: Any = super()  # transformers misdeclares its self
+        stock._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             with_room(cache)

@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model import attention
+from falcon_kit.model import attention, packed
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.cache import MakesRoom, with_room
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
@@ -176,9 +176,9 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         probabilities: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities; and with
-        ALiBi the queries that see no key (B, 1, T, 1)."""
+    ) -> tuple[Tensor | packed.Documents | None, Tensor | None]:
+        """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities, the
+        documents where a kernel takes them; and with ALiBi the queries that see no key (B, 1, T, 1)."""
         documents = None
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
@@ -186,13 +186,17 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             check_backend(
                 backend, probabilities, bool(self.config.alibi), documents is not None and len(hidden_states) > 1
             )
+        plain = not (probabilities or self.config.alibi)
+        unmasked = plain and attention_mask is None and not (self.training and self.config.attention_dropout)
+        if documents is not None and unmasked and backend == "sdpa" and packed.has_kernel(hidden_states):
+            return packed.find_documents(documents), None
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,
             attention_mask,
             past,
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
-            allow_is_causal_skip=not (probabilities or self.config.alibi),
+            allow_is_causal_skip=plain,
         )
         if self.tp_mesh is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, self._heads]  # a mask per query head: this rank's heads

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache
-from transformers.generation import GenerationMixin
+from transformers import Cache, GenerationMixin
 
 from falcon_kit.model.attention import ATTENTION
 
@@ -29,7 +28,9 @@ def slots_read(length: int, slots: int) -> int:
 class ReadsFilledSlots(GenerationMixin):
     """A model whose masks, in `generate` with a static cache, are as long as the slots to read."""
 
-    def prepare_inputs_for_generation(
+    config: Any
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -43,7 +44,8 @@ class ReadsFilledSlots(GenerationMixin):
         if read and attention_mask is not None and next_sequence_length == 1:
             # A new token sees all tokens before it; transformers' mask for any causal attention takes many kernels.
             attention_mask = pad(attention_mask.bool()[:, None, None], (0, read - attention_mask.shape[1]))
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        stock: Any = super()  # transformers misdeclares its self
+        inputs: dict[str, Any] = stock.prepare_inputs_for_generation(
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
         if read and (mask := inputs.get("attention_mask")) is not None:
