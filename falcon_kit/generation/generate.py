@@ -148,7 +148,7 @@ class _GenerateTask(GenerationTask):
         step, streamer = next(steps), self.options.get("streamer")
         while True:
             if streamer is not None:
-                streamer.put(step.tokens[0].cpu())
+                streamer.put(step.tokens.flatten().cpu())
             yield from batch.read(step)
             if batch.ended:
                 break
