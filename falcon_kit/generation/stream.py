@@ -5,6 +5,8 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 from falcon_kit.generation.text import Generation, Piece
 
@@ -40,7 +42,7 @@ class Stream(Iterator[Piece]):
 
     def __init__(self, task: GenerationTask) -> None:
         self._task, self._pieces, self._read_lock = task, task.pieces(), threading.RLock()
-        weakref.finalize(self, _stop, task, self._pieces)
+        weakref.finalize(self, _stop, task, self._pieces, self._read_lock)
 
     def __next__(self) -> Piece:
         with self._read_lock:
@@ -51,10 +53,8 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
-        self._task.cancelled.set()  # before the lock: a thread that reads releases it after at most one token
-        with self._read_lock:
-            _stop(self._task, self._pieces)
-            self._task.generations = self._task.generations or [self._task.nothing()]
+        _stop(self._task, self._pieces, self._read_lock)
+        self._task.generations = self._task.generations or [self._task.nothing()]
 
     @property
     def generation(self) -> Generation:
@@ -64,10 +64,14 @@ class Stream(Iterator[Piece]):
         return self._task.generations[0]
 
 
-def _stop(task: GenerationTask, pieces: Generator[Piece]) -> None:
-    """Cancels a task. One that has begun runs to its end, which it reaches without a further token."""
-    task.cancelled.set()
-    if inspect.getgeneratorstate(pieces) == inspect.GEN_CREATED:
-        pieces.close()
-    for _ in pieces:
-        pass
+def _stop(task: GenerationTask, pieces: Generator[Piece], read_lock: AbstractContextManager[Any]) -> None:
+    """Cancels a task. One that has begun runs to its end, which it reaches without a further token.
+
+    It also runs before the interpreter shuts down: a thread that reads must not be inside torch then.
+    """
+    task.cancelled.set()  # before the lock: a thread that reads releases it after at most one token
+    with read_lock:
+        if inspect.getgeneratorstate(pieces) == inspect.GEN_CREATED:
+            pieces.close()
+        for _ in pieces:
+            pass

@@ -31,7 +31,7 @@ def test_a_stream_computes_in_the_thread_that_reads_it(instruct):
     reader.join()
     handle.remove()
     assert threads == [threading.current_thread(), *[reader] * 3]
-    assert threading.enumerate() == before
+    assert [each for each in threading.enumerate() if each not in before] == []
 
 
 def test_the_reader_of_a_stream_keeps_its_own_modes_of_torch(instruct):
@@ -158,6 +158,21 @@ except KeyboardInterrupt:
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout == "interrupted\n"
+
+
+def test_a_program_ends_while_a_thread_of_it_reads_a_stream():
+    program = """
+import threading
+import time
+import falcon_kit as fk
+pieces = fk.load().stream("Hello", max_new_tokens=1000, temperature=50.0, suppress_tokens=[11])
+begun = threading.Event()
+pieces._task.model.register_forward_hook(lambda *_: begun.set() or time.sleep(0.2))
+threading.Thread(target=list, args=[pieces], daemon=True).start()
+begun.wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stderr == ""
 
 
 def test_an_error_in_the_model_reaches_whoever_reads_the_stream(instruct):
