@@ -28,7 +28,7 @@ class Price:
     """What one hour of a machine costs on demand, as one source published it."""
 
     offer: str
-    """What is sold at this price: the region, or the instance of EC2 that SageMaker's type is named after."""
+    """What is sold at this price: the service, or the instance of EC2 that SageMaker's type is named after."""
     usd_per_hour: float
     """US dollars."""
     as_of: str
@@ -43,6 +43,16 @@ class Price:
 
 _PRICES = {name: Price(**each) for name, each in _DATA["prices"].items()}
 """By the name of the machine; one without a dated source has none."""
+_RENTALS: dict[str, Any] = _DATA["rentals"]
+"""The prices of one service for GPUs by kind and number; the lower one where it offers those of two clouds."""
+RENTED_FROM = f"{_RENTALS['offer']} on {_RENTALS['as_of']}"
+"""The service of `rental`, with the day on which its prices were read."""
+
+
+def rental(count: int, gpu: str) -> Price | None:
+    """What `count` GPUs of a kind of `GPUS` cost where a service lists them; None for others."""
+    usd = _RENTALS["usd_per_hour"].get(gpu, {}).get(str(count))
+    return None if usd is None else Price(_RENTALS["offer"], usd, _RENTALS["as_of"], _RENTALS["source"])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_devices, resolve_devices
 from falcon_kit.planning.environment import Accelerator, environment
-from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report
+from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report, rental
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,14 @@ def test_a_price_has_its_date_and_its_source(machine):
     assert machine.price.source.startswith("https://")
     assert 0.1 < machine.price.usd_per_hour / machine.count < 20
     assert machine.price.as_of in str(machine.price)
+
+
+def test_more_gpus_of_a_kind_cost_more_an_hour():
+    for gpu in GPUS:
+        prices = [price.usd_per_hour for count in range(1, 9) if (price := rental(count, gpu))]
+        assert prices == sorted(set(prices))
+    assert rental(2, "A100-80GB").usd_per_hour == 5
+    assert (rental(3, "T4"), rental(1, "V100-16GB")) == (None, None)
 
 
 def test_every_price_is_that_of_a_machine():
