@@ -163,7 +163,7 @@ def _guardrails_note(answer: Answer) -> str:
     """A comment, if guardrails ended the answer: they are objects or functions, which code cannot repeat."""
     if answer.ending != "refused":
         return ""
-    return f"# Guardrails refused this answer: {answer.reason!r}. Give them as guardrails=fk.guardrails(...)\n"
+    return f"# Guardrails refused this answer: {answer.reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n"
 
 
 def _literal(prompt: str | list[Message]) -> str:

@@ -205,6 +205,6 @@ def test_copied_code_of_a_refused_answer_names_the_guardrails_and_runs_nothing_o
     answer = Answer("falconet", "fk.load('falconet')", "Hello", {}, ending="refused", reason=reason)
     turn = Turn("1", "prompt", "Hello", (answer,))
     code = files.as_code(turn)
-    assert f"\n# Guardrails refused this answer: {reason!r}. Give them as guardrails=fk.guardrails(...)\n" in code
+    assert f"\n# Guardrails refused this answer: {reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n" in code
     unguarded = files.as_code(replace(turn, answers=(replace(answer, ending="eos"),)))
     assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(unguarded))
