@@ -16,9 +16,9 @@ from tempfile import mkdtemp
 from typing import IO, cast
 
 import httpx2
-from tqdm.auto import tqdm
 
 from falcon_kit.display.errors import check_whole, printable
+from falcon_kit.display.live import Waiting
 
 _POLL_SECONDS = 0.1
 _SHOWN_AFTER = 2.0  # seconds: a server that is ready earlier shows no progress
@@ -87,10 +87,9 @@ class LocalProcess:
         Raises ServerDied if the server ends before, and TimeoutError after `seconds`.
         """
         begin = time.monotonic()
-        layout = "{desc} {elapsed}{postfix}"
         with (
             httpx2.Client(timeout=1.0, trust_env=False) as client,
-            tqdm(desc=f"{name} starts", bar_format=layout, delay=_SHOWN_AFTER, leave=False) as bar,
+            Waiting(f"{name} starts", _SHOWN_AFTER) as line,
         ):
             while not _responds(client, url):
                 self.check()
@@ -99,8 +98,7 @@ class LocalProcess:
                         f"{name} is not ready after {seconds:g} s, and was ended: give a longer timeout=. Its last "
                         f"line is {self._last_line()!r}"
                     )
-                bar.set_postfix_str(self._last_line(), refresh=False)
-                bar.update()
+                line.update(self._last_line())
                 time.sleep(_POLL_SECONDS)
 
     def _last_line(self) -> str:

@@ -159,6 +159,19 @@ def test_a_server_without_a_key_is_for_its_own_machine_only():
     assert "FALCON_KIT_TOKEN" not in command
 
 
+def test_threads_of_llama_cpp_sleep_while_they_wait_unless_the_user_chose(monkeypatch):
+    job = Job(LLAMA_CPP, "falcon.gguf", "falcon", "float32", 2048, 8, 0)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert job.environment("key")["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert job.environment("key")["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_vllm_on_a_cpu_gets_room_for_the_keys_and_values_of_all_texts():
+    job = Job(VLLM, "falcon", "falcon", "float32", 2048, 8, kv_bytes=2**30 + 1)
+    assert job.environment("key")["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
 # What is served
 
 
@@ -214,8 +227,9 @@ def test_the_time_and_the_last_line_of_the_log_are_shown_and_removed(engine, mon
     monkeypatch.setattr(local_process, "_SHOWN_AFTER", 0.0)
     with fk.serve("falconet", engine(says="loading shard 3 of 9", loads=1).program):
         shown = capsys.readouterr().err
-    assert re.search(r"vLLM starts 00:0\d, loading shard 3 of 9", shown)
-    assert shown.rpartition("\r")[0].endswith(" ")
+    lines = shown.split("\r")
+    assert re.fullmatch(r"vLLM starts: \d s, loading shard 3 of 9", lines[-4].rstrip())
+    assert [line.strip() for line in lines[-3:]] == ["", "", ""]
 
 
 def test_a_server_that_is_soon_ready_shows_nothing(engine, capsys):
