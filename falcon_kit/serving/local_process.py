@@ -48,7 +48,7 @@ class LocalProcess:
             text=True,
             start_new_session=True,  # Ctrl-C reaches only this process
         )
-        self._end = weakref.finalize(self, _end, self._supervisor, self.folder)
+        self._end = weakref.finalize(self, _end, self._supervisor, self.folder, os.getpid())
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Starts the server. The environment is passed by a pipe, so that a key in it is in no command line."""
@@ -128,10 +128,14 @@ def _cause(ended: str) -> str:
     return f"was killed by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
 
 
-def _end(supervisor: subprocess.Popen[str], folder: Path) -> None:
+def _end(supervisor: subprocess.Popen[str], folder: Path, owner: int) -> None:
     """Lets the supervisor end the server; what is left of its group of processes afterwards is killed here."""
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
     with suppress(OSError):
         cast(IO[str], supervisor.stdin).close()
+    if os.name == "posix":
+        supervisor.terminate()  # a fork may hold the pipe open
     try:
         supervisor.wait(_CLOSE_SECONDS)
     except subprocess.TimeoutExpired:

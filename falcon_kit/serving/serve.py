@@ -83,8 +83,9 @@ class Served(Endpoint):
         return super().__repr__().replace("Endpoint", "Served", 1) + (f", which {ended}" if ended else "")
 
     def _facts(self) -> dict[str, str]:
-        note = {"files": self.files.note} if self.files.note else {}
-        return super()._facts() | note | {"memory": self.plan.verdict(), "on a machine of its own": self.command}
+        files = {"files": self.files.note, "made by": self.files.again} if self.files.again else {}
+        state = {"state": self._process.ended or "running", "memory": self.plan.verdict()}
+        return super()._facts() | state | files | {"on a machine of its own": self.command.splitlines()[-1]}
 
 
 def serve(

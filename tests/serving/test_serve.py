@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -86,6 +87,7 @@ def test_a_server_is_an_endpoint_until_its_block_ends(engine):
         assert stand_in.seen["arguments"][:2] == ["serve", str(embedded_directory("falconet"))]
     assert stand_in.is_gone()
     assert repr(served).endswith("which was closed")
+    assert "was closed" in served._repr_html_()
     served.close()
 
 
@@ -184,10 +186,14 @@ def test_a_falcon_is_served_with_the_weights_that_it_has_in_memory(engine, tmp_p
     assert copy.model.transformer.ln_f.weight[0] == falcon.model.transformer.ln_f.weight[0]
 
 
-def test_an_adapter_is_merged_first(engine, instruct, tmp_path):
-    with fk.serve("falconet-instruct", engine().program) as served:
+@pytest.mark.parametrize(
+    "model", ["falconet-instruct", SimpleNamespace(adapter=embedded_directory("falconet-instruct"))]
+)
+def test_an_adapter_is_merged_first_by_name_or_as_the_run_that_made_it(engine, instruct, tmp_path, model):
+    with fk.serve(model, engine().program) as served:
         copy = fk.load(shutil.copytree(served.files.path, tmp_path / "copy"), dtype="float32")
-        assert served.command.splitlines()[0] == "# fk.merge('falconet-instruct', output_dir='falconet-instruct')"
+        name = getattr(model, "adapter", model)
+        assert served.command.splitlines()[0] == f"# fk.merge({str(name)!r}, output_dir='falconet-instruct')"
     assert copy.chat(QUESTION).text == instruct.chat(QUESTION).text
 
 
@@ -302,6 +308,31 @@ def test_a_server_whose_supervisor_was_killed_is_ended(engine):
     served._process._supervisor.kill()
     served.close()
     assert stand_in.is_gone()
+
+
+def fork(work):
+    """The id of a fork of this process, which does the work and ends."""
+    if not (child := os.fork()):
+        work()
+        os._exit(0)
+    return child
+
+
+def test_a_fork_of_this_process_does_not_end_the_server(engine):
+    with fk.serve("falconet", engine().program) as served:
+        os.waitpid(fork(served.close), 0)
+        assert served.generate("Hi", max_new_tokens=1).text == "Hello"
+
+
+def test_a_fork_of_this_process_does_not_keep_the_server(engine):
+    stand_in = engine()
+    served = fk.serve("falconet", stand_in.program)
+    child = fork(lambda: time.sleep(60))
+    served.close()
+    assert stand_in.is_gone()
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 KERNEL = """
@@ -445,7 +476,7 @@ def test_the_plan_decides_over_how_many_gpus(name, machine, gpus, expected, monk
     monkeypatch.setattr(serving, "resolve_devices", lambda _: resolve_devices(machine))
     monkeypatch.setattr(serving, "_free_share", lambda _: 0.95)
     source = Source(name, fk.spec(name), "bfloat16", None)
-    planned = serving._plan(source, VLLM, "bfloat16", 2048, 1, gpus)
+    planned = serving._plan(source, VLLM, "bfloat16", 2048, 8, gpus)
     job = serving._job(source, VLLM, "bfloat16", planned, Files(Path("x"), "", "", None), 8000, ())
     line = " ".join(job.arguments)
     assert expected in line
