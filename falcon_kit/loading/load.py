@@ -111,7 +111,7 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found, settings.offload)
-    dtype, reason = _choose_dtype(settings.dtype_name, found.config, found.spec)
+    dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,
@@ -128,7 +128,7 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
     return planned, reason
 
 
-def _choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
     """The name of the dtype to load in, and the reason."""
     if quantised := stored_quantisation(config):
         if wanted not in (None, quantised):
