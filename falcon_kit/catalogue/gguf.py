@@ -91,8 +91,8 @@ def gguf_file(path: str | os.PathLike[str]) -> GGUFFile:
         metadata, tensors = read_header(path)
     if (architecture := metadata.get("general.architecture")) != "falcon":
         raise ValueError(
-            f"{path} is a GGUF file of the architecture {shown(architecture)}, not of a Falcon: give a Falcon's, or use "
-            "llama.cpp"
+            f"{path} is a GGUF file of the architecture {shown(architecture)}, not of a Falcon: give a Falcon's, or "
+            "run it with llama.cpp"
         )
     with named_errors(path, "get it from another source, or export it again with fk.export_gguf"):
         config = _config(metadata, tensors)
@@ -123,7 +123,9 @@ def stored_names(spec: FalconSpec) -> dict[str, str]:
     norms = _NORMS[spec.norms_per_block].items()
     module = {f"{ours}.{side}": f"{theirs}.{side}" for ours, theirs in norms for side in ("weight", "bias")}
     for layer in range(spec.layers):
-        names |= {f"transformer.h.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in (module | _LINEAR).items()}
+        names |= {
+            f"transformer.h.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in (module | _LINEAR).items()
+        }
     return names
 
 
@@ -209,7 +211,8 @@ def _number(metadata: Mapping[str, Any], key: str, default: float) -> float:
 def _check_tensors(spec: FalconSpec, tensors: Mapping[str, Stored]) -> None:
     """Raises ValueError unless the file has exactly the tensors of a Falcon of this shape."""
     require(
-        spec.layers <= len(tensors), f"its metadata state {spec.layers} layers, and it has {len(tensors)} tensors in all"
+        spec.layers <= len(tensors),
+        f"its metadata state {spec.layers} layers, and it has {len(tensors)} tensors in all",
     )
     expected = stored_shapes(spec)
     for name, shape in expected.items():

@@ -55,14 +55,11 @@ class _Header:
     """Reads a file from its start, and never more than is left of it."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
-
-    @property
-    def position(self) -> int:
-        return self.file.tell()
+        self.file, self.size, self.position = file, size, 0
 
     def take(self, count: int) -> bytes:
-        require(count <= self.size - self.position, "it ends inside its header")
+        self.position += count
+        require(self.position <= self.size, "it ends inside its header")
         return self.file.read(count)
 
     def numbers(self, codes: str) -> tuple[Any, ...]:

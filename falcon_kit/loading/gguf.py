@@ -156,7 +156,8 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             f"its tokenizer does not have the {file.spec.vocabulary} tokens of the model",
         )
         backend = Tokenizer.from_str(json.dumps(_tokenizer_json(tokens, stored)))
-        special = {f"{name}_token": tokens[ids[f"{name}_token_id"]] for name in _NAMED if f"{name}_token_id" in ids}
+        special = {"eos_token": "<|endoftext|>"}
+        special |= {f"{name}_token": tokens[ids[f"{name}_token_id"]] for name in _NAMED if f"{name}_token_id" in ids}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             model_input_names=["input_ids", "attention_mask"],

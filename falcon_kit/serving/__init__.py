@@ -13,5 +13,7 @@ sagemaker.py   SageMaker endpoints (no torch)
 endpoint.py    connect(): generate, stream and chat over an endpoint (no torch)
 tgi_server.py  a server of TGI's protocol on loopback, to try a client
 deployment.py  settings of vLLM and of SageMaker's containers (no torch)
+ggml.py        llama.cpp's own quantiser (no torch)
+gguf_kinds.py  the kinds of a quantised GGUF file, as llama-quantize chooses them (no torch)
 gguf.py        export_gguf(): one file for llama.cpp
 """

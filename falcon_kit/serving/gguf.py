@@ -178,7 +178,10 @@ def _write_tensors(
 
 
 def _to_bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> Array:
-    """A weight as the file stores it, converted some rows at a time. numpy has no bfloat16, which is passed as bytes."""
+    """A weight as the file stores it, converted some rows at a time.
+
+    bfloat16 is passed as bytes, since numpy has no such dtype.
+    """
     if kind == GGMLQuantizationType.BF16:
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     if weight.ndim == 1 or kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):

@@ -52,12 +52,8 @@ _QKV: dict[str, _Choice] = {
 """The fused queries, keys and values, where a mixture has another kind for them."""
 _DOWN: dict[str, _Choice] = {
     "q2_k": lambda _, __: Q3_K,
-    "q3_k_m": lambda layer, spec: (
-        Q5_K if layer < spec.layers // 16 else Q4_K if _more_bits(layer, spec) else Q3_K
-    ),
-    "q4_k_m": lambda layer, spec: (
-        Q6_K if layer < spec.layers // 16 else Q5_K if _more_bits(layer, spec) else Q4_K
-    ),
+    "q3_k_m": lambda layer, spec: Q5_K if layer < spec.layers // 16 else Q4_K if _more_bits(layer, spec) else Q3_K,
+    "q4_k_m": lambda layer, spec: Q6_K if layer < spec.layers // 16 else Q5_K if _more_bits(layer, spec) else Q4_K,
     "q5_k_m": lambda layer, spec: Q6_K if _more_bits(layer, spec) else Q5_K,
 }
 """The second matrix of the MLP."""
