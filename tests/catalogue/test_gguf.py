@@ -119,7 +119,7 @@ REFUSED = {
     ),
     "a missing key": ({"block_count": None}, "its metadata lack falcon.block_count"),
     "more layers": ({"block_count": 3}, "it lacks the tensor blk.2.attn_norm.weight"),
-    "2**31 - 1 layers": ({"block_count": 2**31 - 1}, "its metadata state 2147483647 layers, and it has 18 tensors"),
+    "2**31 - 1 layers": ({"block_count": 2**31 - 1}, "its metadata state 2147483647 layers, and it has 19 tensors"),
     "fewer layers": ({"block_count": 1}, "it has 8 tensors that no Falcon of llama.cpp has, such as .*blk.1"),
     "another width": (
         {"embedding_length": 512},
