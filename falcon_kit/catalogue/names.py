@@ -102,10 +102,10 @@ def _hub_spec(name: str, seen: tuple[str, ...]) -> FalconSpec:
 
 def check_directory(name: str) -> None:
     """Raises FileNotFoundError for a name that is a path, not a hub id, where it does not exist."""
-    if name.lower().endswith((".json", ".gguf")):
-        raise FileNotFoundError(
-            f"there is no file {name}: give a config.json, its directory, a .gguf file, or a model's name"
-        )
+    if name.lower().endswith(".gguf"):
+        raise FileNotFoundError(f"there is no file {name}: give the path of a .gguf file, or a model's name")
+    if name.endswith(".json"):
+        raise FileNotFoundError(f"there is no file {name}: give a config.json, its directory, or a model's name")
     if name.startswith(("/", ".", "~", "runs/")) or "\\" in name or ("/" in name and not _HUB_ID.fullmatch(name)):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
 

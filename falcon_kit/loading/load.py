@@ -64,9 +64,7 @@ def load(
     tensor_parallel: int | None = None,
     **others: Any,
 ) -> Falcon:
-    """Loads a Falcon by name of `fk.catalogue()`, hub id, directory or .gguf file; for an adapter, its base with it.
-
-    The weights of a GGUF file are dequantised to `dtype`, and so take more memory than the file.
+    """Loads a Falcon by name, hub id, directory or .gguf file (dequantised); for an adapter, its base with it added.
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
     "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
