@@ -3,18 +3,19 @@
 transformers reads such files too (`gguf_file=`), but of Falcons only the 7B: it leaves the fused projection of the 40B
 as llama.cpp keeps it, takes the embedding for the head where the file has a head of its own, and cuts numbers into
 other tokens than Falcon's tokenizer does.
+
+The package gguf is imported when such a file is loaded: `fk.load` of other models starts without it.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -76,23 +77,18 @@ class LazyWeight:
     """The shape of the model, for a fused projection."""
 
     def __getitem__(self, index: Any) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
         values = torch.empty(self.stored.shape, dtype=self.dtype)
         rows, kind = values.view(-1, self.stored.shape[-1]), GGMLQuantizationType[self.stored.kind]
+        data = self.data.reshape(len(rows), -1)
 
         def dequantise(part: slice) -> None:
-            rows[part] = torch.from_numpy(np.array(gguf.quants.dequantize(self._rows(kind)[part], kind)))
+            rows[part] = torch.from_numpy(np.array(dequantize(data[part], kind)))
 
         in_slabs(dequantise, *rows.shape)
         return (values if self.fused is None else grouped(values, self.fused))[index]
-
-    def _rows(self, kind: GGMLQuantizationType) -> Any:
-        """The bytes as rows, in the type that gguf's `dequantize` takes."""
-        types = {"F32": np.float32, "F16": np.float16}
-        columns = self.stored.shape[-1]
-        if kind.name in types:
-            return self.data.view(types[kind.name]).reshape(-1, columns)
-        values, size = GGML_QUANT_SIZES[kind]
-        return self.data.reshape(-1, columns // values * size)
 
     def get_shape(self) -> list[int]:
         """The same as a safetensors slice returns."""
@@ -116,21 +112,18 @@ def lazy_weights(file: GGUFFile, dtype: torch.dtype) -> dict[str, LazyWeight]:
 
 def check_kinds(file: GGUFFile) -> None:
     """Raises ValueError for a kind that gguf cannot dequantise, such as whole numbers, before a weight is read."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
     for name in file.kinds:
         kind = GGMLQuantizationType[name]
         try:
-            gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             raise ValueError(
-                f"{file.path} has tensors of the kind {name}, which the package gguf {_version()} cannot dequantise: "
+                f"{file.path} has tensors of the kind {name}, which gguf {version('gguf')} cannot dequantise: "
                 "get the file in another kind, such as Q4_K_M, or use llama.cpp"
             ) from None
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")
 
 
 # Tokenizer
@@ -176,6 +169,8 @@ _NAMED = ("bos", "eos", "pad")
 
 def _tokenizer_json(tokens: list[str], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer.json of byte-level BPE, as the published Falcons have it."""
+    from gguf import TokenType
+
     types, merges = stored["ggml.token_type"], stored["ggml.merges"]
     require(len(types) == len(tokens), f"it has {len(tokens)} tokens, and types for {len(types)}")
     require(all(is_whole(each, 0) for each in types), "the types of its tokens are not whole numbers")

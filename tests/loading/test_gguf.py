@@ -223,7 +223,7 @@ def test_a_kind_that_cannot_be_dequantised_is_refused_before_loading(tokenizer, 
     content = path.read_bytes()
     at = content.index(b"blk.0.attn_norm.bias") + len(b"blk.0.attn_norm.bias") + 4 + 8
     path.write_bytes(content[:at] + (26).to_bytes(4, "little") + content[at + 4 :])  # I32
-    with pytest.raises(ValueError, match=r"small.gguf has tensors of the kind I32, which the package gguf .* cannot"):
+    with pytest.raises(ValueError, match=r"small.gguf has tensors of the kind I32, which gguf .* cannot"):
         fk.load(path)
 
 
