@@ -304,7 +304,7 @@ TABLE = {
 """The public functions and methods that take a Falcon, and what each is compared by."""
 WITHOUT_A_FALCON = {
     *("catalogue", "chat_format", "connect", "dialogues", "environment", "guardrails", "load", "mix", "plan"),
-    *("published_tokens", "sample_texts", "spec", "check", "requirements"),
+    *("published_tokens", "sample_texts", "spec", "check", "requirements", "gguf_file"),
 }
 CASES = [case for cases in TABLE.values() for case in cases]
 RANDOM = {sampled, sequences, stream}
