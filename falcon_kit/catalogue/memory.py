@@ -23,6 +23,9 @@ _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-l
 INT4_GROUP = 64
 """Values per scale and zero of int4: it divides the channels of every published Falcon."""
 
+SLAB = 2**20
+"""Weights that a CPU multiplies at once, see `model/products.py`: 4 MiB in float32, which stay in a core's cache."""
+
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
     """(out, in) of the four linear layers of a decoder layer: fused QKV, attention output, MLP up and MLP down."""

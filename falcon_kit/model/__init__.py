@@ -2,7 +2,8 @@
 
 The files, in the order of their imports:
 
-attention.py        attention over grouped KV heads, ALiBi, the matmul kernel for a single row on a CPU
+products.py         how a CPU multiplies by a weight matrix: in slabs, or a single row without oneDNN
+attention.py        attention over grouped KV heads, ALiBi
 tensor_parallel.py  one all-reduce per layer for the parallel block
 layers.py           a decoder layer
 losses.py           cross-entropy in chunks of tokens, without all logits in memory

@@ -1,20 +1,10 @@
-"""Attention over grouped KV heads, and the choice of the matmul kernel for a single row on a CPU.
-
-**Attention.** In decoding, the queries that share a KV head become the rows of one attention, so each key is read once.
-
-**Single rows.** A decoding step of one text multiplies one row by every weight matrix, so reading the weights limits
-its speed. oneDNN, torch's default on CPUs, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit
-weights faster for a single row. `faster_without_onednn` measures both kernels.
+"""Attention over grouped KV heads: in decoding, the queries that share a KV head become the rows of one attention, so
+each key is read once.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
 """
 
-import statistics
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -24,11 +14,6 @@ from torch.nn import functional
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
-
-_MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
-_SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
-_ROUNDS = 5
-_MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
 
 
 def fused_attention(
@@ -117,85 +102,6 @@ def eager_attention(
 
 ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
-
-
-class _OneDNNSwitch:
-    """Turns oneDNN off until the last of several users has left. The setting belongs to the whole process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before = True
-
-    def enter(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = _MKLDNN.enabled
-                _MKLDNN.enabled = False
-            self._users += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and not _MKLDNN.enabled:  # other code may have turned it on: then it stays on
-                _MKLDNN.enabled = self._before
-
-
-_onednn = _OneDNNSwitch()
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
-
-    The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
-    after `torch.backends.disable_global_flags`, which locks the setting.
-    """
-    if torch.backends.flags_frozen():
-        yield
-        return
-    _onednn.enter()
-    try:
-        yield
-    finally:
-        _onednn.leave()
-
-
-def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
-    """Whether torch's own kernel multiplies one row by these weights at least 10% faster than oneDNN.
-
-    `weights`: matrices (out, in). Only 16-bit weights on a CPU are timed, about 128 MiB of them, in about 0.1 seconds;
-    without any, returns False. The kernels alternate, and their median times are compared.
-    """
-    sample = _sample(weights)
-    if not sample or not _MKLDNN.is_available():
-        return False
-    with torch.inference_mode():
-        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
-        onednn, own = [], []
-        for _ in range(_ROUNDS):
-            onednn.append(_seconds(rows, sample))
-            with without_onednn():
-                own.append(_seconds(rows, sample))
-    return statistics.median(own) < _MARGIN * statistics.median(onednn)
-
-
-def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The first 16-bit weights on a CPU, up to about `_SAMPLE` bytes."""
-    sample: list[Tensor] = []
-    for weight in weights:
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-            sample.append(weight)
-            if sum(each.nbytes for each in sample) >= _SAMPLE:
-                break
-    return sample
-
-
-def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for row, weight in zip(rows, weights, strict=True):
-        functional.linear(row, weight)
-    return time.perf_counter() - start
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:

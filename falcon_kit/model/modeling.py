@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model import attention
+from falcon_kit.model import attention, products
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
@@ -233,7 +233,7 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
-    """Whether a CPU computes steps of one row without oneDNN, see `attention.py`; `fk.load` measures and sets it."""
+    """Whether a CPU computes steps of one row without oneDNN, see `products.py`; `fk.load` measures and sets it."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -260,7 +260,7 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
         `skip_logits`: returns only the loss and computes it in chunks, see `falcon_kit.model.losses`. Other arguments
         and errors are those of `FalconModel.forward`.
         """
-        with self._matmul_kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
+        with self._products(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
             outputs = self.transformer(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
@@ -318,13 +318,13 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *arguments, **more)
 
-    def _matmul_kernels(self, tokens: Tensor | None) -> AbstractContextManager[None]:
-        """The context of a step: `without_onednn` for one token on a CPU, if `fk.load` measured that it is faster."""
-        if not self.single_rows_without_onednn or torch.compiler.is_compiling():
+    def _products(self, tokens: Tensor | None) -> AbstractContextManager[Any]:
+        """The context in which a step of these tokens computes its linear layers, see `products.py`."""
+        if tokens is None or torch.compiler.is_compiling():
             return nullcontext()
-        weight = self.lm_head.weight  # its device and dtype may have changed since the measurement
-        on_cpu = weight.device.type == "cpu" and weight.dtype.itemsize == 2
-        return attention.without_onednn() if on_cpu and tokens is not None and tokens.numel() == 1 else nullcontext()
+        spec, weight = self.transformer.spec, self.lm_head.weight
+        single = self.single_rows_without_onednn
+        return products.fastest(tokens.numel(), weight, spec.d_model * spec.intermediate_size, single)
 
     def _get_static_cache_init_shape(self) -> None:
         """No shape: with one, chunked prefill would allocate a static cache for all query heads."""
