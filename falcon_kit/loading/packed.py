@@ -88,10 +88,14 @@ class PackedLinear(nn.Linear):
         on_cpu = rows.device.type == "cpu"
         many = len(rows) >= (_MANY_ROWS[self.kind] if on_cpu else _MANY_ON_GPU)
         if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
-            return self._in_slabs(rows)
+            return self.in_slabs(rows)
         if many and not on_cpu:
             dtype = products_dtype(rows)
             return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        return self.by_kernel(rows)
+
+    def by_kernel(self, rows: Tensor) -> Tensor:
+        """The product by torch's kernel for few rows, which reads the small weights and little else."""
         # bfloat16 is the dtype that each of the kernels computes fast; a copy is aligned
         few = rows.to(torch.bfloat16, copy=self.kind == "int8")
         if self.kind == "int8":
@@ -102,7 +106,7 @@ class PackedLinear(nn.Linear):
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.weight, GROUP, self.scales)
         return product.to(rows.dtype)
 
-    def _in_slabs(self, rows: Tensor) -> Tensor:
+    def in_slabs(self, rows: Tensor) -> Tensor:
         """The product with weights that are unpacked a slab at a time."""
         dtype = products_dtype(rows)
         product, rows = rows.new_empty(len(rows), self.out_features), rows.to(dtype)
