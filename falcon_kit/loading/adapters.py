@@ -113,7 +113,7 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
 
 
 def read_config(adapter: Path) -> Any:
-    """The PeftConfig in an adapter's folder. PEFT imports bitsandbytes, which `quantization.py` has to import first."""
+    """The PeftConfig in an adapter's folder."""
     from peft import PeftConfig
 
     file = adapter / "adapter_config.json"

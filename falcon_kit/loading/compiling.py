@@ -11,6 +11,10 @@ from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.model.checks import context_limit
 
+OPTIONS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+"""Of Inductor. A step of one text multiplies vectors by matrices, for which Triton kernels reach the bandwidth of a GPU
+only with coordinate descent tuning (torch/_inductor/decomposition.py, `mm`); without it cuBLAS is called."""
+
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
     """The options of torch.compile; None for no compilation. Raises ValueError where transformers would not compile."""
@@ -18,7 +22,7 @@ def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
         raise ValueError(f"compile={compile!r} is neither True, False nor a transformers.CompileConfig")
     if compile is False:
         return None
-    options = CompileConfig(fullgraph=True) if compile is True else compile
+    options = CompileConfig(fullgraph=True, mode=None, options=dict(OPTIONS)) if compile is True else compile  # type: ignore[arg-type]
     if not (torch.cuda.is_available() or options._compile_all_devices):
         raise ValueError(f"compile={compile!r} is for GPUs, and torch finds none here: leave it out")
     return options

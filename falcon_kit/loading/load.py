@@ -34,7 +34,7 @@ from falcon_kit.loading.quantization import compute_dtype, stored_quantisation
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
 from falcon_kit.model.products import faster_without_onednn
-from falcon_kit.parallel import launching, ranks
+from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
@@ -163,6 +163,8 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         tokenizer.chat_template = format.template
     parts = tokenizer, found.spec, planned, format, reason
     if ranks.needs_launch(settings.tensor_parallel):
+        from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
+
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
         return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
     model = read_model(found, files, planned, settings)

@@ -5,15 +5,19 @@ Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per 
 D head_dim.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.model.packed import Documents, packed_attention
+from falcon_kit.model.products import Switch, fastest_products
 
 
 def fused_attention(
@@ -21,22 +25,30 @@ def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Fused attention (`scaled_dot_product_attention`), without repeated keys wherever a kernel allows it.
 
-    Returns the output (B, T, H, D) and None. transformers' function repeats keys when compiled or given a mask.
+    attention_mask: a tensor, None, or `Documents`. Returns the output (B, T, H, D) and None. transformers' function
+    repeats keys when compiled or given a mask.
     """
+    if isinstance(attention_mask, Documents):
+        return packed_attention(query, key, value, attention_mask, scaling), None
     batch, heads, time, width = query.shape
     grouped = heads != key.shape[1]
+    if attention_mask is not None:  # a static cache is longer than the slots to read
+        key, value = (each.narrow(2, 0, attention_mask.shape[-1]) for each in (key, value))
     if time == 1:  # the queries of a group become rows of one attention, which reads each key once
         query = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
         if attention_mask is not None and attention_mask.shape[1] == heads:
             attention_mask = attention_mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
         grouped = False
+        if attention_mask is not None and not dropout and _takes_products(query):
+            output = masked_products(query, key, value, attention_mask, scaling or width**-0.5)
+            return output.reshape(batch, heads, time, width).transpose(1, 2), None
     elif attention_mask is None:  # a static cache is longer than the keys in it
         key, value = key[:, :, :time], value[:, :, :time]
     if grouped and not _takes_groups(query, attention_mask):
@@ -53,6 +65,38 @@ def fused_attention(
         enable_gqa=grouped,
     )
     return output.reshape(batch, heads, time, width).transpose(1, 2), None
+
+
+def masked_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Masked attention of one token as two products: queries (B, G, R, D), keys and values (B, G, K, D) or slices.
+
+    Returns (B, G, R, D). Scores and probabilities are in float32 until the second product.
+    """
+    scores = _product(query.flatten(0, 1), key.flatten(0, 1).mT).unflatten(0, query.shape[:2]) * scaling
+    return _masked(scores, mask).softmax(dim=-1).to(value.dtype) @ value
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores under a mask: boolean (True: attend), or added."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+
+
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """The product of batches of matrices, in float32."""
+    if rows.device.type == "cuda":
+        return torch.bmm(rows, columns, out_dtype=torch.float32)
+    return rows.float() @ columns.float()
+
+
+def _takes_products(query: Tensor) -> bool:
+    """Whether one token's masked attention is computed as products: in 16 bits on CUDA, without gradients.
+
+    There, the fused kernel that takes a mask (memory-efficient attention) reads all keys of a group in one thread
+    block: for the 7B and one text, one or two of a GPU's hundred processors work. FlashAttention divides the keys among
+    blocks, and takes no mask.
+    """
+    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and in_16_bits and not torch.is_grad_enabled()
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
@@ -88,12 +132,12 @@ def eager_attention(
     Returns the output (B, T, H, D) and the attention probabilities (B, H, T, K).
     """
     (batch, heads, time, width), groups = query.shape, key.shape[1]
+    if attention_mask is not None:
+        key, value = (each.narrow(2, 0, attention_mask.shape[-1]) for each in (key, value))
     rows = query.reshape(batch, groups, -1, width)  # (B, G, R x T, D)
     scores = (rows @ key.transpose(-1, -2) * scaling).view(batch, heads, time, -1)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
+    if attention_mask is not None:
+        scores = _masked(scores, attention_mask)
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = functional.dropout(probabilities, dropout, module.training)
     output = weights.view(batch, groups, -1, weights.shape[-1]) @ value  # (B, G, R x T, D)
@@ -102,6 +146,35 @@ def eager_attention(
 
 ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
+
+
+_cudnn_attention = Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
+
+
+def without_cudnn_attention() -> AbstractContextManager[None]:
+    """A context in which scaled_dot_product_attention takes its other kernels, FlashAttention first.
+
+    On Hopper, torch prefers cuDNN, which plans anew for each number of keys. In decoding that is each token: it took 29
+    of the 36 ms of a token of the 7B on an H200 (torch 2.11). A prompt needs one plan, and keeps cuDNN.
+    """
+    return _cudnn_attention.off()
+
+
+def step_kernels(
+    head: Tensor, tokens: Tensor | None, past: Cache | None, single_rows_without_onednn: bool, largest: int
+) -> AbstractContextManager[Any]:
+    """The context of a step, by the device and dtype of the output head.
+
+    On a CPU, that of `products.fastest_products`. On CUDA, `without_cudnn_attention` where keys are cached. Otherwise
+    nothing, as in compiled code.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if head.device.type == "cuda" and past is not None and not past.is_compileable and past.get_seq_length() > 0:
+        return without_cudnn_attention()
+    if tokens is None or head.device.type != "cpu":
+        return nullcontext()
+    return fastest_products(tokens.numel(), head, largest, single_rows_without_onednn)
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:

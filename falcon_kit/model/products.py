@@ -25,7 +25,7 @@ default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bi
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -45,13 +45,13 @@ _ROUNDS = 5
 _MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
 
 
-def fastest(rows: int, head: Tensor, largest: int, single_rows_without_onednn: bool) -> AbstractContextManager[Any]:
-    """The context for a step of so many rows. head: the output head, in the dtype and on the device of the step.
+def fastest_products(
+    rows: int, head: Tensor, largest: int, single_rows_without_onednn: bool
+) -> AbstractContextManager[Any]:
+    """The context for a step of so many rows on a CPU. head: the output head, in the dtype of the step.
 
     largest: the weights of the largest layer. A model of small layers loses nothing: it gets no context.
     """
-    if head.device.type != "cpu":
-        return nullcontext()
     if rows == 1:
         return without_onednn() if single_rows_without_onednn and head.dtype.itemsize == 2 else nullcontext()
     useful = largest > SLAB if head.dtype == torch.float32 else not has_products(head.dtype)
@@ -117,10 +117,11 @@ def has_products(dtype: torch.dtype) -> bool:
 # A single row
 
 
-class _OneDNNSwitch:
-    """Turns oneDNN off until the last of several users has left. The setting belongs to the whole process."""
+class Switch:
+    """Turns a setting of the whole process off until the last of several users has left."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[], bool], write: Callable[[bool], None]) -> None:
+        self._read, self._write = read, write
         self._lock = threading.Lock()
         self._users = 0
         self._before = True
@@ -128,35 +129,40 @@ class _OneDNNSwitch:
     def enter(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._before = _MKLDNN.enabled
-                _MKLDNN.enabled = False
+                self._before = self._read()
+                self._write(False)
             self._users += 1
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and not _MKLDNN.enabled:  # other code may have turned it on: then it stays on
-                _MKLDNN.enabled = self._before
+            if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
+                self._write(self._before)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context with the setting off. Several threads may enter it at once."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
-_onednn = _OneDNNSwitch()
+def _set_onednn(enabled: bool) -> None:
+    _MKLDNN.enabled = enabled
 
 
-@contextmanager
-def without_onednn() -> Iterator[None]:
+_onednn = Switch(lambda: bool(_MKLDNN.enabled), _set_onednn)
+
+
+def without_onednn() -> AbstractContextManager[None]:
     """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
 
     The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
     after `torch.backends.disable_global_flags`, which locks the setting.
     """
-    if torch.backends.flags_frozen():
-        yield
-        return
-    _onednn.enter()
-    try:
-        yield
-    finally:
-        _onednn.leave()
+    return nullcontext() if torch.backends.flags_frozen() else _onednn.off()
 
 
 def faster_without_onednn(weights: Sequence[Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import SLAB
-from falcon_kit.model import products
+from falcon_kit.model import attention, products
 from tests.model.conftest import IDS, assert_close, pair, run
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -43,35 +44,59 @@ def test_timing_ends_when_the_sample_is_large_enough():
     assert len(products._sample(weights)) == 2
 
 
-def test_onednn_is_off_inside_and_back_on_afterwards():
-    with products.without_onednn():
-        inside = on()
-    assert (inside, on()) == (False, True)
+SWITCHES = pytest.mark.parametrize(
+    ("off", "is_on"),
+    [
+        (products.without_onednn, on),
+        (attention.without_cudnn_attention, torch.backends.cuda.cudnn_sdp_enabled),
+    ],
+    ids=["onednn", "cudnn"],
+)
 
 
-def test_an_error_inside_switches_it_back_on():
-    with pytest.raises(KeyboardInterrupt), products.without_onednn():
+@SWITCHES
+def test_a_setting_is_off_inside_and_back_on_afterwards(off, is_on):
+    with off():
+        inside = is_on()
+    assert (inside, is_on()) == (False, True)
+
+
+@SWITCHES
+def test_an_error_inside_switches_it_back_on(off, is_on):
+    with pytest.raises(KeyboardInterrupt), off():
         raise KeyboardInterrupt
-    assert on()
+    assert is_on()
 
 
-def test_threads_may_overlap():
+@SWITCHES
+def test_threads_may_overlap(off, is_on):
     """Whoever comes first does not switch it on while the other one is inside, and the last one does."""
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        with products.without_onednn():
+        with off():
             entered.set()
             leave.wait()
 
     thread = threading.Thread(target=other)
-    with products.without_onednn():
+    with off():
         thread.start()
         entered.wait()
-    between = on()
+    between = is_on()
     leave.set()
     thread.join()
-    assert (between, on()) == (False, True)
+    assert (between, is_on()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "cached", "static", "used"),
+    [("cuda", 5, False, True), ("cuda", 0, False, False), ("cuda", 5, True, False), ("cpu", 5, False, False)],
+)
+def test_cudnn_is_left_out_where_keys_are_cached_on_cuda(device, cached, static, used):
+    weight = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    past = SimpleNamespace(is_compileable=static, get_seq_length=lambda: cached)
+    with attention.step_kernels(weight, IDS, past, False, 0):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not used
 
 
 def test_a_user_who_has_switched_it_off_finds_it_off(monkeypatch):
