@@ -17,11 +17,11 @@ bfloat16                1.7    3.5    4.8    7.1   21.3
 int8, kernel            1.8    4.8    9.5   18.5   74.1
 int8 in slabs           4.6           6.9          23.4
 int4, kernel            0.9    3.2    6.4   12.7   50.0
-int4 in slabs           TODO
+int4 in slabs          17.4          20.4          43.5
 AVX2: int8, kernel      1.9    6.2   12.3   25.0   97.8
 AVX2: int8 in slabs     2.6    8.1   11.2   16.9   54.0
 AVX2: int4, kernel      2.1    5.1   10.1   20.2   79.0
-AVX2: int4 in slabs     TODO
+AVX2: int4 in slabs    23.5          36.4          74.7
 """
 
 from collections.abc import Callable
@@ -38,8 +38,9 @@ from falcon_kit.model.products import has_products, slabs
 GROUP = INT4_GROUP
 _PANEL = 64
 """Rows that the kernels' layouts keep together, a multiple of theirs."""
-_MANY_ROWS, _MANY_ON_GPU = {"int8": 14, "int4": 96}, 64
-"""Rows from which unpacking the weights is faster than the kernels for few rows, on CPUs and on GPUs."""
+_MANY_ROWS, _MANY_ON_GPU = {("int8", True): 10, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}, 64
+"""Rows from which unpacking the weights is faster than the kernels for few rows, on CPUs with and without instructions
+for bfloat16, and on GPUs."""
 _ALIGNMENT = 64
 """Bytes: torch._weight_int8pack_mm of torch 2.13 crashes on a CPU where its input or weight starts elsewhere."""
 _INNER_TILES = 4
@@ -86,7 +87,7 @@ class PackedLinear(nn.Linear):
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) to (rows, out), without the bias."""
         on_cpu = rows.device.type == "cpu"
-        many = len(rows) >= (_MANY_ROWS[self.kind] if on_cpu else _MANY_ON_GPU)
+        many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
         if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
             return self.in_slabs(rows)
         if many and not on_cpu:

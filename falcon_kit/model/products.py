@@ -3,7 +3,7 @@
 `python -m benchmarks cpu` measures all ways. Milliseconds of one thread for a matrix of 8192 x 2048, on a CPU with
 AVX512-BF16, and on the same CPU with its instructions limited to AVX2:
 
-                              1      4      8     16     32    128    512 rows
+                              1      4      8     16     32    128 rows
 float32                     3.8   12.5   12.7   15.8   23.3   62.2
 float32 in slabs            3.8    6.9    8.6   11.2   16.9   50.7
 bfloat16, oneDNN            3.1    2.9    3.5    4.8    7.1   21.3
@@ -12,8 +12,8 @@ AVX2: bfloat16              1.7    7.2   13.2   24.3   46.9    185
 AVX2: bfloat16 in slabs     3.4    8.1    9.3   12.0   18.0   55.2
 
 **In slabs.** Outputs are computed 2**20 weights at a time, which stay in the cache of a core. float32 gains by that
-alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact: nothing
-larger than a slab is ever copied, and no page of memory is new.
+alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy of
+the whole matrix takes 35 ms, nearly all of it for new pages of memory; a slab's memory is used again, and takes 2 ms.
 
 **Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
 default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
