@@ -2,10 +2,9 @@
 
 A process for each instruction set, since torch reads the limits ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA when it
 starts. llama.cpp is compiled for this processor and has no such limit, so it is measured with all instructions only.
-The model is random, of the 40B's layout; its head has 5% of the weights, as that of the 7B. Contestants
-take turns, and the least time of each counts, which other programs disturb least. With
-OMP_NUM_THREADS=1 the time is that of the thread on the processor, which they do not disturb at all. Steps are decoded
-after 512 tokens.
+The model is random, of the 40B's layout; its head has 5% of the weights, as that of the 7B. Contestants take turns, and
+the least time of each counts, which other programs disturb least. With OMP_NUM_THREADS=1 the time is that of the
+process on the processor, which they hardly disturb. Steps are decoded after 512 tokens.
 """
 
 import importlib.util
@@ -28,6 +27,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import decode
+from falcon_kit import load
 from falcon_kit.loading.packed import PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantization import quantisation_config
 from falcon_kit.model import modeling, products
@@ -71,11 +71,14 @@ def _write(folder: Path) -> None:
         options = {"quantization_config": quantisation_config(dtype, on_cpu=True)}
         quantised = modeling.FalconForCausalLM.from_pretrained(folder / "bfloat16", dtype=torch.bfloat16, **options)
         quantised.save_pretrained(folder / dtype)
-    if importlib.util.find_spec("llama_cpp") is None:
-        print('llama.cpp is not installed and is not measured: pip install "falcon-kit[bench]"')
+    if importlib.util.find_spec("xllamacpp") is None:
+        print('llama.cpp is not installed and is not measured: pip install "falcon-kit[dev]"')
         return
     for name in PEERS.values():
-        write_gguf(model, SHAPE, folder / f"{name}.gguf", name)
+        try:
+            write_gguf(model, SHAPE, folder / f"{name}.gguf", name, tokenizer=load("falconet").tokenizer)
+        except ValueError as reason:
+            print(f"llama.cpp's {name} is not measured: {reason}")
 
 
 def _measured_with(limits: Mapping[str, str], folder: str) -> dict[str, Any]:
@@ -110,7 +113,9 @@ def measure(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
         for each in contestants.values():
             each.fill(batch, CONTEXT)
         steps = {name: each.step for name, each in contestants.items()}
-        found[f"one step of {batch} x {CONTEXT}"] = least(steps, ROUNDS[batch])
+        tokens = {name: getattr(each, "tokens_per_step", 1) for name, each in contestants.items()}
+        timed = least(steps, ROUNDS[batch])
+        found[f"one step of {batch} x {CONTEXT}"] = {name: round(ms / tokens[name], 2) for name, ms in timed.items()}
     prefills = {name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}
     found[f"prefill of {PROMPT}"] = least(prefills, ROUNDS["prefill"])
     return {
@@ -128,10 +133,10 @@ def _contestants(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     for dtype in KIT:
         made[f"kit {dtype}"] = decode.Torch(_kit(folder, dtype))
     if with_llama_cpp and next(folder.glob("*.gguf"), None):
-        from benchmarks._llama_cpp import LlamaCpp
+        from benchmarks._llama_cpp_server import LlamaCppServer
 
-        for name in PEERS.values():
-            made[f"llama.cpp {name}"] = LlamaCpp(folder / f"{name}.gguf", SHAPE, torch.get_num_threads())
+        for file in sorted(folder.glob("*.gguf")):
+            made[f"llama.cpp {file.stem}"] = LlamaCppServer(file, torch.get_num_threads())
     return made
 
 
@@ -176,7 +181,7 @@ def _without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def least(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """The least milliseconds of each contestant over alternating rounds; the first round is a warm-up."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run_once in contestants.items():

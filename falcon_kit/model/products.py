@@ -13,7 +13,7 @@ AVX2: bfloat16 in slabs     3.4    8.1    9.3   12.0   18.0   55.2
 
 **In slabs.** Outputs are computed 2**20 weights at a time, which stay in the cache of a core. float32 gains by that
 alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
-of the whole matrix takes 35 ms, nearly all of it for new pages of memory; a slab's memory is used again, and takes 2 ms.
+of the whole matrix takes 35 ms, nearly all for new pages of memory; a slab's memory is used again, and takes 2 ms.
 
 **Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
 default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
