@@ -3,7 +3,7 @@
 import sys
 import time
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 
 def in_notebook() -> bool:
@@ -27,7 +27,8 @@ class Waiting:
 
     def __init__(self, title: str, after: float) -> None:
         self._title, self._after, self._begin = title, after, time.monotonic()
-        self._last, self._handle = "", cast(Any, None)
+        self._last = ""
+        self._handle: Any = None
 
     def __enter__(self) -> "Waiting":
         return self
