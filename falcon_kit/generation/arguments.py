@@ -22,6 +22,8 @@ OWN_LOOP = (
 )
 """Arguments that choose a loop which the kit does not have step by step (see steps.py)."""
 
+_OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the values of a `generation_config` among them as keyword arguments; given keywords win."""
@@ -110,6 +112,12 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
     )
     if (draft := options.get("assistant_model")) is None:
         return
+    for name in _OF_THE_DRAFT:
+        require(
+            options.get(name) is None,
+            f"transformers reads {name} from the draft model only: set it there, as generation_config.{name} of the "
+            "draft's model",
+        )
     sizes = [each.config.vocab_size for each in (model, draft)]
     require(
         sizes[0] == sizes[1] or options.get("assistant_tokenizer") is not None,

@@ -143,11 +143,12 @@ class _GenerateTask(GenerationTask):
     def _step_by_step(self, arguments: dict[str, Any], rng: SamplingRNG, batch: BatchDecoder) -> Iterator[Piece]:
         """Generates token by token, or draft by draft."""
         loop = partial(assisted, drafting=self._drafting()) if self.assisted else token_by_token
-        steps: Steps = self.model.generate(**arguments, custom_generate=partial(loop, rng=rng))  # type: ignore[misc]  # misdeclared
+        model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
+        steps: Steps = model.generate(**arguments, custom_generate=partial(loop, rng=rng))
         step, streamer = next(steps), self.options.get("streamer")
         while True:
             if streamer is not None:
-                streamer.put(step.tokens[0].cpu())
+                streamer.put(step.tokens.flatten().cpu())
             yield from batch.read(step)
             if batch.ended:
                 break

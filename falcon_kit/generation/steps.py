@@ -8,27 +8,29 @@ sequences are finished, (B,), or None.
 Shapes: B sequences, T tokens, C tokens of a draft, N new tokens of a step, V vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.candidate_generator import _prepare_attention_mask, _prepare_position_ids
 from transformers.generation.utils import _speculative_sampling
 
 from falcon_kit.generation.decoding import Step
 
 Steps = Generator[Step, Tensor | None, None]
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""transformers' logits processors as one function, of the tokens (B, T) and the logits (B, V)."""
 
 
 @torch.no_grad()
 def token_by_token(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Processor,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     rng: AbstractContextManager[None],
@@ -72,7 +74,7 @@ def _choose(scores: Tensor, config: GenerationConfig) -> Tensor:
 def assisted(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Processor,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     rng: AbstractContextManager[None],
@@ -104,6 +106,7 @@ def assisted(
         input_ids, added = torch.cat([input_ids, tokens], dim=-1), tokens.shape[1]
         outputs.past_key_values.crop(added - 1 - count)
         generator.update_candidate_strategy(input_ids, logits, added - 1)
+        _store_draft_length(generator)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=added)
         ended, first = stopping_criteria(input_ids, None), False
         yield Step(tokens, logprobs[:, :added], ended, model_kwargs["past_key_values"], accepted)
@@ -136,6 +139,13 @@ def _accepted(
     chosen = _choose(logits[0], config)[:, 0]  # (C + 1,)
     matches = int((draft[0, draft.shape[1] - count :] == chosen[:count]).cumprod(dim=0).sum())
     return chosen[None, : matches + 1], matches
+
+
+def _store_draft_length(generator: Any) -> None:
+    """Stores how long the next draft is, where the draft model's generation config says that it adapts over calls."""
+    config = getattr(getattr(generator, "assistant_model", None), "generation_config", None)
+    if config is not None and config.num_assistant_tokens_schedule == "heuristic":
+        config.num_assistant_tokens = generator.num_assistant_tokens
 
 
 def _up_to_the_end(tokens: Tensor, config: GenerationConfig, length: int) -> Tensor:

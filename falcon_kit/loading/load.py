@@ -112,7 +112,7 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found, settings.offload)
-    dtype, reason = _choose_dtype(settings.dtype_name, found.config, found.spec)
+    dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
     if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
         reason = reason.replace("as in the checkpoint", f"dequantised from {', '.join(kinds)}")
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
@@ -131,7 +131,7 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
     return planned, reason
 
 
-def _choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
     """The name of the dtype to load in, and the reason."""
     if quantised := stored_quantisation(config):
         if wanted not in (None, quantised):

@@ -5,7 +5,7 @@ The files, in the order of their imports:
 places.py       the notebook service of this process
 environment.py  versions, GPUs, CPU cores, memory and disk of this machine
 downloads.py    the disk for a published model's files
-machines.py     GPUs and machines by the words that people type, and published reports
+machines.py     GPUs and machines by the words that people type, published prices and reports
 devices.py      devices to plan for: this machine's, or GPUs and instance types by name
 services.py     functions of notebook services: secrets, widgets, SageMaker's role
 placement.py    the parts of a plan, and which device holds which

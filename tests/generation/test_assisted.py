@@ -4,6 +4,7 @@ transformers' own greedy and assisted generation are the oracles.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -143,6 +144,46 @@ def test_a_stopping_criterion_of_the_callers_ends_the_text_as_in_transformers(in
 def test_a_cache_that_cannot_be_taken_back_is_refused(instruct, settings):
     with pytest.raises(ValueError, match="leave use_cache and cache_implementation out"):
         instruct.generate(QUESTION, prompt_lookup_num_tokens=3, **settings)
+
+
+class Collects:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("assisted", [{}, {"prompt_lookup_num_tokens": 3}])
+def test_a_streamer_of_the_callers_gets_what_transformers_gives_it(instruct, assisted):
+    ours, theirs = Collects(), Collects()
+    instruct.generate(REPEATED, streamer=ours, **GREEDY, **assisted)
+    by_transformers(instruct, REPEATED, streamer=theirs, **GREEDY, **assisted)
+    assert (ours.tokens, ours.ended) == (theirs.tokens, theirs.ended)
+
+
+def test_a_draft_length_that_adapts_over_calls_does_so_as_in_transformers(instruct, draft, monkeypatch):
+    lengths = []
+    config = draft.model.generation_config
+    monkeypatch.setattr(config, "num_assistant_tokens_schedule", "heuristic")
+    for call in (instruct.generate, lambda *given, **settings: by_transformers(instruct, *given, **settings)):
+        monkeypatch.setattr(config, "num_assistant_tokens", 5)
+        call(QUESTION, assistant_model=draft.model, **GREEDY)
+        lengths.append(config.num_assistant_tokens)
+    assert lengths[0] == lengths[1] != 5
+
+
+def test_a_setting_that_only_the_draft_has_is_refused_and_works_there(instruct, draft, monkeypatch):
+    with pytest.raises(ValueError, match=r"set it there, as generation_config\.num_assistant_tokens of the draft"):
+        instruct.generate(QUESTION, assistant_model=draft, num_assistant_tokens=1)
+    monkeypatch.setattr(draft.model.generation_config, "num_assistant_tokens", 1)
+    accepted = [piece.accepted for piece in instruct.stream(QUESTION, assistant_model=draft, **GREEDY)]
+    assert (True, True) not in pairwise(accepted)
 
 
 def test_several_texts_at_once_are_refused(instruct):
