@@ -16,7 +16,7 @@ from falcon_kit.loading.packed import PackedLinear, frozen, quantised4, quantise
 from falcon_kit.loading.quantization import quantisation_config, weights
 from falcon_kit.model import modeling
 
-RESERVED = 16e9
+RESERVED = 30e9
 """Bytes of a GPU that a slice leaves for the prefill of the largest batch and the libraries."""
 
 

@@ -65,6 +65,8 @@ class Connection:
     """Further attempts while the endpoint is busy or refuses connections."""
     deadline: float
     """Seconds for a whole answer, with all attempts."""
+    direct: bool = False
+    """Whether proxies of the environment are ignored, as for a server of this machine that the kit has started."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -88,6 +90,7 @@ class Connection:
                 headers=self.headers,
                 timeout=self.http_timeout,
                 follow_redirects=False,
+                trust_env=not self.direct,
                 event_hooks={"response": [_limit]},
             )
         except ImportError:

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
+from falcon_kit.display.live import in_notebook
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
@@ -32,7 +33,7 @@ from falcon_kit.tuning.checks import check_model
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import answer_rates, web_text
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
-from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, in_notebook, print_line, show_plan
+from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, print_line, show_plan
 from falcon_kit.tuning.run_folder import (
     check_same_everywhere,
     default_output_dir,
