@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import FalconConfig, FalconForCausalLM
@@ -17,7 +18,7 @@ from benchmarks.gpu import Settings, relative_error
 from benchmarks.tuning import conversations
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue import memory
-from falcon_kit.model import modeling
+from falcon_kit.model import modeling, packed
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import GPU_OVERHEAD
 
@@ -214,6 +215,33 @@ def statistics_of_attention(settings: Settings) -> dict[str, Any]:
     weights = memory.weight_bytes(shape, "bfloat16")
     peak = torch.cuda.max_memory_allocated() - weights if settings.device.type == "cuda" else None
     return {"tokens": len(ids), "seconds": round(seconds, 2), "bytes beside the weights": peak}
+
+
+def packed_rows(settings: Settings) -> dict[str, Any]:
+    """Forward and backward through four layers of the 7B, for one row of eight documents: torch's variable-length
+    kernel against attention under a mask."""
+    shape = replace(settings.seven, layers=min(4, settings.seven.layers))
+    model = built(shape, settings.device, modeling.FalconForCausalLM, "bfloat16").transformer
+    tokens = min(2048, shape.context)
+    positions = (torch.arange(tokens, device=settings.device) % (tokens // 8))[None]
+    hidden = torch.randn(1, tokens, shape.d_model, dtype=torch.bfloat16, device=settings.device, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        output = model(inputs_embeds=hidden, position_ids=positions).last_hidden_state
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), hidden)
+        return gradient
+
+    figures: dict[str, Any] = {"has the kernel": packed.has_kernel(hidden)}
+    gradients = []
+    for way, has_kernel in {"within documents": packed.has_kernel, "under a mask": lambda _: False}.items():
+        with patch.object(packed, "has_kernel", has_kernel):
+            gradients.append(step())
+            if settings.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = min(full_size._seconds(step, settings.device) for _ in range(3))
+            peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None
+            figures[way] = {"ms": round(1e3 * seconds, 2), "peak bytes": peak}
+    return figures | {"relative difference": relative_error(*(each.double().cpu() for each in gradients))}
 
 
 def tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:

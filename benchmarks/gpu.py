@@ -103,6 +103,7 @@ def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
         "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
         "7B, bfloat16, compiled": of_the_model("compiled", settings.seven, settings.batches[:1]),
         **{f"7B, {dtype}": of_the_model("quantised", settings.seven, dtype) for dtype in ("int4", "nf4", "int8")},
+        "packed rows": of_the_model("packed_rows"),
         **{f"tuning, {dtype}": of_the_model("tuning", dtype) for dtype in ("bfloat16", "nf4", "int4")},
         **{f"tuning with SFTTrainer, {dtype}": of_the_model("peer_tuning", dtype) for dtype in ("bfloat16", "nf4")},
         "attention statistics": of_the_model("statistics_of_attention"),

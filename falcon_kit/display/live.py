@@ -27,7 +27,8 @@ class Waiting:
 
     def __init__(self, title: str, after: float) -> None:
         self._title, self._after, self._begin = title, after, time.monotonic()
-        self._last, self._handle = "", None
+        self._last = ""
+        self._handle: Any = None
 
     def __enter__(self) -> "Waiting":
         return self

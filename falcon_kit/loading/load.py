@@ -34,7 +34,7 @@ from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.quantization import compute_dtype, stored_quantisation
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
-from falcon_kit.model.attention import faster_without_onednn
+from falcon_kit.model.products import faster_without_onednn
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu

@@ -25,8 +25,9 @@ from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.loading.packed import PackedLinear, fast_bfloat16
+from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantizer import METHOD, PackedConfig
+from falcon_kit.model.products import has_products
 from falcon_kit.parallel.ranks import local_tensor
 
 # bitsandbytes remarks on its import that a faster kernel could be fetched from the hub. PEFT imports it too.
@@ -68,7 +69,7 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
         )
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    slow = not torch.cuda.is_available() and not fast_bfloat16()
+    slow = not torch.cuda.is_available() and not has_products(torch.bfloat16)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

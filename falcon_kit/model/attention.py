@@ -1,20 +1,11 @@
-"""Attention over grouped KV heads, and the choice of the matmul kernel for a single row on a CPU.
-
-**Attention.** In decoding, the queries that share a KV head become the rows of one attention, so each key is read once.
-
-**Single rows.** A decoding step of one text multiplies one row by every weight matrix, so reading the weights limits
-its speed. oneDNN, torch's default on CPUs, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit
-weights faster for a single row. `faster_without_onednn` measures both kernels.
+"""Attention over grouped KV heads: in decoding, the queries that share a KV head become the rows of one attention, so
+each key is read once.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
 """
 
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -26,11 +17,7 @@ from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.model.packed import Documents, packed_attention
-
-_MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
-_SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
-_ROUNDS = 5
-_MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
+from falcon_kit.model.products import Switch, fastest_products
 
 
 def fused_attention(
@@ -161,53 +148,7 @@ ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
 
 
-class _Switch:
-    """Turns a setting of the whole process off until the last of several users has left."""
-
-    def __init__(self, read: Callable[[], bool], write: Callable[[bool], None]) -> None:
-        self._read, self._write = read, write
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before = True
-
-    def enter(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = self._read()
-                self._write(False)
-            self._users += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
-                self._write(self._before)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """A context with the setting off. Several threads may enter it at once."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-
-def _set_onednn(enabled: bool) -> None:
-    _MKLDNN.enabled = enabled
-
-
-_onednn = _Switch(lambda: bool(_MKLDNN.enabled), _set_onednn)
-_cudnn_attention = _Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
-
-
-def without_onednn() -> AbstractContextManager[None]:
-    """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
-
-    The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
-    after `torch.backends.disable_global_flags`, which locks the setting.
-    """
-    return nullcontext() if torch.backends.flags_frozen() else _onednn.off()
+_cudnn_attention = Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
 
 
 def without_cudnn_attention() -> AbstractContextManager[None]:
@@ -220,57 +161,20 @@ def without_cudnn_attention() -> AbstractContextManager[None]:
 
 
 def step_kernels(
-    weight: Tensor, tokens: Tensor | None, past: Cache | None, without: bool
-) -> AbstractContextManager[None]:
-    """The context of a step, by the device and dtype of a weight.
+    head: Tensor, tokens: Tensor | None, past: Cache | None, single_rows_without_onednn: bool, largest: int
+) -> AbstractContextManager[Any]:
+    """The context of a step, by the device and dtype of the output head.
 
-    On a CPU, `without_onednn` for one token in 16 bits, if `without`. On CUDA, `without_cudnn_attention` where keys are
-    cached. Otherwise nothing, as in compiled code.
+    On a CPU, that of `products.fastest_products`. On CUDA, `without_cudnn_attention` where keys are cached. Otherwise
+    nothing, as in compiled code.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    if weight.device.type == "cuda" and past is not None and not past.is_compileable and past.get_seq_length() > 0:
+    if head.device.type == "cuda" and past is not None and not past.is_compileable and past.get_seq_length() > 0:
         return without_cudnn_attention()
-    one = tokens is not None and tokens.numel() == 1
-    on_cpu = weight.device.type == "cpu" and weight.dtype.itemsize == 2
-    return without_onednn() if without and one and on_cpu else nullcontext()
-
-
-def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
-    """Whether torch's own kernel multiplies one row by these weights at least 10% faster than oneDNN.
-
-    `weights`: matrices (out, in). Only 16-bit weights on a CPU are timed, about 128 MiB of them, in about 0.1 seconds;
-    without any, returns False. The kernels alternate, and their median times are compared.
-    """
-    sample = _sample(weights)
-    if not sample or not _MKLDNN.is_available():
-        return False
-    with torch.inference_mode():
-        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
-        onednn, own = [], []
-        for _ in range(_ROUNDS):
-            onednn.append(_seconds(rows, sample))
-            with without_onednn():
-                own.append(_seconds(rows, sample))
-    return statistics.median(own) < _MARGIN * statistics.median(onednn)
-
-
-def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The first 16-bit weights on a CPU, up to about `_SAMPLE` bytes."""
-    sample: list[Tensor] = []
-    for weight in weights:
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-            sample.append(weight)
-            if sum(each.nbytes for each in sample) >= _SAMPLE:
-                break
-    return sample
-
-
-def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for row, weight in zip(rows, weights, strict=True):
-        functional.linear(row, weight)
-    return time.perf_counter() - start
+    if tokens is None or head.device.type != "cpu":
+        return nullcontext()
+    return fastest_products(tokens.numel(), head, largest, single_rows_without_onednn)
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:

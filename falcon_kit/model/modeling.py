@@ -239,7 +239,7 @@ class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.F
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
-    """Whether a CPU computes steps of one row without oneDNN, see `attention.py`; `fk.load` measures and sets it."""
+    """Whether a CPU computes steps of one row without oneDNN, see `products.py`; `fk.load` measures and sets it."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -324,8 +324,10 @@ class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.F
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *arguments, **more)
 
-    def _kernels(self, tokens: Tensor | None, past: Cache | None) -> AbstractContextManager[None]:
-        return attention.step_kernels(self.lm_head.weight, tokens, past, self.single_rows_without_onednn)
+    def _kernels(self, tokens: Tensor | None, past: Cache | None) -> AbstractContextManager[Any]:
+        spec, single = self.transformer.spec, self.single_rows_without_onednn
+        largest = spec.d_model * spec.intermediate_size
+        return attention.step_kernels(self.lm_head.weight, tokens, past, single, largest)
 
     def _get_static_cache_init_shape(self) -> None:
         """No shape: with one, chunked prefill would allocate a static cache for all query heads."""

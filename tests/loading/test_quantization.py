@@ -96,7 +96,7 @@ def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, expected):
-    monkeypatch.setattr("falcon_kit.loading.quantization.fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("falcon_kit.loading.quantization.has_products", lambda dtype: fast)
     assert bitsandbytes_config("nf4-double").bnb_4bit_compute_dtype == expected
 
 
