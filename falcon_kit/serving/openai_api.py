@@ -14,11 +14,19 @@ from typing import Any, TypeVar
 import httpx2
 import openai
 
-from falcon_kit.display.errors import is_whole, require, unknown_name
+from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, next_event, redact_url
-from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
+from falcon_kit.serving.failures import (
+    Redirected,
+    connection_error,
+    count,
+    error_message,
+    event_status,
+    http_error,
+    reading,
+)
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
@@ -199,19 +207,13 @@ class OpenAIServer:
         if isinstance(error, openai.APIStatusError):
             message = self.connection.redact(error_message(error.body or error.response.text))
             return http_error(error.status_code, message, address, error.response.headers)
-        if isinstance(error, openai.APIError) and not begun and (status := _status_in(error.body)):
+        if isinstance(error, openai.APIError) and not begun and (status := event_status(error.body)):
             return http_error(status, self.connection.redact(error_message(error.body)), address, {})
         if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
             error = error.__cause__
         if isinstance(error, httpx2.HTTPError):
             return connection_error(error, address, self.connection.timeout)
         return ConnectionError(f"{address} reports: {self.connection.redact(str(error))}")
-
-
-def _status_in(body: Any) -> int | None:
-    """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
-    code = body.get("code") if isinstance(body, dict) else None
-    return code if is_whole(code, 400, 599) else None
 
 
 def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
