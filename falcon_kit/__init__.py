@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.catalogue.gguf import GGUFFile, gguf_file
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
@@ -71,6 +72,7 @@ __all__ = [
     "Explanation",
     "Falcon",
     "FalconSpec",
+    "GGUFFile",
     "Generation",
     "Guardrails",
     "IncompleteAnswer",
@@ -107,6 +109,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export_gguf",
+    "gguf_file",
     "guardrails",
     "induction",
     "lens",

@@ -47,9 +47,10 @@ class Simulated(torch.Tensor):
         index = 0 if device.index is None else device.index
         if not 0 <= index < COUNT:
             raise RuntimeError(f"invalid device ordinal {index}: there are {COUNT} devices")
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, raw.size(), strides=raw.stride(), dtype=raw.dtype, device=torch.device(NAME, index)
-        )
+        with torch.inference_mode(False):  # a view that inference mode takes of a parameter is no inference tensor
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, raw.size(), strides=raw.stride(), dtype=raw.dtype, device=torch.device(NAME, index)
+            )
         made.raw = raw
         return made
 

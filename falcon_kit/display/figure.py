@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -78,13 +79,25 @@ def legend_label(name: str) -> str:
 
 
 def _draw(figure: Figure, renderer: Any) -> None:
-    """Draws the figure, as its class does, with all texts as plain text."""
+    """Draws the figure, as its class does, with all texts as plain text, except the powers of ten of a log axis."""
     from matplotlib.text import Text
 
+    powers = _powers_of_ten(figure)
     for each in figure.findobj(Text):
-        each.set_parse_math(False)
-        each.set_text(drawable(each.get_text()))
+        if each not in powers:
+            each.set_parse_math(False)
+            each.set_text(drawable(each.get_text()))
     type(figure).draw(figure, renderer)
+
+
+def _powers_of_ten(figure: Figure) -> set[Text]:
+    """The tick labels that matplotlib writes as formulas."""
+    from matplotlib.ticker import LogFormatterMathtext, LogitFormatter
+
+    formulas = (LogFormatterMathtext, LogitFormatter)
+    axes = (axis for each in figure.axes for axis in (each.xaxis, each.yaxis))
+    logarithmic = [axis for axis in axes if isinstance(axis.get_major_formatter(), formulas)]
+    return {label for axis in logarithmic for label in axis.get_ticklabels(which="both")}
 
 
 @drawing  # matplotlib makes the last ticks when a figure is saved

@@ -1,6 +1,7 @@
 """`Outcome`: whether an answer is right, and what to tell the reader."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,13 @@ class Outcome:
     def _repr_html_(self) -> str:
         colour, mark = (GREEN, "✓") if self.right else (AMBER, "→")
         border = f"border-left: 4px solid {colour}; padding-left: 0.6em"
-        return f'<p style="{border}">{mark} <b>{text_html(self.verdict)}</b> {text_html(self.text)}</p>'
+        return f'<p style="{border}">{mark} <b>{text_html(self.verdict)}</b> {_with_code(self.text)}</p>'
+
+
+def _with_code(text: str) -> str:
+    """The text as HTML, with what stands between backticks as code."""
+    parts = re.split("`([^`]+)`", text)  # every second one is code
+    return "".join(f"<code>{text_html(each)}</code>" if at % 2 else text_html(each) for at, each in enumerate(parts))
 
 
 def expect(condition: object, hint: str) -> None:

@@ -1,4 +1,4 @@
-"""GPUs, machines of clouds and published reports, from devices.json, and the words that people type for them.
+"""GPUs, machines of clouds, prices and published reports, from devices.json, and the words that people type for them.
 
 Neither torch nor transformers is imported.
 """
@@ -24,6 +24,38 @@ _NOISE = re.compile(r"^standard|nvidia|amd|instinct|tesla|geforce|rtx|sxm\d?|pci
 
 
 @dataclass(frozen=True)
+class Price:
+    """What one hour of a machine costs on demand, as one source published it."""
+
+    offer: str
+    """What is sold at this price: the service, or the instance of EC2 that SageMaker's type is named after."""
+    usd_per_hour: float
+    """US dollars."""
+    as_of: str
+    """The day or the year of the source."""
+    source: str
+    """Its address."""
+
+    def __str__(self) -> str:
+        when = "on" if "-" in self.as_of else "in"
+        return f"about ${self.usd_per_hour:.2f}/h {when} {self.as_of} ({self.offer})"
+
+
+_PRICES = {name: Price(**each) for name, each in _DATA["prices"].items()}
+"""By the name of the machine; one without a dated source has none."""
+_RENTALS: dict[str, Any] = _DATA["rentals"]
+"""The prices of one service for GPUs by kind and number; the lower one where it offers those of two clouds."""
+RENTED_FROM = f"{_RENTALS['offer']} on {_RENTALS['as_of']}"
+"""The service of `rental`, with the day on which its prices were read."""
+
+
+def rental(count: int, gpu: str) -> Price | None:
+    """What `count` GPUs of a kind of `GPUS` cost where a service lists them; None for others."""
+    usd = _RENTALS["usd_per_hour"].get(gpu, {}).get(str(count))
+    return None if usd is None else Price(_RENTALS["offer"], usd, _RENTALS["as_of"], _RENTALS["source"])
+
+
+@dataclass(frozen=True)
 class Machine:
     """An instance type of a cloud, or a runtime of a notebook service."""
 
@@ -37,6 +69,8 @@ class Machine:
     """Their kind, a key of `GPUS`."""
     host_bytes: int | None
     """Its published host memory; None where no figure was found."""
+    price: Price | None = None
+    """Its published price; None where no dated source was found."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -45,7 +79,7 @@ class Machine:
 
 
 ALL_MACHINES = tuple(
-    Machine(name, provider, count, gpu, None if host is None else int(host * GIB))
+    Machine(name, provider, count, gpu, None if host is None else int(host * GIB), _PRICES.get(name))
     for provider, group in _DATA["machines"].items()
     for name, (count, gpu, host) in group["types"].items()
 )

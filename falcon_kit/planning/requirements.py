@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.planning.machines import RENTED_FROM, rental
 from falcon_kit.planning.plan import Plan, plan
 
 _TIERS = (
@@ -32,8 +33,9 @@ class Requirements:
         return "\n".join(f"{name}: {text}" for name, text in self._rows())
 
     def _repr_html_(self) -> str:
-        tiers = ((each.spec.name, each.verdict()) for each in self.tiers)
-        return html_table("What this notebook takes", (), self._rows()) + html_table("Other machines", (), tiers)
+        tiers = ((each.spec.name, each.verdict(), _hourly(each)) for each in self.tiers)
+        others = html_table(f"Other machines, with the prices of {RENTED_FROM}", (), tiers)
+        return html_table("What this notebook takes", (), self._rows()) + others
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "memory", self.plan.verdict()
@@ -49,6 +51,11 @@ class Requirements:
         if self.plan.disk is None or not self.download_bytes:
             return "nothing"
         return f"{format_bytes(self.download_bytes)}, {self.plan.disk.reason}"
+
+
+def _hourly(tier: Plan) -> str:
+    price = rental(len(tier.devices), tier.devices[0].name)
+    return f"about ${price.usd_per_hour:.2f}/h" if price else ""
 
 
 def requirements(name: str | os.PathLike[str], minutes: int, **arguments: Any) -> Requirements:

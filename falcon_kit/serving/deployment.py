@@ -14,7 +14,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import resolve_devices
-from falcon_kit.planning.machines import GPUS, MACHINES, MIB
+from falcon_kit.planning.machines import GPUS, MACHINES, MIB, Price, find_machine
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 
 MEMORY_SHARE = 0.95
@@ -39,6 +39,12 @@ class Deployment:
     def gpus(self) -> int:
         """The number of GPUs, over which each layer is split."""
         return len(self.plan.devices)
+
+    @property
+    def price(self) -> Price | None:
+        """What one hour of the machine costs; None where no dated source was found, and for devices of no machine."""
+        machine = find_machine(self.machine)
+        return machine.price if machine else None
 
     @property
     def vllm(self) -> dict[str, Any]:
@@ -91,6 +97,7 @@ class Deployment:
             ("machine", f"{self.machine}: {self.gpus} x {self.plan.devices[0].name}"),
             ("needs", f"{format_bytes(self.plan.total_bytes)} of {format_bytes(self.plan.free_bytes)}"),
             ("texts at a time", f"{self.texts} of {self.plan.context} tokens"),
+            *([("price", str(self.price))] if self.price else []),
             ("vLLM", self.command()),
         ]
         return html_table(self.plan.spec.name, (), rows)

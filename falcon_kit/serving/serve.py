@@ -1,5 +1,6 @@
 """`serve`: a Falcon on a server of this machine, in a process of its own, until it is closed."""
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -70,9 +71,9 @@ class Served(Endpoint):
         self._process.check()
         return super().prompt_logprobs(prompts)
 
-    def _stream(self, request: Request, strip: bool) -> RemoteStream:
+    def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
         self._process.check()
-        return super()._stream(request, strip)
+        return super()._stream(request, strip, turns)
 
     def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
         self._process.check()
@@ -154,6 +155,7 @@ def _served(
         server=server.facts.server,
         address=server.facts.address,
         context=job.context,
+        concurrency=job.texts,
         spec=source.spec,
         chat_format=own_format or files.chat_format,
         own_format=bool(own_format) or not files.has_template,

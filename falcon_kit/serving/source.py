@@ -113,7 +113,9 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
 
 
 def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
-    """Whether other programs read a checkpoint: no pickles, and no config of 2023."""
+    """Whether other programs read a checkpoint: no pickles, no GGUF file, and no config of 2023."""
+    if found.gguf:
+        return False
     current = read_json(found.directory / "config.json").get("model_type") == "falcon"
     return current and weights[0].suffix == ".safetensors"
 

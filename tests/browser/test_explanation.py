@@ -256,3 +256,13 @@ def test_a_token_that_is_chosen_shows_its_own_row(notebook: Notebook):
     expect(view.locator("[data-stage=rotary] .fk-legend")).to_contain_text("key at position 1")
     view.get_by_role("button", name="Follow it back").click()
     expect(view.locator(".fk-steps li")).to_have_count(6)
+
+
+@pytest.mark.parametrize(("light", "found"), [("true", "light"), ("false", "dark")])
+def test_a_page_in_a_notebook_follows_the_theme_of_the_notebook(light, found, browser: Browser, falcon):
+    """As nbconvert writes it: the theme is an attribute around the output, whatever the system prefers."""
+    view = fk.explain(falcon, TEXT)._repr_html_()
+    page = browser.new_page(color_scheme="light" if found == "dark" else "dark")
+    page.set_content(f'<body data-jp-theme-light="{light}">{view}</body>')
+    assert page.locator(".fk-explanation").evaluate("view => getComputedStyle(view).colorScheme") == found
+    page.close()

@@ -70,6 +70,19 @@ def test_a_figure_has_no_background_and_nothing_black_or_white():
     assert [pixel.tolist() for pixel in visible if not 0.06 < luminance(pixel) < 0.6] == []
 
 
+@pytest.mark.parametrize("scale", ["log", "symlog", "logit"])
+def test_the_ticks_of_a_logarithmic_axis_are_drawn_as_powers_and_other_text_as_it_is(scale):
+    figure = new_figure(3, 2)
+    axes = figure.subplots()
+    axes.barh(["$x$", "y_1"], [0.001, 0.9])
+    axes.set_xscale(scale)
+    figure._repr_png_()
+    ticks = [each for each in axes.get_xticklabels() if each.get_text()]
+    assert ticks
+    assert [each.get_text() for each in ticks if "$" in each.get_text() and not each.get_parse_math()] == []
+    assert [each.get_parse_math() for each in axes.get_yticklabels()] == [False, False]
+
+
 def test_drawing_leaves_the_readers_settings_as_they_are():
     before = {name: mpl.rcParams[name] for name in STYLE}
     a_plot()._repr_png_()

@@ -1,5 +1,7 @@
 """`fk.check`: right, or a hint that fits the mistake, and nothing is raised."""
 
+import re
+
 import pytest
 
 import falcon_kit as fk
@@ -59,3 +61,9 @@ def test_an_outcome_is_a_sentence_and_a_line_of_html():
     assert repr(Outcome("06.1", True, "Yes.")) == "06.1: right. Yes."
     assert Outcome("06.1", True, "Yes.")
     assert not wrong
+
+
+def test_what_stands_between_backticks_is_code_in_html():
+    html = Outcome("05.2", False, "Take `after<1>`, not `before`, and one ` more.")._repr_html_()
+    assert re.findall("<code>(.*?)</code>", html) == ["<bdi>after&lt;1&gt;</bdi>", "<bdi>before</bdi>"]
+    assert ", and one ` more." in html

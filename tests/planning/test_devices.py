@@ -1,13 +1,15 @@
 """Devices by name, and those of this machine."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 import falcon_kit as fk
 from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_devices, resolve_devices
 from falcon_kit.planning.environment import Accelerator, environment
-from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report
+from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report, rental
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,30 @@ def test_a_machine_tells_its_host_memory_where_a_figure_is_known():
         assert {device.host_bytes for device in resolve_devices(name)} == {hosts[name]}
     assert (hosts["colab-l4"], hosts["ml.g5.12xlarge"]) == (None, 192 * 2**30)
     assert {device.host_bytes for device in resolve_devices("4xA10G")} == {None}
+
+
+PRICED = [machine for machine in ALL_MACHINES if machine.price]
+
+
+@pytest.mark.parametrize("machine", PRICED, ids=lambda machine: machine.name)
+def test_a_price_has_its_date_and_its_source(machine):
+    assert re.fullmatch(r"20\d\d(-\d\d-\d\d)?", machine.price.as_of)
+    assert machine.price.source.startswith("https://")
+    assert 0.1 < machine.price.usd_per_hour / machine.count < 20
+    assert machine.price.as_of in str(machine.price)
+
+
+def test_more_gpus_of_a_kind_cost_more_an_hour():
+    for gpu in GPUS:
+        prices = [price.usd_per_hour for count in range(1, 9) if (price := rental(count, gpu))]
+        assert prices == sorted(set(prices))
+    assert rental(2, "A100-80GB").usd_per_hour == 5
+    assert (rental(3, "T4"), rental(1, "V100-16GB")) == (None, None)
+
+
+def test_every_price_is_that_of_a_machine():
+    stored = json.loads((Path(fk.__file__).parent / "planning" / "devices.json").read_text())["prices"]
+    assert {machine.name for machine in PRICED} == set(stored)
 
 
 def test_reports_are_found_by_the_size_of_a_model_and_its_dtype():

@@ -56,3 +56,5 @@ def test_in_jupyter_it_is_two_tables(machine):
     html = fk.requirements("falconet", minutes=5)._repr_html_()
     assert html.count("<table>") == 2
     assert "falcon-40b-instruct" in html
+    assert html.count("about $") == len(fk.requirements("falconet", minutes=5).tiers)
+    assert "about $5.00/h" in html.partition("2 x A100-80GB")[2].partition("</tr>")[0]

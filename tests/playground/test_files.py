@@ -198,3 +198,13 @@ def test_copied_code_is_python_that_holds_the_prompt_word_for_word(turn):
     made = replace(turn, answers=tuple(replace(answer, source="fk.load('falconet')") for answer in turn.answers))
     calls = [node.value for node in ast.parse(files.as_code(made)).body if ast.unparse(node).startswith("answer = ")]
     assert [ast.literal_eval(call.args[0]) for call in calls] == [answer.prompt for answer in made.answers]
+
+
+@given(st.text())
+def test_copied_code_of_a_refused_answer_names_the_guardrails_and_runs_nothing_of_the_reason(reason):
+    answer = Answer("falconet", "fk.load('falconet')", "Hello", {}, ending="refused", reason=reason)
+    turn = Turn("1", "prompt", "Hello", (answer,))
+    code = files.as_code(turn)
+    assert f"\n# Guardrails refused this answer: {reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n" in code
+    unguarded = files.as_code(replace(turn, answers=(replace(answer, ending="eos"),)))
+    assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(unguarded))

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -97,22 +97,27 @@ def is_mapped(model: Path) -> bool:
     return str(model) in Path("/proc/self/maps").read_text()
 
 
-def measure(notebook: Path, model: Path) -> dict[str, Any]:
-    """The peak over all cells and the largest amount of files, as multiples of the weights."""
+def cells(notebook: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The source of each code cell of a notebook, and a function that runs it in one IPython shell."""
     import nbformat
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance(colors="NoColor")
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            yield cell.source, lambda source=cell.source: shell.run_cell(source).raise_error()
+
+
+def measure(notebook: Path, model: Path) -> dict[str, Any]:
+    """The peak over all cells and the largest amount of files, as multiples of the weights."""
     found: dict[str, Any] = {"memory": 0.0, "cell": "", "files": 0.0}
     before, weights = resident(), stored(model)
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
+    for source, run in cells(notebook):
         with peak() as highest:
-            shell.run_cell(cell.source).raise_error()
+            run()
         copies = (highest[0] - before) / weights + is_mapped(model)
         if copies > found["memory"]:
-            found |= {"memory": copies, "cell": cell.source}
+            found |= {"memory": copies, "cell": source}
         found["files"] = max(found["files"], stored(Path.cwd()) / weights)
     return found
 

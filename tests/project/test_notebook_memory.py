@@ -11,8 +11,8 @@ import pytest
 from tests.project.notebook_memory import MALLOC, checkpoint
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("06_lora", "07_quantization", "08_multi_gpu")
-"""Notebooks with more than one model. (10_serving exports and serves Falconet, whatever the reader's model is.)"""
+HEAVY = ("06_lora", "07_quantization", "08_multi_gpu", "10_serving")
+"""Notebooks that hold or write more than one model. (10_serving serves Falconet, whatever the reader's model is.)"""
 OVERHEAD = 0.5  # of the weights of a small checkpoint: activations, Falconet, figures
 
 

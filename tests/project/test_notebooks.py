@@ -165,8 +165,24 @@ def test_every_section_with_code_names_the_machines_that_it_runs_on(path):
     starts = [at for at, cell in enumerate(cells) if cell.source.startswith("## ")]
     sections = [cells[start:end] for start, end in pairwise([*starts, len(cells)])]
     with_code = [section for section in sections if any(cell.cell_type == "code" for cell in section)]
-    silent = [section[0].source.splitlines()[0] for section in with_code if "\n*Runs on: " not in section[0].source]
+    silent = [
+        section[0].source.splitlines()[0]
+        for section in with_code
+        if not any(line.startswith("*Runs on: ") for line in section[0].source.splitlines()[1:3])
+    ]
     assert [heading for heading in silent if heading != "## Exercises"] == []
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.relative_to(NOTEBOOKS).as_posix()) for path in ALL])
+def test_relative_links_of_a_notebook_lead_to_files(path):
+    cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+    links = re.findall(r"\]\((?!https?:|attachment:|#)([^)\s]+)\)", "\n".join(cells))
+    assert [link for link in links if not (path.parent / link.partition("#")[0]).is_file()] == []
+
+
+def test_the_first_notebook_links_to_all_others():
+    text = "\n".join(cell.source for cell in nbformat.read(TUTORIAL[0], 4).cells)
+    assert [path.name for path in TUTORIAL[1:] if f"| [{path.stem}]({path.name}) |" not in text] == []
 
 
 @each_notebook

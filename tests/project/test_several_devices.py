@@ -83,6 +83,11 @@ def prompt_lookup(falcon, places):
     return falcon.generate(TEXT * 2, max_new_tokens=8, prompt_lookup_num_tokens=2).tokens
 
 
+def assisted_stream(falcon, places):
+    settings = {"max_new_tokens": 8, "prompt_lookup_num_tokens": 3, "temperature": 0.1, "seed": 2}
+    return [(piece.logprob, piece.accepted) for piece in falcon.stream(TEXT * 2, **settings)]
+
+
 def static_cache(falcon, places):
     return falcon.generate(TEXT, max_new_tokens=8, cache_implementation="static").tokens
 
@@ -258,7 +263,19 @@ def weights(falcon, places):
 
 TABLE = {
     "generate": [
-        *(greedy, sampled, beams, batch, sequences, stop_string, alternatives, assisted, prompt_lookup, static_cache),
+        *(
+            greedy,
+            sampled,
+            beams,
+            batch,
+            sequences,
+            stop_string,
+            alternatives,
+            assisted,
+            prompt_lookup,
+            assisted_stream,
+            static_cache,
+        ),
         *(chunked_prefill, eager_attention),
     ],
     "stream": [stream],
@@ -287,7 +304,7 @@ TABLE = {
 """The public functions and methods that take a Falcon, and what each is compared by."""
 WITHOUT_A_FALCON = {
     *("catalogue", "chat_format", "connect", "dialogues", "environment", "guardrails", "load", "mix", "plan"),
-    *("published_tokens", "sample_texts", "spec", "check", "requirements"),
+    *("published_tokens", "sample_texts", "spec", "check", "requirements", "gguf_file"),
 }
 CASES = [case for cases in TABLE.values() for case in cases]
 RANDOM = {sampled, sequences, stream}

@@ -80,3 +80,13 @@ def test_a_dtype_that_vllm_does_not_serve_is_refused():
 def test_a_deployment_is_one_line_as_text_and_a_table_in_jupyter(forty):
     assert repr(forty).startswith(f"Deployment(falcon-40b-instruct on {forty.machine}, {forty.gpus} x A1")
     assert "vllm serve" in forty._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("machine", "price"),
+    [("ml.g5.12xlarge", "about $7.09/h in 2023 (SageMaker)"), ("ml.g5.48xlarge", None), ("4xA100-80GB", None)],
+)
+def test_a_deployment_shows_the_price_of_its_machine_where_one_was_published(machine, price):
+    planned = deployment("falcon-40b-instruct", machine)
+    assert (str(planned.price) if planned.price else None) == price
+    assert ("/h in 2023" in planned._repr_html_()) == (price is not None)

@@ -8,7 +8,7 @@ import pytest
 
 import falcon_kit as fk
 from falcon_kit.generation.chat import BAIZE, render
-from falcon_kit.serving.endpoint import _token_from_environment
+from falcon_kit.serving.connection import token_from_environment
 from tests.serving.servers import DONE, QUESTION, Reply, answering, as_reply, llama_cpp, scripted, tgi
 
 KEY = "sk-very-secret-0123456789"
@@ -279,4 +279,4 @@ def test_keys_of_others_stay_with_their_hosts(monkeypatch):
 )
 def test_the_key_of_the_hub_goes_to_the_hub_alone_and_never_in_the_clear(url, key, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert _token_from_environment(url) == key
+    assert token_from_environment([url]) == key

@@ -46,6 +46,16 @@ def test_rows_learned_by_heart_are_told_apart():
     assert "the held-out loss rose by 10%, that of the batches fell by 98%: it learned these documents by heart" in said
 
 
+def test_held_out_answers_that_became_right_are_learned_whatever_the_loss():
+    measured = figures(held_out_loss_before=1.4, held_out_loss_after=1.37)
+    measured |= {"exact answers before": 0.07, "exact answers after": 0.93}
+    said = verdict(losses(*[4.0] * 5, *[0.1] * 5), measured, SETTINGS, 30)
+    assert said == (
+        "10 steps over 30 documents: the held-out loss fell by 2%, and 93% of the held-out answers are right, "
+        "instead of 7%"
+    )
+
+
 @pytest.mark.parametrize(("after", "end"), [(2.05, "little or nothing is forgotten"), (3.0, "or train fewer steps")])
 def test_a_loss_on_web_text_that_rose_is_forgetting(after, end):
     said = verdict(losses(4.0, 1.0), figures(web_text_loss_before=2.0, web_text_loss_after=after), SETTINGS, 30)
