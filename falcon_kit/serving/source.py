@@ -79,6 +79,11 @@ def source_of(model: Any) -> Source:
             f"{type(model).__name__}"
         )
     found = find(str(model), _HUB)
+    require(
+        not found.gguf,
+        f"{model} is a GGUF file: serve what it holds, fk.serve(fk.load({str(model)!r})), or start llama-server -m "
+        "with it, and fk.connect to that",
+    )
     return Source(str(model), found.spec, choose_dtype(None, found.config, found.spec)[0], found)
 
 
