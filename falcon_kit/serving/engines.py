@@ -11,12 +11,15 @@ from pathlib import Path
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, shown, unknown_name
+from falcon_kit.serving.gguf_kinds import FILE_TYPES
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }  # the model is on the disk, and nothing else is asked for
 _GIB = 2**30
+QUANTISED = {name: "int8" if name[1] in "568" else "int4" for name in FILE_TYPES if name.startswith("q")}
+"""llama.cpp's quantised dtypes, each with the nearest one that a memory plan counts."""
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another
 program has a core, a thread spins for as long as the other one is not scheduled: Falconet on two busy cores generates 2
@@ -147,7 +150,7 @@ LLAMA_CPP = Engine(
     "llama-server",
     "pip install xllamacpp, or build llama-server",
     _llama_cpp,
-    (*_DTYPES, "q8_0"),
+    (*_DTYPES, *QUANTISED),
     "LLAMA_API_KEY",
     reads_gguf=True,
     beside=_xllamacpp,

@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import is_whole, printable
 from falcon_kit.serving.connection import Oversized, proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
@@ -54,6 +54,12 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
         hint = ": shorten the prompt or lower max_new_tokens" if re.search("context|token|length", message) else ""
         return ValueError(f"the endpoint refused the request (HTTP {status}){hint}. {quoted}")
     return ConnectionError(f"the endpoint failed (HTTP {status}). {quoted}")
+
+
+def event_status(body: Any) -> int | None:
+    """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
+    code = body.get("code") if isinstance(body, dict) else None
+    return code if is_whole(code, 400, 599) else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

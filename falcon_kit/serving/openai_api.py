@@ -5,8 +5,7 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 """
 
 import json
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,11 +13,19 @@ from typing import Any, TypeVar
 import httpx2
 import openai
 
-from falcon_kit.display.errors import is_whole, require, unknown_name
+from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
-from falcon_kit.generation.text import Alternative, FinishReason
+from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, next_event, redact_url
-from falcon_kit.serving.failures import Redirected, connection_error, count, error_message, http_error, reading
+from falcon_kit.serving.failures import (
+    Redirected,
+    connection_error,
+    count,
+    error_message,
+    event_status,
+    http_error,
+    reading,
+)
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
@@ -26,8 +33,6 @@ from falcon_kit.serving.protocol import (
     ask_about_prompt,
     ask_json,
     length,
-    likeliest,
-    logprob_or,
     map_settings,
 )
 
@@ -199,19 +204,13 @@ class OpenAIServer:
         if isinstance(error, openai.APIStatusError):
             message = self.connection.redact(error_message(error.body or error.response.text))
             return http_error(error.status_code, message, address, error.response.headers)
-        if isinstance(error, openai.APIError) and not begun and (status := _status_in(error.body)):
+        if isinstance(error, openai.APIError) and not begun and (status := event_status(error.body)):
             return http_error(status, self.connection.redact(error_message(error.body)), address, {})
         if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
             error = error.__cause__
         if isinstance(error, httpx2.HTTPError):
             return connection_error(error, address, self.connection.timeout)
         return ConnectionError(f"{address} reports: {self.connection.redact(str(error))}")
-
-
-def _status_in(body: Any) -> int | None:
-    """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
-    code = body.get("code") if isinstance(body, dict) else None
-    return code if is_whole(code, 400, 599) else None
 
 
 def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
@@ -223,73 +222,6 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
     defaults = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **options}
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return defaults | {name: value for name, value in chosen.items() if value is not None}
-
-
-def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
-    """The deltas of a chunk, completion or chat: one per token, and the text in the last."""
-    usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
-    prompt = usage.get("prompt_tokens") or (timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0) or None
-    counts: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "new_tokens": usage.get("completion_tokens") or timings.get("predicted_n"),
-    }
-    for choice in chunk.get("choices") or []:
-        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        *tokens, last = _tokens(choice) or [Delta()]
-        yield from tokens
-        yield replace(last, text=text, finish=_finish_reason(choice), **counts)
-    if not chunk.get("choices"):
-        yield Delta(**counts)
-
-
-def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
-    """The kit's finish reason: a server's "stop" means the end-of-sequence token unless it names a stop string."""
-    reason = choice.get("finish_reason")
-    if reason is None:
-        return None
-    if not isinstance(reason, str):
-        raise TypeError(f"finish_reason is {reason!r}, not a text")
-    if reason == "length":
-        return "length"
-    return "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
-
-
-def _tokens(choice: Mapping[str, Any]) -> list[Delta]:
-    """A delta without text for each token of a chunk."""
-    logprobs = choice.get("logprobs") or {}
-    content = logprobs.get("content") or _as_content(logprobs)
-    ids = choice.get("token_ids") or [each.get("id") for each in content]
-    steps = zip(ids, content or [{}] * len(ids), strict=False)
-    return [_token(token, entry) for token, entry in steps if token is not None]
-
-
-def _as_content(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lists in the log-probabilities of vLLM's completions, as the objects that llama.cpp and all chats send."""
-    values = logprobs.get("token_logprobs") or []
-    tokens, tops = logprobs.get("tokens") or [None] * len(values), logprobs.get("top_logprobs") or [None] * len(values)
-    return [
-        {"token": token, "logprob": value, "top_logprobs": [{"token": text, "logprob": v} for text, v in top.items()]}
-        for token, value, top in zip(tokens, values, (each or {} for each in tops), strict=False)
-    ]
-
-
-def _token(token_id: int, entry: Mapping[str, Any]) -> Delta:
-    """The delta of one token. vLLM sends the id of the generated token only, so one alternative gets it."""
-    generated, alternatives = (entry.get("token"), entry.get("logprob")), []
-    for each in entry.get("top_logprobs") or []:
-        same = token_id if (each["token"], each["logprob"]) == generated else None
-        alternatives.append(
-            Alternative(_token_text(each), each.get("id", same), logprob_or(-math.inf, each["logprob"]))
-        )
-    return Delta(
-        token_id=token_id, logprob=logprob_or(math.nan, entry.get("logprob")), alternatives=likeliest(alternatives)
-    )
-
-
-def _token_text(entry: Mapping[str, Any]) -> Any:
-    """A token by itself, from its bytes where they are sent: they may be an incomplete character."""
-    octets = entry.get("bytes")
-    return bytes(octets).decode(errors="replace") if isinstance(octets, list) else entry["token"]
 
 
 async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
+from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import MOST_BYTES, Connection
 from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading, within
 from falcon_kit.serving.protocol import Delta, Facts, Request
@@ -132,7 +133,7 @@ class SageMakerServer:
                 delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
                 return [delta] if delta else []
             chunk = parse_json(text.removeprefix("data:"))
-            return list(openai_api.read_chunk(chunk)) if isinstance(chunk, dict) else []
+            return list(read_chunk(chunk)) if isinstance(chunk, dict) else []
 
     def _silent(self) -> TimeoutError:
         return TimeoutError(

@@ -21,6 +21,7 @@ from falcon_kit.serving.echo import PromptToken
 from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.engines import (
     LLAMA_CPP,
+    QUANTISED,
     TRANSFORMERS,
     VLLM,
     Engine,
@@ -108,7 +109,7 @@ def serve(
     needs no memory in this process except to merge an adapter or to export a GGUF file.
     engine: "vllm", "llama.cpp", "transformers", or the path of a program `vllm`, `llama-server` or `transformers` in
     another environment. "auto": the fastest one that is installed and supports the layout.
-    dtype: unset, that of the Falcon, or the one that `fk.load` would choose; with llama.cpp also "q8_0".
+    dtype: unset, that of the Falcon, or the one that `fk.load` would choose; with llama.cpp also "q8_0" or "q4_k_m".
     context: tokens per text; unset, the model's. texts: texts at a time. gpus: for vLLM, the number of GPUs; unset, as
     few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
     port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
@@ -182,7 +183,7 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
         require(devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} uses no GPU here")
         check_whole("gpus", gpus, 1, len(devices))
     counts = range(1, len(devices) + 1) if gpus is None else [gpus]
-    weights = {"q8_0": "int8"}.get(dtype, dtype)
+    weights = QUANTISED.get(dtype, dtype)
     for count in counts:
         planned = plan(source.spec, weights, context, texts, devices=devices[:count])
         if planned.fits:

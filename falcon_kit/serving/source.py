@@ -54,7 +54,7 @@ class Files:
     path: Path
     """The checkpoint's folder, or the GGUF file."""
     note: str
-    """Where it is, and its size if it was written for the server."""
+    """Its size, if it was written for the server."""
     again: str
     """The call that makes it on another machine; empty if that machine needs no more than the model's name."""
     chat_format: ChatFormat
@@ -79,6 +79,11 @@ def source_of(model: Any) -> Source:
             f"{type(model).__name__}"
         )
     found = find(str(model), _HUB)
+    require(
+        not found.gguf,
+        f"{model} is a GGUF file: serve what it holds, fk.serve(fk.load({str(model)!r})), or start llama-server -m "
+        "with it, and fk.connect to that",
+    )
     return Source(str(model), found.spec, choose_dtype(None, found.config, found.spec)[0], found)
 
 
@@ -142,11 +147,11 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
     again = "; ".join(f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
     if isinstance(source.model, Checkpoint) and source.model.adapters:
         again = f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
-    return Files(path, f"{format_bytes(size)}, saved for this server in {folder}", again, falcon.chat_format)
+    return Files(path, f"{format_bytes(size)}, saved for this server in a temporary folder", again, falcon.chat_format)
 
 
 def _write_gguf(falcon: Falcon, source: Source, folder: Path, dtype: str) -> Files:
     path = export_gguf(falcon, folder / f"{source.short_name}.gguf", dtype)
     again = f"fk.export_gguf(falcon, {path.name!r})"
-    note = f"{format_bytes(path.stat().st_size)}, exported for this server in {folder}"
+    note = f"{format_bytes(path.stat().st_size)}, exported for this server to a temporary folder"
     return Files(path, note, again, falcon.chat_format)

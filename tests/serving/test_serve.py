@@ -181,7 +181,7 @@ def test_a_falcon_is_served_with_the_weights_that_it_has_in_memory(engine, tmp_p
     falcon = fk.load("falconet")
     falcon.model.transformer.ln_f.weight.data[0] += 1.0
     with fk.serve(falcon, engine().program) as served:
-        assert "18.5 MiB, saved for this server in " in served._repr_html_()
+        assert "18.5 MiB, saved for this server in a temporary folder" in served._repr_html_()
         copy = fk.load(shutil.copytree(served.files.path, tmp_path / "copy"), dtype="float32")
     assert copy.model.transformer.ln_f.weight[0] == falcon.model.transformer.ln_f.weight[0]
 
@@ -498,10 +498,19 @@ def test_a_real_engine_answers_as_the_model_here(name, instruct):
         )
 
 
-def test_llama_cpp_serves_eight_bits_of_a_model_that_this_process_has_not_loaded(instruct):
-    with fk.serve("falconet-instruct", "llama.cpp", dtype="q8_0") as served:
+@pytest.mark.parametrize(("dtype", "counted", "share"), [("q8_0", "int8", 0.3), ("q4_k_m", "int4", 0.25)])
+def test_llama_cpp_serves_fewer_bits_of_a_model_that_this_process_has_not_loaded(instruct, dtype, counted, share):
+    with fk.serve("falconet-instruct", "llama.cpp", dtype=dtype) as served:
         assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
-        assert served.files.path.stat().st_size < instruct.weight_bytes / 3
+        assert served.plan.dtype == counted
+        assert served.files.path.stat().st_size < instruct.weight_bytes * share
+
+
+def test_a_gguf_file_is_refused_with_what_to_do(gguf, engine, instruct):
+    with pytest.raises(ValueError, match=r"is a GGUF file: serve what it holds, fk.serve\(fk.load\("):
+        fk.serve(gguf, engine().program)
+    with fk.serve(fk.load(gguf), engine().program) as served:
+        assert served.files.path.is_dir()
 
 
 def test_a_model_of_any_layout_is_served(tmp_path, tokenizer):
