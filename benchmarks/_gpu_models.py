@@ -16,8 +16,8 @@ from falcon_kit.loading.packed import PackedLinear, frozen, quantised4, quantise
 from falcon_kit.loading.quantization import quantisation_config, weights
 from falcon_kit.model import modeling
 
-RESERVED = 6e9
-"""Bytes of a GPU that a slice leaves for the prefill and the libraries."""
+RESERVED = 30e9
+"""Bytes of a GPU that a slice leaves for the prefill of the largest batch and the libraries."""
 
 
 def sliced(shape: FalconSpec, free: float, batch: int, context: int) -> FalconSpec:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import FalconConfig, FalconForCausalLM
@@ -17,7 +18,7 @@ from benchmarks.gpu import Settings, relative_error
 from benchmarks.tuning import conversations
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue import memory
-from falcon_kit.model import modeling
+from falcon_kit.model import modeling, packed
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import GPU_OVERHEAD
 
@@ -75,73 +76,88 @@ def _model_error(shape: FalconSpec, dtype: torch.dtype, device: torch.device, mo
 
 
 def both(settings: Settings, shape: FalconSpec | None) -> dict[str, Any]:
-    """The kit and transformers with the same bfloat16 weights: eager at each batch, compiled at the first and last.
+    """The kit and transformers with the same bfloat16 weights, eager at each batch, and what the kit's prefill takes.
 
     shape: None for the slice of the 40B.
     """
     shape = shape or slice_of(settings)
     models = pair(shape, settings.device)
-    figures = {name: _speeds(model, shape, "bfloat16", settings) for name, model in models.items()}
-    ratios = {
-        f"{how}, batch {batch}": round(theirs["ms per step"] / ours["ms per step"], 2)
-        for how, batch in figures["kit"]["decode"]
-        if "ms per step" in (ours := figures["kit"]["decode"][how, batch])
-        and "ms per step" in (theirs := figures["transformers"]["decode"].get((how, batch), {}))
+    steps = {
+        name: {batch: _decoded(model, shape, batch, settings) for batch in settings.batches}
+        for name, model in models.items()
     }
-    return (
-        {"layers": shape.layers}
-        | {
-            name: each | {"decode": {f"{how}, batch {batch}": row for (how, batch), row in each["decode"].items()}}
-            for name, each in figures.items()
-        }
-        | {"transformers' time over the kit's": ratios}
-    )
+    prefill = {name: _prefill(model, shape, "bfloat16", settings) for name, model in models.items()}
+    return {"layers": shape.layers, "prefill": prefill, "decode": _named(steps), "ratios": _ratios(steps)}
+
+
+def compiled(settings: Settings, shape: FalconSpec | None, batches: tuple[int, ...]) -> dict[str, Any]:
+    """Both models as above, compiled. shape: None for the slice of the 40B."""
+    if not settings.compiled:
+        return {"skipped": "nothing is compiled here"}
+    shape = shape or slice_of(settings)
+    steps = {
+        name: {batch: _decoded(model, shape, batch, settings, _static(settings.compiled[name])) for batch in batches}
+        for name, model in pair(shape, settings.device).items()
+    }
+    return {"layers": shape.layers, "decode": _named(steps), "ratios": _ratios(steps)}
+
+
+def _named(steps: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    return {f"{name}, batch {batch}": row for name, rows in steps.items() for batch, row in rows.items()}
+
+
+def _ratios(steps: dict[str, dict[int, Any]]) -> dict[str, float]:
+    """transformers' time over the kit's, at each batch that fits with both."""
+    unit = "ms per step"
+    pairs = {batch: (steps["transformers"][batch], ours) for batch, ours in steps["kit"].items()}
+    return {
+        f"batch {batch}": round(theirs[unit] / ours[unit], 2)
+        for batch, (theirs, ours) in pairs.items()
+        if unit in theirs and unit in ours
+    }
 
 
 def quantised(settings: Settings, shape: FalconSpec | None, dtype: str) -> dict[str, Any]:
-    """The kit in a quantised dtype; compiled where it can be. shape: None for the slice of the 40B."""
+    """The kit in a quantised dtype, eager. shape: None for the slice of the 40B."""
     shape = shape or slice_of(settings)
     model = built(shape, settings.device, modeling.FalconForCausalLM, dtype)
-    figures = _speeds(model, shape, dtype, replace(settings, compiled=settings.compiled if dtype == "int4" else None))
-    decode = {f"{how}, batch {batch}": row for (how, batch), row in figures["decode"].items()}
-    return {"layers": shape.layers} | figures | {"decode": decode}
+    batches = (settings.batches[0], settings.batches[-1])
+    steps = {"kit": {batch: _decoded(model, shape, batch, settings) for batch in batches}}
+    weights = round(weight_bytes(model) / 2**30, 3)
+    prefill = _prefill(model, shape, dtype, settings)
+    return {"layers": shape.layers, "weights, GiB": weights, "prefill": prefill, "decode": _named(steps)}
 
 
-def _speeds(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: Settings) -> dict[str, Any]:
-    bandwidth = full_size._bandwidth(settings.device)
-    size = weight_bytes(model)
-    decode: dict[tuple[str, int], dict[str, Any]] = {}
-    for batch in settings.batches:
-        decode["eager", batch] = _decoded(model, shape, size, batch, settings, bandwidth, {})
-    for batch in (settings.batches[0], settings.batches[-1]) if settings.compiled else ():
-        arguments = {"cache_implementation": "static", "compile_config": settings.compiled}
-        decode["compiled", batch] = _decoded(model, shape, size, batch, settings, bandwidth, arguments)
-    return {
-        "weights, GiB": round(size / 2**30, 3),
-        "prefill": _prefill(model, shape, dtype, settings),
-        "decode": decode,
-    }
+def quantised_compiled(settings: Settings, shape: FalconSpec, dtype: str) -> dict[str, Any]:
+    """The kit in a quantised dtype at the first batch, compiled."""
+    if not settings.compiled:
+        return {"skipped": "nothing is compiled here"}
+    model = built(shape, settings.device, modeling.FalconForCausalLM, dtype)
+    options = _static(settings.compiled["kit"])
+    return {"layers": shape.layers} | _decoded(model, shape, settings.batches[0], settings, options)
+
+
+def _static(compiled: Any) -> dict[str, Any]:
+    return {"cache_implementation": "static", "compile_config": compiled}
 
 
 def _decoded(
-    model: FalconForCausalLM,
-    shape: FalconSpec,
-    size: int,
-    batch: int,
-    settings: Settings,
-    bandwidth: float,
-    arguments: dict[str, Any],
+    model: FalconForCausalLM, shape: FalconSpec, batch: int, settings: Settings, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    """Time per step and per layer, and the share of it that reading weights and cache once takes."""
+    bandwidth = full_size._bandwidth(settings.device)
+    start = time.perf_counter()
     with freed():
-        seconds = full_size._decode(model, batch, settings.context, arguments).seconds
+        seconds = full_size._decode(model, batch, settings.context, options or {}).seconds
     if seconds is None:
         return {"fits": False}
-    least = (size + shape.kv_bytes_per_token() * batch * settings.context) / bandwidth
+    least = (weight_bytes(model) + shape.kv_bytes_per_token() * batch * settings.context) / bandwidth
     return {
         "ms per step": round(1000 * seconds, 3),
         "ms per layer, head included": round(1000 * seconds / shape.layers, 4),
         "tokens/s": round(batch / seconds, 1),
         "share of the bandwidth": round(least / seconds, 3),
+        "seconds to measure": round(time.perf_counter() - start, 1),
     }
 
 
@@ -199,6 +215,33 @@ def statistics_of_attention(settings: Settings) -> dict[str, Any]:
     weights = memory.weight_bytes(shape, "bfloat16")
     peak = torch.cuda.max_memory_allocated() - weights if settings.device.type == "cuda" else None
     return {"tokens": len(ids), "seconds": round(seconds, 2), "bytes beside the weights": peak}
+
+
+def packed_rows(settings: Settings) -> dict[str, Any]:
+    """Forward and backward through four layers of the 7B, for one row of eight documents: torch's variable-length
+    kernel against attention under a mask."""
+    shape = replace(settings.seven, layers=min(4, settings.seven.layers))
+    model = built(shape, settings.device, modeling.FalconForCausalLM, "bfloat16").transformer
+    tokens = min(2048, shape.context)
+    positions = (torch.arange(tokens, device=settings.device) % (tokens // 8))[None]
+    hidden = torch.randn(1, tokens, shape.d_model, dtype=torch.bfloat16, device=settings.device, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        output = model(inputs_embeds=hidden, position_ids=positions).last_hidden_state
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), hidden)
+        return gradient
+
+    figures: dict[str, Any] = {"has the kernel": packed.has_kernel(hidden)}
+    gradients = []
+    for way, has_kernel in {"within documents": packed.has_kernel, "under a mask": lambda _: False}.items():
+        with patch.object(packed, "has_kernel", has_kernel):
+            gradients.append(step())
+            if settings.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = min(full_size._seconds(step, settings.device) for _ in range(3))
+            peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None
+            figures[way] = {"ms": round(1e3 * seconds, 2), "peak bytes": peak}
+    return figures | {"relative difference": relative_error(*(each.double().cpu() for each in gradients))}
 
 
 def tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:

@@ -80,6 +80,12 @@ def _adapter(folder: Path) -> None:
     (folder / "tuning.json").write_text(json.dumps({"chat_format": "falcon", "base_fingerprint": None}))
 
 
+def _gguf(folder: Path) -> None:
+    falcon = fk.load(_checkpoint(folder / "checkpoint"))
+    fk.export_gguf(falcon, folder / "falcon.gguf", "q8_0")
+    shutil.rmtree(folder / "checkpoint")
+
+
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 READERS = {
     **{
@@ -97,6 +103,7 @@ READERS = {
         lambda folder: _checkpoint(folder, max_shard_size="400KB"), ("model.safetensors.index.json",), fk.load
     ),
     "pickled weights": Reader(_pickled, ("pytorch_model.bin",), fk.load),
+    "GGUF file": Reader(_gguf, ("falcon.gguf",), lambda folder: fk.load(folder / "falcon.gguf")),
     "adapter": Reader(_adapter, ("adapter_config.json", "tuning.json", "adapter_model.safetensors"), fk.load),
     "adapter to merge": Reader(
         _adapter, ("adapter_config.json", "adapter_model.safetensors"), lambda folder: fk.merge(folder, folder / "base")

@@ -20,7 +20,7 @@ from transformers import DynamicCache, FalconConfig, FalconForCausalLM
 
 from falcon_kit import FalconSpec
 from falcon_kit.model import modeling
-from falcon_kit.model.attention import faster_without_onednn
+from falcon_kit.model.products import faster_without_onednn
 
 SHAPE = FalconSpec(
     "decode", layers=8, d_model=2048, query_heads=32, kv_heads=2, vocabulary=65024, intermediate_size=8192

@@ -7,8 +7,8 @@ read all weights and the cache once, at the bandwidth measured here, and peaks w
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -33,8 +33,8 @@ class Settings:
     device: torch.device
     batches: tuple[int, ...] = (1, 8, 32)
     context: int = 2000
-    compiled: Any = None
-    """A transformers.CompileConfig; without one, nothing is compiled."""
+    compiled: Mapping[str, Any] = field(default_factory=dict)
+    """A transformers.CompileConfig for "kit" and "transformers"; without them, nothing is compiled."""
     seconds: float = 460.0
     """No part begins later than this after the start."""
 
@@ -45,8 +45,11 @@ def run() -> Iterator[dict[str, Any]]:
         raise CannotRun("torch finds no GPU; the whole run needs one of 80 GB")
     from transformers import CompileConfig
 
+    from falcon_kit.loading.compiling import compile_options
+
     settings = Settings(fk.spec("falcon-7b"), fk.spec("falcon-40b"), torch.device("cuda"))
-    return measure(replace(settings, compiled=CompileConfig(fullgraph=True)))
+    options = {"kit": compile_options(True), "transformers": CompileConfig(fullgraph=True)}
+    return measure(replace(settings, compiled=options))
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -86,10 +89,10 @@ def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The parts by name. Those of `_gpu_parts` import the kit's model as they run."""
+    """The parts by name. Those of `_gpu_parts` and `_gpu_attention` import the kit's model as they run."""
 
-    def of_the_model(name: str, *arguments: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: getattr(import_module("benchmarks._gpu_parts"), name)(settings, *arguments)
+    def of_the_model(name: str, *arguments: Any, file: str = "_gpu_parts") -> Callable[[], dict[str, Any]]:
+        return lambda: getattr(import_module(f"benchmarks.{file}"), name)(settings, *arguments)
 
     return {
         "products against float64": lambda: product_errors(settings.device),
@@ -97,11 +100,16 @@ def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
         "bandwidth, GB/s": of_the_model("bandwidth"),
         "7B, bfloat16": of_the_model("both", settings.seven),
         "slice of the 40B, bfloat16": of_the_model("both", None),
+        "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
+        "7B, bfloat16, compiled": of_the_model("compiled", settings.seven, settings.batches[:1]),
         **{f"7B, {dtype}": of_the_model("quantised", settings.seven, dtype) for dtype in ("int4", "nf4", "int8")},
-        "attention statistics": of_the_model("statistics_of_attention"),
+        "packed rows": of_the_model("packed_rows"),
         **{f"tuning, {dtype}": of_the_model("tuning", dtype) for dtype in ("bfloat16", "nf4", "int4")},
-        "slice of the 40B, int4": of_the_model("quantised", None, "int4"),
         **{f"tuning with SFTTrainer, {dtype}": of_the_model("peer_tuning", dtype) for dtype in ("bfloat16", "nf4")},
+        "attention statistics": of_the_model("statistics_of_attention"),
+        "slice of the 40B, int4": of_the_model("quantised", None, "int4"),
+        "slice of the 40B, bfloat16, compiled": of_the_model("compiled", None, settings.batches[-1:]),
+        "7B, int4, compiled": of_the_model("quantised_compiled", settings.seven, "int4"),
     }
 
 
@@ -128,5 +136,5 @@ def _product_error(kind: str, rows: int, device: torch.device) -> float:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over the norm of what is expected, with three digits."""
-    found = found.double().cpu()
+    found, expected = found.double().cpu(), expected.double().cpu()
     return float(f"{float((found - expected).norm() / expected.norm()):.2e}")

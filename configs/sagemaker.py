@@ -1,10 +1,19 @@
-"""Starts configs/tune.py as a SageMaker training job on eight GPUs.
+"""Starts configs/tune.py as a SageMaker training job on instances with eight GPUs.
 
     python configs/sagemaker.py --role arn:aws:iam::...:role/sagemaker --image <training image> \
-        --data s3://bucket/chats/ --output s3://bucket/runs/mine --model tiiuae/falcon-40b --shard
+        --code s3://bucket/falcon-kit/ --data s3://bucket/chats/ --output s3://bucket/runs/mine \
+        --model tiiuae/falcon-40b --shard
 
-Images with torch: https://github.com/aws/deep-learning-containers, those called pytorch-training. Checkpoints are
-copied to --output during the training. With --spot, an interrupted job on spot instances is restarted and resumes.
+The folder of --code is a copy of this repository. Images with torch: those called pytorch-training in
+https://github.com/aws/deep-learning-containers. Checkpoints are copied to --output during the training. With --spot, an
+interrupted job on spot instances is restarted and resumes.
+
+With --instances 2, both write the run to a directory that they share, because each has a copy of its own of what is in
+S3: --shared FSxLustre fs-0123456789abcdef0 /fsx/runs, or EFS, in the network that --subnets and --security-groups name.
+There the same command with another --name resumes the run.
+
+https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateTrainingJob.html has the fields,
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html the files.
 """
 
 import argparse
@@ -12,14 +21,20 @@ import shlex
 from typing import Any
 
 CODE, DATA, CHECKPOINTS = "/opt/ml/input/data/code", "/opt/ml/input/data/training", "/opt/ml/checkpoints"
+SHARED = "/opt/ml/input/data/shared"
+_FIRST_HOST = (
+    """$(python -c 'import json; print(json.load(open("/opt/ml/input/config/resourceconfig.json"))["hosts"][0])')"""
+)
 
 
 def job(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of boto3's `create_training_job`."""
-    options = ["--model", args.model, "--data", DATA, "--output", CHECKPOINTS, "--dtype", args.dtype]
+    output = SHARED if args.shared else CHECKPOINTS
+    options = ["--model", args.model, "--data", DATA, "--output", output, "--dtype", args.dtype]
     options += ["--shard"] if args.shard else []
     options += ["--set", *args.set] if args.set else []
-    start = shlex.join(["torchrun", "--nproc-per-node", str(args.gpus), "configs/tune.py", *options])
+    together = f"--nnodes {args.instances} --rdzv-id tune --rdzv-backend c10d --rdzv-endpoint {_FIRST_HOST}:29500 "
+    start = f"torchrun {together if args.instances > 1 else ''}--nproc-per-node {args.gpus} configs/tune.py "
     hours = 3600 * args.hours
     waiting = {"MaxWaitTimeInSeconds": 2 * hours} if args.spot else {}
     return {
@@ -29,14 +44,14 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
             "TrainingImage": args.image,
             "TrainingInputMode": "File",
             "ContainerEntrypoint": ["bash", "-c"],
-            "ContainerArguments": [f"cd {CODE} && pip install -c constraints.txt . && {start}"],
+            "ContainerArguments": [f"cd {CODE} && pip install -c constraints.txt . && {start}{shlex.join(options)}"],
         },
-        "InputDataConfig": [_channel("code", args.code), _channel("training", args.data)],
-        "CheckpointConfig": {"S3Uri": args.output, "LocalPath": CHECKPOINTS},
+        "InputDataConfig": [_channel("code", args.code), _channel("training", args.data), *_shared(args.shared)],
+        **(_network(args) if args.shared else {"CheckpointConfig": {"S3Uri": args.output, "LocalPath": CHECKPOINTS}}),
         "OutputDataConfig": {"S3OutputPath": args.output},
         "ResourceConfig": {
             "InstanceType": args.instance,
-            "InstanceCount": 1,
+            "InstanceCount": args.instances,
             "VolumeSizeInGB": args.disk,
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": hours, **waiting},
@@ -47,6 +62,19 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
 def _channel(name: str, uri: str) -> dict[str, Any]:
     source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
+
+
+def _shared(directory: list[str] | None) -> list[dict[str, Any]]:
+    """The channel of a directory that all instances read and write."""
+    if directory is None:
+        return []
+    kind, system, path = directory
+    source = {"FileSystemId": system, "FileSystemType": kind, "FileSystemAccessMode": "rw", "DirectoryPath": path}
+    return [{"ChannelName": "shared", "DataSource": {"FileSystemDataSource": source}}]
+
+
+def _network(args: argparse.Namespace) -> dict[str, Any]:
+    return {"VpcConfig": {"SecurityGroupIds": args.security_groups, "Subnets": args.subnets}}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,6 +91,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     }.items():
         parser.add_argument(name, required=True, help=text)
     parser.add_argument("--instance", default="ml.p4d.24xlarge", help="instance type")
+    parser.add_argument("--instances", type=int, default=1, help="number of instances")
+    parser.add_argument("--shared", nargs=3, metavar=("KIND", "ID", "PATH"), help="a file system for the run")
+    parser.add_argument("--subnets", nargs="+", help="subnets of that file system")
+    parser.add_argument("--security-groups", nargs="+", help="security groups that reach it")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the instance")
     parser.add_argument("--disk", type=int, default=300, help="GB, for the weights")
     parser.add_argument("--hours", type=int, default=24, help="maximum duration")
@@ -70,7 +102,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
     parser.add_argument("--spot", action="store_true", help="spot instances")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of fk.Tuning")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not args.shared and args.instances > 1:
+        parser.error("several instances need a common directory: --shared FSxLustre or EFS, its id and path")
+    if args.shared and not (args.subnets and args.security_groups):
+        parser.error("--shared needs --subnets and --security-groups of the file system")
+    return args
 
 
 def main() -> None:

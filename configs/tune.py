@@ -5,7 +5,8 @@
     accelerate launch --config_file configs/accelerate_8gpu.yaml configs/tune.py --model tiiuae/falcon-7b ...
 
 With --shard each process has a part of every layer (FSDP2), for a model that does not fit on one GPU; without it, a
-copy. After an interruption, the same command resumes the run.
+copy. After an interruption, the same command resumes the run. On several machines: ssh.sh, slurm.sbatch, sagemaker.py
+beside this file; --output is then a folder that all of them share.
 """
 
 import argparse
@@ -13,13 +14,24 @@ import json
 import os
 from typing import Any
 
-import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import falcon_kit as fk
 
 
+@record  # torchrun then reports the process that failed first, with its machine and error
 def main() -> None:
     """Command line: one call of fk.tune."""
+    args = parse()
+    place = {"": "cpu"} if args.shard else None  # in host memory until it is sharded; else on the process's own GPU
+    falcon = fk.load(args.model, dtype=args.dtype, device_map=place)
+    run = fk.tune(falcon, args.data, output_dir=args.output, shard=args.shard, **settings(args.set))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(run)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a Falcon with LoRA.")
     parser.add_argument("--model", required=True, help="a name for fk.load")
     parser.add_argument("--data", required=True, help="a file or folder of dialogues")
@@ -27,18 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help='"nf4-double" is QLoRA (with copies, not with --shard)')
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of fk.Tuning")
-    args = parser.parse_args()
-    falcon = fk.load(args.model, dtype=args.dtype, device_map={"": device(args.shard)})
-    run = fk.tune(falcon, args.data, output_dir=args.output, shard=args.shard, **settings(args.set))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(run)
-
-
-def device(shard: bool) -> str:
-    """The device for the weights: the GPU of this process, or host memory without GPUs and before sharding."""
-    if shard or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return parser.parse_args(arguments)
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.catalogue.gguf import GGUFFile, gguf_file
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import ChatFormat, chat_format
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from falcon_kit.planning.requirements import Requirements, requirements
     from falcon_kit.serving.endpoint import Endpoint, connect
     from falcon_kit.serving.gguf import export_gguf
+    from falcon_kit.serving.serve import Served, serve
     from falcon_kit.serving.stream import IncompleteAnswer
     from falcon_kit.tuning.data import Documents, dialogues, mix
     from falcon_kit.tuning.packing import Packed, pack
@@ -70,6 +72,7 @@ __all__ = [
     "Explanation",
     "Falcon",
     "FalconSpec",
+    "GGUFFile",
     "Generation",
     "Guardrails",
     "IncompleteAnswer",
@@ -83,6 +86,7 @@ __all__ = [
     "Plan",
     "Requirements",
     "Sampling",
+    "Served",
     "Stats",
     "Stream",
     "TokenReport",
@@ -105,6 +109,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export_gguf",
+    "gguf_file",
     "guardrails",
     "induction",
     "lens",
@@ -118,6 +123,7 @@ __all__ = [
     "repeated_tokens",
     "requirements",
     "sample_texts",
+    "serve",
     "spec",
     "tokens",
     "tune",
@@ -148,6 +154,7 @@ _ON_FIRST_USE = {
     "planning.requirements": "Requirements requirements",
     "serving.endpoint": "Endpoint connect",
     "serving.gguf": "export_gguf",
+    "serving.serve": "Served serve",
     "serving.stream": "IncompleteAnswer",
     "tuning.data": "Documents dialogues mix",
     "tuning.packing": "Packed pack",

@@ -23,6 +23,9 @@ _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-l
 INT4_GROUP = 64
 """Values per scale and zero of int4: it divides the channels of every published Falcon."""
 
+SLAB = 2**20
+"""Weights that a CPU multiplies at once, see `model/products.py`: 4 MiB in float32, which stay in a core's cache."""
+
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
     """(out, in) of the four linear layers of a decoder layer: fused QKV, attention output, MLP up and MLP down."""
@@ -119,22 +122,35 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
     return values * VALUE_BYTES[dtype]
 
 
-def workspace_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool) -> int:
-    """Temporary memory when a whole prompt is multiplied with quantised weights; that of bitsandbytes measured, not
-    derived.
+def workspace_bytes(
+    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, multiplies: bool = True
+) -> int:
+    """Temporary memory when a whole prompt is multiplied with weights that are first unpacked or copied to float32;
+    that of bitsandbytes measured, not derived.
 
-    int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU the largest matrix in float32. nf4:
-    the largest matrix in 16 bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the
-    largest matrix, in bytes and in 16 bits; on a CPU an int32 copy of it, made once for its kernel.
+    int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU a slab. nf4: the largest matrix in 16
+    bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the largest matrix, in bytes
+    and in 16 bits; on a CPU a slab, or an int32 copy of the largest matrix, made once for its kernel. 16 bits: nothing,
+    or on a CPU that has no instructions for them (`multiplies` is False) a slab.
     """
     largest = max(out * into for out, into in linear_shapes(spec))
-    if dtype == "int8":
-        return 4 * largest if on_cpu else batch * context * spec.intermediate_size * 6
-    if dtype == "int4":
-        return 5 * largest
-    if dtype in QUANTISED:
+    if dtype == "int8" and not on_cpu:
+        return batch * context * spec.intermediate_size * 6
+    if dtype.startswith("nf4"):
         return largest * (9 if on_cpu else 2)
-    return 0
+    slab = _slab_bytes(spec, dtype, context, batch, multiplies) if on_cpu else 0
+    return max(5 * largest, slab) if dtype == "int4" else slab
+
+
+def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, multiplies: bool) -> int:
+    """A slab of weights, unpacked or in float32, and its products; where 16 bits are multiplied in float32, also the
+    input of the MLP's down projection in float32, as far as `prefill_bytes` does not count it."""
+    if multiplies and dtype not in QUANTISED:
+        return 0
+    slab = max(SLAB, 64 * spec.intermediate_size)
+    products = 4 * batch * context * min(spec.intermediate_size, slab // spec.d_model)
+    inputs = 0 if multiplies else 2 * batch * context * spec.intermediate_size
+    return slab * (10 if dtype == "int4" else 4) + products + inputs
 
 
 def logits_bytes(spec: FalconSpec, batch: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.catalogue.gguf import find_gguf, gguf_file
 from falcon_kit.catalogue.hub import fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import unknown_name
@@ -43,7 +44,8 @@ def catalogue() -> Catalogue:
 
 
 def spec(name: str | os.PathLike[str]) -> FalconSpec:
-    """The spec of a catalogue name (any case, with or without "tiiuae/"), a directory, a config.json or a hub id.
+    """The spec of a catalogue name (any case, with or without "tiiuae/"), a directory, a config.json, a .gguf file or a
+    hub id.
 
     The spec of an adapter is that of its base model under the adapter's name. For a hub id outside the catalogue, only
     the config.json or adapter_config.json is downloaded. Raises LookupError for any other string, ConnectionError if
@@ -85,6 +87,8 @@ def _directory_spec(path: Path, seen: tuple[str, ...], repository: str | None = 
 
 
 def _config_spec(path: Path) -> FalconSpec:
+    if file := find_gguf(path):
+        return gguf_file(file).spec
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
 
@@ -98,6 +102,8 @@ def _hub_spec(name: str, seen: tuple[str, ...]) -> FalconSpec:
 
 def check_directory(name: str) -> None:
     """Raises FileNotFoundError for a name that is a path, not a hub id, where it does not exist."""
+    if name.lower().endswith(".gguf"):
+        raise FileNotFoundError(f"there is no file {name}: give the path of a .gguf file, or a model's name")
     if name.endswith(".json"):
         raise FileNotFoundError(f"there is no file {name}: give a config.json, its directory, or a model's name")
     if name.startswith(("/", ".", "~", "runs/")) or "\\" in name or ("/" in name and not _HUB_ID.fullmatch(name)):

@@ -6,6 +6,7 @@ errors.py   checks of arguments that raise ValueError, and how errors quote text
 tables.py   byte counts as text, HTML tables
 reading.py  JSON files of other programs: read, or refused by name
 saving.py   atomic writes of files and folders
+live.py     what changes while a cell runs: below the cell, or in the terminal
 figure.py   the colour palette, and an empty matplotlib figure that notebooks display
 page.py     a self-contained HTML page for a view, and the escaping of text
 """

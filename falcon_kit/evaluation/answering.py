@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from falcon_kit.evaluation.models import BATCH, Model
+from falcon_kit.evaluation.models import Model
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.task_results import TaskResult
 from falcon_kit.evaluation.tasks import Item, Task
@@ -73,7 +73,7 @@ def write(task: Task, prompts: Sequence[str], model: Model, progress: Progress, 
     `exact_match`: the text is the answer, without white space around either. `sureness`: the probability that the model
     gave to the tokens it wrote, their geometric mean; it measures how sure a model sounds, not whether it is right.
     """
-    found = progress.map(f"task {task.name}", prompts, model.answerer(task, chat), size=2 * BATCH)
+    found = progress.map(f"task {task.name}", prompts, model.answerer(task, chat), size=model.part_size)
     rows = [
         {**_asked(item), "text": text, "sureness": sureness, "exact_match": float(text.strip() == item.answer.strip())}
         for item, (text, sureness) in zip(task.items, found, strict=True)

@@ -189,7 +189,9 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
         inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
-        return self._progress.map(f"lm-eval {self._name} answers", inputs, self._model.write, size=32)
+        return self._progress.map(
+            f"lm-eval {self._name} answers", inputs, self._model.write, size=self._model.part_size
+        )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages in the model's chat format."""

@@ -29,6 +29,7 @@ class LocalModel:
 
     def __init__(self, falcon: Any, batch_size: int | None = None) -> None:
         self._falcon, self._batch_size, self.truncated = falcon, batch_size, 0
+        self.part_size = 2 * BATCH
         self.inspected = inspect_model(falcon)
         self.tokenizer: Any = self.inspected.tokenizer
         self.name = loadable_name(self.inspected.spec, getattr(self.inspected.model, "name_or_path", "") or "")

@@ -32,6 +32,9 @@ class Model(Protocol):
     truncated: int
     """Pairs whose context lost its beginning, so far."""
 
+    part_size: int
+    """Prompts that are continued before their texts are stored."""
+
     def record(self) -> dict[str, Any]:
         """What identifies the model."""
 

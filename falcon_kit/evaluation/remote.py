@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any, NoReturn
 
 from falcon_kit.display.errors import require
@@ -11,7 +11,7 @@ from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
 from falcon_kit.generation.chat import render
-from falcon_kit.serving.endpoint import MAX_CONCURRENT_REQUESTS, Endpoint
+from falcon_kit.serving.endpoint import Endpoint
 
 
 class RemoteModel:
@@ -19,6 +19,7 @@ class RemoteModel:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint, self.name, self.truncated = endpoint, endpoint.model, 0
+        self.part_size = 4 * endpoint.concurrency
 
     def record(self) -> dict[str, Any]:
         """What the endpoint reports about itself."""
@@ -59,21 +60,23 @@ class RemoteModel:
         longest = max(len(item.answer) for item in task.items)  # characters: an answer has fewer tokens
         settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
 
-        def one(prompt: str) -> Any:
-            if chat and task.is_question:
-                return written(self._endpoint.chat([{"role": "user", "content": prompt}], **settings))
-            return written(self._endpoint.generate(prompt, **settings, stop=line_end(task)))
+        if not (is_chat := chat and task.is_question):
+            settings["stop"] = line_end(task)
 
-        return lambda prompts: self._parallel(one, prompts)
+        def answer(prompts: Sequence[str]) -> list[Any]:
+            asked: list[Any] = [[{"role": "user", "content": prompt}] if is_chat else prompt for prompt in prompts]
+            return [written(each) for each in self._endpoint.generate_each(asked, **settings)]
+
+        return answer
 
     def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """As `Model.write`."""
-        return self._parallel(lambda each: self._endpoint.generate(each[0], **settings_of(each[1])).text, inputs)
+        found: list[str] = []
+        for settings, group in groupby(inputs, key=lambda each: settings_of(each[1])):
+            prompts = [prompt for prompt, _ in group]
+            found += [each.text for each in self._endpoint.generate_each(prompts, **settings)]
+        return found
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The messages in the chat format that the endpoint was connected with."""
         return render(messages, self._endpoint.chat_format, add_generation_prompt)
-
-    def _parallel(self, call: Any, inputs: Sequence[Any]) -> list[Any]:
-        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-            return list(pool.map(call, inputs))

@@ -4,6 +4,7 @@ A value counts as in transformers: the caller's keyword, else the caller's `gene
 generation_config.json, else the default.
 """
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -15,6 +16,13 @@ from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """The arguments of transformers' `generate` that turn on assisted generation."""
+OWN_LOOP = (
+    *("custom_generate", "synced_gpus", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+    *("assistant_ensemble_weight", "use_mtp", "speculation_type"),
+)
+"""Arguments that choose a loop which the kit does not have step by step (see steps.py)."""
+
+_OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +86,46 @@ def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: 
 def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
     """Raises ValueError for an argument that neither the kit nor transformers has; the error lists the nearest."""
     sampling = set(SAMPLING_FIELDS)
-    known = sampling | set(vars(GenerationConfig())) | set(signature(type(model).generate).parameters)
+    known = (
+        sampling
+        | {"assistant_tokenizer"}
+        | set(vars(GenerationConfig()))
+        | set(signature(type(model).generate).parameters)
+    )
     known |= set(signature(type(model).forward).parameters)
     for name in options:
         listed = known if get_close_matches(name, known) else sampling  # all of transformers' are too many to list
         require(name in known, unknown_name("setting", name, sorted(listed)))
+
+
+def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int) -> None:
+    """Raises ValueError for what assisted generation cannot do, and for a draft model of another vocabulary.
+
+    model: it accepts or rejects the draft. rows: the texts to generate.
+    """
+    require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")
+    static = options.get("cache_implementation") == "static"
+    require(
+        options.get("use_cache") is not False and not static,
+        "assisted generation takes back the keys and values of rejected tokens: leave use_cache and "
+        "cache_implementation out",
+    )
+    if (draft := options.get("assistant_model")) is None:
+        return
+    for name in _OF_THE_DRAFT:
+        require(
+            options.get(name) is None,
+            f"transformers reads {name} from the draft model only: set it there, as generation_config.{name} of the "
+            "draft's model",
+        )
+    sizes = [each.config.vocab_size for each in (model, draft)]
+    require(
+        sizes[0] == sizes[1] or options.get("assistant_tokenizer") is not None,
+        f"the draft model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: choose a draft model "
+        "with the same tokenizer, or give assistant_tokenizer=, its own",
+    )
+
+
+def has_soft_prompt(model: Any) -> bool:
+    """Whether PEFT puts a learned prompt before the text, which it does inside its own `generate` only."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

@@ -1,27 +1,36 @@
-"""transformers' `generate`, observed token by token.
+"""From the steps of a generation to text.
 
-A `SequenceDecoder` turns the tokens of one sequence into text and ends it. A `GenerationObserver` feeds the decoders
-of a batch from two hooks of `generate`.
+A `SequenceDecoder` turns the tokens of one sequence into text and ends it. A `BatchDecoder` feeds those of a batch with
+the tokens of each step.
 
-Shapes: B sequences (prompts times sequences per prompt), T tokens, V vocabulary.
+Shapes: B sequences (prompts times sequences per prompt), T tokens, N new tokens of a step, V vocabulary.
 """
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.generation.text import Alternative, FinishReason, Piece, Text
+
+
+class Step(NamedTuple):
+    """What a step of the model adds to each sequence."""
+
+    tokens: torch.Tensor
+    """The new tokens (B, N): N is 1, except for one sequence whose draft was accepted."""
+    logprobs: torch.Tensor
+    """The log-probabilities (B, N, V) that the model gives at each of them, before any logits processor."""
+    ended: torch.Tensor
+    """Which sequences the stopping criteria end, (B,)."""
+    cache: Any
+    """The transformers cache, or None."""
+    accepted: int = 0
+    """How many of the N tokens a draft proposed; they come first."""
 
 
 class SequenceDecoder:
@@ -40,6 +49,8 @@ class SequenceDecoder:
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
         self.finish_reason: FinishReason | None = None
+        self.accepted = 0
+        """How many of the tokens a draft proposed."""
         self._tokenizer, self._limit, self._text = tokenizer, limit, Text(stop, strip)
         self._eos_token_ids = (tokenizer.eos_token_id,) if eos_token_ids is None else eos_token_ids
         self._decode_stream = DecodeStream(skip_special_tokens=True)
@@ -51,10 +62,14 @@ class SequenceDecoder:
         """The text so far."""
         return str(self._text)
 
-    def push(self, token: int, logprob: float) -> str:
-        """Appends a token and returns the text that can be shown now."""
+    def push(self, token: int, logprob: float, ended: bool = False, accepted: bool = False) -> str:
+        """Appends a token and returns the text that can be shown now.
+
+        ended: a stopping criterion ends the text here. accepted: a draft proposed the token.
+        """
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.accepted += accepted
         if token in self._special:
             self._text.add(self._special[token], hidden=True)
         else:
@@ -63,6 +78,8 @@ class SequenceDecoder:
             self.finish_reason = "eos"
         elif self._text.stopped or len(self.tokens) == self._limit:
             self.finish_reason = "stop" if self._text.stopped else "length"
+        elif ended:
+            self.finish_reason = "stop"
         if self.finish_reason and not self._text.stopped:
             self._add_incomplete_character()
         return self._text.show(self.finish_reason is not None)
@@ -84,16 +101,15 @@ class SequenceDecoder:
 
 
 class SamplingRNG:
-    """A generator per request, swapped in around each sampling step.
+    """A generator per request, swapped in around each sampling step: `with rng:`.
 
     transformers samples from torch's global generators. With a seed, a request has generator states of its own, so that
     neither another stream nor other code changes what it samples, and the global states are restored after each step.
     """
 
     _lock = threading.RLock()  # the global generators belong to the process: one thread samples at a time
-    _thread: ClassVar[int | None] = None  # the one that samples
     _sampling: ClassVar[list["SamplingRNG"]] = []
-    """The requests between `swap_in` and `swap_out`: more than one if a logits processor itself generates a text."""
+    """The requests inside their `with` block: more than one if a logits processor itself generates a text."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._device = device
@@ -103,35 +119,25 @@ class SamplingRNG:
             devices = [torch.device("cpu"), *([] if device.type == "cpu" else [device])]
             self._states = [torch.Generator(each).manual_seed(seed).get_state() for each in devices]
 
-    def swap_in(self) -> None:
+    def __enter__(self) -> None:
         """With a seed, saves the global generator states and replaces them by the request's.
 
-        Waits while a request of another thread is between `swap_in` and `swap_out`. One of the same thread, whose
-        logits processor makes this request, gets its states back in `swap_out`.
+        Waits while a request of another thread samples. One of the same thread, whose logits processor makes this
+        request, gets its states back at the end of the block.
         """
         self._lock.acquire()
         if self._sampling:
             self._sampling[-1]._leave()
         self._enter()
         self._sampling.append(self)
-        SamplingRNG._thread = threading.get_ident()
 
-    def swap_out(self) -> None:
-        """Saves the request's generator states and restores the global ones; without `swap_in`, does nothing."""
-        if self not in self._sampling:
-            return
+    def __exit__(self, *error: object) -> None:
+        """Saves the request's generator states and restores the global ones."""
         self._leave()
         self._sampling.pop()
         if self._sampling:
             self._sampling[-1]._enter()
-        else:
-            SamplingRNG._thread = None
         self._lock.release()
-
-    @classmethod
-    def is_sampling(cls) -> bool:
-        """Whether this thread is between `swap_in` and `swap_out`, as a logits processor is."""
-        return cls._thread == threading.get_ident()
 
     def _enter(self) -> None:
         if self._states:  # reading the state of a GPU takes longer than choosing a token
@@ -157,22 +163,14 @@ class SamplingRNG:
         return [] if self._device.type == "cpu" else [torch.get_device_module(self._device)]
 
 
-class GenerationObserver:
-    """Reads logits before and tokens after each step of `generate`, decodes them, and stops finished sequences."""
+class BatchDecoder:
+    """Decodes the sequences of a batch step by step, and measures the time."""
 
-    def __init__(
-        self,
-        decoders: list[SequenceDecoder],
-        rng: SamplingRNG,
-        cancelled: threading.Event,
-        emit: Callable[[Piece], None] | None,
-        alternatives: int = 0,
-    ) -> None:
-        """`emit` is called with each piece; `alternatives` is the number of most probable tokens to keep per step."""
-        self.decoders, self._rng, self._cancelled, self._emit = decoders, rng, cancelled, emit
-        self._alternatives, self._stopped = alternatives, False
+    def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int = 0) -> None:
+        """`cancelled` ends all sequences; `alternatives` is the number of most probable tokens to keep per token."""
+        self.decoders, self._cancelled, self._alternatives = decoders, cancelled, alternatives
         self._start = self._first_token = self._last_token = time.perf_counter()
-        self._logprobs: torch.Tensor  # (B, V), of the current step
+        self._is_cancelled = False
 
     @property
     def first_token_seconds(self) -> float:
@@ -184,59 +182,52 @@ class GenerationObserver:
         """From creation to the last token."""
         return self._last_token - self._start
 
-    def hooks(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The hooks as arguments of `generate`, followed by those of the caller's `options`."""
-        processors, criteria = options.get("logits_processor") or (), options.get("stopping_criteria") or ()
-        return {
-            "logits_processor": LogitsProcessorList([_ObservingLogitsProcessor(self), *processors]),
-            "stopping_criteria": StoppingCriteriaList([_ObservingStoppingCriteria(self), *criteria]),
-        }
+    @property
+    def ended(self) -> bool:
+        """Whether no sequence goes on."""
+        return self._is_cancelled or all(each.finish_reason for each in self.decoders)
 
-    def before_sampling(self, logits: torch.Tensor) -> None:
-        """Keeps the log-probabilities of this step's logits (B, V) and swaps the request's generator in."""
-        self._logprobs = torch.log_softmax(logits, dim=-1)
-        self._rng.swap_in()
+    def finished(self, device: torch.device) -> torch.Tensor | None:
+        """Which sequences are finished, (B,); None if none is, which saves a copy from the host."""
+        flags = [each.finish_reason is not None for each in self.decoders]
+        return torch.tensor(flags, device=device) if any(flags) else None
 
-    def after_sampling(self, ids: torch.Tensor) -> torch.Tensor:
-        """Decodes the newest token of each sequence, ids (B, T); returns which sequences are finished, (B,).
+    def read(self, step: Step) -> Iterator[Piece]:
+        """Decodes the new tokens of a step, and returns a piece for each token of an unfinished sequence."""
+        rows = self._values(step)
+        self._record_time()
+        for position in range(step.tokens.shape[1]):
+            last = position == step.tokens.shape[1] - 1
+            for decoder, row in zip(self.decoders, rows, strict=True):
+                if decoder.finish_reason is None:
+                    yield self._piece(decoder, row[position], last, position < step.accepted)
+            self._is_cancelled = self._cancelled.is_set()
+            if self.ended:
+                return
 
-        Does nothing once all were: on Apple's GPUs transformers reads a step late whether to stop (DeferredStopCheck),
-        and a reader that has closed its stream waits for no further piece.
-        """
-        self._rng.swap_out()
-        if not self._stopped:
-            self._decode(self._newest(ids[:, -1:]))
-            self._stopped = self._cancelled.is_set() or all(each.finish_reason for each in self.decoders)
-        finished = [self._stopped or each.finish_reason is not None for each in self.decoders]
-        if any(finished):
-            return torch.tensor(finished, device=ids.device)
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # without a copy from the host
-
-    def _newest(self, tokens: torch.Tensor) -> list[list[float]]:
-        """A row for each sequence: its newest token (B, 1), the log-probability, and the alternatives and theirs.
+    def _values(self, step: Step) -> list[list[list[float]]]:
+        """For each sequence and new token (B, N): the token, whether the sequence ends with this step, the
+        log-probability, and the alternatives and theirs.
 
         One tensor, so that the GPU is waited for once. float32 represents token ids up to 2**24 exactly.
         """
-        count = min(self._alternatives, self._logprobs.shape[-1])
-        columns = [tokens, self._logprobs.gather(1, tokens)]
-        if count:
-            values, likeliest = self._logprobs.topk(count)  # (B, count)
+        tokens = step.tokens[..., None]  # (B, N, 1)
+        columns = [tokens, step.ended[:, None, None].expand(tokens.shape), step.logprobs.gather(2, tokens)]
+        if count := min(self._alternatives, step.logprobs.shape[-1]):
+            values, likeliest = step.logprobs.topk(count)  # (B, N, count)
             columns += [likeliest, values]
-        return torch.cat([each.float() for each in columns], dim=1).tolist()
+        return torch.cat([each.float() for each in columns], dim=-1).tolist()
 
-    def _decode(self, rows: list[list[float]]) -> None:
-        self._record_time()
-        for decoder, (token, logprob, *others) in zip(self.decoders, rows, strict=True):
-            if decoder.finish_reason is None:
-                half = len(others) // 2
-                likeliest = [(int(each), value) for each, value in zip(others[:half], others[half:], strict=True)]
-                text = decoder.push(int(token), logprob)
-                piece = Piece(text, int(token), logprob, decoder.add_alternatives(likeliest))
-                if self._emit:
-                    self._emit(piece)
+    def _piece(self, decoder: SequenceDecoder, values: list[float], last: bool, accepted: bool) -> Piece:
+        """Appends a token to its sequence. values: see `_values`."""
+        token, ended, logprob, *others = values
+        half = len(others) // 2
+        likeliest = [(int(each), value) for each, value in zip(others[:half], others[half:], strict=True)]
+        text = decoder.push(int(token), logprob, ended=bool(ended) and last, accepted=accepted)
+        return Piece(text, int(token), logprob, decoder.add_alternatives(likeliest), accepted)
 
     def read_sequences(self, ids: torch.Tensor) -> None:
-        """Decodes the new tokens (B, T) of a call without hooks, such as beam search; log-probabilities are nan."""
+        """Decodes the new tokens (B, T) of a call without steps, such as beam search; log-probabilities are nan."""
         self._record_time()
         for decoder, tokens in zip(self.decoders, ids.tolist(), strict=True):
             for token in tokens:
@@ -247,24 +238,3 @@ class GenerationObserver:
         self._last_token = time.perf_counter()
         if self._first_token == self._start:
             self._first_token = self._last_token
-
-
-class _ObservingLogitsProcessor(LogitsProcessor):
-    """Passes the model's logits to the observer. It stands first, before temperature, top_k and top_p."""
-
-    def __init__(self, observer: GenerationObserver) -> None:
-        self._observer = observer
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._observer.before_sampling(scores)
-        return scores
-
-
-class _ObservingStoppingCriteria(StoppingCriteria):
-    """Passes the new tokens to the observer and ends the sequences that it reports as finished."""
-
-    def __init__(self, observer: GenerationObserver) -> None:
-        self._observer = observer
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return self._observer.after_sampling(input_ids)

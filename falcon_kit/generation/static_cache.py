@@ -22,7 +22,7 @@ def kept_cache(model: Any, rows: int) -> Iterator[StaticCache]:
     """
     cache = _KEPT.pop(model, None)
     if cache is None or not _fits(cache, model, rows):
-        cache = StaticCache(config=model.config, max_cache_len=context_limit(vars(model.config)))
+        cache = StaticCache(config=model.config, max_cache_len=_slots(model))
     cache.reset()
     try:
         yield cache
@@ -30,8 +30,13 @@ def kept_cache(model: Any, rows: int) -> Iterator[StaticCache]:
         _KEPT[model] = cache
 
 
+def _slots(model: Any) -> int:
+    """One more than the context: torch compiles a step that reads all slots apart from those that read a part."""
+    return context_limit(vars(model.config)) + 1
+
+
 def _fits(cache: StaticCache, model: Any, rows: int) -> bool:
     layer: Any = cache.layers[0]
-    if not layer.is_initialized or layer.max_cache_len != context_limit(vars(model.config)):
+    if not layer.is_initialized or layer.max_cache_len != _slots(model):
         return False
     return bool(layer.keys.shape[0] == rows and layer.keys.dtype == model.dtype and layer.keys.device == model.device)

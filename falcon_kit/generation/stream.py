@@ -1,100 +1,73 @@
-"""A stream: the model generates in a thread, at most one token ahead of the reader."""
+"""A stream: the model computes a token when its reader asks for it, in the reader's thread."""
 
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from queue import SimpleQueue
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 
-import torch
-
-from falcon_kit.generation.decoding import SamplingRNG
 from falcon_kit.generation.text import Generation, Piece
 
 
-class GenerationTask(Protocol):
-    """A function that generates one text, in this process or in others."""
+class GenerationTask(ABC):
+    """A call that generates texts, in this process or in others."""
 
     cancelled: threading.Event
     """Set to stop the generation after the current token."""
 
-    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
-        """Generates the text; `emit` is called with each piece."""
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.generations: list[Generation] = []
+        """The texts, once `pieces` has ended; also the texts so far after Ctrl-C, or where memory ran out."""
 
+    @abstractmethod
+    def pieces(self) -> Generator[Piece]:
+        """Generates the texts while it is iterated over; yields the pieces of a stream."""
+
+    @abstractmethod
     def nothing(self) -> Generation:
         """The generation of a text that was cancelled before its first token."""
+
+    def run(self) -> list[Generation]:
+        """Generates the texts to their ends."""
+        for _ in self.pieces():
+            pass
+        return self.generations
 
 
 class Stream(Iterator[Piece]):
     """Iterator over the pieces of one text. Closing it, deleting it or Ctrl-C stops the model after the next token."""
 
     def __init__(self, task: GenerationTask) -> None:
-        self._task, self._read_lock = task, threading.RLock()
-        self._finished: list[Generation] = []
-        self._pieces = _run_in_thread(task, self._finished)
-        # It also runs before the interpreter shuts down: a thread inside torch must not outlive the interpreter.
-        weakref.finalize(self, self._pieces.close)
+        self._task, self._pieces, self._read_lock = task, task.pieces(), threading.RLock()
+        weakref.finalize(self, _stop, task, self._pieces)
 
     def __next__(self) -> Piece:
-        if SamplingRNG.is_sampling():
-            raise RuntimeError(
-                "a stream generates in another thread, which would wait for ever for the text whose logits processor "
-                "reads it: call generate there"
-            )
         with self._read_lock:
             return next(self._pieces)
 
     def __repr__(self) -> str:
-        return f"Stream({'ended' if self._finished else 'iterate over it'})"
+        return f"Stream({'ended' if self._task.generations else 'iterate over it'})"
 
     def close(self) -> None:
         """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
         self._task.cancelled.set()  # before the lock: a thread that reads releases it after at most one token
         with self._read_lock:
-            begun = inspect.getgeneratorstate(self._pieces) != inspect.GEN_CREATED
-            self._pieces.close()
-            if not begun:
-                self._finished.append(self._task.nothing())
+            _stop(self._task, self._pieces)
+            self._task.generations = self._task.generations or [self._task.nothing()]
 
     @property
     def generation(self) -> Generation:
         """The whole text and its statistics. Raises RuntimeError before the stream has ended or was closed."""
-        if not self._finished:
+        if not self._task.generations:
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
-        return self._finished[0]
+        return self._task.generations[0]
 
 
-def _run_in_thread(task: GenerationTask, finished: list[Generation]) -> Any:
-    """A generator of the task's pieces; the task runs in a thread. Closing the generator cancels the task."""
-    results: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
-    may_continue = threading.Semaphore(1)  # the model waits here once it is one token ahead of the reader
-
-    def emit(piece: Piece) -> None:
-        results.put(piece)
-        may_continue.acquire()
-
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def work() -> None:
-        try:
-            if device is not None:  # the current device is a setting of each thread
-                torch.cuda.set_device(device)
-            finished.extend(task(emit))
-            results.put(None)
-        except BaseException as error:  # noqa: BLE001  # raised again in the reader's thread
-            finished.extend(getattr(error, "generations", ()))  # the text so far, where memory ran out
-            results.put(error)
-
-    worker = threading.Thread(target=work, name="falcon-stream", daemon=True)
-    worker.start()
-    try:
-        while (item := results.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            may_continue.release()
-    finally:
-        task.cancelled.set()
-        may_continue.release()
-        worker.join()
+def _stop(task: GenerationTask, pieces: Generator[Piece]) -> None:
+    """Cancels a task. One that has begun runs to its end, which it reaches without a further token."""
+    task.cancelled.set()
+    if inspect.getgeneratorstate(pieces) == inspect.GEN_CREATED:
+        pieces.close()
+    for _ in pieces:
+        pass

@@ -37,6 +37,8 @@ class Piece:
 
     vLLM's completions report tokens by their text, so there one of several tokens with equal texts stands for all.
     """
+    accepted: bool = False
+    """Whether a draft proposed the token and the model accepted it; only in assisted generation."""
 
 
 class Text:
@@ -146,7 +148,7 @@ class Generation:
     tokens: tuple[int, ...]
     """All new token ids, those of the end and of a stop string included; empty where an endpoint does not send them."""
     logprobs: tuple[float, ...] | None
-    """One per token, see `Piece.logprob`; None after beam search or assisted generation."""
+    """One per token, see `Piece.logprob`; None after beam search."""
     finish_reason: FinishReason
     """"eos": end-of-sequence token; "stop": stop string; "length": limit of new tokens, or context full;
     "cancelled": by the caller; "broken": the endpoint's connection broke, or memory ran out."""
@@ -154,6 +156,8 @@ class Generation:
     """Time and memory of the call, shared by all rows of a batch."""
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
     """The most probable tokens of each step, see `Piece.alternatives`; None unless `Sampling.alternatives` is set."""
+    accepted: int | None = None
+    """How many of the tokens a draft proposed, see `Piece.accepted`; None without assisted generation."""
 
     def __str__(self) -> str:
         return self.text
@@ -165,10 +169,12 @@ class Generation:
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space
+        drafts = "" if self.accepted is None else f"; {self.accepted} tokens accepted from drafts"
+        facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
         return (
             f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
             f"<b>{html.escape(self.text)}</b></div>"
-            f'<div style="opacity:.6;font-size:smaller">{html.escape(str(self.stats))}; {self.finish_reason}</div>'
+            f'<div style="opacity:.6;font-size:smaller">{facts}</div>'
         )
 
 

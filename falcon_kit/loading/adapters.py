@@ -113,7 +113,7 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
 
 
 def read_config(adapter: Path) -> Any:
-    """The PeftConfig in an adapter's folder. PEFT imports bitsandbytes, which `quantization.py` has to import first."""
+    """The PeftConfig in an adapter's folder."""
     from peft import PeftConfig
 
     file = adapter / "adapter_config.json"
@@ -311,14 +311,8 @@ def merged_weights(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyM
     }
 
 
-def lazy_state_dict(
-    files: Iterable[Path], adapters: Iterable[Path], name: str, config: Any, open_files: ExitStack
-) -> dict[str, Any]:
-    """The state dict of a checkpoint with adapters added; each weight is read when it is sliced.
-
-    name, config: of the checkpoint. open_files: closes the files. Raises ValueError for an adapter of another model and
-    for more than plain LoRA.
-    """
+def lazy_state_dict(files: Iterable[Path], open_files: ExitStack) -> dict[str, Any]:
+    """The state dict of a checkpoint; each weight is read when it is sliced. open_files: closes the files."""
     weights: dict[str, Any] = {}
     for path in files:
         if path.suffix == ".safetensors":
@@ -326,6 +320,14 @@ def lazy_state_dict(
             weights |= {with_prefix(key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
         else:
             weights |= {with_prefix(key): weight for key, weight in load_pickled(path).items()}
+    return weights
+
+
+def with_adapters(weights: dict[str, Any], adapters: Iterable[Path], name: str, config: Any) -> dict[str, Any]:
+    """The state dict of a checkpoint with adapters added, when a weight is sliced.
+
+    name, config: of the checkpoint. Raises ValueError for an adapter of another model and for more than plain LoRA.
+    """
     merged = merged_adapters(config)
     for adapter in adapters:
         norm = {side: weights[f"transformer.ln_f.{side}"][...] for side in ("weight", "bias")}

@@ -14,6 +14,7 @@ from huggingface_hub.errors import DryRunError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
+from falcon_kit.catalogue.gguf import GGUFFile, find_gguf, gguf_file
 from falcon_kit.catalogue.hub import fetch_configs, hub_errors
 from falcon_kit.catalogue.names import (
     adapter_base,
@@ -30,6 +31,7 @@ from falcon_kit.catalogue.names import (
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.display.reading import INCOMPLETE, named_errors, read_json
 from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, damaged, load_pickled, weights_file
+from falcon_kit.loading.gguf import check_kinds
 from falcon_kit.planning.downloads import disk_shortage
 from falcon_kit.planning.environment import free_disk
 
@@ -46,7 +48,7 @@ class Checkpoint:
     """A checkpoint, with the adapters to add to it. Its weights may still have to be fetched."""
 
     directory: Path
-    """The folder of weights, config and tokenizer; for a hub repository its snapshot in the cache."""
+    """The folder of weights, config and tokenizer; for a hub repository its snapshot in the cache; or a GGUF file."""
     base: FalconSpec
     """The shape of those weights."""
     config: FalconConfig
@@ -57,6 +59,8 @@ class Checkpoint:
     """The folders of the adapters, in the order in which they are added to the weights."""
     repositories: Mapping[Path, str] = field(default_factory=dict)
     """The hub repository of each folder that is a snapshot in the cache."""
+    gguf: GGUFFile | None = None
+    """What the GGUF file holds, if it is one."""
     hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """token, cache_dir and local_files_only, as in huggingface_hub."""
 
@@ -79,10 +83,14 @@ def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Check
     path = Path(name).expanduser()
     if short in known and not known[short].published:
         return _from_directory(embedded_directory(short), hub, known[short], seen)
+    if short and (file := find_gguf(path)):
+        return _from_gguf(file, hub)
     if short and path.is_dir():
         return _from_directory(path, hub, None, seen)
     if path.is_file():
-        raise ValueError(f"{name} is a file: give the folder that holds it, with its config.json and tokenizer")
+        raise ValueError(
+            f"{name} is a file: give the folder that holds it, with its config.json and tokenizer, or a .gguf file"
+        )
     if not short:
         raise LookupError(f"the name is empty: give one of {', '.join(known)}, or a directory")
     if short not in known:
@@ -106,6 +114,14 @@ def _from_directory(
             found = find(base, {**hub, "revision": None}, chain)  # the revision is the adapter's, not its base's
     shape = shape or adapter_spec(found.spec, directory)
     return replace(found, spec=shape, adapters=(*found.adapters, directory))
+
+
+def _from_gguf(path: Path, hub: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a GGUF file, which holds all that a folder does."""
+    file = gguf_file(path)
+    with named_errors(path, "get it from another source, or export it again with fk.export_gguf"):
+        config = FalconConfig.from_dict(dict(file.config))
+    return Checkpoint(path, file.spec, config, file.spec, gguf=file, hub=hub)
 
 
 def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None) -> Checkpoint:
@@ -182,7 +198,12 @@ def _check_room(snapshot: Path, repository: str, options: Mapping[str, Any]) -> 
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The weight files that transformers reads: a single file before an index, safetensors before pickles."""
+    """The weight files: a GGUF file itself, or those that transformers reads.
+
+    A single file counts before an index, and safetensors before pickles.
+    """
+    if directory.is_file():
+        return [directory]
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = directory / name, directory / f"{name}.index.json"
         if single.is_file():
@@ -219,6 +240,9 @@ def _shards(index: Path) -> list[Path]:
 
 def check_weights(found: Checkpoint, files: list[Path]) -> None:
     """Raises ValueError where a file is damaged or cut off, and FileNotFoundError where an adapter's is missing."""
+    if found.gguf:
+        check_kinds(found.gguf)
+        files = []
     for file in (found.directory / name for name in _READ_BY_TRANSFORMERS):
         if file.is_file():
             read_json(file)

@@ -133,7 +133,12 @@ def _devices() -> list[str | int]:
 
 
 def check_adapters(found: Checkpoint, offload: str | None) -> None:
-    """Raises ValueError where adapters cannot be added to the weights while these are read."""
+    """Raises ValueError where weights cannot be read as asked: adapters added, or from a GGUF file, to be offloaded."""
+    if found.gguf and offload == "disk":
+        raise ValueError(
+            f"offload='disk' reads weights from safetensors at each step, and {found.directory} is a GGUF file: use "
+            "offload='cpu', dtype='int4', or save it as a checkpoint with falcon.model.save_pretrained(folder)"
+        )
     if found.adapters and offload == "disk":
         raise ValueError(
             f"offload='disk' reads weights from the checkpoint at each step, without the adapter {found.spec.name}: "

@@ -57,9 +57,10 @@ class Falcon:
         """The continuation of a prompt as a `Generation`; for several prompts or sequences a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
-        seed, ...) and any other argument of transformers' `generate`. guardrails: what `fk.guardrails(...)` returned;
-        it checks each prompt before the model reads it, and each text before it is returned. Raises ValueError for an
-        empty prompt, one longer than the context, or settings out of range; `Blocked` if the guardrails block a text.
+        seed, ...) and any other argument of transformers' `generate`; assistant_model, the draft model of assisted
+        generation, may be a Falcon. guardrails: what `fk.guardrails(...)` returned; it checks each prompt before the
+        model reads it, and each text before it is returned. Raises ValueError for an empty prompt, one longer than the
+        context, or settings out of range; `Blocked` if the guardrails block a text.
         """
         check_given(guardrails, prompt, self.tokenizer)
         settings = self._with_decoding(settings)
@@ -108,6 +109,10 @@ class Falcon:
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings with `decoding` added, unless they choose another cache or way of decoding."""
         settings = arguments.expand_generation_config(settings)
+        if isinstance(draft := settings.get("assistant_model"), Falcon):
+            settings["assistant_model"] = draft.model
+            if draft.model.config.vocab_size != self.model.config.vocab_size:
+                settings.setdefault("assistant_tokenizer", draft.tokenizer)
         other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
         return settings if any(name in settings for name in other) else {**self.decoding, **settings}
 

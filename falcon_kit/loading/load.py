@@ -30,11 +30,12 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_names
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.quantization import compute_dtype, stored_quantisation
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
-from falcon_kit.model.attention import faster_without_onednn
-from falcon_kit.parallel import launching, ranks
+from falcon_kit.model.products import faster_without_onednn
+from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
@@ -63,7 +64,7 @@ def load(
     tensor_parallel: int | None = None,
     **others: Any,
 ) -> Falcon:
-    """Loads a Falcon by name of `fk.catalogue()`, hub id or directory; for an adapter, its base with the adapter added.
+    """Loads a Falcon by name, hub id, directory or .gguf file (dequantised); for an adapter, its base with it added.
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
     "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
@@ -111,7 +112,9 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found, settings.offload)
-    dtype, reason = _choose_dtype(settings.dtype_name, found.config, found.spec)
+    dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
+    if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
+        reason = reason.replace("as in the checkpoint", f"dequantised from {', '.join(kinds)}")
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,
@@ -128,7 +131,7 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
     return planned, reason
 
 
-def _choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
     """The name of the dtype to load in, and the reason."""
     if quantised := stored_quantisation(config):
         if wanted not in (None, quantised):
@@ -156,13 +159,15 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     check_weights(found, files)
     if settings.offload == "disk" and files[0].suffix == ".bin":
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
-    tokenizer = _load_tokenizer(found.directory)
+    tokenizer = gguf_tokenizer(found.gguf) if found.gguf else _load_tokenizer(found.directory)
     format = settings.chat_format or _trained_format(found, tokenizer)
     unmarked = tokenizer.chat_template in (None, plain_template(format.template))
     if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
         tokenizer.chat_template = format.template
     parts = tokenizer, found.spec, planned, format, reason
     if ranks.needs_launch(settings.tensor_parallel):
+        from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
+
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
         return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
     model = read_model(found, files, planned, settings)

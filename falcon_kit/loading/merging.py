@@ -108,7 +108,8 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
     Without a list of devices, `fork_rng` warns where there are several, and reads those that other processes use.
     """
     devices = {each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")}
-    return torch.random.fork_rng(devices, device_type=devices.copy().pop().type if devices else None)
+    kind = {"device_type": next(iter(devices)).type} if devices else {}  # torch before 2.13 takes no None
+    return torch.random.fork_rng(devices, **kind)
 
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:

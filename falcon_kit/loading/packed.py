@@ -8,6 +8,20 @@ milliseconds: bfloat16 2.1, int8 1.2, int4 0.6; without AVX-512 2.3, 1.2, 1.2.
 
 int8: W = q s, with one scale for each output. int4: W = (q - 8) s + z, with a scale and a zero for each group of 64
 inputs of an output; q is from 0 to 15.
+
+From some number of rows on a CPU, the weights are unpacked and multiplied in slabs, as in `model/products.py`. The same
+matrix of 8192 x 2048 in milliseconds of one thread, with AVX512-BF16, and with AVX2 alone:
+
+                          1      8     16     32    128 rows
+bfloat16                1.7    3.5    4.8    7.1   21.3
+int8, kernel            1.8    4.8    9.5   18.5   74.1
+int8 in slabs           4.6           6.9          23.4
+int4, kernel            0.9    3.2    6.4   12.7   50.0
+int4 in slabs          17.4          20.4          43.5
+AVX2: int8, kernel      1.9    6.2   12.3   25.0   97.8
+AVX2: int8 in slabs     2.6    8.1   11.2   16.9   54.0
+AVX2: int4, kernel      2.1    5.1   10.1   20.2   79.0
+AVX2: int4 in slabs    23.5          36.4          74.7
 """
 
 from collections.abc import Callable
@@ -19,12 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
+from falcon_kit.model.products import has_products, slabs
 
 GROUP = INT4_GROUP
-_SLAB = 64
+_PANEL = 64
 """Rows that the kernels' layouts keep together, a multiple of theirs."""
-_MANY_ROWS = 64
-"""Rows from which unpacking the weights is faster than the kernels for few rows."""
+_MANY_ROWS, _MANY_ON_GPU = {("int8", True): 10, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}, 64
+"""Rows from which unpacking the weights is faster than the kernels for few rows, on CPUs with and without instructions
+for bfloat16, and on GPUs."""
 _ALIGNMENT = 64
 """Bytes: torch._weight_int8pack_mm of torch 2.13 crashes on a CPU where its input or weight starts elsewhere."""
 _INNER_TILES = 4
@@ -33,7 +49,7 @@ _INNER_TILES = 4
 
 def check_shape(out: int, into: int, name: str) -> None:
     """Raises ValueError for a matrix that int4's kernels cannot hold."""
-    if out % _SLAB or into % GROUP:
+    if out % _PANEL or into % GROUP:
         raise ValueError(
             f"dtype='int4' needs matrices of multiples of {GROUP}; {name} is {out} x {into}: use dtype='nf4' or 'int8'"
         )
@@ -70,10 +86,17 @@ class PackedLinear(nn.Linear):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) to (rows, out), without the bias."""
-        many = len(rows) >= _MANY_ROWS
-        if many and (self.kind == "int8" or self.packed_for == "cuda"):
+        on_cpu = rows.device.type == "cpu"
+        many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
+        if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
+            return self.in_slabs(rows)
+        if many and not on_cpu:
             dtype = products_dtype(rows)
             return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        return self.by_kernel(rows)
+
+    def by_kernel(self, rows: Tensor) -> Tensor:
+        """The product by torch's kernel for few rows, which reads the small weights and little else."""
         # bfloat16 is the dtype that each of the kernels computes fast; a copy is aligned
         few = rows.to(torch.bfloat16, copy=self.kind == "int8")
         if self.kind == "int8":
@@ -83,6 +106,26 @@ class PackedLinear(nn.Linear):
         else:
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.weight, GROUP, self.scales)
         return product.to(rows.dtype)
+
+    def in_slabs(self, rows: Tensor) -> Tensor:
+        """The product with weights that are unpacked a slab at a time."""
+        dtype = products_dtype(rows)
+        product, rows = rows.new_empty(len(rows), self.out_features), rows.to(dtype)
+        for outputs in slabs(self.out_features, self.in_features):
+            if self.kind == "int8":  # the values are exact in bfloat16
+                part = functional.linear(rows, self.weight[outputs].to(dtype)) * self.scales[outputs].to(dtype)
+            else:
+                part = torch.mm(rows, self._columns(outputs).to(dtype))
+            product[:, outputs] = part
+        return product
+
+    def _columns(self, outputs: slice) -> Tensor:
+        """int4's weights (in, outputs) in float32, from the layout of the kernel."""
+        width = block(self.in_features)
+        packed = self.weight.data.view(torch.uint8)[outputs].view(-1, self.in_features, width // 2).transpose(0, 1)
+        values = torch.cat([packed & 15, packed >> 4], -1).view(-1, GROUP, outputs.stop - outputs.start).float()
+        scale, zero = self.scales[:, None, outputs].float().movedim(-1, 0).contiguous()
+        return torch.addcmul(zero - 8 * scale, values, scale).view(self.in_features, -1)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
@@ -106,7 +149,7 @@ class PackedLinear(nn.Linear):
         if self.packed_for is None or self.kind == "int8":
             return self.weight.data
         where = _layout(self.in_features, self.weight.device.type, str(self.weight.device))
-        nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _SLAB * self.in_features // 2))
+        nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _PANEL * self.in_features // 2))
         return joined(nibbles[:, where].reshape(self.out_features, self.in_features))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
@@ -143,16 +186,7 @@ class _Product(torch.autograd.Function):
 
 def products_dtype(rows: Tensor) -> torch.dtype:
     """The dtype in which many rows are multiplied: float32 on CPUs whose bfloat16 products are slow."""
-    return torch.bfloat16 if rows.device.type != "cpu" or fast_bfloat16() else torch.float32
-
-
-@lru_cache(maxsize=1)
-def fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in instructions of its own; others take ten times as long as for float32."""
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
-        return False
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported()) if supported else True
+    return torch.bfloat16 if rows.device.type != "cpu" or has_products(torch.bfloat16) else torch.float32
 
 
 def frozen(values: Tensor) -> nn.Parameter:
@@ -208,9 +242,20 @@ def _layout(into: int, kind: str, device: str) -> Tensor:
     Each device and instruction set has its own order, which torch does not describe and cannot undo. It is found by
     packing the positions themselves, four bits at a time.
     """
-    positions = torch.arange(_SLAB * into, device=device)
+    positions = torch.arange(_PANEL * into, device=device)
     found = torch.zeros_like(positions)
     for shift in range(0, positions.numel().bit_length(), 4):
-        digits = (positions >> shift & 15).to(torch.uint8).view(_SLAB, into)
+        digits = (positions >> shift & 15).to(torch.uint8).view(_PANEL, into)
         found |= halves(_kernel_layout(digits).view(torch.uint8).flatten()).long() << shift
     return found.argsort()
+
+
+@lru_cache(maxsize=16)
+def block(into: int) -> int:
+    """The outputs that the CPU kernel's layout keeps together for each input, a half of them in the low bits.
+
+    64 with AVX-512, 32 with AVX2; 0 for a layout that is ordered in another way.
+    """
+    found, order = _layout(into, "cpu", "cpu"), torch.arange(_PANEL * into)
+    blocks = {size: order.view(-1, into, size // 2, 2).permute(0, 3, 2, 1).flatten() for size in (64, 32)}
+    return next((size for size, expected in blocks.items() if torch.equal(found, expected)), 0)

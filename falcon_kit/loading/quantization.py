@@ -12,6 +12,7 @@ is another one, and so is the model in memory from then on.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,27 +25,28 @@ from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.loading.packed import PackedLinear, fast_bfloat16
+from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantizer import METHOD, PackedConfig
+from falcon_kit.model.products import has_products
 from falcon_kit.parallel.ranks import local_tensor
 
+# bitsandbytes remarks on its import that a faster kernel could be fetched from the hub. PEFT imports it too.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.msg)
 
-def _import_bitsandbytes() -> Any:
-    """bitsandbytes, imported without its warning about a faster kernel on the hub; None where it is not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes, imported on first use, which takes a quarter of a second; None where it is not installed."""
     try:
         import bitsandbytes
     except ImportError:
         return None
-    finally:
-        logger.setLevel(level)
     return bitsandbytes
 
 
-_BNB = _import_bitsandbytes()
-_KINDS: dict[type[nn.Module], str] = {_BNB.nn.Linear8bitLt: "int8", _BNB.nn.Linear4bit: "nf4"} if _BNB else {}
+def _kinds() -> dict[type[nn.Module], str]:
+    """The dtypes of bitsandbytes' layers by class; none before its import, when no model has such layers."""
+    layers = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+    return {} if layers is None else {layers.Linear8bitLt: "int8", layers.Linear4bit: "nf4"}
 
 
 def quantisation_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig | PackedConfig:
@@ -60,14 +62,14 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
     Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32. Raises
     ImportError where bitsandbytes is missing.
     """
-    if _BNB is None:
+    if _bitsandbytes() is None:
         raise ImportError(
             f"dtype={dtype!r} needs bitsandbytes, which is not installed here: pip install bitsandbytes, or use "
             "dtype='int4', which needs no other package"
         )
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    slow = not torch.cuda.is_available() and not fast_bfloat16()
+    slow = not torch.cuda.is_available() and not has_products(torch.bfloat16)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -118,7 +120,7 @@ def kept_as(module: nn.Module) -> str:
     """The dtype of a module's weights: "int8", "int4", "nf4", "nf4-double", "bfloat16", ..."""
     if isinstance(module, PackedLinear):
         return module.kind
-    kind = next((name for cls, name in _KINDS.items() if isinstance(module, cls)), None)
+    kind = next((name for cls, name in _kinds().items() if isinstance(module, cls)), None)
     if kind == "nf4":
         state = getattr(module.weight, "quant_state", None)
         return "nf4-double" if state is not None and _nested(state) else "nf4"
@@ -213,7 +215,8 @@ def make_savable(model: Any) -> None:
 
 def _four_bit_layers(model: nn.Module) -> list[Any]:
     """bitsandbytes' 4-bit layers of a model."""
-    return [module for module in model.modules() if _KINDS.get(type(module)) == "nf4"]
+    kinds = _kinds()
+    return [module for module in model.modules() if kinds.get(type(module)) == "nf4"]
 
 
 def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -226,7 +229,9 @@ def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     state = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
-    weight.data, weight.quant_state = _BNB.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.data, weight.quant_state = _bitsandbytes().functional._convert_weight_packed_for_cpu_inverse(
+        weight.data, state
+    )
     if not weight.quant_state.nested:
         weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
 

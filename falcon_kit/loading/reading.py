@@ -16,9 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle
+from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
+from falcon_kit.loading.gguf import lazy_weights
 from falcon_kit.loading.quantization import (
     check_quantised,
     compute_dtype,
@@ -80,14 +81,15 @@ def _from_pretrained(
         (TypeError, LookupError, AttributeError),
     )
     with progress_bar(is_large(files)), ExitStack() as open_files:
-        if found.adapters:
-            weights = lazy_state_dict(files, found.adapters, found.base.name, found.config, open_files)
-            options["state_dict"] = weights
+        computed = compute_dtype() if quantised else getattr(torch, dtype)
+        if found.gguf or found.adapters:
+            weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
+            options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
         with named:
             model, report = cast(Any, kind).from_pretrained(
-                None if found.adapters else found.directory,
+                None if "state_dict" in options else found.directory,
                 config=found.config,
-                dtype=compute_dtype() if quantised else getattr(torch, dtype),
+                dtype=computed,
                 use_safetensors=files[0].suffix == ".safetensors",
                 weights_only=True,
                 output_loading_info=True,
@@ -104,6 +106,7 @@ def _from_pretrained(
         hide_cast_warnings()
     if found.adapters:
         record_merged(model, found.adapters)
+    if "state_dict" in options:
         model.name_or_path = model.config.name_or_path = found.name
     _remove_needless_hooks(model)
     evaluating: FalconForCausalLM = model.eval()

@@ -1,34 +1,23 @@
-"""Attention over grouped KV heads, and the choice of the matmul kernel for a single row on a CPU.
-
-**Attention.** In decoding, the queries that share a KV head become the rows of one attention, so each key is read once.
-
-**Single rows.** A decoding step of one text multiplies one row by every weight matrix, so reading the weights limits
-its speed. oneDNN, torch's default on CPUs, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit
-weights faster for a single row. `faster_without_onednn` measures both kernels.
+"""Attention over grouped KV heads: in decoding, the queries that share a KV head become the rows of one attention, so
+each key is read once.
 
 Shapes: B batch, T time (queries), K time (keys), G KV heads, R query heads per KV head, H = G x R query heads,
 D head_dim.
 """
 
-import statistics
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
-
-_MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
-_SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
-_ROUNDS = 5
-_MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
+from falcon_kit.model.packed import Documents, packed_attention
+from falcon_kit.model.products import Switch, fastest_products
 
 
 def fused_attention(
@@ -36,22 +25,30 @@ def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Fused attention (`scaled_dot_product_attention`), without repeated keys wherever a kernel allows it.
 
-    Returns the output (B, T, H, D) and None. transformers' function repeats keys when compiled or given a mask.
+    attention_mask: a tensor, None, or `Documents`. Returns the output (B, T, H, D) and None. transformers' function
+    repeats keys when compiled or given a mask.
     """
+    if isinstance(attention_mask, Documents):
+        return packed_attention(query, key, value, attention_mask, scaling), None
     batch, heads, time, width = query.shape
     grouped = heads != key.shape[1]
+    if attention_mask is not None:  # a static cache is longer than the slots to read
+        key, value = (each.narrow(2, 0, attention_mask.shape[-1]) for each in (key, value))
     if time == 1:  # the queries of a group become rows of one attention, which reads each key once
         query = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
         if attention_mask is not None and attention_mask.shape[1] == heads:
             attention_mask = attention_mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
         grouped = False
+        if attention_mask is not None and not dropout and _takes_products(query):
+            output = masked_products(query, key, value, attention_mask, scaling or width**-0.5)
+            return output.reshape(batch, heads, time, width).transpose(1, 2), None
     elif attention_mask is None:  # a static cache is longer than the keys in it
         key, value = key[:, :, :time], value[:, :, :time]
     if grouped and not _takes_groups(query, attention_mask):
@@ -68,6 +65,38 @@ def fused_attention(
         enable_gqa=grouped,
     )
     return output.reshape(batch, heads, time, width).transpose(1, 2), None
+
+
+def masked_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Masked attention of one token as two products: queries (B, G, R, D), keys and values (B, G, K, D) or slices.
+
+    Returns (B, G, R, D). Scores and probabilities are in float32 until the second product.
+    """
+    scores = _product(query.flatten(0, 1), key.flatten(0, 1).mT).unflatten(0, query.shape[:2]) * scaling
+    return _masked(scores, mask).softmax(dim=-1).to(value.dtype) @ value
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores under a mask: boolean (True: attend), or added."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+
+
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """The product of batches of matrices, in float32."""
+    if rows.device.type == "cuda":
+        return torch.bmm(rows, columns, out_dtype=torch.float32)
+    return rows.float() @ columns.float()
+
+
+def _takes_products(query: Tensor) -> bool:
+    """Whether one token's masked attention is computed as products: in 16 bits on CUDA, without gradients.
+
+    There, the fused kernel that takes a mask (memory-efficient attention) reads all keys of a group in one thread
+    block: for the 7B and one text, one or two of a GPU's hundred processors work. FlashAttention divides the keys among
+    blocks, and takes no mask.
+    """
+    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and in_16_bits and not torch.is_grad_enabled()
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
@@ -103,12 +132,12 @@ def eager_attention(
     Returns the output (B, T, H, D) and the attention probabilities (B, H, T, K).
     """
     (batch, heads, time, width), groups = query.shape, key.shape[1]
+    if attention_mask is not None:
+        key, value = (each.narrow(2, 0, attention_mask.shape[-1]) for each in (key, value))
     rows = query.reshape(batch, groups, -1, width)  # (B, G, R x T, D)
     scores = (rows @ key.transpose(-1, -2) * scaling).view(batch, heads, time, -1)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
+    if attention_mask is not None:
+        scores = _masked(scores, attention_mask)
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = functional.dropout(probabilities, dropout, module.training)
     output = weights.view(batch, groups, -1, weights.shape[-1]) @ value  # (B, G, R x T, D)
@@ -119,83 +148,33 @@ ATTENTION = {"sdpa": fused_attention, "eager": eager_attention}
 """The kit's attention functions by transformers' names. Others, such as flash_attention_2, are transformers' own."""
 
 
-class _OneDNNSwitch:
-    """Turns oneDNN off until the last of several users has left. The setting belongs to the whole process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before = True
-
-    def enter(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = _MKLDNN.enabled
-                _MKLDNN.enabled = False
-            self._users += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and not _MKLDNN.enabled:  # other code may have turned it on: then it stays on
-                _MKLDNN.enabled = self._before
+_cudnn_attention = Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
 
 
-_onednn = _OneDNNSwitch()
+def without_cudnn_attention() -> AbstractContextManager[None]:
+    """A context in which scaled_dot_product_attention takes its other kernels, FlashAttention first.
 
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
-
-    The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
-    after `torch.backends.disable_global_flags`, which locks the setting.
+    On Hopper, torch prefers cuDNN, which plans anew for each number of keys. In decoding that is each token: it took 29
+    of the 36 ms of a token of the 7B on an H200 (torch 2.11). A prompt needs one plan, and keeps cuDNN.
     """
-    if torch.backends.flags_frozen():
-        yield
-        return
-    _onednn.enter()
-    try:
-        yield
-    finally:
-        _onednn.leave()
+    return _cudnn_attention.off()
 
 
-def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
-    """Whether torch's own kernel multiplies one row by these weights at least 10% faster than oneDNN.
+def step_kernels(
+    head: Tensor, tokens: Tensor | None, past: Cache | None, single_rows_without_onednn: bool, largest: int
+) -> AbstractContextManager[Any]:
+    """The context of a step, by the device and dtype of the output head.
 
-    `weights`: matrices (out, in). Only 16-bit weights on a CPU are timed, about 128 MiB of them, in about 0.1 seconds;
-    without any, returns False. The kernels alternate, and their median times are compared.
+    On a CPU, that of `products.fastest_products`. On CUDA, `without_cudnn_attention` where keys are cached. Otherwise
+    nothing, as in compiled code.
     """
-    sample = _sample(weights)
-    if not sample or not _MKLDNN.is_available():
-        return False
-    with torch.inference_mode():
-        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
-        onednn, own = [], []
-        for _ in range(_ROUNDS):
-            onednn.append(_seconds(rows, sample))
-            with without_onednn():
-                own.append(_seconds(rows, sample))
-    return statistics.median(own) < _MARGIN * statistics.median(onednn)
-
-
-def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The first 16-bit weights on a CPU, up to about `_SAMPLE` bytes."""
-    sample: list[Tensor] = []
-    for weight in weights:
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-            sample.append(weight)
-            if sum(each.nbytes for each in sample) >= _SAMPLE:
-                break
-    return sample
-
-
-def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
-    start = time.perf_counter()
-    for row, weight in zip(rows, weights, strict=True):
-        functional.linear(row, weight)
-    return time.perf_counter() - start
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if head.device.type == "cuda" and past is not None and not past.is_compileable and past.get_seq_length() > 0:
+        return without_cudnn_attention()
+    if tokens is None or head.device.type != "cpu":
+        return nullcontext()
+    return fastest_products(tokens.numel(), head, largest, single_rows_without_onednn)
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:

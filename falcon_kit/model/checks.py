@@ -62,7 +62,8 @@ def check_mask(spec: FalconSpec, hidden_states: Tensor, past: Cache | None, mask
     keys = time if past is None else past.get_mask_sizes(time, 0)[0]
     fits = mask.shape == (batch, cached + time)
     if mask.ndim == 4:
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, spec.query_heads) and mask.shape[2:] == (time, keys)
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, spec.query_heads) and mask.shape[2] == time
+        fits &= cached + time <= mask.shape[3] <= keys
     if not fits:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {batch} rows of {time} tokens after {cached} in the "

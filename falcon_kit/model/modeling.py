@@ -16,7 +16,7 @@ in transformers, so that a saved checkpoint is a plain Falcon.
 Shapes: B batch, T time (queries), K time (keys), H query heads, V vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -38,11 +38,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model import attention
+from falcon_kit.model import attention, packed
 from falcon_kit.model.attention import alibi
+from falcon_kit.model.cache import MakesRoom, with_room
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
 from falcon_kit.model.losses import language_model_loss
+from falcon_kit.model.static_cache import ReadsFilledSlots
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
@@ -128,7 +130,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         kwargs["output_attentions"] = probabilities
         mask, unseeing = self._mask(hidden_states, past_key_values, attention_mask, position_ids, probabilities)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = with_room(DynamicCache(config=self.config))
         if position_ids is None:
             cached = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached)[None]
@@ -174,9 +176,9 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         probabilities: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities; and with
-        ALiBi the queries that see no key (B, 1, T, 1)."""
+    ) -> tuple[Tensor | packed.Documents | None, Tensor | None]:
+        """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities, the
+        documents where a kernel takes them; and with ALiBi the queries that see no key (B, 1, T, 1)."""
         documents = None
         if past is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
@@ -184,13 +186,17 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             check_backend(
                 backend, probabilities, bool(self.config.alibi), documents is not None and len(hidden_states) > 1
             )
+        plain = not (probabilities or self.config.alibi)
+        unmasked = plain and attention_mask is None and not (self.training and self.config.attention_dropout)
+        if documents is not None and unmasked and backend == "sdpa" and packed.has_kernel(hidden_states):
+            return packed.find_documents(documents), None
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,
             attention_mask,
             past,
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
-            allow_is_causal_skip=not (probabilities or self.config.alibi),
+            allow_is_causal_skip=plain,
         )
         if self.tp_mesh is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, self._heads]  # a mask per query head: this rank's heads
@@ -224,7 +230,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         return torch.where(visible, bias, torch.finfo(dtype).min).masked_fill(unseeing, 0), unseeing
 
 
-class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
+class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.FalconForCausalLM):
     """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
@@ -233,7 +239,7 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
-    """Whether a CPU computes steps of one row without oneDNN, see `attention.py`; `fk.load` measures and sets it."""
+    """Whether a CPU computes steps of one row without oneDNN, see `products.py`; `fk.load` measures and sets it."""
 
     def __init__(self, config: FalconConfig) -> None:
         stock.FalconPreTrainedModel.__init__(self, config)  # not super(), which would build transformers' layers first
@@ -260,7 +266,7 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
         `skip_logits`: returns only the loss and computes it in chunks, see `falcon_kit.model.losses`. Other arguments
         and errors are those of `FalconModel.forward`.
         """
-        with self._matmul_kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0]):
+        with self._kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0], past_key_values):
             outputs = self.transformer(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
@@ -318,13 +324,10 @@ class FalconForCausalLM(_AttentionCanBeSet, stock.FalconForCausalLM):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *arguments, **more)
 
-    def _matmul_kernels(self, tokens: Tensor | None) -> AbstractContextManager[None]:
-        """The context of a step: `without_onednn` for one token on a CPU, if `fk.load` measured that it is faster."""
-        if not self.single_rows_without_onednn or torch.compiler.is_compiling():
-            return nullcontext()
-        weight = self.lm_head.weight  # its device and dtype may have changed since the measurement
-        on_cpu = weight.device.type == "cpu" and weight.dtype.itemsize == 2
-        return attention.without_onednn() if on_cpu and tokens is not None and tokens.numel() == 1 else nullcontext()
+    def _kernels(self, tokens: Tensor | None, past: Cache | None) -> AbstractContextManager[Any]:
+        spec, single = self.transformer.spec, self.single_rows_without_onednn
+        largest = spec.d_model * spec.intermediate_size
+        return attention.step_kernels(self.lm_head.weight, tokens, past, single, largest)
 
     def _get_static_cache_init_shape(self) -> None:
         """No shape: with one, chunked prefill would allocate a static cache for all query heads."""

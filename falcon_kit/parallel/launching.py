@@ -4,10 +4,10 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -22,7 +22,7 @@ from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import split_settings
-from falcon_kit.generation.stream import Stream
+from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.parallel.workers import WorkerDied, Workers
@@ -45,7 +45,7 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any
     falcon = ParallelFalcon(workers, directory, *parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        answers = falcon._receive_answers(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress))
+        answers = _end(falcon._receive(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)))
     except BaseException:
         falcon.close()
         raise
@@ -123,7 +123,7 @@ class ParallelFalcon:
         """As `Falcon.generate`; `settings` are numbers, strings and lists, since they are sent to other processes."""
         check_given(guardrails, prompt, self.tokenizer)
         _, single = check_prompt(prompt)
-        generations = checked(guardrails, lambda: self._request("generate", prompt, settings))
+        generations = checked(guardrails, _RemoteTask(self, "generate", prompt, settings).run)
         return generations if not single or len(generations) > 1 else generations[0]
 
     def stream(
@@ -131,12 +131,12 @@ class ParallelFalcon:
     ) -> Stream | GuardedStream:
         """As `Falcon.stream`; closing the stream, or Ctrl-C, stops all ranks at the next token."""
         check_given(guardrails, prompt, self.tokenizer)
-        return guarded(Stream(_RemoteText(self, prompt, settings)), guardrails)
+        return guarded(Stream(_RemoteTask(self, "stream", prompt, settings)), guardrails)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """As `Falcon.chat`."""
         check_given(guardrails, messages, self.tokenizer)
-        return checked(guardrails, lambda: self._request("chat", messages, settings))[0]
+        return checked(guardrails, _RemoteTask(self, "chat", messages, settings).run)[0]
 
     def close(self) -> None:
         """Ends the processes. A second call does nothing."""
@@ -149,9 +149,9 @@ class ParallelFalcon:
         self.close()
 
     def _request(
-        self, call: str, prompt: Any, settings: dict[str, Any], text: "_RemoteText | None" = None, emit: Any = None
-    ) -> list[Generation]:
-        """Sends a request to all ranks and returns the generated texts. emit: called with each piece of a stream."""
+        self, call: str, prompt: Any, settings: dict[str, Any], cancelled: threading.Event
+    ) -> Generator[Piece, None, list[Generation]]:
+        """Sends a request to all ranks, yields the pieces of a stream, and returns the generated texts."""
         if self._workers.closed:
             raise RuntimeError("the processes of this model have ended: load it again")
         if _is_conversation(prompt) and self.tokenizer.chat_template != self._template:
@@ -166,7 +166,7 @@ class ParallelFalcon:
             _check_json(prompt, settings)
             self._workers.send({"call": call, "number": number, "prompt": prompt, "settings": settings})
             try:
-                answers = self._receive_answers(text=text, emit=emit)
+                answers = yield from self._receive(cancelled=cancelled)
             except KeyboardInterrupt:
                 self._cancel(number)
                 raise
@@ -180,13 +180,18 @@ class ParallelFalcon:
         """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes."""
         try:
             self._workers.send({"cancel": number})
-            self._receive_answers()
+            _end(self._receive())
         except BaseException:
             self.close()
             raise
 
-    def _receive_answers(self, bar: Any = None, text: "_RemoteText | None" = None, emit: Any = None) -> dict[int, Any]:
-        """The answer of each rank; pieces that arrive before are passed to `emit`. Raises what a rank raised."""
+    def _receive(
+        self, bar: Any = None, cancelled: threading.Event | None = None
+    ) -> Generator[Piece, None, dict[int, Any]]:
+        """Yields the pieces that arrive, and returns the answer of each rank. Raises what a rank raised.
+
+        After each piece, rank 0 waits for a reply: to go on, or to stop once the request is cancelled.
+        """
         answers: dict[int, Any] = {}
         errors: dict[int, tuple[str, str]] = {}
         while len(answers) + len(errors) < len(self._workers.processes):
@@ -199,7 +204,8 @@ class ParallelFalcon:
                 before = f". Before that, {_error(errors, 0)}" if errors else ""
                 raise WorkerDied(f"{died}{before}") from None
             if "piece" in message:
-                self._emit(_PIECE.validate_python(message["piece"]), text, emit)
+                yield _PIECE.validate_python(message["piece"])
+                self._workers.send({"go": cancelled is not None and not cancelled.is_set()}, rank=0)
             elif "error" in message:
                 errors[rank] = tuple(message["error"])
             else:
@@ -210,12 +216,6 @@ class ParallelFalcon:
             raise _error(errors, len(self._workers.processes))
         self.ranks = tuple(_RANK.validate_python(answers[rank]) for rank in sorted(answers))
         return answers
-
-    def _emit(self, piece: Piece, text: "_RemoteText | None", emit: Any) -> None:
-        """Passes a piece to `emit`, which waits for the reader; then lets rank 0 continue, or stop if cancelled."""
-        if emit is not None:
-            emit(piece)
-        self._workers.send({"go": text is not None and not text.cancelled.is_set()}, rank=0)
 
     def _repr_html_(self) -> str:
         facts = {
@@ -236,21 +236,31 @@ class ParallelFalcon:
         )
 
 
-class _RemoteText:
-    """The text of a stream, generated by the ranks; what `Stream` runs in its thread."""
+class _RemoteTask(GenerationTask):
+    """A request to the ranks, which is sent when its first piece is read."""
 
-    def __init__(self, falcon: ParallelFalcon, prompt: Any, settings: dict[str, Any]) -> None:
-        split_settings(settings)  # raises before the stream starts where a setting is out of range
-        self.cancelled = threading.Event()
-        self._falcon, self._prompt, self._settings = falcon, prompt, settings
+    def __init__(self, falcon: ParallelFalcon, call: str, prompt: Any, settings: dict[str, Any]) -> None:
+        super().__init__()
+        if call == "stream":
+            split_settings(settings)  # raises before the stream starts where a setting is out of range
+        self._falcon, self._call, self._prompt, self._settings = falcon, call, prompt, settings
 
-    def __call__(self, emit: Callable[[Piece], None] | None = None) -> list[Generation]:
-        return self._falcon._request("stream", self._prompt, self._settings, self, emit)
+    def pieces(self) -> Generator[Piece]:
+        self.generations = yield from self._falcon._request(self._call, self._prompt, self._settings, self.cancelled)
 
     def nothing(self) -> Generation:
         """The generation of a text that was cancelled before its first token; its prompt is not encoded."""
         prompt = self._prompt if isinstance(self._prompt, str) else str(self._prompt)
         return Generation(prompt, "", (), (), "cancelled", Stats(1, 0, 0, 0.0, 0.0, 0))
+
+
+def _end(receiving: Generator[Piece, None, dict[int, Any]]) -> dict[int, Any]:
+    """The answers at the end of `ParallelFalcon._receive`; pieces on the way are dropped."""
+    while True:
+        try:
+            next(receiving)
+        except StopIteration as end:
+            return cast(dict[int, Any], end.value)
 
 
 def _is_conversation(prompt: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.planning.devices import Device
+from falcon_kit.planning.processor import multiplies
 
 Purpose = Literal["inference", "lora", "qlora", "full", "merge"]
 CacheKind = Literal["grouped", "transformers"]
@@ -104,8 +105,12 @@ class Request:
         overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
         if device.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
-        workspace = memory.workspace_bytes(*self._size, on_cpu=device.key == "cpu")
-        parts = {"workspace": (workspace, "for the prefill with quantised weights")} if workspace else {}
+        on_cpu = device.key == "cpu"
+        workspace = memory.workspace_bytes(*self._size, on_cpu, not on_cpu or multiplies(self.dtype))
+        reason = "for the prefill with quantised weights"
+        if self.dtype in memory.FLOAT_DTYPES:
+            reason = f"for the prefill in float32, on a CPU without instructions for {self.dtype}"
+        parts = {"workspace": (workspace, reason)} if workspace else {}
         return {"activations": (peak, reason), **parts, "overhead": overhead}
 
     def first_device_parts(self) -> Sizes:

@@ -33,6 +33,7 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
+from falcon_kit.planning.processor import fast_dtypes, multiplies
 from falcon_kit.planning.suggestions import (
     margin_doubt,
     report_doubt,
@@ -108,6 +109,13 @@ class Plan:
         """The memory of all devices together."""
         return sum(device.free_bytes for device in self.devices)
 
+    @property
+    def advice(self) -> str:
+        """Which dtypes are fast on the CPU of this machine, why, and the bytes of their weights; else empty."""
+        if self.devices[0].key != "cpu" or self.devices[0].machine or self.purpose != "inference":
+            return ""
+        return fast_dtypes(self.spec, multiplies("bfloat16"))
+
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
         counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
@@ -134,7 +142,8 @@ class Plan:
         sizes = byte_column([size for _, _, size, _ in parts])
         rows = [(part, device, size, why) for (part, device, _, why), size in zip(parts, sizes, strict=True)]
         table = html_table(self.verdict(), ("part", "device", "bytes", "why"), rows)
-        return table + (html_table("What would help", (), enumerate(self.suggestions, 1)) if self.suggestions else "")
+        table += html_table("What would help", (), enumerate(self.suggestions, 1)) if self.suggestions else ""
+        return table + (html_table("What is fast", (), [("CPU", self.advice)]) if self.advice else "")
 
 
 def plan(

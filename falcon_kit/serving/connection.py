@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import check_whole, is_number, is_whole, require, shown
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
@@ -64,6 +65,8 @@ class Connection:
     """Further attempts while the endpoint is busy or refuses connections."""
     deadline: float
     """Seconds for a whole answer, with all attempts."""
+    direct: bool = False
+    """Whether proxies of the environment are ignored, as for a server of this machine that the kit has started."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -87,6 +90,7 @@ class Connection:
                 headers=self.headers,
                 timeout=self.http_timeout,
                 follow_redirects=False,
+                trust_env=not self.direct,
                 event_hooks={"response": [_limit]},
             )
         except ImportError:
@@ -168,3 +172,50 @@ def redact_url(url: str) -> str:
     shown = url.partition("?")[0].partition("#")[0]
     before, at, after = shown.rpartition("@")
     return f"{before[: before.find('//') + 2] if '//' in before else ''}***@{after}" if at else shown
+
+
+def check_limits(timeout: float, deadline: float, retries: int, concurrency: int) -> None:
+    """Raises ValueError for a limit of `connect` that is out of range."""
+    check_whole("concurrency", concurrency, 1, 10_000)
+    require(
+        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
+        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
+        f"retries={shown(retries)} from 0 to 1000",
+    )
+
+
+def check_urls(url: str | Sequence[str]) -> list[str]:
+    """The URLs that `connect` is given. Raises ValueError for none, for one that is there twice, or as `check_url`."""
+    urls = [url] if isinstance(url, str) else list(url)
+    require(0 < len(urls) == len(set(urls)), f"give a URL, or different URLs of replicas; got {len(urls)}")
+    for each in urls:
+        check_url(each)
+    return urls
+
+
+def check_url(url: str) -> None:
+    """Raises ValueError for what is no URL of an endpoint, without repeating user name, password or query."""
+    valid = False
+    with suppress(ValueError, httpx2.InvalidURL):  # both may quote a password
+        parts = urlsplit(url.strip())
+        host, port = httpx2.URL(parts.geturl()).host, parts.port
+        valid = parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc) and port != 0 and bool(host)
+    require(
+        not valid or "@" not in parts.netloc,
+        "the URL contains a user name or password, which logs would show: give a key by token=",
+    )
+    require(valid, f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name")
+
+
+def token_from_environment(urls: Sequence[str]) -> str | None:
+    """FALCON_KIT_TOKEN for any host, HF_TOKEN over https for huggingface.co and its subdomains only.
+
+    Hosts under huggingface.cloud belong to other users, so they get no key unless it is passed as `token`.
+    """
+    return os.environ.get("FALCON_KIT_TOKEN") or (os.environ.get("HF_TOKEN") if all(map(_is_hub, urls)) else None)
+
+
+def _is_hub(url: str) -> bool:
+    parts = urlsplit(url.strip())
+    host = parts.hostname or ""
+    return parts.scheme == "https" and (host == "huggingface.co" or host.endswith(".huggingface.co"))

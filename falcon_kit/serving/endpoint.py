@@ -1,21 +1,19 @@
 """`connect`: a Falcon on a server, with the methods of a local one."""
 
 import asyncio
-import os
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
-
-import httpx2
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
-from falcon_kit.display.errors import is_number, is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -23,16 +21,21 @@ from falcon_kit.generation.prompts import Prompt, check_prompt
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
-from falcon_kit.serving.connection import Connection, check_token, redact_url
+from falcon_kit.serving.connection import (
+    Connection,
+    check_limits,
+    check_token,
+    check_urls,
+    redact_url,
+    token_from_environment,
+)
 from falcon_kit.serving.echo import PromptToken, prompt_logprobs
 from falcon_kit.serving.failures import Redirected
-from falcon_kit.serving.protocol import Request, Server, limit_tokens, retry
-from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for
+from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
+from falcon_kit.serving.replicas import Replicas, one_of
+from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for, with_shared_stats
 
 Api = Literal["openai", "tgi"]
-T = TypeVar("T")
-MAX_CONCURRENT_REQUESTS = 16
-"""Requests that one call sends at the same time."""
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
 
@@ -55,6 +58,8 @@ class Endpoint:
     """Its stop strings end an answer of `chat`; with `own_format` it also renders the conversation."""
     own_format: bool
     """Whether `chat_format` renders the conversation; otherwise the endpoint's own chat template does."""
+    concurrency: int
+    """Requests that one call has in flight, at most."""
     _server: Server = field(repr=False)
     _retries: int = field(repr=False)
 
@@ -91,14 +96,16 @@ class Endpoint:
         check_given(guardrails, prompt)
         return guarded(self._begin_stream(prompt, settings), guardrails)
 
-    def _begin_stream(self, prompt: Prompt | Sequence[Message], settings: dict[str, Any]) -> RemoteStream:
+    def _begin_stream(
+        self, prompt: Prompt | Sequence[Message], settings: dict[str, Any], turns: asyncio.Semaphore | None = None
+    ) -> RemoteStream:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._stream(self._chat_request(cast(Sequence[Message], prompt), sampling, options), strip=True)
+            return self._stream(self._chat_request(cast(Sequence[Message], prompt), sampling, options), True, turns)
         prompts, single = check_prompt(cast(Prompt, prompt))
         require(single, "a stream yields one text: give one prompt, or use generate()")
-        return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), strip=False)
+        return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), False, turns)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
@@ -111,6 +118,36 @@ class Endpoint:
         check_given(guardrails, messages)
         request = self._chat_request(messages, sampling, options)
         return checked(guardrails, lambda: self._generate_all([request], strip=True))[0]
+
+    def generate_each(
+        self, prompts: Iterable[Prompt | Sequence[Message]], *, guardrails: Guard | None = None, **settings: Any
+    ) -> Iterator[Generation]:
+        """Continues each prompt, or answers each conversation: any number of them, their results in their order.
+
+        `concurrency` requests are in flight, and at most as many results wait for one before them. So a caller that
+        stores each result keeps all but these after an error or Ctrl-C, which close the connections, as closing the
+        iterator does. `settings` and errors are those of `generate`; a seed is the same for all.
+        """
+        sampling, options = split_settings(settings)
+        require(sampling.num_return_sequences == 1, "each prompt gives one text: leave num_return_sequences at 1")
+        self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))  # raises before anything is sent
+        return self._each(prompts, guardrails, settings)
+
+    def _each(self, prompts: Iterable[Any], guardrails: Guard | None, settings: dict[str, Any]) -> Iterator[Generation]:
+        turns, begun = asyncio.Semaphore(self.concurrency), deque[RemoteStream]()
+        try:
+            for prompt in prompts:
+                check_given(guardrails, prompt)
+                begun.append(self._begin_stream(prompt, settings, turns))
+                if len(begun) == 2 * self.concurrency:
+                    yield checked(guardrails, begun[0].wait)
+                    begun.popleft()
+            while begun:
+                yield checked(guardrails, begun[0].wait)
+                begun.popleft()
+        finally:
+            for each in reversed(begun):  # those that wait for their turn first
+                each.close()
 
     def accepts(self, **settings: Any) -> bool:
         """Whether the endpoint has a field for each of these settings of `generate`."""
@@ -136,18 +173,19 @@ class Endpoint:
         stop = tuple(dict.fromkeys((*self.chat_format.stop, *sampling.stop_strings)))
         return Request(rendered if self.own_format else None, checked, sampling, options, stop)
 
-    def _stream(self, request: Request, strip: bool) -> RemoteStream:
+    def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
         self._server.body(request)  # raises before anything is sent
         answer = _answer(request, strip)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
-            (body,) = await self._bodies([request])
-            return await request_answer(self._server, body, answer, self._retries, self.context, emit)
+            async with turns or nullcontext():
+                (body,) = await self._bodies([request])
+                return await request_answer(self._server, body, answer, self._retries, self.context, emit)
 
         return RemoteStream(answer, work)
 
     def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
-        """All texts, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
+        """All texts, `concurrency` at a time; the first error cancels the others."""
         for each in requests:
             self._server.body(each)  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
@@ -155,11 +193,10 @@ class Endpoint:
         async def work() -> list[Generation]:
             bodies = await self._bodies(requests)
             pairs = list(zip(bodies, answers, strict=True))
-            return await _gather(
-                [partial(request_answer, self._server, *pair, self._retries, self.context) for pair in pairs]
-            )
+            calls = [partial(request_answer, self._server, *pair, self._retries, self.context) for pair in pairs]
+            return await gather(calls, self.concurrency)
 
-        return _with_shared_stats(wait_for(work()))
+        return with_shared_stats(wait_for(work()))
 
     def prompt_logprobs(self, prompts: Sequence[str]) -> list[list[PromptToken]]:
         """The tokens of each prompt with their log-probabilities, requested in parallel.
@@ -167,9 +204,13 @@ class Endpoint:
         Raises ValueError for a server that does not return them; vLLM does.
         """
         checked = [check_prompt(prompt)[0][0] for prompt in prompts]
-        server, retries = self._server, self._retries
-        ask = [partial(prompt_logprobs, server, each) for each in checked]
-        return wait_for(_gather([partial(retry, call, retries, server.connection) for call in ask]))
+        asks = [partial(self._prompt_logprobs, each) for each in checked]
+        calls = [partial(retry, ask, self._retries, self._server.connection) for ask in asks]
+        return wait_for(gather(calls, self.concurrency))
+
+    async def _prompt_logprobs(self, prompt: str) -> list[PromptToken]:
+        async with one_of(self._server) as server:
+            return await prompt_logprobs(server, prompt)
 
     async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
@@ -196,7 +237,7 @@ class Endpoint:
 
 
 def connect(
-    url: str,
+    url: str | Sequence[str],
     model: str | None = None,
     *,
     api: Api | None = None,
@@ -206,10 +247,12 @@ def connect(
     timeout: float = 120.0,
     retries: int = 4,
     deadline: float = 1800.0,
+    concurrency: int = 16,
     session: Any = None,
 ) -> Endpoint:
     """The endpoint at a URL: "http://host:8000/v1" or "sagemaker://endpoint-name".
 
+    Several URLs are replicas with the same model: each request goes to the one with the fewest in flight.
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
     SageMaker). token: the API key, which is never shown; unset, FALCON_KIT_TOKEN, or HF_TOKEN for huggingface.co only.
@@ -218,22 +261,28 @@ def connect(
     not). context: its limit in tokens, if it does not report one. timeout: seconds without a byte from it until a
     request fails, and for the whole response to a request for anything but text. deadline: seconds for a whole text,
     however steadily it comes. retries: further attempts, after growing pauses, while the endpoint is busy (429, 503),
-    refuses connections or closes them before the first piece. session: a boto3.Session, for SageMaker.
+    refuses connections or closes them before the first piece. concurrency: requests that one call has in flight, at
+    most, on all replicas together. session: a boto3.Session, for SageMaker.
 
     Raises ConnectionError if no server with such a protocol responds, LookupError for a model or endpoint that does not
     exist, PermissionError for a refused key, and ValueError for an invalid URL or argument, a key that no HTTP header
     can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    _check_limits(timeout, deadline, retries)
+    check_limits(timeout, deadline, retries, concurrency)
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
-    _check_url(url)
-    connection = Connection(token or _token_from_environment(url), timeout, retries, deadline)
+    urls = check_urls(url)
+    connection = Connection(token or token_from_environment(urls), timeout, retries, deadline)
     check_token(connection.token)
-    discover = partial(_discover, url, model, api, connection, session)
-    server = wait_for(retry(discover, retries, connection))
-    facts, shape = server.facts, _find_spec(server.facts.model)
+    server = wait_for(_find(urls, model, api, connection, session, concurrency))
+    return _endpoint(server, own_format, context, concurrency, retries)
+
+
+def _endpoint(
+    server: Server, own_format: ChatFormat | None, context: int | None, concurrency: int, retries: int
+) -> Endpoint:
+    connection, facts, shape = server.connection, server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
         server=facts.server,
@@ -242,25 +291,19 @@ def connect(
         spec=shape,
         chat_format=own_format or default_format(shape),
         own_format=own_format is not None or not server.accepts_messages,
+        concurrency=concurrency,
         _server=server,
         _retries=retries,
     )
 
 
-async def _gather(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """The results of all calls, `MAX_CONCURRENT_REQUESTS` at a time; the first error cancels the others."""
-    semaphore = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
-
-    async def one(call: Callable[[], Awaitable[T]]) -> T:
-        async with semaphore:
-            return await call()
-
-    tasks = [asyncio.ensure_future(one(call)) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+async def _find(
+    urls: Sequence[str], model: str | None, api: Api | None, connection: Connection, session: Any, concurrency: int
+) -> Server:
+    """The server at the URL, or the replicas at several."""
+    discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
+    found = await gather([partial(retry, each, connection.retries, connection) for each in discoveries], concurrency)
+    return Replicas(found) if len(found) > 1 else found[0]
 
 
 async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
@@ -276,39 +319,6 @@ async def _discover(url: str, model: str | None, api: Api | None, connection: Co
         if api == "tgi":
             raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
     return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
-
-
-def _check_limits(timeout: float, deadline: float, retries: int) -> None:
-    require(
-        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
-        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
-        f"retries={shown(retries)} from 0 to 1000",
-    )
-
-
-def _check_url(url: str) -> None:
-    """Raises ValueError for what is no URL of an endpoint, without repeating user name, password or query."""
-    valid = False
-    with suppress(ValueError, httpx2.InvalidURL):  # both may quote a password
-        parts = urlsplit(url.strip())
-        host, port = httpx2.URL(parts.geturl()).host, parts.port
-        valid = parts.scheme in ("http", "https", "sagemaker") and bool(parts.netloc) and port != 0 and bool(host)
-    require(
-        not valid or "@" not in parts.netloc,
-        "the URL contains a user name or password, which logs would show: give a key by token=",
-    )
-    require(valid, f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name")
-
-
-def _token_from_environment(url: str) -> str | None:
-    """FALCON_KIT_TOKEN for any host, HF_TOKEN over https for huggingface.co and its subdomains only.
-
-    Hosts under huggingface.cloud belong to other users, so they get no key unless it is passed as `token`.
-    """
-    parts = urlsplit(url.strip())
-    host = parts.hostname or ""
-    is_hub = parts.scheme == "https" and (host == "huggingface.co" or host.endswith(".huggingface.co"))
-    return os.environ.get("FALCON_KIT_TOKEN") or (os.environ.get("HF_TOKEN") if is_hub else None)
 
 
 def _find_spec(model: str) -> FalconSpec | None:
@@ -329,19 +339,3 @@ def _answer(request: Request, strip: bool) -> Answer:
         request.sampling.alternatives,
         request.new_tokens,
     )
-
-
-def _with_shared_stats(generations: list[Generation]) -> list[Generation]:
-    """The generations, each with the statistics of the whole call, as for a local batch."""
-    if len(generations) == 1:
-        return generations
-    each = [generation.stats for generation in generations]
-    stats = replace(
-        each[0],
-        rows=len(each),
-        prompt_tokens=sum(one.prompt_tokens for one in each),
-        new_tokens=sum(one.new_tokens for one in each),
-        first_token_seconds=min(one.first_token_seconds for one in each),
-        seconds=max(one.seconds for one in each),
-    )
-    return [replace(generation, stats=stats) for generation in generations]

@@ -6,39 +6,29 @@ llama.cpp supports the parallel block with rotary positions and without biases, 
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
+from falcon_kit.catalogue.gguf import stored_names
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import printable, unknown_name
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.model.checks import live_spec
+from falcon_kit.serving.ggml import Array, check_quantiser, quantise
+from falcon_kit.serving.gguf_kinds import FILE_TYPES, stored_bytes, tensor_bytes, tensor_kinds
 
-FILE_TYPES = {
-    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-"""Dtypes of the matrices. q8_0: 8 bits per value and a scale per 32 values. LayerNorms stay in float32."""
-_MODULES = {
-    "input_layernorm": "attn_norm",
-    "ln_mlp": "attn_norm",  # llama.cpp's MLP reads attn_norm, its attention reads attn_norm_2 if it exists
-    "ln_attn": "attn_norm_2",
-    "self_attention.query_key_value": "attn_qkv",
-    "self_attention.dense": "attn_output",
-    "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h": "ffn_down",
-}
+_ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progress bar
 
 
@@ -46,11 +36,14 @@ def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch
     """Writes a Falcon of the 7B, 40B or 180B layout as one GGUF file, and returns its path.
 
     The file contains the weights, the tokenizer (merges, special tokens, end-of-sequence token) and the chat template.
-    It is complete or absent, see `falcon_kit.display.saving`. dtype: "auto" (the model's), "float32", "float16",
-    "bfloat16" or "q8_0"; llama.cpp's own `llama-quantize` converts such a file to 4 bits.
+    It is complete or absent, see `falcon_kit.display.saving`. dtype: "auto" (the model's), or a name of llama.cpp: f32,
+    f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m (the usual choice for 4 bits), q4_k_s, q4_0, q3_k_m, q2_k. The quantised
+    ones are llama.cpp's mixtures, to the byte what its `llama-quantize` writes; `fk.gguf_file(path)` counts the kinds.
+    One tensor at a time is in memory twice, and no other file is written.
 
     Raises ValueError for a layout that llama.cpp does not support, quantised or offloaded weights, or an unknown dtype,
-    FileNotFoundError for a missing directory, and OSError if the disk has no room, all before anything is written.
+    ImportError where llama.cpp's quantiser is needed and missing, FileNotFoundError for a missing directory, and
+    OSError if the disk has no room, all before anything is written.
     """
     if not isinstance(falcon, Falcon):
         raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load returns it, not a {type(falcon).__name__}")
@@ -65,26 +58,27 @@ def write_gguf(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp accepts token ids only."""
-    kind, file_type = _file_type(model, dtype)
+    name = _file_type(model, dtype)
     _check(model, spec)
-    with atomic_file(path, _size(spec, kind)) as partial:
+    kinds = tensor_kinds(spec, name)
+    check_quantiser({*kinds.values()}, name)
+    with atomic_file(path, stored_bytes(spec, name)) as partial:
         writer = GGUFWriter(partial, "falcon")
         _add_shape(writer, model, spec)
-        writer.add_file_type(file_type)
+        writer.add_file_type(FILE_TYPES[name][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer, spec.vocabulary)
-        _write_tensors(writer, model, spec, kind)
+        _write_tensors(writer, model, spec, kinds)
     return path.expanduser()
 
 
-def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> tuple[GGMLQuantizationType, LlamaFileType]:
-    name = str(model.dtype if dtype == "auto" else dtype).removeprefix("torch.").lower()
+def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> str:
+    """The name in `FILE_TYPES`."""
+    name = str(model.dtype if dtype == "auto" else dtype).strip().removeprefix("torch.").lower()
+    name = _ALIASES.get(name, name)
     if name not in FILE_TYPES:
-        raise ValueError(
-            f"dtype {dtype!r} is not one of auto, {', '.join(FILE_TYPES)}; for 4 bits, export bfloat16 and "
-            "convert that to q4_k_m with llama.cpp's llama-quantize"
-        )
-    return FILE_TYPES[name]
+        raise ValueError(unknown_name("dtype", str(dtype), ["auto", *FILE_TYPES]))
+    return name
 
 
 def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
@@ -105,18 +99,11 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
             f"the rotary positions are scaled ({scaling}), which the file would not say: serve it with vLLM"
         )
     if getattr(model, "quantization_method", None) or any(not each.is_floating_point() for each in model.parameters()):
-        raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q8_0'")
+        raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q4_k_m'")
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has adapters: fk.merge(adapter, base) writes them into the weights")
     if any(each.is_meta for each in model.parameters()):
         raise ValueError("some weights are offloaded: load the model with device_map='cpu', and export that")
-
-
-def _size(spec: FalconSpec, kind: GGMLQuantizationType) -> int:
-    """Bytes of the weights in the file."""
-    values, size = gguf.GGML_QUANT_SIZES[kind]
-    stored = spec.parameters + (0 if spec.tied_head else spec.embedding_parameters)
-    return stored * size // values
 
 
 def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -> None:
@@ -170,52 +157,39 @@ def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: Pr
     return TokenType.USER_DEFINED if id in tokenizer.added_tokens_decoder else TokenType.NORMAL
 
 
-def _write_tensors(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, kind: GGMLQuantizationType) -> None:
+def _write_tensors(
+    writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, kinds: Mapping[str, GGMLQuantizationType]
+) -> None:
     """Writes the metadata of all tensors, then one tensor after the other, so that only one is in memory twice."""
     weights: dict[str, torch.Tensor] = model.state_dict()
-    names = _tensor_names(weights, spec)
+    names = stored_names(spec)
+    sizes = {key: tensor_bytes(weights[key].shape, kinds[name]) for key, name in names.items()}
     for key, name in names.items():
-        shape = weights[key].shape
-        size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, _stored_type(shape, kind))))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=_stored_type(shape, kind))
+        writer.add_tensor_info(name, weights[key].shape, np.dtype(np.float32), sizes[key], raw_dtype=kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key in tqdm(names, desc="Writing", unit="tensor", disable=_size(spec, kind) < _PROGRESS_BAR_BYTES):
-            weight = _ungroup(weights[key], spec) if "query_key_value" in key else weights[key]
-            writer.write_tensor_data(_to_bytes(weight.detach().cpu(), _stored_type(weight.shape, kind)))
+        for key in tqdm(names, desc="Writing", unit="tensor", disable=sum(sizes.values()) < _PROGRESS_BAR_BYTES):
+            weight = ungrouped(weights[key], spec) if "query_key_value" in key else weights[key]
+            writer.write_tensor_data(_to_bytes(weight.detach().cpu(), kinds[names[key]]))
     finally:
         writer.close()
 
 
-def _tensor_names(weights: dict[str, torch.Tensor], spec: FalconSpec) -> dict[str, str]:
-    """llama.cpp's name for each weight in the file."""
-    names = {"transformer.word_embeddings.weight": "token_embd.weight"}
-    names |= {f"transformer.ln_f.{kind}": f"output_norm.{kind}" for kind in ("weight", "bias")}
-    if not spec.tied_head:
-        names["lm_head.weight"] = "output.weight"
-    for key in weights:
-        if key.startswith("transformer.h."):
-            _, _, layer, module = key.split(".", 3)
-            module, _, kind = module.rpartition(".")
-            names[key] = f"blk.{layer}.{_MODULES[module]}.{kind}"
-    return names
+def _to_bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> Array:
+    """A weight as the file stores it, converted some rows at a time.
 
-
-def _ungroup(fused: torch.Tensor, spec: FalconSpec) -> torch.Tensor:
-    """The fused projection as all queries, all keys, all values; Falcon stores [queries, key, value] per group."""
-    groups = fused.view(spec.kv_heads, -1, spec.head_dim, spec.d_model)  # (G, H / G + 2, D, d_model)
-    return torch.cat([part.reshape(-1, spec.d_model) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])])
-
-
-def _stored_type(shape: torch.Size, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type of a tensor in the file. Vectors stay in float32, the only type llama.cpp supports for them."""
-    return GGMLQuantizationType.F32 if len(shape) == 1 else kind
-
-
-def _to_bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """A weight as the file stores it. bfloat16 is passed as bytes, because numpy has no such dtype."""
+    bfloat16 is passed as bytes, since numpy has no such dtype.
+    """
     if kind == GGMLQuantizationType.BF16:
         return weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    return gguf.quants.quantize(weight.float().numpy(), kind)
+    if weight.ndim == 1 or kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        return gguf.quants.quantize(weight.float().numpy(), kind)
+    stored = np.empty(gguf.quant_shape_to_byte_shape(weight.shape, kind), np.uint8)
+
+    def convert(part: slice) -> None:
+        stored[part] = quantise(weight[part].float().numpy(), kind)
+
+    in_slabs(convert, *weight.shape)
+    return stored

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx2
 import openai
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_whole, require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, next_event, redact_url
@@ -146,16 +146,18 @@ class OpenAIServer:
         standard = {"model", "messages", "prompt", "stream"}
         extra = {name: value for name, value in body.items() if name not in standard}
         arguments = {name: value for name, value in body.items() if name in standard}
+        begun = False
         try:
             stream: Any = await call.create(**arguments, extra_body=extra)
             async with stream:
                 with reading(self.facts.address):
                     async for chunk in stream:
+                        begun = True
                         next_event(stream.response)
                         for delta in list(read_chunk(chunk.to_dict())):
                             yield await self._name_control_tokens(delta)
         except (openai.OpenAIError, httpx2.HTTPError) as error:
-            raise self._explain(error) from None  # the client's own error may quote the request
+            raise self._explain(error, begun) from None  # the client's own error may quote the request
 
     async def count(self, request: Request) -> int:
         """The tokens of the prompt or of the conversation in the endpoint's template."""
@@ -191,16 +193,25 @@ class OpenAIServer:
         text = answer.get("content") if isinstance(answer, dict) else None
         return text if isinstance(text, str) else ""
 
-    def _explain(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception, begun: bool) -> Exception:
+        """The exception for an error of the client; a text that has begun was not refused, it broke off."""
         address = self.facts.address
         if isinstance(error, openai.APIStatusError):
             message = self.connection.redact(error_message(error.body or error.response.text))
             return http_error(error.status_code, message, address, error.response.headers)
+        if isinstance(error, openai.APIError) and not begun and (status := _status_in(error.body)):
+            return http_error(status, self.connection.redact(error_message(error.body)), address, {})
         if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
             error = error.__cause__
         if isinstance(error, httpx2.HTTPError):
             return connection_error(error, address, self.connection.timeout)
         return ConnectionError(f"{address} reports: {self.connection.redact(str(error))}")
+
+
+def _status_in(body: Any) -> int | None:
+    """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
+    code = body.get("code") if isinstance(body, dict) else None
+    return code if is_whole(code, 400, 599) else None
 
 
 def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:

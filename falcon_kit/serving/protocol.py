@@ -173,6 +173,22 @@ async def retry(call: Callable[[], Awaitable[T]], retries: int, connection: Conn
     return result
 
 
+async def gather(calls: Sequence[Callable[[], Awaitable[T]]], concurrency: int) -> list[T]:
+    """The results of all calls, some at a time; the first error cancels the others."""
+    semaphore = asyncio.Semaphore(concurrency)
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with semaphore:
+            return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 def map_settings(request: Request, server: str, names: Mapping[str, str], more: Collection[str] = ()) -> dict[str, Any]:
     """The request's options under the endpoint's names; `names` maps transformers' names to these.
 

@@ -212,6 +212,22 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
         future.cancel()
 
 
+def with_shared_stats(generations: list[Generation]) -> list[Generation]:
+    """The generations, each with the statistics of the whole call, as for a local batch."""
+    if len(generations) == 1:
+        return generations
+    each = [generation.stats for generation in generations]
+    stats = replace(
+        each[0],
+        rows=len(each),
+        prompt_tokens=sum(one.prompt_tokens for one in each),
+        new_tokens=sum(one.new_tokens for one in each),
+        first_token_seconds=min(one.first_token_seconds for one in each),
+        seconds=max(one.seconds for one in each),
+    )
+    return [replace(generation, stats=stats) for generation in generations]
+
+
 class RemoteStream(Iterator[Piece]):
     """Iterator over the pieces of one answer. `close`, garbage collection and Ctrl-C close the connection.
 
@@ -246,6 +262,12 @@ class RemoteStream(Iterator[Piece]):
         """Closes the connection and waits until it is closed."""
         wait_for(_stop(self._task))
         self._ended = True
+
+    def wait(self) -> Generation:
+        """The whole text and its statistics, once the stream has ended. Raises what iterating over it raises."""
+        for _ in self:
+            pass
+        return self.generation
 
     @property
     def generation(self) -> Generation:

@@ -3,18 +3,24 @@
 With copies (DDP) every process has the whole model, and gradients are averaged. With shards (FSDP2, torch's
 `fully_shard`) every process has a part of each layer and gathers the other parts during the computation, for models
 that do not fit on one device. Shards are saved and loaded as shards (torch's distributed checkpoints).
+
+The processes may run on several machines. Rank 0 alone decides where the ranks could disagree, and an error of one is
+raised in all, because a launcher only ends the processes of its own machine.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +34,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from falcon_kit.loading.merging import is_quantised
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)  # as TrainingArguments.ddp_timeout; NCCL's own is 10
 _ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _GATHERED = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
@@ -42,16 +52,65 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def barrier(cpu: bool) -> None:
-    """Waits until every process has called it; returns at once in a single process."""
-    if world_size() > 1:
-        PartialState(cpu=cpu).wait_for_everyone()
+def computes_on_cpu(model: Any, shard: bool | None) -> bool:
+    """Whether the CPU computes; a model to be sharded over GPUs is loaded into host memory first."""
+    if model.device.type != "cpu" or not torch.cuda.is_available():
+        return bool(model.device.type == "cpu")
+    return not shard if shard is not None else world_size() == 1 or is_quantised(model)
 
 
-def broadcast_from_rank0(value: bool, cpu: bool) -> bool:
+def gathered(value: T, cpu: bool) -> list[T]:
+    """The values of all processes, by rank. Every process has to call it. cpu: whether the CPU computes."""
+    if world_size() == 1:
+        return [value]
+    PartialState(cpu=cpu, timeout=_TIMEOUT)  # initialises the process group, once
+    return list(gather_object([value]))
+
+
+def broadcast_from_rank0(value: T, cpu: bool) -> T:
     """The `value` of rank 0, in every process. Every process has to call it."""
-    PartialState(cpu=cpu)  # initialises the process group if there are several processes
-    return bool(broadcast_object_list([value])[0])
+    return gathered(value if is_rank0() else None, cpu)[0]  # type: ignore[return-value]  # the first is a T
+
+
+@contextmanager
+def together(cpu: bool) -> Iterator[None]:
+    """At the end of the block, in which no process waits for another, an error of one process is raised in all.
+
+    Raises RuntimeError with the rank and machine of the process that failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # raised again below
+        failure = error
+    reports = gathered(failure and f"{socket.gethostname()}: {type(failure).__name__}: {failure}", cpu)
+    if failure:
+        raise failure
+    for rank, report in enumerate(reports):
+        if report:
+            raise RuntimeError(f"process {rank} of {len(reports)} failed, so that all end. {report}")
+
+
+def on_rank0(function: Callable[[], T], cpu: bool) -> T:
+    """What a function returns in rank 0, in every process; an error of it is raised in all."""
+    with together(cpu):
+        value = function() if is_rank0() else None
+    return broadcast_from_rank0(value, cpu)  # type: ignore[return-value]  # that of rank 0 is a T
+
+
+def check_shared(directory: Path, cpu: bool) -> None:
+    """Raises OSError, in all processes, if one does not see what rank 0 writes in a directory."""
+    if world_size() == 1:
+        return
+    with NamedTemporaryFile(dir=directory, prefix=".shared-") if is_rank0() else nullcontext() as file:
+        name = broadcast_from_rank0(file and Path(file.name).name, cpu)
+        found = gathered((socket.gethostname(), (directory / str(name)).exists()), cpu)
+    if blind := sorted({host for host, sees in found if not sees}):
+        raise OSError(
+            f"output_dir={str(directory)!r} is not one folder for all processes: {', '.join(blind)} does not see what "
+            f"rank 0 on {found[0][0]} writes there. Every process reads the checkpoints, so give the absolute path of "
+            "a folder that all machines share (NFS, Lustre, EFS)"
+        )
 
 
 def check_processes(running: int, started: int) -> None:

@@ -1,15 +1,14 @@
 """Progress of a run: the plan first, then a progress bar and, in a notebook, the loss curve."""
 
-import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from io import BytesIO
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from falcon_kit.display.live import in_notebook, show
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning.runs import history_curve
 from falcon_kit.tuning.trainer import AdapterTrainer
@@ -20,7 +19,7 @@ _SECONDS_BETWEEN_DRAWINGS = 2.0
 def show_plan(plan: Plan) -> None:
     """Shows the memory plan: as a table in a notebook, as one line elsewhere."""
     if in_notebook():
-        _display(plan)
+        show(plan)
     else:
         print_line(plan.verdict())
 
@@ -28,18 +27,6 @@ def show_plan(plan: Plan) -> None:
 def print_line(line: str) -> None:
     """Prints a line above the progress bar."""
     tqdm.write(line)
-
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    shell, kernel = sys.modules.get("IPython"), sys.modules.get("ipykernel.zmqshell")
-    if shell is None or kernel is None:
-        return False
-    return isinstance(shell.get_ipython(), kernel.ZMQInteractiveShell)  # Colab has a subclass
-
-
-def _display(content: Any, **options: Any) -> Any:
-    return import_module("IPython.display").display(content, **options)  # IPython is installed in every notebook
 
 
 class TuningProgress(TrainerCallback):
@@ -98,7 +85,7 @@ class LiveLossCurve:
         history_curve(logged, "Tuning").savefig(png, format="png", dpi=72)
         picture = {"image/png": png.getvalue(), "text/plain": "the loss so far"}
         if self._handle is None:
-            self._handle = _display(picture, raw=True, display_id=True)
+            self._handle = show(picture, raw=True, display_id=True)
         else:
             self._handle.update(picture, raw=True)
         self._drawn = time.monotonic()

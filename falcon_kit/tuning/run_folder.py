@@ -8,7 +8,7 @@ adapter/         the adapter, its model card, and its record tuning.json, writte
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -116,15 +116,26 @@ def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[P
     lost = f"the run there cannot be resumed without it, and resume=False deletes its {names}: " if names else ""
     started = read_json(file, f"{lost}take {remedy}")
     may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
-    differences = [
-        f"{name}: {started.get(name)!r} there, {identity.get(name)!r} here"
-        for name in sorted((started.keys() | identity.keys()) - may_change)
-        if started.get(name) != identity.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"the run in {file.parent} has other settings ({'; '.join(differences)}): take the same, {remedy}"
-        )
+    if differences := _differences(started, identity, may_change):
+        raise ValueError(f"the run in {file.parent} has other settings ({differences}): take the same, {remedy}")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], may_differ: Collection[str] = ()) -> str:
+    return "; ".join(
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted((there.keys() | here.keys()) - set(may_differ))
+        if there.get(name) != here.get(name)
+    )
+
+
+def check_same_everywhere(identities: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError unless all processes, in the order of their ranks, have the same model, data and settings."""
+    for rank, each in enumerate(identities):
+        if differences := _differences(each, identities[0]):
+            raise ValueError(
+                f"process {rank} has another run than process 0, which is meant by here ({differences}): give all "
+                "machines the same command, and the same files of model and data"
+            )
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

@@ -48,8 +48,8 @@ class AdapterTrainer(Trainer):
 
     def train_or_resume(self) -> None:
         """Trains from the last complete checkpoint or from the start; a run that is over only loads its adapter."""
-        checkpoint_files.warn_of_incomplete(self._run)
-        last = checkpoint_files.last_complete(self._run)
+        name = distributed.on_rank0(self._last_complete, self.args.use_cpu)  # other machines may see it later
+        last = self._run / name if name else None
         if last is not None:
             state = TrainerState.load_from_json(str(last / "trainer_state.json"))
             if _is_over(state):  # the Trainer would train one more step
@@ -58,6 +58,11 @@ class AdapterTrainer(Trainer):
                 return
         with self._interrupt.active():
             self.train(resume_from_checkpoint=str(last) if last else None)
+
+    def _last_complete(self) -> str | None:
+        checkpoint_files.warn_of_incomplete(self._run)
+        last = checkpoint_files.last_complete(self._run)
+        return last.name if last else None
 
     def _load_adapter(self, checkpoint: Path) -> None:
         if distributed.is_sharded(self.model):

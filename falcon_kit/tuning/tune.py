@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
+from falcon_kit.display.live import in_notebook
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
@@ -32,8 +33,9 @@ from falcon_kit.tuning.checks import check_model
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import answer_rates, web_text
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
-from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, in_notebook, print_line, show_plan
+from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, print_line, show_plan
 from falcon_kit.tuning.run_folder import (
+    check_same_everywhere,
     default_output_dir,
     identity,
     locked,
@@ -62,11 +64,12 @@ def tune(
 
     data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`. output_dir: the folder
     for checkpoints and the adapter; an interrupted run in it is resumed, and its adapter is the same as without the
-    interruption. Unset, it is a folder in ./runs whose name follows from model, data and settings: the same call
-    resumes or returns the finished run, and a call with another setting starts a run of its own. held_out: what to
-    measure with: a share of the documents (of packed data None, and nothing is measured but the loss on web text), or
-    separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False starts over. force:
-    train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
+    interruption (up to rounding with more than two copies, whose gradients DDP adds in another order after a start).
+    Several machines have to share it. Unset, it is a folder in ./runs whose name follows from model, data and settings:
+    the same call resumes or returns the finished run, and a call with another setting starts a run of its own.
+    held_out: what to measure with: a share of the documents (of packed data None, and nothing is measured but the loss
+    on web text), or separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False
+    starts over. force: train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
     `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
@@ -74,22 +77,23 @@ def tune(
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
     adapters already, and for settings that are out of range or differ from those of the run in output_dir,
     NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
-    output_dir, and OSError if a checkpoint cannot be saved; the earlier ones stay complete. After Ctrl-C the step is
-    finished and saved first; a second Ctrl-C interrupts at once.
+    output_dir, and OSError if a checkpoint cannot be saved or processes do not share output_dir; earlier checkpoints
+    stay complete. If one of several processes fails before the training, all raise. After Ctrl-C the step is finished
+    and saved first; a second Ctrl-C interrupts at once.
     """
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):
         settings["held_out"] = held_out = float(held_out)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
-    documents, test_documents = _split(data, held_out, chosen)
-    packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
-    train = documents if isinstance(documents, Packed) else packed(documents)
-    test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
-    memory_plan = _plan(falcon, chosen, force)
-    run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet)
-    with run.held():
-        run.prepare(resume)
+    with distributed.together(cpu := distributed.computes_on_cpu(falcon.model, chosen.shard)):
+        documents, test_documents = _split(data, held_out, chosen)
+        packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
+        train = documents if isinstance(documents, Packed) else packed(documents)
+        test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
+        memory_plan = _plan(falcon, chosen, force)
+    run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet, cpu)
+    with run.held(resume):
         if distributed.is_rank0() and not quiet:
             show_plan(memory_plan)
         with _restored(falcon), unpacked(falcon.model):
@@ -203,6 +207,7 @@ class _Run:
     test_documents: Documents | Packed | None
     plan: Plan
     quiet: bool
+    on_cpu: bool
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -215,19 +220,22 @@ class _Run:
             return default_output_dir(self.falcon.spec.name, self._identity)
         return Path(self.output_dir).expanduser()
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keeps other runs out of output_dir; rank 0 holds it for all processes."""
-        return locked(self.directory) if distributed.is_rank0() else nullcontext()
-
-    def prepare(self, resume: bool) -> None:
-        """Prepares output_dir on rank 0. The other processes wait, but not while the data are hashed."""
-        identity = self._identity
-        if distributed.is_rank0():  # if it raises, the launcher ends the other processes
-            prepare_output_dir(self.directory, identity, resume)
-        distributed.barrier(self._on_cpu)
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        """Prepares output_dir, which all processes share; rank 0 keeps other runs out of it."""
+        with distributed.together(self.on_cpu):
+            identity = self._identity
+        check_same_everywhere(distributed.gathered(identity, self.on_cpu))
+        with ExitStack() as stack:
+            with distributed.together(self.on_cpu):
+                if distributed.is_rank0():
+                    stack.enter_context(locked(self.directory))
+            distributed.check_shared(self.directory, self.on_cpu)
+            distributed.on_rank0(partial(prepare_output_dir, self.directory, identity, resume), self.on_cpu)
+            yield
 
     def __call__(self) -> TuningRun:
-        if record := read_record(self.directory):
+        if record := distributed.on_rank0(partial(read_record, self.directory), self.on_cpu):
             self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
             return self._result(record["history"], record["figures"])
         with _new_adapter(self.falcon, self.settings) as model:
@@ -254,7 +262,7 @@ class _Run:
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
         evaluated = self.test is not None
-        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), evaluated, self._on_cpu)
+        options = arguments(self.settings, self.directory, self.falcon.model, len(self.train), evaluated, self.on_cpu)
         distributed.check_processes(options.world_size, distributed.world_size())
         if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
@@ -267,11 +275,6 @@ class _Run:
         if self.settings.patience:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
         return trainer
-
-    @property
-    def _on_cpu(self) -> bool:
-        """Whether the CPU computes; a model to be sharded over GPUs is loaded into host memory first."""
-        return self.falcon.model.device.type == "cpu" and not (self._sharded and torch.cuda.is_available())
 
     @cached_property
     def _sharded(self) -> bool:

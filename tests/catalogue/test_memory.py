@@ -165,6 +165,29 @@ def test_the_prefill_takes_its_activations_and_the_cache(layout, dtype, batch, c
     assert expected == pytest.approx(measured.peak, rel=0.05)
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize(("batch", "context"), [(1, 200), (3, 64)])
+def test_a_prefill_in_slabs_takes_no_more_than_its_workspace(monkeypatch, tmp_path, dtype, multiplies, batch, context):
+    monkeypatch.setattr("falcon_kit.model.products.has_products", lambda dtype: multiplies)
+    monkeypatch.setattr("falcon_kit.loading.packed.has_products", lambda dtype: multiplies)
+    model, spec = sized("40b")
+    if dtype in memory.QUANTISED:
+        model.save_pretrained(tmp_path)
+        options = {"quantization_config": quantisation_config(dtype, on_cpu=True)}
+        model = FalconForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+    else:
+        model.to(getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, dtype=torch.long))  # finds the layout of the kernel, which is kept
+        with PeakBytes([*model.parameters(), *model.buffers()]) as measured:
+            model(torch.zeros(batch, context, dtype=torch.long), logits_to_keep=1)
+    expected = memory.prefill_bytes(spec, dtype, context, batch)
+    expected += spec.layers * memory.layer_kv_bytes(spec, dtype, context, batch)
+    expected += memory.workspace_bytes(spec, dtype, context, batch, True, multiplies)
+    assert 0.5 * expected < measured.peak <= 1.05 * expected
+
+
 # Training
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from falcon_kit import load
 from falcon_kit.generation.generate import generate
 from tests.conftest import small_model
 
@@ -219,15 +218,6 @@ def test_the_bytes_of_a_quantised_cache_are_counted_as_quantised(instruct):
     full = instruct.generate(PROMPTS[0] * 8, max_new_tokens=2)
     # 4 bits of every 32, and a scale and a zero point for each group of 64
     assert 1 / 8 < quantised.stats.cache_bytes / full.stats.cache_bytes < 1 / 3
-
-
-@pytest.mark.parametrize("mode", ["assistant_model", "prompt_lookup_num_tokens"])
-def test_assisted_generation_gives_the_models_own_text(instruct, mode):
-    value = load("falconet").model if mode == "assistant_model" else 3
-    settings = {"max_new_tokens": 30, "do_sample": False, "stop": "\n"}
-    expected = instruct.generate(QUESTION, **settings)
-    answer = instruct.generate(QUESTION, **settings, **{mode: value})
-    assert (answer.text, answer.finish_reason, answer.logprobs) == (expected.text, expected.finish_reason, None)
 
 
 def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):

@@ -34,16 +34,20 @@ def test_a_logits_processor_may_generate_and_both_texts_are_those_without_the_ot
     assert nested.texts[:2] == expected
 
 
-def test_a_logits_processor_that_reads_a_stream_is_refused_instead_of_waiting_for_ever(instruct):
-    stream = instruct.stream("A lion")
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_logits_processor_may_read_a_stream_and_both_texts_are_those_without_the_other(instruct, seed):
+    alone = instruct.generate(PROMPT, seed=7, **SAMPLED).tokens
+    torch.manual_seed(3)
+    expected = [piece.token_id for piece in instruct.stream("A lion", seed=seed, **SAMPLED)]
+    torch.manual_seed(3)
+    stream, read = instruct.stream("A lion", seed=seed, **SAMPLED), []
 
     def reading(input_ids, scores):
-        next(stream)
+        read.append(next(stream).token_id)
+        return scores
 
-    with pytest.raises(RuntimeError, match="call generate there"):
-        instruct.generate(PROMPT, logits_processor=LogitsProcessorList([reading]))
-    assert next(stream).token_id is not None
-    stream.close()
+    text = instruct.generate(PROMPT, seed=7, logits_processor=LogitsProcessorList([reading]), **SAMPLED)
+    assert (text.tokens, read) == (alone, expected)
 
 
 def test_a_stream_closed_before_its_first_piece_has_an_empty_text(instruct):

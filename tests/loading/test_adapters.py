@@ -264,7 +264,7 @@ def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):
 
     with ExitStack() as open_files:
         files = sorted((tmp_path / "base").glob("*.safetensors"))
-        weights = adapters.lazy_state_dict(files, [of_40b], "base", None, open_files)
+        weights = adapters.with_adapters(adapters.lazy_state_dict(files, open_files), [of_40b], "base", None)
         unread = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor)]
         layer = "transformer.h.1.mlp.dense_h_to_4h"
         sides = load_file(of_40b / adapters.WEIGHTS)

@@ -1,5 +1,7 @@
 """Weights in 8 and 4 bits: really quantised, counted, as good as bitsandbytes', and the same after saving."""
 
+import sys
+
 import pytest
 import torch
 from transformers import FalconForCausalLM
@@ -94,13 +96,12 @@ def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, expected):
-    monkeypatch.setattr("falcon_kit.loading.quantization.fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("falcon_kit.loading.quantization.has_products", lambda dtype: fast)
     assert bitsandbytes_config("nf4-double").bnb_4bit_compute_dtype == expected
 
 
 def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directory, monkeypatch):
-    monkeypatch.setattr("falcon_kit.loading.quantization._BNB", None)
-    monkeypatch.setattr("falcon_kit.loading.quantization._KINDS", {})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"dtype='nf4' needs bitsandbytes.*: pip install bitsandbytes, or use"):
         fk.load(directory, dtype="nf4")
     assert fk.load(directory, dtype="int4").weights.quantised == 8

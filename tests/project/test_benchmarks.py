@@ -83,7 +83,7 @@ def on_a_cpu():
     options._compile_all_devices = True
     seven = FalconSpec("7b", 2, 320, 5, 1, 2048, 1280, 256, norms_per_block=1, new_decoder_architecture=False)
     forty = FalconSpec("40b", 60, 256, 4, 2, 2048, 1024, context=256)
-    settings = gpu.Settings(seven, forty, torch.device("cpu"), (1, 2), 96, options)
+    settings = gpu.Settings(seven, forty, torch.device("cpu"), (1, 2), 96, {"kit": options, "transformers": options})
     return list(gpu.measure(settings))
 
 
@@ -110,11 +110,21 @@ def test_computation_agrees_with_float64(on_a_cpu):
 
 
 def test_both_models_of_the_seven_b_are_measured_eager_and_compiled(on_a_cpu):
-    part = on_a_cpu[-1]["7B, bfloat16"]
-    decoded = ["eager, batch 1", "eager, batch 2", "compiled, batch 1", "compiled, batch 2"]
-    assert list(part["kit"]["decode"]) == list(part["transformers"]["decode"]) == decoded
-    assert set(part["transformers' time over the kit's"]) == set(decoded)
-    assert part["kit"]["prefill"]["cache bytes"] == part["kit"]["prefill"]["planned cache bytes"]
+    eager, compiled = (on_a_cpu[-1][f"7B, bfloat16{how}"] for how in ("", ", compiled"))
+    assert list(eager["decode"]) == ["kit, batch 1", "kit, batch 2", "transformers, batch 1", "transformers, batch 2"]
+    assert list(compiled["decode"]) == ["kit, batch 1", "transformers, batch 1"]
+    assert list(eager["ratios"]) == ["batch 1", "batch 2"]
+    assert list(compiled["ratios"]) == ["batch 1"]
+    assert eager["prefill"]["kit"]["cache bytes"] == eager["prefill"]["kit"]["planned cache bytes"]
+
+
+def test_every_form_of_a_steps_attention_computes_the_same(on_a_cpu):
+    part = on_a_cpu[-1]["attention of a step"]
+    rows = {size: forms for size, forms in part.items() if not size.startswith("seconds")}
+    assert list(rows) == ["7B, batch 1", "7B, batch 2", "40B, batch 1", "40B, batch 2"]
+    for forms in rows.values():
+        assert len(forms) == 7
+        assert all(form["error"] < 0.01 and form["microseconds"] > 0 for form in forms.values())
 
 
 def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):

@@ -72,7 +72,30 @@ def test_the_readme_states_the_memory_of_the_last_inspection_benchmark():
         f"{each['tokens']} tokens": [f"{each['peak MiB'][name]:.0f}" for name in names]
         for each in figures_of("inspection")["lengths"]
     }
-    assert {row: cells for row, cells in table_rows(README, columns=5).items() if row != "text"} == expected
+    assert {row: cells for row, cells in table_rows(README, columns=5).items() if row.endswith(" tokens")} == expected
+
+
+def test_the_readme_states_the_decoding_times_of_the_last_run_on_a_gpu():
+    expected = {}
+    for part, label in (("7B, bfloat16", "7B"), ("slice of the 40B, bfloat16", "41 layers of the 40B")):
+        expected |= _gpu_rows(figures_of("gpu")[part], f"{label} x {{}}")
+    expected |= _gpu_rows(figures_of("gpu")["7B, bfloat16, compiled"], "7B x {}, compiled")
+    shown = table_rows(README, columns=5)
+    assert {row: shown[row] for row in expected} == expected
+    assert figures_of("gpu")["slice of the 40B, bfloat16"]["layers"] == 41
+
+
+def _gpu_rows(part, label):
+    rows = {}
+    for name, kit in part["decode"].items():
+        if name.startswith("kit, batch "):
+            batch = name.removeprefix("kit, batch ")
+            theirs = part["decode"][f"transformers, batch {batch}"]
+            fits = theirs.get("fits", True)
+            times = [f"{theirs['ms per step']:.1f}" if fits else "does not fit", f"{kit['ms per step']:.1f}"]
+            ratio = f"{part['ratios'][f'batch {batch}']:.2f}" if fits else ""
+            rows[label.format(batch)] = [*times, ratio, f"{kit['share of the bandwidth']:.0%}"]
+    return rows
 
 
 def test_the_readme_states_the_ratios_of_the_last_tuning_benchmark():

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 import falcon_kit as fk
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import device_map
+from falcon_kit.serving.source import files_for, source_of
 from tests import devices
 from tests.conftest import small_model
 from tests.tuning.small_runs import QUICK, talk
@@ -80,6 +81,11 @@ def assisted(falcon, places):
 
 def prompt_lookup(falcon, places):
     return falcon.generate(TEXT * 2, max_new_tokens=8, prompt_lookup_num_tokens=2).tokens
+
+
+def assisted_stream(falcon, places):
+    settings = {"max_new_tokens": 8, "prompt_lookup_num_tokens": 3, "temperature": 0.1, "seed": 2}
+    return [(piece.logprob, piece.accepted) for piece in falcon.stream(TEXT * 2, **settings)]
 
 
 def static_cache(falcon, places):
@@ -224,6 +230,12 @@ def export_gguf(falcon, places):
     return np.fromfile(fk.export_gguf(falcon, places.empty() / "falcon.gguf"), np.uint8)
 
 
+def serve(falcon, places):
+    """The files that a server reads; the server itself is a program of others."""
+    files = files_for(source_of(falcon), places.empty(), "float32", gguf=False)
+    return [each.norm() for _, each in sorted(load_file(files.path / "model.safetensors").items())]
+
+
 def explain_a_layer(falcon, places):
     """The third of the five layers, which is on the second device."""
     found = fk.explain(falcon, TEXT, layer=2)._record(2)
@@ -251,7 +263,19 @@ def weights(falcon, places):
 
 TABLE = {
     "generate": [
-        *(greedy, sampled, beams, batch, sequences, stop_string, alternatives, assisted, prompt_lookup, static_cache),
+        *(
+            greedy,
+            sampled,
+            beams,
+            batch,
+            sequences,
+            stop_string,
+            alternatives,
+            assisted,
+            prompt_lookup,
+            assisted_stream,
+            static_cache,
+        ),
         *(chunked_prefill, eager_attention),
     ],
     "stream": [stream],
@@ -272,6 +296,7 @@ TABLE = {
     "tune": [tune],
     "merge": [merge, merge_and_save],
     "export_gguf": [export_gguf],
+    "serve": [serve],
     "explain": [explain_a_layer, explain_a_route],
     "evaluate": [evaluate],
     "bias": [bias],
@@ -279,7 +304,7 @@ TABLE = {
 """The public functions and methods that take a Falcon, and what each is compared by."""
 WITHOUT_A_FALCON = {
     *("catalogue", "chat_format", "connect", "dialogues", "environment", "guardrails", "load", "mix", "plan"),
-    *("published_tokens", "sample_texts", "spec", "check", "requirements"),
+    *("published_tokens", "sample_texts", "spec", "check", "requirements", "gguf_file"),
 }
 CASES = [case for cases in TABLE.values() for case in cases]
 RANDOM = {sampled, sequences, stream}

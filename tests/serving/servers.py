@@ -125,12 +125,16 @@ class Scripted:
 @contextmanager
 def scripted(script: Script) -> Iterator[Scripted]:
     """A scripted server on loopback."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.daemon_threads = True
+    with _HTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.scripted
         server.shutdown()
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that are opened at once
 
 
 class _Handler(BaseHTTPRequestHandler):

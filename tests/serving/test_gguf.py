@@ -1,6 +1,9 @@
 """llama.cpp reads what `export_gguf` writes, and makes the same of it as the kit."""
 
+import ctypes
 import gc
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -14,8 +17,10 @@ from peft import LoraConfig, inject_adapter_in_model
 import falcon_kit as fk
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.chat import encode_text, plain_template, render
+from falcon_kit.serving import ggml
 from falcon_kit.serving import gguf as export
 from falcon_kit.serving.gguf import export_gguf, write_gguf
+from falcon_kit.serving.gguf_kinds import FILE_TYPES, stored_bytes, tensor_kinds
 from tests.conftest import LAYOUTS, small_model
 from tests.serving.servers import llama_cpp
 
@@ -37,7 +42,7 @@ def exported(instruct, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(exported):
     server, address = llama_cpp(exported)
-    with httpx.Client(base_url=address) as client:
+    with httpx.Client(base_url=address, timeout=60) as client:
         yield client
     del server
 
@@ -115,6 +120,93 @@ def test_every_layout_and_dtype_gives_the_models_log_probabilities(layout, dtype
     gc.collect()
 
 
+@pytest.mark.parametrize(
+    ("layout", "kind"), [*(("7b", kind) for kind in FILE_TYPES), ("40b", "q6_k"), ("40b", "q4_k_m"), ("40b", "q2_k")]
+)
+def test_a_quantised_file_gives_llama_cpp_and_the_kit_the_same_log_probabilities(kind, layout, instruct, tmp_path):
+    sizes = {"hidden_size": 192, "num_attention_heads": 3} if layout == "7b" else {}  # no multiple of 256, as the 7B's
+    model, ids = small_model(layout, **sizes), [23, 900, 77, 1500, 42]
+    path = write_gguf(model, spec_of(model), tmp_path / "small.gguf", kind, instruct.tokenizer)
+    top = top_log_probabilities(path, ids)
+    loaded = gap(fk.load(path, dtype="float32").model, ids, top)
+    assert loaded < 0.1  # llama.cpp rounds what it multiplies quantised weights with to 8 bits
+    if kind[:2] in ("q2", "q3", "q4", "q5"):
+        assert loaded < gap(model, ids, top) / 2
+
+
+def top_log_probabilities(path, ids):
+    """llama.cpp's 20 most probable tokens after a text, with their log-probabilities."""
+    server, address = llama_cpp(path)
+    body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 20}
+    answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    del server
+    gc.collect()
+    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
+def gap(model, ids, top):
+    """The largest difference of a model's log-probabilities from llama.cpp's."""
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    return max(abs(each["logprob"] - expected[each["id"]].item()) for each in top)
+
+
+def test_llama_cpp_answers_from_a_file_in_4_bits(instruct, tmp_path):
+    server, address = llama_cpp(export_gguf(instruct, tmp_path / "a.gguf", "Q4_K_M"))
+    messages = [{"role": "user", "content": "What do owls eat?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 20}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"][
+        "content"
+    ]
+    assert answer.strip() == instruct.chat(messages).text
+    del server
+    gc.collect()
+
+
+# Kinds
+
+
+CODES = {"F16": "h", "Q8_0": "8", "Q6_K": "6", "Q5_K": "5", "Q4_K": "4", "Q3_K": "3", "Q2_K": "2"}
+CODES |= {"Q4_0": "a", "Q5_0": "b", "Q5_1": "c"}
+CHOSEN = json.loads(Path(__file__).with_name("llama_quantize.json").read_text())
+"""What llama_model_quantize of llama-cpp-python 0.3.36 chose: for each matrix of a layer one letter of `CODES`, or one
+for each layer."""
+MODELS = {
+    "40b": {"query_heads": 4, "kv_heads": 2, "d_model": 256},
+    "gqa4": {"query_heads": 4, "kv_heads": 1, "d_model": 256},
+    "untied": {"query_heads": 4, "kv_heads": 2, "d_model": 256, "tied_head": False},
+    "7b": {"query_heads": 3, "kv_heads": 1, "d_model": 192, "norms_per_block": 1},
+    "odd": {"query_heads": 5, "kv_heads": 1, "d_model": 80, "norms_per_block": 1},
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_each_tensor_has_the_kind_that_llama_quantize_chooses(case):
+    name, layers = case.split("-")
+    sizes = MODELS[name]
+    spec = FalconSpec("x", int(layers), vocabulary=64, intermediate_size=4 * sizes["d_model"], **sizes)
+    assert {kind: chosen(spec, kind) for kind in CHOSEN[case]} == CHOSEN[case]
+
+
+def chosen(spec, kind):
+    """The kinds of the matrices, as in `CHOSEN`."""
+    parts = {}
+    for name, each in tensor_kinds(spec, kind).items():
+        if each.name != "F32":
+            parts.setdefault(name.split(".")[-2], []).append(CODES[each.name])
+    return {part: codes[0] if len({*codes}) == 1 else "".join(codes) for part, codes in parts.items()}
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_the_file_has_the_bytes_that_were_planned(kind, tmp_path):
+    model = small_model("7b", hidden_size=192, num_attention_heads=3)
+    file = fk.gguf_file(write_gguf(model, spec_of(model), tmp_path / "a.gguf", kind))
+    assert sum(file.kinds.values()) == stored_bytes(spec_of(model), kind)
+    end = max(each.offset + each.bytes for each in file.tensors.values())
+    assert end <= file.path.stat().st_size < end + 32  # padded
+    assert file.kinds.keys() == {each.name for each in tensor_kinds(spec_of(model), kind).values()}
+
+
 def test_a_head_of_its_own_is_written(instruct, tmp_path):
     model = small_model("40b", tie_word_embeddings=False)
     path = write_gguf(model, spec_of(model), tmp_path / "small.gguf", "float32", instruct.tokenizer)
@@ -126,11 +218,15 @@ def test_a_head_of_its_own_is_written(instruct, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("auto", "F32"), ("float16", "F16"), (torch.bfloat16, "BF16"), ("q8_0", "Q8_0")]
+    ("dtype", "expected"),
+    [
+        *(("auto", "F32"), ("float16", "F16"), (torch.bfloat16, "BF16")),
+        *(("F16", "F16"), ("Q8_0", "Q8_0"), (" q5_0 ", "Q5_0")),
+    ],
 )
 def test_the_matrices_have_the_dtype_asked_for(instruct, tmp_path, dtype, expected):
     tensors = gguf.GGUFReader(export_gguf(instruct, tmp_path / "a.gguf", dtype)).tensors
-    kinds = {each.tensor_type.name for each in tensors if len(each.shape) > 1}
+    kinds = {each.tensor_type.name for each in tensors if len(each.shape) > 1 and each.name != "token_embd.weight"}
     vectors = {each.tensor_type.name for each in tensors if len(each.shape) == 1}
     assert (kinds, vectors) == ({expected}, {"F32"})
 
@@ -169,9 +265,37 @@ def test_what_llama_cpp_cannot_compute_is_refused_with_the_reason(layout, change
     refuse(ValueError, reason, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
 
 
-def test_an_unknown_dtype_is_refused_with_those_there_are(instruct, tmp_path):
-    match = "dtype 'q4_k_m' is not one of auto, float32, float16, bfloat16, q8_0; for 4 bits, .* llama-quantize"
-    refuse(ValueError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", "q4_k_m"), tmp_path)
+@pytest.mark.parametrize(
+    ("dtype", "match"),
+    [
+        ("q4_km", "Unknown dtype 'q4_km'. Nearest: q4_k_m"),
+        ("nf4", "Unknown dtype 'nf4'. "),
+        ("x", "Known: auto, f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_k_s, q4_0, q3_k_m, q2_k"),
+    ],
+)
+def test_an_unknown_dtype_is_refused_with_those_there_are(dtype, match, instruct, tmp_path):
+    refuse(ValueError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", dtype), tmp_path)
+
+
+def test_without_llama_cpp_its_kinds_are_refused_with_what_to_install(instruct, tmp_path, monkeypatch):
+    monkeypatch.setattr(ggml, "_quantise_chunk", lambda: None)
+    match = r"dtype='q4_k_m' needs llama.cpp's quantiser for Q4_K, Q5_K, Q6_K, .*pip install 'falcon-kit\[gguf\]'"
+    refuse(ImportError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", "q4_k_m"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q5_0", "q8_0"])
+def test_without_llama_cpp_the_older_kinds_have_the_same_bytes(dtype, instruct, tmp_path, monkeypatch):
+    with_it = export_gguf(instruct, tmp_path / "a.gguf", dtype).read_bytes()
+    monkeypatch.setattr(ggml, "_quantise_chunk", lambda: None)
+    assert export_gguf(instruct, tmp_path / "b.gguf", dtype).read_bytes() == with_it
+
+
+def test_packages_without_the_function_are_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "xllamacpp.abi3.so").touch()
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(ggml, "find_spec", lambda name: found if name == "xllamacpp" else None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert ggml._quantise_chunk.__wrapped__() is None
 
 
 def test_weights_that_are_not_here_are_refused(tmp_path):
@@ -184,7 +308,7 @@ def test_weights_that_are_not_here_are_refused(tmp_path):
 def test_quantised_weights_are_refused(tmp_path):
     model = small_model("40b")
     model.quantization_method = "bitsandbytes"
-    match = "quantised for torch: load the model in bfloat16, and export that as 'q8_0'"
+    match = "quantised for torch: load the model in bfloat16, and export that as 'q4_k_m'"
     refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.serving import protocol
 from falcon_kit.serving.protocol import Request
-from tests.serving.servers import DONE, Reply, answering, as_reply, free_port, scripted
+from tests.serving.servers import DONE, Reply, answering, as_reply, event, free_port, scripted
 
 
 def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
@@ -80,8 +80,10 @@ def test_the_endpoint_says_how_long_to_wait():
         (500, ConnectionError, "the endpoint failed .HTTP 500"),
     ],
 )
-def test_any_other_refusal_is_final_and_named(status, error, match):
-    with scripted(answering(as_reply({"error": {"message": "no"}}, status))) as server:
+@pytest.mark.parametrize("as_event", [False, True])
+def test_any_other_refusal_is_final_and_named(status, error, match, as_event):
+    content = {"error": {"message": "no", "code": status}}
+    with scripted(answering(Reply([event(content)]) if as_event else as_reply(content, status))) as server:
         endpoint = fk.connect(f"{server.address}/v1")
         with pytest.raises(error, match=match):
             endpoint.generate("Hi")

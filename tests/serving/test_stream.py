@@ -109,6 +109,9 @@ def test_a_stream_has_no_generation_before_it_ends(llama):
 BREAKS = {
     "connection cut": Reply([chunk("Half a"), chunk(" sentence")], cut=True),
     "error in the stream": Reply([chunk("Half a"), chunk(" sentence"), event({"error": {"message": "out of memory"}})]),
+    "refusal in the stream": Reply(
+        [chunk("Half a"), chunk(" sentence"), event({"error": {"message": "", "code": 400}})]
+    ),
     "end without a reason": Reply([chunk("Half a"), chunk(" sentence")]),
     "not JSON": Reply([chunk("Half a"), chunk(" sentence"), b"data: {broken\n\n"]),
 }

@@ -18,7 +18,8 @@ def vllm(falcon, most=20):
         wanted = body["top_logprobs"] if chat else body["logprobs"]
         if wanted > most:
             wrong = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {most}"
-            return as_reply({"error": {"message": wrong, "type": "BadRequestError", "code": 400}}, 400)
+            error = {"message": wrong, "type": "BadRequestError", "param": "logprobs", "code": 400}
+            return Reply([event({"error": error}), b"data: [DONE]\n\n"])  # with HTTP 200
         return Reply(list(events(chat, wanted, body)))
 
     def events(chat, wanted, body):

@@ -1,6 +1,5 @@
-"""Two processes: the losses of one, killed and resumed, sharded where asked for; and the files that start them."""
+"""Two processes: the losses of one, killed and resumed, sharded where asked for."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,12 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import boto3
 import psutil
 import pytest
 import torch
-import yaml
-from moto import mock_aws
 from safetensors.torch import load_file
 
 import falcon_kit as fk
@@ -27,13 +23,6 @@ ACCELERATE = [
     *("--num_processes", "2", "--main_process_port", "0"),
 ]
 OPTIONS = {"packing": False, "r": 2, "max_steps": 8, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0.2}
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 @pytest.fixture(scope="module")
@@ -161,38 +150,3 @@ def test_sharding_in_one_process_is_refused(data, tmp_path):
 def test_quantised_weights_are_not_sharded(data, tmp_path):
     with pytest.raises(ValueError, match="quantised weights cannot be sharded"):
         fk.tune(fk.load("falconet", dtype="nf4"), data, output_dir=tmp_path, shard=True, **OPTIONS)
-
-
-# The files that start them
-
-
-def test_the_configuration_is_for_eight_gpus_and_leaves_sharding_to_the_call():
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(CONFIGS / "accelerate_8gpu.yaml"))
-    assert (config.num_processes, config.distributed_type.value, config.use_cpu) == (8, "MULTI_GPU", False)
-    assert "fsdp_config" not in yaml.safe_load((CONFIGS / "accelerate_8gpu.yaml").read_text())
-
-
-def test_the_command_line_takes_every_setting():
-    settings = load_script("tune").settings(["r=4", "learning_rate=1e-4", "lr_scheduler_type=linear", "packing=false"])
-    assert fk.Tuning(**settings) == fk.Tuning(r=4, learning_rate=1e-4, lr_scheduler_type="linear", packing=False)
-
-
-JOB = ["--role", "arn:aws:iam::123456789012:role/sagemaker", "--image", "123456789012.dkr.ecr/pytorch", "--shard"]
-JOB += ["--code", "s3://bucket/code", "--data", "s3://bucket/data", "--output", "s3://bucket/out", "--model", "falcon"]
-
-
-@mock_aws
-def test_sagemaker_accepts_the_job(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    script, client = load_script("sagemaker"), boto3.client("sagemaker", region_name="us-east-1")
-    client.create_training_job(**script.job(script.parse([*JOB, "--spot", "--set", "num_train_epochs=1"])))
-    made = client.describe_training_job(TrainingJobName="falcon-kit-tune")
-    (command,) = made["AlgorithmSpecification"]["ContainerArguments"]
-    assert command.endswith(
-        "torchrun --nproc-per-node 8 configs/tune.py --model falcon --data /opt/ml/input/data/training "
-        "--output /opt/ml/checkpoints --dtype bfloat16 --shard --set num_train_epochs=1"
-    )
-    assert made["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"

@@ -127,7 +127,7 @@ def test_the_first_process_decides_for_all_whether_to_shard_what_can_be(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("falcon_kit.tuning.distributed.broadcast_from_rank0", lambda *_: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    run = tune._Run(falcon, fk.Tuning(), None, None, None, None, falcon.plan, True)
+    run = tune._Run(falcon, fk.Tuning(), None, None, None, None, falcon.plan, True, on_cpu=True)
     assert run._sharded is sharded
 
 

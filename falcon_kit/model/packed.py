@@ -1,0 +1,72 @@
+"""Attention within documents that are packed into rows, without a mask, on GPUs that have a kernel for it.
+
+A mask has B x T x T values, and torch's fused kernels that take one compute all pairs of tokens and want a key for
+every query head. `torch.nn.attention.varlen` computes the pairs within each document, and takes grouped keys.
+
+Shapes: B batch, T time, H query heads, G KV heads, D head_dim.
+"""
+
+import inspect
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Documents(NamedTuple):
+    """Where documents begin and end; stands in the place of an attention mask."""
+
+    bounds: Tensor
+    """The first token of each document in the rows one after another, and B x T: (documents + 1), int32."""
+    longest: int
+    """Tokens of the longest document."""
+
+
+def find_documents(numbers: Tensor) -> Documents:
+    """The documents of rows (B, T), in which each token has the number of its document in the row."""
+    first = torch.ones_like(numbers, dtype=torch.bool)
+    first[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    bounds = functional.pad(first.flatten().nonzero().flatten(), (0, 1), value=numbers.numel()).to(torch.int32)
+    return Documents(bounds, int(bounds.diff().max()))
+
+
+def has_kernel(hidden_states: Tensor) -> bool:
+    """Whether the device has the kernel for hidden states: FlashAttention, in 16 bits, from Ampere on.
+
+    Not in compiled code, where the number of documents would be a shape that depends on values.
+    """
+    in_16_bits = hidden_states.dtype in (torch.float16, torch.bfloat16)
+    if hidden_states.device.type != "cuda" or not in_16_bits or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(hidden_states.device) >= (8, 0) and _kernel() is not None
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+    """Causal attention within each document. query (B, H, T, D), key and value (B, G, T, D); returns (B, T, H, D)."""
+    rows = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]  # (B x T, H or G, D)
+    bounds, longest = documents
+    causal = (-1, 0)  # all tokens before, none after
+    output: Tensor = _kernel()(
+        *rows,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=causal,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unflatten(0, (len(query), -1))
+
+
+@cache
+def _kernel() -> Any:
+    """torch's function, or None: older ones take no grouped keys."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    taken = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= taken.keys() else None

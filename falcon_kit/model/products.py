@@ -1,0 +1,202 @@
+"""How a CPU multiplies rows by a weight matrix: the way that is fastest for the dtype, the rows and the instructions.
+
+`python -m benchmarks cpu` measures all ways. Milliseconds of one thread for a matrix of 8192 x 2048, on a CPU with
+AVX512-BF16, and on the same CPU with its instructions limited to AVX2:
+
+                              1      4      8     16     32    128 rows
+float32                     3.8   12.5   12.7   15.8   23.3   62.2
+float32 in slabs            3.8    6.9    8.6   11.2   16.9   50.7
+bfloat16, oneDNN            3.1    2.9    3.5    4.8    7.1   21.3
+bfloat16, torch's own       1.7    7.5   13.0   24.4   46.7    182
+AVX2: bfloat16              1.7    7.2   13.2   24.3   46.9    185
+AVX2: bfloat16 in slabs     3.4    8.1    9.3   12.0   18.0   55.2
+
+**In slabs.** Outputs are computed 2**20 weights at a time, which stay in the cache of a core. float32 gains by that
+alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
+of the whole matrix takes 35 ms, nearly all for new pages of memory; a slab's memory is used again, and takes 2 ms.
+
+**Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
+default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
+`faster_without_onednn` measures both.
+
+`packed.py` in `loading/` has the ways of weights in 8 and 4 bits.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from falcon_kit.catalogue.memory import SLAB
+
+_MANY_ROWS = {torch.float32: 2, torch.bfloat16: 5, torch.float16: 5}
+"""Rows from which slabs are faster; 16 bits only without instructions for their products."""
+_MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
+_SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
+_ROUNDS = 5
+_MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not change the choice
+
+
+def fastest_products(
+    rows: int, head: Tensor, largest: int, single_rows_without_onednn: bool
+) -> AbstractContextManager[Any]:
+    """The context for a step of so many rows on a CPU. head: the output head, in the dtype of the step.
+
+    largest: the weights of the largest layer. A model of small layers loses nothing: it gets no context.
+    """
+    if rows == 1:
+        return without_onednn() if single_rows_without_onednn and head.dtype.itemsize == 2 else nullcontext()
+    useful = largest > SLAB if head.dtype == torch.float32 else not has_products(head.dtype)
+    return ProductsInSlabs() if useful and rows >= _MANY_ROWS.get(head.dtype, 2**31) else nullcontext()
+
+
+# In slabs
+
+
+class ProductsInSlabs(TorchFunctionMode):
+    """A context in which linear layers compute in slabs where that is faster, in this thread, without gradients.
+
+    The layers stay `nn.Linear`, so that hooks, adapters and quantisation find them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and not kwargs and is_faster_in_slabs(*args[:2]):
+            return linear_in_slabs(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def is_faster_in_slabs(input: Tensor, weight: Tensor) -> bool:
+    """Whether `linear_in_slabs` is the fastest way for an input (..., in) and a weight (out, in)."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or input.dtype != weight.dtype:
+        return False
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return False
+    many = input.numel() >= _MANY_ROWS.get(weight.dtype, 2**31) * input.shape[-1]
+    if weight.dtype == torch.float32:
+        return many and weight.numel() > SLAB
+    return many and not has_products(weight.dtype)
+
+
+def linear_in_slabs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`functional.linear` with products in float32, rounded once."""
+    rows = input.reshape(-1, input.shape[-1]).float()
+    product = input.new_empty(len(rows), len(weight))
+    for outputs in slabs(*weight.shape):
+        part = None if bias is None else bias[outputs].float()
+        product[:, outputs] = functional.linear(rows, weight[outputs].float(), part)
+    return product.view(*input.shape[:-1], len(weight))
+
+
+def slabs(out: int, into: int) -> Iterator[slice]:
+    """The outputs of a matrix (out, in) in multiples of 64, at most `SLAB` weights at a time."""
+    step = max(1, SLAB // into // 64) * 64
+    return (slice(first, min(out, first + step)) for first in range(0, out, step))
+
+
+@lru_cache(maxsize=4)
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies this dtype in instructions of its own; others take up to ten times as long."""
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if dtype != torch.bfloat16:
+        return True
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported()) if supported else True
+
+
+# A single row
+
+
+class Switch:
+    """Turns a setting of the whole process off until the last of several users has left."""
+
+    def __init__(self, read: Callable[[], bool], write: Callable[[bool], None]) -> None:
+        self._read, self._write = read, write
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = True
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._read()
+                self._write(False)
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
+                self._write(self._before)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context with the setting off. Several threads may enter it at once."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+def _set_onednn(enabled: bool) -> None:
+    _MKLDNN.enabled = enabled
+
+
+_onednn = Switch(lambda: bool(_MKLDNN.enabled), _set_onednn)
+
+
+def without_onednn() -> AbstractContextManager[None]:
+    """A context in which torch uses its own CPU kernels instead of oneDNN. Several threads may enter it at once.
+
+    The setting also affects other threads: their results stay correct, but may take longer. The context has no effect
+    after `torch.backends.disable_global_flags`, which locks the setting.
+    """
+    return nullcontext() if torch.backends.flags_frozen() else _onednn.off()
+
+
+def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
+    """Whether torch's own kernel multiplies one row by these weights at least 10% faster than oneDNN.
+
+    `weights`: matrices (out, in). Only 16-bit weights on a CPU are timed, about 128 MiB of them, in about 0.1 seconds;
+    without any, returns False. The kernels alternate, and their median times are compared.
+    """
+    sample = _sample(weights)
+    if not sample or not _MKLDNN.is_available():
+        return False
+    with torch.inference_mode():
+        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
+        onednn, own = [], []
+        for _ in range(_ROUNDS):
+            onednn.append(_seconds(rows, sample))
+            with without_onednn():
+                own.append(_seconds(rows, sample))
+    return statistics.median(own) < _MARGIN * statistics.median(onednn)
+
+
+def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The first 16-bit weights on a CPU, up to about `_SAMPLE` bytes."""
+    sample: list[Tensor] = []
+    for weight in weights:
+        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+            sample.append(weight)
+            if sum(each.nbytes for each in sample) >= _SAMPLE:
+                break
+    return sample
+
+
+def _seconds(rows: list[Tensor], weights: list[Tensor]) -> float:
+    start = time.perf_counter()
+    for row, weight in zip(rows, weights, strict=True):
+        functional.linear(row, weight)
+    return time.perf_counter() - start

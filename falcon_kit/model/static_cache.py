@@ -1,0 +1,61 @@
+"""Decoding in a static cache reads the slots that are filled, and not all of them.
+
+The length of the mask is the number of slots that attention reads. It is a power of two, so that a compiled step needs
+few CUDA graphs; torch.compile takes all lengths in one graph.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, GenerationMixin
+
+from falcon_kit.model.attention import ATTENTION
+
+FEWEST_SLOTS = 256
+"""The fewest slots that a step reads."""
+
+
+def slots_read(length: int, slots: int) -> int:
+    """How many slots of a static cache a step of `length` tokens reads: the next power of two from `FEWEST_SLOTS` on.
+
+    A text of any length needs a handful of CUDA graphs, and reads at most twice the keys that it has.
+    """
+    return min(slots, max(FEWEST_SLOTS, 1 << (length - 1).bit_length()))
+
+
+class ReadsFilledSlots(GenerationMixin):
+    """A model whose masks, in `generate` with a static cache, are as long as the slots to read."""
+
+    config: Any
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; the mask of a static cache is as long as the slots that are read, see `slots_read`."""
+        read = self._slots_read(past_key_values, attention_mask)
+        if read and attention_mask is not None and next_sequence_length == 1:
+            # A new token sees all tokens before it; transformers' mask for any causal attention takes many kernels.
+            attention_mask = pad(attention_mask.bool()[:, None, None], (0, read - attention_mask.shape[1]))
+        stock: Any = super()  # transformers misdeclares its self
+        inputs: dict[str, Any] = stock.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+        )
+        if read and (mask := inputs.get("attention_mask")) is not None:
+            if mask.shape[-1] > read:
+                inputs["attention_mask"] = mask = mask[..., :read].contiguous()
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph for all lengths
+        return inputs
+
+    def _slots_read(self, past: Cache | None, mask: Tensor | None) -> int:
+        """The slots that a step reads; 0 without a static cache, and for masks of the caller or another backend."""
+        if past is None or not past.is_compileable or self.config._attn_implementation not in ATTENTION:
+            return 0
+        return 0 if mask is None or mask.ndim != 2 else slots_read(mask.shape[1], past.get_max_length())

@@ -1,0 +1,46 @@
+"""What the CPU of this machine multiplies in instructions of its own, and which dtype is fast for that reason.
+
+torch is not imported: its own answer is `falcon_kit.model.products.has_products`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from falcon_kit.catalogue import memory
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning.places import read_text
+
+_FLAGS = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
+"""The names that Linux has for the instructions that torch uses."""
+
+
+def multiplies(dtype: str, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
+    """Whether the CPU has instructions for products of these weights; int8 and int4 are multiplied as bfloat16.
+
+    Only Linux on x86 is recognised: elsewhere the answer is False for 16 bits, the slower case. The variable
+    ATEN_CPU_CAPABILITY limits torch, and so the answer.
+    """
+    if dtype == "float32":
+        return True
+    if environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return False
+    return _FLAGS.get(dtype, _FLAGS["bfloat16"]) in read_text(root / "proc/cpuinfo").split()
+
+
+def fast_dtypes(spec: FalconSpec, has_bfloat16: bool) -> str:
+    """One sentence: which dtypes are fast for this model on a CPU with or without bfloat16, why, and their weights."""
+    float32, bfloat16, int8, int4 = (
+        f"{dtype} ({format_bytes(memory.weight_bytes(spec, dtype))})"
+        for dtype in ("float32", "bfloat16", "int8", "int4")
+    )
+    if has_bfloat16:
+        return (
+            f"this CPU has instructions for bfloat16 (AVX512-BF16): {bfloat16} and {int8} read a prompt fastest, "
+            f"{int4} writes a single text fastest, and {float32} takes more than twice as long for both"
+        )
+    return (
+        f"this CPU has no instructions for bfloat16 (AVX512-BF16) and multiplies in float32: {float32}, {bfloat16} and "
+        f"{int8} read a prompt about equally fast, and {int8.split()[0]} and {int4} write several texts at once fastest"
+    )

@@ -1,0 +1,71 @@
+"""Several servers with the same model as one server: each request goes to one of them."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from falcon_kit.display.errors import require
+from falcon_kit.serving.failures import Unavailable
+from falcon_kit.serving.protocol import MAX_PAUSE, Delta, Request, Server
+
+
+class Replicas:
+    """As `Server`. A replica that was busy or did not answer comes last, until it can be asked again."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        """Raises ValueError for servers with different models, software or contexts."""
+        first, *others = (each.facts for each in servers)
+        for other in others:
+            require(
+                replace(other, address=first.address) == first,
+                f"{first.address} has {first.model!r} on {first.server} with a context of {first.context}, "
+                f"{other.address} has {other.model!r} on {other.server} with a context of {other.context}: replicas "
+                "have the same",
+            )
+        self.facts = replace(first, address=f"{first.address} and {len(others)} more")
+        self.connection = servers[0].connection
+        self.accepts_stop, self.accepts_messages = servers[0].accepts_stop, servers[0].accepts_messages
+        self._servers = servers
+        self._in_flight = [0] * len(servers)
+        self._last_until = [0.0] * len(servers)
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """As `Server.body`."""
+        return self._servers[0].body(request)
+
+    async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
+        """As `Server.deltas`."""
+        async with self.choose() as server, aclosing(server.deltas(body)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                yield delta
+
+    async def count(self, request: Request) -> int:
+        """As `Server.count`."""
+        async with self.choose() as server:
+            return await server.count(request)
+
+    @asynccontextmanager
+    async def choose(self) -> AsyncIterator[Server]:
+        """The replica with the fewest requests in flight, for one request."""
+        now = time.monotonic()
+        at = min(range(len(self._servers)), key=lambda at: (self._last_until[at] > now, self._in_flight[at]))
+        self._in_flight[at] += 1
+        try:
+            yield self._servers[at]
+        except Unavailable as error:
+            self._last_until[at] = time.monotonic() + (error.retry_after or MAX_PAUSE)
+            raise
+        finally:
+            self._in_flight[at] -= 1
+
+
+@asynccontextmanager
+async def one_of(server: Server) -> AsyncIterator[Server]:
+    """The server that a request is sent to: itself, or one of its replicas."""
+    if not isinstance(server, Replicas):
+        yield server
+        return
+    async with server.choose() as replica:
+        yield replica

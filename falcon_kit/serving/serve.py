@@ -1,0 +1,248 @@
+"""`serve`: a Falcon on a server of this machine, in a process of its own, until it is closed."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from falcon_kit.display.errors import check_whole, is_number, require, shown, unknown_name
+from falcon_kit.generation.chat import ChatFormat, chat_format
+from falcon_kit.generation.text import Generation
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
+from falcon_kit.planning.environment import environment, host_memory
+from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.serving.connection import Connection
+from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
+from falcon_kit.serving.echo import PromptToken
+from falcon_kit.serving.endpoint import Endpoint
+from falcon_kit.serving.engines import (
+    LLAMA_CPP,
+    TRANSFORMERS,
+    VLLM,
+    Engine,
+    Job,
+    check_arguments,
+    choose_engine,
+    splits,
+)
+from falcon_kit.serving.local_process import LocalProcess, free_port
+from falcon_kit.serving.openai_api import OpenAIServer, discover
+from falcon_kit.serving.protocol import Request, retry
+from falcon_kit.serving.source import Files, Source, files_for, source_of
+from falcon_kit.serving.stream import RemoteStream, wait_for
+
+_TIMEOUT, _RETRIES, _DEADLINE = 600.0, 4, 3600.0  # of requests, as in `connect`: a large prompt on a CPU takes minutes
+
+
+@dataclass(frozen=True, repr=False)
+class Served(Endpoint):
+    """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
+    it also ends with this process, however that ends."""
+
+    plan: Plan
+    """The memory plan of the server."""
+    command: str
+    """The shell command that starts the same server on a machine of its own."""
+    files: Files = field(repr=False)
+    """What the server reads."""
+    _process: LocalProcess = field(repr=False)
+
+    @property
+    def log(self) -> str:
+        """What the server has written, without its key; empty once it is closed."""
+        return self._process.log
+
+    def close(self) -> None:
+        """Ends the server and removes its files. A second call does nothing."""
+        self._process.close()
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def prompt_logprobs(self, prompts: Sequence[str]) -> list[list[PromptToken]]:
+        """As `Endpoint.prompt_logprobs`."""
+        self._process.check()
+        return super().prompt_logprobs(prompts)
+
+    def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
+        self._process.check()
+        return super()._stream(request, strip, turns)
+
+    def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
+        self._process.check()
+        return super()._generate_all(requests, strip)
+
+    def __repr__(self) -> str:
+        ended = self._process.ended
+        return super().__repr__().replace("Endpoint", "Served", 1) + (f", which {ended}" if ended else "")
+
+    def _facts(self) -> dict[str, str]:
+        files = {"files": self.files.note, "made by": self.files.again} if self.files.again else {}
+        state = {"state": self._process.ended or "running", "memory": self.plan.verdict()}
+        return super()._facts() | state | files | {"on a machine of its own": self.command.splitlines()[-1]}
+
+
+def serve(
+    model: Falcon | str | Path | Any,
+    engine: str | Path = "auto",
+    *,
+    dtype: str = "auto",
+    context: int | None = None,
+    texts: int = 8,
+    gpus: int | None = None,
+    port: int | None = None,
+    arguments: Sequence[str] = (),
+    chat: str | ChatFormat | None = None,
+    timeout: float = 1800.0,
+) -> Served:
+    """Starts a server with a Falcon on this machine, waits until it is ready, and returns its endpoint.
+
+    model: a Falcon, with the weights that it has in memory; a run of `fk.tune`; or a name as for `fk.load`, which
+    needs no memory in this process except to merge an adapter or to export a GGUF file.
+    engine: "vllm", "llama.cpp", "transformers", or the path of a program `vllm`, `llama-server` or `transformers` in
+    another environment. "auto": the fastest one that is installed and supports the layout.
+    dtype: unset, that of the Falcon, or the one that `fk.load` would choose; with llama.cpp also "q8_0".
+    context: tokens per text; unset, the model's. texts: texts at a time. gpus: for vLLM, the number of GPUs; unset, as
+    few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
+    port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
+    (`transformers serve` does not: each program of this machine may use it). arguments: more of them for the engine's
+    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout: seconds for the start.
+
+    Raises ModuleNotFoundError for an engine that is not installed, with how to get it, NotEnoughMemory if the server
+    does not fit beside what is in memory, OSError for a port in use or too little disk, ServerDied, with its last
+    words, if it ends while it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
+    """
+    check_whole("texts", texts, 1, MAX_TEXTS)
+    require(is_number(timeout, 0, 1e9) and timeout > 0, f"timeout={shown(timeout)} must be above 0, and at most 1e9")
+    own_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
+    source = source_of(model)
+    kind, program = choose_engine(str(engine), source.spec, resolve_devices(None)[0].key != "cpu")
+    dtype = _check_dtype(kind, source.dtype if dtype == "auto" else dtype)
+    planned = _plan(source, kind, dtype, context or source.spec.context, texts, gpus)
+    port, key = free_port(port), secrets.token_urlsafe(32)
+    process = LocalProcess(key)
+    try:
+        files = files_for(source, process.folder, dtype, kind.reads_gguf)
+        job = _job(source, kind, dtype, planned, files, port, more)
+        process.start([*program, *job.arguments], job.environment(key))
+        process.wait_until_ready(f"http://127.0.0.1:{port}/health", kind.name, timeout)
+        server = _connect(job, key)
+        process.check()
+    except BaseException:
+        process.close()
+        raise
+    return _served(server, job, planned, source, files, own_format, process)
+
+
+def _served(
+    server: OpenAIServer,
+    job: Job,
+    planned: Plan,
+    source: Source,
+    files: Files,
+    own_format: ChatFormat | None,
+    process: LocalProcess,
+) -> Served:
+    return Served(
+        model=job.name,
+        server=server.facts.server,
+        address=server.facts.address,
+        context=job.context,
+        concurrency=job.texts,
+        spec=source.spec,
+        chat_format=own_format or files.chat_format,
+        own_format=bool(own_format) or not files.has_template,
+        plan=planned,
+        command=_command(job, source, files),
+        files=files,
+        _server=server,
+        _retries=_RETRIES,
+        _process=process,
+    )
+
+
+def _check_dtype(engine: Engine, dtype: str) -> str:
+    """The dtype, if the engine computes with it."""
+    name = dtype.removeprefix("torch.").lower()
+    require(name in engine.dtypes, unknown_name(f"dtype for {engine.name}:", dtype, engine.dtypes))
+    return name
+
+
+def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, gpus: int | None) -> Plan:
+    """The memory plan of the server beside what is in memory now. Raises NotEnoughMemory if it does not fit."""
+    devices = _devices(engine)
+    if gpus is not None:
+        require(devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} uses no GPU here")
+        check_whole("gpus", gpus, 1, len(devices))
+    counts = range(1, len(devices) + 1) if gpus is None else [gpus]
+    weights = {"q8_0": "int8"}.get(dtype, dtype)
+    for count in counts:
+        planned = plan(source.spec, weights, context, texts, devices=devices[:count])
+        if planned.fits:
+            return planned
+    raise NotEnoughMemory(planned, _shortage(source, planned))
+
+
+def _devices(engine: Engine) -> tuple[Device, ...]:
+    """The devices of the server, with what is free now: llama.cpp always needs its file in host memory."""
+    return (Device("cpu", "cpu", host_memory()[1]),) if engine is LLAMA_CPP else resolve_devices(None)
+
+
+def _shortage(source: Source, planned: Plan) -> str:
+    if not isinstance(source.model, Falcon):
+        return f"no memory for this server: {planned.verdict()}"
+    return (
+        f"no memory for the server's copy beside the Falcon of this process: {planned.verdict()}. Delete the Falcon, "
+        f"and give its name: fk.serve({source.name!r})"
+    )
+
+
+def _job(
+    source: Source, engine: Engine, dtype: str, planned: Plan, files: Files, port: int, more: tuple[str, ...]
+) -> Job:
+    gpus = 0 if planned.devices[0].key == "cpu" else len(planned.devices)
+    across, stages = splits(source.spec, gpus) if gpus and engine is VLLM else (1, 1)
+    return Job(
+        engine=engine,
+        model=str(files.path),
+        name=source.short_name,
+        dtype=dtype,
+        context=planned.context,
+        texts=planned.batch,
+        kv_bytes=planned.kv_bytes,
+        tensor_parallel=across,
+        stages=stages,
+        memory_share=_free_share(gpus) if gpus else 0.0,
+        port=port,
+        more=more,
+    )
+
+
+def _free_share(gpus: int) -> float:
+    """The share of each GPU's memory that is free on all of the first ones, rounded down."""
+    found = [each for each in environment().devices if each.kind == "cuda"][:gpus]
+    least = min(each.free_bytes / each.total_bytes for each in found) * (1 - MARGIN)
+    return min(MEMORY_SHARE, int(least * 100) / 100)
+
+
+def _connect(job: Job, key: str) -> OpenAIServer:
+    """The protocol of a server that is ready."""
+    token = key if job.engine.key_variable else None
+    connection = Connection(token, _TIMEOUT, _RETRIES, _DEADLINE, direct=True)
+    name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
+    find = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection)
+    return wait_for(retry(find, _RETRIES, connection))
+
+
+def _command(job: Job, source: Source, files: Files) -> str:
+    """The shell command for a machine of its own; its first line is the call that makes the files, if it needs any."""
+    name = files.path.name if files.again else source.spec.hub_id or job.model
+    command = replace(job, model=name, port=8000).shell_command()
+    return f"# {files.again}\n{command}" if files.again else command

@@ -1,0 +1,152 @@
+"""The model that `serve` is given, as the files that a server reads.
+
+A Falcon counts with the weights that it has in memory, so they are saved. A name counts as its files: those of a
+checkpoint in safetensors are read where they are; an adapter is merged first, since no server here adds one to Falcon.
+"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import require
+from falcon_kit.display.reading import read_json
+from falcon_kit.display.saving import check_disk_space
+from falcon_kit.display.tables import format_bytes
+from falcon_kit.generation.chat import ChatFormat, default_format, save_tokenizer
+from falcon_kit.loading.adapters import write_errors
+from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.load import choose_dtype, load
+from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
+from falcon_kit.loading.reading import progress_bar
+from falcon_kit.model.checks import live_spec
+from falcon_kit.serving.gguf import export_gguf
+
+_HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to serve: a Falcon in memory, or a checkpoint that was found by its name."""
+
+    name: str
+    """The name that `fk.load` loads it by."""
+    spec: FalconSpec
+    """Its shape."""
+    dtype: str
+    """The dtype in which `fk.load` has, or would have, its weights."""
+    model: Falcon | Checkpoint
+
+    @property
+    def short_name(self) -> str:
+        """A name for a file, and for the model at its endpoint."""
+        return self.spec.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a server reads."""
+
+    path: Path
+    """The checkpoint's folder, or the GGUF file."""
+    note: str
+    """Where it is, and its size if it was written for the server."""
+    again: str
+    """The call that makes it on another machine; empty if that machine needs no more than the model's name."""
+    chat_format: ChatFormat
+    """The format of conversations."""
+    has_template: bool = True
+    """Whether the files have a chat template, in that format."""
+
+
+def source_of(model: Any) -> Source:
+    """The model that is meant: a Falcon, a run of `fk.tune`, or a name as for `fk.load`.
+
+    Raises TypeError for anything else, ValueError for a Falcon whose weights no server can read, and what `fk.load`
+    raises for a name.
+    """
+    model = getattr(model, "adapter", model)
+    if isinstance(model, Falcon):
+        _check_savable(model)
+        return Source(model.name, live_spec(model.spec, model.model), model.dtype, model)
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"fk.serve takes a Falcon of this process, the run of fk.tune, or a name as fk.load does, not a "
+            f"{type(model).__name__}"
+        )
+    found = find(str(model), _HUB)
+    return Source(str(model), found.spec, choose_dtype(None, found.config, found.spec)[0], found)
+
+
+def _check_savable(falcon: Falcon) -> None:
+    """Raises ValueError for a Falcon whose weights a server would not read as they are."""
+    check_no_adapters(falcon, "fk.serve(fk.merge(adapter, base))")
+    again = f"give the name of the original: fk.serve({falcon.name!r})"
+    require(not is_quantised(falcon.model), f"the weights are quantised to {falcon.dtype} for this process: {again}")
+    offloaded = any(each.is_meta for each in falcon.model.parameters())
+    require(not offloaded, f"some weights are offloaded, so this process has not all of them: {again}")
+
+
+def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
+    """The files of a model, written to `folder` unless the checkpoint itself can be read.
+
+    dtype: of the weights in a GGUF file. Raises OSError where the disk has no room, and what loading and merging raise.
+    """
+    found = source.model
+    if not gguf and isinstance(found, Checkpoint) and not found.adapters:
+        weights = fetch(found)
+        check_weights(found, weights)
+        if _is_readable(found, weights):
+            return Files(found.directory, "", "", default_format(found.base), _has_template(found.directory))
+    falcon = found if isinstance(found, Falcon) else _load(source)
+    try:
+        return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
+    finally:
+        del falcon, found
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
+    """Whether other programs read a checkpoint: no pickles, no GGUF file, and no config of 2023."""
+    if found.gguf:
+        return False
+    current = read_json(found.directory / "config.json").get("model_type") == "falcon"
+    return current and weights[0].suffix == ".safetensors"
+
+
+def _has_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    stored = read_json(settings).get("chat_template") if settings.is_file() else None
+    return bool(stored) or (folder / "chat_template.jinja").is_file()
+
+
+def _load(source: Source) -> Falcon:
+    if isinstance(source.model, Checkpoint) and source.model.adapters:
+        fetch(source.model)
+        return merge(source.model.adapters[-1])
+    return load(source.name)
+
+
+def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
+    path, size = folder / source.short_name, falcon.weight_bytes
+    check_disk_space(path, size)
+    with progress_bar(False), write_errors():
+        falcon.model.save_pretrained(path)
+    save_tokenizer(falcon.tokenizer, path)
+    again = "; ".join(f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+    if isinstance(source.model, Checkpoint) and source.model.adapters:
+        again = f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
+    return Files(path, f"{format_bytes(size)}, saved for this server in {folder}", again, falcon.chat_format)
+
+
+def _write_gguf(falcon: Falcon, source: Source, folder: Path, dtype: str) -> Files:
+    path = export_gguf(falcon, folder / f"{source.short_name}.gguf", dtype)
+    again = f"fk.export_gguf(falcon, {path.name!r})"
+    note = f"{format_bytes(path.stat().st_size)}, exported for this server in {folder}"
+    return Files(path, note, again, falcon.chat_format)

@@ -1,0 +1,225 @@
+"""How a CPU multiplies: in slabs, and a single row without oneDNN, with the setting behind it."""
+
+import copy
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from falcon_kit.catalogue.memory import SLAB
+from falcon_kit.model import attention, products
+from tests.model.conftest import IDS, assert_close, pair, run
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+WEIGHTS = [torch.ones(8, 4, dtype=torch.bfloat16)]
+
+
+def on():
+    return torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize(("own", "faster"), [(1.0, False), (0.95, False), (0.85, True), (2.0, False)])
+def test_the_other_kernel_must_be_a_tenth_faster(monkeypatch, own, faster):
+    monkeypatch.setattr(products, "_seconds", lambda rows, weights: 1.0 if on() else own)
+    assert products.faster_without_onednn(WEIGHTS) is faster
+
+
+def test_both_kernels_are_really_timed():
+    assert products.faster_without_onednn([torch.ones(512, 512, dtype=torch.bfloat16)]) in (True, False)
+
+
+@pytest.mark.parametrize("weights", [[], [torch.ones(8, 4)], [torch.ones(8, 4, dtype=torch.bfloat16, device="meta")]])
+def test_only_16_bit_weights_on_a_cpu_are_looked_at(monkeypatch, weights):
+    monkeypatch.setattr(products, "_seconds", lambda *_: pytest.fail("timed"))
+    assert products.faster_without_onednn(weights) is False
+
+
+def test_timing_ends_when_the_sample_is_large_enough():
+    weights = [torch.empty(2**13, 2**12, dtype=torch.bfloat16)] * 5  # 64 MiB each
+    assert len(products._sample(weights)) == 2
+
+
+SWITCHES = pytest.mark.parametrize(
+    ("off", "is_on"),
+    [
+        (products.without_onednn, on),
+        (attention.without_cudnn_attention, torch.backends.cuda.cudnn_sdp_enabled),
+    ],
+    ids=["onednn", "cudnn"],
+)
+
+
+@SWITCHES
+def test_a_setting_is_off_inside_and_back_on_afterwards(off, is_on):
+    with off():
+        inside = is_on()
+    assert (inside, is_on()) == (False, True)
+
+
+@SWITCHES
+def test_an_error_inside_switches_it_back_on(off, is_on):
+    with pytest.raises(KeyboardInterrupt), off():
+        raise KeyboardInterrupt
+    assert is_on()
+
+
+@SWITCHES
+def test_threads_may_overlap(off, is_on):
+    """Whoever comes first does not switch it on while the other one is inside, and the last one does."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with off():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with off():
+        thread.start()
+        entered.wait()
+    between = is_on()
+    leave.set()
+    thread.join()
+    assert (between, is_on()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "cached", "static", "used"),
+    [("cuda", 5, False, True), ("cuda", 0, False, False), ("cuda", 5, True, False), ("cpu", 5, False, False)],
+)
+def test_cudnn_is_left_out_where_keys_are_cached_on_cuda(device, cached, static, used):
+    weight = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    past = SimpleNamespace(is_compileable=static, get_seq_length=lambda: cached)
+    with attention.step_kernels(weight, IDS, past, False, 0):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not used
+
+
+def test_a_user_who_has_switched_it_off_finds_it_off(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with products.without_onednn():
+        pass
+    assert not on()
+
+
+def test_a_user_who_switches_it_on_meanwhile_finds_it_on():
+    torch.backends.mkldnn.enabled = False
+    with products.without_onednn():
+        torch.backends.mkldnn.enabled = True
+    assert on()
+
+
+def test_a_locked_switch_is_left_alone(monkeypatch):
+    monkeypatch.setattr("torch.backends.flags_frozen", lambda: True)
+    with products.without_onednn():
+        assert on()
+
+
+def test_a_step_of_one_row_computes_without_onednn_when_told_so():
+    kit = copy.deepcopy(pair("40b", torch.bfloat16)[1])
+    kit.single_rows_without_onednn = True
+    seen = []
+    kit.lm_head.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    run(kit, IDS[:1, :1])
+    run(kit, IDS[:2, :1])
+    run(kit, None, inputs_embeds=kit.get_input_embeddings()(IDS[:1, :1]))
+    assert (seen, torch.backends.mkldnn.enabled) == ([False, True, False], True)
+
+
+def test_single_rows_give_the_same_logits_by_either_kernel(layout):
+    kit = copy.deepcopy(pair(layout, torch.bfloat16)[1])
+    expected = run(kit, IDS[:1, :1]).logits.float()
+    kit.single_rows_without_onednn = True
+    assert_close(run(kit, IDS[:1, :1]).logits.float(), expected, 0.02 * expected.abs().max())
+
+
+# In slabs
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def no_instructions(monkeypatch):
+    """A CPU without instructions for 16-bit products."""
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+
+
+@each_dtype
+@given(
+    out=st.sampled_from([1, 64, 130, 600]),
+    into=st.sampled_from([1, 64, 5000, SLAB // 64 + 1]),
+    leading=st.sampled_from([(3,), (1, 2), (2, 3, 2), (0,)]),
+    bias=st.booleans(),
+)
+def test_a_product_in_slabs_is_the_exact_one_rounded_once(dtype, out, into, leading, bias):
+    x, weight = random(*leading, into).to(dtype), (random(out, into, seed=1) / into**0.5).to(dtype)
+    added = random(out, seed=2).to(dtype) if bias else None
+    product = products.linear_in_slabs(x, weight, added)
+    exact = functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert (product.dtype, product.shape) == (dtype, exact.shape)
+    sums = x.double().abs() @ weight.double().abs().T
+    allowed = torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * into**0.5 * sums + 1e-7
+    assert ((product.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("out", "into"), [(1, 1), (65024, 2048), (130, 2**20), (4672, 18176), (600, 5000)])
+def test_slabs_cover_every_output_once(out, into):
+    parts = list(products.slabs(out, into))
+    assert [each for part in parts for each in range(out)[part]] == list(range(out))
+    assert all((part.stop - part.start) * into <= max(SLAB, 64 * into) for part in parts)
+
+
+@pytest.mark.parametrize(("rows", "in_slabs"), [(4, False), (5, True), (64, True)])
+def test_16_bits_take_slabs_from_five_rows_where_the_cpu_has_no_instructions(no_instructions, rows, in_slabs):
+    x, weight = random(rows, 64).bfloat16(), random(128, 64).bfloat16()
+    assert products.is_faster_in_slabs(x, weight) is in_slabs
+
+
+def test_16_bits_with_instructions_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: True)
+    assert not products.is_faster_in_slabs(random(64, 64).bfloat16(), random(128, 64).bfloat16())
+
+
+@pytest.mark.parametrize(("into", "rows", "in_slabs"), [(8192, 2, True), (8192, 1, False), (64, 64, False)])
+def test_float32_takes_slabs_for_large_weights_and_several_rows(into, rows, in_slabs):
+    assert products.is_faster_in_slabs(torch.ones(rows, into), torch.ones(256, into)) is in_slabs
+
+
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_what_is_trained_is_left_to_torch(no_instructions, which):
+    x, weight = random(8, 64).bfloat16(), random(128, 64).bfloat16()
+    (x if which == "input" else weight).requires_grad_()
+    assert not products.is_faster_in_slabs(x, weight)
+    with torch.no_grad():
+        assert products.is_faster_in_slabs(x, weight)
+
+
+def test_the_context_reaches_the_layers_inside_and_ends(no_instructions):
+    layer, x = nn.Linear(64, 128, dtype=torch.bfloat16), random(8, 64).bfloat16()
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(True))
+    with torch.inference_mode(), products.ProductsInSlabs():
+        inside = layer(x)
+    assert torch.equal(inside, products.linear_in_slabs(x, layer.weight, layer.bias))
+    assert seen == [True]
+
+
+def test_a_model_computes_its_16_bit_layers_in_slabs(monkeypatch, no_instructions, layout):
+    kit = copy.deepcopy(pair(layout, torch.bfloat16)[1])
+    expected = run(kit).logits.float()
+    shapes, plain = [], products.linear_in_slabs
+    monkeypatch.setattr(products, "linear_in_slabs", lambda *args: shapes.append(args[1].shape) or plain(*args))
+    assert_close(run(kit).logits.float(), expected, 0.02 * expected.abs().max())
+    assert len(shapes) == sum(isinstance(each, nn.Linear) for each in kit.modules())
+
+
+def test_a_trained_model_gets_the_gradients_of_torch(no_instructions):
+    kit = copy.deepcopy(pair("40b", torch.bfloat16)[1])
+    kit(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in kit.parameters())

@@ -1,0 +1,71 @@
+"""What the CPU of this machine multiplies, and the advice that follows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import falcon_kit as fk
+from falcon_kit.model.products import has_products
+from falcon_kit.planning.processor import fast_dtypes, multiplies
+
+LAPTOP = "flags\t\t: fpu sse2 avx2 fma\n"
+SERVER = "flags\t\t: fpu sse2 avx2 avx512f avx512_bf16\n"
+SAPPHIRE_RAPIDS = SERVER.strip() + " avx512_fp16 amx_bf16\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (LAPTOP, {"float32"}),
+        (SERVER, {"float32", "bfloat16", "int8", "int4"}),
+        (SAPPHIRE_RAPIDS, {"float32", "bfloat16", "float16", "int8", "int4"}),
+        (None, {"float32"}),
+    ],
+)
+def test_the_flags_of_linux_are_read(tmp_path, cpuinfo, expected):
+    if cpuinfo is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    dtypes = ("float32", "bfloat16", "float16", "int8", "int4")
+    assert {dtype for dtype in dtypes if multiplies(dtype, {}, tmp_path)} == expected
+
+
+@pytest.mark.parametrize("limit", ["avx2", "AVX2", "default"])
+def test_a_limit_of_torch_limits_the_answer(tmp_path, limit):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(SAPPHIRE_RAPIDS)
+    assert not multiplies("bfloat16", {"ATEN_CPU_CAPABILITY": limit}, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the flags of other systems are not read")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_answer_is_that_of_torch(dtype):
+    assert multiplies(dtype) == has_products(getattr(torch, dtype))
+
+
+def test_the_sentence_names_what_is_fast_and_its_bytes():
+    spec = fk.spec("falcon-7b")
+    fast, slow = fast_dtypes(spec, True), fast_dtypes(spec, False)
+    assert all(each in fast and each in slow for each in ("float32 (25.8 GiB)", "bfloat16 (12.9 GiB)", "int4 ("))
+    assert "has instructions for bfloat16" in fast
+    assert "no instructions for bfloat16" in slow
+
+
+def test_a_plan_for_this_cpu_advises_and_others_do_not(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = fk.plan("falcon-7b")
+    assert plan.advice in plan._repr_html_()
+    assert plan.advice == fast_dtypes(plan.spec, multiplies("bfloat16"))
+    others = [fk.plan("falcon-7b", devices="A10G"), fk.plan("falcon-7b", purpose="lora")]
+    assert [each.advice for each in others] == ["", ""]
+    assert "What is fast" not in others[0]._repr_html_()
+
+
+def test_a_plan_under_avx2_advises_for_avx2():
+    code = "import falcon_kit as fk; print(fk.plan('falcon-7b').advice)"
+    limits = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-c", code], env=limits, capture_output=True, text=True, check=True)
+    assert "no instructions for bfloat16" in ended.stdout

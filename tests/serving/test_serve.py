@@ -1,0 +1,512 @@
+"""`fk.serve`: a server of its own process, with every way in which it fails or ends; nothing is left running."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.planning.devices import Device, resolve_devices
+from falcon_kit.serving import local_process
+from falcon_kit.serving import serve as serving
+from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM, Job, choose_engine, splits
+from falcon_kit.serving.local_process import ServerDied
+from falcon_kit.serving.source import Files, Source
+from tests.conftest import small_model
+from tests.serving.servers import QUESTION, free_port
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+class Engine:
+    """A stand-in for vLLM in a folder of its own; `plan` says what it does."""
+
+    def __init__(self, folder, **plan):
+        self.program = folder / "vllm"
+        self.program.write_text(f"#!{sys.executable}\n{STAND_IN.read_text()}")
+        self.program.chmod(0o755)
+        self.program.with_suffix(".json").write_text(json.dumps(plan))
+
+    @property
+    def seen(self):
+        """Its arguments, environment and process."""
+        return json.loads(self.program.with_suffix(".seen").read_text())
+
+    def is_gone(self):
+        """Whether it and its child have ended within some seconds."""
+        return all(map(has_ended, [self.seen["pid"], *filter(None, [self.seen.get("child")])]))
+
+
+def has_ended(pid):
+    for _ in range(150):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """A function that makes a stand-in; afterwards no folder of a server is left."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(folders, prefix))
+    yield lambda **plan: Engine(tmp_path, **plan)
+    assert [*folders.iterdir()] == []
+
+
+def make_folder(folders, prefix):
+    folder = folders / f"{prefix}{len([*folders.iterdir()])}"
+    folder.mkdir()
+    return str(folder)
+
+
+# It works
+
+
+def test_a_server_is_an_endpoint_until_its_block_ends(engine):
+    stand_in = engine(child=True)
+    with fk.serve("falconet", stand_in.program) as served:
+        assert served.generate("Hi", max_new_tokens=1).text == "Hello"
+        assert repr(served) == f"Served(falconet at {served.address}, vLLM, context 2048)"
+        assert stand_in.seen["arguments"][:2] == ["serve", str(embedded_directory("falconet"))]
+    assert stand_in.is_gone()
+    assert repr(served).endswith("which was closed")
+    assert "was closed" in served._repr_html_()
+    served.close()
+
+
+def test_a_closed_server_answers_at_once_that_it_was_closed(engine):
+    served = fk.serve("falconet", engine().program)
+    served.close()
+    for call in (served.generate, served.stream, lambda text: served.prompt_logprobs([text])):
+        with pytest.raises(ServerDied, match="the server was closed"):
+            call("Hi")
+    with pytest.raises(ServerDied, match="the server was closed"):
+        served.chat(QUESTION)
+
+
+def test_the_key_is_random_and_nowhere_to_be_seen(engine):
+    stand_in, keys = engine(), set()
+    for _ in range(2):
+        with fk.serve("falconet", stand_in.program) as served:
+            key = stand_in.seen["environment"]["VLLM_API_KEY"]
+            keys.add(key)
+            lines = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
+            shown = [*lines, served.log, repr(served), served._repr_html_(), served.command, repr(vars(served))]
+            assert [text for text in shown if key in text] == []
+            assert "starting with the key ***" in served.log
+    assert len(keys) == 2
+    assert min(map(len, keys)) >= 32
+
+
+def test_it_listens_on_loopback_and_asks_nobody_else(engine):
+    stand_in = engine()
+    with fk.serve("falconet", stand_in.program):
+        arguments, environment = stand_in.seen["arguments"], stand_in.seen["environment"]
+    assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
+    assert (environment["HF_HUB_OFFLINE"], environment["VLLM_NO_USAGE_STATS"]) == ("1", "1")
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_local_server(engine, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with fk.serve("falconet", engine().program) as served:
+        assert served.generate("Hi", max_new_tokens=1).text == "Hello"
+
+
+def test_settings_reach_the_command_line(engine):
+    stand_in, port = engine(), free_port()
+    with fk.serve(
+        "falconet", stand_in.program, dtype="bfloat16", context=300, texts=3, port=port, arguments=["--enforce-eager"]
+    ) as served:
+        line = " ".join(stand_in.seen["arguments"])
+        assert served.address == f"http://127.0.0.1:{port}/v1"
+        assert served.context == 300
+    assert line.endswith(f"--port {port} --dtype bfloat16 --max-model-len 300 --max-num-seqs 3 --enforce-eager")
+
+
+def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_server(engine, instruct):
+    stand_in = engine()
+    with fk.serve(instruct, stand_in.program) as served:
+        call, command = served.command.splitlines()
+        assert str(served.files.path.parent) not in served.command
+    assert call == (
+        "# falcon.model.save_pretrained('falconet-instruct'); falcon.tokenizer.save_pretrained('falconet-instruct')"
+    )
+    assert command.startswith('VLLM_API_KEY="$FALCON_KIT_TOKEN" vllm serve falconet-instruct --served-model-name')
+    assert "--host 0.0.0.0 --port 8000" in command
+
+
+def test_a_server_without_a_key_is_for_its_own_machine_only():
+    command = Job(TRANSFORMERS, "folder", "falcon", "float32", 2048, 8, 0).shell_command()
+    assert "--host 127.0.0.1" in command
+    assert "FALCON_KIT_TOKEN" not in command
+
+
+def test_threads_of_llama_cpp_sleep_while_they_wait_unless_the_user_chose(monkeypatch):
+    job = Job(LLAMA_CPP, "falcon.gguf", "falcon", "float32", 2048, 8, 0)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert job.environment("key")["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert job.environment("key")["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_vllm_on_a_cpu_gets_room_for_the_keys_and_values_of_all_texts():
+    job = Job(VLLM, "falcon", "falcon", "float32", 2048, 8, kv_bytes=2**30 + 1)
+    assert job.environment("key")["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+# What is served
+
+
+def test_a_falcon_is_served_with_the_weights_that_it_has_in_memory(engine, tmp_path):
+    falcon = fk.load("falconet")
+    falcon.model.transformer.ln_f.weight.data[0] += 1.0
+    with fk.serve(falcon, engine().program) as served:
+        assert "18.5 MiB, saved for this server in " in served._repr_html_()
+        copy = fk.load(shutil.copytree(served.files.path, tmp_path / "copy"), dtype="float32")
+    assert copy.model.transformer.ln_f.weight[0] == falcon.model.transformer.ln_f.weight[0]
+
+
+@pytest.mark.parametrize(
+    "model", ["falconet-instruct", SimpleNamespace(adapter=embedded_directory("falconet-instruct"))]
+)
+def test_an_adapter_is_merged_first_by_name_or_as_the_run_that_made_it(engine, instruct, tmp_path, model):
+    with fk.serve(model, engine().program) as served:
+        copy = fk.load(shutil.copytree(served.files.path, tmp_path / "copy"), dtype="float32")
+        name = getattr(model, "adapter", model)
+        assert served.command.splitlines()[0] == f"# fk.merge({str(name)!r}, output_dir='falconet-instruct')"
+    assert copy.chat(QUESTION).text == instruct.chat(QUESTION).text
+
+
+def test_a_config_of_2023_is_rewritten_for_the_server(engine, tmp_path, tokenizer):
+    from tests.conftest import legacy
+
+    with fk.serve(legacy(tmp_path / "old", "40b", tokenizer), engine().program) as served:
+        files = {each.name for each in served.files.path.iterdir()}
+        assert json.loads((served.files.path / "config.json").read_text())["model_type"] == "falcon"
+    assert "model.safetensors" in files
+    assert "modelling_RW.py" not in files
+
+
+def test_a_checkpoint_without_a_chat_template_is_asked_in_the_kits_format(engine, tmp_path):
+    folder = Path(shutil.copytree(embedded_directory("falconet"), tmp_path / "plain"))
+    (folder / "chat_template.jinja").unlink()
+    with fk.serve(folder, engine().program) as served:
+        assert (served.own_format, served.chat_format.name) == (True, "falcon")
+
+
+def test_a_model_in_other_forms_is_refused_with_what_to_give(engine):
+    stand_in = engine()
+    with pytest.raises(TypeError, match=r"a Falcon of this process, the run of fk.tune, or a name .* not a int"):
+        fk.serve(3, stand_in.program)
+    quantised = fk.load("falconet", dtype="nf4")
+    with pytest.raises(ValueError, match=r"quantised to nf4 for this process: .*fk.serve\('falconet'\)"):
+        fk.serve(quantised, stand_in.program)
+    with pytest.raises(LookupError, match="Nearest: falconet"):
+        fk.serve("falconett", stand_in.program)
+    assert not stand_in.program.with_suffix(".seen").exists()
+
+
+# While it loads
+
+
+def test_the_time_and_the_last_line_of_the_log_are_shown_and_removed(engine, monkeypatch, capsys):
+    monkeypatch.setattr(local_process, "_SHOWN_AFTER", 0.0)
+    with fk.serve("falconet", engine(says="loading shard 3 of 9", loads=1).program):
+        shown = capsys.readouterr().err
+    lines = shown.split("\r")
+    assert re.fullmatch(r"vLLM starts: \d s, loading shard 3 of 9", lines[-4].rstrip())
+    assert [line.strip() for line in lines[-3:]] == ["", "", ""]
+
+
+def test_a_server_that_is_soon_ready_shows_nothing(engine, capsys):
+    with fk.serve("falconet", engine().program):
+        assert capsys.readouterr() == ("", "")
+
+
+# It fails, and nothing is left
+
+
+def test_the_last_words_of_a_server_that_dies_while_it_loads_are_quoted(engine):
+    stand_in = engine(says="RuntimeError: no kernel for float99\x1b[31m", exit=3, child=True)
+    with pytest.raises(ServerDied, match=r"(?s)ended with exit code 3.*key \*\*\*\n.*no kernel for float99\\x1b\[31m"):
+        fk.serve("falconet", stand_in.program)
+    assert stand_in.is_gone()
+
+
+def test_a_server_that_the_system_kills_is_named_with_the_likely_reason(engine):
+    with pytest.raises(ServerDied, match="was killed by SIGKILL, perhaps out of memory"):
+        fk.serve("falconet", engine(kill=9).program)
+
+
+def test_a_program_that_cannot_run_is_named(engine):
+    stand_in = engine()
+    stand_in.program.chmod(0o644)
+    with pytest.raises(ServerDied, match=r"could not be started .*vllm: Permission denied"):
+        fk.serve("falconet", stand_in.program)
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(engine):
+    stand_in = engine(says="loading shard 3 of 9", loads=60)
+    with pytest.raises(TimeoutError, match=r"not ready after 1.5 s, .*longer timeout=.*'loading shard 3 of 9'"):
+        fk.serve("falconet", stand_in.program, timeout=1.5)
+    assert stand_in.is_gone()
+
+
+def test_ctrl_c_ends_a_server_that_loads(engine):
+    stand_in = engine(loads=60)
+
+    def interrupt():
+        while not stand_in.program.with_suffix(".seen").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        fk.serve("falconet", stand_in.program)
+    assert stand_in.is_gone()
+
+
+def test_a_server_that_dies_later_is_named_at_the_next_call(engine):
+    stand_in = engine(says="serving")
+    served = fk.serve("falconet", stand_in.program)
+    os.kill(stand_in.seen["pid"], signal.SIGSEGV)
+    while not served._process.ended:
+        time.sleep(0.05)
+    with pytest.raises(ServerDied, match=r"(?s)was killed by SIGSEGV.*serving"):
+        served.generate("Hi")
+
+
+def test_a_server_that_ignores_the_request_to_end_is_killed(engine, monkeypatch):
+    stand_in = engine(deaf=True)
+    fk.serve("falconet", stand_in.program).close()
+    assert stand_in.is_gone()
+
+
+def test_a_server_whose_supervisor_was_killed_is_ended(engine):
+    stand_in = engine(child=True)
+    served = fk.serve("falconet", stand_in.program)
+    served._process._supervisor.kill()
+    served.close()
+    assert stand_in.is_gone()
+
+
+def fork(work):
+    """The id of a fork of this process, which does the work and ends."""
+    if not (child := os.fork()):
+        work()
+        os._exit(0)
+    return child
+
+
+def test_a_fork_of_this_process_does_not_end_the_server(engine):
+    with fk.serve("falconet", engine().program) as served:
+        os.waitpid(fork(served.close), 0)
+        assert served.generate("Hi", max_new_tokens=1).text == "Hello"
+
+
+def test_a_fork_of_this_process_does_not_keep_the_server(engine):
+    stand_in = engine()
+    served = fk.serve("falconet", stand_in.program)
+    child = fork(lambda: time.sleep(60))
+    served.close()
+    assert stand_in.is_gone()
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+KERNEL = """
+import sys, time
+from falcon_kit.serving.local_process import LocalProcess, free_port
+process, port = LocalProcess("key"), str(free_port(None))
+process.start([sys.argv[1], "--served-model-name", "x", "--port", port], {"VLLM_API_KEY": "key"})
+process.wait_until_ready(f"http://127.0.0.1:{port}/health", "vLLM", 60)
+print("up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "killed while it loads", "left open"])
+def test_nothing_survives_the_notebook(tmp_path, end):
+    stand_in = Engine(tmp_path, child=True, loads=60 if "loads" in end else 0)
+    code = KERNEL if end == "left open" else f"{KERNEL}time.sleep(600)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, stand_in.program], stdout=subprocess.PIPE, env=environment
+    ) as kernel:
+        if "loads" in end:
+            while not stand_in.program.with_suffix(".seen").exists():
+                time.sleep(0.1)
+        else:
+            assert kernel.stdout.readline() == b"up\n"
+        if end != "left open":
+            kernel.kill()
+        kernel.wait(60)
+    assert stand_in.is_gone()
+    for _ in range(100):
+        if not (left := [*tmp_path.glob("falcon-kit-*")]):
+            break
+        time.sleep(0.1)
+    assert left == []
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(engine):
+    stand_in = engine()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} is in use on 127.0.0.1: give another one"):
+            fk.serve("falconet", stand_in.program, port=port)
+    assert not stand_in.program.with_suffix(".seen").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"texts": 0}, "texts must be a whole number from 1 to 256"),
+        ({"timeout": 0}, "timeout=0 must be above 0"),
+        ({"port": 70000}, "port must be a whole number from 1 to 65535"),
+        ({"context": 5000}, "context=5000 must be from 1 to 2048"),
+        ({"arguments": ["--api-key=secret"]}, "arguments contains --api-key, which fk.serve sets itself"),
+        ({"arguments": "--enforce-eager"}, "give a list of them, \\['--enforce-eager'\\]"),
+        ({"gpus": 2}, "gpus=2: vLLM uses no GPU here"),
+        ({"dtype": "int8"}, "Unknown dtype for vLLM: 'int8'. Known: float32, bfloat16, float16"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_anything_starts(engine, settings, message):
+    stand_in = engine()
+    with pytest.raises(ValueError, match=message):
+        fk.serve("falconet", stand_in.program, **settings)
+    assert not stand_in.program.with_suffix(".seen").exists()
+
+
+def test_no_memory_for_a_second_copy_is_refused_with_the_way_out(engine, instruct, monkeypatch):
+    monkeypatch.setattr(serving, "resolve_devices", lambda _: (Device("cpu", "cpu", 2**28),))
+    with pytest.raises(fk.NotEnoughMemory, match=r"beside the Falcon .*fk.serve\('falconet-instruct'\)") as refused:
+        fk.serve(instruct, engine().program)
+    assert refused.value.plan.batch == 8
+    with pytest.raises(fk.NotEnoughMemory, match="no memory for this server: falconet in float32, 8 x 2048 tokens"):
+        fk.serve("falconet", engine().program)
+
+
+def test_no_disk_for_the_weights_is_refused(engine, instruct, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 2**20))
+    with pytest.raises(OSError, match=r"falconet-instruct needs 18.5 MiB, and .* has 1.00 MiB free"):
+        fk.serve(instruct, engine().program)
+
+
+# Which engine
+
+
+def test_an_engine_that_is_not_installed_is_named_with_how_to_get_it(monkeypatch, instruct):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"vLLM is not installed here: pip install vllm.*engine='/path/to"):
+        fk.serve(instruct, "vllm")
+    monkeypatch.setattr("falcon_kit.serving.engines.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"no engine .* llama.cpp: pip install xllamacpp.*fastapi uvicorn"):
+        fk.serve(instruct)
+
+
+def test_an_unknown_engine_or_program_is_named(tmp_path, instruct):
+    with pytest.raises(ValueError, match=r"Unknown engine 'vlm'. Nearest: vllm"):
+        fk.serve(instruct, "vlm")
+    with pytest.raises(FileNotFoundError, match=r"there is no program .*/vllm: give the path of vllm, llama-server"):
+        fk.serve(instruct, tmp_path / "vllm")
+    (tmp_path / "ollama").touch()
+    with pytest.raises(ValueError, match=r"ollama is none of vllm, llama-server, transformers"):
+        fk.serve(instruct, tmp_path / "ollama")
+
+
+def test_a_layout_that_an_engine_lacks_is_refused_and_another_engine_chosen():
+    rw = fk.spec("falcon-rw-1b")
+    with pytest.raises(ValueError, match=r"llama.cpp does not serve falcon-rw-1b: it has no ALiBi"):
+        choose_engine("llama.cpp", rw, on_gpus=False)
+    assert choose_engine("auto", rw, on_gpus=False)[0] is not LLAMA_CPP
+
+
+def test_on_a_cpu_llama_cpp_comes_first_and_on_gpus_vllm(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{Path(name).name}")
+    shape = fk.spec("falcon-40b")
+    assert [choose_engine("auto", shape, on_gpus)[0] for on_gpus in (False, True)] == [LLAMA_CPP, VLLM]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "split"),
+    [
+        ("falcon-40b", 1, (1, 1)),
+        ("falcon-40b", 4, (4, 1)),
+        ("falcon-40b", 3, (1, 3)),
+        ("falcon-40b", 16, (8, 2)),
+        ("falcon-7b", 2, (1, 2)),
+        ("falcon-180B", 8, (8, 1)),
+        ("falcon-180B", 6, (2, 3)),
+    ],
+)
+def test_layers_are_divided_as_far_as_the_heads_allow_and_staged_over_the_rest(name, gpus, split):
+    assert splits(fk.spec(name), gpus) == split
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "gpus", "expected"),
+    [
+        ("falcon-40b-instruct", "8xA100-80GB", None, "--tensor-parallel-size 2"),
+        ("falcon-40b-instruct", "8xA100-80GB", 8, "--tensor-parallel-size 8"),
+        ("falcon-40b-instruct", "5xA100-40GB", None, "--pipeline-parallel-size 3"),
+    ],
+)
+def test_the_plan_decides_over_how_many_gpus(name, machine, gpus, expected, monkeypatch):
+    monkeypatch.setattr(serving, "resolve_devices", lambda _: resolve_devices(machine))
+    monkeypatch.setattr(serving, "_free_share", lambda _: 0.95)
+    source = Source(name, fk.spec(name), "bfloat16", None)
+    planned = serving._plan(source, VLLM, "bfloat16", 2048, 8, gpus)
+    job = serving._job(source, VLLM, "bfloat16", planned, Files(Path("x"), "", "", None), 8000, ())
+    line = " ".join(job.arguments)
+    assert expected in line
+    assert line.endswith("--gpu-memory-utilization 0.95")
+
+
+# Real engines
+
+
+@pytest.mark.parametrize("name", ["llama.cpp", "transformers"])
+def test_a_real_engine_answers_as_the_model_here(name, instruct):
+    with fk.serve(instruct, name, texts=2) as served:
+        assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
+        local, remote = (model.generate(fk.CARD.prompt, max_new_tokens=20) for model in (instruct, served))
+        assert remote.text == local.text
+        pieces = served.stream(fk.CARD.prompt, max_new_tokens=30, stop="\nDaniel:")
+        assert "".join(piece.text for piece in pieces) == (
+            instruct.generate(fk.CARD.prompt, max_new_tokens=30, stop="\nDaniel:").text
+        )
+
+
+def test_llama_cpp_serves_eight_bits_of_a_model_that_this_process_has_not_loaded(instruct):
+    with fk.serve("falconet-instruct", "llama.cpp", dtype="q8_0") as served:
+        assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
+        assert served.files.path.stat().st_size < instruct.weight_bytes / 3
+
+
+def test_a_model_of_any_layout_is_served(tmp_path, tokenizer):
+    small_model("rw").save_pretrained(tmp_path / "rw")
+    tokenizer.save_pretrained(tmp_path / "rw")
+    local = fk.load(tmp_path / "rw")
+    with fk.serve(tmp_path / "rw", "transformers") as served:
+        assert served.generate("Once upon", max_new_tokens=8).text == local.generate("Once upon", max_new_tokens=8).text
