@@ -131,8 +131,8 @@ def workspace_bytes(
     int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU a slab. nf4: the largest matrix in 16
     bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the largest matrix, in bytes
     and in 16 bits; on a CPU a slab, or an int32 copy of the largest matrix, made once for its kernel. 16 bits: nothing,
-    or on a CPU that has no instructions for them (`multiplies` is False) a slab. In training a CPU unpacks whole matrices
-    of int8 and int4 for the gradients, and copies no others.
+    or on a CPU that has no instructions for them (`multiplies` is False) a slab. In training a CPU unpacks whole
+    matrices of int8 and int4 for the gradients, and copies no others.
     """
     largest = max(out * into for out, into in linear_shapes(spec))
     if dtype == "int8" and not on_cpu:
