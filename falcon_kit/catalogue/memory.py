@@ -123,7 +123,7 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
 
 
 def workspace_bytes(
-    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, multiplies: bool = True
+    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, multiplies: bool = True, trains: bool = False
 ) -> int:
     """Temporary memory when a whole prompt is multiplied with weights that are first unpacked or copied to float32;
     that of bitsandbytes measured, not derived.
@@ -131,15 +131,16 @@ def workspace_bytes(
     int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU a slab. nf4: the largest matrix in 16
     bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the largest matrix, in bytes
     and in 16 bits; on a CPU a slab, or an int32 copy of the largest matrix, made once for its kernel. 16 bits: nothing,
-    or on a CPU that has no instructions for them (`multiplies` is False) a slab.
+    or on a CPU that has no instructions for them (`multiplies` is False) a slab. In training a CPU unpacks whole
+    matrices of int8 and int4 for the gradients, and copies no others.
     """
     largest = max(out * into for out, into in linear_shapes(spec))
     if dtype == "int8" and not on_cpu:
         return batch * context * spec.intermediate_size * 6
     if dtype.startswith("nf4"):
         return largest * (9 if on_cpu else 2)
-    slab = _slab_bytes(spec, dtype, context, batch, multiplies) if on_cpu else 0
-    return max(5 * largest, slab) if dtype == "int4" else slab
+    whole = {"int4": 5 * largest, "int8": 4 * largest if trains else 0}.get(dtype, 0)
+    return max(whole, _slab_bytes(spec, dtype, context, batch, multiplies) if on_cpu and not trains else 0)
 
 
 def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, multiplies: bool) -> int:

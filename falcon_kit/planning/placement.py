@@ -106,7 +106,8 @@ class Request:
         if device.key == "cpu":
             overhead = (CPU_OVERHEAD, "Python with torch and transformers")
         on_cpu = device.key == "cpu"
-        workspace = memory.workspace_bytes(*self._size, on_cpu, not on_cpu or multiplies(self.dtype))
+        multiplied = not on_cpu or multiplies(self.dtype)
+        workspace = memory.workspace_bytes(*self._size, on_cpu, multiplied, self.trains)
         reason = "for the prefill with quantised weights"
         if self.dtype in memory.FLOAT_DTYPES:
             reason = f"for the prefill in float32, on a CPU without instructions for {self.dtype}"

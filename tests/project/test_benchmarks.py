@@ -11,7 +11,7 @@ import transformers
 from transformers import CompileConfig
 
 import falcon_kit as fk
-from benchmarks import full_size, gpu, inspection, reliability
+from benchmarks import cpu, full_size, gpu, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue.names import embedded_directory
@@ -191,6 +191,14 @@ def test_the_picture_of_inspection_leaves_out_what_did_not_fit():
     ]
     for axes in inspection.draw({"model": "small", "lengths": rows}).axes:
         assert [line.get_label() for line in axes.lines] == ["kit"]
+
+
+def test_the_benchmark_of_cpus_leaves_out_the_peers_that_were_not_measured():
+    ms = {"kit bfloat16": 20.0, "kit int8": 10.0, "kit int4": 8.0, "kit float32": 40.0, "transformers bfloat16": 50.0}
+    works = {"one step of 1 x 512": ms, "prefill of 512": ms}
+    ratios = {pair: each["prefill of 512"] for pair, each in cpu._ratios({"ms": works}).items()}
+    assert ratios.pop("kit bfloat16 / transformers bfloat16") == 0.4
+    assert ratios == {f"kit {one} / kit bfloat16": each for one, each in [("float32", 2), ("int8", 0.5), ("int4", 0.4)]}
 
 
 def test_a_benchmark_that_cannot_run_says_why_and_fails():
