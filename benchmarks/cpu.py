@@ -65,10 +65,11 @@ def _write(folder: Path) -> None:
     """The checkpoint for torch, and the files for llama.cpp where it is installed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = modeling.FalconForCausalLM(FalconConfig(**SHAPE.to_config())).to(torch.bfloat16).eval()
+        model: Any = modeling.FalconForCausalLM(FalconConfig(**SHAPE.to_config()))
+    model.to(torch.bfloat16).eval()
     model.save_pretrained(folder / "bfloat16")
     for dtype in ("int8", "int4"):
-        options = {"quantization_config": quantisation_config(dtype, on_cpu=True)}
+        options: dict[str, Any] = {"quantization_config": quantisation_config(dtype, on_cpu=True)}
         quantised = modeling.FalconForCausalLM.from_pretrained(folder / "bfloat16", dtype=torch.bfloat16, **options)
         quantised.save_pretrained(folder / dtype)
     if importlib.util.find_spec("xllamacpp") is None:
@@ -155,9 +156,9 @@ def _layer() -> dict[str, dict[str, float]]:
     ways: dict[str, tuple[torch.dtype, Callable[[torch.Tensor], Any]]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cast, name = weight.to(dtype), str(dtype).removeprefix("torch.")
-        ways[f"{name}, torch"] = dtype, (lambda x, w=cast: functional.linear(x, w))
-        ways[f"{name}, torch without oneDNN"] = dtype, (lambda x, w=cast: _without_onednn(x, w))
-        ways[f"{name} in slabs"] = dtype, (lambda x, w=cast: products.linear_in_slabs(x, w))
+        ways[f"{name}, torch"] = dtype, partial(functional.linear, weight=cast)
+        ways[f"{name}, torch without oneDNN"] = dtype, partial(_without_onednn, weight=cast)
+        ways[f"{name} in slabs"] = dtype, partial(products.linear_in_slabs, weight=cast)
     for kind, quantise in (("int8", quantised8), ("int4", quantised4)):
         layer = PackedLinear(*LAYER, kind, None)
         layer.weight, layer.scales = (frozen(each) for each in quantise(weight))
