@@ -120,9 +120,9 @@ def hub_id_errors(name: str) -> Iterator[None]:
             raise FileNotFoundError(
                 f"there is no directory {name}; as the name of a hub repository: {error}"
             ) from error
-        if not name.startswith("tiiuae/"):
-            raise
         names = [each.name for each in catalogue()]
+        if not name.startswith("tiiuae/") or name.removeprefix("tiiuae/") in names:
+            raise
         if isinstance(error, LookupError):
             raise LookupError(f"{unknown_name('model', name, names)} ({error})") from error
         nearest = unknown_name("model", name, names).partition("'. ")[2]

@@ -31,6 +31,7 @@ TUNING += "save_steps seed"
 SHARES = "lora_alpha lora_dropout learning_rate warmup_ratio num_train_epochs max_grad_norm held_out"
 CHECKS = ("secrets", "personal_data", "control_tokens", "injection", "repetition")
 
+DRAFTED = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 1}
 WHOLE = {
     **{f"Sampling {name}": setting(fk.Sampling, name) for name in SAMPLING},
     **{f"Tuning {name}": setting(fk.Tuning, name) for name in TUNING.split()},
@@ -39,7 +40,12 @@ WHOLE = {
         f"plan {name}": lambda _, value, name=name: plan("falconet", **{name: value})
         for name in ("context", "batch", "r", "tensor_parallel")
     },
+    "requirements minutes": lambda _, value: fk.requirements("falconet", value),
     "load tensor_parallel": lambda _, value: fk.load("falconet", tensor_parallel=value),
+    **{
+        f"generate {name}": lambda falcon, value, name=name: falcon.generate(TEXT, **DRAFTED | {name: value})
+        for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size")
+    },
     "generate a token id": lambda falcon, value: falcon.generate([5, value], max_new_tokens=1),
     "ablate layer": lambda falcon, value: fk.ablate(falcon, TEXT, heads=[(value, 0)]),
     "ablate head": lambda falcon, value: fk.ablate(falcon, TEXT, heads=[(0, value)]),
