@@ -243,3 +243,18 @@ def test_the_overlap_with_a_stop_string_is_the_longest_suffix_that_begins_one(te
 @given(st.integers() | st.floats() | st.text() | st.lists(st.integers()) | st.just(10**5000))
 def test_what_an_error_quotes_is_short(value):
     assert len(shown(value)) <= 60
+
+
+WRITERS = {
+    "evaluate": lambda falcon, path: fk.evaluate(falcon, text=TEXT, output_dir=path),
+    "tune": lambda falcon, path: fk.tune(falcon, DOCUMENTS, output_dir=path, max_steps=1, quiet=True),
+    "export_gguf": lambda falcon, path: fk.export_gguf(falcon, path),
+    "explain": lambda falcon, path: fk.explain(falcon, TEXT).to_html(path),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_path_in_a_file_is_refused_and_the_file_named(instruct, write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"below cannot be made: .*file is a file; give a path in a folder"):
+        write(instruct, tmp_path / "file" / "below")
