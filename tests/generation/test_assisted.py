@@ -209,7 +209,7 @@ def test_a_draft_of_another_type_is_refused(instruct, settings, message):
 
 
 def test_two_drafts_at_once_are_refused(instruct, draft):
-    with pytest.raises(ValueError, match="assistant_model and prompt_lookup_num_tokens are two ways .*: give one"):
+    with pytest.raises(ValueError, match=r"assistant_model and prompt_lookup_num_tokens are two ways .*: give one"):
         instruct.generate(QUESTION, assistant_model=draft, prompt_lookup_num_tokens=3)
 
 
