@@ -123,7 +123,7 @@ def test_a_url_of_another_type_is_refused(url):
 
 @pytest.mark.parametrize("token", [5, ["first", "second"], b"key"])
 def test_a_key_of_another_type_is_refused_without_showing_it(token):
-    with pytest.raises(ValueError, match="the key of all replicas; got (int|list|bytes)") as error:
+    with pytest.raises(ValueError, match=r"the key of all replicas; got (int|list|bytes)") as error:
         fk.connect(["http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"], token=token)
     assert "first" not in str(error.value)
 
