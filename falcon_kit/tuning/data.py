@@ -136,7 +136,8 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     stored = store(_documents(path, problems), FEATURES)
     if stored is None:
         reasons = _left_out(problems) or ": it is empty"
-        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}. A row has {FORMS}")
+        forms = "" if FORMS in reasons else f". A row has {FORMS}"
+        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
         warnings.warn(f"{len(problems)} rows of {_name(path)} are left out{_left_out(problems)}", stacklevel=2)
     table, folder = stored
@@ -281,5 +282,9 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
 
 
 def _left_out(problems: Sequence[Problem]) -> str:
-    """The first problems, as the end of an error or a warning."""
-    return "".join(f"{'; ' if number else ': '}{each.where}: {each.reason}" for number, each in enumerate(problems[:3]))
+    """The first problems, as the end of an error or a warning: each reason once, after its places."""
+    places: dict[str, list[str]] = {}
+    for each in problems[:3]:
+        places.setdefault(each.reason, []).append(each.where)
+    text = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
+    return f": {text}" if text else ""
