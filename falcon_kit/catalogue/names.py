@@ -204,7 +204,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     """A config.json as a dictionary. Raises FileNotFoundError, and ValueError for anything but a JSON object."""
     if not file.is_file():
         names = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
-        raise FileNotFoundError(f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.")
+        below = [each.parent for kind in ("", "adapter_") for each in sorted(file.parent.glob(f"*/{kind}config.json"))]
+        instead = f" Give {below[0]}, which holds one." if below else ""
+        raise FileNotFoundError(
+            f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.{instead}"
+        )
     return read_json(file)
 
 

@@ -1,5 +1,6 @@
 """The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -71,6 +72,13 @@ class LoadSettings:
     def chat_format(self) -> ChatFormat | None:
         """The chat format asked for, if any."""
         return None if self.chat is None else chat_format(self.chat)
+
+
+def check_name(name: Any) -> None:
+    """Raises TypeError for a name that is neither a text nor a path; for the run of `tune`, with what to give."""
+    if not isinstance(name, str | os.PathLike):
+        instead = ": give its .adapter" if hasattr(name, "adapter") else ""
+        raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
 
 
 def check_names(arguments: Mapping[str, Any]) -> None:

@@ -144,6 +144,12 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     return Documents(table, problems, [folder])
 
 
+def check_documents(value: Any, function: str) -> None:
+    """Raises TypeError for anything but the documents that `dialogues` returns."""
+    if not isinstance(value, Documents):
+        raise TypeError(f"{function} takes what fk.dialogues returns: fk.dialogues({shown(value)})")
+
+
 def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryDirectory[str]] | None:
     """The rows as a table that is mapped from a file, and the temporary folder of this file; None without rows."""
     folder = TemporaryDirectory(prefix="falcon-kit-")
@@ -219,8 +225,9 @@ def mix(
     or rows with "text" or "content", such as a `datasets.Dataset`, streamed or not, read until there are enough; or a
     file or folder for `dialogues`. Those left out are in `.problems`. Without a `tokenizer`, lengths are compared in
     bytes of UTF-8.
-    Raises ValueError for a fraction out of range, or for too few web texts.
+    Raises ValueError for a fraction out of range, or for too few web texts, and TypeError for other dialogues.
     """
+    check_documents(dialogues, "fk.mix")
     _check_seed(seed)
     if not (is_number(web_fraction, 0, 1) and 0 < web_fraction < 1):
         raise ValueError(f"web_fraction={shown(web_fraction)} is not between 0 and 1: the model card's recipe is 0.05")

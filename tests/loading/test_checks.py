@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(device_map, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"Unknown device_map '(cuda:)?2'\. .*(cuda:0.* cuda:1|cuda:1.* cuda:0)"):
         fk.load("no/such/model", device_map=device_map)
+
+
+@pytest.mark.parametrize("name", [None, 40, b"falconet", ["falconet"]])
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(TypeError, match=f"load takes a name, directory or hub id, not a {type(name).__name__}"):
+        fk.load(name)
+
+
+def test_the_run_of_a_tuning_is_answered_with_its_adapter():
+    run = SimpleNamespace(adapter="runs/mine/adapter")
+    with pytest.raises(TypeError, match=r"not a SimpleNamespace: give its \.adapter"):
+        fk.load(run)
 
 
 @pytest.mark.parametrize(

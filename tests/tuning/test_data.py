@@ -179,6 +179,13 @@ def test_columns_of_other_names_are_listed_once_with_the_names_to_give_them(tmp_
     assert len(fk.dialogues(tmp_path / "rows.csv")) == 5
 
 
+@pytest.mark.parametrize("given", ["rows.jsonl", [{"text": "A giraffe."}], None])
+@pytest.mark.parametrize("use", [lambda given, _: fk.mix(given, ["Some text."]), fk.pack], ids=["mix", "pack"])
+def test_what_was_not_read_by_dialogues_is_refused_with_the_call_that_reads_it(instruct, use, given):
+    with pytest.raises(TypeError, match=r"takes what fk\.dialogues returns: fk\.dialogues\("):
+        use(given, instruct)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         fk.dialogues(tmp_path / "absent.jsonl")
