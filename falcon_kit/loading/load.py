@@ -82,8 +82,8 @@ def load(
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
     in a notebook `load` starts the processes and returns a `ParallelFalcon`.
-    Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for a checkpoint or
-    settings that cannot be used, and NotEnoughMemory before weights are fetched.
+    Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
+    checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
     check_name(name)
     check_names(others)
