@@ -204,11 +204,14 @@ def merge_bytes(spec: FalconSpec) -> int:
     return 8 * max(out * into for out, into in linear_shapes(spec))
 
 
+_OTHER_NAMES = {"4bit": "nf4", "8bit": "int8", "4": "int4", "8": "int8", "half": "float16"}
+
+
 def dtype_name(dtype: Any) -> str:
     """The entry of `DTYPES` for a name or a torch dtype. Raises ValueError with the nearest name for an unknown one."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        near = get_close_matches({"4bit": "nf4", "8bit": "int8"}.get(name, name), DTYPES, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"dtype {dtype!r} is not known: {hint}Known: {', '.join(DTYPES)}.")
+        near = get_close_matches(_OTHER_NAMES.get(name.lower(), name.lower()), DTYPES, cutoff=0.5)
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"dtype {dtype!r} is not known{hint} Known: {', '.join(DTYPES)}; for fk.load also auto.")
     return name

@@ -120,9 +120,9 @@ def hub_id_errors(name: str) -> Iterator[None]:
             raise FileNotFoundError(
                 f"there is no directory {name}; as the name of a hub repository: {error}"
             ) from error
-        if not name.startswith("tiiuae/"):
-            raise
         names = [each.name for each in catalogue()]
+        if not name.startswith("tiiuae/") or name.removeprefix("tiiuae/") in names:
+            raise
         if isinstance(error, LookupError):
             raise LookupError(f"{unknown_name('model', name, names)} ({error})") from error
         nearest = unknown_name("model", name, names).partition("'. ")[2]
@@ -204,7 +204,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     """A config.json as a dictionary. Raises FileNotFoundError, and ValueError for anything but a JSON object."""
     if not file.is_file():
         names = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
-        raise FileNotFoundError(f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.")
+        below = [each.parent for kind in ("", "adapter_") for each in sorted(file.parent.glob(f"*/{kind}config.json"))]
+        instead = f" Give {below[0]}, which holds one." if below else ""
+        raise FileNotFoundError(
+            f"{file} does not exist; its directory contains {', '.join(names) or 'nothing'}.{instead}"
+        )
     return read_json(file)
 
 

@@ -28,9 +28,11 @@ def atomic_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
     """Yields a temporary path to write to. It is renamed to `path` at the end of the block, or removed on an error.
 
     size: bytes to write, checked against the free disk space first. Raises FileNotFoundError for a missing folder,
-    IsADirectoryError if `path` is a folder, and OSError if the disk has too little space.
+    NotADirectoryError if a folder above is a file, IsADirectoryError if `path` is a folder, and OSError if the disk has
+    too little space.
     """
     path = Path(path).expanduser()
+    _check_parents(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} in: make it first")
     if path.is_dir():
@@ -52,10 +54,10 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     """Yields an empty temporary folder. It is renamed to `path` at the end of the block, or removed on an error.
 
     An existing folder at `path` stays unchanged until then; afterwards it is deleted with its content. Raises
-    NotADirectoryError if `path` is a file, and OSError if the disk has too little space.
+    NotADirectoryError if `path` or a folder above it is a file, and OSError if the disk has too little space.
     """
     path = Path(path).expanduser()
-    _check_folder(path)
+    check_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(path, size)
     _remove_leftovers(path)
@@ -78,7 +80,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 def move_folder(new: Path, path: Path) -> None:
     """Renames a complete folder to `path`, once it is on the disk; a folder that was there is deleted."""
-    _check_folder(path)
+    check_folder(path)
     for each in [*new.rglob("*"), new]:
         _synchronise(each)
     if path.is_symlink():
@@ -121,9 +123,21 @@ def check_disk_space(path: Path, size: int) -> None:
         )
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path, label: str = "") -> None:
+    """Raises NotADirectoryError where a folder cannot be, because it or a folder above it is a file.
+
+    label: the argument that the error names before the path.
+    """
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file: give a folder")
+        shown = f"{label}={str(path)!r}" if label else path
+        raise NotADirectoryError(f"{shown} is a file: give a folder")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    file = next((each for each in path.absolute().parents if each.is_file()), None)
+    if file is not None:
+        raise NotADirectoryError(f"{path} cannot be made: {file} is a file; give a path in a folder")
 
 
 def _synchronise(path: Path) -> None:

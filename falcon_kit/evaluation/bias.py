@@ -150,7 +150,8 @@ def _read(pairs: Any) -> list[tuple[str, str, str]]:
             found.append(_pair(row))
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    require(not problems, f"malformed pairs: {'; '.join(problems[:5])}")
+    form = '{"axis": "...", "stereotype": "...", "counterpart": "..."}'
+    require(not problems, f"malformed pairs: {'; '.join(problems[:5])}. A row is {form}")
     require(bool(found), "there are no pairs")
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from falcon_kit.display.saving import write_text
+from falcon_kit.display.saving import check_folder, write_text
 
 _RECORD = "run.json"
 _MAY_CHANGE = {"versions", "batch_size"}
@@ -59,8 +59,7 @@ def _slug(name: str) -> str:
 def _prepare(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json into a new folder, or checks that the run in the folder is the same one."""
     file = folder / _RECORD
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output_dir={str(folder)!r} is a file: give a folder")
+    check_folder(folder, "output_dir")
     if file.is_file():
         _check_same(folder, _read(file), record)
     elif folder.is_dir() and any(folder.iterdir()):

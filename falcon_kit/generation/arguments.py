@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from falcon_kit.display.errors import plain_scalar, require, unknown_name
+from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -103,6 +103,7 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
 
     model: it accepts or rejects the draft. rows: the texts to generate.
     """
+    _check_draft(options)
     require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")
     static = options.get("cache_implementation") == "static"
     require(
@@ -123,6 +124,20 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
         sizes[0] == sizes[1] or options.get("assistant_tokenizer") is not None,
         f"the draft model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: choose a draft model "
         "with the same tokenizer, or give assistant_tokenizer=, its own",
+    )
+
+
+def _check_draft(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for two drafts at once, of which transformers takes one, and for a draft of another type."""
+    drafts = [name for name in ASSISTED if options.get(name) is not None]
+    require(len(drafts) < 2, f"{' and '.join(drafts)} are two ways to get a draft: give one of them")
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        if (value := plain_scalar(options.get(name))) is not None:
+            check_whole(name, value, 1)
+    draft = options.get("assistant_model")
+    require(
+        draft is None or hasattr(draft, "config"),
+        f"assistant_model is a loaded model, such as fk.load('falconet'); got {shown(draft)}",
     )
 
 

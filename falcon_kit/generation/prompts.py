@@ -31,7 +31,8 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
     if all(isinstance(each, int) and not isinstance(each, bool) for each in prompts):
         return [prompts], True
     wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
-    require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}")
+    instead = ": chat and stream take messages" if "dict" in wrong_types else ""
+    require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}{instead}")
     for number, text in enumerate(prompts, 1):
         label = prompt_label(number, len(prompts))
         require(text != "", f"{label} is empty: give the model something to continue")

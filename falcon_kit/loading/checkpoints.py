@@ -92,7 +92,9 @@ def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Check
             f"{name} is a file: give the folder that holds it, with its config.json and tokenizer, or a .gguf file"
         )
     if not short:
-        raise LookupError(f"the name is empty: give one of {', '.join(known)}, or a directory")
+        raise LookupError(
+            f"the name is empty: give one of {', '.join(each.name for each in catalogue())}, or a directory"
+        )
     if short not in known:
         check_directory(name)
         if "/" not in name:

@@ -1,8 +1,10 @@
 """The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ _REPLACED_ARGUMENTS = {
     "load_in_8bit": "give dtype='int8'",
     "quantization_config": "give dtype='int8', 'int4', 'nf4' or 'nf4-double'",
     "device": "give device_map, which takes a device too",
+    "attn_implementation": "call falcon.model.set_attn_implementation after loading",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
 }
 """What replaces the arguments of `from_pretrained` that `load` does not have."""
@@ -71,10 +74,19 @@ class LoadSettings:
         return None if self.chat is None else chat_format(self.chat)
 
 
+def check_name(name: Any) -> None:
+    """Raises TypeError for a name that is neither a text nor a path; for the run of `tune`, with what to give."""
+    if not isinstance(name, str | os.PathLike):
+        instead = ": give its .adapter" if hasattr(name, "adapter") else ""
+        raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
+
+
 def check_names(arguments: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `load` does not have, with the one to give instead."""
     for name in arguments:
-        replacement = _REPLACED_ARGUMENTS.get(name, "its arguments are in its documentation")
+        near = get_close_matches(name, [each.name for each in fields(LoadSettings)])
+        nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"
+        replacement = _REPLACED_ARGUMENTS.get(name, nearest)
         raise TypeError(f"load has no {name!r}: {replacement}")
 
 

@@ -27,7 +27,7 @@ from falcon_kit.generation.chat import ChatFormat, default_format, plain_templat
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import RECORD, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
-from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_names
+from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_name, check_names
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -82,9 +82,10 @@ def load(
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
     in a notebook `load` starts the processes and returns a `ParallelFalcon`.
-    Raises LookupError for an unknown name, ConnectionError, FileNotFoundError, ValueError for a checkpoint or settings
-    that cannot be used, and NotEnoughMemory before weights are fetched.
+    Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
+    checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
+    check_name(name)
     check_names(others)
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
@@ -93,8 +94,7 @@ def load(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(str(name), hub)
     planned, reason = _plan(found, settings, devices)
-    files = fetch(found)
-    return _read(found, files, settings, planned, reason)
+    return _read(found, fetch(found), settings, planned, reason)
 
 
 def _devices(settings: LoadSettings) -> tuple[Device, ...]:

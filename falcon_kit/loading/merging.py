@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
 from falcon_kit.display.reading import UNEXPECTED, named_errors
-from falcon_kit.display.saving import atomic_folder
+from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
@@ -179,8 +179,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
 
 def _check_replaceable(folder: Path) -> None:
     """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that."""
-    if folder.is_file():
-        raise NotADirectoryError(f"output_dir={str(folder)!r} is a file: give a folder")
+    check_folder(folder, "output_dir")
     content = sorted(folder.iterdir()) if folder.is_dir() else []
     other = [each.name for each in content if each.is_dir() or each.name == "adapter_config.json"]
     if content and (other or not (folder / "config.json").is_file()):

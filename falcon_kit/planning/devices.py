@@ -58,7 +58,8 @@ def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...
         raise ValueError(f"devices={devices!r} holds only offload targets: add a GPU or the CPU, which computes")
     if not checked or len(checked) < len(given):
         raise ValueError(
-            f"devices={devices!r} names no device: leave it out for this machine, or give '4x40GiB' or a list of Device"
+            f"devices={devices!r} names no device: leave it out for this machine, or give one text, such as "
+            "'2xA100-80GB' or '4x40GiB', or a list of Device"
         )
     return checked
 

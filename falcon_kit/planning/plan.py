@@ -9,6 +9,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
 from typing import TYPE_CHECKING, Any, get_args
 
 from falcon_kit.catalogue import memory
@@ -146,6 +148,15 @@ class Plan:
         return table + (html_table("What is fast", (), [("CPU", self.advice)]) if self.advice else "")
 
 
+def _check_names(unknown: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments that `plan` does not have, with the one to give instead."""
+    if unknown:
+        near = get_close_matches(next(iter(unknown)), signature(plan).parameters)
+        hint = f": did you mean {near[0]}?" if near else ""
+        hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else hint
+        raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
+
+
 def plan(
     name: str | os.PathLike[str] | FalconSpec,
     dtype: Any = "bfloat16",
@@ -171,9 +182,7 @@ def plan(
 
     Raises LookupError for an unknown model, ValueError for an argument out of range, and TypeError for an unknown one.
     """
-    if unknown:
-        hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else ""
-        raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
+    _check_names(unknown)
     shape = name if isinstance(name, FalconSpec) else spec(name)
     dtype = dtype_name(dtype)
     if purpose == "qlora" and dtype not in memory.QUANTISED:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from falcon_kit.display.errors import check_whole
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.machines import RENTED_FROM, rental
 from falcon_kit.planning.plan import Plan, plan
@@ -63,5 +64,6 @@ def requirements(name: str | os.PathLike[str], minutes: int, **arguments: Any) -
 
     name: as for `fk.plan`. minutes: the time on Falconet. arguments: of `fk.plan`, such as purpose="qlora".
     """
+    check_whole("minutes", minutes, 1)
     tiers = tuple(plan(model, devices=devices, **{**arguments, "dtype": dtype}) for model, dtype, devices in _TIERS)
     return Requirements(plan(name, **arguments), minutes, tiers)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
@@ -155,6 +155,7 @@ def proxy_for(address: str) -> str | None:
 def check_token(token: str | None) -> None:
     """Raises ValueError, without repeating it, for a key that no HTTP header can carry."""
     token = token or ""
+    require(isinstance(token, str), f"token is one text, the key of all replicas; got {type(token).__name__}")
     require(
         token == token.strip(),
         "the key begins or ends with a space or a line end: pass it without, as token=key.strip()",
@@ -186,7 +187,9 @@ def check_limits(timeout: float, deadline: float, retries: int, concurrency: int
 
 def check_urls(url: str | Sequence[str]) -> list[str]:
     """The URLs that `connect` is given. Raises ValueError for none, for one that is there twice, or as `check_url`."""
-    urls = [url] if isinstance(url, str) else list(url)
+    urls = list(url) if isinstance(url, Iterable) and not isinstance(url, str) else [url]
+    wrong = [type(each).__name__ for each in urls if not isinstance(each, str)]
+    require(not wrong, f"a URL is a text such as 'http://host:port/v1', or a list of texts; got {', '.join(wrong)}")
     require(0 < len(urls) == len(set(urls)), f"give a URL, or different URLs of replicas; got {len(urls)}")
     for each in urls:
         check_url(each)

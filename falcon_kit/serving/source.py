@@ -81,8 +81,8 @@ def source_of(model: Any) -> Source:
     found = find(str(model), _HUB)
     require(
         not found.gguf,
-        f"{model} is a GGUF file: serve what it holds, fk.serve(fk.load({str(model)!r})), or start llama-server -m "
-        "with it, and fk.connect to that",
+        f"{model} is a GGUF file: serve what it holds, fk.serve(fk.load({str(model)!r})), with dtype='q4_k_m' or "
+        "another kind to quantise it again, or start llama-server -m with it, and fk.connect to that",
     )
     return Source(str(model), found.spec, choose_dtype(None, found.config, found.spec)[0], found)
 
@@ -152,6 +152,6 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
 
 def _write_gguf(falcon: Falcon, source: Source, folder: Path, dtype: str) -> Files:
     path = export_gguf(falcon, folder / f"{source.short_name}.gguf", dtype)
-    again = f"fk.export_gguf(falcon, {path.name!r})"
+    again = f"fk.export_gguf(falcon, {path.name!r}{'' if dtype == falcon.dtype else f', {dtype!r}'})"
     note = f"{format_bytes(path.stat().st_size)}, exported for this server to a temporary folder"
     return Files(path, note, again, falcon.chat_format)

@@ -136,11 +136,18 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     stored = store(_documents(path, problems), FEATURES)
     if stored is None:
         reasons = _left_out(problems) or ": it is empty"
-        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}. A row has {FORMS}")
+        forms = "" if FORMS in reasons else f". A row has {FORMS}"
+        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
         warnings.warn(f"{len(problems)} rows of {_name(path)} are left out{_left_out(problems)}", stacklevel=2)
     table, folder = stored
     return Documents(table, problems, [folder])
+
+
+def check_documents(value: Any, function: str) -> None:
+    """Raises TypeError for anything but the documents that `dialogues` returns."""
+    if not isinstance(value, Documents):
+        raise TypeError(f"{function} takes what fk.dialogues returns: fk.dialogues({shown(value)})")
 
 
 def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryDirectory[str]] | None:
@@ -218,8 +225,9 @@ def mix(
     or rows with "text" or "content", such as a `datasets.Dataset`, streamed or not, read until there are enough; or a
     file or folder for `dialogues`. Those left out are in `.problems`. Without a `tokenizer`, lengths are compared in
     bytes of UTF-8.
-    Raises ValueError for a fraction out of range, or for too few web texts.
+    Raises ValueError for a fraction out of range, or for too few web texts, and TypeError for other dialogues.
     """
+    check_documents(dialogues, "fk.mix")
     _check_seed(seed)
     if not (is_number(web_fraction, 0, 1) and 0 < web_fraction < 1):
         raise ValueError(f"web_fraction={shown(web_fraction)} is not between 0 and 1: the model card's recipe is 0.05")
@@ -281,5 +289,9 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
 
 
 def _left_out(problems: Sequence[Problem]) -> str:
-    """The first problems, as the end of an error or a warning."""
-    return "".join(f"{'; ' if number else ': '}{each.where}: {each.reason}" for number, each in enumerate(problems[:3]))
+    """The first problems, as the end of an error or a warning: each reason once, after its places."""
+    places: dict[str, list[str]] = {}
+    for each in problems[:3]:
+        places.setdefault(each.reason, []).append(each.where)
+    text = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
+    return f": {text}" if text else ""

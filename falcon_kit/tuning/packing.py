@@ -22,7 +22,7 @@ from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
 from falcon_kit.model.losses import IGNORED
-from falcon_kit.tuning.data import Documents, Problem, store
+from falcon_kit.tuning.data import Documents, Problem, check_documents, store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,8 +175,10 @@ def pack(
     Conversations are rendered in the Falcon's chat format. A text longer than a row is continued in another one. A
     longer conversation is cut after an answer, or left out if its first answer does not fit; `Packed.problems` names
     both. `together=False`: one document to a row. Rows are filled first-fit, the longest documents first.
-    Raises ValueError for a context out of range, a tokenizer without an eos_token, or nothing to train on.
+    Raises ValueError for a context out of range, a tokenizer without an eos_token, or nothing to train on, and
+    TypeError for other documents than those of `dialogues`.
     """
+    check_documents(documents, "fk.pack")
     check_falcon(falcon)
     limit = context_limit(falcon.model.config)
     context = limit if context is None else context

@@ -36,7 +36,8 @@ def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tu
         return f"{steps}: the loss cannot be compared{_more_steps(len(losses), settings)}"
     line = f"{steps}: the {name} {_change(known)}"
     if known >= _LEAST_FALL:
-        return line
+        few = figures.get("exact answers after") == 0 and len(losses) < _ENOUGH_STEPS
+        return f"{line}, and no held-out answer is exact{_more_steps(len(losses), settings)}" if few else line
     before, after = (figures.get(f"exact answers {when}", 0.0) for when in ("before", "after"))
     if after - before >= _LEAST_FALL:
         return f"{line}, and {after:.0%} of the held-out answers are right, instead of {before:.0%}"

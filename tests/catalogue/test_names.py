@@ -191,3 +191,12 @@ def test_the_catalogue_needs_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
+def test_a_folder_above_the_model_is_answered_with_the_models(tmp_path: Path, file: str) -> None:
+    for name in ("adapter", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    with pytest.raises(FileNotFoundError, match=rf"Give {tmp_path}/adapter, which holds one\."):
+        spec(tmp_path)

@@ -177,6 +177,18 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("below", ["a", "x/a"])
+def test_a_file_above_the_path_is_named(tmp_path, writer, below):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(NotADirectoryError, match=r"file is a file; give a path in a folder"),
+        writer(tmp_path / "file" / below),
+    ):
+        pass
+    assert names(tmp_path) == ["file"]
+
+
 def test_a_place_of_the_wrong_kind_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (

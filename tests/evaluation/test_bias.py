@@ -70,8 +70,10 @@ def test_the_csv_of_crows_pairs_is_read(instruct, tmp_path):
 )
 def test_a_malformed_pair_is_named_by_file_and_line(instruct, tmp_path, row, problem):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=f"pairs.jsonl:1: {re.escape(problem)}"):
+    with pytest.raises(ValueError, match=f"pairs.jsonl:1: {re.escape(problem)}") as error:
         fk.bias(instruct, tmp_path / "pairs.jsonl")
+    form = json.loads(str(error.value).partition("A row is ")[2])
+    assert fk.bias(instruct, [form | {"counterpart": "other"}]).pairs
 
 
 def test_the_figure_has_a_line_at_one_half_and_a_row_for_each_axis(report):

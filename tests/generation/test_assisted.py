@@ -191,6 +191,28 @@ def test_several_texts_at_once_are_refused(instruct):
         instruct.generate(PROMPTS, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens must be a whole number from 1 to .*, got 0"),
+        ({"prompt_lookup_num_tokens": "3"}, "prompt_lookup_num_tokens must be a whole number from 1 to .*, got '3'"),
+        (
+            {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": -1},
+            "max_matching_ngram_size must be a whole number from 1 to .*, got -1",
+        ),
+        ({"assistant_model": "falconet"}, r"a loaded model, such as fk\.load\('falconet'\); got 'falconet'"),
+    ],
+)
+def test_a_draft_of_another_type_is_refused(instruct, settings, message):
+    with pytest.raises(ValueError, match=message):
+        instruct.generate(QUESTION, **settings)
+
+
+def test_two_drafts_at_once_are_refused(instruct, draft):
+    with pytest.raises(ValueError, match=r"assistant_model and prompt_lookup_num_tokens are two ways .*: give one"):
+        instruct.generate(QUESTION, assistant_model=draft, prompt_lookup_num_tokens=3)
+
+
 def test_a_draft_model_of_another_vocabulary_is_refused(instruct):
     other = small_model("40b", vocab_size=4096)
     with pytest.raises(ValueError, match="a vocabulary of 4096 tokens and the model one of 2048: choose"):

@@ -292,6 +292,13 @@ def test_a_max_length_that_the_prompt_fills_is_refused(instruct):
         instruct.generate(QUESTION, max_length=4)
 
 
+def test_generate_refuses_messages_and_names_what_takes_them(instruct):
+    messages = [{"role": "user", "content": "What do giraffes eat?"}]
+    with pytest.raises(ValueError, match="got a list with dict: chat and stream take messages"):
+        instruct.generate(messages)
+    assert instruct.chat(messages).text == "".join(piece.text for piece in instruct.stream(messages))
+
+
 @pytest.mark.parametrize("prompt", [None, 5, b"hello", ["hello", 5], [["hello"]]])
 def test_a_prompt_of_another_kind_is_refused(instruct, prompt):
     with pytest.raises(ValueError, match="a prompt is a text, a list of texts, or one list of token ids; got"):

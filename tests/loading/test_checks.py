@@ -1,6 +1,8 @@
 """Settings of `fk.load` that are refused, before anything is downloaded."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +58,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(device_map, monk
         fk.load("no/such/model", device_map=device_map)
 
 
+@pytest.mark.parametrize("name", [None, 40, b"falconet", ["falconet"]])
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(TypeError, match=f"load takes a name, directory or hub id, not a {type(name).__name__}"):
+        fk.load(name)
+
+
+def test_the_run_of_a_tuning_is_answered_with_its_adapter():
+    run = SimpleNamespace(adapter="runs/mine/adapter")
+    with pytest.raises(TypeError, match=r"not a SimpleNamespace: give its \.adapter"):
+        fk.load(run)
+
+
 @pytest.mark.parametrize(
     ("other", "instead"),
     [
@@ -63,11 +77,14 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(device_map, monk
         ("load_in_4bit", "give dtype='nf4'"),
         ("device", "give device_map"),
         ("trust_remote_code", "no code of a checkpoint is ever run"),
+        ("attn_implementation", "call falcon.model.set_attn_implementation after loading"),
+        ("devices", "did you mean device_map?"),
+        ("dtyp", "did you mean dtype?"),
         ("colour", "its arguments are in its documentation"),
     ],
 )
 def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):
-    with pytest.raises(TypeError, match=f"load has no '{other}': {instead}"):
+    with pytest.raises(TypeError, match=re.escape(f"load has no '{other}': {instead}")):
         fk.load("falconet", **{other: "x"})
 
 

@@ -181,6 +181,7 @@ def test_devices_of_ones_own_are_taken_as_they_are():
         ("0x40GiB", "0 x 40GiB has no memory"),
         ([], "devices=[] names no device: leave it out"),
         (4, "devices=4 names no device: leave it out"),
+        (["A100-80GB"] * 2, "give one text, such as '2xA100-80GB'"),
         ("1.5.5GiB", "Unknown devices '1.5.5GiB'"),
     ],
 )

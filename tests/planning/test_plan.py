@@ -327,6 +327,11 @@ def test_the_error_carries_the_plan_and_its_suggestions():
     [
         ({"dtype": "bf16"}, "dtype 'bf16' is not known: did you mean 'bfloat16'? Known: float32"),
         ({"dtype": "4bit"}, "did you mean 'nf4'?"),
+        ({"dtype": "INT8"}, "dtype 'INT8' is not known: did you mean 'int8'? Known: float32"),
+        ({"dtype": "half"}, "did you mean 'float16'?"),
+        ({"dtype": 4}, "dtype 4 is not known: did you mean 'int4'?"),
+        ({"dtype": "auto"}, "dtype 'auto' is not known. Known: float32, bfloat16"),
+        ({"dtype": None}, "nf4-double; for fk.load also auto."),
         ({"purpose": "training"}, "Unknown purpose 'training'"),
         ({"cache": "static"}, "Unknown cache 'static'. Known: grouped, transformers."),
         ({"context": 4096}, "context=4096 must be from 1 to 2048, the context of falcon-40b"),
@@ -343,7 +348,9 @@ def test_words_and_numbers_out_of_range_are_refused(arguments, message):
     ("arguments", "message"),
     [
         ({"rank": 8}, "plan has no argument rank: LoRA's rank is called r, as in PEFT's LoraConfig"),
-        ({"bach": 2}, "plan has no argument bach"),
+        ({"bach": 2}, "plan has no argument bach: did you mean batch?"),
+        ({"device": "L4"}, "plan has no argument device: did you mean devices?"),
+        ({"colour": 1}, "plan has no argument colour"),
     ],
 )
 def test_an_unknown_argument_is_refused_and_an_old_name_with_the_new_one(arguments, message):

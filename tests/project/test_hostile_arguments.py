@@ -31,6 +31,7 @@ TUNING += "save_steps seed"
 SHARES = "lora_alpha lora_dropout learning_rate warmup_ratio num_train_epochs max_grad_norm held_out"
 CHECKS = ("secrets", "personal_data", "control_tokens", "injection", "repetition")
 
+DRAFTED = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 1}
 WHOLE = {
     **{f"Sampling {name}": setting(fk.Sampling, name) for name in SAMPLING},
     **{f"Tuning {name}": setting(fk.Tuning, name) for name in TUNING.split()},
@@ -39,7 +40,12 @@ WHOLE = {
         f"plan {name}": lambda _, value, name=name: plan("falconet", **{name: value})
         for name in ("context", "batch", "r", "tensor_parallel")
     },
+    "requirements minutes": lambda _, value: fk.requirements("falconet", value),
     "load tensor_parallel": lambda _, value: fk.load("falconet", tensor_parallel=value),
+    **{
+        f"generate {name}": lambda falcon, value, name=name: falcon.generate(TEXT, **DRAFTED | {name: value})
+        for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size")
+    },
     "generate a token id": lambda falcon, value: falcon.generate([5, value], max_new_tokens=1),
     "ablate layer": lambda falcon, value: fk.ablate(falcon, TEXT, heads=[(value, 0)]),
     "ablate head": lambda falcon, value: fk.ablate(falcon, TEXT, heads=[(0, value)]),
@@ -237,3 +243,18 @@ def test_the_overlap_with_a_stop_string_is_the_longest_suffix_that_begins_one(te
 @given(st.integers() | st.floats() | st.text() | st.lists(st.integers()) | st.just(10**5000))
 def test_what_an_error_quotes_is_short(value):
     assert len(shown(value)) <= 60
+
+
+WRITERS = {
+    "evaluate": lambda falcon, path: fk.evaluate(falcon, text=TEXT, output_dir=path),
+    "tune": lambda falcon, path: fk.tune(falcon, DOCUMENTS, output_dir=path, max_steps=1, quiet=True),
+    "export_gguf": lambda falcon, path: fk.export_gguf(falcon, path),
+    "explain": lambda falcon, path: fk.explain(falcon, TEXT).to_html(path),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_path_in_a_file_is_refused_and_the_file_named(instruct, write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"below cannot be made: .*file is a file; give a path in a folder"):
+        write(instruct, tmp_path / "file" / "below")

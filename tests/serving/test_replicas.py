@@ -115,6 +115,19 @@ def test_replicas_have_different_urls(urls):
         fk.connect(urls)
 
 
+@pytest.mark.parametrize("url", [None, 8000, object(), ["http://127.0.0.1:9/v1", None]])
+def test_a_url_of_another_type_is_refused(url):
+    with pytest.raises(ValueError, match=r"a URL is a text such as .*; got (NoneType|int|object)"):
+        fk.connect(url)
+
+
+@pytest.mark.parametrize("token", [5, ["first", "second"], b"key"])
+def test_a_key_of_another_type_is_refused_without_showing_it(token):
+    with pytest.raises(ValueError, match=r"the key of all replicas; got (int|list|bytes)") as error:
+        fk.connect(["http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"], token=token)
+    assert "first" not in str(error.value)
+
+
 def test_the_key_of_the_hub_goes_to_no_replica_elsewhere(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_mine")
     hub = "https://api.huggingface.co/v1"

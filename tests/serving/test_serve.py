@@ -504,6 +504,7 @@ def test_llama_cpp_serves_fewer_bits_of_a_model_that_this_process_has_not_loaded
         assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
         assert served.plan.dtype == counted
         assert served.files.path.stat().st_size < instruct.weight_bytes * share
+        assert served.command.startswith(f"# fk.export_gguf(falcon, 'falconet-instruct.gguf', {dtype!r})\n")
 
 
 def test_a_gguf_file_is_refused_with_what_to_do(gguf, engine, instruct):

@@ -166,6 +166,26 @@ def test_only_bad_rows_are_an_error_that_names_them(tmp_path):
         fk.dialogues(written(tmp_path / "rows.jsonl", "{oops"))
 
 
+def test_columns_of_other_names_are_listed_once_with_the_names_to_give_them(tmp_path):
+    rows = [{"question": f"What is {number}?", "answer": "A number."} for number in range(5)]
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(ValueError, match="but 'question', 'answer': rename these") as error:
+        fk.dialogues(tmp_path / "rows.csv")
+    assert "rows.csv:2, rows.csv:3, rows.csv:4: it has none of" in str(error.value)
+    assert str(error.value).count("ShareGPT") == 1
+    table.columns = ["prompt", "completion"]
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    assert len(fk.dialogues(tmp_path / "rows.csv")) == 5
+
+
+@pytest.mark.parametrize("given", ["rows.jsonl", [{"text": "A giraffe."}], None])
+@pytest.mark.parametrize("use", [lambda given, _: fk.mix(given, ["Some text."]), fk.pack], ids=["mix", "pack"])
+def test_what_was_not_read_by_dialogues_is_refused_with_the_call_that_reads_it(instruct, use, given):
+    with pytest.raises(TypeError, match=r"takes what fk\.dialogues returns: fk\.dialogues\("):
+        use(given, instruct)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         fk.dialogues(tmp_path / "absent.jsonl")
@@ -270,7 +290,7 @@ def test_what_is_no_web_text_is_named_and_the_others_are_taken(falcon, kind):
 
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_stream_without_any_web_text_does_not_go_on_for_ever(kind):
-    with pytest.raises(ValueError, match="the first 100 rows have no web text: web text 1: it"):
+    with pytest.raises(ValueError, match="the first 100 rows have no web text: web text 1, web text 2, web text 3: it"):
         fk.mix(fk.dialogues([HI]), itertools.repeat(UNUSABLE[kind][0]))
 
 

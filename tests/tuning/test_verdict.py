@@ -56,6 +56,14 @@ def test_held_out_answers_that_became_right_are_learned_whatever_the_loss():
     )
 
 
+@pytest.mark.parametrize(("steps", "exact", "advised"), [(3, 0.0, True), (3, 0.5, False), (60, 0.0, False)])
+def test_few_steps_without_an_exact_answer_are_too_few_although_the_loss_fell(steps, exact, advised):
+    measured = figures(held_out_loss_before=4.0, held_out_loss_after=2.0) | {"exact answers after": exact}
+    said = verdict(losses(*[3.0] * steps), measured, SETTINGS, 28)
+    assert said.startswith(f"{steps} steps over 28 documents: the held-out loss fell by 50%")
+    assert ("no held-out answer is exact. Raise max_steps to 60 or more" in said) == advised
+
+
 @pytest.mark.parametrize(("after", "end"), [(2.05, "little or nothing is forgotten"), (3.0, "or train fewer steps")])
 def test_a_loss_on_web_text_that_rose_is_forgetting(after, end):
     said = verdict(losses(4.0, 1.0), figures(web_text_loss_before=2.0, web_text_loss_after=after), SETTINGS, 30)
