@@ -160,7 +160,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     if settings.offload == "disk" and files[0].suffix == ".bin":
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
     tokenizer = gguf_tokenizer(found.gguf) if found.gguf else _load_tokenizer(found.directory)
-    format = settings.chat_format or _trained_format(found, tokenizer)
+    format = settings.chat_format or trained_format(found, tokenizer)
     unmarked = tokenizer.chat_template in (None, plain_template(format.template))
     if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
         tokenizer.chat_template = format.template
@@ -195,7 +195,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """The chat format that an adapter was trained in, or the tokenizer's own, or the default."""
     for adapter in reversed(found.adapters):
         if trained := record(adapter).get("chat_format"):

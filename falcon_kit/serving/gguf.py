@@ -26,9 +26,8 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
-from falcon_kit.serving.gguf_kinds import FILE_TYPES, stored_bytes, tensor_bytes, tensor_kinds
+from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_bytes, tensor_bytes, tensor_kinds
 
-_ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progress bar
 
 
@@ -75,7 +74,7 @@ def write_gguf(
 def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> str:
     """The name in `FILE_TYPES`."""
     name = str(model.dtype if dtype == "auto" else dtype).strip().removeprefix("torch.").lower()
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     if name not in FILE_TYPES:
         raise ValueError(unknown_name("dtype", str(dtype), ["auto", *FILE_TYPES]))
     return name

@@ -9,8 +9,9 @@ from math import prod
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from falcon_kit.catalogue.gguf import stored_shapes
+from falcon_kit.catalogue.gguf import GGUFFile, stored_shapes
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import is_whole
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q4_0, Q5_0, Q5_1, Q8_0 = (GGMLQuantizationType[name] for name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0"))
@@ -30,6 +31,8 @@ FILE_TYPES = {
     "q2_k": (Q2_K, LlamaFileType.MOSTLY_Q2_K),
 }
 """llama.cpp's names: the kind of most matrices, and the number of the mixture in the file."""
+ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""torch's names for some of them."""
 _SMALL_BLOCKS = {Q2_K: Q4_0, Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 """What takes the place of a k-quant where the rows are no multiple of its 256 values."""
 
@@ -65,6 +68,13 @@ def tensor_kinds(spec: FalconSpec, name: str) -> dict[str, GGMLQuantizationType]
         tensor: F32 if len(shape) == 1 else _fitting(_wanted(tensor, spec, name), shape[-1])
         for tensor, shape in stored_shapes(spec).items()
     }
+
+
+def stored_dtype(file: GGUFFile) -> str:
+    """llama.cpp's name for the mixture in a file: that of its metadata, or else the kind of most bytes."""
+    number = file.metadata.get("general.file_type")
+    names = {each.value: each.name.lower().partition("_")[2] for each in LlamaFileType}
+    return (is_whole(number, 0) and names.get(number)) or next(iter(file.kinds)).lower()
 
 
 def stored_bytes(spec: FalconSpec, name: str) -> int:

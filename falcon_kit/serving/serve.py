@@ -30,6 +30,8 @@ from falcon_kit.serving.engines import (
     choose_engine,
     splits,
 )
+from falcon_kit.serving.file_plan import plan_file
+from falcon_kit.serving.gguf_kinds import ALIASES
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import Request, retry
@@ -85,7 +87,8 @@ class Served(Endpoint):
         return super().__repr__().replace("Endpoint", "Served", 1) + (f", which {ended}" if ended else "")
 
     def _facts(self) -> dict[str, str]:
-        files = {"files": self.files.note, "made by": self.files.again} if self.files.again else {}
+        files = {"files": self.files.note, "made by": self.files.again}
+        files = {name: value for name, value in files.items() if value}
         state = {"state": self._process.ended or "running", "memory": self.plan.verdict()}
         return super()._facts() | state | files | {"on a machine of its own": self.command.splitlines()[-1]}
 
@@ -106,10 +109,12 @@ def serve(
     """Starts a server with a Falcon on this machine, waits until it is ready, and returns its endpoint.
 
     model: a Falcon, with the weights that it has in memory; a run of `fk.tune`; or a name as for `fk.load`, which
-    needs no memory in this process except to merge an adapter or to export a GGUF file.
+    needs no memory in this process except to merge an adapter or to export a GGUF file. llama.cpp reads a .gguf file
+    as it is, without a copy.
     engine: "vllm", "llama.cpp", "transformers", or the path of a program `vllm`, `llama-server` or `transformers` in
     another environment. "auto": the fastest one that is installed and supports the layout.
-    dtype: unset, that of the Falcon, or the one that `fk.load` would choose; with llama.cpp also "q8_0" or "q4_k_m".
+    dtype: unset, that of the Falcon or the .gguf file, or the one that `fk.load` would choose; with llama.cpp also
+    "q8_0" or "q4_k_m", but a .gguf file keeps its own.
     context: tokens per text; unset, the model's. texts: texts at a time. gpus: for vLLM, the number of GPUs; unset, as
     few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
     port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
@@ -124,8 +129,10 @@ def serve(
     require(is_number(timeout, 0, 1e9) and timeout > 0, f"timeout={shown(timeout)} must be above 0, and at most 1e9")
     own_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
     source = source_of(model)
-    kind, program = choose_engine(str(engine), source.spec, resolve_devices(None)[0].key != "cpu")
-    dtype = _check_dtype(kind, source.dtype if dtype == "auto" else dtype)
+    wanted = "llama.cpp" if source.file and engine == "auto" else str(engine)
+    kind, program = choose_engine(wanted, source.spec, resolve_devices(None)[0].key != "cpu")
+    _check_reads(kind, source)
+    dtype = _check_dtype(kind, source, dtype)
     planned = _plan(source, kind, dtype, context or source.spec.context, texts, gpus)
     port, key = free_port(port), secrets.token_urlsafe(32)
     process = LocalProcess(key)
@@ -169,10 +176,27 @@ def _served(
     )
 
 
-def _check_dtype(engine: Engine, dtype: str) -> str:
-    """The dtype, if the engine computes with it."""
+def _check_reads(engine: Engine, source: Source) -> None:
+    """Raises ValueError for a GGUF file that the engine does not read."""
+    require(
+        not source.file or engine.reads_gguf,
+        f"{engine.name} does not serve the GGUF file {source.name}: leave engine out, and llama.cpp reads it as it is, "
+        f"or serve its weights dequantised, fk.serve(fk.load({source.name!r}), engine)",
+    )
+
+
+def _check_dtype(engine: Engine, source: Source, dtype: str) -> str:
+    """The dtype, if the engine computes with it and a GGUF file has it."""
+    dtype = source.dtype if dtype == "auto" else dtype
     name = dtype.removeprefix("torch.").lower()
+    if source.file and ALIASES.get(name, name) == source.dtype:
+        return source.dtype
     require(name in engine.dtypes, unknown_name(f"dtype for {engine.name}:", dtype, engine.dtypes))
+    require(
+        not source.file,
+        f"dtype={dtype!r}: the weights of {source.name} are in {source.dtype}, and the file is served as it is: leave "
+        f"dtype out, or serve another file of them, fk.serve(fk.load({source.name!r}), 'llama.cpp', dtype={dtype!r})",
+    )
     return name
 
 
@@ -185,7 +209,10 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
     counts = range(1, len(devices) + 1) if gpus is None else [gpus]
     weights = QUANTISED.get(dtype, dtype)
     for count in counts:
-        planned = plan(source.spec, weights, context, texts, devices=devices[:count])
+        if source.file:
+            planned: Plan = plan_file(source.file, context, texts, devices[:count])
+        else:
+            planned = plan(source.spec, weights, context, texts, devices=devices[:count])
         if planned.fits:
             return planned
     raise NotEnoughMemory(planned, _shortage(source, planned))

@@ -1,7 +1,8 @@
 """The model that `serve` is given, as the files that a server reads.
 
 A Falcon counts with the weights that it has in memory, so they are saved. A name counts as its files: those of a
-checkpoint in safetensors are read where they are; an adapter is merged first, since no server here adds one to Falcon.
+checkpoint in safetensors and a GGUF file are read where they are; an adapter is merged first, since no server here
+adds one to Falcon.
 """
 
 import gc
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
@@ -20,11 +22,13 @@ from falcon_kit.generation.chat import ChatFormat, default_format, save_tokenize
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import choose_dtype, load
+from falcon_kit.loading.gguf import gguf_tokenizer
+from falcon_kit.loading.load import choose_dtype, load, trained_format
 from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.gguf import export_gguf
+from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
 
@@ -38,8 +42,13 @@ class Source:
     spec: FalconSpec
     """Its shape."""
     dtype: str
-    """The dtype in which `fk.load` has, or would have, its weights."""
+    """The dtype in which `fk.load` has, or would have, its weights; of a GGUF file llama.cpp's name for its own."""
     model: Falcon | Checkpoint
+
+    @property
+    def file(self) -> GGUFFile | None:
+        """The GGUF file that llama.cpp reads as it is, if the model is one."""
+        return self.model.gguf if isinstance(self.model, Checkpoint) and not self.model.adapters else None
 
     @property
     def short_name(self) -> str:
@@ -54,7 +63,7 @@ class Files:
     path: Path
     """The checkpoint's folder, or the GGUF file."""
     note: str
-    """Its size, if it was written for the server."""
+    """Its size, if it is one file or was written for the server, and where it is; else empty."""
     again: str
     """The call that makes it on another machine; empty if that machine needs no more than the model's name."""
     chat_format: ChatFormat
@@ -79,12 +88,8 @@ def source_of(model: Any) -> Source:
             f"{type(model).__name__}"
         )
     found = find(str(model), _HUB)
-    require(
-        not found.gguf,
-        f"{model} is a GGUF file: serve what it holds, fk.serve(fk.load({str(model)!r})), with dtype='q4_k_m' or "
-        "another kind to quantise it again, or start llama-server -m with it, and fk.connect to that",
-    )
-    return Source(str(model), found.spec, choose_dtype(None, found.config, found.spec)[0], found)
+    own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
+    return Source(str(model), found.spec, own or choose_dtype(None, found.config, found.spec)[0], found)
 
 
 def _check_savable(falcon: Falcon) -> None:
@@ -102,6 +107,8 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
     dtype: of the weights in a GGUF file. Raises OSError where the disk has no room, and what loading and merging raise.
     """
     found = source.model
+    if source.file:
+        return _as_it_is(source.file, found)
     if not gguf and isinstance(found, Checkpoint) and not found.adapters:
         weights = fetch(found)
         check_weights(found, weights)
@@ -117,10 +124,14 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
             torch.cuda.empty_cache()
 
 
+def _as_it_is(file: GGUFFile, found: Checkpoint) -> Files:
+    tokenizer = gguf_tokenizer(file)
+    note, format = f"{format_bytes(file.path.stat().st_size)}, read as it is", trained_format(found, tokenizer)
+    return Files(file.path.absolute(), note, "", format, tokenizer.chat_template is not None)
+
+
 def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
-    """Whether other programs read a checkpoint: no pickles, no GGUF file, and no config of 2023."""
-    if found.gguf:
-        return False
+    """Whether other programs read a checkpoint: no pickles, and no config of 2023."""
     current = read_json(found.directory / "config.json").get("model_type") == "falcon"
     return current and weights[0].suffix == ".safetensors"
 
