@@ -9,7 +9,7 @@ from falcon_kit.planning.placement import Part
 from falcon_kit.planning.plan import Plan, plan
 from falcon_kit.serving.gguf_kinds import stored_bytes, stored_dtype
 
-_STORED = {"layers": "blk.", "embedding and head": ("token_embd.", "output."), "last LayerNorm": "output_norm."}
+_STORED = {"layers": ("blk.",), "embedding and head": ("token_embd.", "output."), "last LayerNorm": ("output_norm.",)}
 """The first letters of llama.cpp's tensors, by the part of a plan that they are."""
 _COMPUTED = "float16"
 """llama.cpp's dtype of keys and values, whatever the file has."""

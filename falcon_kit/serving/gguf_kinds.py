@@ -6,6 +6,7 @@ is no multiple of 256: there the older kind with the next more bits takes its pl
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
@@ -72,9 +73,9 @@ def tensor_kinds(spec: FalconSpec, name: str) -> dict[str, GGMLQuantizationType]
 
 def stored_dtype(file: GGUFFile) -> str:
     """llama.cpp's name for the mixture in a file: that of its metadata, or else the kind of most bytes."""
-    number = file.metadata.get("general.file_type")
+    number: Any = file.metadata.get("general.file_type")
     names = {each.value: each.name.lower().partition("_")[2] for each in LlamaFileType}
-    return (is_whole(number, 0) and names.get(number)) or next(iter(file.kinds)).lower()
+    return names.get(number if is_whole(number, 0) else -1) or next(iter(file.kinds)).lower()
 
 
 def stored_bytes(spec: FalconSpec, name: str) -> int:

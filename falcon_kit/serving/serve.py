@@ -109,12 +109,10 @@ def serve(
     """Starts a server with a Falcon on this machine, waits until it is ready, and returns its endpoint.
 
     model: a Falcon, with the weights that it has in memory; a run of `fk.tune`; or a name as for `fk.load`, which
-    needs no memory in this process except to merge an adapter or to export a GGUF file. llama.cpp reads a .gguf file
-    as it is, without a copy.
+    needs no memory in this process except to merge an adapter or to export a GGUF file. A .gguf is read as it is.
     engine: "vllm", "llama.cpp", "transformers", or the path of a program `vllm`, `llama-server` or `transformers` in
     another environment. "auto": the fastest one that is installed and supports the layout.
-    dtype: unset, that of the Falcon or the .gguf file, or the one that `fk.load` would choose; with llama.cpp also
-    "q8_0" or "q4_k_m", but a .gguf file keeps its own.
+    dtype: unset, that of the Falcon or .gguf, or the one `fk.load` would choose; with llama.cpp also "q8_0", "q4_k_m".
     context: tokens per text; unset, the model's. texts: texts at a time. gpus: for vLLM, the number of GPUs; unset, as
     few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
     port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
@@ -129,9 +127,7 @@ def serve(
     require(is_number(timeout, 0, 1e9) and timeout > 0, f"timeout={shown(timeout)} must be above 0, and at most 1e9")
     own_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
     source = source_of(model)
-    wanted = "llama.cpp" if source.file and engine == "auto" else str(engine)
-    kind, program = choose_engine(wanted, source.spec, resolve_devices(None)[0].key != "cpu")
-    _check_reads(kind, source)
+    kind, program = _choose_engine(str(engine), source)
     dtype = _check_dtype(kind, source, dtype)
     planned = _plan(source, kind, dtype, context or source.spec.context, texts, gpus)
     port, key = free_port(port), secrets.token_urlsafe(32)
@@ -176,13 +172,16 @@ def _served(
     )
 
 
-def _check_reads(engine: Engine, source: Source) -> None:
-    """Raises ValueError for a GGUF file that the engine does not read."""
+def _choose_engine(wanted: str, source: Source) -> tuple[Engine, list[str]]:
+    """As `choose_engine`; for a GGUF file "auto" is llama.cpp, and an engine that does not read it a ValueError."""
+    wanted = "llama.cpp" if source.file and wanted == "auto" else wanted
+    engine, program = choose_engine(wanted, source.spec, resolve_devices(None)[0].key != "cpu")
     require(
         not source.file or engine.reads_gguf,
         f"{engine.name} does not serve the GGUF file {source.name}: leave engine out, and llama.cpp reads it as it is, "
-        f"or serve its weights dequantised, fk.serve(fk.load({source.name!r}), engine)",
+        f"or serve its weights dequantised, fk.serve(fk.load({source.name!r}), {wanted!r})",
     )
+    return engine, program
 
 
 def _check_dtype(engine: Engine, source: Source, dtype: str) -> str:

@@ -107,7 +107,7 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
     dtype: of the weights in a GGUF file. Raises OSError where the disk has no room, and what loading and merging raise.
     """
     found = source.model
-    if source.file:
+    if isinstance(found, Checkpoint) and source.file:
         return _as_it_is(source.file, found)
     if not gguf and isinstance(found, Checkpoint) and not found.adapters:
         weights = fetch(found)
