@@ -119,12 +119,13 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     """Documents to fine-tune on, read from a file, a folder, several of them, or a list of rows.
 
     Rows may be a `datasets.Dataset` or a pandas DataFrame too. Each has "messages" (role and content), "conversations"
-    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "input" (Baize: `[|Human|]` and
-    `[|AI|]`), or "text" or "content"; the first that it has is taken. Its "system" becomes the system message, the
-    pairs of "history" the earlier turns, and an answer with "weight" 0 is only read. A row with tools, images,
-    reasoning or another weight is left out, as is a node of a tree (OASST). A last message of the user without an
-    answer is dropped. `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the
-    first line. `.txt`: documents between blank lines, in Baize form or plain.
+    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "question" and "answer" (as for
+    `fk.evaluate`), "input" (Baize: `[|Human|]` and `[|AI|]`), or "text" or "content"; the first that it has is taken.
+    Its "system" becomes the system message, the pairs of "history" the earlier turns, and an answer with "weight" 0 is
+    only read. A row with tools, images, reasoning, choices or another weight is left out, as is a node of a tree
+    (OASST). A last message of the user without an answer is dropped. `.json` and `.jsonl`: an array, a row a line, or
+    indented rows. `.csv` and `.tsv`: names in the first line. `.txt`: documents between blank lines, in Baize form or
+    plain.
 
     Warns of rows that cannot be used and lists them in `.problems`. Raises FileNotFoundError for a path that does not
     exist, and ValueError where no row can be used, or for a file in UTF-16.
