@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, 
 from datasets.arrow_writer import ArrowWriter
 
 from falcon_kit.display.errors import check_whole, is_number, plain_scalar, shown
-from falcon_kit.display.tables import html_table
+from falcon_kit.display.tables import counted, html_table
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
 
@@ -97,9 +97,9 @@ class Documents(Sequence[dict[str, Any]]):
         return len(self) - sum(batch.column("text").null_count for batch in batches)
 
     def __repr__(self) -> str:
-        left = f"; {len(self.problems)} rows left out, see .problems" if self.problems else ""
+        left = f"; {counted(len(self.problems), 'row')} left out, see .problems" if self.problems else ""
         texts = self.texts
-        return f"Documents({len(self) - texts:,} conversations, {texts:,} texts{left})"
+        return f"Documents({counted(len(self) - texts, 'conversation')}, {counted(texts, 'text')}{left})"
 
     def _repr_html_(self) -> str:
         begins = [
@@ -140,7 +140,8 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
         forms = "" if FORMS in reasons else f". A row has {FORMS}"
         raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
-        warnings.warn(f"{len(problems)} rows of {_name(path)} are left out{_left_out(problems)}", stacklevel=2)
+        which = f"{counted(len(problems), 'row')} of {_name(path)} {'is' if len(problems) == 1 else 'are'}"
+        warnings.warn(f"{which} left out{_left_out(problems)}", stacklevel=2)
     table, folder = stored
     return Documents(table, problems, [folder])
 

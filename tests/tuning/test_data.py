@@ -314,7 +314,7 @@ def test_numbers_of_numpy_split_and_mix_like_pythons():
 def test_the_picture_of_documents_reads_no_text(monkeypatch):
     read = fk.dialogues([HI, {"text": "One."}, {"text": "Two."}])
     monkeypatch.setattr("datasets.Dataset.__getitem__", lambda *_: pytest.fail("a column was read"))
-    assert repr(read) == "Documents(1 conversations, 2 texts)"
+    assert repr(read) == "Documents(1 conversation, 2 texts)"
 
 
 def test_parts_of_documents_count_their_own_texts():
