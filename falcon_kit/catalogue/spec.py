@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from falcon_kit.display.errors import printable, require
-from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.display.tables import counted, format_bytes, html_table
 
 SPECIAL_TOKENS = tuple(
     ">>TITLE<< >>ABSTRACT<< >>INTRODUCTION<< >>SUMMARY<< >>COMMENT<< >>ANSWER<< >>QUESTION<< >>DOMAIN<< >>PREFIX<< "
@@ -201,7 +201,7 @@ class FalconSpec:
 
     def __repr__(self) -> str:
         heads = f"{self.query_heads} query / {self.kv_heads} KV heads"
-        return f"FalconSpec({self.name!r}, {self.parameters:,} parameters, {self.layers} layers, {heads})"
+        return f"FalconSpec({self.name!r}, {self.parameters:,} parameters, {counted(self.layers, 'layer')}, {heads})"
 
     def _repr_html_(self) -> str:
         return html_table(self.name, (), self.facts().items())

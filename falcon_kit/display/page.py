@@ -22,6 +22,7 @@ from typing import Any
 
 from falcon_kit.display.figure import PALETTE
 from falcon_kit.display.saving import write_text
+from falcon_kit.display.tables import counted
 
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufe0e\ufe0f\u034f"  # invisible letters and marks
 
@@ -57,7 +58,7 @@ class Page:
             raise ValueError("'</' in a view's script or style could close its element: write '<\\/' instead")
 
     def __repr__(self) -> str:
-        return f"Page({visible(self.title)!r}, {len(self.body):,} characters)"
+        return f"Page({visible(self.title)!r}, {counted(len(self.body), 'character')})"
 
     @property
     def scope(self) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 
@@ -28,11 +29,11 @@ def atomic_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
     """Yields a temporary path to write to. It is renamed to `path` at the end of the block, or removed on an error.
 
     size: bytes to write, checked against the free disk space first. Raises FileNotFoundError for a missing folder,
-    NotADirectoryError if a folder above is a file, IsADirectoryError if `path` is a folder, and OSError if the disk has
-    too little space.
+    NotADirectoryError if a folder above is a file, IsADirectoryError if `path` is a folder, PermissionError if nothing
+    can be written there, and OSError if the disk has too little space.
     """
     path = Path(path).expanduser()
-    _check_parents(path)
+    _check_parents(path, path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} in: make it first")
     if path.is_dir():
@@ -54,10 +55,12 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     """Yields an empty temporary folder. It is renamed to `path` at the end of the block, or removed on an error.
 
     An existing folder at `path` stays unchanged until then; afterwards it is deleted with its content. Raises
-    NotADirectoryError if `path` or a folder above it is a file, and OSError if the disk has too little space.
+    NotADirectoryError if `path` or a folder above it is a file, PermissionError if nothing can be written there, and
+    OSError if the disk has too little space.
     """
     path = Path(path).expanduser()
     check_folder(path)
+    _check_parents(path, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(path, size)
     _remove_leftovers(path)
@@ -124,20 +127,37 @@ def check_disk_space(path: Path, size: int) -> None:
 
 
 def check_folder(path: Path, label: str = "") -> None:
-    """Raises NotADirectoryError where a folder cannot be, because it or a folder above it is a file.
+    """Raises NotADirectoryError where a folder cannot be, because it or a folder above it is a file, and
+    PermissionError for a new folder where nothing can be written.
 
     label: the argument that the error names before the path.
     """
-    if path.exists() and not path.is_dir():
-        shown = f"{label}={str(path)!r}" if label else path
+    shown = f"{label}={str(path)!r}" if label else path
+    if not path.exists():
+        _check_parents(path, shown)
+    elif not path.is_dir():
         raise NotADirectoryError(f"{shown} is a file: give a folder")
-    _check_parents(path)
 
 
-def _check_parents(path: Path) -> None:
-    file = next((each for each in path.absolute().parents if each.is_file()), None)
-    if file is not None:
-        raise NotADirectoryError(f"{path} cannot be made: {file} is a file; give a path in a folder")
+def _check_parents(path: Path, shown: object) -> None:
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {above} is a file; give a path in a folder")
+    check_writable(above, shown)
+
+
+def check_writable(folder: Path, shown: object) -> None:
+    """Raises PermissionError that names `shown` where no file can be made in an existing folder.
+
+    A file is made there and removed: permissions alone do not tell for root, or for a disk mounted read-only.
+    """
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(
+            f"{shown} cannot be written: no file can be made in {folder} ({error.strerror}); give a path in a folder "
+            "of your own, such as one in your home folder"
+        ) from None
 
 
 def _synchronise(path: Path) -> None:

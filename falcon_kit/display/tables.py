@@ -1,4 +1,4 @@
-"""Byte counts as text, alone and in a column of one unit, and HTML tables."""
+"""Counts as text, byte counts alone and in a column of one unit, and HTML tables."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -6,6 +6,11 @@ from html import escape
 from falcon_kit.display.errors import printable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 token", "2,048 tokens". plural: where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def format_bytes(count: float) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.display.tables import html_table
+from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
@@ -107,7 +107,8 @@ class BiasReport:
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)
-        return f"BiasReport({self.model}, {len(self.pairs)} pairs; the stereotype is more likely: {shares}. {_LIMITS})"
+        pairs = counted(len(self.pairs), "pair")
+        return f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares}. {_LIMITS})"
 
     def _repr_html_(self) -> str:
         rows = [self._row(axis) for axis in self.axes]

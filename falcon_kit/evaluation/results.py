@@ -138,7 +138,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         cells = [
-            (row["name"], row["metric"], f"{row['value']:.4g}", _interval(row), f"{row['count']:,}", *_beside(row))
+            (row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", *_beside(row))
             for row in self.rows()
             if row["metric"] not in ("per_byte", "per_word")
         ]
@@ -149,8 +149,10 @@ def _row(name: str, metric: str, estimate: Estimate, count: int) -> dict[str, An
     return {"name": name, "metric": metric, **asdict(estimate), "count": count}
 
 
-def _interval(row: Mapping[str, Any]) -> str:
-    return "" if math.isnan(row["low"]) else f"{row['low']:.4g} to {row['high']:.4g}"
+def _estimate(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The cells of a value and of its interval."""
+    value, low, high = Estimate(row["value"], row["low"], row["high"]).texts()
+    return value, f"{low} to {high}" if low else ""
 
 
 def _beside(row: Mapping[str, Any]) -> tuple[str]:

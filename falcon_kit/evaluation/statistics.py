@@ -16,6 +16,7 @@ import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)
 """Half the width of a 95% interval, in standard errors."""
+_MOST_DECIMALS = 6
 _ALL_FLIPS = 12  # differences up to which every combination of signs is tried
 _FLIPS = 10_000
 
@@ -32,9 +33,18 @@ class Estimate:
     """The upper end of the interval."""
 
     def __str__(self) -> str:
+        value, low, high = self.texts()
+        return f"{value} ({low} to {high})" if low else f"{value} (no interval)"
+
+    def texts(self) -> tuple[str, str, str]:
+        """The value and the ends with the digits that the interval carries, two of its width; "" for ends of nan."""
         if math.isnan(self.low):
-            return f"{self.value:.4g} (no interval)"
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+            return f"{self.value:.4g}", "", ""
+        width = self.high - self.low
+        decimals = max(0, 1 - math.floor(math.log10(width))) if 0 < width < math.inf else _MOST_DECIMALS + 1
+        form = f"z.{decimals}f" if decimals <= _MOST_DECIMALS else "z.4g"  # z: no -0
+        value, low, high = (format(each, form) for each in (self.value, self.low, self.high))
+        return value, low, high
 
     def transformed(self, function: Callable[[float], float]) -> Estimate:
         """The estimate of an increasing function of the value."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.tables import counted
 from falcon_kit.evaluation.statistics import Estimate, mean
 
 if TYPE_CHECKING:
@@ -44,4 +45,4 @@ class TaskResult:
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} {self.estimate(name)}" for name in self.metrics)
-        return f"TaskResult({self.task}, {len(self.items)} items: {values})"
+        return f"TaskResult({self.task}, {counted(len(self.items), 'item')}: {values})"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.errors import is_encodable, require, unknown_name
+from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
 _FOLDER = Path(__file__).parent / "tasks"
@@ -68,7 +69,8 @@ class Task:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __repr__(self) -> str:
-        return f"Task({self.name}, {len(self.items)} {'multiple-choice' if self.is_choice else 'generation'} items)"
+        kind = "multiple-choice item" if self.is_choice else "generation item"
+        return f"Task({self.name}, {counted(len(self.items), kind)})"
 
 
 def shipped_task(name: str) -> Task:

@@ -20,7 +20,7 @@ def exercise_1(token: str, session: Any) -> str:
         expect(token != highest.text, "That is the most probable token: a log-probability of 0 is certain.")
         found = sorted(each.logprob for each in tokens if each.text == token)
         expect(found, f"{token!r} is no token of the last answer.")
-        expect(False, f"{sum(each.logprob < found[0] for each in tokens)} tokens have a lower probability.")
+        expect(False, f"Tokens with a lower probability: {sum(each.logprob < found[0] for each in tokens)}.")
     instead = next(text for text, _ in lowest.alternatives if text != token)
     return f"At this position {instead!r} was the most probable of the other tokens."
 

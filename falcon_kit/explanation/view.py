@@ -10,6 +10,7 @@ import anywidget
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, text_html
+from falcon_kit.display.tables import counted
 from falcon_kit.explanation.parts import Part, head_part, layer_part, route_part, text_part
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
@@ -43,7 +44,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         self.on_msg(self._on_message)
 
     def __repr__(self) -> str:
-        return f"Explanation({self._inspected.spec.name}, {len(self.ids)} tokens)"
+        return f"Explanation({self._inspected.spec.name}, {counted(len(self.ids), 'token')})"
 
     @property
     def text(self) -> str:

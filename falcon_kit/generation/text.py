@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from falcon_kit.display.tables import format_bytes
+from falcon_kit.display.tables import counted, format_bytes
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
 
@@ -132,8 +132,9 @@ class Stats:
     def __str__(self) -> str:
         cache = "" if self.cache_bytes is None else f"; KV cache {format_bytes(self.cache_bytes)}"
         return (
-            f"{self.prompt_tokens} prompt tokens, first token after {self.first_token_seconds * 1000:.0f} ms; "
-            f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
+            f"{counted(self.prompt_tokens, 'prompt token')}, "
+            f"first token after {self.first_token_seconds * 1000:.0f} ms; "
+            f"{counted(self.new_tokens, 'new token')} at {self.decode_tokens_per_second:.0f} tokens/s{cache}"
         )
 
 
@@ -164,12 +165,12 @@ class Generation:
 
     def __repr__(self) -> str:
         short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        count = f"{len(self.tokens)} tokens, " if self.tokens else ""
+        count = f"{counted(len(self.tokens), 'token')}, " if self.tokens else ""
         return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space
-        drafts = "" if self.accepted is None else f"; {self.accepted} tokens accepted from drafts"
+        drafts = "" if self.accepted is None else f"; {counted(self.accepted, 'token')} accepted from drafts"
         facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
         return (
             f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'

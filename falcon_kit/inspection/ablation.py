@@ -19,7 +19,7 @@ from torch import Tensor
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.page import percent
-from falcon_kit.display.tables import html_table
+from falcon_kit.display.tables import counted, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, next_candidates, predict
@@ -73,7 +73,7 @@ class Ablation(TextResult):
         first, second = self.next_before[0], self.next_after[0]
         bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
         return (
-            f"Ablation({len(self.heads)} heads: {bits}next {first.text!r} {percent(first.probability)} to "
+            f"Ablation({counted(len(self.heads), 'head')}: {bits}next {first.text!r} {percent(first.probability)} to "
             f"{second.text!r} {percent(second.probability)})"
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from falcon_kit.display.errors import check_whole, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.page import HasPage, Page
-from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
@@ -131,8 +131,9 @@ class AttentionView(TextResult, Measurements, HasPage):
 
     def __repr__(self) -> str:
         layers, heads = self.head_similarity.shape[:2]
-        kept = f"{len(self.maps)} maps of {format_bytes(sum(each.nbytes for each in self.maps.values()))}"
-        return f"AttentionView({printable(self.spec.name)}, {len(self.ids)} tokens, {layers} x {heads} heads, {kept})"
+        kept = f"{counted(len(self.maps), 'map')} of {format_bytes(sum(each.nbytes for each in self.maps.values()))}"
+        tokens = counted(len(self.ids), "token")
+        return f"AttentionView({printable(self.spec.name)}, {tokens}, {layers} x {heads} heads, {kept})"
 
     def _repr_html_(self) -> str:
         rows = [

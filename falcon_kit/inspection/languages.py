@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_kit.catalogue.names import embedded_name
 from falcon_kit.display.errors import printable
 from falcon_kit.display.page import HasPage, Page
+from falcon_kit.display.tables import counted
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.tokens import TokenView, fast_tokenizer, missing_bytes, tokens
 from falcon_kit.inspection.views.tokens import comparison_page
@@ -152,7 +153,9 @@ class TokenReport(HasPage):
         return pd.DataFrame(rows).set_index("name")
 
     def __repr__(self) -> str:
-        return f"TokenReport({printable(self.tokenizer)}, {self.vocabulary:,} tokens, {len(self.rows)} texts)"
+        return (
+            f"TokenReport({printable(self.tokenizer)}, {self.vocabulary:,} tokens, {counted(len(self.rows), 'text')})"
+        )
 
     def _ordered(self) -> list[str]:
         """The names of the texts by parity, lowest first; texts without a parity come last."""

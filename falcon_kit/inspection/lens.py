@@ -27,7 +27,7 @@ from torch import Tensor
 
 from falcon_kit.display.errors import check_whole, is_whole, printable, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
-from falcon_kit.display.tables import html_table
+from falcon_kit.display.tables import counted, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import (
@@ -83,9 +83,8 @@ class LensView(TextResult, Predictions, HasPage):
     @property
     def _summary(self) -> str:
         """The number of tokens and the mean surprisal, as text."""
-        if len(self.ids) == 1:
-            return "1 token"
-        return f"{len(self.ids)} tokens, {np.mean(self.surprisal[1:]):.2f} bits per token"
+        tokens = counted(len(self.ids), "token")
+        return tokens if len(self.ids) == 1 else f"{tokens}, {np.mean(self.surprisal[1:]):.2f} bits per token"
 
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """The most likely tokens after the token at `position`, most likely first."""

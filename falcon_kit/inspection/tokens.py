@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import HasPage, Page
+from falcon_kit.display.tables import counted
 from falcon_kit.generation.control_tokens import encoding
 from falcon_kit.inspection.plots import tokens as plots
 from falcon_kit.inspection.views.tokens import tokens_page
@@ -101,9 +102,10 @@ class TokenView(HasPage):
     def __repr__(self) -> str:
         special, lost = sum(token.special for token in self.tokens), sum(map(len, self.lost.values()))
         return (
-            f"TokenView({len(self.tokens):,} tokens, {len(self.text):,} characters, {len(self.text.encode()):,} bytes"
+            f"TokenView({counted(len(self.tokens), 'token')}, {counted(len(self.text), 'character')}, "
+            f"{counted(len(self.text.encode()), 'byte')}"
             + (f", {special:,} special" if special else "")
-            + (f", {lost:,} bytes lost" if lost else "")
+            + (f", {counted(lost, 'byte')} lost" if lost else "")
             + ")"
         )
 

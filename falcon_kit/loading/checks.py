@@ -13,6 +13,7 @@ from transformers import CompileConfig, FalconForCausalLM
 
 from falcon_kit.catalogue.memory import QUANTISED, dtype_name
 from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.saving import check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.loading.checkpoints import Checkpoint
@@ -165,6 +166,7 @@ def check_adapters(found: Checkpoint, offload: str | None) -> None:
 
 def check_disk(folder: Path, needed: int) -> None:
     """Raises OSError where the disk has no room for offloaded weights of `needed` bytes."""
+    check_folder(folder, "offload_folder")
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:

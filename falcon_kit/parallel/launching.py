@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
-from falcon_kit.display.tables import format_bytes, html_table
+from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt
@@ -230,7 +230,7 @@ class ParallelFalcon:
 
     def __repr__(self) -> str:
         devices = ", ".join(dict.fromkeys(rank.device for rank in self.ranks))
-        state = "closed" if self._workers.closed else f"{len(self.ranks)} processes on {devices}"
+        state = "closed" if self._workers.closed else f"{counted(len(self.ranks), 'process', 'processes')} on {devices}"
         return (
             f"ParallelFalcon({printable(self.spec.name)}, {self.spec.parameters:,} parameters, {self.dtype}, {state})"
         )

@@ -7,7 +7,7 @@ import html
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from falcon_kit.display.tables import format_bytes
+from falcon_kit.display.tables import counted, format_bytes
 from falcon_kit.generation.chat import Message
 
 Mode = Literal["prompt", "chat"]
@@ -66,7 +66,7 @@ class Answer:
     """Bytes of the KV cache at the end; None if not reported."""
 
     def __repr__(self) -> str:
-        return f"Answer({_short(self.text)!r}, {self.new_tokens} tokens, ending={self.ending!r})"
+        return f"Answer({_short(self.text)!r}, {counted(self.new_tokens, 'token')}, ending={self.ending!r})"
 
     @property
     def text(self) -> str:
@@ -117,7 +117,7 @@ def _short(text: str) -> str:
 
 def _answer_html(turn: Turn, answer: Answer) -> str:
     gap = "" if answer.text[:1].isspace() else " "
-    details = [f"{answer.new_tokens} tokens", f"seed {answer.seed}", answer.ending or "", answer.reason]
+    details = [f"{counted(answer.new_tokens, 'token')}", f"seed {answer.seed}", answer.ending or "", answer.reason]
     return (
         f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
         f'<div style="white-space:pre-wrap"><span style="opacity:.7">{html.escape(turn.user)}{gap}</span>'
@@ -140,6 +140,6 @@ class Meter:
     def __str__(self) -> str:
         if self.used is None:
             return "the endpoint counts the tokens"
-        room = f" of {self.context}" if self.context else ""
+        used = f"{self.used} of {self.context} tokens" if self.context else counted(self.used, "token")
         cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
-        return f"{self.used}{room} tokens{cache}"
+        return f"{used}{cache}"

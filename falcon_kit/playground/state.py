@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.guardrails.guard import Guardrails
@@ -76,7 +77,7 @@ class Session:
 
     def __repr__(self) -> str:
         models = " and ".join(printable(column.name) for column in self.columns)
-        return f"Session({models}, {self.mode} mode, {len(self.history)} turns)"
+        return f"Session({models}, {self.mode} mode, {counted(len(self.history), 'turn')})"
 
     @property
     def running(self) -> Turn | None:

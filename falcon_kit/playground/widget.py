@@ -15,6 +15,7 @@ import anywidget
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import DOM_SCRIPT
+from falcon_kit.display.tables import counted
 from falcon_kit.playground.files import pack_span, pack_turn
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
@@ -181,7 +182,7 @@ class Playground(anywidget.AnyWidget):
 
     def _history(self) -> None:
         shown = [
-            {"id": turn.id, "title": _title(turn.user), "note": f"{turn.answers[0].new_tokens} tokens"}
+            {"id": turn.id, "title": _title(turn.user), "note": f"{counted(turn.answers[0].new_tokens, 'token')}"}
             for turn in reversed(self.session.history[-_SHOWN_HISTORY:])
         ]
         self.send({"type": "history", "turns": shown})

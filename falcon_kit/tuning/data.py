@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, 
 from datasets.arrow_writer import ArrowWriter
 
 from falcon_kit.display.errors import check_whole, is_number, plain_scalar, shown
-from falcon_kit.display.tables import html_table
+from falcon_kit.display.tables import counted, html_table
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
 
@@ -97,9 +97,9 @@ class Documents(Sequence[dict[str, Any]]):
         return len(self) - sum(batch.column("text").null_count for batch in batches)
 
     def __repr__(self) -> str:
-        left = f"; {len(self.problems)} rows left out, see .problems" if self.problems else ""
+        left = f"; {counted(len(self.problems), 'row')} left out, see .problems" if self.problems else ""
         texts = self.texts
-        return f"Documents({len(self) - texts:,} conversations, {texts:,} texts{left})"
+        return f"Documents({counted(len(self) - texts, 'conversation')}, {counted(texts, 'text')}{left})"
 
     def _repr_html_(self) -> str:
         begins = [
@@ -119,12 +119,13 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     """Documents to fine-tune on, read from a file, a folder, several of them, or a list of rows.
 
     Rows may be a `datasets.Dataset` or a pandas DataFrame too. Each has "messages" (role and content), "conversations"
-    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "input" (Baize: `[|Human|]` and
-    `[|AI|]`), or "text" or "content"; the first that it has is taken. Its "system" becomes the system message, the
-    pairs of "history" the earlier turns, and an answer with "weight" 0 is only read. A row with tools, images,
-    reasoning or another weight is left out, as is a node of a tree (OASST). A last message of the user without an
-    answer is dropped. `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the
-    first line. `.txt`: documents between blank lines, in Baize form or plain.
+    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "question" and "answer" (as for
+    `fk.evaluate`), "input" (Baize: `[|Human|]` and `[|AI|]`), or "text" or "content"; the first that it has is taken.
+    Its "system" becomes the system message, the pairs of "history" the earlier turns, and an answer with "weight" 0 is
+    only read. A row with tools, images, reasoning, choices or another weight is left out, as is a node of a tree
+    (OASST). A last message of the user without an answer is dropped. `.json` and `.jsonl`: an array, a row a line, or
+    indented rows. `.csv` and `.tsv`: names in the first line. `.txt`: documents between blank lines, in Baize form or
+    plain.
 
     Warns of rows that cannot be used and lists them in `.problems`. Raises FileNotFoundError for a path that does not
     exist, and ValueError where no row can be used, or for a file in UTF-16.
@@ -139,7 +140,8 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
         forms = "" if FORMS in reasons else f". A row has {FORMS}"
         raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
-        warnings.warn(f"{len(problems)} rows of {_name(path)} are left out{_left_out(problems)}", stacklevel=2)
+        which = f"{counted(len(problems), 'row')} of {_name(path)} {'is' if len(problems) == 1 else 'are'}"
+        warnings.warn(f"{which} left out{_left_out(problems)}", stacklevel=2)
     table, folder = stored
     return Documents(table, problems, [folder])
 

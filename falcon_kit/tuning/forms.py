@@ -10,7 +10,7 @@ from falcon_kit.tuning.files import BAIZE_MARK
 
 FORMS = (
     '"messages" (chat), "conversations" (ShareGPT), "instruction" and "output" (Alpaca), "input" and "output", '
-    '"prompt" and "completion", "input" (Baize), "text" or "content"'
+    '"prompt" and "completion", "question" and "answer", "input" (Baize), "text" or "content"'
 )
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _SYSTEM = ("system", "system_prompt", "system_message")
@@ -26,6 +26,11 @@ _REFUSED = {
     "chat_template_kwargs": "the chat formats of Falcon take no arguments",
 }
 """Keys of a row or of a message that change what it means, and why no form here can keep that meaning."""
+_BESIDE_A_QUESTION = {
+    "choices": "training has no choices: write them into the question, and the right one as the answer",
+    "context": "write it into the question",
+}
+"""Keys beside a question that change it."""
 
 
 def document(row: Any) -> dict[str, Any]:
@@ -51,9 +56,9 @@ def document(row: Any) -> dict[str, Any]:
     return {"messages": messages, "untrained": _untrained(turns[: len(messages)], row.get("untrained"))}
 
 
-def _check_keys(given: Mapping[str, Any]) -> None:
+def _check_keys(given: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED) -> None:
     """Raises ValueError for a key whose meaning would be lost."""
-    for key, reason in _REFUSED.items():
+    for key, reason in refused.items():
         if given.get(key):
             raise ValueError(f"it has {key!r}: {reason}")
 
@@ -91,6 +96,9 @@ def _turns(row: Mapping[str, Any]) -> list[Any] | None:
         return _pair("\n\n".join(each for each in asked if each.strip()), row["output"])
     if isinstance(row.get("prompt"), str) and row.get("completion") is not None:
         return _pair(row["prompt"], row["completion"])
+    if isinstance(row.get("question"), str) and row.get("answer") is not None:
+        _check_keys(row, _BESIDE_A_QUESTION)
+        return _pair(row["question"], row["answer"])
     if isinstance(row.get("input"), str) and BAIZE_MARK.search(row["input"]):
         return _baize(row["input"])
     return None

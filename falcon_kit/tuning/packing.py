@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.display.errors import is_whole, printable, shown
+from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
@@ -53,7 +54,7 @@ class Example:
         ]
 
     def __repr__(self) -> str:
-        return f"Example({printable(self.where)}, {len(self.ids)} tokens, {sum(self.trained)} trained on)"
+        return f"Example({printable(self.where)}, {counted(len(self.ids), 'token')}, {sum(self.trained)} trained on)"
 
     def _repr_html_(self) -> str:
         styles = {True: "background:rgba(0,158,115,.35)", False: "opacity:.65"}  # Okabe and Ito's green
@@ -157,8 +158,9 @@ class Packed(Sequence[dict[str, Any]]):
         left = f"; {len(self.problems)} cut or left out, see .problems" if self.problems else ""
         share = self.trained_tokens / max(1, self.tokens)
         return (
-            f"Packed({len(self.lengths):,} documents of {self.tokens:,} tokens, {share:.0%} trained on, "
-            f"in {len(self):,} rows of {self.context}: {self.padding:.1%} padding, "
+            f"Packed({counted(len(self.lengths), 'document')} of {counted(self.tokens, 'token')}, "
+            f"{share:.0%} trained on, "
+            f"in {counted(len(self), 'row')} of {self.context}: {self.padding:.1%} padding, "
             f"{self.padding_alone:.1%} with a row for each{left})"
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from falcon_kit.display.reading import read_json
-from falcon_kit.display.saving import atomic_folder, check_folder, remove, write_text
+from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
 from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
@@ -71,6 +71,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     check_folder(directory, "output_dir")
     directory.mkdir(parents=True, exist_ok=True)
+    check_writable(directory, f"output_dir={str(directory)!r}")
     lock = FileLock(directory / "run.lock", timeout=0)
     try:
         lock.acquire()

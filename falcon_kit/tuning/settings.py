@@ -61,7 +61,7 @@ class Tuning:
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
     """How the rate falls after warmup."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the rate rises to learning_rate (QLoRA)."""
+    """Share of the steps in which the rate rises from 0 to learning_rate (QLoRA); the last step is never among them."""
     num_train_epochs: float = 3.0
     """Passes over all documents; fractions are possible."""
     max_steps: int | None = None

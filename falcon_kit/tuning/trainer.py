@@ -215,11 +215,15 @@ def _is_over(state: TrainerState) -> bool:
 
 
 class _Arguments(TrainingArguments):
-    """The Trainer's arguments, with which it leaves a model where it is: on any GPU, or on several."""
+    """The Trainer's arguments, with which it leaves a model where it is (on any GPU, or on several) and changes it."""
 
     @property
     def place_model_on_device(self) -> bool:
         return False
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """At least one step is after the warmup, whose first step has a rate of 0: a run of one step has none."""
+        return int(min(super().get_warmup_steps(num_training_steps), num_training_steps - 1))
 
 
 def arguments(

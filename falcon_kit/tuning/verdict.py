@@ -7,6 +7,7 @@ rose by more than 0.1 nats per token (a perplexity that grew by a tenth) counts 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from falcon_kit.display.tables import counted
 from falcon_kit.tuning.settings import Tuning
 
 _LEAST_FALL = 0.1
@@ -31,7 +32,7 @@ def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tu
     fall = _fall(*(figures.get(f"held-out loss {when}", 0.0) for when in ("before", "after")))
     name = "loss of the batches" if fall is None else "held-out loss"
     known = batches if fall is None else fall
-    steps = f"{_count(len(losses), 'step')} over {_count(documents, 'document')}"
+    steps = f"{counted(len(losses), 'step')} over {counted(documents, 'document')}"
     if known is None:
         return f"{steps}: the loss cannot be compared{_more_steps(len(losses), settings)}"
     line = f"{steps}: the {name} {_change(known)}"
@@ -81,10 +82,6 @@ def _ends(losses: Sequence[float]) -> tuple[float, float]:
 def _fall(before: float, after: float) -> float | None:
     """The share of a loss that is gone; None where there is none."""
     return 1 - after / before if before else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _change(fall: float) -> str:

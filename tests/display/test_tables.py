@@ -1,10 +1,14 @@
-"""Byte counts as text, and HTML tables with escaped text."""
+"""Counts and byte counts as text, and HTML tables with escaped text."""
+
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_kit.display.tables import byte_column, format_bytes, html_table
+import falcon_kit as fk
+from falcon_kit.display.tables import byte_column, counted, format_bytes, html_table
+from falcon_kit.evaluation.tasks import make_task
 
 HOSTILE = "</td><img src=x onerror=alert(1)>"
 
@@ -49,3 +53,29 @@ def test_a_column_of_bytes_has_the_unit_of_its_largest(counts: list[int], expect
 
 def test_headings_and_cells_are_escaped_in_tables() -> None:
     assert "<img" not in html_table(HOSTILE, (HOSTILE,), [(HOSTILE, HOSTILE)])
+
+
+KINDS = "token|text|head|document|row|map|item|character|byte"
+ONES = re.compile(rf"(?<![\w.,])1 (?:(?!of )[a-z]+[ -])*(?:{KINDS})s\b(?!/s)")
+REPRS = {
+    "tokens": lambda instruct: fk.tokens("a", instruct.tokenizer),
+    "generation": lambda instruct: instruct.generate("a", max_new_tokens=1),
+    "stats": lambda instruct: str(instruct.generate("a", max_new_tokens=1).stats),
+    "documents": lambda instruct: fk.dialogues([{"text": "a"}]),
+    "packed": lambda instruct: fk.pack(fk.dialogues([{"text": "a"}]), instruct),
+    "attention": lambda instruct: fk.attention(instruct, "a", layers=[0], heads=[0]),
+    "lens": lambda instruct: fk.lens(instruct, "a"),
+    "ablation": lambda instruct: fk.ablate(instruct, "a", [(0, 0)]),
+    "explanation": lambda instruct: fk.explain(instruct, "a"),
+    "task": lambda instruct: make_task("one", [("row 1", {"question": "a", "answer": "b"})]),
+}
+
+
+@pytest.mark.parametrize("make", REPRS.values(), ids=REPRS)
+def test_one_thing_of_a_kind_is_named_in_the_singular(instruct, make):
+    assert not ONES.findall(str(make(instruct)))
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 tokens"), (1, "1 token"), (2048, "2,048 tokens")])
+def test_a_count_has_its_noun_in_the_right_number(number, shown):
+    assert counted(number, "token") == shown

@@ -33,6 +33,29 @@ def test_one_item_has_no_interval():
     assert str(statistics.ratio([3.0], [2.0])) == "1.5 (no interval)"
 
 
+@pytest.mark.parametrize(
+    ("estimate", "shown"),
+    [
+        (statistics.share(1, 3), "0.33 (0.06 to 0.79)"),
+        (statistics.share(0, 3), "0.00 (0.00 to 0.56)"),
+        (statistics.share(333, 1000), "0.333 (0.304 to 0.363)"),
+        (statistics.Estimate(1234.5678, 1100.2, 1400.9), "1235 (1100 to 1401)"),
+        (statistics.Estimate(-0.001, -0.5, 0.5), "0.0 (-0.5 to 0.5)"),
+        (statistics.Estimate(2.0, 2.0, 2.0), "2 (2 to 2)"),
+        (statistics.Estimate(2.0, 1.0, math.inf), "2 (1 to inf)"),
+    ],
+)
+def test_an_estimate_is_shown_with_the_digits_that_its_interval_carries(estimate, shown):
+    assert str(estimate) == shown
+
+
+@given(st.floats(-100, 100), st.floats(1e-4, 100))
+def test_what_is_shown_is_off_by_at_most_a_tenth_of_the_interval(value, half):
+    estimate = statistics.Estimate(value, value - half, value + half)
+    for text, number in zip(estimate.texts(), (value, value - half, value + half), strict=True):
+        assert abs(float(text) - number) <= 2 * half / 10
+
+
 @given(COUNTS)
 def test_the_ends_of_a_share_are_the_shares_that_a_score_test_just_accepts(counts):
     right, count = counts

@@ -37,7 +37,7 @@ def test_the_least_probable_token_passes(session, tokens):
 def test_other_tokens_get_their_hint(session, tokens, instruct):
     assert "the space before a word" in hint("02.1", tokens[0].strip(), session)
     assert "most probable" in hint("02.1", tokens[-1], session)
-    assert "1 tokens have a lower" in hint("02.1", tokens[1], session)
+    assert "Tokens with a lower probability: 1." in hint("02.1", tokens[1], session)
     assert "is no token" in hint("02.1", "xyz", session)
     assert "no turn yet" in hint("02.1", " I", fk.playground(instruct).session)
 

@@ -119,7 +119,7 @@ def test_the_repr_of_an_ablation_says_what_changed(instruct):
 def test_an_ablation_of_one_token_has_no_loss(instruct):
     found = fk.ablate(instruct, [20], heads=[(1, 0)])
     assert math.isnan(found.loss_before)
-    assert repr(found).startswith("Ablation(1 heads: next ")
+    assert repr(found).startswith("Ablation(1 head: next ")
 
 
 def test_the_table_of_an_ablation_has_a_row_for_every_token(instruct, ids):

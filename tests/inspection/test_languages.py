@@ -184,9 +184,9 @@ def test_the_figure_shows_two_tokenizers_side_by_side(tokenizer):
 
 def test_a_falcon_stands_for_its_tokenizer(instruct):
     report = fk.compare_tokens({"a": "Hello"}, instruct)
-    assert repr(report) == "TokenReport(falconet-instruct, 2,048 tokens, 1 texts)"
+    assert repr(report) == "TokenReport(falconet-instruct, 2,048 tokens, 1 text)"
 
 
 def test_an_embedded_tokenizer_goes_by_its_models_name():
     tokenizer = fk.load("falconet").tokenizer
-    assert repr(fk.compare_tokens({"a": "Hello"}, tokenizer)) == "TokenReport(falconet, 2,048 tokens, 1 texts)"
+    assert repr(fk.compare_tokens({"a": "Hello"}, tokenizer)) == "TokenReport(falconet, 2,048 tokens, 1 text)"

@@ -24,4 +24,4 @@ def test_a_turn_is_one_line_as_text_and_escaped_html_in_a_notebook():
     turn = Turn("1", "prompt", "<b>go</b>", (answer("<i>", new_tokens=1, ending="eos"),))
     assert repr(turn) == "Turn('<b>go</b>': '<i>')"
     assert "&lt;b&gt;go&lt;/b&gt; </span><b>&lt;i&gt;</b>" in turn._repr_html_()
-    assert "1 tokens · seed 5 · eos" in turn._repr_html_()
+    assert "1 token · seed 5 · eos" in turn._repr_html_()

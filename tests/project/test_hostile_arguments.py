@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -258,3 +259,11 @@ def test_a_path_in_a_file_is_refused_and_the_file_named(instruct, write, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"below cannot be made: .*file is a file; give a path in a folder"):
         write(instruct, tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("place", ["/sys", "/proc"])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("below", ["x", "x/y"])
+def test_a_place_where_nothing_can_be_written_is_refused_and_named_whoever_asks(instruct, write, place, below):
+    with pytest.raises(PermissionError, match=rf"{place}/{below}.* cannot be written: no file can be made in {place} "):
+        write(instruct, Path(place, below))

@@ -21,6 +21,7 @@ FORMS = {
     "Baize": {"topic": "greetings", "input": BAIZE},
     "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
     "a prompt and its completion": {"prompt": "Hi", "completion": "Hello."},
+    "a question and its answer": {"question": "Hi", "answer": "Hello."},
     "a list": HI,
 }
 
@@ -167,10 +168,10 @@ def test_only_bad_rows_are_an_error_that_names_them(tmp_path):
 
 
 def test_columns_of_other_names_are_listed_once_with_the_names_to_give_them(tmp_path):
-    rows = [{"question": f"What is {number}?", "answer": "A number."} for number in range(5)]
+    rows = [{"query": f"What is {number}?", "reply": "A number."} for number in range(5)]
     table = pd.DataFrame(rows)
     table.to_csv(tmp_path / "rows.csv", index=False)
-    with pytest.raises(ValueError, match="but 'question', 'answer': rename these") as error:
+    with pytest.raises(ValueError, match="but 'query', 'reply': rename these") as error:
         fk.dialogues(tmp_path / "rows.csv")
     assert "rows.csv:2, rows.csv:3, rows.csv:4: it has none of" in str(error.value)
     assert str(error.value).count("ShareGPT") == 1
@@ -313,7 +314,7 @@ def test_numbers_of_numpy_split_and_mix_like_pythons():
 def test_the_picture_of_documents_reads_no_text(monkeypatch):
     read = fk.dialogues([HI, {"text": "One."}, {"text": "Two."}])
     monkeypatch.setattr("datasets.Dataset.__getitem__", lambda *_: pytest.fail("a column was read"))
-    assert repr(read) == "Documents(1 conversations, 2 texts)"
+    assert repr(read) == "Documents(1 conversation, 2 texts)"
 
 
 def test_parts_of_documents_count_their_own_texts():

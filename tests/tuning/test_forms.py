@@ -156,7 +156,19 @@ KEYS = [
     "prompt",
     "text",
 ]
-KEYS += ["completion", "content", "role", "from", "value", "label", "untrained", "parent_id"]
+KEYS += [
+    "completion",
+    "content",
+    "role",
+    "from",
+    "value",
+    "label",
+    "untrained",
+    "parent_id",
+    "question",
+    "answer",
+    "choices",
+]
 WORDS = st.sampled_from(
     ["", " ", "Hi", "user", "assistant", "system", "gpt", "[|Human|]", "[|Human|] Hi [|AI|] Yes", "0"]
 )
@@ -281,6 +293,20 @@ def test_a_file_has_the_rows_that_datasets_reads_in_it(tmp_path, monkeypatch, na
 
 def test_a_text_file_in_capitals_is_read_as_text(tmp_path):
     assert [each["text"] for each in fk.dialogues(written(tmp_path / "WEB.TXT", "One.\n\nTwo."))] == ["One.", "Two."]
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"), [({"choices": ["Hello.", "Bye."]}, "choices"), ({"context": "A farm."}, "context")]
+)
+def test_a_question_with_what_training_would_drop_is_refused_by_name(beside, named):
+    row = FORMS["a question and its answer"]
+    assert f"it has {named!r}" in outcome({**row, **beside})
+    assert outcome({**row, named: None}) == outcome(row)
+
+
+def test_a_table_of_questions_and_answers_is_read_before_its_text(tmp_path):
+    file = written(tmp_path / "my.csv", "question,answer,text\nHi,Hello.,Lions roar.\n")
+    assert [each["messages"] for each in fk.dialogues(file)] == [HI]
 
 
 def test_rows_of_a_table_are_named_by_their_line(tmp_path):

@@ -56,7 +56,7 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
     wanted = (
         "base_model: falconet",
         "# mine",
-        "1 documents of",
+        "1 document of",
         "| r | 4 |",
         "| held-out loss after | 1.25 |",
         "`User:`",

@@ -18,6 +18,19 @@ from tests.tuning.small_runs import PATIENT, QUICK, ROWS, broken_off, talk, weig
 # Losses
 
 
+@pytest.mark.parametrize(("max_steps", "warmup_ratio"), [(1, 0.03), (1, 0.9), (2, 0.9)])
+def test_the_last_step_of_a_short_run_has_the_whole_rate_and_changes_the_adapter(
+    falcon, tmp_path, max_steps, warmup_ratio
+):
+    options = {**QUICK, "max_steps": max_steps, "warmup_ratio": warmup_ratio, "lr_scheduler_type": "linear"}
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=0, **options)
+    rates = [each["learning_rate"] for each in run.history if "loss" in each]
+    assert rates[-1] == run.settings.learning_rate
+    changed = [value for name, value in weights(run.adapter).items() if "lora_B" in name]
+    assert changed
+    assert all(value.any() for value in changed)
+
+
 def test_accumulated_batches_weigh_every_token_alike(falcon, tmp_path):
     rows = [*ROWS[:12], talk("Count.", "One two three four five six seven eight nine ten. " * 3)]
     options = {**QUICK, "lora_dropout": 0.0, "max_steps": 3, "packing": False, "held_out": 0}
