@@ -63,7 +63,7 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 
 .venv/.demo: EXTRAS := demo
 .venv/.lab: EXTRAS := demo lab
-.venv/.dev: EXTRAS := demo evaluation lab sagemaker dev
+.venv/.dev: EXTRAS := demo evaluation gguf lab sagemaker dev
 
 .venv/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -27,7 +27,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def slabs(out: int, into: int) -> Iterator[slice]:
     return (slice(first, min(out, first + step)) for first in range(0, out, step))
 
 
-@lru_cache(maxsize=4)
+@torch.compiler.assume_constant_result  # torch.compile takes the answer and does not trace the questions
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies this dtype in instructions of its own; others take up to ten times as long."""
     if dtype == torch.float16:

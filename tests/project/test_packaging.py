@@ -55,7 +55,12 @@ USED_BY_OTHERS = {
 }
 
 # Packages of the extra "sagemaker", which only SageMaker endpoints need, and of the extra "evaluation".
-WITH_AN_EXTRA = {"boto3": "the client", "botocore": "its errors", "urllib3": "it reads the event streams"}
+WITH_AN_EXTRA = {
+    "boto3": "the client",
+    "botocore": "its errors",
+    "urllib3": "it reads the event streams",
+    "xllamacpp": "gguf",
+}
 WITH_AN_EXTRA |= {"lm-eval": "its tasks"}
 
 
