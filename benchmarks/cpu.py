@@ -73,7 +73,7 @@ def _write(folder: Path) -> None:
         quantised = modeling.FalconForCausalLM.from_pretrained(folder / "bfloat16", dtype=torch.bfloat16, **options)
         quantised.save_pretrained(folder / dtype)
     if importlib.util.find_spec("xllamacpp") is None:
-        print('llama.cpp is not installed and is not measured: pip install "falcon-kit[dev]"')
+        print("llama.cpp is not installed and is not measured: pip install xllamacpp")
         return
     for name in PEERS.values():
         try:

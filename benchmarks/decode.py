@@ -100,7 +100,7 @@ def _contestants() -> dict[str, Any]:
     )
     contestants: dict[str, Any] = {"transformers": Torch(stock), "kit": Torch(kit)}
     if importlib.util.find_spec("llama_cpp") is None:
-        print('llama.cpp is not installed and is not measured: pip install "falcon-kit[bench]"')
+        print("llama.cpp is not installed and is not measured: pip install llama-cpp-python")
         return contestants
     from benchmarks._llama_cpp import LlamaCpp
     from falcon_kit.serving.gguf import write_gguf

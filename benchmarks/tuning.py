@@ -41,7 +41,7 @@ def run() -> dict[str, Any]:
     try:
         import trl  # noqa: F401
     except ImportError as error:
-        raise CannotRun('TRL is not installed: pip install "falcon-kit[bench]"') from error
+        raise CannotRun("TRL is not installed: pip install trl") from error
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     for _ in range(ROUNDS):
         for name in CONTESTANTS:

@@ -137,7 +137,7 @@ def _harness(name: str, task: str, settings: Mapping[str, Any], **facts: Any) ->
     try:
         from falcon_kit.evaluation import harness
     except ModuleNotFoundError as error:
-        raise ImportError(f"{name} is a task of lm-eval ({error}): pip install 'falcon-kit[evaluation]'") from None
+        raise ImportError(f"{name} is a task of lm-eval ({error}): pip install lm-eval") from None
     loaded = harness.load(harness.HarnessTask(name, task, **facts))
     chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
     return _Run(name, None, partial(harness.run, loaded, **chosen))

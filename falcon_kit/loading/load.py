@@ -159,7 +159,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     check_weights(found, files)
     if settings.offload == "disk" and files[0].suffix == ".bin":
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
-    tokenizer = gguf_tokenizer(found.gguf) if found.gguf else _load_tokenizer(found.directory)
+    tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
     format = settings.chat_format or trained_format(found, tokenizer)
     unmarked = tokenizer.chat_template in (None, plain_template(format.template))
     if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
@@ -180,7 +180,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     return Falcon(model, *parts, decoding)
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer, without token type ids, which Falcon does not accept."""
     file = directory / "tokenizer.json"
     if not file.is_file():

@@ -28,7 +28,7 @@ def check_quantiser(kinds: set[GGMLQuantizationType], dtype: str) -> None:
     if needed and _quantise_chunk() is None:
         raise ImportError(
             f"dtype={dtype!r} needs llama.cpp's quantiser for {', '.join(needed)}, which is not installed here: pip "
-            "install 'falcon-kit[gguf]' brings it, and llama-cpp-python has it too; q8_0, f16 and bf16 need neither"
+            "install xllamacpp, or llama-cpp-python; q8_0, f16 and bf16 need neither"
         )
 
 

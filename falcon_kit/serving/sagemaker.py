@@ -182,7 +182,7 @@ def _clients(session: Any, connection: Connection) -> tuple[Any, Any]:
         from botocore.config import Config
         from botocore.exceptions import NoRegionError
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('SageMaker endpoints need boto3: pip install "falcon-kit[sagemaker]"') from None
+        raise ModuleNotFoundError("SageMaker endpoints need boto3: pip install boto3") from None
     # boto3 ignores AWS_REGION, which Lambda, ECS and SageMaker set
     session = session or boto3.Session(region_name=os.environ.get("AWS_REGION"))
     timeout = connection.timeout

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,15 @@ from falcon_kit.serving.engines import (
     splits,
 )
 from falcon_kit.serving.file_plan import plan_file
-from falcon_kit.serving.gguf_kinds import ALIASES
+from falcon_kit.serving.gguf_kinds import ALIASES, stored_bytes
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import Request, retry
 from falcon_kit.serving.source import Files, Source, files_for, source_of
 from falcon_kit.serving.stream import RemoteStream, wait_for
 
+_SHORTEST = 64  # tokens: a shorter context is no use
+_SMALLER = "q4_k_m"
 _TIMEOUT, _RETRIES, _DEADLINE = 600.0, 4, 3600.0  # of requests, as in `connect`: a large prompt on a CPU takes minutes
 
 
@@ -205,16 +207,36 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
     if gpus is not None:
         require(devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} uses no GPU here")
         check_whole("gpus", gpus, 1, len(devices))
-    counts = range(1, len(devices) + 1) if gpus is None else [gpus]
-    weights = QUANTISED.get(dtype, dtype)
-    for count in counts:
-        if source.file:
-            planned: Plan = plan_file(source.file, context, texts, devices[:count])
-        else:
-            planned = plan(source.spec, weights, context, texts, devices=devices[:count])
-        if planned.fits:
+    for count in range(1, len(devices) + 1) if gpus is None else [gpus]:
+        counted = partial(_counted, source, dtype, devices[:count])
+        if (planned := counted(context, texts)).fits:
             return planned
-    raise NotEnoughMemory(planned, _shortage(source, planned))
+    advice = tuple(_advice(source, engine, counted, context, texts))
+    raise NotEnoughMemory(replace(planned, suggestions=advice), _shortage(source, planned))
+
+
+def _counted(source: Source, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
+    if source.file:
+        return plan_file(source.file, context, texts, devices)
+    return plan(source.spec, QUANTISED.get(dtype, dtype), context, texts, devices=devices)
+
+
+def _advice(
+    source: Source, engine: Engine, counted: Callable[[int, int], Plan], context: int, texts: int
+) -> Iterator[str]:
+    """What would make the server fit: the first halving of an argument of `serve` that does, or fewer bits."""
+    fewer = (texts >> times for times in range(1, texts.bit_length()))
+    if fitting := next((each for each in fewer if counted(context, each).fits), None):
+        yield f"texts={fitting}"
+    shorter = (context >> times for times in range(1, context.bit_length()) if context >> times >= _SHORTEST)
+    if fitting := next((each for each in shorter if counted(each, texts).fits), None):
+        yield f"context={fitting}"
+    planned = counted(context, texts)
+    saved = planned.weight_bytes - stored_bytes(source.spec, _SMALLER)
+    if engine.reads_gguf and planned.total_bytes - saved <= planned.free_bytes:
+        file = f"a file with fewer bits: fk.export_gguf(fk.load({source.name!r}), path, {_SMALLER!r})"
+        yield file if source.file else f"dtype={_SMALLER!r}"
+    yield "an endpoint on another machine: fk.connect"
 
 
 def _devices(engine: Engine) -> tuple[Device, ...]:

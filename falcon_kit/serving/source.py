@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
@@ -18,12 +19,12 @@ from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import check_disk_space
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import ChatFormat, default_format, save_tokenizer
+from falcon_kit.generation.chat import ChatFormat, save_tokenizer
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import choose_dtype, load, trained_format
+from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, trained_format
 from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
@@ -108,12 +109,14 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
     """
     found = source.model
     if isinstance(found, Checkpoint) and source.file:
-        return _as_it_is(source.file, found)
+        file = source.file
+        note = f"{format_bytes(file.path.stat().st_size)}, read as it is"
+        return _where_it_is(found, file.path.absolute(), note, gguf_tokenizer(file))
     if not gguf and isinstance(found, Checkpoint) and not found.adapters:
         weights = fetch(found)
         check_weights(found, weights)
         if _is_readable(found, weights):
-            return Files(found.directory, "", "", default_format(found.base), _has_template(found.directory))
+            return _where_it_is(found, found.directory, "", load_tokenizer(found.directory))
     falcon = found if isinstance(found, Falcon) else _load(source)
     try:
         return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
@@ -124,22 +127,15 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
             torch.cuda.empty_cache()
 
 
-def _as_it_is(file: GGUFFile, found: Checkpoint) -> Files:
-    tokenizer = gguf_tokenizer(file)
-    note, format = f"{format_bytes(file.path.stat().st_size)}, read as it is", trained_format(found, tokenizer)
-    return Files(file.path.absolute(), note, "", format, tokenizer.chat_template is not None)
+def _where_it_is(found: Checkpoint, path: Path, note: str, tokenizer: PreTrainedTokenizerBase) -> Files:
+    """A checkpoint's folder or a GGUF file that a server reads without a copy."""
+    return Files(path, note, "", trained_format(found, tokenizer), tokenizer.chat_template is not None)
 
 
 def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
     """Whether other programs read a checkpoint: no pickles, and no config of 2023."""
     current = read_json(found.directory / "config.json").get("model_type") == "falcon"
     return current and weights[0].suffix == ".safetensors"
-
-
-def _has_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    stored = read_json(settings).get("chat_template") if settings.is_file() else None
-    return bool(stored) or (folder / "chat_template.jinja").is_file()
 
 
 def _load(source: Source) -> Falcon:

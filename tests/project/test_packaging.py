@@ -123,6 +123,14 @@ def test_what_the_package_and_the_notebooks_import_is_declared():
     assert (PACKAGE_IMPORTS | NOTEBOOK_IMPORTS) - declared - WITH_AN_EXTRA.keys() == set()
 
 
+def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
+    """falcon-kit is on no index: an extra's package is named itself."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split() if Path(name).suffix in (".py", ".md", ".ipynb", ".sh")]
+    told = [file.name for file in files if re.search(r"pip install (\S+ )*['\"\\\\]*falcon-kit", file.read_text())]
+    assert told == []
+
+
 def test_the_makefile_installs_extras_that_exist():
     installed = [line.split() for line in re.findall(r"^\.venv/\.\w+: EXTRAS := (.+)", MAKEFILE, re.MULTILINE)]
     assert [extra for extras in installed for extra in extras if extra not in EXTRAS] == []

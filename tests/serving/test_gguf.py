@@ -279,7 +279,7 @@ def test_an_unknown_dtype_is_refused_with_those_there_are(dtype, match, instruct
 
 def test_without_llama_cpp_its_kinds_are_refused_with_what_to_install(instruct, tmp_path, monkeypatch):
     monkeypatch.setattr(ggml, "_quantise_chunk", lambda: None)
-    match = r"dtype='q4_k_m' needs llama.cpp's quantiser for Q4_K, Q5_K, Q6_K, .*pip install 'falcon-kit\[gguf\]'"
+    match = r"dtype='q4_k_m' needs llama.cpp's quantiser for Q4_K, Q5_K, Q6_K, .*pip install xllamacpp"
     refuse(ImportError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", "q4_k_m"), tmp_path)
 
 

@@ -1,5 +1,6 @@
 """`fk.serve`: a server of its own process, with every way in which it fails or ends; nothing is left running."""
 
+import copy
 import json
 import os
 import re
@@ -26,8 +27,9 @@ from falcon_kit.serving.file_plan import plan_file
 from falcon_kit.serving.gguf import write_gguf
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_dtype
 from falcon_kit.serving.local_process import ServerDied
-from falcon_kit.serving.source import Files, Source, source_of
+from falcon_kit.serving.source import Files, Source, files_for, source_of
 from tests.conftest import small_model
+from tests.generation.test_own_format import CHATML
 from tests.serving.servers import QUESTION, free_port
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -408,6 +410,47 @@ def test_no_memory_for_a_second_copy_is_refused_with_the_way_out(engine, instruc
     assert refused.value.plan.batch == 8
     with pytest.raises(fk.NotEnoughMemory, match="no memory for this server: falconet in float32, 8 x 2048 tokens"):
         fk.serve("falconet", engine().program)
+
+
+@pytest.mark.parametrize("kind", [VLLM, LLAMA_CPP], ids=lambda each: each.name)
+def test_no_memory_for_a_checkpoint_is_refused_with_changes_that_fit(monkeypatch, kind):
+    """fk.plan's own advice has what serve does not: batch, int4."""
+    cpu, source, dtype = (Device("cpu", "cpu", 2**40),), source_of("falconet"), "float32"
+    whole, half = (serving._counted(source, dtype, cpu, context, 8).total_bytes for context in (2048, 1024))
+    free = (whole + half) // 2
+    monkeypatch.setattr(serving, "host_memory", lambda: (2**40, free))
+    monkeypatch.setattr(serving, "resolve_devices", lambda _: (Device("cpu", "cpu", free),))
+    with pytest.raises(fk.NotEnoughMemory, match="no memory for this server: falconet in float32") as refused:
+        serving._plan(source, kind, dtype, 2048, 8, None)
+    *changes, last = refused.value.plan.suggestions
+    assert (changes, last.startswith("an endpoint")) == (["texts=4", "context=1024"], True)
+    for name, value in (each.split("=") for each in changes):
+        assert serving._plan(
+            source, kind, dtype, **{"context": 2048, "texts": 8, "gpus": None} | {name: int(value)}
+        ).fits
+
+
+def test_fewer_bits_are_advised_where_they_make_llama_cpp_fit(monkeypatch):
+    source = source_of("falconet")
+    cpu = (Device("cpu", "cpu", 2**40),)
+    whole, small = (serving._counted(source, dtype, cpu, 64, 1).total_bytes for dtype in ("float32", "q4_k_m"))
+    monkeypatch.setattr(serving, "host_memory", lambda: (2**40, (whole + small) // 2))
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        serving._plan(source, LLAMA_CPP, "float32", 64, 1, None)
+    assert refused.value.plan.suggestions[0] == "dtype='q4_k_m'"
+    assert serving._plan(source, LLAMA_CPP, "q4_k_m", 64, 1, None).fits
+
+
+def test_a_plain_folder_with_a_template_of_its_own_has_the_stop_strings_of_load(tmp_path, tokenizer):
+    folder = tmp_path / "chatml"
+    small_model("40b").save_pretrained(folder)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHATML
+    own.save_pretrained(folder)
+    files = files_for(source_of(folder), tmp_path, "float32", gguf=False)
+    local = fk.load(folder)
+    assert (files.path, files.has_template) == (folder, True)
+    assert files.chat_format.stop == local.chat_format.stop
 
 
 def test_no_disk_for_the_weights_is_refused(engine, instruct, monkeypatch):
