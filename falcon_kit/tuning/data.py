@@ -256,7 +256,8 @@ def mix(
             f"{_left_out(problems)}"
         )
     if problems and not isinstance(web, Documents):
-        warnings.warn(f"{len(problems)} web texts are left out{_left_out(problems)}", stacklevel=2)
+        which = f"{counted(len(problems), 'web text')} {'is' if len(problems) == 1 else 'are'}"
+        warnings.warn(f"{which} left out{_left_out(problems)}", stacklevel=2)
     both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
     order = random.Random(operator.index(seed)).sample(range(len(both)), len(both))
     return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._folders)

@@ -71,8 +71,9 @@ def _text(row: Mapping[str, Any]) -> str:
             if isinstance(row.get(key), list):
                 check_messages(row[key])  # raises for a list without messages
         keys = [repr(key) for key, value in row.items() if value is not None]
-        instead = f"{', '.join(keys)}: rename these" if keys else "nothing"
-        raise ValueError(f"it has none of {FORMS}, but {instead}")
+        if not keys:
+            raise ValueError(f"it is empty: a row has {FORMS}")
+        raise ValueError(f"it has none of {FORMS}, but {', '.join(keys)}: rename these")
     if row.get("role") or row.get("parent_id"):
         raise ValueError(
             "it is one message, a node of a tree as in OASST: join the messages from the first to an answer in one row "

@@ -120,9 +120,14 @@ def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[P
         raise ValueError(f"the run in {file.parent} has other settings ({differences}): take the same, {remedy}")
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], may_differ: Collection[str] = ()) -> str:
+def _differences(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    may_differ: Collection[str] = (),
+    places: tuple[str, str] = ("there", "here"),
+) -> str:
     return "; ".join(
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        f"{name}: {there.get(name)!r} {places[0]}, {here.get(name)!r} {places[1]}"
         for name in sorted((there.keys() | here.keys()) - set(may_differ))
         if there.get(name) != here.get(name)
     )
@@ -131,10 +136,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], may_differ: 
 def check_same_everywhere(identities: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError unless all processes, in the order of their ranks, have the same model, data and settings."""
     for rank, each in enumerate(identities):
-        if differences := _differences(each, identities[0]):
+        if differences := _differences(each, identities[0], places=(f"in process {rank}", "in process 0")):
             raise ValueError(
-                f"process {rank} has another run than process 0, which is meant by here ({differences}): give all "
-                "machines the same command, and the same files of model and data"
+                f"the processes have different runs ({differences}): give all machines the same command, and the same "
+                "files of model and data"
             )
 
 

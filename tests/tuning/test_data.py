@@ -275,7 +275,7 @@ UNUSABLE = {
     "blank": ({"text": " \n"}, "its text is blank"),
     "half a pair": ("half a character: \ud83d", "it is not valid UTF-8"),
     "no text": ({"url": "https://example.org"}, "it has none of"),
-    "an empty cell": ({"text": None}, "it has none of"),
+    "an empty cell": ({"text": None}, "it is empty: a row has"),
     "a conversation": ({"messages": HI}, "it is a conversation, not a web text"),
 }
 
@@ -283,7 +283,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_what_is_no_web_text_is_named_and_the_others_are_taken(falcon, kind):
     row, reason = UNUSABLE[kind]
-    with pytest.warns(UserWarning, match="1 web texts are left out: web text 1: it"):
+    with pytest.warns(UserWarning, match="1 web text is left out: web text 1: it"):
         mixed = fk.mix(fk.dialogues([HI]), [row, *LIONS], 0.2)
     assert [(each.where, each.reason[: len(reason)]) for each in mixed.problems] == [("web text 1", reason)]
     assert fk.pack(mixed, falcon).problems == ()
