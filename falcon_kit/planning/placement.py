@@ -10,6 +10,7 @@ from typing import Literal
 
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import counted
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.processor import multiplies
 
@@ -67,7 +68,9 @@ class Request:
         match self.purpose:
             case "inference":
                 cache = memory.layer_kv_bytes(*self._size, self.cache)
-                copies = "one per query head" if self.cache == "transformers" else f"{self.spec.kv_heads} KV heads"
+                copies = (
+                    "one per query head" if self.cache == "transformers" else counted(self.spec.kv_heads, "KV head")
+                )
                 parts["KV cache"] = (cache, f"{self.batch} x {self.context} tokens, {copies}")
             case "merge":
                 parts["LoRA"] = (4 * adapters, f"r={self.r}, float32")

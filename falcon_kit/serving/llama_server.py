@@ -15,13 +15,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("-m", "--alias", "--host"):
         parser.add_argument(name)
-    for name in ("--port", "-np", "-c"):
+    for name in ("--port", "-np", "-c", "-t"):
         parser.add_argument(name, type=int)
     given = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given.m, [given.alias]
     params.hostnames, params.port = [given.host], given.port
     params.n_parallel, params.n_ctx = given.np, given.c
+    if given.t:
+        params.cpuparams.n_threads = given.t  # else as many as there are cores
     params.api_keys = [key] if (key := os.environ.get("LLAMA_API_KEY")) else []
     server = xllamacpp.Server(params)
     print(f"listening at {server.listening_address}", flush=True)  # noqa: T201  # to the log
