@@ -1,6 +1,7 @@
 """Attention over grouped KV heads."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -150,3 +151,13 @@ def test_other_attention_functions_of_transformers_get_grouped_keys():
     kit.set_attn_implementation("stand_in")
     assert_close(run(kit).logits, run(pair("40b")[1]).logits)
     assert seen == {"query": (3, 4, 24, 64), "key": (3, 2, 24, 64), "scaling": 1 / 8, "positions": [list(range(24))]}
+
+
+def test_a_step_chooses_its_kernels_by_its_tokens_and_its_cache(monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention, "step_kernels", lambda *given: seen.append(given) or nullcontext())
+    kit = pair("40b")[1]
+    past = kit(IDS, use_cache=True).past_key_values
+    kit(IDS[:, :1], past_key_values=past)
+    assert seen[1][0] is kit.lm_head.weight
+    assert (seen[1][1].numel(), seen[1][2]) == (len(IDS), past)
