@@ -2,9 +2,8 @@
 
 A process for each instruction set, since torch reads the limits ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA when it
 starts. llama.cpp is compiled for this processor and has no such limit, so it is measured with all instructions only.
-The model is random, of the 40B's layout; its head has 5% of the weights, as that of the 7B. Contestants take turns, and
-the least time of each counts, which other programs disturb least. With OMP_NUM_THREADS=1 the time is that of the
-process on the processor, which they hardly disturb. Steps are decoded after 512 tokens.
+The model is random, of the 40B's layout; its head has 5% of the weights, as that of the 7B. Contestants take turns, as
+in `benchmarks.decode`. Steps are decoded after 512 tokens.
 """
 
 import importlib.util
@@ -13,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,8 +33,7 @@ from falcon_kit.serving.gguf import write_gguf
 
 SHAPE = replace(decode.SHAPE, layers=4, vocabulary=4096)
 CONTEXT, PROMPT = 512, 512
-ROUNDS = {1: 15, 8: 5, 16: 4, "prefill": 3}
-"""By batch size; the first round of each is a warm-up."""
+BATCHES = (1, 8, 16)
 INSTRUCTIONS: dict[str, dict[str, str]] = {
     "all": {},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"},
@@ -108,17 +105,14 @@ def measure(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     disable_progress_bar()
     layer = _layer()
     contestants = _contestants(folder, with_llama_cpp)
-    ids = [(7 * at) % SHAPE.vocabulary for at in range(PROMPT)]
+    decode.check_agreement(contestants, limit=0.5)  # 4 bits round as they do
     found = {}
-    for batch in (1, 8, 16):
+    for batch in BATCHES:
         for each in contestants.values():
             each.fill(batch, CONTEXT)
-        steps = {name: each.step for name, each in contestants.items()}
-        tokens = {name: getattr(each, "tokens_per_step", 1) for name, each in contestants.items()}
-        timed = least(steps, ROUNDS[batch])
-        found[f"one step of {batch} x {CONTEXT}"] = {name: round(ms / tokens[name], 2) for name, ms in timed.items()}
-    prefills = {name: (lambda each=each: each.prefill(ids)) for name, each in contestants.items()}
-    found[f"prefill of {PROMPT}"] = least(prefills, ROUNDS["prefill"])
+        ms = decode.decoding(contestants, batch)
+        found[f"one step of {batch} x {CONTEXT}"] = {name: round(each, 2) for name, each in ms.items()}
+    found[f"prefill of {PROMPT}"] = decode.prefills(contestants, PROMPT)
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": products.has_products(torch.bfloat16),
@@ -134,10 +128,10 @@ def _contestants(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     for dtype in KIT:
         made[f"kit {dtype}"] = decode.Torch(_kit(folder, dtype))
     if with_llama_cpp and next(folder.glob("*.gguf"), None):
-        from benchmarks._llama_cpp_server import LlamaCppServer
+        from benchmarks._llama_cpp import LlamaCpp
 
         for file in sorted(folder.glob("*.gguf")):
-            made[f"llama.cpp {file.stem}"] = LlamaCppServer(file, torch.get_num_threads())
+            made[f"llama.cpp {file.stem}"] = LlamaCpp(file, torch.get_num_threads())
     return made
 
 
@@ -169,28 +163,15 @@ def _layer() -> dict[str, dict[str, float]]:
     for rows in ROWS:
         x = torch.randn(rows, LAYER[1])
         calls = {name: partial(each, x.to(dtype)) for name, (dtype, each) in ways.items()}
-        for name, ms in least(calls, 4).items():
-            found[name][str(rows)] = ms
+        with torch.inference_mode():
+            for name, ms in decode.least(calls, 4).items():
+                found[name][str(rows)] = round(ms, 2)
     return found
 
 
 def _without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     with products.without_onednn():
         return functional.linear(x, weight)
-
-
-@torch.inference_mode()
-def least(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The least milliseconds of each contestant over alternating rounds; the first round is a warm-up."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run_once in contestants.items():
-            time.sleep(decode._PAUSE)
-            start = clock()
-            run_once()
-            found[name].append(1000 * (clock() - start))
-    return {name: round(min(times[1:]), 2) for name, times in found.items()}
 
 
 if __name__ == "__main__":
