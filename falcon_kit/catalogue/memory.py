@@ -151,7 +151,8 @@ def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, multipli
     slab = max(SLAB, 64 * spec.intermediate_size)
     products = 4 * batch * context * min(spec.intermediate_size, slab // spec.d_model)
     inputs = 0 if multiplies else 2 * batch * context * spec.intermediate_size
-    return slab * (10 if dtype == "int4" else 4) + products + inputs
+    bytes_a_weight = {"int4": 5 if multiplies else 9}.get(dtype, 4)
+    return slab * bytes_a_weight + products + inputs
 
 
 def logits_bytes(spec: FalconSpec, batch: int) -> int:

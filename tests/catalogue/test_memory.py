@@ -185,7 +185,7 @@ def test_a_prefill_in_slabs_takes_no_more_than_its_workspace(monkeypatch, tmp_pa
     expected = memory.prefill_bytes(spec, dtype, context, batch)
     expected += spec.layers * memory.layer_kv_bytes(spec, dtype, context, batch)
     expected += memory.workspace_bytes(spec, dtype, context, batch, True, multiplies)
-    assert 0.5 * expected < measured.peak <= 1.05 * expected
+    assert 0.4 * expected < measured.peak <= 1.05 * expected
 
 
 # Training
