@@ -62,8 +62,8 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 .venv/.demo: EXTRAS := demo
-.venv/.lab: EXTRAS := demo lab
-.venv/.dev: EXTRAS := demo evaluation gguf lab sagemaker dev
+.venv/.lab: EXTRAS := demo lab serving
+.venv/.dev: EXTRAS := demo evaluation lab serving dev
 
 .venv/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
