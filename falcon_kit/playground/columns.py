@@ -159,7 +159,8 @@ def load_source(falcon: Any) -> str:
 
 def connect_source(endpoint: Any) -> str:
     """The call of `fk.connect` that made an endpoint."""
-    arguments = [repr(getattr(endpoint, "address", "...")), f"model={model_name(endpoint)!r}"]
+    addresses = getattr(endpoint, "addresses", ["..."])
+    arguments = [repr(addresses if len(addresses) > 1 else addresses[0]), f"model={model_name(endpoint)!r}"]
     if getattr(endpoint, "own_format", False):
         arguments.append(f"chat={_format_source(endpoint.chat_format)}")
     return f"fk.connect({', '.join(arguments)})"
