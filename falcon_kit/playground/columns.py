@@ -4,10 +4,12 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
+from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
@@ -32,7 +34,7 @@ class Column:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held during generation. Columns with one compiled model share it, because that has a single KV cache."""
 
-    _counted: tuple[Prompt, int] | None = field(default=None, init=False, repr=False)
+    _counted: tuple[Prompt, int | None] | None = field(default=None, init=False, repr=False)
 
     @property
     def local(self) -> bool:
@@ -53,10 +55,24 @@ class Column:
         return {name: values[name] or None for name in names if name in values}
 
     def in_force(self, settings: Sampling) -> Sampling:
-        """The settings with "off" written out where the checkpoint's value would count instead."""
+        """The session's settings with the overrides, and "off" written out where the checkpoint's value would count.
+
+        Raises ValueError for settings that exclude an override.
+        """
+        settings = replace(settings, **self._replaced)
+        if settings.do_sample is False:
+            return settings
         unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
+
+    @property
+    def _replaced(self) -> dict[str, Any]:
+        """The overrides, and None for each setting that they exclude."""
+        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
+        if self.overrides.get("max_length") is not None:
+            excluded.append("max_new_tokens")
+        return {**dict.fromkeys(excluded), **self.overrides}
 
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model takes these settings; an endpoint may have no field for some."""
@@ -67,7 +83,8 @@ class Column:
         return int(tokens * self.falcon.plan.kv_bytes // self.falcon.plan.context) if self.local else None
 
     def count(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available.
+        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available, and for a conversation that the
+        chat template refuses: its answer has the error.
 
         A lower bound for a prompt that is certainly longer than the context. The last count is stored: the playground
         asks for it with every state that it sends.
@@ -75,7 +92,9 @@ class Column:
         if not self.local:
             return None
         if self._counted is None or self._counted[0] != prompt:
-            self._counted = (copy.deepcopy(prompt), self._count(prompt))
+            self._counted = copy.deepcopy(prompt), None
+            with suppress(*UNEXPECTED):
+                self._counted = self._counted[0], self._count(prompt)
         return self._counted[1]
 
     def _count(self, prompt: Prompt) -> int:

@@ -48,6 +48,11 @@ class TurnWriter:
                 reader.end()
             self._drain()
 
+    def cancel(self) -> None:
+        """Ends each answer that has not ended, for example after a second Ctrl-C, without waiting for its model."""
+        for writer in self._open():
+            writer.answer.ending = "cancelled"
+
     def _open(self) -> list["AnswerWriter"]:
         return [writer for writer in self._writers if writer.answer.ending is None]
 

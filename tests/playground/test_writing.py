@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.playground.state import Session
+from falcon_kit.playground.writing import TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
 
 # Stop
@@ -83,6 +84,28 @@ def test_ctrl_c_ends_the_answer_and_leaves_everything_usable():
     gate.opened.set()
     assert (session.running, session.turns[0].answers[0].ending) == (None, "cancelled")
     assert text_of(session.regenerate()) == ["One two three."]
+
+
+def test_a_second_ctrl_c_leaves_a_history_that_can_be_saved_and_loaded(tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TurnWriter, "_drain", interrupted)
+    session = Session(Typist(before=failing(1)), Typist())
+    session.listeners.append(lambda event: event == "piece" and session.stop())
+    with pytest.raises(KeyboardInterrupt):
+        session.generate("go")
+    assert session.running is None
+    assert None not in [answer.ending for answer in session.history[0].answers]
+    assert session.load(session.save(tmp_path / "playground.json")) == 0
+
+
+def test_ctrl_c_before_the_first_token_leaves_the_session_usable():
+    session = Session(Typist())
+    session.listeners.append(lambda event: event == "start" and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        session.generate("go")
+    assert (session.running, session.history[0].answers[0].ending) == (None, "cancelled")
 
 
 # What goes wrong
