@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
+from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
@@ -195,3 +196,31 @@ def model_name(falcon: Any) -> str:
     """The name of a Falcon or an endpoint."""
     name = getattr(falcon, "model", None)  # a name for an endpoint, a module for a Falcon
     return name if isinstance(name, str) else str(getattr(getattr(falcon, "spec", None), "name", type(falcon).__name__))
+
+
+def columns_of(falcon: Any, compare: Any) -> tuple[Column, ...]:
+    """One column, or two that differ in the model or in settings."""
+    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
+    if compare is None:
+        return (Column(model_name(falcon), falcon),)
+    if isinstance(compare, Mapping):
+        check_names(compare)
+        Sampling(**compare)
+        changes = ", ".join(f"{name}={value}" for name, value in compare.items())
+        first = Column(model_name(falcon), falcon)
+        second = Column(f"{first.name}, {changes}", falcon, dict(compare))
+        if getattr(falcon, "decoding", None):  # compiled
+            second.lock = first.lock
+        return first, second
+    require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
+    names = [model_name(falcon), model_name(compare)]
+    names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
+    return Column(names[0], falcon), Column(names[1], compare)
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises TypeError for a setting that does not exist, with the nearest."""
+    names = list(SAMPLING_FIELDS)
+    for name in settings:
+        if name not in names:
+            raise TypeError(unknown_name("setting", name, names))

@@ -166,7 +166,7 @@ def _answer_code(answer: Answer) -> str:
 
 
 def _guardrails_note(answer: Answer) -> str:
-    """A comment, if guardrails ended the answer: they are objects or functions, which code cannot repeat."""
+    """A comment, if guardrails ended the answer: they are an object, which code cannot repeat."""
     if answer.ending != "refused":
         return ""
     return f"# Guardrails refused this answer: {answer.reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n"

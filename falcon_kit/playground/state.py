@@ -9,20 +9,20 @@ session.regenerate()
 import secrets
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.generation.guarding import check_guard
+from falcon_kit.generation.sampling import Sampling
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.playground import files
-from falcon_kit.playground.columns import Column, Prompt, model_name
-from falcon_kit.playground.guarding import Guard, check_guard, check_prompts
+from falcon_kit.playground.columns import Column, Prompt, check_names, columns_of
 from falcon_kit.playground.records import MODES, Answer, Meter, Mode, Turn
 from falcon_kit.playground.writing import TurnWriter
 
@@ -47,10 +47,10 @@ class Session:
     """The state of a playground. `generate` blocks until the end; `stop` may be called from another thread."""
 
     def __init__(
-        self, falcon: Any, compare: Any = None, guardrails: Guard | None = None, *, mode: Mode | None = None
+        self, falcon: Any, compare: Any = None, guardrails: Guardrails | None = None, *, mode: Mode | None = None
     ) -> None:
         check_guard(guardrails)
-        self.columns = _columns(falcon, compare)
+        self.columns = columns_of(falcon, compare)
         self.guardrails = guardrails
         """The checks of prompts and answers, while `guarded`."""
         self.guarded = guardrails is not None
@@ -97,7 +97,7 @@ class Session:
 
         Raises ValueError for a value out of range, and TypeError for a field that does not exist.
         """
-        _check_names(changes)
+        check_names(changes)
         stop = changes.get("stop")
         if isinstance(stop, list):
             changes["stop"] = tuple(stop)
@@ -108,7 +108,10 @@ class Session:
         """The settings. Raises ValueError for those with which a column could not generate."""
         for column in self.columns:
             sequences = column.in_force(settings).num_return_sequences
-            require(sequences == 1, f"a playground shows one text of each model, so num_return_sequences is 1, not {sequences}")
+            require(
+                sequences == 1,
+                f"a playground shows one text of each model, so num_return_sequences is 1, not {sequences}",
+            )
         return settings
 
     def guard(self, on: bool) -> None:
@@ -200,7 +203,9 @@ class Session:
         text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None
-        check_prompts(guard, self._texts(text, before) if guard else ())
+        for each in self._texts(text, before):
+            reasons = guard.check(each, "prompt").reasons if guard else ""
+            require(not reasons, f"the guardrails refuse this text: {reasons}")
         with self._lock:
             self._require_idle()
             turn = self._turn(text, before)
@@ -306,33 +311,6 @@ class Session:
     def _notify(self, event: str) -> None:
         for listener in tuple(self.listeners):
             listener(event)
-
-
-def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:  # one, or two that differ in the model or in settings
-    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
-    if compare is None:
-        return (Column(model_name(falcon), falcon),)
-    if isinstance(compare, Mapping):
-        _check_names(compare)
-        Sampling(**compare)
-        changes = ", ".join(f"{name}={value}" for name, value in compare.items())
-        first = Column(model_name(falcon), falcon)
-        second = Column(f"{first.name}, {changes}", falcon, dict(compare))
-        if getattr(falcon, "decoding", None):  # compiled
-            second.lock = first.lock
-        return first, second
-    require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
-    names = [model_name(falcon), model_name(compare)]
-    names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
-    return Column(names[0], falcon), Column(names[1], compare)
-
-
-def _check_names(settings: Mapping[str, Any]) -> None:
-    """Raises TypeError for a setting that does not exist, with the nearest."""
-    names = list(SAMPLING_FIELDS)
-    for name in settings:
-        if name not in names:
-            raise TypeError(unknown_name("setting", name, names))
 
 
 def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:

@@ -241,9 +241,13 @@ def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_
 # Refusals
 
 
-@pytest.mark.parametrize("compare", ["falconet", 7, {"temperature": -1}, {"no_such_setting": 1}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "compare", ["falconet", 7, {"temperature": -1}, {"no_such_setting": 1}, {"num_return_sequences": 2}]
+)
 def test_what_cannot_be_compared_is_refused(compare):
-    with pytest.raises((ValueError, TypeError), match=r"compare takes another model|temperature|no_such_setting|num_return"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"compare takes another model|temperature|no_such_setting|num_return"
+    ):
         Session(Typist(), compare)
 
 
