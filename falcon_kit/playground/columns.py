@@ -92,11 +92,13 @@ class Column:
         """
         if not self.local:
             return None
-        if self._counted is None or self._counted[0] != prompt:
-            self._counted = copy.deepcopy(prompt), None
+        counted = self._counted
+        if counted is None or counted[0] != prompt:
+            count = None
             with suppress(*UNEXPECTED):
-                self._counted = self._counted[0], self._count(prompt)
-        return self._counted[1]
+                count = self._count(prompt)
+            self._counted = counted = copy.deepcopy(prompt), count
+        return counted[1]
 
     def _count(self, prompt: Prompt) -> int:
         tokenizer = self.falcon.tokenizer
