@@ -52,7 +52,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[int | str, float | str] | None = None,
     offload: Literal["cpu", "disk"] | None = None,
     offload_folder: str | Path = "runs/offload",
     attention: Literal["grouped", "transformers"] = "grouped",
