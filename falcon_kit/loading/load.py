@@ -96,7 +96,8 @@ def load(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(str(name), hub)
     planned, reason = _plan(found, settings, devices)
-    return _read(found, fetch(found), settings, planned, reason)
+    files = fetch(found)
+    return _read(found, files, settings, replace(planned, disk=None), reason)
 
 
 def _devices(settings: LoadSettings) -> tuple[Device, ...]:

@@ -44,6 +44,8 @@ class Device:
     """Host memory beside the device, for offloading; None where it is not known."""
     machine: str = ""
     """The name of the machine that has the device, for a machine of `MACHINES`."""
+    here: bool = False
+    """Whether this machine has the device."""
 
     @property
     def safe_bytes(self) -> int:
@@ -57,8 +59,8 @@ def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...
         machine = environment()
         host = machine.available_bytes
         found = [each for each in machine.devices if each.kind == "cuda"]
-        gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host) for each in found)
-        return gpus or (Device("cpu", "cpu", machine.available_bytes),)
+        gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host, here=True) for each in found)
+        return gpus or (Device("cpu", "cpu", machine.available_bytes, here=True),)
     if isinstance(devices, str):
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
@@ -115,7 +117,7 @@ def identical_gpus(index: int, count: int) -> tuple[Device, ...]:
     process on each GPU would take gigabytes.
     """
     (found,) = find_accelerators(only=index)
-    return tuple(Device(found.name, key, found.free_bytes) for key in range(count))
+    return tuple(Device(found.name, key, found.free_bytes, here=True) for key in range(count))
 
 
 def local_devices(
@@ -131,11 +133,11 @@ def local_devices(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and devices[0].key != "cpu":
-        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True))
+        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True, here=True))
     elif offload == "cpu":
         raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":
-        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True))
+        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True, here=True))
     return tuple(devices) if max_memory is None else _limited(devices, max_memory)
 
 

@@ -260,7 +260,7 @@ def test_a_rank_asks_for_the_memory_of_its_own_gpu_alone(monkeypatch):
     asked = []
     found = lambda only: asked.append(only) or (Accelerator("T4", "cuda", only, 2000, 1000),)  # noqa: E731
     monkeypatch.setattr("falcon_kit.planning.devices.find_accelerators", found)
-    assert (identical_gpus(1, 2), asked) == ((Device("T4", 0, 1000), Device("T4", 1, 1000)), [1])
+    assert (identical_gpus(1, 2), asked) == ((Device("T4", 0, 1000, here=True), Device("T4", 1, 1000, here=True)), [1])
 
 
 @pytest.mark.usefixtures("two_gpus")
