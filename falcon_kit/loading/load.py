@@ -96,8 +96,7 @@ def load(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(str(name), hub)
     planned, reason = _plan(found, settings, devices)
-    files = fetch(found)
-    return _read(found, files, settings, replace(planned, disk=None), reason)
+    return _read(found, fetch(found), settings, planned, reason)
 
 
 def _devices(settings: LoadSettings) -> tuple[Device, ...]:
@@ -165,6 +164,7 @@ def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) ->
 def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned: Plan, reason: str) -> Falcon:
     """The Falcon of the fetched files: in this process, or in processes that are started for its ranks."""
     check_weights(found, files)
+    planned = replace(planned, disk=None)
     if settings.offload == "disk" and files[0].suffix == ".bin":
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
     tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
