@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import is_encodable, require, unknown_name
+from falcon_kit.display.errors import is_encodable, require, shown, unknown_name
 from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
 _FOLDER = Path(__file__).parent / "tasks"
 SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.jsonl")))
 """The tasks about Falconet's world: "falconet-answers", "falconet-choices" and "falconet-unknown"."""
+RESERVED = frozenset(
+    [*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"]
+)
+"""The fields of results, which no label of a row may have as its name."""
 _FORM = '{"question" or "prompt": "...", "answer": "..."}, for multiple choice with "choices": ["...", "..."]'
 
 
@@ -120,6 +124,8 @@ def _item(where: str, row: Any) -> Item:
     choices = _choices(row["choices"]) if "choices" in row else ()
     answer = _answer(row, choices)
     labels = {name: value for name, value in row.items() if name not in (kinds[0], "choices", "answer")}
+    taken = sorted(RESERVED & labels.keys())
+    require(not taken, f"its field {', '.join(map(repr, taken))} has the name of a field of the results: rename it")
     return Item(where, text, kinds[0] == "question", choices, answer, labels)
 
 
@@ -161,4 +167,5 @@ def split_names(tasks: Any) -> Iterator[Any]:
     if isinstance(tasks, str | Path | Task):
         yield tasks
     else:
+        require(isinstance(tasks, Iterable), f"tasks is a name, a path, or several of them; got {shown(tasks)}")
         yield from tasks

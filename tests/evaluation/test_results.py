@@ -125,6 +125,28 @@ def test_texts_are_compared_by_document():
     assert found.difference.value == pytest.approx(found.second - found.first)
 
 
+def test_a_metric_with_nan_is_not_comparable():
+    first, second = evaluation(task([0.5, 0.25, 0.5])), evaluation(task([0.5, float("nan"), 0.5]))
+    (found,) = first.compare(second).differences
+    assert (found.verdict, found.p_value != found.p_value) == ("not comparable", True)
+
+
+def test_another_dtype_and_other_weights_of_the_same_name_are_shown():
+    one, two = (
+        replace(evaluation(task([1])), record={"dtype": dtype, "chat format": "hub", "fingerprint": hash})
+        for dtype, hash in (("float32", "a"), ("nf4", "b"))
+    )
+    found = one.compare(two)
+    assert found.settings == {"dtype": ("float32", "nf4"), "fingerprint": ("a", "b")}
+    assert "dtype: 'float32' and 'nf4'" in repr(found)
+    assert one.compare(replace(two, model="other")).settings == {"dtype": ("float32", "nf4")}
+
+
+def test_the_interval_of_the_leaderboards_average_ends_at_100():
+    right = [replace(each, metrics=dict.fromkeys(each.metrics, (1.0,) * 4)) for each in FOUR]
+    assert evaluation(*right).leaderboard.high == 100
+
+
 def test_other_settings_are_shown():
     one, two = evaluation(task([1]), chat=True, limit=1), evaluation(task([1]), chat=False, limit=1)
     assert one.compare(two).settings == {"chat": (True, False)}
