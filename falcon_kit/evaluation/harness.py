@@ -232,11 +232,19 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
-        inputs = [(request.args[0], normalize_gen_kwargs(request.args[1])) for request in requests]
-        self._model.truncated += self._model.count_cut(inputs)
-        return self._progress.map(
-            f"lm-eval {self._name} answers", inputs, self._model.write, size=self._model.part_size
-        )
+        inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
+        for numbers, settings in _groups(inputs):
+            prompts = [inputs[number][0] for number in numbers]
+            self._model.truncated += self._model.count_cut(prompts, settings["max_new_tokens"])
+        return self._progress.map(f"lm-eval {self._name} answers", inputs, self._write, size=self._model.part_size)
+
+    def _write(self, inputs: Sequence[Any]) -> list[str]:
+        """The continuations; those with the same settings are generated together."""
+        found: dict[int, str] = {}
+        for numbers, settings in _groups(inputs):
+            texts = self._model.write([inputs[number][0] for number in numbers], settings)
+            found.update(zip(numbers, texts, strict=True))
+        return [found[number] for number in range(len(inputs))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages in the model's chat format."""
@@ -245,3 +253,21 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The name of the chat format, which lm-eval records."""
         return self._model.name
+
+
+def _groups(inputs: Sequence[Any]) -> list[tuple[list[int], dict[str, Any]]]:
+    """The numbers of the inputs with the same settings, and these settings."""
+    groups: dict[str, list[int]] = {}
+    for number, (_, arguments) in enumerate(inputs):
+        groups.setdefault(repr(sorted(arguments.items())), []).append(number)
+    return [(numbers, _settings(inputs[numbers[0]][1])) for numbers in groups.values()]
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The kit's settings of a generation that lm-eval asks for."""
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    settings["max_new_tokens"] = settings.pop("max_gen_toks")
+    settings["stop"] = tuple(each for each in settings.pop("until", ()) if each)
+    if not settings.get("do_sample"):
+        settings = {name: settings[name] for name in ("max_new_tokens", "stop")} | {"do_sample": False}
+    return settings

@@ -16,7 +16,6 @@ from falcon_kit.evaluation.models import (
     line_end,
     plain_prompts,
     rendered,
-    settings_of,
     written,
 )
 from falcon_kit.evaluation.progress import Progress
@@ -140,24 +139,14 @@ class LocalModel:
         settings |= {"truncate": "left"} if truncate else {}
         return lambda prompts: [written(each) for each in self._generate(prompts, settings)]
 
-    def count_cut(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
         """As `Model.count_cut`: at least half of the context stays for a prompt."""
-        context = self.inspected.spec.context
-        lengths = self._lengths([prompt for prompt, _ in inputs])
-        new = [settings_of(arguments)["max_new_tokens"] for _, arguments in inputs]
-        return sum(length > context - min(each, context // 2) for length, each in zip(lengths, new, strict=True))
+        room = self.inspected.spec.context - min(new_tokens, self.inspected.spec.context // 2)
+        return sum(length > room for length in self._lengths(prompts))
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """As `Model.write`; a context that is too long loses its beginning."""
-        written: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}
-        for number, (_, arguments) in enumerate(inputs):
-            groups.setdefault(repr(sorted(arguments.items())), []).append(number)
-        for numbers in groups.values():
-            settings = {**settings_of(inputs[numbers[0]][1]), "truncate": "left"}
-            texts = self._generate([inputs[number][0] for number in numbers], settings)
-            written.update(zip(numbers, (each.text for each in texts), strict=True))
-        return [written[number] for number in range(len(inputs))]
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """As `Model.write`."""
+        return [each.text for each in self._generate(prompts, {**settings, "truncate": "left"})]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """As `Model.render`."""

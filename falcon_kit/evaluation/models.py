@@ -57,11 +57,11 @@ class Model(Protocol):
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each text, every token once."""
 
-    def count_cut(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
-        """How many prompts lose their beginning in `write`."""
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
+        """How many prompts lose their beginning in `write`, to leave room for the new tokens."""
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The continuation of each prompt with its settings by lm-eval's names."""
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """The continuation of each prompt; one that is too long loses its beginning, or the server refuses it."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """A conversation in the model's chat format; without `add_generation_prompt`, the last message goes on."""
@@ -92,13 +92,3 @@ def written(generation: Generation) -> list[Any]:
     """The text, and the geometric mean probability of its tokens; None where they are not known."""
     logprobs = [each for each in generation.logprobs or () if not math.isnan(each)]
     return [generation.text, math.exp(sum(logprobs) / len(logprobs)) if logprobs else None]
-
-
-def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The kit's settings of a generation that lm-eval asks for."""
-    settings = {name: value for name, value in arguments.items() if value is not None}
-    settings["max_new_tokens"] = settings.pop("max_gen_toks")
-    settings["stop"] = tuple(each for each in settings.pop("until", ()) if each)
-    if not settings.get("do_sample"):
-        settings = {name: settings[name] for name in ("max_new_tokens", "stop")} | {"do_sample": False}
-    return settings

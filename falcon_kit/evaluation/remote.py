@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, NoReturn
 
 from falcon_kit.display.errors import require
@@ -13,7 +12,6 @@ from falcon_kit.evaluation.models import (
     line_end,
     plain_prompts,
     rendered,
-    settings_of,
     written,
 )
 from falcon_kit.evaluation.progress import Progress
@@ -78,17 +76,13 @@ class RemoteModel:
 
         return answer
 
-    def count_cut(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
         """None: the server refuses a prompt that is too long."""
         return 0
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         """As `Model.write`."""
-        found: list[str] = []
-        for settings, group in groupby(inputs, key=lambda each: settings_of(each[1])):
-            prompts = [prompt for prompt, _ in group]
-            found += [each.text for each in self._endpoint.generate_each(prompts, **settings)]
-        return found
+        return [each.text for each in self._endpoint.generate_each(prompts, **settings)]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The messages in the chat format that the endpoint was connected with. Raises ValueError without one."""

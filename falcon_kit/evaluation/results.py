@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation import plots
@@ -119,16 +120,18 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path).expanduser(), "it may be incomplete")
             require(content.pop("falcon_kit_evaluation") == _FORMAT, "another format")
             texts = content["perplexities"]
-            return cls(
-                content["model"],
-                content["record"],
+            found = cls(
+                str(content["model"]),
+                dict(content["record"]),
                 tuple(Perplexity(**each | {"parts": tuple(Part(**part) for part in each["parts"])}) for each in texts),
                 tuple(TaskResult(**each | _as_tuples(each)) for each in content["tasks"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found._repr_html_()  # computes all values
+            return found
+        except (*UNEXPECTED, ArithmeticError) as error:
             raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({error})") from None
 
     def __repr__(self) -> str:
@@ -164,6 +167,6 @@ def _beside(row: Mapping[str, Any]) -> tuple[str]:
 def _as_tuples(task: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a task that JSON has turned into lists."""
     return {
-        "metrics": {name: tuple(values) for name, values in task["metrics"].items()},
-        "items": tuple(task["items"]),
+        "metrics": {name: tuple(map(float, values)) for name, values in task["metrics"].items()},
+        "items": tuple(map(dict, task["items"])),
     }

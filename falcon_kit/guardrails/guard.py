@@ -75,6 +75,10 @@ class Guardrails:
         )
         for name in ("secrets", "personal_data", "control_tokens", "injection", "repetition"):
             check_flag(name, getattr(self, name))
+        for name in ("phone_regions", "blocked_words", "labels"):
+            given = getattr(self, name)
+            require(isinstance(given, Iterable), f"{name}={shown(given)} must be a tuple of texts")
+            object.__setattr__(self, name, given if isinstance(given, str) else tuple(given))  # an iterator ends
         _ = self._checks  # raises for what cannot be checked
 
     @cached_property
