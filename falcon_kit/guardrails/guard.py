@@ -57,8 +57,8 @@ class Guardrails:
     """In outputs: the same words over and over."""
     custom: Judge | Mapping[str, Judge] | None = None
     """A function that takes a text and returns a reason to block it or None; a dict of such functions by name; or a
-    text-classification pipeline of transformers. It reads a prompt at once and an output sentence by sentence. If it
-    raises an error, the text is blocked."""
+    text-classification pipeline of transformers. It reads a prompt at once and an output sentence by sentence; a
+    pipeline reads a text that is longer than its context in parts. If it raises an error, the text is blocked."""
     labels: Sequence[str] = ()
     """The labels of a pipeline that block a text."""
     threshold: float = 0.5
