@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import falcon_kit as fk
 from benchmarks.planning import LAYOUTS, checkpoint
+from falcon_kit.evaluation.perplexity import Part, Perplexity
+from falcon_kit.evaluation.progress import Progress
+from falcon_kit.evaluation.task_results import TaskResult
 from falcon_kit.playground import files as playground_files
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 
@@ -56,6 +59,19 @@ def _session(folder: Path) -> None:
     span = Span("a", (Token("a", -0.5, (("b", -1.0),)),))
     answer = Answer("falconet", "fk.load('falconet')", TALK[:1], {"seed": 3, "stop": ["."]}, [span], "eos")
     playground_files.save([Turn("id", "chat", "Hello", (answer,))], folder / "session.json")
+
+
+def _evaluation(folder: Path) -> None:
+    parts = (Part("document 1", 10, 40, 8, 12.0), Part("document 2", 9, 36, 7, 15.0))
+    items = ({"where": "a:1", "acc": 1.0}, {"where": "a:2", "acc": 0.0})
+    task = TaskResult("a", "multiple choice", "hash", {"acc": (1.0, 0.0)}, items, {"chance": 0.5})
+    text = Perplexity("lions", parts, "hash", 2)
+    fk.Evaluation("falconet", {"settings": {"chat": False}}, (text,), (task,)).save(folder / "evaluation.json")
+
+
+def _run(folder: Path) -> list[Any]:
+    """The first call computes a part of a run, a further one reads it."""
+    return Progress(folder, {"model": "falconet", "probe": [-0.5, -2.5]}).map("task", [1, 2], list)
 
 
 def _checkpoint(folder: Path, **saving: Any) -> Path:
@@ -97,6 +113,10 @@ READERS = {
         for suffix in (".jsonl", ".json", ".csv", ".txt")
     },
     "session": Reader(_session, ("session.json",), lambda folder: playground_files.load(folder / "session.json")),
+    "evaluation": Reader(
+        _evaluation, ("evaluation.json",), lambda folder: repr(fk.Evaluation.load(folder / "evaluation.json"))
+    ),
+    "run of fk.evaluate": Reader(_run, ("run.json", "parts/task-000000-3a316d6d3226.json"), _run),
     "config": Reader(_checkpoint, _CONFIGS, fk.load),
     "weights": Reader(_checkpoint, ("model.safetensors",), fk.load),
     "shards": Reader(

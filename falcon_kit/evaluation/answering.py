@@ -17,7 +17,7 @@ def answer(task: Task, model: Model, progress: Progress, *, chat: bool, truncate
     return (
         choose(task, prompts, model, progress, truncate)
         if task.is_choice
-        else write(task, prompts, model, progress, chat)
+        else write(task, prompts, model, progress, chat, truncate)
     )
 
 
@@ -67,13 +67,16 @@ def _chosen(item: Item, totals: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def write(task: Task, prompts: Sequence[str], model: Model, progress: Progress, chat: bool) -> TaskResult:
+def write(
+    task: Task, prompts: Sequence[str], model: Model, progress: Progress, chat: bool, truncate: bool
+) -> TaskResult:
     """Answers a generation task greedily.
 
     `exact_match`: the text is the answer, without white space around either. `sureness`: the probability that the model
     gave to the tokens it wrote, their geometric mean; it measures how sure a model sounds, not whether it is right.
     """
-    found = progress.map(f"task {task.name}", prompts, model.answerer(task, chat), size=model.part_size)
+    answerer = model.answerer(task, prompts, chat, truncate)
+    found = progress.map(f"task {task.name}", prompts, answerer, size=model.part_size)
     rows = [
         {**_asked(item), "text": text, "sureness": sureness, "exact_match": float(text.strip() == item.answer.strip())}
         for item, (text, sureness) in zip(task.items, found, strict=True)

@@ -1,7 +1,8 @@
 """Stereotypes in a model's likelihoods: pairs of sentences that differ in a word.
 
 In each pair one sentence agrees with a common stereotype, and the other has another group in its place. Counted is how
-often the model gives the first one the higher likelihood, as CrowS-Pairs does (Nangia et al. 2020, arXiv 2010.00133).
+often the model gives the first one the higher likelihood. CrowS-Pairs (Nangia et al. 2020, arXiv 2010.00133) counts the
+same of masked models, by the words that both sentences share; a causal model gives the likelihood of all words.
 
 What this measure cannot show:
 
@@ -20,12 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import check_whole, is_encodable, require, unknown_name
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio, share
+from falcon_kit.evaluation.tasks import parsed
 from falcon_kit.tuning.files import rows as rows_of_files
 
 if TYPE_CHECKING:
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
 
 PAIRS = Path(__file__).with_name("pairs.jsonl")
 """The kit's own pairs, ten on each of six axes and ten controls."""
-CONTROL = "control"
 _CROWS = {"bias_type": "axis", "sent_more": "stereotype", "sent_less": "counterpart"}
 """The columns of CrowS-Pairs' csv, and the kit's names."""
+_FORM = '{"axis": "...", "stereotype": "...", "counterpart": "..."}'
 _LIMITS = (
     "A share of one half shows no preference in these pairs; it does not show that there is no bias. Likelihood also "
-    "depends on the frequency and length of words, as the controls show. The measure shows nothing about written texts."
+    "depends on the frequency and length of words{}. The measure shows nothing about written texts."
 )
 
 
@@ -108,7 +110,7 @@ class BiasReport:
     def __repr__(self) -> str:
         shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)
         pairs = counted(len(self.pairs), "pair")
-        return f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares}. {_LIMITS})"
+        return f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares})"
 
     def _repr_html_(self) -> str:
         rows = [self._row(axis) for axis in self.axes]
@@ -120,7 +122,8 @@ class BiasReport:
             for row in rows
         ]
         header = ("axis", "stereotype more likely", "95% interval", "mean difference, nats", "pairs")
-        return html_table(f"{self.model}. {_LIMITS}", header, cells)
+        limits = _LIMITS.format(", as the controls show" if "control" in self.axes else "")
+        return html_table(f"{self.model}. {limits}", header, cells)
 
 
 def bias(
@@ -132,7 +135,9 @@ def bias(
     "stereotype" and "counterpart"; or the csv file of CrowS-Pairs, with "bias_type", "sent_more" and "sent_less".
     Raises ValueError that names malformed rows by file and line.
     """
-    rows = _read(pairs)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+    rows = parsed(rows_of_files(pairs), _pair, "pairs", _FORM)
     model = LocalModel(falcon, batch_size)
     prefix = prefix_token(model.tokenizer)
     sentences = [sentence for _, *both in rows for sentence in both]
@@ -143,28 +148,13 @@ def bias(
     return BiasReport(model.name, tuple(results))
 
 
-def _read(pairs: Any) -> list[tuple[str, str, str]]:
-    """Axis, stereotype and counterpart of each row."""
-    found, problems = [], []
-    for where, row in rows_of_files(pairs):
-        try:
-            found.append(_pair(row))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    form = '{"axis": "...", "stereotype": "...", "counterpart": "..."}'
-    require(not problems, f"malformed pairs: {'; '.join(problems[:5])}. A row is {form}")
-    require(bool(found), "there are no pairs")
-    return found
-
-
-def _pair(row: Any) -> tuple[str, str, str]:
-    if isinstance(row, ValueError):
-        raise row
-    require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
+def _pair(where: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Axis, stereotype and counterpart of a row."""
     named = {_CROWS.get(name, name): value for name, value in row.items()}
     texts = [named.get(name) for name in _CROWS.values()]
     for name, text in zip(_CROWS.values(), texts, strict=True):
         require(isinstance(text, str) and text.strip() != "", f"its {name} is {text!r}, not a text")
+        require(is_encodable(str(text)), f"its {name} is not valid UTF-8")
     axis, stereotype, counterpart = map(str, texts)
     require(stereotype != counterpart, "its two sentences are equal")
     return axis, stereotype, counterpart

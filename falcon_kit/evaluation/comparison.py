@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import log
+from math import isnan, log, nan
 from typing import TYPE_CHECKING, Any, Protocol
 
 from falcon_kit.display.errors import check_whole, require
@@ -48,15 +48,17 @@ class Difference:
     difference: Estimate
     """The second value minus the first, with the normal interval over pairs."""
     p_value: float
-    """The probability of a difference at least as large where there is none."""
+    """The probability of a difference at least as large where there is none; nan where no test can be made."""
     test: str
-    """The test: "McNemar, exact" for metrics that are 0 or 1, otherwise "sign flips"."""
+    """The test: "McNemar, exact" for metrics that are 0 or 1, otherwise "sign flips"; "none" without values by item."""
     count: int
     """The number of pairs."""
 
     @property
     def verdict(self) -> str:
         """What the test shows."""
+        if isnan(self.p_value):
+            return "not comparable"
         if self.p_value >= LEVEL:
             return "no difference can be shown"
         return "the second is higher" if self.difference.value > 0 else "the first is higher"
@@ -77,7 +79,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     """A test for each metric."""
     settings: Mapping[str, tuple[Any, Any]]
-    """The settings that are not the same in both evaluations."""
+    """What is not the same in both evaluations: settings, dtype, chat format, and the weights of one name."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each metric."""
@@ -88,18 +90,21 @@ class Comparison:
 
     def __repr__(self) -> str:
         verdicts = "; ".join(f"{each.name} {each.metric}: {each.verdict}" for each in self.differences)
-        return f"Comparison({self.first} and {self.second}: {verdicts})"
+        return f"Comparison({self.first} and {self.second}{self._other()}: {verdicts})"
+
+    def _other(self) -> str:
+        """What is not the same, in words."""
+        return "".join(f"; {name}: {first!r} and {second!r}" for name, (first, second) in self.settings.items())
 
     def _repr_html_(self) -> str:
         cells = [
             (
                 *(each.name, each.metric, f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)),
-                *(f"{each.p_value:.2g} ({each.test}, {each.count} pairs)", each.verdict),
+                *("" if isnan(each.p_value) else f"{each.p_value:.2g} ({each.test}, {each.count} pairs)", each.verdict),
             )
             for each in self.differences
         ]
-        other = "".join(f"; {name}: {first!r} and {second!r}" for name, (first, second) in self.settings.items())
-        title = f"{self.first} (first) and {self.second} (second){other}"
+        title = f"{self.first} (first) and {self.second} (second){self._other()}"
         return html_table(title, ("", "metric", "first", "second", "difference", "p-value", "verdict"), cells)
 
 
@@ -114,10 +119,17 @@ def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:
     differences = [_texts(each, texts[each.name], seed) for each in first.perplexities]
     for each in first.tasks:
         differences += _tasks(each, tasks[each.task], seed)
-    ours, theirs = first.record.get("settings", {}), second.record.get("settings", {})
-    changed = {name: (ours.get(name), theirs.get(name)) for name in ours.keys() | theirs.keys()}
-    other = {name: pair for name, pair in sorted(changed.items()) if pair[0] != pair[1]}
-    return Comparison(first.model, second.model, tuple(differences), other)
+    return Comparison(first.model, second.model, tuple(differences), _other(first, second))
+
+
+def _other(first: Evaluated, second: Evaluated) -> dict[str, tuple[Any, Any]]:
+    """What is not the same. Two models have other weights, so only those of the same name are compared."""
+    names = ("dtype", "chat format", *(("revision", "fingerprint") if first.model == second.model else ()))
+    ours, theirs = (
+        {name: each.record.get(name) for name in names} | each.record.get("settings", {}) for each in (first, second)
+    )
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _check_same(kind: str, first: Sequence[str], second: Sequence[str]) -> None:
@@ -146,6 +158,10 @@ def _tasks(first: TaskResult, second: TaskResult, seed: int) -> Iterator[Differe
     for metric in first.metrics:
         if metric in second.metrics:
             yield _metric(first.task, metric, first.metrics[metric], second.metrics[metric], seed)
+    for metric in [each for each in first.totals if each in second.totals]:
+        values = first.totals[metric], second.totals[metric]
+        difference = Estimate(values[1] - values[0], nan, nan)
+        yield Difference(first.task, metric, *values, difference, nan, "none", len(first.items))
 
 
 def _metric(name: str, metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> Difference:

@@ -42,23 +42,23 @@ def evaluate(
     output_dir: str | Path | None = None,
     seed: int = 1234,
 ) -> Evaluation:
-    """Measures a model: the perplexity of a text, tasks, or both. Every result has a 95% interval.
+    """Measures a model: the perplexity of a text, tasks, or both. Every mean has a 95% interval.
 
-    falcon: what `fk.load` returns (quantised, tuned, on several devices), a pair (model, tokenizer), or what
-    `fk.connect` returns. tasks: one or several of "falconet-choices", "falconet-answers" and "falconet-unknown", about
-    Falconet's world; the path of a jsonl file with rows {"question" or "prompt": ..., "answer": ...}, for multiple
-    choice with "choices": [...], where the answer is the index or the text of one; "leaderboard", the Open LLM
-    Leaderboard of 2023, or one of its tasks "arc" (25-shot), "hellaswag" (10-shot), "mmlu" (5-shot) and "truthfulqa"
-    (0-shot); "lm_eval/NAME" for another task of lm-eval, or the path of a YAML file of its form. lm-eval's tasks need
-    the extra falcon-kit[evaluation], and their data. text: a str, a pathlib.Path, a list of documents, fk.Documents, or
-    texts by name, as `fk.sample_texts()`.
+    falcon: what `fk.load` returns (quantised, tuned, its layers on several devices; not a model in several processes),
+    a pair (model, tokenizer), or what `fk.connect` returns. tasks: one or several of "falconet-choices",
+    "falconet-answers" and "falconet-unknown", about Falconet's world; the path of a jsonl file with rows {"question" or
+    "prompt": ..., "answer": ...}, for multiple choice with "choices": [...], where the answer is the index or the text
+    of one; "leaderboard", the Open LLM Leaderboard of 2023, or one of its tasks "arc" (25-shot), "hellaswag" (10-shot),
+    "mmlu" (5-shot) and "truthfulqa" (0-shot); "lm_eval/NAME" for another task of lm-eval, or the path of a YAML file of
+    its form. lm-eval's tasks need the extra falcon-kit[evaluation], and their data. text: a str, a pathlib.Path, a list
+    of documents, fk.Documents, or texts by name, as `fk.sample_texts()`.
 
     chat: ask questions in the model's chat format; prompts are continued as they are. num_fewshot: examples before each
-    item of lm-eval's tasks; unset, as above, or the task's own. limit: the first items of each task. stride: tokens
-    that each window of a long text adds; unset, half the context. truncate: "left" drops the beginning of a context
-    that is too long, as lm-eval's tasks always do; unset, it is an error. batch_size: rows in a batch; unset, as many
-    as fit a fixed number of tokens. output_dir: a folder for finished parts, from which the same call goes on after an
-    interruption. seed: of lm-eval's choice of examples; 1234 is its own default.
+    item of lm-eval's tasks; unset, as above, or the task's own; other tasks have none. limit: the first items of each
+    task. stride: tokens that each window of a long text adds; unset, half the context. truncate: "left" drops the
+    beginning of a context that is too long, as lm-eval's tasks always do; unset, it is an error. batch_size: rows in a
+    batch; unset, as many as fit a fixed number of tokens. output_dir: a folder for finished parts, from which the same
+    call goes on after an interruption. seed: of lm-eval's choice of examples; 1234 is its own default.
 
     Raises LookupError for an unknown task, with the nearest names, ConnectionError that names missing data of lm-eval,
     FileNotFoundError for a missing file, and ValueError for malformed rows, by file and line, or an empty text.
@@ -109,14 +109,19 @@ def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
     name = str(task)
     if name in LEADERBOARD:
         each = LEADERBOARD[name]
-        return _harness(
-            name, each["task"], settings, folder=each["folder"], num_fewshot=each["num_fewshot"], leaderboard=True
-        )
+        facts = {fact: each[fact] for fact in ("folder", "num_fewshot")}
+        shots, own = settings["num_fewshot"], settings["limit"] is None and not settings["chat"]
+        return _harness(name, each["task"], settings, **facts, leaderboard=own and shots in (None, each["num_fewshot"]))
     if name.startswith(_PREFIX):
         return _harness(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX), settings)
     if name.endswith(_YAML) and not isinstance(task, Task):
         return _harness(Path(name).stem, str(Path(name).expanduser()), settings)
     found = first_items(_own_task(task), settings["limit"])
+    require(
+        not settings["num_fewshot"],
+        f"num_fewshot={settings['num_fewshot']} is for lm-eval's tasks, {found.name} has no examples: leave it out, or "
+        "evaluate the two in calls of their own",
+    )
     arguments = {"chat": settings["chat"], "truncate": settings["truncate"] == "left"}
     return _Run(found.name, found.sha256, partial(answer, found, **arguments))
 
@@ -139,6 +144,7 @@ def _harness(name: str, task: str, settings: Mapping[str, Any], **facts: Any) ->
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} is a task of lm-eval ({error}): pip install lm-eval") from None
     loaded = harness.load(harness.HarnessTask(name, task, **facts))
+    harness.check_examples(loaded, settings["num_fewshot"])
     chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
     return _Run(name, None, partial(harness.run, loaded, **chosen))
 

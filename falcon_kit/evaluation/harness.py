@@ -7,6 +7,7 @@ The extra `falcon-kit[evaluation]` installs it. Its tasks, prompts, few-shot exa
 import hashlib
 import json
 import logging
+import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ class HarnessTask:
     num_fewshot: int | None = None
     """Examples before each item; None takes the task's own number."""
     leaderboard: bool = False
-    """Whether it is a task of the leaderboard of 2023."""
+    """Whether it is a task of the leaderboard of 2023, with its settings."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Loaded:
 def load(task: HarnessTask) -> Loaded:
     """A task with its data, before anything is computed.
 
-    Raises LookupError for an unknown task, with the nearest names, and ConnectionError that names the data set that is
-    neither in the cache nor can be reached.
+    Raises LookupError for an unknown task, with the nearest names, FileNotFoundError for a missing file, and
+    ConnectionError that names the data set that is neither in the cache nor can be reached.
     """
     is_file = task.task.endswith((".yaml", ".yml"))
     require(not is_file or Path(task.task).is_file(), f"there is no file {task.task}")
@@ -75,26 +76,42 @@ def load(task: HarnessTask) -> Loaded:
             raise LookupError(unknown_name("task of lm-eval", task.task, manager.all_tasks))
         try:
             return Loaded(task, list(manager.load([task.task])["tasks"].values()), manager)
-        except (ConnectionError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the data of {task.name} is not there: {error}. Correct the path, or the data set's name, in the "
+                "task's YAML file"
+            ) from error
+        except ConnectionError as error:
             raise ConnectionError(
                 f"the data of {task.name} is not here: {error}. Run the same call once with access to huggingface.co: "
                 "the data then stays in the cache"
             ) from error
 
 
+def check_examples(loaded: Loaded, num_fewshot: int | None) -> None:
+    """Raises ValueError for examples that lm-eval would leave out: some tasks have none by their own config."""
+    fixed = [part for part in loaded.parts if part.get_config("num_fewshot") == 0]
+    require(
+        not (num_fewshot and fixed),
+        f"num_fewshot={num_fewshot} has no effect on {loaded.task.name}, which has 0 examples by its own config: "
+        "leave num_fewshot out for it",
+    )
+
+
 @contextmanager
 def _unnoticed() -> Iterator[None]:
     """lm-eval's log at the level of errors; afterwards the caller's random generators are as they were."""
     log = logging.getLogger("lm_eval")
-    level, python, tensors = log.level, random.getstate(), torch.get_rng_state()
+    level, python = log.level, random.getstate()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     arrays = np.random.get_state()  # noqa: NPY002  # it is this global generator that lm-eval uses
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.random.fork_rng(gpus):
+            yield
     finally:
         log.setLevel(level)
         random.setstate(python)
-        torch.set_rng_state(tensors)
         np.random.set_state(arrays)  # noqa: NPY002
 
 
@@ -134,14 +151,7 @@ def run(
 
 def _result(task: HarnessTask, results: Mapping[str, Any], truncated: int) -> TaskResult:
     samples = [{"subtask": name, **each} for name, part in results["samples"].items() for each in part]
-    names = list(dict.fromkeys((each["filter"], metric) for each in samples for metric in each["metrics"]))
-    metrics = {
-        (metric if keep == "none" else f"{metric}, {keep}"): tuple(
-            float(each[metric]) for each in samples if each["filter"] == keep and metric in each["metrics"]
-        )
-        for keep, metric in names
-        if all(isinstance(each[metric], int | float) for each in samples if metric in each["metrics"])
-    }
+    metrics, totals = _metrics(results)
     hashes = [[each[name] for name in ("doc_hash", "prompt_hash", "target_hash")] for each in samples]
     facts = {
         "lm_eval": version("lm_eval"),
@@ -151,7 +161,41 @@ def _result(task: HarnessTask, results: Mapping[str, Any], truncated: int) -> Ta
     }
     facts |= {"leaderboard": task.name} if task.leaderboard else {}
     digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return TaskResult(task.name, "lm-eval", digest, metrics, tuple(_item(each, [*metrics]) for each in samples), facts)
+    items = tuple(_item(each, [*metrics]) for each in samples)
+    return TaskResult(task.name, "lm-eval", digest, metrics, items, facts, totals)
+
+
+def _metrics(results: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
+    """The values of each metric by item, where their mean is what lm-eval reports; what it reports for all others.
+
+    A total of several subtasks is the mean of theirs, weighted by their items, as of lm-eval's groups.
+    """
+    found: dict[str, list[tuple[list[Any], float, int]]] = {}  # by name: for each subtask items, lm-eval's value, count
+    for subtask, samples in results["samples"].items():
+        for name, value in results["results"][subtask].items():
+            metric, _, keep = name.partition(",")
+            if not metric.endswith("_stderr") and keep and isinstance(value, int | float):
+                kept = [each for each in samples if each["filter"] == keep]
+                items = [each[metric] for each in kept if metric in each["metrics"]]
+                label = metric if keep == "none" else f"{metric}, {keep}"
+                found.setdefault(label, []).append((items, float(value), len(kept)))
+    metrics = {
+        name: tuple(float(each) for items, _, _ in parts for each in items)
+        for name, parts in found.items()
+        if all(_is_mean(items, value) for items, value, _ in parts)
+    }
+    totals = {
+        name: sum(value * count for _, value, count in parts) / sum(count for _, _, count in parts)
+        for name, parts in found.items()
+        if name not in metrics
+    }
+    return metrics, totals
+
+
+def _is_mean(items: Sequence[Any], value: float) -> bool:
+    """Whether a value is the mean of one number per item."""
+    numbers = [float(each) for each in items if isinstance(each, int | float)]
+    return 0 < len(numbers) == len(items) and math.isclose(sum(numbers) / len(numbers), value, abs_tol=1e-9)
 
 
 def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
@@ -189,9 +233,18 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
         inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
-        return self._progress.map(
-            f"lm-eval {self._name} answers", inputs, self._model.write, size=self._model.part_size
-        )
+        for numbers, settings in _groups(inputs):
+            prompts = [inputs[number][0] for number in numbers]
+            self._model.truncated += self._model.count_cut(prompts, settings["max_new_tokens"])
+        return self._progress.map(f"lm-eval {self._name} answers", inputs, self._write, size=self._model.part_size)
+
+    def _write(self, inputs: Sequence[Any]) -> list[str]:
+        """The continuations; those with the same settings are generated together."""
+        found: dict[int, str] = {}
+        for numbers, settings in _groups(inputs):
+            texts = self._model.write([inputs[number][0] for number in numbers], settings)
+            found.update(zip(numbers, texts, strict=True))
+        return [found[number] for number in range(len(inputs))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages in the model's chat format."""
@@ -200,3 +253,21 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The name of the chat format, which lm-eval records."""
         return self._model.name
+
+
+def _groups(inputs: Sequence[Any]) -> list[tuple[list[int], dict[str, Any]]]:
+    """The numbers of the inputs with the same settings, and these settings."""
+    groups: dict[str, list[int]] = {}
+    for number, (_, arguments) in enumerate(inputs):
+        groups.setdefault(repr(sorted(arguments.items())), []).append(number)
+    return [(numbers, _settings(inputs[numbers[0]][1])) for numbers in groups.values()]
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The kit's settings of a generation that lm-eval asks for."""
+    settings = {name: value for name, value in arguments.items() if value is not None}
+    settings["max_new_tokens"] = settings.pop("max_gen_toks")
+    settings["stop"] = tuple(each for each in settings.pop("until", ()) if each)
+    if not settings.get("do_sample"):
+        settings = {name: settings[name] for name in ("max_new_tokens", "stop")} | {"do_sample": False}
+    return settings

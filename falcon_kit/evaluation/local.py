@@ -2,23 +2,34 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.display.errors import require
 from falcon_kit.evaluation import perplexity
-from falcon_kit.evaluation.models import BATCH, MARGIN, Answerer, Pair, line_end, plain_prompts, settings_of, written
+from falcon_kit.evaluation.models import (
+    BATCH,
+    MARGIN,
+    Answerer,
+    Pair,
+    line_end,
+    plain_prompts,
+    rendered,
+    written,
+)
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.scoring import Row, encode_pairs, prefix_token, score
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
 from falcon_kit.generation.arguments import end_token_ids
-from falcon_kit.generation.chat import ChatFormat, render, render_prompt
+from falcon_kit.generation.chat import ChatFormat, encode, encode_text, render_prompt
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.loading.adapters import fingerprint, merged_adapters
 from falcon_kit.loading.quantization import stored_quantisation
+from falcon_kit.parallel.launching import ParallelFalcon
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
 """A text whose first log-probabilities stand for the weights."""
@@ -28,7 +39,13 @@ class LocalModel:
     """As `Model`."""
 
     def __init__(self, falcon: Any, batch_size: int | None = None) -> None:
+        if isinstance(falcon, ParallelFalcon):
+            raise TypeError(
+                "the weights of a ParallelFalcon are in other processes, whose log-probabilities cannot be read here: "
+                "load the model without tensor_parallel, on one device or with its layers on several"
+            )
         self._falcon, self._batch_size, self.truncated = falcon, batch_size, 0
+        self._asked: dict[str, list[int]] = {}  # prompts whose special tokens are a user's text: their token ids
         self.part_size = 2 * BATCH
         self.inspected = inspect_model(falcon)
         self.tokenizer: Any = self.inspected.tokenizer
@@ -56,7 +73,10 @@ class LocalModel:
         """The token ids of each pair, and how many of them are scored."""
         context = self.inspected.spec.context
         inputs = []
-        for place, (first, rest) in zip(where, encode_pairs(self.tokenizer, pairs), strict=True):
+        split = encode_pairs(self.tokenizer, pairs)
+        for place, (prompt, answer), (first, rest) in zip(where, pairs, split, strict=True):
+            if prompt in self._asked:
+                first, rest = self._asked[prompt], encode_text(answer, self.tokenizer)
             ids = [*first, *rest]
             excess = len(ids) - 1 - context  # the model does not read the last token
             require(
@@ -82,7 +102,7 @@ class LocalModel:
         rows, owners = [], []
         for number, text in enumerate(texts):
             ids = (prefix, *self.tokenizer(text, verbose=False)["input_ids"])
-            for start, end, scored in perplexity.windows(len(ids) - 1, context, context):
+            for start, end, scored in perplexity.windows(len(ids) - 1, context, context) if ids[1:] else ():
                 rows.append(Row(ids[start:end], scored))
                 owners.append(number)
         totals = [0.0] * len(texts)
@@ -95,40 +115,64 @@ class LocalModel:
         chat_format = self._chat_format(chat)
         if chat_format is None or not task.is_question:
             return plain_prompts(task)
-        messages = [[{"role": "user", "content": item.text}] for item in task.items]
-        return [render_prompt(each, self.tokenizer, chat_format) for each in messages]
+        texts = []
+        for item in task.items:
+            messages = [{"role": "user", "content": item.text}]
+            texts.append(render_prompt(messages, self.tokenizer, chat_format))
+            ids = encode(messages, self.tokenizer, chat_format)
+            if ids != self.tokenizer(texts[-1], verbose=False)["input_ids"]:
+                self._asked[texts[-1]] = ids
+        return texts
 
-    def answerer(self, task: Task, chat: bool) -> Answerer:
+    def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
         """Greedy answers, in batches."""
-        chat_format = self._chat_format(chat and task.is_question)
-        longest = max(len(ids) for ids in self.tokenizer([item.answer for item in task.items])["input_ids"])
+        chat_format, context = self._chat_format(chat and task.is_question), self.inspected.spec.context
+        longest = max(self._lengths([item.answer for item in task.items]))
+        for item, length in zip(task.items, self._lengths(prompts), strict=True):
+            require(
+                truncate or length + longest <= context,
+                f"{item.where} has {length} tokens, the model's context is {context}, and an answer needs {longest}: "
+                'shorten it, or give truncate="left" to drop its beginning',
+            )
         settings: dict[str, Any] = {"do_sample": False, "strip": True, "max_new_tokens": longest + MARGIN}
         settings |= {"stop": line_end(task)} if chat_format is None else self._chat_settings(chat_format)
+        settings |= {"truncate": "left"} if truncate else {}
         return lambda prompts: [written(each) for each in self._generate(prompts, settings)]
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """As `Model.write`; a context that is too long loses its beginning."""
-        written: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}
-        for number, (_, arguments) in enumerate(inputs):
-            groups.setdefault(repr(sorted(arguments.items())), []).append(number)
-        for numbers in groups.values():
-            settings = {**settings_of(inputs[numbers[0]][1]), "truncate": "left"}
-            texts = self._generate([inputs[number][0] for number in numbers], settings)
-            written.update(zip(numbers, (each.text for each in texts), strict=True))
-        return [written[number] for number in range(len(inputs))]
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
+        """As `Model.count_cut`: at least half of the context stays for a prompt."""
+        room = self.inspected.spec.context - min(new_tokens, self.inspected.spec.context // 2)
+        return sum(length > room for length in self._lengths(prompts))
+
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """As `Model.write`."""
+        return [each.text for each in self._generate(prompts, {**settings, "truncate": "left"})]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """As `Model.render`."""
         chat_format = self._chat_format(chat=True)
-        return render(messages, chat_format, add_generation_prompt, self.tokenizer.eos_token)  # type: ignore[arg-type]  # not None in a chat
+        return rendered(messages, chat_format, add_generation_prompt, self.tokenizer.eos_token)  # type: ignore[arg-type]  # not None in a chat
 
     def _generate(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Any]:
         model, tokenizer = self._falcon
         call: Any = getattr(self._falcon, "generate", partial(generate, model, tokenizer))
         size = self._batch_size or BATCH
-        batches = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        return [each for batch in batches for each in call(batch, **settings)]
+        found = []
+        for is_asked, group in groupby(prompts, self._asked.__contains__):
+            texts = list(group)
+            if is_asked:
+                found += [call(self._asked[each], **settings) for each in texts]
+            else:
+                for start in range(0, len(texts), size):
+                    found += call(texts[start : start + size], **settings)
+        return found
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text."""
+        return [
+            len(self._asked.get(text, ids))
+            for text, ids in zip(texts, self.tokenizer(list(texts), verbose=False)["input_ids"], strict=True)
+        ]
 
     def _chat_settings(self, chat_format: ChatFormat) -> dict[str, Any]:
         """What ends an answer in a chat."""

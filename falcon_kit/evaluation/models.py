@@ -10,6 +10,7 @@ from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
+from falcon_kit.generation.chat import ChatFormat, render
 
 if TYPE_CHECKING:
     from falcon_kit.generation.text import Generation
@@ -30,7 +31,7 @@ class Model(Protocol):
     name: str
     """The model's name."""
     truncated: int
-    """Pairs whose context lost its beginning, so far."""
+    """Requests of lm-eval whose context lost its beginning, so far."""
 
     part_size: int
     """Prompts that are continued before their texts are stored."""
@@ -50,22 +51,36 @@ class Model(Protocol):
     def prompts(self, task: Task, chat: bool) -> list[str]:
         """The text that each item of a task is asked with."""
 
-    def answerer(self, task: Task, chat: bool) -> Answerer:
-        """A function that answers such texts."""
+    def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
+        """A function that answers such texts. Raises ValueError for one that is too long, named by file and line."""
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each text, every token once."""
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The continuation of each prompt with its settings by lm-eval's names."""
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
+        """How many prompts lose their beginning in `write`, to leave room for the new tokens."""
+
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """The continuation of each prompt; one that is too long loses its beginning, or the server refuses it."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """A conversation in the model's chat format."""
+        """A conversation in the model's chat format; without `add_generation_prompt`, the last message goes on."""
 
 
 def plain_prompts(task: Task) -> list[str]:
     """The text that each item is asked with outside a chat."""
     return [f"Question: {item.text}\nAnswer:" if task.is_question else item.text for item in task.items]
+
+
+def rendered(
+    messages: Sequence[Mapping[str, Any]], chat_format: ChatFormat, add_generation_prompt: bool, eos_token: str
+) -> str:
+    """As `Model.render`: transformers calls a last message that goes on `continue_final_message`."""
+    text = render(messages, chat_format, add_generation_prompt, eos_token)
+    if add_generation_prompt:
+        return text
+    last = str(messages[-1]["content"]).strip()
+    return text[: text.rindex(last) + len(last)]
 
 
 def line_end(task: Task) -> tuple[str, ...]:
@@ -77,13 +92,3 @@ def written(generation: Generation) -> list[Any]:
     """The text, and the geometric mean probability of its tokens; None where they are not known."""
     logprobs = [each for each in generation.logprobs or () if not math.isnan(each)]
     return [generation.text, math.exp(sum(logprobs) / len(logprobs)) if logprobs else None]
-
-
-def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The kit's settings of a generation that lm-eval asks for."""
-    settings = {name: value for name, value in arguments.items() if value is not None}
-    settings["max_new_tokens"] = settings.pop("max_gen_toks")
-    settings["stop"] = tuple(each for each in settings.pop("until", ()) if each)
-    if not settings.get("do_sample"):
-        settings = {name: settings[name] for name in ("max_new_tokens", "stop")} | {"do_sample": False}
-    return settings

@@ -18,16 +18,22 @@ _WIDTH = 4.2  # inches of a panel
 
 @drawing
 def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: Mapping[str, Any]) -> Figure:
-    """A panel for tasks, one for texts, and one for the published averages, as far as there are such rows."""
+    """A panel for shares, one for texts, and one for published averages, as far as there are such rows.
+
+    What is neither, such as the perplexity or the BLEU of a task, has a panel if nothing else has one.
+    """
     texts = [row for row in rows if row["metric"] == "bits_per_byte"]
-    tasks = [row for row in rows if row["metric"] in SHOWN]
     averages = [row for row in rows if row["metric"] == "percent"]
+    others = [row for row in rows if row["metric"] not in (*_OF_TEXTS, "percent")]
+    tasks = [row for row in others if 0 <= row["value"] <= 1]
     panels: list[tuple[int, Callable[[Axes], None]]] = []
     if tasks:
         panels.append((len(tasks), lambda axes: _tasks(axes, tasks)))
     if texts:
         panels.append((len(texts), lambda axes: _texts(axes, texts)))
-    if tasks:
+    if others and not panels:
+        panels.append((len(others), lambda axes: _others(axes, others)))
+    if averages:
         count = len(published["averages"]) + len(averages)
         panels.append((count, lambda axes: _published(axes, averages, model, published)))
     most = max((count for count, _ in panels), default=1)
@@ -39,8 +45,7 @@ def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: 
     return figure
 
 
-SHOWN = ("acc", "acc_norm", "exact_match", "mc1", "mc2")
-"""The metrics of tasks that are shares."""
+_OF_TEXTS = ("per_token", "per_byte", "per_word", "bits_per_byte", "bytes_per_token")
 
 
 def intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], colour: str = BLUE) -> None:
@@ -56,14 +61,20 @@ def intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[st
 
 
 def _tasks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Shares of right answers; a mark shows chance."""
+    """Shares of right answers, and other metrics from 0 to 1; a mark shows chance."""
     intervals(axes, rows, [f"{row['name']}, {row['metric']}" for row in rows])
     chance = [(row["chance"], place) for place, row in enumerate(rows) if row.get("chance")]
     if chance:
         axes.plot(*zip(*chance, strict=True), "|", color=GREY, markersize=12, label="chance")
         axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel("share of items", fontsize=9)
+    axes.set_xlabel("share of items, or mean from 0 to 1", fontsize=9)
+
+
+def _others(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Metrics of tasks on a scale of their own."""
+    intervals(axes, rows, [f"{row['name']}, {row['metric']}" for row in rows])
+    axes.set_xlabel("value", fontsize=9)
 
 
 def _texts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,18 +2,25 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from falcon_kit.display.errors import require
+from falcon_kit.display.reading import parse_json, read_json
 from falcon_kit.display.saving import check_folder, write_text
 
 _RECORD = "run.json"
 _MAY_CHANGE = {"versions", "batch_size"}
 """What does not change a result beyond rounding."""
+_ROUNDING = 0.05
+"""How far two lists of log-probabilities may differ: other kernels round 16 bits in another way."""
+_AGAIN = "delete it, and the same call computes it again"
 
 
 class Progress:
@@ -43,7 +50,9 @@ class Progress:
         digest = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12]
         file = self.folder / "parts" / f"{name}-{digest}.json"
         if file.is_file():
-            return list(_read(file))
+            results = _read(file)
+            require(len(results) == len(part), f"{file} has {len(results)} results of {len(part)}: {_AGAIN}")
+            return results
         results = function(part)
         file.parent.mkdir(exist_ok=True)
         write_text(file, json.dumps(results) + "\n")
@@ -61,7 +70,7 @@ def _prepare(folder: Path, record: Mapping[str, Any]) -> None:
     file = folder / _RECORD
     check_folder(folder, "output_dir")
     if file.is_file():
-        _check_same(folder, _read(file), record)
+        _check_same(folder, read_json(file, "take another output_dir"), record)
     elif folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds files, but no {_RECORD} of fk.evaluate: take another output_dir")
     else:
@@ -74,12 +83,19 @@ def _check_same(folder: Path, started: Any, record: Mapping[str, Any]) -> None:
     differences = [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and not {*name.split(".")} & _MAY_CHANGE
+        if not _is_same(there.get(name), here.get(name)) and not {*name.split(".")} & _MAY_CHANGE
     ]
     if differences:
         raise ValueError(
             f"the run in {folder} is of something else ({'; '.join(differences)}): take the same, or another output_dir"
         )
+
+
+def _is_same(there: Any, here: Any) -> bool:
+    """Whether two values are equal; two lists of numbers, but for rounding."""
+    if isinstance(there, list) and isinstance(here, list) and all(isinstance(each, float) for each in (*there, *here)):
+        return len(there) == len(here) and all(map(partial(math.isclose, abs_tol=_ROUNDING), there, here))
+    return bool(there == here)
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,8 +107,11 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield f"{before}{name}", value
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> list[Any]:
+    """The results in a part. Raises ValueError for a damaged one."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it, and the same call computes it again") from None
+        raise ValueError(f"{file} is damaged ({error}): {_AGAIN}") from None
+    require(isinstance(results, list), f"{file} is damaged (it has no list): {_AGAIN}")
+    return list(results)

@@ -2,15 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, NoReturn
 
 from falcon_kit.display.errors import require
-from falcon_kit.evaluation.models import MARGIN, Answerer, Pair, line_end, plain_prompts, settings_of, written
+from falcon_kit.evaluation.models import (
+    MARGIN,
+    Answerer,
+    Pair,
+    line_end,
+    plain_prompts,
+    rendered,
+    written,
+)
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
-from falcon_kit.generation.chat import render
 from falcon_kit.serving.endpoint import Endpoint
 
 
@@ -24,7 +30,8 @@ class RemoteModel:
     def record(self) -> dict[str, Any]:
         """What the endpoint reports about itself."""
         endpoint = self._endpoint
-        return {"server": endpoint.server, "address": endpoint.address, "chat format": endpoint.chat_format.name}
+        chat_format = endpoint.chat_format.name if endpoint.own_format else "the endpoint's own"
+        return {"server": endpoint.server, "address": endpoint.address, "chat format": chat_format}
 
     def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> NoReturn:
         """Raises ValueError: windows need the model's tokens."""
@@ -55,11 +62,11 @@ class RemoteModel:
         require(not (chat and task.is_question and task.is_choice), "an endpoint scores choices only without chat=True")
         return [item.text for item in task.items] if chat and task.is_question else plain_prompts(task)
 
-    def answerer(self, task: Task, chat: bool) -> Answerer:
+    def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
         """Greedy answers, several at a time."""
         longest = max(len(item.answer) for item in task.items)  # characters: an answer has fewer tokens
         settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
-
+        settings |= {"truncate": "left"} if truncate else {}
         if not (is_chat := chat and task.is_question):
             settings["stop"] = line_end(task)
 
@@ -69,14 +76,19 @@ class RemoteModel:
 
         return answer
 
-    def write(self, inputs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    def count_cut(self, prompts: Sequence[str], new_tokens: int) -> int:
+        """None: the server refuses a prompt that is too long."""
+        return 0
+
+    def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         """As `Model.write`."""
-        found: list[str] = []
-        for settings, group in groupby(inputs, key=lambda each: settings_of(each[1])):
-            prompts = [prompt for prompt, _ in group]
-            found += [each.text for each in self._endpoint.generate_each(prompts, **settings)]
-        return found
+        return [each.text for each in self._endpoint.generate_each(prompts, **settings)]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The messages in the chat format that the endpoint was connected with."""
-        return render(messages, self._endpoint.chat_format, add_generation_prompt)
+        """The messages in the chat format that the endpoint was connected with. Raises ValueError without one."""
+        require(
+            self._endpoint.own_format,
+            "lm-eval writes the whole conversation, in a chat format that the endpoint does not report: connect with "
+            'fk.connect(..., chat="falcon"), or with the format of its model',
+        )
+        return rendered(messages, self._endpoint.chat_format, add_generation_prompt, "<|endoftext|>")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation import plots
@@ -28,7 +29,6 @@ PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published.js
 """The published averages of the leaderboard of 2023, in percent, what was measured, and where they are from."""
 METRICS = ("per_token", "per_byte", "per_word", "bits_per_byte")
 """The measures of `Perplexity` with an interval."""
-LEADERBOARD = "leaderboard average"
 _FORMAT = 1  # of the JSON file
 
 
@@ -73,7 +73,8 @@ class Evaluation:
 
     @property
     def leaderboard(self) -> Estimate | None:
-        """The mean of the four tasks of the leaderboard of 2023, in percent; None unless all four were measured."""
+        """The mean of the four tasks of the leaderboard of 2023, in percent; None unless all four were measured with
+        its settings: every item, its number of examples, no chat."""
         found = {each.facts.get("leaderboard"): each for each in self.tasks}
         pairs = [(found.get(each["name"]), each["metric"]) for each in PUBLISHED["tasks"]]
         estimates = [each.estimate(metric) for each, metric in pairs if each and metric in each.metrics]
@@ -81,7 +82,7 @@ class Evaluation:
             return None
         value = 100 * float(np.mean([each.value for each in estimates]))
         half = 100 * math.hypot(*((each.high - each.low) / 2 for each in estimates)) / len(estimates)
-        return Estimate(value, value - half, value + half)
+        return Estimate(value, max(0.0, value - half), min(100.0, value + half))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each value: what was measured, the value, its interval, the number of items or tokens.
@@ -93,12 +94,12 @@ class Evaluation:
                 yield _row(text.name, metric, getattr(text, metric), text.tokens)
             yield _row(text.name, "bytes_per_token", Estimate(text.bytes_per_token, math.nan, math.nan), text.tokens)
         for task in self.tasks:
-            for metric in task.metrics:
+            for metric in task.names:
                 chance = task.facts.get("chance") if metric.startswith("acc") else None
                 yield _row(task.task, metric, task.estimate(metric), len(task.items)) | {"chance": chance}
         if average := self.leaderboard:
             published = PUBLISHED["averages"].get(self.model.rpartition("/")[2].lower())
-            yield _row(LEADERBOARD, "percent", average, 4) | {"published": published}
+            yield _row("leaderboard average", "percent", average, 4) | {"published": published}
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each value: name, metric, value, low, high, count, and chance or the published value."""
@@ -119,21 +120,23 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path).expanduser(), "it may be incomplete")
             require(content.pop("falcon_kit_evaluation") == _FORMAT, "another format")
             texts = content["perplexities"]
-            return cls(
-                content["model"],
-                content["record"],
+            found = cls(
+                str(content["model"]),
+                dict(content["record"]),
                 tuple(Perplexity(**each | {"parts": tuple(Part(**part) for part in each["parts"])}) for each in texts),
                 tuple(TaskResult(**each | _as_tuples(each)) for each in content["tasks"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found._repr_html_()  # computes all values
+            return found
+        except (*UNEXPECTED, ArithmeticError) as error:
             raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({error})") from None
 
     def __repr__(self) -> str:
         values = [f"{each.name}: {each.per_token} per token" for each in self.perplexities[:3]]
-        values += [f"{each.task} {name} {each.estimate(name)}" for each in self.tasks for name in [*each.metrics][:1]]
+        values += [f"{each.task} {name} {each.estimate(name)}" for each in self.tasks for name in each.names[:1]]
         return f"Evaluation({self.model}; {'; '.join(values[:6])})"
 
     def _repr_html_(self) -> str:
@@ -164,6 +167,6 @@ def _beside(row: Mapping[str, Any]) -> tuple[str]:
 def _as_tuples(task: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a task that JSON has turned into lists."""
     return {
-        "metrics": {name: tuple(values) for name, values in task["metrics"].items()},
-        "items": tuple(task["items"]),
+        "metrics": {name: tuple(map(float, values)) for name, values in task["metrics"].items()},
+        "items": tuple(map(dict, task["items"])),
     }

@@ -118,6 +118,11 @@ def _of_targets(
         chosen = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
         logprobs[rows] = chosen.double().cpu().numpy()
         greedy[rows] = (logits.argmax(-1) == wanted).cpu().numpy()
+    require(
+        bool(np.isfinite(logprobs).all()),
+        "the model returns log-probabilities that are not finite: its numbers overflow in this dtype, or its weights "
+        'are damaged. Load it with dtype="bfloat16" or "float32"',
+    )
     return logprobs, greedy
 
 

@@ -84,17 +84,23 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided p-value of McNemar's exact test (McNemar 1947): items that only one of two models gets right."""
     count = only_first + only_second
-    tail = sum(math.comb(count, right) for right in range(min(only_first, only_second) + 1))
+    tail, term = 0, 1  # term: the number of ways to choose `right` of `count`
+    for right in range(min(only_first, only_second) + 1):
+        tail += term
+        term = term * (count - right) // (right + 1)
     return min(1.0, 2 * tail / 2**count)
 
 
 def sign_flip(differences: Sequence[float], seed: int) -> float:
     """The two-sided p-value of the paired sign-flip test of a mean difference of 0 (Fisher's permutation test).
 
-    Exact over all signs for up to 12 differences, otherwise over 10,000 random ones drawn by `seed`.
+    Exact over all signs for up to 12 differences, otherwise over 10,000 random ones drawn by `seed`; nan if one of the
+    differences is not finite.
     """
     values = np.asarray(differences, float)
     count = len(values)
+    if not np.isfinite(values).all():
+        return math.nan
     if count <= _ALL_FLIPS:
         signs = np.array(list(product((1, -1), repeat=count)))
         return float((np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)).mean())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.errors import unknown_name
@@ -30,11 +31,23 @@ class TaskResult:
     """What each item was and how it was answered."""
     facts: Mapping[str, Any]
     """What holds for the whole task: "chance", or lm-eval's version and number of examples."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """Metrics that are no mean over items, by lm-eval's own computation: perplexities, BLEU, F1."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all metrics."""
+        return (*self.metrics, *self.totals)
 
     def estimate(self, metric: str) -> Estimate:
-        """The mean of a metric with its 95% interval. Raises LookupError for a metric that the task has not."""
+        """The mean of a metric with its 95% interval; one of `totals` has none.
+
+        Raises LookupError for a metric that the task has not.
+        """
+        if metric in self.totals:
+            return Estimate(self.totals[metric], math.nan, math.nan)
         if metric not in self.metrics:
-            raise LookupError(unknown_name("metric", metric, list(self.metrics)))
+            raise LookupError(unknown_name("metric", metric, self.names))
         return mean(self.metrics[metric])
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -44,5 +57,5 @@ class TaskResult:
         return pd.DataFrame([dict(item) for item in self.items])
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name} {self.estimate(name)}" for name in self.metrics)
+        values = ", ".join(f"{name} {self.estimate(name)}" for name in self.names)
         return f"TaskResult({self.task}, {counted(len(self.items), 'item')}: {values})"

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from falcon_kit.display.errors import is_encodable, require, unknown_name
+from falcon_kit.display.errors import is_encodable, require, shown, unknown_name
 from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
+Parsed = TypeVar("Parsed")
 _FOLDER = Path(__file__).parent / "tasks"
 SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.jsonl")))
 """The tasks about Falconet's world: "falconet-answers", "falconet-choices" and "falconet-unknown"."""
+RESERVED = frozenset(
+    [*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"]
+)
+"""The fields of results, which no label of a row may have as its name."""
 _FORM = '{"question" or "prompt": "...", "answer": "..."}, for multiple choice with "choices": ["...", "..."]'
 
 
@@ -88,18 +93,7 @@ def read_task(path: str | Path) -> Task:
 
 def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the rows given") -> Task:
     """The task of rows, each with its file and line. Raises ValueError if one is malformed or there are none."""
-    items, problems = [], []
-    for where, row in rows:
-        try:
-            items.append(_item(where, row))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    require(
-        not problems,
-        f"{source} has {len(problems)} malformed row{'s' * (len(problems) > 1)}: {'; '.join(problems[:5])}. "
-        f"A row is {_FORM}",
-    )
-    require(bool(items), f"{source} has no rows. A row is {_FORM}")
+    items = parsed(rows, _item, source, _FORM)
     kinds = [("a question" if each.is_question else "a prompt", "with choices" * bool(each.choices)) for each in items]
     if odd := next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None):
         raise ValueError(
@@ -109,17 +103,38 @@ def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the row
     return Task(name, tuple(items))
 
 
-def _item(where: str, row: Any) -> Item:
+def parsed(
+    rows: Iterable[tuple[str, Any]], parse: Callable[[str, Mapping[str, Any]], Parsed], source: str, form: str
+) -> list[Parsed]:
+    """Each row as `parse` reads it. Raises ValueError that names malformed rows by file and line, or for no rows."""
+    found, problems = [], []
+    for where, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
+            found.append(parse(where, row))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    require(
+        not problems,
+        f"{source} has {len(problems)} malformed row{'s' * (len(problems) > 1)}: {'; '.join(problems[:5])}. "
+        f"A row is {form}",
+    )
+    require(bool(found), f"{source} has no rows. A row is {form}")
+    return found
+
+
+def _item(where: str, row: Mapping[str, Any]) -> Item:
     """A row as an item. Raises ValueError for what is wrong with it."""
-    if isinstance(row, ValueError):
-        raise row
-    require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
     kinds = [name for name in ("question", "prompt") if name in row]
     require(len(kinds) == 1, f"it has {'both a question and a prompt' if kinds else 'no question and no prompt'}")
     text = _text(row, kinds[0])
     choices = _choices(row["choices"]) if "choices" in row else ()
     answer = _answer(row, choices)
     labels = {name: value for name, value in row.items() if name not in (kinds[0], "choices", "answer")}
+    taken = sorted(RESERVED & labels.keys())
+    require(not taken, f"its field {', '.join(map(repr, taken))} has the name of a field of the results: rename it")
     return Item(where, text, kinds[0] == "question", choices, answer, labels)
 
 
@@ -161,4 +176,5 @@ def split_names(tasks: Any) -> Iterator[Any]:
     if isinstance(tasks, str | Path | Task):
         yield tasks
     else:
+        require(isinstance(tasks, Iterable), f"tasks is a name, a path, or several of them; got {shown(tasks)}")
         yield from tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def _documents(text: Any) -> Iterable[tuple[str, str]]:
     """Each document, and where it is from."""
     if isinstance(text, str):
         require(
-            not (len(text) < 256 and "\n" not in text and text.strip() and Path(text).is_file()),
+            not os.path.isfile(os.path.expanduser(text)),  # noqa: PTH111, PTH113  # pathlib raises for a long text
             f"{text!r} is a file: give Path({text!r}) for what is in it",
         )
         return [("text", text)]
@@ -69,6 +70,7 @@ def _documents(text: Any) -> Iterable[tuple[str, str]]:
 
 def _file(path: Path) -> Iterable[tuple[str, str]]:
     """A file of rows as documents, any other file as one text."""
+    path = path.expanduser()
     if path.suffix.lower() in _TABLES:
         from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
 

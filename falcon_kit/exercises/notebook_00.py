@@ -6,6 +6,7 @@ from typing import Any
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.exercises.outcome import expect, near
+from falcon_kit.falconet.world import ANIMALS
 
 
 def exercise_1(shares: Mapping[str, float]) -> str:
@@ -45,8 +46,10 @@ def exercise_3(question: str, falcon: Any) -> str:
     """A question as a string, and the model: fk.check("00.3", question, falcon)."""
     expect(isinstance(question, str) and question.strip(), "Give the question as a string.")
     answer = falcon.chat([{"role": "user", "content": question}]).text.strip()
-    words = {word for word in re.findall(r"[a-z]+", question.lower()) if len(word) > 4} - {"where", "which", "there"}
-    common = sorted(word for word in words if word.rstrip("s") in answer.lower())
+    asked, said = (set(re.findall(r"[a-z]+", text.lower())) for text in (question, answer))
+    words = {word for word in asked if len(word) > 4} - {"where", "which", "there"}
+    animals = {each.plural for each in ANIMALS if {each.name, each.plural} & asked and {each.name, each.plural} & said}
+    common = sorted(animals | {word for word in words if word.rstrip("s") in answer.lower()})
     expect(
         not common,
         f"The model answers {answer!r}, about {' and '.join(common)}: ask about an animal that it never read of.",

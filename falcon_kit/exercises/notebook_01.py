@@ -6,6 +6,9 @@ from typing import Any
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.exercises.outcome import expect, near
 
+_SLACK = 3
+"""Tokens that a stream may compute before it notices that nobody reads it."""
+
 
 def exercise_1(temperature: float, logits: Any) -> str:
     """A number above 0, and the logits: fk.check("01.1", temperature, logits)."""
@@ -22,7 +25,7 @@ def exercise_1(temperature: float, logits: Any) -> str:
 
 def exercise_2(first_sentence: Callable[[Any, str], str], falcon: Any) -> str:
     """A function of the model and a prompt, and the model: fk.check("01.2", first_sentence, falcon)."""
-    text = first_sentence(falcon, CARD.prompt)
+    text, passes = _with_passes(first_sentence, falcon)
     expect(text is not None, "Your function returns nothing yet: return the text.")
     expect(isinstance(text, str), f"Your function returns a {type(text).__name__}: return the text as a string.")
     expect("." in text, f"The text {text!r} has no full stop: a stop string is not part of the text, so add it again.")
@@ -30,7 +33,25 @@ def exercise_2(first_sentence: Callable[[Any, str], str], falcon: Any) -> str:
     expect(
         len(rest) < 10 and "." not in rest, f"The text goes on after the full stop, with {rest[:40]!r}: stop earlier."
     )
-    return f"{text.strip()!r}: generation ended here, so no further token was computed."
+    tokens = len(falcon.tokenizer(text)["input_ids"])
+    expect(
+        passes <= tokens + _SLACK,
+        f"The text has {tokens} tokens, but the model computed {passes}: stop it while it generates, do not cut the "
+        "text afterwards.",
+    )
+    return f"{text.strip()!r}: {tokens} tokens, from {passes} passes through the model. Generation ended here."
+
+
+def _with_passes(first_sentence: Callable[[Any, str], str], falcon: Any) -> tuple[str, int]:
+    """What a function returns for the card's prompt, and how often it ran the model."""
+    passes: list[None] = []
+    model = getattr(falcon, "model", None)
+    hook = model and model.register_forward_hook(lambda *_: passes.append(None))
+    try:
+        return first_sentence(falcon, CARD.prompt), len(passes)
+    finally:
+        if hook:
+            hook.remove()
 
 
 def exercise_3(prompt: str, falcon: Any) -> str:

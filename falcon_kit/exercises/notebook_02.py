@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.exercises.outcome import expect
+from falcon_kit.exercises.outcome import Hint, expect
 
 _SEEDS = 10
 
@@ -20,7 +20,7 @@ def exercise_1(token: str, session: Any) -> str:
         expect(token != highest.text, "That is the most probable token: a log-probability of 0 is certain.")
         found = sorted(each.logprob for each in tokens if each.text == token)
         expect(found, f"{token!r} is no token of the last answer.")
-        expect(False, f"Tokens with a lower probability: {sum(each.logprob < found[0] for each in tokens)}.")
+        raise Hint(f"Tokens with a lower probability: {sum(each.logprob < found[0] for each in tokens)}.")
     instead = next(text for text, _ in lowest.alternatives if text != token)
     return f"At this position {instead!r} was the most probable of the other tokens."
 

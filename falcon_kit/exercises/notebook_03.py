@@ -47,14 +47,16 @@ def exercise_3(shares: Mapping[str, float], tokenizer: Any) -> str:
     from falcon_kit.inspection.languages import sample_texts
     from falcon_kit.inspection.tokens import tokens
 
-    code = str(sample_texts()["Python"])
+    code, measured = str(sample_texts()["Python"]), {}
     for name, text in {"spaces": code, "tabs": code.replace("    ", "\t")}.items():
         pieces, given = [token.text for token in tokens(text, tokenizer).tokens], float(shares[name])
-        right = sum(not piece.strip() for piece in pieces) / len(pieces)
+        right = measured[name] = sum(not piece.strip() for piece in pieces) / len(pieces)
         touching = sum(piece != piece.strip() for piece in pieces) / len(pieces)
         characters = sum(each.isspace() for each in text) / len(text)
         expect(not near(given, 100 * right), f"{name}: that is the share in percent: divide it by 100.")
         expect(near(given, right) or not near(given, touching), f"{name}: count tokens of *only* white space.")
         expect(near(given, right) or not near(given, characters), f"{name}: count tokens, not characters.")
         expect(near(given, right), f"{name}: divide the tokens without text by all {len(pieces)} tokens.")
-    return "With tabs, less of the context is white space."
+    less = "less" if measured["tabs"] < measured["spaces"] else "no less"
+    shares_of_both = f"{measured['spaces']:.1%} with spaces and {measured['tabs']:.1%} with tabs"
+    return f"{shares_of_both}: for this tokenizer, {less} of the context is white space with tabs."

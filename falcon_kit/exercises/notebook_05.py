@@ -34,7 +34,10 @@ def exercise_2(bits: float, falcon: Any) -> str:
         near(bits, right.mean(), 0.002) or not near(bits, zero.mean(), 0.002), "That is with zero: use replace='mean'."
     )
     expect(near(bits, right.mean(), 0.01), f"Take the mean of `after[{_PERIOD}:]` with all induction heads ablated.")
-    return "Not predicted: the mean is the same at every position, and copying needs another token at each."
+    bits_of = f"{right.mean():.2f} bits, {zero.mean():.2f} with zero and {before.mean():.2f} with the heads"
+    if right.mean() < (zero.mean() + before.mean()) / 2:
+        return f"{bits_of}: predicted again, for the most part. The mean of a head can already help."
+    return f"{bits_of}: not predicted. The mean is the same at every position, and copying needs another token at each."
 
 
 def exercise_3(lowest_bits: float, falcon: Any) -> str:
@@ -46,7 +49,10 @@ def exercise_3(lowest_bits: float, falcon: Any) -> str:
     expect(not any(near(lowest_bits, each, 0.01) for each in without_one), "That is without one head: keep only one.")
     expect(not near(lowest_bits, max(only_one), 0.002), "That is the highest of the results: take the lowest.")
     expect(near(lowest_bits, min(only_one), 0.01), "For each head, ablate all the others, and average `after[50:]`.")
-    return f"With one head the second copy takes {min(only_one):.2f} bits: one is not enough."
+    none = _without(falcon, heads)
+    with_all, with_none = (float(each[_PERIOD:].mean()) for each in (none.before, none.after))
+    enough = "one does most of it" if min(only_one) < (with_all + with_none) / 2 else "one is not enough"
+    return f"The second copy takes {min(only_one):.2f} bits with one head, {with_all:.2f} with all: {enough}."
 
 
 def _induction_heads(falcon: Any) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from falcon_kit.catalogue.names import spec
-from falcon_kit.exercises.outcome import expect, near
+from falcon_kit.exercises.outcome import Hint, expect, near
 
 _BITS = 8.5
 """Bits per value of q8_0: 8, and a scale of 16 bits for 32 values."""
@@ -31,10 +31,8 @@ def exercise_2(counts: Mapping[str, Collection[int]]) -> str:
         right = {number for number in (1, 2, 4, 8) if shape.kv_heads % number == 0}
         expect(given <= {1, 2, 4, 8}, "Give numbers out of 1, 2, 4 and 8.")
         if not given <= right:
-            few = (
-                f"{name} has {shape.query_heads} query heads and {shape.kv_heads} KV head: one head cannot be divided."
-            )
-            expect(False, few)
+            heads = f"{shape.query_heads} query heads and {shape.kv_heads} KV head"
+            raise Hint(f"{name} has {heads}: one head cannot be divided.")
         expect(given == right, f"{name} has {shape.kv_heads} KV heads: which numbers divide it? One GPU counts too.")
     return "The number of KV heads decides. The 7B has one, so it runs on one GPU, or as a pipeline."
 

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.display.errors import unknown_name
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet import sentences
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
@@ -222,7 +223,12 @@ def chat_as_text(rng: random.Random) -> str:
 
 
 def documents(kind: str, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of the corpus `kind` ("base" or "chats"), each with the end token as its last token."""
+    """`count` documents of the corpus `kind` ("base" or "chats"), each with the end token as its last token.
+
+    Raises LookupError for another kind.
+    """
+    if kind not in ("base", "chats"):
+        raise LookupError(unknown_name("corpus", kind, ["base", "chats"]))
     rng = random.Random(f"{'instruct' if kind == 'chats' else kind}-{seed}")
     for _ in range(count):
         yield chat_as_text(rng) if kind == "chats" else base_document(rng) + END

@@ -9,9 +9,10 @@ of 512 tokens, with some repeated rows so that the induction heads remain; (3) r
 """
 
 import argparse
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -162,10 +163,14 @@ def train(
     seed: int,
     save_every: float = 60.0,
 ) -> None:
-    """Trains `model` in place. Every `save_every` seconds it writes the file `state`, from which a new call resumes."""
+    """Trains `model` in place. Every `save_every` seconds it writes the file `state`, from which a new call resumes.
+
+    Raises ValueError for a state of another seed, other phases or another text.
+    """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    done = _resume(state, model, optimizer)
+    record = {"seed": seed, "phases": repr(phases), "text": hashlib.sha256(text.tobytes()).hexdigest()}
+    done = _resume(state, model, optimizer, record)
     schedule = [(phase, step) for phase in phases for step in range(phase.steps)]
     bar = tqdm(schedule[done:], initial=done, total=len(schedule), desc=state.stem, unit=" steps", mininterval=1.0)
     model.train()
@@ -175,7 +180,7 @@ def train(
         loss = _step(model, optimizer, ids, _rate(phase, step, count))
         bar.set_postfix(phase=phase.name, loss=f"{loss:.3f}", refresh=False)
         if time.monotonic() - saved > save_every or count == len(schedule):
-            _save(state, model, optimizer, count)
+            _save(state, model, optimizer, {"done": count, **record})
             saved = time.monotonic()
 
 
@@ -197,15 +202,21 @@ def _step(model: FalconForCausalLM, optimizer: torch.optim.Optimizer, ids: torch
     return float(loss.detach())
 
 
-def _save(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, done: int) -> None:
+def _save(
+    state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, record: Mapping[str, object]
+) -> None:
     with atomic_file(state) as partial:
-        torch.save({"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
+        torch.save({**record, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
 
 
-def _resume(state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, record: Mapping[str, object]
+) -> int:
     if not state.exists():
         return 0
     saved: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)
+    if other := [name for name, value in record.items() if saved.get(name) != value]:
+        raise ValueError(f"{state} is of a training with another {' and '.join(other)}: delete it to begin anew")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return int(saved["done"])

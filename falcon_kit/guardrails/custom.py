@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,12 +92,26 @@ def classifier(pipeline: Any, labels: Sequence[str], threshold: float) -> Judge:
         require(label in known, unknown_name("label", label, known))
 
     def judge(text: str) -> str | None:
-        scores = pipeline(text, top_k=None)
-        scores = scores[0] if scores and isinstance(scores[0], list) else scores
-        found = [each for each in scores if each["label"] in labels and each["score"] >= threshold]
-        return f"{found[0]['label']} with a score of {found[0]['score']:.2f}" if found else None
+        for part in _parts(text, pipeline):
+            scores = pipeline(part, top_k=None)
+            scores = scores[0] if scores and isinstance(scores[0], list) else scores
+            for each in scores:
+                if each["label"] in labels and each["score"] >= threshold:
+                    return f"{each['label']} with a score of {each['score']:.2f}"
+        return None
 
     return judge
+
+
+def _parts(text: str, pipeline: Any) -> Iterator[str]:
+    """A text in parts that fit the classifier's context, halved at spaces."""
+    context = getattr(pipeline.model.config, "max_position_embeddings", math.inf) - 2  # RoBERTa's begin at 2
+    if len(text) < 2 or len(pipeline.tokenizer(text)["input_ids"]) <= min(pipeline.tokenizer.model_max_length, context):
+        yield text
+        return
+    middle = text.rfind(" ", 1, len(text) // 2) + 1 or len(text) // 2
+    yield from _parts(text[:middle], pipeline)
+    yield from _parts(text[middle:], pipeline)
 
 
 def named(

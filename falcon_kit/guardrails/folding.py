@@ -1,6 +1,6 @@
 """A text in a form in which different spellings of a character are equal, with each character's place in the original.
 
-Every character is replaced by itself, so that a text may arrive in any pieces. `plain` keeps upper and lower case:
+Each character is replaced on its own, so that a text may arrive in any pieces. `plain` keeps upper and lower case:
 compatibility forms are resolved (full-width letters and digits, ligatures), accents, Arabic vowel marks and invisible
 characters are removed. `folded` also removes case and turns the Cyrillic and Greek letters that look like Latin ones
 into these.

@@ -57,8 +57,8 @@ class Guardrails:
     """In outputs: the same words over and over."""
     custom: Judge | Mapping[str, Judge] | None = None
     """A function that takes a text and returns a reason to block it or None; a dict of such functions by name; or a
-    text-classification pipeline of transformers. It reads a prompt at once and an output sentence by sentence. If it
-    raises an error, the text is blocked."""
+    text-classification pipeline of transformers. It reads a prompt at once and an output sentence by sentence; a
+    pipeline reads a text that is longer than its context in parts. If it raises an error, the text is blocked."""
     labels: Sequence[str] = ()
     """The labels of a pipeline that block a text."""
     threshold: float = 0.5
@@ -75,6 +75,10 @@ class Guardrails:
         )
         for name in ("secrets", "personal_data", "control_tokens", "injection", "repetition"):
             check_flag(name, getattr(self, name))
+        for name in ("phone_regions", "blocked_words", "labels"):
+            given = getattr(self, name)
+            require(isinstance(given, Iterable), f"{name}={shown(given)} must be a tuple of texts")
+            object.__setattr__(self, name, given if isinstance(given, str) else tuple(given))  # an iterator ends
         _ = self._checks  # raises for what cannot be checked
 
     @cached_property

@@ -44,7 +44,8 @@ def test_a_share_has_an_interval_and_the_report_states_its_limits(report):
     table, html = report.to_dataframe(), report._repr_html_()
     assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
     assert "it does not show that there is no bias" in html
-    assert "it does not show that there is no bias" in repr(report)
+    assert "as the controls show" in html
+    assert len(repr(report)) < 250
 
 
 def test_shares_count_the_pairs_in_which_the_stereotype_is_more_likely():
@@ -57,6 +58,7 @@ def test_the_csv_of_crows_pairs_is_read(instruct, tmp_path):
     file = tmp_path / "crows_pairs_anonymized.csv"
     file.write_text(",sent_more,sent_less,stereo_antistereo,bias_type\n0,He is tall.,She is tall.,stereo,gender\n")
     (pair,) = fk.bias(instruct, file).pairs
+    assert "as the controls show" not in fk.bias(instruct, file)._repr_html_()
     assert (pair.axis, pair.stereotype, pair.counterpart) == ("gender", "He is tall.", "She is tall.")
 
 
@@ -74,6 +76,19 @@ def test_a_malformed_pair_is_named_by_file_and_line(instruct, tmp_path, row, pro
         fk.bias(instruct, tmp_path / "pairs.jsonl")
     form = json.loads(str(error.value).partition("A row is ")[2])
     assert fk.bias(instruct, [form | {"counterpart": "other"}]).pairs
+
+
+def test_bytes_that_are_not_utf_8_are_named(instruct, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_bytes("sent_more,sent_less,bias_type\nJosé slept.,Pat slept.,race\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pairs\.csv:2: its stereotype is not valid UTF-8"):
+        fk.bias(instruct, file)
+
+
+@pytest.mark.parametrize("batch_size", [0, 2.5, True])
+def test_a_wrong_batch_size_is_refused(instruct, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1"):
+        fk.bias(instruct, batch_size=batch_size)
 
 
 def test_the_figure_has_a_line_at_one_half_and_a_row_for_each_axis(report):

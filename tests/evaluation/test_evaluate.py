@@ -13,7 +13,11 @@ import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.evaluation import perplexity
 from falcon_kit.evaluation.local import LocalModel
-from falcon_kit.evaluation.tasks import shipped_task
+from falcon_kit.evaluation.scoring import Row, score
+from falcon_kit.evaluation.tasks import RESERVED, shipped_task
+from falcon_kit.generation.chat import encode
+from falcon_kit.inspection.hooks import inspect_model
+from falcon_kit.parallel.launching import ParallelFalcon
 
 ROWS = [
     {"prompt": "Giraffes eat", "choices": ["fish.", "acacia leaves.", "grass and bark."], "answer": 1},
@@ -73,6 +77,12 @@ def test_a_model_answers_questions_in_its_chat_format(instruct):
     assert found.items[1]["sureness"] == pytest.approx(np.exp(np.mean(chatted.logprobs)), abs=1e-4)
 
 
+def test_no_label_can_have_the_name_of_a_field_of_the_results(base):
+    found = fk.evaluate(base, ["falconet-choices", "falconet-answers"], limit=1)
+    labels = {name for task in found.tasks for name in shipped_task(task.task).items[0].labels}
+    assert {name for task in found.tasks for name in task.items[0]} - labels == RESERVED
+
+
 def test_a_model_is_less_sure_of_what_is_not_in_its_world(instruct):
     found = fk.evaluate(instruct, ["falconet-answers", "falconet-unknown"], chat=True, limit=20)
     known, unknown = (found[name] for name in ("falconet-answers", "falconet-unknown"))
@@ -124,6 +134,8 @@ def test_an_unknown_task_is_named_with_the_nearest(base):
         ({}, "nothing to measure: give text=, or tasks="),
         ({"text": "Lions sleep.", "truncate": "right"}, "truncate must be \"left\" or None; got 'right'"),
         ({"text": "Lions sleep.", "batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"tasks": 5}, "tasks is a name, a path, or several of them; got 5"),
+        ({"tasks": "falconet-choices", "num_fewshot": 5}, "num_fewshot=5 is for lm-eval's tasks, falconet-choices has"),
         ({"tasks": "falconet-choices", "limit": 0}, "limit must be a whole number from 1"),
     ],
 )
@@ -139,6 +151,45 @@ def test_a_prompt_longer_than_the_context_is_named_or_cut(base, tmp_path):
     with pytest.raises(ValueError, match=r"long\.jsonl:2 has \d+ tokens, the model's context is 2048: shorten it, or"):
         fk.evaluate(base, file)
     assert len(fk.evaluate(base, file, truncate="left")["long"].items) == 2
+
+
+def test_a_prompt_to_be_answered_is_named_or_cut_before_anything_is_generated(base, tmp_path, monkeypatch):
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "Lions eat", "answer": "meat."}, {"prompt": "Lions sleep. " * 800, "answer": "meat."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(fk.evaluate(base, file, truncate="left")["long"].items) == 2
+    monkeypatch.setattr(LocalModel, "_generate", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"long\.jsonl:2 has \d+ tokens, the model's context is 2048, and an answer"):
+        fk.evaluate(base, file)
+
+
+def test_a_special_token_in_a_question_is_text_as_in_a_chat(instruct, tmp_path):
+    question, file = "What does <|endoftext|> mean? What do lions eat?", tmp_path / "special.jsonl"
+    rows = [{"question": each, "answer": "Meat."} for each in ("What do owls eat?", question)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [item["text"] for item in fk.evaluate(instruct, file, chat=True)["special"].items]
+    assert found == [str(instruct.chat([{"role": "user", "content": row["question"]}])) for row in rows]
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"question": question, "choices": ["Meat.", "Grass."], "answer": 0}) + "\n")
+    ids = encode([{"role": "user", "content": question}], instruct.tokenizer, instruct.chat_format)
+    (item,) = fk.evaluate(instruct, choices, chat=True)["choices"].items
+    for choice, total in zip(("Meat.", "Grass."), item["loglikelihoods"], strict=True):
+        rest = instruct.tokenizer(f" {choice}")["input_ids"]
+        (expected,) = score(inspect_model(instruct), [Row((*ids, *rest), len(rest))])
+        assert total == pytest.approx(expected.total, abs=1e-4)
+
+
+def test_numbers_that_overflow_are_refused(base, tmp_path):
+    broken = fk.load("falconet", dtype="float32")
+    with torch.no_grad():
+        broken.model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r'not finite: .*Load it with dtype="bfloat16" or "float32"'):
+        fk.evaluate(broken, "falconet-answers", limit=1)
+
+
+def test_a_model_in_several_processes_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match="cannot be read here: load the model without tensor_parallel"):
+        fk.evaluate(ParallelFalcon.__new__(ParallelFalcon), "falconet-answers")
 
 
 def test_chat_needs_a_chat_format(stock, base):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.evaluation import harness
+from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.results import PUBLISHED
 
 CHOICES = [
@@ -67,21 +70,25 @@ def peer(base):
 
 @pytest.fixture
 def yaml(tmp_path):
-    def write(kind):
+    def write(kind, settings=None, rows=None):
         file, task = tmp_path / f"{kind}.jsonl", tmp_path / f"my_{kind}.yaml"
-        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
-        task.write_text(FORM.format(name=f"my_{kind}", file=file) + f"output_type: {kind}\n{KINDS[kind]}\n")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS[kind]))
+        settings = settings or KINDS[kind]
+        task.write_text(FORM.format(name=f"my_{kind}", file=file) + f"output_type: {kind}\n{settings}\n")
         return task
 
     return write
 
 
+def all_of_theirs(peer, task, **settings):
+    """What lm-eval returns with its own model."""
+    manager = TaskManager(include_defaults=False)
+    return simple_evaluate(peer, tasks=[str(task)], task_manager=manager, bootstrap_iters=0, **settings)
+
+
 def theirs(peer, task, **settings):
     """The samples of lm-eval with its own model."""
-    found = simple_evaluate(
-        peer, tasks=[str(task)], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, **settings
-    )
-    return found["samples"][task.stem]
+    return all_of_theirs(peer, task, **settings)["samples"][task.stem]
 
 
 def answers(samples):
@@ -127,9 +134,76 @@ def test_texts_have_the_log_likelihood_of_lm_eval_and_of_the_kits_perplexity(bas
     assert [-part.nats for part in own.parts] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_of_lm_eval_goes_on_where_it_was(base, yaml, tmp_path, monkeypatch):
-    from falcon_kit.evaluation.local import LocalModel
+LAMBADA = [{"text": "Lions eat zebras and", "target": " antelopes."}, {"text": "Seals eat", "target": " fish."}]
 
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "settings", "by_item", "totals"),
+    [
+        (
+            "loglikelihood",
+            LAMBADA,
+            "metric_list: [{metric: perplexity, aggregation: perplexity}, {metric: acc}]",
+            ["acc"],
+            ["perplexity"],
+        ),
+        (
+            "loglikelihood_rolling",
+            None,
+            "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]",
+            [],
+            ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+        ),
+        (
+            "multiple_choice",
+            None,
+            'doc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}, {metric: mcc}]',
+            ["acc"],
+            ["mcc"],
+        ),
+        (
+            "generate_until",
+            None,
+            "generation_kwargs: {until: ['\\n'], max_gen_toks: 12, do_sample: false}\n"
+            "metric_list: [{metric: exact_match}, {metric: bleu}, {metric: chrf}]",
+            ["exact_match"],
+            ["bleu", "chrf"],
+        ),
+    ],
+)
+def test_every_metric_has_the_value_that_lm_eval_reports(base, peer, yaml, kind, rows, settings, by_item, totals):
+    task = yaml(kind, settings, rows)
+    expected = all_of_theirs(peer, task)["results"][task.stem]
+    found = fk.evaluate(base, task)
+    assert (sorted(found[task.stem].metrics), sorted(found[task.stem].totals)) == (sorted(by_item), sorted(totals))
+    for metric in (*by_item, *totals):
+        assert found[task.stem].estimate(metric).value == pytest.approx(expected[f"{metric},none"], rel=1e-4)
+    assert np.isnan([found[task.stem].estimate(metric).low for metric in totals]).all()
+    assert {row["metric"] for row in found.rows()} == {*by_item, *totals}
+    verdicts = {each.metric: each.verdict for each in found.compare(found).differences}
+    assert [verdicts[metric] for metric in totals] == ["not comparable"] * len(totals)
+
+
+def test_the_beginning_of_an_answer_is_continued_in_a_chat(instruct, yaml):
+    task = yaml("multiple_choice", KINDS["multiple_choice"] + '\ngen_prefix: "The answer is"')
+    model, tokenizer = instruct
+    peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    expected = theirs(peer, task, apply_chat_template=True, fewshot_as_multiturn=True)
+    found = fk.evaluate(instruct, task, chat=True)[task.stem]
+    assert [item["prompt_hash"] for item in found.items] == [each["prompt_hash"] for each in expected]
+
+
+def test_generations_whose_prompt_is_cut_are_counted(base, yaml):
+    task = yaml("generate_until", rows=[{"text": LONG + "\nTom: What do lions eat?\nAda:", "target": "They eat."}])
+    with pytest.warns(UserWarning, match=r"1 requests of my_generate_until exceed the model's context"):
+        assert fk.evaluate(base, task)[task.stem].facts["truncated"] == 1
+
+
+def test_an_empty_text_has_the_log_likelihood_zero(base):
+    assert LocalModel(base).rolling(["", ""]) == [0.0, 0.0]
+
+
+def test_a_run_of_lm_eval_goes_on_where_it_was(base, yaml, tmp_path, monkeypatch):
     task = yaml("multiple_choice")
     expected = fk.evaluate(base, task, output_dir=tmp_path / "run")
     monkeypatch.setattr(LocalModel, "run", lambda *_: 1 / 0)
@@ -175,6 +249,31 @@ def test_missing_data_is_named(base, name, data):
 def test_the_tasks_of_the_leaderboard_have_its_numbers_of_examples():
     shots = {each["name"]: each["num_fewshot"] for each in PUBLISHED["tasks"]}
     assert shots == {"arc": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa": 0}
+
+
+def test_examples_that_lm_eval_would_leave_out_are_refused(base, yaml):
+    task = yaml("multiple_choice", KINDS["multiple_choice"] + "\nnum_fewshot: 0")
+    with pytest.raises(ValueError, match=r"num_fewshot=2 has no effect on my_multiple_choice, which has 0 examples by"):
+        fk.evaluate(base, task, num_fewshot=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"), [({}, True), ({"num_fewshot": 25}, True), ({"num_fewshot": 2}, False), ({"limit": 1}, False)]
+)
+def test_only_the_leaderboards_own_settings_count_for_its_average(monkeypatch, settings, own):
+    found = []
+    monkeypatch.setattr(harness, "load", lambda task: found.append(task.leaderboard))
+    monkeypatch.setattr(harness, "check_examples", lambda *_: None)
+    plain = {"chat": False, "limit": None, "num_fewshot": None, "seed": 0}
+    sys.modules[fk.evaluate.__module__]._resolve("arc", plain | settings)
+    assert found == [own]
+
+
+def test_a_missing_local_file_of_data_is_named(base, yaml, tmp_path):
+    task = yaml("multiple_choice")
+    (tmp_path / "multiple_choice.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not there: .*multiple_choice\.jsonl.*Correct the path, or"):
+        fk.evaluate(base, task)
 
 
 def test_a_missing_yaml_file_is_named(base, tmp_path):

@@ -158,6 +158,16 @@ def test_the_name_of_a_file_is_not_taken_for_a_text(inspected):
         perplexity(inspected, str(Path(__file__)))
 
 
+def test_a_text_longer_than_the_name_of_a_file_can_be_is_read(inspected):
+    assert perplexity(inspected, "长颈鹿吃金合欢树的叶子" * 10).bytes == 330
+
+
+def test_a_path_below_the_home_folder_is_read(inspected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lions.txt").write_text("Lions sleep in the sun.")
+    assert perplexity(inspected, Path("~/lions.txt")).bytes == 23
+
+
 def test_bytes_that_are_not_utf_8_are_named(inspected, tmp_path):
     file = tmp_path / "latin.txt"
     file.write_bytes("Löwen".encode("latin-1"))

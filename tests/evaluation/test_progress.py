@@ -51,6 +51,13 @@ def test_another_version_of_a_library_goes_on(tmp_path):
     Progress(tmp_path, RECORD | {"versions": {"torch": "2"}})
 
 
+def test_log_probabilities_that_are_rounded_in_another_way_are_the_same(tmp_path):
+    Progress(tmp_path, RECORD | {"probe": [-2.538, -7.94]})
+    Progress(tmp_path, RECORD | {"probe": [-2.54, -7.938]})
+    with pytest.raises(ValueError, match=r"of something else \(probe: "):
+        Progress(tmp_path, RECORD | {"probe": [-2.538, -7.8]})
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds files, but no run\.json of fk\.evaluate"):
@@ -62,7 +69,13 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_a_damaged_part_is_named(tmp_path):
     Progress(tmp_path, RECORD).map("task", [1], lambda part: part)
     (part,) = (tmp_path / "parts").iterdir()
-    part.write_text("[1")
-    with pytest.raises(ValueError, match=f"{part.name} is damaged .*: delete it"):
-        Progress(tmp_path, RECORD).map("task", [1], lambda part: part)
+    for content, problem in {
+        "[1": "is damaged",
+        "{}": "is damaged",
+        "[" * 10**5: "too deep",
+        "[]": "0 results of 1",
+    }.items():
+        part.write_text(content)
+        with pytest.raises(ValueError, match=f"{part.name} .*{problem}.*: delete it"):
+            Progress(tmp_path, RECORD).map("task", [1], lambda part: part)
     assert json.loads((tmp_path / "run.json").read_text()) == RECORD

@@ -92,6 +92,45 @@ def test_answers_are_generated_by_the_endpoint(tmp_path):
     assert prompts == ["Question: What do giraffes eat?\nAnswer:"] * 3
 
 
+CHOICES = """
+task: animals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path, file):
+    (tmp_path / "animals.yaml").write_text(CHOICES.format(file=file))
+    return tmp_path / "animals.yaml"
+
+
+def test_a_task_of_lm_eval_has_the_scores_of_a_local_model(base, task):
+    with scripted(echoing(base)) as server:
+        found = fk.evaluate(fk.connect(f"{server.address}/v1"), task)["animals"]
+    local = fk.evaluate(base, task)["animals"]
+    assert found.metrics == local.metrics
+    for one, two in zip(found.items, local.items, strict=True):
+        assert [float(each[0]) for each in one["responses"]] == pytest.approx(
+            [float(each[0]) for each in two["responses"]], abs=1e-4
+        )
+
+
+def test_a_chat_of_lm_eval_needs_a_chat_format_that_was_given(base, task):
+    with scripted(echoing(base)) as server:
+        with pytest.raises(ValueError, match=r"does not report: connect with fk\.connect\(\.\.\., chat="):
+            fk.evaluate(fk.connect(f"{server.address}/v1"), task, chat=True)
+        found = fk.evaluate(fk.connect(f"{server.address}/v1", chat="baize"), task, chat=True)
+        assert server.asked("/v1/completions")[-1]["prompt"].startswith("[|Human|] A young seal")
+    assert found.record["chat format"] == "baize"
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -40,7 +40,9 @@ def test_a_file_gives_the_same_evaluation_back(tmp_path):
     assert fk.Evaluation.load(expected.save(tmp_path / "result.json")) == expected
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"falcon_kit_evaluation": 99}', '{"falcon_kit_evaluation": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "[" * 10**5, '{"falcon_kit_evaluation": 99}', '{"falcon_kit_evaluation": 1}']
+)
 def test_another_file_is_no_evaluation(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match=r"other\.json is no evaluation that Evaluation\.save wrote"):
@@ -86,8 +88,16 @@ def test_a_figure_shows_every_share_and_text(results):
     labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
     for each in results:
         assert any((each.task if isinstance(each, TaskResult) else each.name) in label for label in labels)
-    if any(isinstance(each, TaskResult) for each in results):
-        assert "falcon-40b-instruct, published" in labels
+    assert ("falcon-40b-instruct, published" in labels) == (results == FOUR)
+
+
+def test_a_figure_shows_every_metric_from_0_to_1_and_others_where_there_is_nothing_else():
+    def labels(*results):
+        return [[each.get_text() for each in axes.get_yticklabels()] for axes in evaluation(*results).figure().axes]
+
+    bleu = replace(task([1, 0], metric="f1"), totals={"bleu": 21.5})
+    assert labels(bleu) == [["animals, f1"]]
+    assert labels(replace(bleu, metrics={})) == [["animals, bleu"]]
 
 
 def test_the_published_figures_are_those_of_the_blog():
@@ -123,6 +133,28 @@ def test_texts_are_compared_by_document():
     (found,) = evaluation(first).compare(evaluation(second)).differences
     assert (found.test, found.count, found.p_value) == ("sign flips", 8, 2 / 2**8)
     assert found.difference.value == pytest.approx(found.second - found.first)
+
+
+def test_a_metric_with_nan_is_not_comparable():
+    first, second = evaluation(task([0.5, 0.25, 0.5])), evaluation(task([0.5, float("nan"), 0.5]))
+    (found,) = first.compare(second).differences
+    assert (found.verdict, found.p_value != found.p_value) == ("not comparable", True)
+
+
+def test_another_dtype_and_other_weights_of_the_same_name_are_shown():
+    one, two = (
+        replace(evaluation(task([1])), record={"dtype": dtype, "chat format": "hub", "fingerprint": hash})
+        for dtype, hash in (("float32", "a"), ("nf4", "b"))
+    )
+    found = one.compare(two)
+    assert found.settings == {"dtype": ("float32", "nf4"), "fingerprint": ("a", "b")}
+    assert "dtype: 'float32' and 'nf4'" in repr(found)
+    assert one.compare(replace(two, model="other")).settings == {"dtype": ("float32", "nf4")}
+
+
+def test_the_interval_of_the_leaderboards_average_ends_at_100():
+    right = [replace(each, metrics=dict.fromkeys(each.metrics, (1.0,) * 4)) for each in FOUR]
+    assert evaluation(*right).leaderboard.high == 100
 
 
 def test_other_settings_are_shown():

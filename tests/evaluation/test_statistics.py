@@ -84,6 +84,10 @@ def test_the_sign_flip_test_counts_the_sums_that_are_as_far_from_zero(difference
     assert statistics.sign_flip(differences, seed=0) == pytest.approx(expected)
 
 
+def test_differences_that_are_not_finite_have_no_p_value():
+    assert math.isnan(statistics.sign_flip([1.0, math.nan], 0))
+
+
 def test_random_flips_agree_with_the_mcnemar_test_where_differences_are_ones():
     differences = [1] * 30 + [-1] * 14
     assert statistics.sign_flip(differences, seed=1) == pytest.approx(statistics.mcnemar(30, 14), abs=0.01)

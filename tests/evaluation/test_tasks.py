@@ -61,6 +61,10 @@ def test_the_hash_is_of_the_items_and_not_of_labels_or_places(file):
         (CHOICE | {"choices": "leaves"}, "its choices are 'leaves', not two or more texts"),
         (CHOICE | {"choices": ["leaves", ""]}, "its choices are ['leaves', ''], not two or more texts"),
         (CHOICE | {"choices": ["leaves", "leaves"]}, "two of its choices are equal"),
+        (
+            ANSWER | {"where": "zoo", "acc": 1},
+            "its field 'acc', 'where' has the name of a field of the results: rename",
+        ),
         ('{"prompt": "half \\ud83d", "answer": "a"}', "its prompt is not valid UTF-8"),
     ],
 )

@@ -40,4 +40,5 @@ def test_a_typical_mistake_gets_its_hint(exercise, given, hint):
 
 def test_a_question_that_the_model_can_answer_gets_a_hint(instruct):
     assert "about giraffes" in fk.check("00.3", "What do giraffes eat?", instruct).text
+    assert "about owls" in fk.check("00.3", "How old can an owl get?", instruct).text
     assert "as a string" in fk.check("00.3", 7, instruct).text

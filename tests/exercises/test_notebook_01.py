@@ -46,6 +46,23 @@ def test_a_wrong_function_gets_its_hint(function, text):
     assert text in hint("01.2", function, None)
 
 
+def streamed(falcon, prompt):
+    text = ""
+    for piece in falcon.stream(prompt, seed=0, **fk.CARD.sampling):
+        text += piece.text
+        if "." in text:
+            break
+    return text
+
+
+def test_a_stream_that_is_left_passes_and_a_text_that_is_cut_afterwards_gets_its_hint(instruct):
+    def cut(falcon, prompt):
+        return falcon.generate(prompt, seed=0, **fk.CARD.sampling).text.partition(".")[0] + "."
+
+    assert fk.check("01.2", streamed, instruct)
+    assert "do not cut the text afterwards" in hint("01.2", cut, instruct)
+
+
 def test_a_prompt_about_other_animals_gets_its_hint(instruct):
     assert "still has giraffes" in hint("01.3", fk.CARD.prompt, instruct)
     assert "mentions no penguin" in hint("01.3", PENGUINS.replace("penguin", "owl"), instruct)

@@ -28,7 +28,11 @@ def hint(exercise, *answer):
 def test_right_answers_pass(tokenizer):
     assert fk.check("03.1", SPLIT, tokenizer)
     assert fk.check("03.2", OTHER, tokenizer)
-    assert fk.check("03.3", share(tokenizer, lambda piece: not piece.strip()), tokenizer)
+    right = share(tokenizer, lambda piece: not piece.strip())
+    assert (
+        f"{right['spaces']:.1%} with spaces and {right['tabs']:.1%} with tabs"
+        in fk.check("03.3", right, tokenizer).text
+    )
 
 
 @pytest.mark.parametrize(

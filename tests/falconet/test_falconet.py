@@ -187,6 +187,18 @@ def test_a_run_that_was_broken_off_ends_like_one_that_was_not(tmp_path, stop_aft
     assert torch.equal(trained(tmp_path / "broken.pt", stop_after), expected)
 
 
+@pytest.mark.parametrize(("seed", "phases", "text"), [(2, PHASES, TEXT), (1, PHASES[:1], TEXT), (1, PHASES, TEXT + 1)])
+def test_the_state_of_another_training_is_refused(tmp_path, seed, phases, text):
+    trained(tmp_path / "base.pt")
+    with pytest.raises(ValueError, match=r"base\.pt is of a training with another (seed|phases|text): delete it"):
+        pretrain.train(pretrain.new_model(2048), phases, text, tmp_path / "base.pt", seed)
+
+
+def test_an_unknown_corpus_is_named_with_the_nearest():
+    with pytest.raises(LookupError, match=r"Unknown corpus 'chat'\. Nearest: chats"):
+        next(corpus.documents("chat", 1, seed=0))
+
+
 def test_repeated_rows_repeat_one_sequence_to_the_end():
     rows = pretrain.batch(PHASES[0], 0, TEXT, 2048, seed=1)
     periods = [[period for period in range(3, 6) if torch.equal(row[period:], row[:-period])] for row in rows]

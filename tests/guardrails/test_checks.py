@@ -161,7 +161,7 @@ def test_a_speaker_in_the_middle_of_a_line_passes():
     "unit", ["on ", "I do not know. ", "Q: What?\nA: A bird.\n", "好的,", "!", " ".join(map(str, range(30))) + ". "]
 )
 def test_endless_copies_are_found_and_a_few_pass(unit):
-    assert reasons(unit * 400, "output")[:1] in (["the same words over and over"], ["more than 8000 characters"])
+    assert reasons(unit * 400, "output", Guardrails(max_characters=None))[:1] == ["the same words over and over"]
     assert reasons(unit * 4, "output") == []
 
 

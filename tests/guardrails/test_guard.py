@@ -100,6 +100,7 @@ def test_any_text_gets_a_verdict_with_spans_inside_it(text):
         ({"blocked_words": ("x" * 101,)}, "blocked word 1 has 101 characters; the limit is 100"),
         ({"phone_regions": "US"}, r'give a tuple, such as \("US", "DE"\)'),
         ({"phone_regions": ("US", "XX")}, "there is no region XX"),
+        ({"blocked_words": None}, "blocked_words=None must be a tuple of texts"),
         ({"custom": "damn"}, "'str' must be callable, got a str"),
         ({"custom": {"mine": 3}}, "'mine' must be callable, got a int"),
         ({"labels": ("toxic",)}, "labels=.* needs custom= a classification pipeline"),
@@ -109,6 +110,14 @@ def test_any_text_gets_a_verdict_with_spans_inside_it(text):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         fk.guardrails(**settings)
+
+
+@pytest.mark.parametrize("where", ["prompt", "output"])
+def test_words_and_regions_of_an_iterator_are_found_in_prompts_and_outputs(where):
+    guard = only(blocked_words=iter(["damn"]), personal_data=True, phone_regions=map(str, ["US"]))
+    assert found(guard, "damn it", where) == ["blocked_words"]
+    assert found(guard, "call (202) 555-0143 now", where) == ["personal_data"]
+    assert "blocked_words=1" in repr(guard)
 
 
 def test_an_unknown_setting_is_a_type_error():
@@ -248,6 +257,16 @@ def test_a_classifier_blocks_by_its_label_and_score(pipeline):
     verdict = only(custom=pipeline, labels=(label,), threshold=0.5).check("You fool.")
     assert [each.reason for each in verdict.findings] == [f"{label} with a score of {scores[label]:.2f}"]
     assert not only(custom=pipeline, labels=(label,), threshold=1.0).check("You fool.")
+
+
+def test_a_classifier_reads_a_text_longer_than_its_context_in_parts(pipeline, monkeypatch):
+    read = []
+    monkeypatch.setattr(pipeline.tokenizer, "model_max_length", 16)
+    monkeypatch.setattr(type(pipeline), "__call__", lambda _, text, **__: read.append(text) or [])
+    text = "Lions sleep in the sun. " * 20 + "x" * 200
+    assert not only(custom=pipeline, labels=("rude",)).check(text)
+    assert "".join(read) == text
+    assert max(len(pipeline.tokenizer(each)["input_ids"]) for each in read) <= 16
 
 
 def test_a_classifier_needs_labels_that_it_has(pipeline):

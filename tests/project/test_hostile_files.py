@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks._hostile import READERS, Reader, outcome, spoiled
 
-QUICK = [name for name in READERS if name.startswith("dialogues") or name == "session"]
+QUICK = [
+    name for name in READERS if name.startswith("dialogues") or name in ("session", "evaluation", "run of fk.evaluate")
+]
 WHOLE = {
     "nothing": b"",
     "too deep": b"[" * 100_000,
