@@ -1,7 +1,7 @@
 """`explain`: the view of a text on its way through Falcon, as a widget and as a page without a kernel."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from falcon_kit.display.tables import counted
 from falcon_kit.explanation.parts import Part, head_part, layer_part, route_part, text_part
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
-from falcon_kit.inspection.hooks import TextOrIds, check_index, inspect_model
+from falcon_kit.inspection.hooks import TextOrIds, check_index, check_indices, inspect_model, language_head
 
 _STATIC = files("falcon_kit.explanation") / "static"
 _SCRIPTS = ("drawing.js", "layer.js", "heads.js", "prediction.js", "flow.js", "tour.js", "explanation.js")
@@ -34,6 +34,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
         self._inspected = inspect_model(falcon)
+        language_head(self._inspected)  # raises for a model without one
         self.ids: list[int] = self._inspected.encode(text)
         """The token ids of the text so far."""
         spec = self._inspected.spec
@@ -57,14 +58,14 @@ class Explanation(HasPage, anywidget.AnyWidget):
         self._records.clear()
         self.send({"type": "start", **self._start()})
 
-    def page(self, layers: Sequence[int] | None = None) -> Page:
+    def page(self, layers: int | Iterable[int] | None = None) -> Page:
         """The view without a kernel, at the last token. layers: those that it holds, by default as many as fit.
 
         Raises ValueError if they take more than 1.4 MB.
         """
         wanted = self._layers_by_interest() if layers is None else layers
-        require(len(wanted) > 0, "a page without a layer shows nothing: give one, or leave layers out")
-        chosen = [check_index(each, self._inspected.spec.layers, "layer") for each in wanted]
+        chosen = check_indices(wanted, self._inspected.spec.layers, "layer")
+        require(bool(chosen), "a page without a layer shows nothing: give one, or leave layers out")
         data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}, "route": self._route(), "parts": {}}
         size = len(str(data)) + len(_SOURCE)
         for layer in chosen:
@@ -83,7 +84,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         script = f"{_SOURCE}\nrender({{ model: storedModel(data), el: root }});"
         return Page("", self._summary(), style=style, script=script, data=data)
 
-    def to_html(self, path: Any, layers: Sequence[int] | None = None) -> Path:
+    def to_html(self, path: Any, layers: int | Iterable[int] | None = None) -> Path:
         """Writes the view to a file that needs no kernel and no network, and returns its path. layers: as in `page`."""
         return self.page(layers).write(path)
 

@@ -20,7 +20,7 @@ import numpy as np
 from falcon_kit.display.errors import check_whole, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted, format_bytes, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, check_indices, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
 from falcon_kit.inspection.views.attention import attention_page
@@ -220,15 +220,7 @@ def _requested(
     if layers is None and heads is None:
         return []
     count = inspected.spec.query_heads
-    return list(product(_indices(layers, inspected.spec.layers, "layer"), _indices(heads, count, "head")))
-
-
-def _indices(given: int | Iterable[int] | None, count: int, kind: str) -> list[int]:
-    if given is None:
-        return list(range(count))
-    given = plain_scalar(given)
-    several = given if isinstance(given, Iterable) else [given]
-    return list(dict.fromkeys(check_index(each, count, kind) for each in several))
+    return list(product(check_indices(layers, inspected.spec.layers, "layer"), check_indices(heads, count, "head")))
 
 
 def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:

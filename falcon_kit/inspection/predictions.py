@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
-from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
+from falcon_kit.display.errors import is_encodable, is_whole, plain_scalar, require, shown
+from falcon_kit.generation.control_tokens import encoding
+from falcon_kit.inspection.hooks import InspectedModel, forward_hooks, language_head
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -112,10 +113,12 @@ def logits_in_chunks(inspected: InspectedModel, normed: Tensor) -> Iterator[tupl
 
 
 def _head(inspected: InspectedModel) -> Any:
-    """The language-modelling head. Raises ValueError for one that is split over processes."""
-    head: Any = inspected.model.get_output_embeddings()
+    """The language-modelling head. Raises ValueError if the model has none, or one that is not whole in memory."""
+    head = language_head(inspected)
     if getattr(head, "weight", None) is None or len(head.weight) != inspected.spec.vocabulary:
         raise ValueError(f"{type(head).__name__} is not a whole language-modelling head: load without tensor_parallel")
+    places = {each.weight.device.type for each in (head, inspected.decoder.ln_f)}
+    require("meta" not in places, "the last LayerNorm or the language-modelling head is on disk: load it in memory")
     return head
 
 
@@ -140,8 +143,12 @@ def check_top_k(inspected: InspectedModel, top_k: int) -> None:
 
 def target_id(inspected: InspectedModel, target: str | int) -> int:
     """The id of a token given by its text or id. Raises ValueError for a text that is not exactly one token."""
-    target = plain_scalar(target)
-    ids = inspected.encode(target if isinstance(target, str | Iterable) else [target])
+    given: Any = plain_scalar(target)
+    if isinstance(given, str):
+        require(is_encodable(given), f"target {given!r} has a lone surrogate, which UTF-8 cannot encode")
+        ids = list(encoding(given, inspected.tokenizer).ids)  # without the token that may begin a text
+    else:
+        ids = inspected.encode(given if isinstance(given, Iterable) else [given])
     if len(ids) != 1:
         pieces = ", ".join(map(repr, inspected.token_texts(ids)))
         raise ValueError(

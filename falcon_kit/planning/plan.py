@@ -17,7 +17,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.downloads import Disk, disk_for
@@ -187,7 +187,8 @@ def plan(
     dtype = dtype_name(dtype)
     if purpose == "qlora" and dtype not in memory.QUANTISED:
         dtype = "nf4-double"
-    request = Request(shape, dtype, context, batch, purpose, cache, r, tensor_parallel)
+    values = context, batch, purpose, cache, r, tensor_parallel
+    request = Request(shape, dtype, *map(plain_scalar, values))
     _check(request)
     disk = disk_for(shape, here=devices is None)
     devices = resolve_devices(devices)

@@ -59,10 +59,10 @@ def test_a_taken_token_joins_the_text_as_generation_would_continue_it(instruct, 
     ("request_", "words"),
     [
         ({"do": "layer", "layer": 6, "position": 0}, "layer 6 does not exist"),
-        ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist"),
+        ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist: positions are numbered 0 to 4"),
         ({"do": "head", "layer": 0, "position": 1, "head": 4}, "head 4 does not exist"),
         ({"do": "head", "layer": 0, "position": 1, "head": 0, "attended": 2}, "key 2 does not exist"),
-        ({"do": "take", "id": 99999}, "is not a token id"),
+        ({"do": "take", "id": 99999}, "is no token id"),
         ({"do": "nonsense"}, "KeyError"),
         ({}, "KeyError"),
     ],
@@ -132,10 +132,10 @@ def test_layers_on_disk_are_shown_as_those_in_memory(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"text": ""}, ValueError, "the text is empty"),
+        ({"text": ""}, ValueError, "the prompt is empty"),
         ({"text": "a " * 3000}, ValueError, "the model's context is 2048"),
-        ({"text": [5000]}, ValueError, "is not a token id"),
-        ({"text": TEXT, "layer": 6}, IndexError, "layer 6 does not exist: the model has 6"),
+        ({"text": [5000]}, ValueError, "is no token id"),
+        ({"text": TEXT, "layer": 6}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
         ({"text": TEXT, "head": -1}, IndexError, "head -1 does not exist"),
     ],
 )

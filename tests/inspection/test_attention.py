@@ -440,13 +440,15 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"text": ""}, ValueError, "the text is empty"),
-        ({"text": []}, ValueError, "the text is empty"),
-        ({"text": [20, 2048]}, ValueError, "2048 is not a token id of this model: ids range from 0 to 2047"),
-        ({"text": ["a"]}, ValueError, "'a' is not a token id"),
+        ({"text": ""}, ValueError, "the prompt is empty"),
+        ({"text": []}, ValueError, "the prompt is empty"),
+        ({"text": [20, 2048]}, ValueError, "2048 is no token id of this model: they go from 0 to 2047"),
+        ({"text": ["a"]}, ValueError, "an inspection is of one text, got a list of 1: call it for each"),
+        ({"text": b"Hello"}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got bytes"),
+        ({"text": {20: 21}}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got dict"),
         ({"text": [20] * 2049}, ValueError, "the text has 2049 tokens, the model's context is 2048: shorten it"),
-        ({"layers": 6}, IndexError, "layer 6 does not exist: the model has 6, numbered 0 to 5"),
-        ({"heads": [0, -1]}, IndexError, "head -1 does not exist: the model has 4, numbered 0 to 3"),
+        ({"layers": 6}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
+        ({"heads": [0, -1]}, IndexError, "head -1 does not exist: heads are numbered 0 to 3"),
         ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size=0: must be at least 1"),
     ],
 )

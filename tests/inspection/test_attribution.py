@@ -137,10 +137,15 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": ""}, "the text is empty"),
+        ({"text": ""}, "the prompt is empty"),
         ({"method": "guess"}, "Unknown method 'guess'. Known: integrated-gradients, leave-one-out."),
         ({"steps": 0}, "steps=0: must be at least 1"),
-        ({"target": ""}, "the text is empty"),
+        ({"target": ""}, "target '' is 0 tokens ()"),
+        (
+            {"method": "leave-one-out", "steps": 8, "tolerance": 0.1},
+            "steps and tolerance have no effect with leave-one",
+        ),
+        ({"steps": 8, "tolerance": 0.1}, "tolerance has no effect with steps, which fix the points of the path"),
         ({"target": "a giraffe"}, "give one token; a space before a word is part of it"),
     ],
 )
