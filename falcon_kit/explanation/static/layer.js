@@ -15,10 +15,11 @@ function tokensStage(act) {
   row.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
+    event.preventDefault();
     const at = Math.max(0, Math.min(row.children.length - 1, act.state.position + step));
+    if (row.children[at].disabled) return;
     act.choose({ position: at });
     row.children[at].focus();
-    event.preventDefault();
   });
 
   view.update = (now) => {
@@ -31,7 +32,7 @@ function tokensStage(act) {
       const chosen = at === state.position;
       button.setAttribute("aria-pressed", chosen);
       button.tabIndex = chosen ? 0 : -1;
-      button.disabled = now.fixed && !chosen;
+      button.disabled = !act.reachable({ layer: state.layer, position: at });
       button.style.setProperty("--weight", `${(100 * Math.sqrt(weights[at] ?? 0)).toFixed(1)}%`);
     });
     const most = argmax(weights);
