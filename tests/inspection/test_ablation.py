@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
+from falcon_kit.inspection.ablation import head_means
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.inspection.models import logits, model
 
@@ -57,12 +59,56 @@ def test_the_mean_stands_in_for_a_head(tokenizer, ids):
         lambda module, args, output: seen.append(args[0][0].unflatten(-1, (-1, 64)).clone())
     )
     logits(falcon, ids)
-    with fk.ablated((falcon, tokenizer), heads=[(0, 2)], replace="mean"):
+    with fk.ablated((falcon, tokenizer), heads=[(0, 2)], replace=head_means((falcon, tokenizer), ids)):
         logits(falcon, ids)
     hook.remove()
-    plain, changed = seen
+    plain, _, changed = seen
     np.testing.assert_allclose(changed[:, 2], plain[:, 2].mean(0).expand(len(ids), 64), atol=1e-6)
     np.testing.assert_array_equal(changed[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+
+
+ALL_HEADS = [(layer, head) for layer in range(6) for head in range(4)]
+
+
+def test_the_mean_is_the_same_in_a_step_of_generation_as_in_a_whole_text(instruct, ids):
+    model, rows = instruct.model, torch.tensor([ids])
+    with fk.ablated(instruct, heads=ALL_HEADS, replace=head_means(instruct, ids)), torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(rows[:, :-1], past_key_values=cache)
+        step = model(rows[:, -1:], past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(step, model(rows).logits[0, -1], rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert not torch.allclose(step, model(rows).logits[0, -1], atol=1)
+
+
+def test_the_mean_does_not_depend_on_the_blocks_in_which_attention_reads(instruct, ids):
+    means = head_means(instruct, ids)
+    with fk.ablated(instruct, heads=ALL_HEADS[:4], replace=means):
+        whole, parts = (fk.attention(instruct, ids, prefill_chunk_size=size) for size in (None, 3))
+    np.testing.assert_allclose(parts.statistics["entropy"], whole.statistics["entropy"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_over_another_text_contains_nothing_of_later_tokens(instruct, ids):
+    means = head_means(instruct, "Owls hunt at night.")
+    short, long = (fk.ablate(instruct, each, heads=ALL_HEADS[:4], replace=means) for each in (ids, [*ids, 900, 77, 5]))
+    np.testing.assert_allclose(short.after[1:], long.after[1 : len(ids)], rtol=1e-3, atol=1e-4)
+    assert short.replace == "mean"
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ("mean", 'replace="mean" needs a text to take the mean over: give replace=head_means(falcon, text)'),
+        (
+            torch.zeros(6, 64),
+            "a replacement of the shape (6, 64) does not fit: (layers, heads, head_dim) is (6, 4, 64)",
+        ),
+        ("noise", "Unknown replacement 'noise'. Known: zero, mean."),
+    ],
+)
+def test_a_replacement_that_does_not_fit_is_refused(instruct, replace, message):
+    with pytest.raises(ValueError, match=re.escape(message)), fk.ablated(instruct, [(0, 0)], replace=replace):
+        pass
 
 
 def test_an_ablation_holds_both_losses_and_predictions(layout, tokenizer, ids):

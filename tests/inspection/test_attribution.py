@@ -131,6 +131,12 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
     np.testing.assert_allclose([bar.get_height() for bar in found.figure().axes[0].patches], found.scores)
 
 
+def test_a_notebook_shows_the_score_of_each_token(instruct):
+    found = fk.attribute(instruct, TEXT, method="leave-one-out")
+    for score in found.scores:
+        assert f"{score:+.3f}" in found._repr_html_()
+
+
 # Bad input
 
 
