@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from falcon_kit.display.page import percent
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
-from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, next_candidates, predict
+from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, mean_surprisal, predict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,12 +57,12 @@ class Ablation(TextResult):
     @property
     def loss_before(self) -> float:
         """Mean loss in nats per token with all heads; nan for a text of one token."""
-        return _mean(self.before) * math.log(2)
+        return mean_surprisal(self.before) * math.log(2)
 
     @property
     def loss_after(self) -> float:
         """Mean loss in nats per token with the heads ablated; nan for a text of one token."""
-        return _mean(self.after) * math.log(2)
+        return mean_surprisal(self.after) * math.log(2)
 
     def figure(self) -> Figure:
         """The surprisal of each token, with all heads and with the heads ablated."""
@@ -77,7 +76,11 @@ class Ablation(TextResult):
 
     def __repr__(self) -> str:
         first, second = self.next_before[0], self.next_after[0]
-        bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
+        bits = (
+            f"{mean_surprisal(self.before):.2f} to {mean_surprisal(self.after):.2f} bits per token, "
+            if len(self.ids) > 1
+            else ""
+        )
         return (
             f"Ablation({counted(len(self.heads), 'head')}: {bits}next {first.text!r} {percent(first.probability)} to "
             f"{second.text!r} {percent(second.probability)})"
@@ -85,7 +88,7 @@ class Ablation(TextResult):
 
     def _repr_html_(self) -> str:
         rows = [
-            ("surprisal, bits per token", f"{_mean(self.before):.2f}", f"{_mean(self.after):.2f}"),
+            ("surprisal, bits per token", f"{mean_surprisal(self.before):.2f}", f"{mean_surprisal(self.after):.2f}"),
             *(
                 (f"next, rank {pair[0].rank}", *(f"{each.text!r} {percent(each.probability)}" for each in pair))
                 for pair in zip(self.next_before, self.next_after, strict=True)
@@ -98,7 +101,7 @@ class Ablation(TextResult):
 
 @contextmanager
 def ablated(
-    falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Literal["zero"] | Tensor = "zero"
+    falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Replacement | Tensor = "zero"
 ) -> Iterator[None]:
     """A context in which heads are ablated, whatever the model computes in it: generate, `attention`, `lens`, ...
 
@@ -163,8 +166,8 @@ def ablate(
         replace="mean" if isinstance(replace, Tensor) else replace,
         before=before.surprisal,
         after=after.surprisal,
-        next_before=next_candidates(inspected, before),
-        next_after=next_candidates(inspected, after),
+        next_before=before.candidates(inspected.token_texts),
+        next_after=after.candidates(inspected.token_texts),
     )
 
 
@@ -192,11 +195,6 @@ def _head_means(inspected: InspectedModel, ids: Sequence[int]) -> Tensor:
     with torch.inference_mode(), forward_hooks(inspected, hooks):
         inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
     return means
-
-
-def _mean(surprisal: Floats) -> float:
-    """Mean surprisal in bits per token; nan for one token, since nothing predicts the first."""
-    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
 
 
 def _query_heads(inspected: InspectedModel, heads: Pairs, kv_heads: Pairs) -> list[tuple[int, int]]:

@@ -24,7 +24,6 @@ from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, c
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
 from falcon_kit.inspection.views.attention import attention_page
-from falcon_kit.model.modeling import FalconModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +169,6 @@ def attention(
     pairs = _requested(inspected, layers, heads)
     check_whole("max_bytes", max_bytes, 0)
     _check_max_bytes(len(pairs), len(ids), max_bytes)
-    _check_attention_implementation(inspected)
     require(
         prefill_chunk_size is None or is_whole(prefill_chunk_size, 1),
         f"prefill_chunk_size={shown(prefill_chunk_size)}: must be at least 1",
@@ -234,13 +232,3 @@ def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:
         f"{format_bytes(max_bytes)}: {fewer}, give a text of at most {longest} tokens, or raise max_bytes; the "
         "statistics of all heads need no maps"
     )
-
-
-def _check_attention_implementation(inspected: InspectedModel) -> None:
-    """Raises ValueError for transformers' eager attention with ALiBi, which differs from the model's definition."""
-    config = inspected.decoder.config
-    if config.alibi and config._attn_implementation == "eager" and not isinstance(inspected.decoder, FalconModel):
-        raise ValueError(
-            "transformers' own Falcon adds ALiBi twice in eager attention: load it with attention='grouped', or call "
-            "model.set_attn_implementation('sdpa') first"
-        )

@@ -39,6 +39,7 @@ from falcon_kit.inspection.predictions import (
     check_top_k,
     log_probability_and_rank,
     logits_in_chunks,
+    mean_surprisal,
     predict,
     target_id,
 )
@@ -78,19 +79,18 @@ class LensView(TextResult, Predictions, HasPage):
     @property
     def loss(self) -> float:
         """Mean loss in nats per token; nan for a text of one token."""
-        return float(np.mean(self.surprisal[1:]) * math.log(2)) if len(self.ids) > 1 else math.nan
+        return mean_surprisal(self.surprisal) * math.log(2)
 
     @property
     def _summary(self) -> str:
         """The number of tokens and the mean surprisal, as text."""
         tokens = counted(len(self.ids), "token")
-        return tokens if len(self.ids) == 1 else f"{tokens}, {np.mean(self.surprisal[1:]):.2f} bits per token"
+        return tokens if len(self.ids) == 1 else f"{tokens}, {mean_surprisal(self.surprisal):.2f} bits per token"
 
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """The most likely tokens after the token at `position`, most likely first."""
         self._check_position(position)
-        pairs = zip(self.top_ids[position].tolist(), self.top_probabilities[position].tolist(), strict=True)
-        return [Candidate(each, self.id_to_text[each], found, rank) for rank, (each, found) in enumerate(pairs)]
+        return [*self.candidates(lambda ids: map(self.id_to_text.__getitem__, ids), position)]
 
     def _check_position(self, position: int) -> None:
         if not is_whole(position, -len(self.ids), len(self.ids) - 1):

@@ -478,8 +478,9 @@ def test_a_model_in_other_processes_is_refused(instruct):
 
 def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):
     twice = StockFalcon._from_config(small_config("rw"), attn_implementation="eager").eval()
-    with pytest.raises(ValueError, match="adds ALiBi twice in eager attention"):
-        fk.attention((twice, tokenizer), "Hello")
+    for inspect in (fk.attention, fk.explain):
+        with pytest.raises(ValueError, match="adds ALiBi twice in eager attention"):
+            inspect((twice, tokenizer), "Hello")
 
 
 def test_a_share_of_the_heads_is_refused(instruct):

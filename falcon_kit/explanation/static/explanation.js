@@ -9,6 +9,7 @@ function storedModel(data) {
   let listener = null;
   const answer = (message) => setTimeout(() => listener?.(message), 0);
   return {
+    routed: Boolean(data.route),
     stored: [...new Set(Object.keys(data.parts).map((key) => +key.split(" ")[1]))].sort((a, b) => a - b),
     on: (event, run) => (listener = run),
     off: () => (listener = null),
@@ -87,7 +88,7 @@ function render({ model, el }) {
     Object.assign(state, drawn); // after an error, what was chosen before
     selects.forEach(({ name, select }) => (select.value = state[name]));
     if (!headPart) return;
-    const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored) };
+    const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored), routed: !model.stored || model.routed };
     for (const each of stages) each.update(now);
     root.classList.remove("fk-empty");
     root.dataset.drawn = number;

@@ -84,8 +84,8 @@ function routeStage(act) {
   view.update = (now) => {
     const follow = () => act.ask("route").then((steps) => show(now, steps), () => {}); // the view shows an error itself
     const button = h("button", { type: "button", onclick: follow }, "Follow it back");
-    view.show([button], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
-    if (now.fixed) follow();
+    view.show([now.routed ? button : h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.")], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
+    if (now.fixed && now.routed) follow();
   };
 
   /** The points (token, layer) of the route, with the layers upwards and the tokens below. */
