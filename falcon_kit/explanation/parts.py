@@ -164,7 +164,7 @@ def _code() -> dict[str, str]:
         "projection": layers.split_heads,
         "rotary": stock.rotate_half,
         "attention": fused_attention,
-        "feed_forward": layers.FalconMLP.forward,
+        "mlp": layers.FalconMLP.forward,
         "residual": layers.FalconDecoderLayer.forward,
         "prediction": modeling.FalconForCausalLM.forward,
         "sampling": Sampling.generate_arguments,

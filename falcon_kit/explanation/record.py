@@ -23,9 +23,9 @@ SHOWN = 64
 """Components of each vector that are kept."""
 _MAX_BYTES = 64 * 2**20
 NEURONS = 12
-"""Neurons of the feed-forward block that are kept, the strongest of each token."""
+"""Neurons of the MLP that are kept, the strongest of each token."""
 NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm")
-"""Names of LayerNorms in the checkpoints: those before attention, then those before the feed-forward block."""
+"""Names of LayerNorms in the checkpoints: those before attention, then those before the MLP."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LayerRecord:
     """What one layer computed for a text."""
 
     vectors: Mapping[str, Vectors]
-    """"input", "attention", "feed_forward", "output", and each LayerNorm's output by its name in the checkpoint."""
+    """"input", "attention", "mlp", "output", and each LayerNorm's output by its name in the checkpoint."""
     query_before: Tensor
     """(H, T, D): the queries as they were projected, without the rotary embedding."""
     key_before: Tensor
@@ -149,7 +149,7 @@ class _Recorder:
             *((getattr(module, name), self._keeper(name)) for name in norms),
             *attention_hooks(self.inspected, self.layer, self._keep_attention),
             (module.mlp.act, self._keep_activations),
-            (module.mlp, self._keeper("feed_forward")),
+            (module.mlp, self._keeper("mlp")),
             (module, self._keep_layer),
         ]
 

@@ -23,7 +23,7 @@ from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, check_indices, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
-from falcon_kit.inspection.views.attention import attention_page
+from falcon_kit.inspection.views.attention import attention_page, most_maps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,14 +109,15 @@ class AttentionView(TextResult, Measurements, HasPage):
         return attention_page(f"Attention of {self.spec.name}", self.token_texts, self._maps_by_group())
 
     def _maps_by_group(self) -> dict[str, dict[str, tuple[str, Array]]]:
-        """The kept maps by KV group, with the mean map of each group that is complete."""
+        """The kept maps by KV group, with the mean map of each group that is complete, if these fit into a page too."""
         size, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, tuple[str, Array]]](dict)
         for (layer, head), found in self.maps.items():
             rows[f"layer {layer}, KV group {head // size}"][f"layer {layer}, head {head}"] = (f"head {head}", found)
-        for (layer, group), count in Counter((layer, head // size) for layer, head in self.maps).items():
-            if count == size > 1:
-                name = f"layer {layer}, KV group {group}"
-                rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
+        counts = Counter((layer, head // size) for layer, head in self.maps)
+        complete = [group for group, count in counts.items() if count == size > 1]
+        for layer, group in complete if len(self.maps) + len(complete) <= most_maps(len(self.ids)) else ():
+            name = f"layer {layer}, KV group {group}"
+            rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
         return dict(rows)
 
     def to_dataframe(self) -> pd.DataFrame:

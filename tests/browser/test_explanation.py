@@ -97,12 +97,12 @@ def test_the_components_of_the_residual_stream_are_the_models(page, found):
     shown = page.locator("[data-stage=residual] .fk-strip").evaluate_all(
         "strips => strips.map(strip => [...strip.children].map(cell => +cell.dataset.value))"
     )
-    vectors = [found.layer.vectors[name].first[-1] for name in ("input", "attention", "feed_forward", "output")]
+    vectors = [found.layer.vectors[name].first[-1] for name in ("input", "attention", "mlp", "output")]
     np.testing.assert_allclose(shown, torch.stack(vectors), rtol=1e-5)
 
 
 def test_the_strongest_neurons_are_the_models(page, found):
-    np.testing.assert_allclose(numbers(page, "feed_forward", 3), found.layer.activations[-1], rtol=1e-5)
+    np.testing.assert_allclose(numbers(page, "mlp", 3), found.layer.activations[-1], rtol=1e-5)
 
 
 def test_logits_and_probabilities_of_the_next_token_are_the_models(page, found):
@@ -190,8 +190,8 @@ def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
 
 
 def test_a_box_of_the_diagram_leads_to_its_stage(page):
-    page.locator("[data-to=feed_forward]").press("Enter")
-    expect(page.locator("[data-stage=feed_forward] h3")).to_be_focused()
+    page.locator("[data-to=mlp]").press("Enter")
+    expect(page.locator("[data-stage=mlp] h3")).to_be_focused()
 
 
 def test_another_head_and_layer_are_drawn(browser, file, falcon):

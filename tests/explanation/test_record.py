@@ -72,7 +72,7 @@ def test_the_statistics_are_those_of_the_whole_vector(inspected, stock):
 
 def test_the_sums_add_up(inspected):
     vectors = record(inspected, IDS, 0).layer.vectors
-    total = sum(vectors[name].first for name in ("input", "attention", "feed_forward"))
+    total = sum(vectors[name].first for name in ("input", "attention", "mlp"))
     close(vectors["output"].first, total)
 
 

@@ -493,3 +493,13 @@ def test_a_share_of_the_heads_is_refused(instruct):
 def test_repetitions_that_cannot_be_are_refused(instruct, arguments):
     with pytest.raises(ValueError, match=r"within the 20.. plain tokens of the vocabulary and the context of 2048"):
         fk.repeated_tokens(instruct, **arguments)
+
+
+def test_as_many_heads_as_the_error_of_the_page_names_fit_into_a_page(instruct, monkeypatch):
+    monkeypatch.setattr("falcon_kit.inspection.views.attention._WEIGHT_BYTES", 4 * 3 * len("abc"))
+    with pytest.raises(
+        ValueError, match="a page of 4 maps over 3 tokens is not possible: give at least one, at most 3"
+    ):
+        fk.attention(instruct, [20, 21, 22], layers=0).page()
+    view = fk.attention(instruct, [20, 21, 22], layers=0, heads=range(3))  # the first two are a KV group
+    assert view.page().body.count("<button") == 3

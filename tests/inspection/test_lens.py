@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import FalconForCausalLM as StockFalcon
 
@@ -315,3 +315,16 @@ def test_a_target_is_one_token_though_the_tokenizer_puts_another_before_a_text(i
     found = fk.lens((instruct.model, before), "The tall", target=" giraffe")
     assert found.ids[0] == 11
     assert {found.id_to_text[each] for each in found.targets} == {" giraffe"}
+
+
+def test_an_adapter_on_the_head_is_refused_until_it_is_merged(tokenizer):
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    tuned = get_peft_model(small_model("40b", tie_word_embeddings=False), lora).eval()
+    with pytest.raises(
+        ValueError, match="the language-modelling head has an adapter beside its weight: merge it first"
+    ):
+        fk.lens((tuned, tokenizer), "Hello")
+    tuned.merge_adapter()
+    view = fk.lens((tuned, tokenizer), "Hello")
+    parts = view.embedding_contribution + view.attention_contribution.sum(0) + view.mlp_contribution.sum(0)
+    np.testing.assert_allclose(parts, view.target_logits, rtol=1e-3)

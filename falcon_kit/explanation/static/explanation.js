@@ -31,7 +31,7 @@ function render({ model, el }) {
 
   const notice = h("div", { class: "fk-notice", role: "alert", hidden: true });
   const act = { state, choose, take, ask, reachable };
-  const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), feedForwardStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
+  const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), mlpStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
   const diagram = flow(stages);
   const guide = tour(stages, diagram.node);
   const selects = ["layer", "head"].map((name) => {
