@@ -36,14 +36,14 @@ def without_columns(layout, heads) -> StockFalcon:
 
 
 @pytest.mark.parametrize("kind", [FalconForCausalLM, StockFalcon], ids=["kit", "transformers"])
-def test_a_head_is_off_as_if_nobody_listened_to_it(layout, kind, tokenizer, ids):
+def test_an_ablated_head_equals_zero_columns_of_the_output_projection(layout, kind, tokenizer, ids):
     heads = [(0, 1), (1, 3), (1, 0)]
     with fk.ablated((model(layout, kind), tokenizer), heads=heads):
         found = logits(model(layout, kind), ids)
     np.testing.assert_allclose(found, logits(without_columns(layout, heads), ids), atol=1e-4)
 
 
-def test_a_kv_head_is_off_with_all_its_query_heads(tokenizer, ids):
+def test_an_ablated_kv_head_ablates_all_its_query_heads(tokenizer, ids):
     falcon = (model("180b"), tokenizer)  # two groups of three
     found = fk.ablate(falcon, ids, kv_heads=[(1, 1)])
     assert found.heads == ((1, 3), (1, 4), (1, 5))
@@ -52,7 +52,7 @@ def test_a_kv_head_is_off_with_all_its_query_heads(tokenizer, ids):
     np.testing.assert_allclose(grouped, logits(without_columns("180b", found.heads), ids), atol=1e-4)
 
 
-def test_the_mean_stands_in_for_a_head(tokenizer, ids):
+def test_the_mean_replaces_the_output_of_an_ablated_head(tokenizer, ids):
     """What reaches `dense`: the mean over the tokens in that head's place, the rest as ever."""
     falcon, seen = model("40b"), []
     hook = falcon.transformer.h[0].self_attention.dense.register_forward_hook(
@@ -126,7 +126,7 @@ def test_an_ablation_holds_both_losses_and_predictions(layout, tokenizer, ids):
         np.testing.assert_allclose([each.probability for each in following], likeliest.values, rtol=1e-3)
 
 
-def test_repetition_hangs_on_the_induction_heads(instruct):
+def test_repetition_depends_on_the_induction_heads(instruct):
     tokens = fk.repeated_tokens(instruct)
     view = fk.attention(instruct, tokens)
     heads = [(layer, head) for layer, head, score in view.top("induction", 4) if score > 0.5]
@@ -139,14 +139,14 @@ def test_repetition_hangs_on_the_induction_heads(instruct):
     assert cost["induction"] > cost["idle"] + 3
 
 
-def test_writing_happens_without_the_heads_too(instruct):
+def test_generation_goes_without_the_ablated_heads(instruct):
     with fk.ablated(instruct, kv_heads=[(layer, 0) for layer in range(6)]):
         off = instruct.generate(TEXT, max_new_tokens=8, do_sample=False)
     assert off.tokens != instruct.generate(TEXT, max_new_tokens=8, do_sample=False).tokens
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_heads_are_on_again_whatever_happens(instruct, error):
+def test_no_hook_remains_after_an_error_in_the_context(instruct, error):
     with pytest.raises(error), fk.ablated(instruct, heads=[(0, 0), (5, 3)]):
         raise error
     assert [name for name, each in instruct.model.named_modules() if each._forward_pre_hooks] == []

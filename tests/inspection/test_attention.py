@@ -104,7 +104,7 @@ def test_transformers_own_falcon_is_read_as_well(layout, tokenizer, ids):
     np.testing.assert_allclose(stacked(theirs), stacked(ours), atol=1e-5)
 
 
-def test_capture_does_not_depend_on_how_the_model_attends(tokenizer, ids):
+def test_maps_do_not_depend_on_the_attention_implementation(tokenizer, ids):
     eager = FalconForCausalLM._from_config(small_config("40b"), attn_implementation="eager").eval()
     eager.load_state_dict(model("40b").state_dict())
     expected = everything("40b", tokenizer, ids)
@@ -135,7 +135,7 @@ def own_probabilities(falcon, ids) -> np.ndarray:
     return torch.cat(found).float().numpy()
 
 
-def test_a_model_in_4_bits_is_looked_at_as_it_is(tokenizer, ids, tmp_path):
+def test_a_model_in_4_bits_is_inspected_as_it_is(tokenizer, ids, tmp_path):
     model("40b").save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     small = FalconForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
@@ -145,7 +145,7 @@ def test_a_model_in_4_bits_is_looked_at_as_it_is(tokenizer, ids, tmp_path):
     assert np.abs(found - oracle("40b", ids)).max() > 1e-3
 
 
-def test_layers_that_wait_on_a_disk_are_looked_at_as_well(tokenizer, ids, tmp_path):
+def test_layers_on_disk_are_inspected_too(tokenizer, ids, tmp_path):
     split = FalconForCausalLM(small_config("40b")).eval()
     split.load_state_dict(model("40b").state_dict())
     places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
@@ -232,7 +232,7 @@ def test_a_statistic_that_nothing_counts_for_is_not_a_number(tokenizer):
     assert np.isfinite(view.statistics["previous"]).all()
 
 
-def test_one_token_looks_at_itself(tokenizer):
+def test_one_token_attends_to_itself(tokenizer):
     view = fk.attention((model("40b"), tokenizer), [20], layers=0, heads=0)
     assert view.map(0, 0).tolist() == [[1.0]]
     assert view.statistics["sink"].min() == view.statistics["effective_context"].max() == pytest.approx(1)
@@ -247,7 +247,7 @@ def test_similarity_is_the_bhattacharyya_coefficient_of_rows(layout, tokenizer, 
     np.testing.assert_allclose(view.head_similarity, expected, atol=1e-4)
 
 
-def test_a_head_is_wholly_like_itself(layout, tokenizer, ids):
+def test_the_similarity_of_a_head_with_itself_is_one(layout, tokenizer, ids):
     similarity = everything(layout, tokenizer, ids).head_similarity
     np.testing.assert_allclose(np.einsum("lhh->lh", similarity), 1, atol=1e-5)
 
@@ -292,7 +292,7 @@ def test_maps_of_the_named_heads_are_kept(instruct, layers, heads, expected):
     assert list(fk.attention(instruct, "Hello", layers=layers, heads=heads).maps) == expected
 
 
-def test_a_map_that_was_not_kept_is_asked_for_in_vain(instruct):
+def test_a_map_that_was_not_kept_is_refused(instruct):
     view = fk.attention(instruct, "Hello", layers=1, heads=[0, 1])
     with pytest.raises(KeyError, match=re.escape("layer 2, head 0 was not kept (kept: 1.0, 1.1): request it")):
         view.map(2, 0)
@@ -361,7 +361,7 @@ def test_the_model_is_left_as_it_was(instruct):
     assert modes == [f"transformer.h.1.mlp{part}" for part in parts]
 
 
-def test_dropout_is_off_while_it_looks(tokenizer, ids):
+def test_dropout_is_off_during_an_inspection(tokenizer, ids):
     training = FalconForCausalLM(small_config("40b", attention_dropout=0.5, hidden_dropout=0.5)).train()
     first, second = (everything((training, tokenizer), tokenizer, ids) for _ in range(2))
     np.testing.assert_array_equal(stacked(first), stacked(second))
@@ -452,7 +452,7 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
         ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size=0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(instruct, arguments, error, message):
+def test_attention_with_invalid_arguments_is_refused(instruct, arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         fk.attention(instruct, **{"text": "Hello", **arguments})
 

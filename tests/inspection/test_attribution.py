@@ -30,7 +30,7 @@ def test_integrated_gradients_add_up_to_the_change(layout, tokenizer, ids):
     assert found.gap < 0.02
 
 
-def test_more_steps_come_nearer(tokenizer, ids):
+def test_more_steps_give_a_smaller_gap(tokenizer, ids):
     few, many = (fk.attribute((model("40b"), tokenizer), ids, target=77, steps=steps) for steps in (2, 64))
     assert (few.steps, many.steps) == (2, 64)
     assert many.gap < few.gap
@@ -90,7 +90,7 @@ def test_four_bit_weights_are_explained_as_well_as_others():
         assert fk.attribute(falcon, "The giraffe is").gap < 0.1
 
 
-def test_scores_that_do_not_add_up_are_said_to(tokenizer, ids):
+def test_scores_that_do_not_sum_to_the_change_give_a_warning(tokenizer, ids):
     with pytest.warns(UserWarning, match=r"with steps=1 the scores sum to .* use method='leave-one-out'"):
         assert fk.attribute((model("40b"), tokenizer), ids, target=77, steps=1).gap > 0.1
 

@@ -160,7 +160,7 @@ def test_a_target_can_be_named_by_its_text(instruct):
     assert {instruct.tokenizer.decode([each]) for each in view.targets} == {" giraffe"}
 
 
-def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp_path):
+def test_the_lens_reads_layers_on_disk(tokenizer, ids, tmp_path):
     split = FalconForCausalLM(small_config("40b")).eval()
     split.load_state_dict(model("40b").state_dict())
     places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
@@ -272,7 +272,7 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
         ({"top_k": 0}, "top_k=0 is not between 1 and 2048, the size of the vocabulary"),
     ],
 )
-def test_what_cannot_be_read_is_refused(instruct, arguments, message):
+def test_a_lens_with_invalid_arguments_is_refused(instruct, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.lens(instruct, **{"text": "Hello", **arguments})
 

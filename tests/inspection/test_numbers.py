@@ -26,7 +26,7 @@ CALLS = {
     "explain": lambda falcon, ids, one: str(fk.explain(falcon, ids, layer=one, head=one).page(one).data),
     "lens numbers": lambda falcon, ids, one: str(fk.lens(falcon, ids, top_k=2 * one).next_tokens(one)),
     "lens figure": lambda falcon, ids, one: fk.lens(falcon, ids).figure(2 * one).axes[0].get_title(),
-    "attribute steps": lambda falcon, ids, one: repr(fk.attribute(falcon, ids, steps=400 * one)),
+    "attribute steps": lambda falcon, ids, one: repr(fk.attribute(falcon, ids, steps=8 * one)),
     "attention numbers": lambda falcon, ids, one: fk.attention(
         falcon, ids, one, max_bytes=10_000 * one, prefill_chunk_size=2 * one
     ).top("sink", 3 * one),
