@@ -22,6 +22,9 @@ from falcon_kit.model import modeling, packed
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import GPU_OVERHEAD
 
+_GPU = Device("this GPU", 0, int(1e13))
+"""For plans: larger than any."""
+
 
 def bandwidth(settings: Settings) -> dict[str, Any]:
     """Bytes read and written per second by a copy."""
@@ -178,15 +181,14 @@ def _prefill(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: 
             torch.cuda.reset_peak_memory_stats()
         seconds = [full_size._seconds(once, device) for _ in range(3)]
     figures = {"ms": round(1000 * statistics.median(seconds), 2), "cache bytes": cache_bytes(past)}
-    figures["planned cache bytes"] = shape.kv_bytes_per_token() * settings.context
-    return figures | _peak(shape, dtype, settings, "inference")
+    cache: Any = "grouped" if isinstance(model, modeling.FalconForCausalLM) else "transformers"
+    plan = fk.plan(shape, dtype, context=settings.context, devices=[_GPU], cache=cache)
+    return figures | {"planned cache bytes": plan.kv_bytes} | _peak(plan, settings)
 
 
-def _peak(shape: FalconSpec, dtype: str, settings: Settings, purpose: Any, **size: int) -> dict[str, Any]:
+def _peak(plan: fk.Plan, settings: Settings) -> dict[str, Any]:
     """torch's peak and the plan's, without the CUDA context, which torch does not count."""
-    device = Device("this GPU", 0, int(1e13))
-    planned = fk.plan(shape, dtype, context=settings.context, purpose=purpose, devices=[device], **size).total_bytes
-    planned -= GPU_OVERHEAD
+    planned = plan.total_bytes - GPU_OVERHEAD
     if settings.device.type != "cuda":
         return {"planned peak, GiB": round(planned / 2**30, 4), "peak": "measured on GPUs only"}
     peak = torch.cuda.max_memory_allocated()
@@ -263,7 +265,7 @@ def tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:
         "steps": steps,
         "seconds, from rows to adapter": round(seconds, 2),
         "tokens/s": round(steps * options["context"] / seconds, 1),
-    } | _peak(shape, dtype, sized, purpose, r=8)
+    } | _peak(fk.plan(shape, dtype, context=sized.context, purpose=purpose, r=8, devices=[_GPU]), sized)
 
 
 def peer_tuning(settings: Settings, dtype: str, steps: int = 3) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The model is a random Falcon with the ratios of the 40B (16 query heads per KV head), small enough for two cores. A step
 generates one token in every row, with a cache of `context` tokens. The minimum time of a step is that for reading all
-weights and the cache once; memory bandwidth is measured in the same rounds. The extra "gguf" installs llama.cpp.
+weights and the cache once; memory bandwidth is measured in the same rounds. The extra "serving" installs llama.cpp.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Checks of arguments: ranges, and the error text for an unknown name."""
+"""Checks of values, how an error quotes what was given, and whether an error means that memory ran out."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches

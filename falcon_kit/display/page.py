@@ -1,4 +1,4 @@
-"""`Page`, the base of every HTML view: a fragment for a notebook cell, or a complete HTML file.
+"""`Page`, an HTML view: a fragment for a notebook cell, or a complete HTML file. `text_html` escapes text for it.
 
 A view is isolated from the surrounding notebook and from the text that it displays:
 

@@ -1,13 +1,16 @@
 """Atomic writes of files and folders: the content is written under a temporary name in the same folder, then renamed.
 
 If the process is killed or the disk is full in between, the previous version stays. The next write to the same path
-removes the temporary files of processes that have ended. A symbolic link at the path is replaced, not followed.
+removes the temporary files of processes that have ended. The new version has the permissions of the one before. A
+symbolic link at the path is replaced, not followed.
 """
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -40,9 +43,12 @@ def atomic_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} is a directory: give the name of a file in it")
     check_disk_space(path, size)
     _remove_leftovers(path)
-    partial = _temporary_name(path, "new")
+    partial, mode = _temporary_name(path, "new"), _mode(path)
     try:
+        if mode is not None:
+            partial.touch(mode | stat.S_IWUSR)
         yield partial
+        _set_mode(partial, mode)
         _synchronise(partial)
         partial.replace(path)
         _synchronise(path.parent)
@@ -64,8 +70,8 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     path.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(path, size)
     _remove_leftovers(path)
-    partial = _temporary_name(path, "new")
-    partial.mkdir()
+    partial, mode = _temporary_name(path, "new"), _mode(path)
+    partial.mkdir(0o777 if mode is None else mode | stat.S_IRWXU)
     try:
         yield partial
         move_folder(partial, path)
@@ -84,6 +90,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def move_folder(new: Path, path: Path) -> None:
     """Renames a complete folder to `path`, once it is on the disk; a folder that was there is deleted."""
     check_folder(path)
+    _set_mode(new, _mode(path))
     for each in [*new.rglob("*"), new]:
         _synchronise(each)
     if path.is_symlink():
@@ -160,6 +167,16 @@ def check_writable(folder: Path, shown: object) -> None:
         ) from None
 
 
+def _mode(path: Path) -> int | None:
+    """The permissions of a file or folder; None if there is none, or only a link."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() and not path.is_symlink() else None
+
+
+def _set_mode(path: Path, mode: int | None) -> None:
+    if mode is not None and mode != _mode(path):  # a file system without permissions refuses to set them
+        path.chmod(mode)
+
+
 def _synchronise(path: Path) -> None:
     """Waits until a file or the names in a folder are on the disk, so that they outlive a power cut."""
     if path.is_symlink() or (path.is_dir() and os.name == "nt"):  # Windows cannot open folders
@@ -198,7 +215,7 @@ def _is_running(process: str) -> bool:
     try:
         number, started = map(int, process.split("-"))
         return abs(int(psutil.Process(number).create_time()) - started) <= 1
-    except (ValueError, psutil.NoSuchProcess):
+    except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
@@ -206,11 +223,12 @@ def _is_running(process: str) -> bool:
 
 def _remove_leftovers(path: Path) -> None:
     """Removes the temporary files of ended processes, and restores a folder that one of them had renamed."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+-\d+)\.[^.]+\.(new|old){re.escape(_SUFFIX)}")
     for leftover in path.parent.glob(f".{escape(path.name)}.*{_SUFFIX}"):
-        process, *_, mark = leftover.name.removeprefix(f".{path.name}.").removesuffix(_SUFFIX).split(".")
-        if _is_running(process):
+        found = name.fullmatch(leftover.name)  # None for one of a longer name, such as run.json beside run
+        if found is None or _is_running(found[1]):
             continue
-        if mark == "old" and not path.exists():
+        if found[2] == "old" and not path.exists():
             leftover.rename(path)
         else:
             remove_quietly(leftover)

@@ -36,7 +36,7 @@ def exercise_2(guardrail: Callable[[str], str | None]) -> str:
     expect(guardrail(other) is not None, f"Your function allows {other!r}: count upper-case letters too.")
     speaker = "Girafatron: The giraffe is tall."
     expect(guardrail(speaker) is None, f"{speaker!r} has one giraffe and a name: your function refuses it.")
-    return "A guardrail that sees the whole text can count; one that sees only a sentence cannot."
+    return "It counts in all that it reads: in a prompt, and in each sentence of an answer."
 
 
 def exercise_3(temperature: float, falcon: Any) -> str:

@@ -2,14 +2,13 @@
 
 import html
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import anywidget
 
 from falcon_kit.display.errors import require
-from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, text_html
+from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
 from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, route_part, text_bytes, text_part
 from falcon_kit.explanation.record import Record, record
@@ -17,11 +16,10 @@ from falcon_kit.explanation.route import route
 from falcon_kit.inspection.hooks import TextOrIds, check_index, check_indices, inspect_model, language_head
 from falcon_kit.inspection.probabilities import check_attention_implementation
 
-_STATIC = files("falcon_kit.explanation") / "static"
 _SCRIPTS = ("drawing.js", "layer.js", "heads.js", "prediction.js", "flow.js", "tour.js", "explanation.js")
 _PAGE_BYTES = 1_400_000
 _KEPT_LAYERS = 2  # records of layers that are kept for the current text
-_SOURCE = "\n".join([DOM_SCRIPT, *((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)])
+_SOURCE = "\n".join([DOM_SCRIPT, *(static_text(__file__, name) for name in _SCRIPTS)])
 
 
 class Explanation(HasPage, anywidget.AnyWidget):
@@ -31,7 +29,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
     """
 
     _esm = _SOURCE + "\nexport default { render };\n"
-    _css = (_STATIC / "explanation.css").read_text(encoding="utf-8")
+    _css = static_text(__file__, "explanation.css")
 
     def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
         self._inspected = inspect_model(falcon)

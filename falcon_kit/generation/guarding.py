@@ -45,19 +45,24 @@ class PieceStream(Protocol):
         """The whole text, after the end."""
 
 
+def check_guard(guardrails: Any) -> None:
+    """Raises TypeError for what is neither guardrails nor None."""
+    if not (guardrails is None or hasattr(guardrails, "raise_if_found")):
+        raise TypeError(
+            f"guardrails must be what fk.guardrails(...) returns, got a {type(guardrails).__name__}: "
+            "fk.guardrails(custom=...) takes a function or a classifier"
+        )
+
+
 def check_given(guardrails: Guard | None, given: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Checks a prompt, each of several prompts, or the content of each message of a conversation.
 
     tokenizer: decodes a prompt of token ids; without one, such a prompt raises ValueError. Raises TypeError for
     guardrails of another kind.
     """
+    check_guard(guardrails)
     if guardrails is None:
         return
-    if not hasattr(guardrails, "raise_if_found"):
-        raise TypeError(
-            f"guardrails must be what fk.guardrails(...) returns, got a {type(guardrails).__name__}: "
-            "fk.guardrails(custom=...) takes a function or a classifier"
-        )
     if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
         kind, texts = "message", [each["content"] for each in check_messages(given)]
     else:

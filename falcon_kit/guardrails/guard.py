@@ -125,11 +125,6 @@ class Guardrails:
         if verdict := self.check(text, where):
             raise Blocked(verdict, label)
 
-    def __call__(self, text: str) -> str | None:
-        """A reason to block a text, be it a prompt or an output; None if nothing is found."""
-        found = [*self.check(text, "prompt").findings, *self.check(text, "output").findings]
-        return "; ".join(dict.fromkeys(map(str, found))) or None
-
     def begin(self) -> StreamCheck[Any]:
         """The checks of one output while it is generated: push each piece, then end it."""
         return self._begin("output")

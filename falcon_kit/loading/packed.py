@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
-from falcon_kit.model.products import has_products, slabs
+from falcon_kit.model.products import by_threads, has_products, slabs
 
 GROUP = INT4_GROUP
 _PANEL = 64
@@ -110,22 +110,24 @@ class PackedLinear(nn.Linear):
     def in_slabs(self, rows: Tensor) -> Tensor:
         """The product with weights that are unpacked a slab at a time."""
         dtype = products_dtype(rows)
+        multiply = by_threads if dtype == torch.float32 else functional.linear
         product, rows = rows.new_empty(len(rows), self.out_features), rows.to(dtype)
         for outputs in slabs(self.out_features, self.in_features):
             if self.kind == "int8":  # the values are exact in bfloat16
-                part = functional.linear(rows, self.weight[outputs].to(dtype)) * self.scales[outputs].to(dtype)
+                part = multiply(rows, self.weight[outputs].to(dtype)) * self.scales[outputs].to(dtype)
             else:
-                part = torch.mm(rows, self._columns(outputs).to(dtype))
+                part = torch.mm(rows, self._columns(outputs, dtype))
             product[:, outputs] = part
         return product
 
-    def _columns(self, outputs: slice) -> Tensor:
-        """int4's weights (in, outputs) in float32, from the layout of the kernel."""
+    def _columns(self, outputs: slice, dtype: torch.dtype) -> Tensor:
+        """int4's weights (in, outputs), from the layout of the kernel."""
         width = block(self.in_features)
         packed = self.weight.data.view(torch.uint8)[outputs].view(-1, self.in_features, width // 2).transpose(0, 1)
-        values = torch.cat([packed & 15, packed >> 4], -1).view(-1, GROUP, outputs.stop - outputs.start).float()
-        scale, zero = self.scales[:, None, outputs].float().movedim(-1, 0).contiguous()
-        return torch.addcmul(zero - 8 * scale, values, scale).view(self.in_features, -1)
+        values = torch.cat([packed & 15, packed >> 4], -1).view(torch.int8).sub_(8).to(dtype)
+        scale, zero = self.scales[:, None, outputs].to(dtype).movedim(-1, 0).contiguous()
+        values = values.view(-1, GROUP, outputs.stop - outputs.start)
+        return torch.addcmul(zero, values, scale).view(self.in_features, -1)  # computed in float32, rounded once
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""

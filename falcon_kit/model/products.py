@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import gcd
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from falcon_kit.catalogue.memory import SLAB
 
-_MANY_ROWS = {torch.float32: 2, torch.bfloat16: 5, torch.float16: 5}
+_MANY_ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
 """Rows from which slabs are faster; 16 bits only without instructions for their products."""
 _MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
 _SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
@@ -89,9 +90,19 @@ def linear_in_slabs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     rows = input.reshape(-1, input.shape[-1]).float()
     product = input.new_empty(len(rows), len(weight))
     for outputs in slabs(*weight.shape):
-        part = None if bias is None else bias[outputs].float()
-        product[:, outputs] = functional.linear(rows, weight[outputs].float(), part)
+        part = by_threads(rows, weight[outputs].float())
+        product[:, outputs] = part if bias is None else part + bias[outputs].float()
     return product.view(*input.shape[:-1], len(weight))
+
+
+def by_threads(rows: Tensor, weight: Tensor) -> Tensor:
+    """`functional.linear` in float32 with a share of the outputs for each thread.
+
+    A matrix product of few rows is not divided among threads: two take as long as one. A batch of products is.
+    """
+    shares = gcd(len(weight), 1 << (torch.get_num_threads() - 1).bit_length())
+    product = torch.bmm(rows.expand(shares, *rows.shape), weight.view(shares, -1, weight.shape[1]).mT)
+    return product.transpose(0, 1).reshape(len(rows), len(weight))
 
 
 def slabs(out: int, into: int) -> Iterator[slice]:

@@ -4,15 +4,18 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
+from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
-from falcon_kit.generation.sampling import Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import Token
 
@@ -32,7 +35,7 @@ class Column:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held during generation. Columns with one compiled model share it, because that has a single KV cache."""
 
-    _counted: tuple[Prompt, int] | None = field(default=None, init=False, repr=False)
+    _counted: tuple[Prompt, int | None] | None = field(default=None, init=False, repr=False)
 
     @property
     def local(self) -> bool:
@@ -53,10 +56,24 @@ class Column:
         return {name: values[name] or None for name in names if name in values}
 
     def in_force(self, settings: Sampling) -> Sampling:
-        """The settings with "off" written out where the checkpoint's value would count instead."""
+        """The session's settings with the overrides, and "off" written out where the checkpoint's value would count.
+
+        Raises ValueError for settings that exclude an override.
+        """
+        settings = replace(settings, **self._replaced)
+        if settings.do_sample is False:
+            return settings
         unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
+
+    @property
+    def _replaced(self) -> dict[str, Any]:
+        """The overrides, and None for each setting that they exclude."""
+        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
+        if self.overrides.get("max_length") is not None:
+            excluded.append("max_new_tokens")
+        return {**dict.fromkeys(excluded), **self.overrides}
 
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model takes these settings; an endpoint may have no field for some."""
@@ -67,16 +84,21 @@ class Column:
         return int(tokens * self.falcon.plan.kv_bytes // self.falcon.plan.context) if self.local else None
 
     def count(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available.
+        """Tokens of a prompt; None for an endpoint, whose tokenizer is not available, and for a conversation that the
+        chat template refuses: its answer has the error.
 
         A lower bound for a prompt that is certainly longer than the context. The last count is stored: the playground
         asks for it with every state that it sends.
         """
         if not self.local:
             return None
-        if self._counted is None or self._counted[0] != prompt:
-            self._counted = (copy.deepcopy(prompt), self._count(prompt))
-        return self._counted[1]
+        counted = self._counted
+        if counted is None or counted[0] != prompt:
+            count = None
+            with suppress(*UNEXPECTED):
+                count = self._count(prompt)
+            self._counted = counted = copy.deepcopy(prompt), count
+        return counted[1]
 
     def _count(self, prompt: Prompt) -> int:
         tokenizer = self.falcon.tokenizer
@@ -159,7 +181,8 @@ def load_source(falcon: Any) -> str:
 
 def connect_source(endpoint: Any) -> str:
     """The call of `fk.connect` that made an endpoint."""
-    arguments = [repr(getattr(endpoint, "address", "...")), f"model={model_name(endpoint)!r}"]
+    addresses = getattr(endpoint, "addresses", ["..."])
+    arguments = [repr(addresses if len(addresses) > 1 else addresses[0]), f"model={model_name(endpoint)!r}"]
     if getattr(endpoint, "own_format", False):
         arguments.append(f"chat={_format_source(endpoint.chat_format)}")
     return f"fk.connect({', '.join(arguments)})"
@@ -175,3 +198,31 @@ def model_name(falcon: Any) -> str:
     """The name of a Falcon or an endpoint."""
     name = getattr(falcon, "model", None)  # a name for an endpoint, a module for a Falcon
     return name if isinstance(name, str) else str(getattr(getattr(falcon, "spec", None), "name", type(falcon).__name__))
+
+
+def columns_of(falcon: Any, compare: Any) -> tuple[Column, ...]:
+    """One column, or two that differ in the model or in settings."""
+    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
+    if compare is None:
+        return (Column(model_name(falcon), falcon),)
+    if isinstance(compare, Mapping):
+        check_names(compare)
+        Sampling(**compare)
+        changes = ", ".join(f"{name}={value}" for name, value in compare.items())
+        first = Column(model_name(falcon), falcon)
+        second = Column(f"{first.name}, {changes}", falcon, dict(compare))
+        if getattr(falcon, "decoding", None):  # compiled
+            second.lock = first.lock
+        return first, second
+    require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
+    names = [model_name(falcon), model_name(compare)]
+    names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
+    return Column(names[0], falcon), Column(names[1], compare)
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises TypeError for a setting that does not exist, with the nearest."""
+    names = list(SAMPLING_FIELDS)
+    for name in settings:
+        if name not in names:
+            raise TypeError(unknown_name("setting", name, names))

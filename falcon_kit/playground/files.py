@@ -35,15 +35,21 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def _check_source(source: str) -> str:
     """Raises ValueError unless the code only loads or connects a model: people copy it into a cell and run it."""
     try:
-        call = ast.parse(source, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        call = None
-    safe = isinstance(call, ast.Call) and ast.unparse(call.func) in ("fk.load", "fk.connect")
-    if isinstance(call, ast.Call):
-        arguments = [*call.args, *(each.value for each in call.keywords)]
-        safe = safe and all(isinstance(each, ast.Constant) for each in arguments)
-    require(safe, "not fk.load or fk.connect with constants as arguments")
+        _check_call(ast.parse(source, mode="eval").body, "fk.load", "fk.connect")
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise ValueError("not fk.load or fk.connect with constants as arguments") from None
     return source
+
+
+def _check_call(node: ast.expr, *functions: str) -> None:
+    """Raises ValueError unless the code calls one of the functions with literals and chat formats."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) not in functions:
+        raise ValueError("another call")
+    for each in [*node.args, *(keyword.value for keyword in node.keywords)]:
+        if isinstance(each, ast.Call):
+            _check_call(each, "fk.ChatFormat")
+        else:
+            ast.literal_eval(each)
 
 
 _Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]  # rounding may leave it a little above 0
@@ -160,7 +166,7 @@ def _answer_code(answer: Answer) -> str:
 
 
 def _guardrails_note(answer: Answer) -> str:
-    """A comment, if guardrails ended the answer: they are objects or functions, which code cannot repeat."""
+    """A comment, if guardrails ended the answer: they are an object, which code cannot repeat."""
     if answer.ending != "refused":
         return ""
     return f"# Guardrails refused this answer: {answer.reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n"

@@ -117,7 +117,7 @@ def _short(text: str) -> str:
 
 def _answer_html(turn: Turn, answer: Answer) -> str:
     gap = "" if answer.text[:1].isspace() else " "
-    details = [f"{counted(answer.new_tokens, 'token')}", f"seed {answer.seed}", answer.ending or "", answer.reason]
+    details = [counted(answer.new_tokens, "token"), f"seed {answer.seed}", answer.ending or "", answer.reason]
     return (
         f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
         f'<div style="white-space:pre-wrap"><span style="opacity:.7">{html.escape(turn.user)}{gap}</span>'
@@ -131,7 +131,7 @@ class Meter:
     """How much of the context is used."""
 
     used: int | None
-    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not reported."""
+    """Tokens of the draft with its conversation, or of the last answer with its prompt; None if not known."""
     context: int | None
     """The limit in tokens; None if not reported."""
     cache_bytes: int | None
@@ -139,7 +139,7 @@ class Meter:
 
     def __str__(self) -> str:
         if self.used is None:
-            return "the endpoint counts the tokens"
+            return "tokens not counted here"
         used = f"{self.used} of {self.context} tokens" if self.context else counted(self.used, "token")
         cache = f", KV cache {format_bytes(self.cache_bytes)}" if self.cache_bytes is not None else ""
         return f"{used}{cache}"

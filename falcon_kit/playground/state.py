@@ -9,20 +9,20 @@ session.regenerate()
 import secrets
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
-from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.generation.guarding import check_guard
+from falcon_kit.generation.sampling import Sampling
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.playground import files
-from falcon_kit.playground.columns import Column, Prompt, model_name
-from falcon_kit.playground.guarding import Guard, check_guard, check_prompts
+from falcon_kit.playground.columns import Column, Prompt, check_names, columns_of
 from falcon_kit.playground.records import MODES, Answer, Meter, Mode, Turn
 from falcon_kit.playground.writing import TurnWriter
 
@@ -47,10 +47,10 @@ class Session:
     """The state of a playground. `generate` blocks until the end; `stop` may be called from another thread."""
 
     def __init__(
-        self, falcon: Any, compare: Any = None, guardrails: Guard | None = None, *, mode: Mode | None = None
+        self, falcon: Any, compare: Any = None, guardrails: Guardrails | None = None, *, mode: Mode | None = None
     ) -> None:
         check_guard(guardrails)
-        self.columns = _columns(falcon, compare)
+        self.columns = columns_of(falcon, compare)
         self.guardrails = guardrails
         """The checks of prompts and answers, while `guarded`."""
         self.guarded = guardrails is not None
@@ -61,7 +61,7 @@ class Session:
         self.system = ""
         """The system message of every conversation; none if empty."""
         initial = {"max_new_tokens": 200, **PRESETS["card"]} | self.columns[0].checkpoint_settings
-        self.settings = Sampling(alternatives=5, **initial)
+        self.settings = self._checked(Sampling(alternatives=5, **initial))
         """The settings of generation, at first those of the checkpoint or the card; change them with `set`."""
         self.turns: list[Turn] = []
         """The conversation, or the last prompt and its continuation."""
@@ -69,7 +69,7 @@ class Session:
         """Every turn of this session, in the order in which they ended."""
         self.listeners: list[Callable[[str], None]] = []
         """Called with "start", "piece", "end" or "change", in any thread."""
-        self._undo_steps: list[tuple[Mode, list[Turn], str]] = []
+        self._undo_steps: list[tuple[Mode, list[Turn], str, str | None]] = []  # None: the system message stays
         self._lock = threading.Lock()
         self._writer: TurnWriter | None = None
         if mode is not None:
@@ -97,12 +97,22 @@ class Session:
 
         Raises ValueError for a value out of range, and TypeError for a field that does not exist.
         """
-        _check_names(changes)
+        check_names(changes)
         stop = changes.get("stop")
         if isinstance(stop, list):
             changes["stop"] = tuple(stop)
-        self.settings = replace(self.settings, **changes)
+        self.settings = self._checked(replace(self.settings, **changes))
         self._notify("change")
+
+    def _checked(self, settings: Sampling) -> Sampling:
+        """The settings. Raises ValueError for those with which a column could not generate."""
+        for column in self.columns:
+            sequences = column.in_force(settings).num_return_sequences
+            require(
+                sequences == 1,
+                f"a playground shows one text of each model, so num_return_sequences is 1, not {sequences}",
+            )
+        return settings
 
     def guard(self, on: bool) -> None:
         """Turns the guardrails on or off, from the next turn on; `fk.guardrails()` if none were given."""
@@ -126,7 +136,7 @@ class Session:
         """Switches between prompts and chat. Clears the conversation; `undo` restores it, and the history keeps it."""
         require(mode in MODES, f"mode {mode!r} is not one of {', '.join(MODES)}")
         if mode != self.mode:
-            self._change(self.turns if mode == self.mode else [], mode)
+            self._change([], mode)
 
     def example(self, title: str) -> None:
         """Puts one of `EXAMPLES` into the text field."""
@@ -167,7 +177,8 @@ class Session:
         """Undoes the last step: an answer, an edit, a change of mode, a clearing."""
         self._require_idle()
         require(bool(self._undo_steps), "there is nothing to undo")
-        self.mode, self.turns, self.draft = self._undo_steps.pop()
+        self.mode, self.turns, self.draft, system = self._undo_steps.pop()
+        self.system = self.system if system is None else system
         self._notify("change")
 
     def clear(self) -> None:
@@ -178,11 +189,13 @@ class Session:
         if self.running is not None:
             raise RuntimeError("an answer is being generated: stop it first, or wait for its end")
 
-    def _change(self, turns: list[Turn], mode: Mode) -> None:
+    def _change(self, turns: list[Turn], mode: Mode, system: str | None = None) -> None:
+        """Replaces the conversation and, if one is given, the system message."""
         self._require_idle()
         if self.turns or turns:
-            self._undo_steps.append((self.mode, self.turns, self.draft))
+            self._undo_steps.append((self.mode, self.turns, self.draft, None if system is None else self.system))
         self.turns, self.mode = turns, mode
+        self.system = self.system if system is None else system
         self._notify("change")
 
     def _run(self, text: str, before: list[Turn], draft: str) -> Turn:
@@ -190,18 +203,21 @@ class Session:
         text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None
-        check_prompts(guard, self._texts(text, before) if guard else ())
+        for each in self._texts(text, before):
+            reasons = guard.check(each, "prompt").reasons if guard else ""
+            require(not reasons, f"the guardrails refuse this text: {reasons}")
         with self._lock:
             self._require_idle()
             turn = self._turn(text, before)
             self._writer = writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
-        self._undo_steps.append((self.mode, self.turns, draft))
-        self.turns = [*before, turn]
-        self.draft = "" if self.mode == "chat" else text
         try:
+            self._undo_steps.append((self.mode, self.turns, draft, None))
+            self.turns = [*before, turn]
+            self.draft = "" if self.mode == "chat" else text
             self._notify("start")
             writer()
         finally:
+            writer.cancel()
             self.history.append(turn)
             self._writer = None
             self._notify("end")
@@ -248,10 +264,11 @@ class Session:
         raise LookupError(f"the history has no turn {id!r}")
 
     def open(self, id: str) -> None:
-        """Replaces the conversation by a turn of the history with its earlier turns."""
+        """Replaces the conversation by a turn of the history with its earlier turns and its system message."""
         turn = self.find(id)
         by_id = {each.id: each for each in self.history}
-        self._change([*(by_id[each] for each in turn.before if each in by_id), turn], turn.mode)
+        turns = [*(by_id[each] for each in turn.before if each in by_id), turn]
+        self._change(turns, turn.mode, _system(turn.answers[0].prompt))
         self.draft = turn.user if turn.mode == "prompt" else ""
         self._notify("change")
 
@@ -296,38 +313,18 @@ class Session:
             listener(event)
 
 
-def _columns(falcon: Any, compare: Any) -> tuple[Column, ...]:  # one, or two that differ in the model or in settings
-    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
-    if compare is None:
-        return (Column(model_name(falcon), falcon),)
-    if isinstance(compare, Mapping):
-        _check_names(compare)
-        Sampling(**compare)
-        changes = ", ".join(f"{name}={value}" for name, value in compare.items())
-        first = Column(model_name(falcon), falcon)
-        second = Column(f"{first.name}, {changes}", falcon, dict(compare))
-        if getattr(falcon, "decoding", None):  # compiled
-            second.lock = first.lock
-        return first, second
-    require(hasattr(compare, "stream"), f"compare takes another model, or a dict of settings, got {compare!r:.60}")
-    names = [model_name(falcon), model_name(compare)]
-    names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)] if len({*names}) == 1 else names
-    return Column(names[0], falcon), Column(names[1], compare)
-
-
-def _check_names(settings: Mapping[str, Any]) -> None:
-    """Raises TypeError for a setting that does not exist, with the nearest."""
-    names = list(SAMPLING_FIELDS)
-    for name in settings:
-        if name not in names:
-            raise TypeError(unknown_name("setting", name, names))
-
-
 def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     """The settings that are not the default, after the column's overrides."""
-    settings = column.in_force(replace(settings, **column.overrides))
+    settings = column.in_force(settings)
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
     changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
     if not column.accepts(changed):
         changed.pop("alternatives", None)
     return changed
+
+
+def _system(prompt: Prompt) -> str | None:
+    """The system message of a conversation, "" if it has none; None for a prompt."""
+    if isinstance(prompt, str):
+        return None
+    return next((message["content"] for message in prompt if message["role"] == "system"), "")

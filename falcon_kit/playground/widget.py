@@ -8,19 +8,17 @@ import html
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any
 
 import anywidget
 
 from falcon_kit.display.errors import require
-from falcon_kit.display.page import DOM_SCRIPT
+from falcon_kit.display.page import DOM_SCRIPT, static_text
 from falcon_kit.display.tables import counted
-from falcon_kit.playground.files import pack_span, pack_turn
+from falcon_kit.playground.files import pack_span
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
 
-_STATIC = files("falcon_kit.playground") / "static"
 _SCRIPTS = ("answers.js", "settings.js", "playground.js")
 _UPDATE_SECONDS = 0.1  # between two updates
 _SHOWN_HISTORY = 100
@@ -30,8 +28,8 @@ _GENERATING = ("generate", "regenerate", "edit")  # these commands run in a thre
 class Playground(anywidget.AnyWidget):
     """A playground as an ipywidget. It shows `session`, with the changes made to it from Python."""
 
-    _esm = "\n".join([DOM_SCRIPT, *((_STATIC / name).read_text(encoding="utf-8") for name in _SCRIPTS)])
-    _css = (_STATIC / "playground.css").read_text(encoding="utf-8")
+    _esm = "\n".join([DOM_SCRIPT, *(static_text(__file__, name) for name in _SCRIPTS)])
+    _css = static_text(__file__, "playground.css")
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -109,9 +107,8 @@ class Playground(anywidget.AnyWidget):
             "guard": lambda on: session.guard(bool(on)),
             "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
             "open": lambda id: session.open(id),
-            "seed": lambda id: session.set(seed=session.find(id).answers[0].seed),
-            "save": lambda path: f"Saved {_turns(len(session.history))} to {session.save(path)}",
-            "load": lambda path: f"Loaded {_turns(session.load(path))} from {path}",
+            "save": lambda path: f"Saved {counted(len(session.history), 'turn')} to {session.save(path)}",
+            "load": lambda path: f"Loaded {counted(session.load(path), 'turn')} from {path}",
             "code": lambda id: self.send({"type": "code", "id": id, "code": session.code(id)}),
         }
 
@@ -182,7 +179,7 @@ class Playground(anywidget.AnyWidget):
 
     def _history(self) -> None:
         shown = [
-            {"id": turn.id, "title": _title(turn.user), "note": f"{counted(turn.answers[0].new_tokens, 'token')}"}
+            {"id": turn.id, "title": _title(turn.user), "note": counted(turn.answers[0].new_tokens, "token")}
             for turn in reversed(self.session.history[-_SHOWN_HISTORY:])
         ]
         self.send({"type": "history", "turns": shown})
@@ -229,10 +226,6 @@ def _summary(answer: Answer) -> dict[str, Any]:
     return {name: getattr(answer, name) for name in names}
 
 
-def _turns(count: int) -> str:
-    return f"{count} turn" if count == 1 else f"{count} turns"
-
-
 def _title(text: str) -> str:
     """A text in one line, with its beginning and end if it is long."""
     line = " ".join(text.split())
@@ -241,7 +234,7 @@ def _title(text: str) -> str:
 
 def _pack(turn: Turn) -> dict[str, Any]:
     answers = [_summary(each) | {"spans": [pack_span(span) for span in each.spans]} for each in turn.answers]
-    return pack_turn(turn) | {"answers": answers}
+    return vars(turn) | {"answers": answers}
 
 
 def _join_pairs(text: str) -> str:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from falcon_kit.generation.text import Piece
+from falcon_kit.guardrails import Blocked
+from falcon_kit.guardrails.guard import Guardrails
+from falcon_kit.guardrails.stream import StreamCheck
 from falcon_kit.playground.columns import Column, Reader
-from falcon_kit.playground.guarding import Guard, Refused, output_check
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 
 _STATISTICS_TIMEOUT = 0.2  # seconds to wait for the statistics of a stopped model
@@ -19,7 +21,11 @@ class TurnWriter:
     """Fills the answers of one turn. Call it to generate; `stop` may be called from another thread."""
 
     def __init__(
-        self, turn: Turn, columns: Sequence[Column], guard: Guard | None, changed: Callable[[], None] = lambda: None
+        self,
+        turn: Turn,
+        columns: Sequence[Column],
+        guard: Guardrails | None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.turn = turn
         self._columns, self._changed = columns, changed
@@ -48,6 +54,11 @@ class TurnWriter:
                 reader.end()
             self._drain()
 
+    def cancel(self) -> None:
+        """Ends each answer that has not ended, for example after a second Ctrl-C, without waiting for its model."""
+        for writer in self._open():
+            writer.answer.ending = "cancelled"
+
     def _open(self) -> list["AnswerWriter"]:
         return [writer for writer in self._writers if writer.answer.ending is None]
 
@@ -58,7 +69,7 @@ class TurnWriter:
         writer, event = self._writers[item[0]], item[1]
         try:
             writer.push(event) if hasattr(event, "logprob") else writer.end(event)
-        except Exception as error:  # noqa: BLE001  # of the guardrails' function, for example; shown in place of the answer
+        except Exception as error:  # noqa: BLE001  # of a tokenizer, for example; shown in place of the answer
             writer.fail(error)
         self._changed()
 
@@ -76,8 +87,9 @@ class TurnWriter:
 class AnswerWriter:
     """Fills one answer piece by piece; text that the guardrails have not checked yet is kept back."""
 
-    def __init__(self, column: Column, answer: Answer, guard: Guard | None) -> None:
-        self.column, self.answer, self._check = column, answer, output_check(guard)
+    def __init__(self, column: Column, answer: Answer, guard: Guardrails | None) -> None:
+        self.column, self.answer = column, answer
+        self._check: StreamCheck[Span] = guard.begin() if guard else StreamCheck((), "output")
         self._start = time.perf_counter()
         self._pending: list[Token] = []  # of an incomplete character, or of text that may become a stop string
         self._received = ""  # more than the answer has, if the guardrails hold text back
@@ -125,8 +137,8 @@ class AnswerWriter:
             return
         try:
             self.answer.spans.extend(passed())
-        except Refused as refused:
-            self.answer.ending, self.answer.reason = "refused", str(refused)
+        except Blocked as blocked:
+            self.answer.ending, self.answer.reason = "refused", blocked.verdict.reasons
 
     def _set_statistics(self, stats: Any) -> None:
         """Replaces the measured statistics by the model's own, if it has them."""

@@ -63,6 +63,12 @@ class Endpoint:
     _server: Server = field(repr=False)
     _retries: int = field(repr=False)
 
+    @property
+    def addresses(self) -> list[str]:
+        """The URLs without queries: one, or that of each replica."""
+        servers = self._server.servers if isinstance(self._server, Replicas) else [self._server]
+        return [each.connection.scrub(each.facts.address) for each in servers]
+
     def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 

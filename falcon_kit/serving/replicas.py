@@ -27,13 +27,13 @@ class Replicas:
         self.facts = replace(first, address=f"{first.address} and {len(others)} more")
         self.connection = servers[0].connection
         self.accepts_stop, self.accepts_messages = servers[0].accepts_stop, servers[0].accepts_messages
-        self._servers = servers
+        self.servers = servers
         self._in_flight = [0] * len(servers)
         self._last_until = [0.0] * len(servers)
 
     def body(self, request: Request) -> dict[str, Any]:
         """As `Server.body`."""
-        return self._servers[0].body(request)
+        return self.servers[0].body(request)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """As `Server.deltas`."""
@@ -50,10 +50,10 @@ class Replicas:
     async def choose(self) -> AsyncIterator[Server]:
         """The replica with the fewest requests in flight, for one request."""
         now = time.monotonic()
-        at = min(range(len(self._servers)), key=lambda at: (self._last_until[at] > now, self._in_flight[at]))
+        at = min(range(len(self.servers)), key=lambda at: (self._last_until[at] > now, self._in_flight[at]))
         self._in_flight[at] += 1
         try:
-            yield self._servers[at]
+            yield self.servers[at]
         except Unavailable as error:
             self._last_until[at] = time.monotonic() + (error.retry_after or MAX_PAUSE)
             raise

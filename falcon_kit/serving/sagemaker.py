@@ -1,6 +1,6 @@
 """SageMaker endpoints: boto3's invoke_endpoint_with_response_stream, with a container's own protocol inside.
 
-A streamed response may take longer than the 60 seconds of InvokeEndpoint. boto3 is in the extra "sagemaker".
+A streamed response may take longer than the 60 seconds of InvokeEndpoint. boto3 is in the extra "serving".
 """
 
 import asyncio

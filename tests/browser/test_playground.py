@@ -237,6 +237,16 @@ def test_a_setting_out_of_range_is_explained_and_put_back(pad: Pad):
     assert pad.session("settings.temperature") == "1.2"
 
 
+def test_a_text_that_is_refused_stays_as_it_was_typed(notebook: Notebook):
+    pad = started(notebook, "falcon, guardrails=fk.guardrails(blocked_words=['zebra'])")
+    pad.field.press_sequentially("A ze")
+    expect(pad.node.locator(".fk-context")).to_contain_text(re.compile(r"context: [1-9]"))  # the kernel has this draft
+    pad.field.press_sequentially("bra")
+    pad.send()
+    expect(pad.notice).to_contain_text("the guardrails refuse this text")
+    expect(pad.field).to_have_value("A zebra")
+
+
 def test_an_interrupted_kernel_leaves_the_playground_usable(pad: Pad):
     pad.notebook.start("import time\ntime.sleep(60)")
     pad.page.wait_for_timeout(300)
@@ -370,6 +380,14 @@ def test_a_seed_is_used_again(pad: Pad):
     seed = pad.session("turns[0].answers[0].seed")
     pad.button(f"seed {seed}").click()
     expect(pad.node.get_by_label("Seed", exact=True)).to_have_value(seed)
+
+
+def test_the_seed_of_the_second_column_is_used_again(notebook: Notebook):
+    pad = started(notebook, "falcon, {'seed': 5}")
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    pad.button("seed 5").click()
+    expect(pad.node.get_by_label("Seed", exact=True)).to_have_value("5")
 
 
 # Appearance

@@ -39,7 +39,7 @@ def turn(text):
 
 
 def session(text=NASTY):
-    opened = Session(Typist(text, name=text), guardrails=lambda _: None)
+    opened = Session(Typist(text, name=text))
     opened.generate(text)
     return opened
 

@@ -88,6 +88,36 @@ def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path):
     assert (names(tmp_path), names(tmp_path / "run")) == (["run"], ["good"])
 
 
+def test_what_a_longer_name_left_or_is_writing_is_not_touched(tmp_path):
+    (tmp_path / f".run.bak.{DEAD}-0.x.old.partial").mkdir()
+    with atomic_file(tmp_path / "run.json") as file, atomic_folder(tmp_path / "run.v2") as folder:
+        file.write_text("{}")
+        with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "run"):
+            _ = 1 / 0
+        assert (file.exists(), folder.exists(), (tmp_path / "run").exists()) == (True, True, False)
+    assert names(tmp_path) == [f".run.bak.{DEAD}-0.x.old.partial", "run.json", "run.v2"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o664])
+def test_a_file_has_the_permissions_of_the_one_before_from_its_first_byte(tmp_path, mode):
+    (tmp_path / "a").touch()
+    (tmp_path / "a").chmod(mode)
+    with atomic_file(tmp_path / "a") as partial:
+        assert partial.stat().st_mode & 0o777 & ~mode & ~0o200 == 0
+        partial.write_text("new")
+    assert ((tmp_path / "a").stat().st_mode & 0o777, (tmp_path / "a").read_text()) == (mode, "new")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_has_the_permissions_of_the_one_before(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(saving, "_exchange", lambda *_: False)
+    (tmp_path / "run").mkdir(0o700)
+    with atomic_folder(tmp_path / "run") as partial:
+        assert partial.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_that_cannot_be_renamed_stays_as_it_was(tmp_path, monkeypatch, exchange):
     monkeypatch.setattr(saving, "_exchange", lambda *_: exchange)

@@ -60,12 +60,6 @@ def test_all_findings_are_listed_in_their_order():
     ]
 
 
-def test_a_function_of_the_guardrails_gives_a_reason_or_none():
-    guard = fk.guardrails()
-    assert guard("Hello") is None
-    assert guard("Hello <|endoftext|>") == "control_tokens: a special token of Falcon (characters 6 to 19)"
-
-
 def test_raise_if_found_raises_with_the_verdict():
     guard = fk.guardrails()
     guard.raise_if_found("Hello")

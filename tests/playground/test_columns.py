@@ -3,14 +3,18 @@
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 
+import pytest
+
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.playground.columns import load_source
+from falcon_kit.playground.columns import connect_source, load_source
 from falcon_kit.playground.state import Session
 from tests.playground.typist import Typist, chatting, failing, text_of
+from tests.serving.servers import answering, scripted
 
 QUICK = {"max_new_tokens": 12}
 
@@ -97,9 +101,11 @@ def parallel(falcon, directory=INSTRUCT):
     )
 
 
-def test_the_code_of_an_endpoint_connects_to_it():
-    typist = Typist()
-    typist.address = "http://127.0.0.1:8000/v1"
-    session = Session(typist)
-    session.generate("go")
-    assert "falcon = fk.connect('http://127.0.0.1:8000/v1', model='typist')\n" in session.code()
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_the_code_of_an_endpoint_connects_to_all_its_replicas(replicas):
+    with ExitStack() as stack:
+        servers = [stack.enter_context(scripted(answering(b""))) for _ in range(replicas)]
+        urls = [f"{each.address}/v1" for each in servers]
+        endpoint = fk.connect(urls)
+    given = urls if replicas > 1 else urls[0]
+    assert connect_source(endpoint) == f"fk.connect({given!r}, model={endpoint.model!r})"

@@ -3,6 +3,7 @@
 import ast
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.generation.chat import FORMATS
 from falcon_kit.playground import files
+from falcon_kit.playground.columns import connect_source, load_source
 from falcon_kit.playground.records import Answer, Ending, Span, Token, Turn
 from falcon_kit.playground.state import Session
 from tests.playground.typist import Typist, chatting, text_of
@@ -37,10 +40,33 @@ spans = st.builds(Span, texts, st.lists(tokens, max_size=3).map(tuple))
 messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}))
 
 
+formats = st.sampled_from(FORMATS) | st.builds(
+    fk.ChatFormat, texts, texts, texts, st.lists(texts, max_size=2), template=texts, system=st.none() | texts
+)
+
+
+models = st.builds(
+    SimpleNamespace,
+    name=texts,
+    dtype_reason=st.sampled_from(["as asked", "by default"]),
+    plan=st.builds(SimpleNamespace, dtype=texts),
+    chat_format=formats,
+)
+
+
+endpoints = st.builds(
+    SimpleNamespace,
+    model=texts,
+    addresses=st.lists(texts, min_size=1, max_size=3),
+    own_format=st.booleans(),
+    chat_format=formats,
+)
+
+
 answers = st.builds(
     Answer,
     model=texts,
-    source=st.builds(lambda name: f"fk.load({name!r}, dtype='nf4')", texts),
+    source=models.map(load_source) | endpoints.map(connect_source),
     prompt=texts | messages,
     settings=st.fixed_dictionaries(
         {"seed": st.integers(0, 2**63 - 1), "stop": st.lists(texts.filter(bool), max_size=2)}
@@ -156,6 +182,9 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_added(tmp_path, cont
         "fk.load(__import__('os').getcwd())",
         "fk.load('falconet').model",
         "fk.load('falconet', **{'dtype': print()})",
+        "fk.load('falconet', chat=fk.ChatFormat(**{'name': print()}))",
+        "fk.load('falconet', chat=fk.serve('falconet'))",
+        "fk.load({[]: 1})",
         "fk.connect(f'{print()}')",
         "fk.load('a')\nprint()",
         "fk.load(" * 10_000,

@@ -1,6 +1,7 @@
 """The playground without its widget: its session as plain Python."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import GenerationConfig
@@ -80,6 +81,32 @@ def test_a_system_message_comes_first():
     session.system = "Be brief."
     session.generate("Hello")
     assert [message["role"] for message in typist.asked[0][0]] == ["system", "user"]
+
+
+def test_an_opened_conversation_goes_on_under_its_own_system_message_until_undo(tmp_path):
+    typist = Typist()
+    session = chatting(typist)
+    session.system = "Be brief."
+    session.generate("Hello")
+    opened = chatting(typist)
+    opened.generate("Hi")
+    opened.system = "Be long."
+    opened.load(session.save(tmp_path / "playground.json"))
+    opened.generate("And?")
+    assert [message["role"] for message in typist.asked[-1][0]] == ["system", "user", "assistant", "user"]
+    opened.open(opened.history[0].id)
+    assert opened.system == ""
+    for expected in ("Be brief.", "Be brief.", "Be long."):
+        opened.undo()
+        assert opened.system == expected
+
+
+def test_undo_of_an_answer_keeps_the_system_message_that_was_typed_after_it():
+    session = chatting(Typist())
+    session.generate("Hello")
+    session.system = "Be brief."
+    session.undo()
+    assert session.system == "Be brief."
 
 
 def test_a_turn_that_failed_is_no_part_of_what_follows():
@@ -177,6 +204,32 @@ def test_a_setting_out_of_range_is_refused_and_nothing_changes():
     assert session.settings == before
 
 
+@pytest.mark.parametrize(
+    ("compare", "expected"),
+    [
+        ({"do_sample": False}, {"max_new_tokens": 12, "do_sample": False}),
+        ({"max_length": 20}, {"max_length": 20, "temperature": 1.0, "top_k": 10}),
+        ({"temperature": 0, "stop": "."}, {"max_new_tokens": 12, "temperature": 0, "top_k": 10, "stop": ["."]}),
+    ],
+)
+def test_what_is_compared_takes_the_place_of_what_it_excludes(instruct, compare, expected):
+    session = Session(instruct, compare)
+    session.set(seed=2, **QUICK)
+    answer = session.generate("Counting: 7, 8,").answers[1]
+    assert answer.settings == {**expected, "seed": 2, "alternatives": 5}
+    assert answer.text == instruct.generate("Counting: 7, 8,", seed=2, **expected).text
+
+
+def test_a_setting_that_excludes_what_is_compared_is_refused_and_nothing_changes():
+    session = Session(Typist(), {"temperature": 0.5})
+    before = session.settings
+    with pytest.raises(ValueError, match="have no effect with do_sample=False"):
+        session.set(do_sample=False, temperature=None, top_k=None)
+    with pytest.raises(ValueError, match="so num_return_sequences is 1, not 2"):
+        session.set(num_return_sequences=2)
+    assert session.settings == before
+
+
 def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_nothing():
     typist = Typist()
     session = Session(typist)
@@ -188,9 +241,13 @@ def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_
 # Refusals
 
 
-@pytest.mark.parametrize("compare", ["falconet", 7, {"temperature": -1}, {"no_such_setting": 1}])
+@pytest.mark.parametrize(
+    "compare", ["falconet", 7, {"temperature": -1}, {"no_such_setting": 1}, {"num_return_sequences": 2}]
+)
 def test_what_cannot_be_compared_is_refused(compare):
-    with pytest.raises((ValueError, TypeError), match=r"compare takes another model|temperature|no_such_setting"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"compare takes another model|temperature|no_such_setting|num_return"
+    ):
         Session(Typist(), compare)
 
 
@@ -225,6 +282,16 @@ def test_the_meter_counts_what_the_next_answer_would_read(instruct):
     session.draft = "Counting: 7, 8,"
     assert session.meter().used == len(instruct.tokenizer(session.draft)["input_ids"])
     assert session.meter().context == 2048
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{{ messages[0].content + 1 }}"])
+def test_a_conversation_that_the_template_refuses_is_not_counted_and_its_answer_says_why(instruct, template):
+    session = chatting(replace(instruct, loaded_format=fk.ChatFormat("strict", template=template)))
+    session.draft = "Hello"
+    assert (session.meter().used, str(session.meter())) == (None, "tokens not counted here")
+    answer = session.generate().answers[0]
+    assert (answer.ending, session.meter().used) == ("error", None)
+    assert "no system role" in answer.reason or "TypeError" in answer.reason
 
 
 def test_the_meter_of_an_endpoint_says_what_it_was_told():

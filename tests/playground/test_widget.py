@@ -3,9 +3,11 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+import falcon_kit as fk
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.widget import Playground
 from tests.playground.typist import Gate, Typist
@@ -147,6 +149,16 @@ def test_an_error_is_shown_on_the_page_and_the_next_step_works(command, values, 
     assert page.state["notice"]["text"] == ""
 
 
+def test_a_draft_that_the_chat_template_refuses_is_said_on_the_page(instruct):
+    strict = fk.ChatFormat("strict", template="{{ raise_exception('no system role') }}")
+    page = paged(replace(instruct, loaded_format=strict), mode="chat")
+    page.do("draft", text="Hello")
+    page.do("generate", text="Hello")
+    deltas = [message for message in page.messages if message["type"] == "delta"]
+    assert "no system role" in deltas[-1]["answers"][0]["reason"]
+    assert page.state["running"] is None
+
+
 def test_generate_pressed_twice_is_said_on_the_page():
     gate = Gate(words=1)
     page = paged(Typist(before=gate))
@@ -172,8 +184,6 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path):
     page.do("generate", text=session.draft)
     page.do("edit", id=session.turns[0].id, text="And lions?")
     page.do("regenerate")
-    page.do("seed", id=session.turns[0].id)
-    assert page.state["settings"]["seed"] == session.turns[0].answers[0].seed
     page.do("code", id=session.turns[0].id)
     assert ("And lions?" in page.shown_code, "Be brief." in page.shown_code) == (True, True)
     page.do("save", path=str(tmp_path / "playground.json"))

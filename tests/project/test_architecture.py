@@ -141,7 +141,7 @@ def test_every_folder_is_in_the_tree_of_the_readme():
     assert [folder for folder in sorted(folders) if f"\n{folder}/ " not in README] == []
 
 
-def test_helpers_live_with_their_only_caller():
+def test_no_file_is_named_for_holding_anything():
     assert [name for name in FILES if Path(name).name in {"utils.py", "helpers.py", "common.py", "misc.py"}] == []
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -54,14 +55,8 @@ USED_BY_OTHERS = {
     "ipywidgets": "tqdm.auto draws its notebook bars with it",
 }
 
-# Packages of the extra "sagemaker", which only SageMaker endpoints need, and of the extra "evaluation".
-WITH_AN_EXTRA = {
-    "boto3": "the client",
-    "botocore": "its errors",
-    "urllib3": "it reads the event streams",
-    "xllamacpp": "gguf",
-}
-WITH_AN_EXTRA |= {"lm-eval": "its tasks"}
+# What comes with boto3, in the extra "serving".
+WITH_BOTO3 = {"botocore": "its errors", "urllib3": "it reads the event streams"}
 
 
 def distributions_imported_in(sources: Iterable[str]) -> set[str]:
@@ -76,16 +71,14 @@ def distributions_imported_in(sources: Iterable[str]) -> set[str]:
     return {canonicalize_name(owners[name][0]) for name in names & owners.keys()} - {"falcon-kit"}
 
 
-def notebook_lines() -> Iterator[str]:
-    """The import statements of the notebooks, which run on the package's dependencies alone."""
+def notebook_cells() -> Iterator[str]:
+    """The code cells of the notebooks."""
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                yield from (line for line in cell.source.splitlines() if line.startswith(("import ", "from ")))
+        yield from (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
 
 
 PACKAGE_IMPORTS = distributions_imported_in(path.read_text() for path in (ROOT / "falcon_kit").rglob("*.py"))
-NOTEBOOK_IMPORTS = distributions_imported_in(notebook_lines())
+NOTEBOOK_IMPORTS = distributions_imported_in(notebook_cells())
 
 
 # Dependencies and pins
@@ -120,7 +113,9 @@ def test_a_runtime_dependency_is_used(requirement):
 
 def test_what_the_package_and_the_notebooks_import_is_declared():
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
-    assert (PACKAGE_IMPORTS | NOTEBOOK_IMPORTS) - declared - WITH_AN_EXTRA.keys() == set()
+    for_notebooks = {Requirement(line).name for line in EXTRAS["serving"]} | WITH_BOTO3.keys()
+    assert NOTEBOOK_IMPORTS - declared - for_notebooks == set()
+    assert PACKAGE_IMPORTS - declared - for_notebooks - {"lm-eval"} == set()  # lm-eval is in the extra "evaluation"
 
 
 def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
@@ -129,6 +124,20 @@ def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
     files = [ROOT / name for name in listed.split() if Path(name).suffix in (".py", ".md", ".ipynb", ".sh")]
     told = [file.name for file in files if re.search(r"pip install (\S+ )*['\"\\\\]*falcon-kit", file.read_text())]
     assert told == []
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+@pytest.mark.parametrize(
+    ("present", "refused"), [("9.9", True), (f"{sys.version_info[0]}.{sys.version_info[1]}", False)]
+)
+def test_make_refuses_another_python_than_that_of_the_environment_that_is_there(tmp_path, present, refused):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho {present}\n")
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    ended = subprocess.run(["make", "help", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
+    assert ("and .venv has Python 9.9: remove .venv first" in ended.stderr, ended.returncode != 0) == (refused, refused)
 
 
 def test_the_makefile_installs_extras_that_exist():
@@ -155,7 +164,7 @@ def test_conda_brings_nothing_but_python_and_pip():
 
 def test_conda_installs_this_package_with_its_lab_under_the_pins():
     (pip,) = [entry["pip"] for entry in CONDA if isinstance(entry, dict)]
-    assert pip == ["-c constraints.txt", "-e .[lab]"]
+    assert pip == ["-c constraints.txt", "-e .[lab,serving]"]
     assert "lab" in EXTRAS
 
 

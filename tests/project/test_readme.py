@@ -40,6 +40,12 @@ def test_the_chinese_readme_has_the_same_code_and_notebooks_and_no_broken_link()
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_the_chinese_readme_lists_as_many_things_as_the_english_one():
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    for each in (r"^- \*\*", r"^\| \[\d", r"^!\[.*(?=docs/)"):
+        assert len(re.findall(each, chinese, re.MULTILINE)) == len(re.findall(each, README, re.MULTILINE))
+
+
 @pytest.mark.parametrize(("name", "column"), [("falconet", 0), ("falconet-instruct", 1)])
 def test_the_readme_states_the_figures_of_the_model_card(name, column):
     card = table_rows((embedded_directory(name) / "README.md").read_text(), columns=2)

@@ -27,7 +27,8 @@ function answerView(turn, number, act) {
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
   const button = (label, title, onclick) => h("button", { type: "button", class: "fk-link", title, onclick }, label);
-  const seed = button("", "Use this seed for the next text", () => act("seed", { id: turn.id }));
+  let usedSeed = null;
+  const seed = button("", "Use this seed for the next text", () => act("set", { changes: { seed: usedSeed } }));
   const code = button("copy as code", "A cell that generates this text again", () => act("code", { id: turn.id }));
   const copyText = button("copy text", "Copy the text only", async () => {
     if (await copy(generated.textContent, generated)) copyText.textContent = "copied";
@@ -63,8 +64,9 @@ function answerView(turn, number, act) {
     problem.textContent = answer.reason;
     problem.hidden = !answer.reason;
     tools.hidden = !answer.ending;
-    seed.hidden = answer.seed === null;
-    seed.textContent = `seed ${answer.seed}`;
+    usedSeed = answer.seed;
+    seed.hidden = usedSeed === null;
+    seed.textContent = `seed ${usedSeed}`;
     node.classList.toggle("fk-writing", !answer.ending);
   }
 

@@ -33,8 +33,8 @@ function render({ model, el }) {
   const generate = () => {
     const focused = root.getRootNode().activeElement;
     if (settings.node.contains(focused)) (focused.blur(), focused.focus()); // sends a setting that was typed
-    clearTimeout(draftTimer);
-    act("generate", { text: (lastDraft = field.value) });
+    sendDraft(); // if the kernel refuses the text, it sends back its draft
+    act("generate", { text: field.value });
     if (!running && modes.now === "chat") setDraft("");
   };
   const go = button("Generate", "Generate (Ctrl+Enter)", generate, "Ctrl ↵");
@@ -148,9 +148,13 @@ function render({ model, el }) {
   model.on("msg:custom", listen);
 
   let draftTimer = null;
+  function sendDraft() {
+    clearTimeout(draftTimer);
+    act("draft", { text: (lastDraft = field.value) });
+  }
   field.addEventListener("input", () => {
     clearTimeout(draftTimer);
-    draftTimer = setTimeout(() => act("draft", { text: (lastDraft = field.value) }), 250);
+    draftTimer = setTimeout(sendDraft, 250);
   });
   examples.addEventListener("change", () => {
     const title = examples.value;
