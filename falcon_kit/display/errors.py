@@ -31,12 +31,14 @@ LARGEST = 2**63 - 1
 
 
 def is_whole(value: object, least: float, most: float = LARGEST) -> bool:
-    """Whether a value is a whole number in a range; a boolean is none."""
+    """Whether a value is a whole number in a range, of numpy or torch too; a boolean is none."""
+    value = plain_scalar(value)
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object, least: float, most: float) -> bool:
-    """Whether a value is a number in a range; a boolean and nan are none."""
+    """Whether a value is a number in a range, of numpy or torch too; a boolean and nan are none."""
+    value = plain_scalar(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import check_flag, check_whole, require, shown, unknown_name
+from falcon_kit.display.errors import check_flag, check_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.evaluation.answering import answer
 from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.models import Model
@@ -70,7 +70,9 @@ def evaluate(
         if value is not None:
             check_whole(name, value, 0 if name == "num_fewshot" else 1)
     settings = {"chat": chat, "limit": limit, "stride": stride, "truncate": truncate, "batch_size": batch_size}
-    return _evaluate(falcon, tasks, text, {**settings, "num_fewshot": num_fewshot, "seed": seed}, output_dir)
+    settings |= {"num_fewshot": num_fewshot, "seed": seed}
+    plain = {name: plain_scalar(value) for name, value in settings.items()}  # they are saved as JSON
+    return _evaluate(falcon, tasks, text, plain, output_dir)
 
 
 def _evaluate(

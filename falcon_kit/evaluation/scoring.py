@@ -51,14 +51,9 @@ def score(inspected: InspectedModel, rows: Sequence[Row], batch_size: int | None
     """The scores of each row, in float32, whatever the order and the batches.
 
     batch_size: rows in a batch; None takes as many as fit a fixed number of tokens. Rows are padded on the right, where
-    a causal model does not look. Raises ValueError for ids outside the vocabulary and for prompt-learning adapters.
+    a causal model does not look. Raises ValueError for ids outside the vocabulary.
     """
     check_tokens([list(row.ids) for row in rows], inspected.spec.vocabulary)
-    adapter = getattr(inspected.model, "active_peft_config", None)
-    require(
-        not getattr(adapter, "is_prompt_learning", False),
-        "the model has an adapter of virtual tokens, which scoring does not add: take it off, or merge it",
-    )
     readers: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         readers.setdefault(row.ids[:-1], []).append(number)

@@ -7,6 +7,7 @@ Arrays are base64 of float32, little-endian.
 import inspect
 from base64 import b64encode
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.memory import dtype_name, layer_kv_bytes
-from falcon_kit.explanation.record import NORMS, LayerRecord
-from falcon_kit.explanation.route import Step, attention_scores
+from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.explanation.record import NORMS, SHOWN, Heads, LayerRecord
+from falcon_kit.explanation.route import Step, attention_rows, attention_scores
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.inspection.hooks import InspectedModel
 from falcon_kit.inspection.plots.attention import pool
@@ -89,10 +91,10 @@ def head_part(found: LayerRecord, position: int, head: int, key: int | None) -> 
     return {
         "group": group,
         "query": packed(heads.query[head, position]),
-        "query_before": packed(found.before.query[head, position]),
+        "query_before": packed(found.query_before[head, position]),
         "key_position": key,
         "key": packed(heads.key[group, key]),
-        "key_before": packed(found.before.key[group, key]),
+        "key_before": packed(found.key_before[group, key]),
         "scores": packed(scores),
         "output": packed(probabilities @ values),
         "values": packed(values.norm(dim=-1)),
@@ -102,12 +104,29 @@ def head_part(found: LayerRecord, position: int, head: int, key: int | None) -> 
 
 def _map(found: LayerRecord, head: int, group: int) -> Tensor:
     """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64."""
-    scores = found.heads.query[head] @ found.heads.key[group].T * found.heads.key.shape[-1] ** -0.5
-    if found.bias is not None:
-        scores += found.bias[head]
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    probabilities = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return torch.from_numpy(pool(probabilities.numpy(), _SIDE))
+    heads, bias = found.heads, found.bias
+    one = Heads(heads.query[head, None], heads.key[group, None], heads.value[group, None])
+    rows = attention_rows(one, None if bias is None else bias[head, None], 0, heads.query.shape[1])
+    return torch.from_numpy(pool(rows[0].numpy(), _SIDE))
+
+
+def text_bytes(inspected: InspectedModel, ids: list[int]) -> int:
+    """About the bytes of a text's part in a page, known before the model runs: at least as many as it takes."""
+    letters = sum(map(len, inspected.token_texts(ids)))
+    return _packed_bytes(inspected.spec.vocabulary) + 40 * (len(ids) + NAMED) + 6 * letters + 5000
+
+
+def layer_bytes(spec: FalconSpec, time: int) -> int:
+    """The same for a layer's part and those of its heads, at the last of `time` tokens."""
+    side = -(-time // -(-time // _SIDE))
+    head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side**2) + 250
+    vectors = (4 + spec.norms_per_block) * (_packed_bytes(SHOWN) + 150)
+    return spec.query_heads * head + _packed_bytes(spec.query_heads * time) + vectors + 1000
+
+
+def _packed_bytes(numbers: int) -> int:
+    """Bytes of an array of `packed` numbers as JSON."""
+    return 4 * -(-4 * numbers // 3) + 40
 
 
 def route_part(steps: list[Step]) -> list[Part]:
@@ -136,6 +155,7 @@ def _cache(inspected: InspectedModel) -> Part:
     return {"dtype": dtype, **{name: size * inspected.spec.layers for name, size in sizes.items()}}
 
 
+@cache
 def _code() -> dict[str, str]:
     """The place in the code that computes each stage: file and first line."""
     places: dict[str, Callable[..., Any]] = {
@@ -144,7 +164,7 @@ def _code() -> dict[str, str]:
         "projection": layers.split_heads,
         "rotary": stock.rotate_half,
         "attention": fused_attention,
-        "feed_forward": layers.FalconMLP.forward,
+        "mlp": layers.FalconMLP.forward,
         "residual": layers.FalconDecoderLayer.forward,
         "prediction": modeling.FalconForCausalLM.forward,
         "sampling": Sampling.generate_arguments,

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
-from falcon_kit.inspection.probabilities import alibi_bias, check_all_heads, rotation_of
+from falcon_kit.inspection.probabilities import Rotation, alibi_bias, attention_hooks
 from falcon_kit.model.layers import split_heads
 
 SHOWN = 64
 """Components of each vector that are kept."""
 _MAX_BYTES = 64 * 2**20
 NEURONS = 12
-"""Neurons of the feed-forward block that are kept, the strongest of each token."""
+"""Neurons of the MLP that are kept, the strongest of each token."""
 NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm")
-"""Names of LayerNorms in the checkpoints: those before attention, then those before the feed-forward block."""
+"""Names of LayerNorms in the checkpoints: those before attention, then those before the MLP."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,8 @@ class Heads:
     value: Tensor
 
     @classmethod
-    def of(cls, fused: Tensor, spec: Any, rotation: tuple[Tensor, Tensor] | None) -> "Heads":
-        """Those of the fused projection (1, T, (H + 2 G) x D), turned by the rotary embedding."""
-        check_all_heads(spec, fused)
+    def of(cls, fused: Tensor, spec: FalconSpec, rotation: Rotation) -> "Heads":
+        """The heads in a fused projection (1, T, (H + 2 G) x D), with the rotary embedding if `rotation` is given."""
         parts = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)
         return cls(*(each[0].float() for each in parts))
 
@@ -73,11 +73,13 @@ class LayerRecord:
     """What one layer computed for a text."""
 
     vectors: Mapping[str, Vectors]
-    """"input", "attention", "feed_forward", "output", and each LayerNorm's output by its name in the checkpoint."""
-    before: Heads
-    """Queries, keys and values as they were projected."""
+    """"input", "attention", "mlp", "output", and each LayerNorm's output by its name in the checkpoint."""
+    query_before: Tensor
+    """(H, T, D): the queries as they were projected, without the rotary embedding."""
+    key_before: Tensor
+    """(G, T, D): the keys as they were projected."""
     heads: Heads
-    """The same with the rotary embedding; equal to `before` where the model has ALiBi."""
+    """Queries, keys and values as attention reads them: with the rotary embedding, if the model has one."""
     bias: Tensor | None
     """ALiBi's bias (H, T) on the score of each key; None for rotary embeddings."""
     neurons: Tensor
@@ -136,19 +138,18 @@ class _Recorder:
     """Forward hooks on one layer that keep what the record needs."""
 
     def __init__(self, inspected: InspectedModel, layer: int) -> None:
-        self.spec, self.module = inspected.spec, inspected.layers[layer]
+        self.inspected, self.layer = inspected, layer
         self.vectors: dict[str, Vectors] = {}
         self.values: dict[str, Any] = {}
 
     def hooks(self) -> list[tuple[Any, Any]]:
-        module = self.module
+        module = self.inspected.layers[self.layer]
         norms = [name for name in NORMS if hasattr(module, name)]
         return [
             *((getattr(module, name), self._keeper(name)) for name in norms),
-            (module.self_attention.query_key_value, self._keep_fused),
-            (module.self_attention, self._keep_attention),
+            *attention_hooks(self.inspected, self.layer, self._keep_attention),
             (module.mlp.act, self._keep_activations),
-            (module.mlp, self._keeper("feed_forward")),
+            (module.mlp, self._keeper("mlp")),
             (module, self._keep_layer),
         ]
 
@@ -158,15 +159,12 @@ class _Recorder:
 
         return keep
 
-    def _keep_fused(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        self.values["fused"] = output
-
-    def _keep_attention(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        fused: Tensor = self.values.pop("fused")
-        rotation = rotation_of(self.spec, kwargs, fused.device)
-        self.values["before"] = Heads.of(fused, self.spec, None).cpu()
-        self.values["heads"] = Heads.of(fused, self.spec, rotation).cpu()
-        bias = alibi_bias(self.spec, fused.shape[1], fused.dtype, fused.device)
+    def _keep_attention(self, fused: Tensor, rotation: Rotation, output: Any) -> None:
+        spec = self.inspected.spec
+        before = Heads.of(fused, spec, None).cpu()
+        self.values |= {"query_before": before.query, "key_before": before.key}
+        self.values["heads"] = Heads.of(fused, spec, rotation).cpu()
+        bias = alibi_bias(spec, fused.shape[1], fused.dtype, fused.device)
         self.values["bias"] = None if bias is None else bias.cpu()
         self.vectors["attention"] = Vectors.of(output[0])
 

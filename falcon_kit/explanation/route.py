@@ -14,22 +14,25 @@ from torch import Tensor
 
 from falcon_kit.explanation.record import Heads
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
-from falcon_kit.inspection.probabilities import alibi_bias, rotation_of
+from falcon_kit.inspection.probabilities import Rotation, alibi_bias, attention_hooks
 
 _BLOCK = 2**21  # attention probabilities of all heads that are computed at once
 
 
 @dataclass(frozen=True)
 class Step:
-    """In a layer, the position that is followed, and the head through which it took most from an earlier position."""
+    """One layer of a route: from a position to the earlier position that mattered most to it."""
 
     layer: int
+    """The layer."""
     position: int
+    """The position whose output is followed."""
     head: int
+    """The head whose attention to `key` mattered most."""
     key: int
-    """The earlier position; the position itself if no other took part."""
+    """The earlier position, which the layer below goes on with; for the first token, 0 itself."""
     probability: float
-    """The head's attention probability."""
+    """The attention probability of `key` in this head."""
 
 
 def route(inspected: InspectedModel, ids: list[int]) -> list[Step]:
@@ -50,23 +53,15 @@ class _Finder:
 
     def __init__(self, inspected: InspectedModel, time: int) -> None:
         self.inspected, self.spec = inspected, inspected.spec
-        self.fused: Any = None
         empty = torch.zeros(time, dtype=torch.long)
         self.found = [(empty.clone(), empty.clone(), torch.ones(time)) for _ in range(self.spec.layers)]
 
     def hooks(self) -> list[tuple[Any, Any]]:
-        hooks: list[tuple[Any, Any]] = []
-        for index, layer in enumerate(self.inspected.layers):
-            hooks.append((layer.self_attention.query_key_value, self._keep))
-            hooks.append((layer.self_attention, partial(self._find, index)))
-        return hooks
+        layers = range(self.spec.layers)
+        return [hook for layer in layers for hook in attention_hooks(self.inspected, layer, partial(self._find, layer))]
 
-    def _keep(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        self.fused = output
-
-    def _find(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        fused, self.fused = self.fused, None
-        heads = Heads.of(fused, self.spec, rotation_of(self.spec, kwargs, fused.device))
+    def _find(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+        heads = Heads.of(fused, self.spec, rotation)
         bias = alibi_bias(self.spec, fused.shape[1], fused.dtype, fused.device)
         time = fused.shape[1]
         block = max(1, _BLOCK // (self.spec.query_heads * time))

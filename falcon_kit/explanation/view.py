@@ -1,7 +1,7 @@
 """`explain`: the view of a text on its way through Falcon, as a widget and as a page without a kernel."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import anywidget
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
-from falcon_kit.explanation.parts import Part, head_part, layer_part, route_part, text_part
+from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, route_part, text_bytes, text_part
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
-from falcon_kit.inspection.hooks import TextOrIds, check_index, inspect_model
+from falcon_kit.inspection.hooks import TextOrIds, check_index, check_indices, inspect_model, language_head
+from falcon_kit.inspection.probabilities import check_attention_implementation
 
 _SCRIPTS = ("drawing.js", "layer.js", "heads.js", "prediction.js", "flow.js", "tour.js", "explanation.js")
 _PAGE_BYTES = 1_400_000
@@ -32,6 +33,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
         self._inspected = inspect_model(falcon)
+        language_head(self._inspected)  # raises for a model without one
+        check_attention_implementation(self._inspected)
         self.ids: list[int] = self._inspected.encode(text)
         """The token ids of the text so far."""
         spec = self._inspected.spec
@@ -51,37 +54,53 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def take(self, token_id: int) -> None:
         """Appends a token to the text. Raises ValueError for an unknown one, or if the context is full."""
-        self.ids = self._inspected.encode([*self.ids, token_id])
+        before = self.ids
+        self.ids = self._inspected.encode([*before, token_id])
         self._records.clear()
-        self.send({"type": "start", **self._start()})
+        try:
+            start = self._start()
+        except BaseException:  # Ctrl-C too
+            self.ids = before
+            self._records.clear()
+            raise
+        self.send({"type": "start", **start})
 
-    def page(self, layers: Sequence[int] | None = None) -> Page:
+    def page(self, layers: int | Iterable[int] | None = None) -> Page:
         """The view without a kernel, at the last token. layers: those that it holds, by default as many as fit.
 
-        Raises ValueError if they take more than 1.4 MB.
+        A page has at most 1.4 MB: of the 40B, whose layers have 128 heads, one layer of a text of about 30 tokens.
+        Raises ValueError, before the model runs, if the layers take more.
         """
-        wanted = self._layers_by_interest() if layers is None else layers
-        require(len(wanted) > 0, "a page without a layer shows nothing: give one, or leave layers out")
-        chosen = [check_index(each, self._inspected.spec.layers, "layer") for each in wanted]
-        data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}, "route": self._route(), "parts": {}}
-        size = len(str(data)) + len(_SOURCE)
+        return self._page(layers, has_route=True)
+
+    def _page(self, layers: int | Iterable[int] | None, has_route: bool) -> Page:
+        """The page, with the route of the prediction, which takes a forward pass of its own, or without it."""
+        spec = self._inspected.spec
+        chosen = check_indices(self._layers_by_interest() if layers is None else layers, spec.layers, "layer")
+        require(bool(chosen), "a page without a layer shows nothing: give one, or leave layers out")
+        chosen = chosen[: self._fitting(1 if layers is None else len(chosen))]
+        data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}}
+        data |= {"route": self._route() if has_route else None, "parts": {}}
         for layer in chosen:
-            parts = self._layer_parts(layer)
-            size += len(str(parts))
-            if size > _PAGE_BYTES:
-                if layers is not None or not data["parts"]:
-                    fewer = "fewer layers, or " if data["parts"] else ""
-                    raise ValueError(
-                        f"a page with layer {layer} takes {size / 1e6:.1f} MB, the limit is {_PAGE_BYTES / 1e6:.1f}: "
-                        f"give {fewer}a shorter text"
-                    )
-                break
-            data["parts"] |= parts
+            data["parts"] |= self._layer_parts(layer)
         style = f".fk-explanation {{ --fk-page: Canvas; }}\n{self._css}"
         script = f"{_SOURCE}\nrender({{ model: storedModel(data), el: root }});"
         return Page("", self._summary(), style=style, script=script, data=data)
 
-    def to_html(self, path: Any, layers: Sequence[int] | None = None) -> Path:
+    def _fitting(self, wanted: int) -> int:
+        """The number of layers that fit into a page. Raises ValueError if there are fewer than `wanted`."""
+        fixed = len(_SOURCE) + len(self._css) + text_bytes(self._inspected, self.ids)
+        one = layer_bytes(self._inspected.spec, len(self.ids))
+        fitting = max(0, _PAGE_BYTES - fixed) // one
+        fewer = "fewer layers, or " if fitting else ""
+        require(
+            fitting >= wanted,
+            f"a page of {counted(wanted, 'layer')} takes {(fixed + wanted * one) / 1e6:.1f} MB, the limit is "
+            f"{_PAGE_BYTES / 1e6:.1f}: give {fewer}a shorter text",
+        )
+        return fitting
+
+    def to_html(self, path: Any, layers: int | Iterable[int] | None = None) -> Path:
         """Writes the view to a file that needs no kernel and no network, and returns its path. layers: as in `page`."""
         return self.page(layers).write(path)
 
@@ -94,7 +113,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def _repr_html_(self) -> str:
         try:
-            return self.page([self.layer])._repr_html_()
+            return self._page([self.layer], has_route=False)._repr_html_()
         except ValueError:  # a long text: the page would be too large
             return self._summary()
 
@@ -178,7 +197,8 @@ def explain(falcon: Any, text: TextOrIds, *, layer: int = 0, head: int = 0) -> E
     """A text on its way through Falcon to the next token, as an interactive view in which every number is the model's.
 
     falcon: what `fk.load` returned, or (model, tokenizer). text: a text or token ids. layer, head: shown first; the
-    view reaches all others. A large model computes only what is looked at: one forward pass records one layer.
+    view reaches all others. A large model computes only what is looked at: one forward pass records one layer. The view
+    keeps what it recorded: call `explain` again after a change of the model, such as another adapter.
     Raises ValueError for an empty text or one longer than the context, IndexError for a layer or head out of range.
     """
     return Explanation(falcon, text, layer, head)

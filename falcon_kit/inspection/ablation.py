@@ -2,33 +2,38 @@
 
 `attention` and `lens` show correlations. Only an intervention, such as an ablation, shows what a prediction depends on.
 
-Shapes: B batch, T time, H query heads, D head_dim.
+A head is ablated by replacing its output with zero, or with its mean over a text (mean ablation; Wang et al. 2022,
+arXiv 2211.00593). The mean is a constant, taken once from the model with all its heads: it is the same for a whole
+text, for a block of it and for a single token of generation.
+
+Shapes: B batch, T time, L layers, H query heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.page import percent
 from falcon_kit.display.tables import counted, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
-from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, next_candidates, predict
+from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, mean_surprisal, predict
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 Replacement = Literal["zero", "mean"]
+"""What the output of an ablated head is replaced with."""
 Pairs = Iterable[tuple[int, int]]
 
 
@@ -52,12 +57,12 @@ class Ablation(TextResult):
     @property
     def loss_before(self) -> float:
         """Mean loss in nats per token with all heads; nan for a text of one token."""
-        return _mean(self.before) * math.log(2)
+        return mean_surprisal(self.before) * math.log(2)
 
     @property
     def loss_after(self) -> float:
         """Mean loss in nats per token with the heads ablated; nan for a text of one token."""
-        return _mean(self.after) * math.log(2)
+        return mean_surprisal(self.after) * math.log(2)
 
     def figure(self) -> Figure:
         """The surprisal of each token, with all heads and with the heads ablated."""
@@ -71,7 +76,11 @@ class Ablation(TextResult):
 
     def __repr__(self) -> str:
         first, second = self.next_before[0], self.next_after[0]
-        bits = f"{_mean(self.before):.2f} to {_mean(self.after):.2f} bits per token, " if len(self.ids) > 1 else ""
+        bits = (
+            f"{mean_surprisal(self.before):.2f} to {mean_surprisal(self.after):.2f} bits per token, "
+            if len(self.ids) > 1
+            else ""
+        )
         return (
             f"Ablation({counted(len(self.heads), 'head')}: {bits}next {first.text!r} {percent(first.probability)} to "
             f"{second.text!r} {percent(second.probability)})"
@@ -79,7 +88,7 @@ class Ablation(TextResult):
 
     def _repr_html_(self) -> str:
         rows = [
-            ("surprisal, bits per token", f"{_mean(self.before):.2f}", f"{_mean(self.after):.2f}"),
+            ("surprisal, bits per token", f"{mean_surprisal(self.before):.2f}", f"{mean_surprisal(self.after):.2f}"),
             *(
                 (f"next, rank {pair[0].rank}", *(f"{each.text!r} {percent(each.probability)}" for each in pair))
                 for pair in zip(self.next_before, self.next_after, strict=True)
@@ -91,18 +100,36 @@ class Ablation(TextResult):
 
 
 @contextmanager
-def ablated(falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Replacement = "zero") -> Iterator[None]:
+def ablated(
+    falcon: Any, heads: Pairs = (), kv_heads: Pairs = (), replace: Replacement | Tensor = "zero"
+) -> Iterator[None]:
     """A context in which heads are ablated, whatever the model computes in it: generate, `attention`, `lens`, ...
 
     heads: pairs (layer, query head). kv_heads: pairs (layer, KV head); all query heads that share it are ablated.
-    replace: "zero" sets the output of the heads to zero; "mean" sets it to its mean over the tokens of the same call.
-    The heads are restored at the end, after an exception too. Raises IndexError for a layer or head that does not
-    exist.
+    replace: "zero" sets the output of the heads to zero; a tensor (L, H, D), such as `head_means` returns, sets it to
+    these values. The heads are restored at the end, after an exception too.
+
+    Raises IndexError for a layer or head that does not exist; ValueError for "mean", which needs a text, and for a
+    tensor of another shape.
     """
-    _check_replacement(replace)
+    require(
+        isinstance(replace, Tensor) or replace != "mean",
+        'replace="mean" needs a text to take the mean over: give replace=head_means(falcon, text), with '
+        "from falcon_kit.inspection.ablation import head_means",
+    )
     inspected = inspect_model(falcon)
-    with _ablation_hooks(inspected, _query_heads(inspected, heads, kv_heads), replace):
+    pairs, values = _query_heads(inspected, heads, kv_heads), _values(inspected, replace)
+    with _ablation_hooks(inspected, pairs, values):
         yield
+
+
+def head_means(falcon: Any, text: TextOrIds) -> Tensor:
+    """The mean output (L, H, D) of every head over the tokens of a text, in float32 in host memory.
+
+    It is taken before the output projection, from the model as it is. Raises what `attention` does.
+    """
+    inspected = inspect_model(falcon)
+    return _head_means(inspected, inspected.encode(text))
 
 
 def ablate(
@@ -111,44 +138,63 @@ def ablate(
     heads: Pairs = (),
     kv_heads: Pairs = (),
     *,
-    replace: Replacement = "zero",
+    replace: Replacement | Tensor = "zero",
     top_k: int = 5,
 ) -> Ablation:
     """Loss and predictions on a text, with all heads and with some of them ablated (see `ablated`).
 
+    replace: "zero"; "mean", the mean of each head over this text, its later tokens included; or the means over another
+    text, from `head_means`, which contain nothing of this one.
+
     Raises ValueError if no head is given, or for a text that is empty or longer than the context; IndexError for a head
     that does not exist.
     """
-    _check_replacement(replace)
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
     pairs = _query_heads(inspected, heads, kv_heads)
     require(bool(pairs), "no head is given: give heads=[(layer, head), ...] or kv_heads=[(layer, KV head), ...]")
     check_top_k(inspected, top_k)
+    values = _values(inspected, replace, ids)
     before = predict(inspected, ids, top_k)
-    with _ablation_hooks(inspected, pairs, replace):
+    with _ablation_hooks(inspected, pairs, values):
         after = predict(inspected, ids, top_k)
     return Ablation(
         spec=inspected.spec,
         ids=tuple(ids),
         token_texts=inspected.token_texts(ids),
         heads=tuple(pairs),
-        replace=replace,
+        replace="mean" if isinstance(replace, Tensor) else replace,
         before=before.surprisal,
         after=after.surprisal,
-        next_before=next_candidates(inspected, before),
-        next_after=next_candidates(inspected, after),
+        next_before=before.candidates(inspected.token_texts),
+        next_after=after.candidates(inspected.token_texts),
     )
 
 
-def _check_replacement(replace: Replacement) -> None:
-    known = get_args(Replacement)
-    require(replace in known, unknown_name("replacement", str(replace), known))
+def _values(inspected: InspectedModel, replace: Replacement | Tensor, ids: Sequence[int] = ()) -> Tensor:
+    """What stands in for the output of every head: (L, H, D). ids: the text over which "mean" is taken."""
+    shape = (inspected.spec.layers, inspected.spec.query_heads, inspected.spec.head_dim)
+    if isinstance(replace, Tensor):
+        require(
+            replace.shape == shape,
+            f"a replacement of the shape {tuple(replace.shape)} does not fit: (layers, heads, head_dim) is {shape}",
+        )
+        return replace
+    require(replace in get_args(Replacement), unknown_name("replacement", str(replace), get_args(Replacement)))
+    return torch.zeros(shape) if replace == "zero" else _head_means(inspected, ids)
 
 
-def _mean(surprisal: Floats) -> float:
-    """Mean surprisal in bits per token; nan for one token, since nothing predicts the first."""
-    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
+def _head_means(inspected: InspectedModel, ids: Sequence[int]) -> Tensor:
+    spec = inspected.spec
+    means = torch.zeros(spec.layers, spec.query_heads, spec.head_dim)
+
+    def keep(layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        means[layer] = args[0][0].float().mean(0).unflatten(-1, (-1, spec.head_dim)).cpu()
+
+    hooks = [(layer.self_attention.dense, partial(keep, index)) for index, layer in enumerate(inspected.layers)]
+    with torch.inference_mode(), forward_hooks(inspected, hooks):
+        inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
+    return means
 
 
 def _query_heads(inspected: InspectedModel, heads: Pairs, kv_heads: Pairs) -> list[tuple[int, int]]:
@@ -160,19 +206,18 @@ def _query_heads(inspected: InspectedModel, heads: Pairs, kv_heads: Pairs) -> li
 
 
 @contextmanager
-def _ablation_hooks(inspected: InspectedModel, pairs: list[tuple[int, int]], replace: Replacement) -> Iterator[None]:
+def _ablation_hooks(inspected: InspectedModel, pairs: list[tuple[int, int]], values: Tensor) -> Iterator[None]:
+    """Sets the outputs of the heads in `pairs` to their `values` (L, H, D)."""
     with ExitStack() as undo:
         for index, layer in enumerate(inspected.layers):
             if heads := [head for at, head in pairs if at == index]:
-                hook = partial(_ablate_heads, heads, inspected.spec.head_dim, replace)
+                hook = partial(_ablate_heads, heads, values[index, heads])
                 undo.callback(layer.self_attention.dense.register_forward_pre_hook(hook).remove)
         yield
 
 
-def _ablate_heads(
-    heads: list[int], head_dim: int, replace: Replacement, module: Any, args: tuple[Tensor]
-) -> tuple[Tensor]:
-    """The input of `dense`, the concatenated outputs of all heads (B, T, H x D), with `heads` ablated."""
-    outputs = args[0].unflatten(-1, (-1, head_dim)).clone()  # (B, T, H, D)
-    outputs[:, :, heads] = 0 if replace == "zero" else outputs[:, :, heads].mean(1, keepdim=True)
+def _ablate_heads(heads: list[int], values: Tensor, module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    """The input of `dense`, the concatenated outputs of all heads (B, T, H x D), with `values` for those of `heads`."""
+    outputs = args[0].unflatten(-1, (-1, values.shape[-1])).clone()  # (B, T, H, D)
+    outputs[:, :, heads] = values.to(outputs)
     return (outputs.flatten(-2),)

@@ -20,11 +20,10 @@ import numpy as np
 from falcon_kit.display.errors import check_whole, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted, format_bytes, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, inspect_model
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, check_indices, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
-from falcon_kit.inspection.views.attention import attention_page
-from falcon_kit.model.modeling import FalconModel
+from falcon_kit.inspection.views.attention import attention_page, most_maps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,14 +109,15 @@ class AttentionView(TextResult, Measurements, HasPage):
         return attention_page(f"Attention of {self.spec.name}", self.token_texts, self._maps_by_group())
 
     def _maps_by_group(self) -> dict[str, dict[str, tuple[str, Array]]]:
-        """The kept maps by KV group, with the mean map of each group that is complete."""
+        """The kept maps by KV group, with the mean map of each group that is complete, if these fit into a page too."""
         size, rows = self.spec.queries_per_kv_head, defaultdict[str, dict[str, tuple[str, Array]]](dict)
         for (layer, head), found in self.maps.items():
             rows[f"layer {layer}, KV group {head // size}"][f"layer {layer}, head {head}"] = (f"head {head}", found)
-        for (layer, group), count in Counter((layer, head // size) for layer, head in self.maps).items():
-            if count == size > 1:
-                name = f"layer {layer}, KV group {group}"
-                rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
+        counts = Counter((layer, head // size) for layer, head in self.maps)
+        complete = [group for group, count in counts.items() if count == size > 1]
+        for layer, group in complete if len(self.maps) + len(complete) <= most_maps(len(self.ids)) else ():
+            name = f"layer {layer}, KV group {group}"
+            rows[name][f"{name}, mean of its heads"] = ("mean", self.group_map(layer, group))
         return dict(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -170,7 +170,6 @@ def attention(
     pairs = _requested(inspected, layers, heads)
     check_whole("max_bytes", max_bytes, 0)
     _check_max_bytes(len(pairs), len(ids), max_bytes)
-    _check_attention_implementation(inspected)
     require(
         prefill_chunk_size is None or is_whole(prefill_chunk_size, 1),
         f"prefill_chunk_size={shown(prefill_chunk_size)}: must be at least 1",
@@ -220,15 +219,7 @@ def _requested(
     if layers is None and heads is None:
         return []
     count = inspected.spec.query_heads
-    return list(product(_indices(layers, inspected.spec.layers, "layer"), _indices(heads, count, "head")))
-
-
-def _indices(given: int | Iterable[int] | None, count: int, kind: str) -> list[int]:
-    if given is None:
-        return list(range(count))
-    given = plain_scalar(given)
-    several = given if isinstance(given, Iterable) else [given]
-    return list(dict.fromkeys(check_index(each, count, kind) for each in several))
+    return list(product(check_indices(layers, inspected.spec.layers, "layer"), check_indices(heads, count, "head")))
 
 
 def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:
@@ -242,13 +233,3 @@ def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:
         f"{format_bytes(max_bytes)}: {fewer}, give a text of at most {longest} tokens, or raise max_bytes; the "
         "statistics of all heads need no maps"
     )
-
-
-def _check_attention_implementation(inspected: InspectedModel) -> None:
-    """Raises ValueError for transformers' eager attention with ALiBi, which differs from the model's definition."""
-    config = inspected.decoder.config
-    if config.alibi and config._attn_implementation == "eager" and not isinstance(inspected.decoder, FalconModel):
-        raise ValueError(
-            "transformers' own Falcon adds ALiBi twice in eager attention: load it with attention='grouped', or call "
-            "model.set_attn_implementation('sdpa') first"
-        )

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from falcon_kit.catalogue.memory import backward_bytes
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_number, is_whole, require, shown, unknown_name
+from falcon_kit.display.errors import is_number, is_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.display.page import percent, visible
+from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, evaluation_mode, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, predict, target_id
@@ -35,8 +36,10 @@ Method = Literal["integrated-gradients", "leave-one-out"]
 
 _MAX_GIVEN_STEPS = 10_000
 _FIRST_STEPS, _MAX_STEPS = 16, 1024
+_TOLERANCE = 0.02
 _MAX_BATCH = 16  # texts, or points of the path, in one forward pass
 _MAX_ACTIVATION_BYTES = 2 * 2**30  # that the backward pass of one batch keeps
+_MAX_ROWS = 120  # of the table in a notebook
 _MAX_GAP = 0.1  # a larger `Attribution.gap` gives a warning
 
 
@@ -68,6 +71,13 @@ class Attribution(TextResult):
         title = f"Attribution of {visible(self.target.text, spaces=True)!r} ({self.method})"
         return plots.attribution(self.token_texts, self.scores, title)
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (at, visible(text, spaces=True), f"{score:+.3f}")
+            for at, (text, score) in enumerate(zip(self.token_texts, self.scores, strict=True))
+        ]
+        return html_table(repr(self), ("position", "token", "score in nats"), rows[:_MAX_ROWS])
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: text, id, score."""
         import pandas as pd
@@ -89,7 +99,7 @@ def attribute(
     *,
     method: Method = "integrated-gradients",
     steps: int | None = None,
-    tolerance: float = 0.02,
+    tolerance: float | None = None,
 ) -> Attribution:
     """What each token of a prompt adds to the log-probability of the next token `target`.
 
@@ -97,13 +107,14 @@ def attribute(
     et al. 2017, arXiv 1703.01365) integrates the gradient on the straight path from the embeddings of the baseline to
     those of the prompt, with a forward and a backward pass for each step; "leave-one-out" replaces each token in turn
     with the end-of-sequence token. steps: points on the path; None doubles them until the scores sum to the change
-    within `tolerance`, at most 1024 (see `Attribution.gap`).
+    within `tolerance`, 0.02 unless given, at most 1024 (see `Attribution.gap`).
 
     Warns if the gap of integrated gradients is more than a tenth. Raises ValueError for a text that is empty or longer
-    than the context, a target that is not one token, or an unknown method.
+    than the context, a target that is not one token, an unknown method, or a setting that would have no effect.
     """
     inspected = inspect_model(falcon)
     ids = inspected.encode(text)
+    steps, tolerance = plain_scalar(steps), plain_scalar(tolerance)
     _check_arguments(method, steps, tolerance)
     following = int(predict(inspected, ids, 1).top_ids[-1, 0]) if target is None else target_id(inspected, target)
     with evaluation_mode(inspected.model), unpacked(inspected.model):
@@ -114,7 +125,9 @@ def attribute(
         if method == "leave-one-out":
             scores, used_steps = log_probability - _leave_one_out(inspected, ids, following), len(ids)
         else:
-            scores, used_steps = _integrated_gradients(inspected, ids, following, change, steps, tolerance)
+            scores, used_steps = _integrated_gradients(
+                inspected, ids, following, change, steps, _TOLERANCE if tolerance is None else tolerance
+            )
     rank = int((log_probabilities > log_probabilities[following]).sum())
     found = Attribution(
         spec=inspected.spec,
@@ -131,13 +144,19 @@ def attribute(
     return found
 
 
-def _check_arguments(method: str, steps: int | None, tolerance: float) -> None:
+def _check_arguments(method: str, steps: int | None, tolerance: float | None) -> None:
     require(method in get_args(Method), unknown_name("method", str(method), get_args(Method)))
     require(
         steps is None or is_whole(steps, 1, _MAX_GIVEN_STEPS),
         f"steps={shown(steps)}: must be at least 1, and at most {_MAX_GIVEN_STEPS}",
     )
-    require(is_number(tolerance, 0, 1), f"tolerance={shown(tolerance)}: must be from 0 to 1")
+    require(tolerance is None or is_number(tolerance, 0, 1), f"tolerance={shown(tolerance)}: must be from 0 to 1")
+    given = [name for name, value in (("steps", steps), ("tolerance", tolerance)) if value is not None]
+    require(
+        method == "integrated-gradients" or not given,
+        f"{' and '.join(given)} have no effect with leave-one-out, which replaces each token once: leave them out",
+    )
+    require(len(given) < 2, "tolerance has no effect with steps, which fix the points of the path: give one of them")
 
 
 def _warn_of_gap(found: Attribution) -> None:

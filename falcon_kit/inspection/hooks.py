@@ -11,9 +11,9 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_whole, plain_scalar, shown
-from falcon_kit.generation.control_tokens import encode_prompt
-from falcon_kit.generation.prompts import check_length
+from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
+from falcon_kit.generation.arguments import has_soft_prompt
+from falcon_kit.generation.prompts import check_length, check_prompt, check_tokens, token_ids
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -54,18 +54,15 @@ class InspectedModel:
         return list(self.decoder.h)
 
     def encode(self, text: TextOrIds) -> list[int]:
-        """The token ids of a text. Raises ValueError if there are none, too many, or unknown ones."""
-        if isinstance(text, str):
-            check_length(text, self.tokenizer, self.spec.context, "the text")
-        ids = encode_prompt(text, self.tokenizer) if isinstance(text, str) else [plain_scalar(each) for each in text]
-        if not ids:
-            raise ValueError("the text is empty: give at least one token")
-        if unknown := [each for each in ids if not is_whole(each, 0, self.spec.vocabulary - 1)]:
-            raise ValueError(
-                f"{shown(unknown[0])} is not a token id of this model: ids range from 0 to {self.spec.vocabulary - 1}"
-            )
-        if len(ids) > self.spec.context:
-            raise ValueError(f"the text has {len(ids)} tokens, the model's context is {self.spec.context}: shorten it")
+        """The token ids of a text. Raises ValueError for what `generate` refuses, and for several texts."""
+        (prompt, *more), is_single = check_prompt(text)
+        require(is_single, f"an inspection is of one text, got a list of {1 + len(more)}: call it for each")
+        context = self.spec.context
+        if isinstance(prompt, str):
+            check_length(prompt, self.tokenizer, context, "the text")
+        (ids,) = token_ids(self.tokenizer, [prompt])
+        check_tokens([ids], self.spec.vocabulary)
+        require(len(ids) <= context, f"the text has {len(ids)} tokens, the model's context is {context}: shorten it")
         return ids
 
     def input_ids(self, ids: Sequence[int]) -> Tensor:
@@ -79,19 +76,21 @@ class InspectedModel:
     def check_heads(self, heads: Iterable[tuple[int, int]], count: int, kind: str) -> list[tuple[int, int]]:
         """Pairs of a layer and one of its `count` heads. Raises IndexError for one out of range, TypeError for anything
         that is not a pair. `kind` names the heads in errors."""
-        pairs = list(heads)
-        if wrong := [each for each in pairs if not (isinstance(each, tuple | list) and len(each) == 2)]:
-            raise TypeError(
-                f"{wrong[0]!r} is not a pair of a layer and a {kind}: give a list of pairs, such as [(0, 1)]"
-            )
-        for layer, head in pairs:
-            check_index(layer, self.spec.layers, "layer")
-            check_index(head, count, kind)
+        pairs = []
+        each: Any
+        for each in heads if isinstance(heads, Iterable) else [heads]:
+            pair = each.tolist() if hasattr(each, "tolist") else each  # a row of an array
+            if not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise TypeError(
+                    f"{shown(pair)} is not a pair of a layer and a {kind}: give a list of pairs, such as [(0, 1)]"
+                )
+            pairs.append((check_index(pair[0], self.spec.layers, "layer"), check_index(pair[1], count, kind)))
         return pairs
 
 
 def inspect_model(falcon: Any) -> InspectedModel:
-    """The Falcon in what `fk.load` returns, or in a pair (model, tokenizer). Raises TypeError for anything else."""
+    """The Falcon in what `fk.load` returns, or in a pair (model, tokenizer). Raises TypeError for anything else, and
+    ValueError for an adapter of virtual tokens."""
     if isinstance(falcon, ParallelFalcon):
         raise TypeError(
             "the weights of a ParallelFalcon are in other processes, where forward hooks cannot be registered: load "
@@ -105,17 +104,36 @@ def inspect_model(falcon: Any) -> InspectedModel:
     decoder = next((module for module in modules if isinstance(module, FalconModel)), None)
     if decoder is None:
         raise TypeError(f"{type(model).__name__} is not a Falcon: load one with fk.load")
+    require(
+        not has_soft_prompt(model),
+        "the model has an adapter of virtual tokens, which inspection and scoring leave out: take it off, or give a "
+        "model with LoRA",
+    )
     config = decoder.config.to_dict()
     spec = getattr(falcon, "spec", None) or FalconSpec.from_config(config, "FalconConfig")
     return InspectedModel(model, decoder, tokenizer, live_spec(spec, decoder))
+
+
+def language_head(inspected: InspectedModel) -> Any:
+    """The language-modelling head of the model. Raises ValueError if it has none."""
+    head = inspected.model.get_output_embeddings()
+    require(head is not None, f"{type(inspected.model).__name__} has no language-modelling head: give the whole model")
+    return head
 
 
 def check_index(index: int, count: int, kind: str) -> int:
     """An index from 0 to `count` - 1. Raises IndexError for any other."""
     index = plain_scalar(index)
     if not is_whole(index, 0, count - 1):
-        raise IndexError(f"{kind} {shown(index)} does not exist: the model has {count}, numbered 0 to {count - 1}")
-    return index
+        raise IndexError(f"{kind} {shown(index)} does not exist: {kind}s are numbered 0 to {count - 1}")
+    return int(index)
+
+
+def check_indices(given: int | Iterable[int] | None, count: int, kind: str) -> list[int]:
+    """One index or several, each once, checked by `check_index`; None stands for all of them."""
+    given = range(count) if given is None else plain_scalar(given)
+    several = given if isinstance(given, Iterable) else [given]
+    return list(dict.fromkeys(check_index(each, count, kind) for each in several))
 
 
 @contextmanager

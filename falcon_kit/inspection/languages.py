@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_kit.catalogue.names import embedded_name
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import printable, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
 from falcon_kit.inspection.plots import tokens as plots
@@ -124,9 +124,19 @@ class TokenReport(HasPage):
         return counts
 
     def figure(self, other: TokenReport | None = None) -> Figure:
-        """Parity and bytes per token of each text; `other` is the report of another tokenizer on the same texts."""
+        """Parity and bytes per token of each text; `other` is the report of another tokenizer on the same texts.
+
+        Raises ValueError if the parity of the other report is relative to another text.
+        """
         names, reports = self._ordered(), (self, other) if other else (self,)
+        references = [printable(report.reference) for report in reports]
+        require(
+            len(set(references)) == 1,
+            f"the reports are relative to different texts, {' and '.join(references)}: give both the same reference",
+        )
         labels = [f"{report.tokenizer}, {report.vocabulary:,} tokens" for report in reports]
+        if len(set(labels)) < len(labels):
+            labels = [f"{number}: {label}" for number, label in enumerate(labels, 1)]
         pairs = list(zip(labels, reports, strict=True))
         parity = {label: [report.parity(name) for name in names] for label, report in pairs}
         sizes = {label: [report[name].bytes_per_token for name in names] for label, report in pairs}
@@ -280,4 +290,6 @@ def _number(value: float, style: str = ".2f") -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m falcon_kit.inspection.languages DIRECTORY NAME")
     sys.stdout.write(f"{json.dumps(record(*sys.argv[1:]), indent=1)}\n")

@@ -25,10 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falcon_kit.display.errors import check_whole, is_whole, printable, shown
+from falcon_kit.display.errors import check_whole, is_whole, printable, require, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import counted, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
+from falcon_kit.inspection.hooks import (
+    InspectedModel,
+    TextOrIds,
+    TextResult,
+    forward_hooks,
+    inspect_model,
+    language_head,
+)
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import (
     Candidate,
@@ -39,6 +46,7 @@ from falcon_kit.inspection.predictions import (
     check_top_k,
     log_probability_and_rank,
     logits_in_chunks,
+    mean_surprisal,
     predict,
     target_id,
 )
@@ -78,19 +86,18 @@ class LensView(TextResult, Predictions, HasPage):
     @property
     def loss(self) -> float:
         """Mean loss in nats per token; nan for a text of one token."""
-        return float(np.mean(self.surprisal[1:]) * math.log(2)) if len(self.ids) > 1 else math.nan
+        return mean_surprisal(self.surprisal) * math.log(2)
 
     @property
     def _summary(self) -> str:
         """The number of tokens and the mean surprisal, as text."""
         tokens = counted(len(self.ids), "token")
-        return tokens if len(self.ids) == 1 else f"{tokens}, {np.mean(self.surprisal[1:]):.2f} bits per token"
+        return tokens if len(self.ids) == 1 else f"{tokens}, {mean_surprisal(self.surprisal):.2f} bits per token"
 
     def next_tokens(self, position: int = -1) -> list[Candidate]:
         """The most likely tokens after the token at `position`, most likely first."""
         self._check_position(position)
-        pairs = zip(self.top_ids[position].tolist(), self.top_probabilities[position].tolist(), strict=True)
-        return [Candidate(each, self.id_to_text[each], found, rank) for rank, (each, found) in enumerate(pairs)]
+        return [*self.candidates(lambda ids: map(self.id_to_text.__getitem__, ids), position)]
 
     def _check_position(self, position: int) -> None:
         if not is_whole(position, -len(self.ids), len(self.ids) - 1):
@@ -162,10 +169,11 @@ def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k
     or id, that is followed through the layers; None follows the model's own prediction at each position. top_k: how
     many of the most likely next tokens are kept.
 
-    Raises ValueError for a text that is empty or longer than the context, a target that is not one token, or a `top_k`
-    out of range; TypeError for anything but a Falcon.
+    Raises ValueError for a text that is empty or longer than the context, a target that is not one token, a `top_k`
+    out of range, or an adapter on the language-modelling head; TypeError for anything but a Falcon.
     """
     inspected = inspect_model(falcon)
+    _check_head(inspected)
     ids = inspected.encode(text)
     check_top_k(inspected, top_k)
     predictions = predict(inspected, ids, top_k, None if target is None else target_id(inspected, target))
@@ -173,6 +181,17 @@ def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k
     with torch.inference_mode(), forward_hooks(inspected, layers.hooks()):
         inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
     return _view(inspected, ids, predictions, layers.found)
+
+
+def _check_head(inspected: InspectedModel) -> None:
+    """Raises ValueError for a head with an adapter, whose weight alone does not give the contributions."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = language_head(inspected)
+    require(
+        not isinstance(head, BaseTunerLayer) or head.merged or head.disable_adapters,
+        "the language-modelling head has an adapter beside its weight: merge it first, by model.merge_adapter()",
+    )
 
 
 def _view(

@@ -6,7 +6,7 @@ Shapes: T time, V vocabulary, K tokens that are kept.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
-from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
+from falcon_kit.display.errors import is_encodable, is_whole, plain_scalar, require, shown
+from falcon_kit.generation.control_tokens import encoding
+from falcon_kit.inspection.hooks import InspectedModel, forward_hooks, language_head
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -53,10 +54,15 @@ class Predictions:
     target_logits: Floats
     """(T,): the model's logits of the targets."""
 
+    def candidates(self, texts: Callable[[list[int]], Iterable[str]], position: int = -1) -> tuple[Candidate, ...]:
+        """The most likely tokens after the token at `position`, most likely first. texts: gives the texts of ids."""
+        ids, probabilities = self.top_ids[position].tolist(), self.top_probabilities[position].tolist()
+        return tuple(map(Candidate, ids, texts(ids), probabilities, range(len(ids))))
+
 
 @dataclass(frozen=True, repr=False)
 class TargetPredictions(Predictions):
-    """The same, with what the logit lens needs."""
+    """Predictions, and the two values of each position from which the logit lens computes contributions."""
 
     target_ids: Tensor
     """(T,): the target after each token: the most likely next token, or the one that the caller gave."""
@@ -112,10 +118,12 @@ def logits_in_chunks(inspected: InspectedModel, normed: Tensor) -> Iterator[tupl
 
 
 def _head(inspected: InspectedModel) -> Any:
-    """The language-modelling head. Raises ValueError for one that is split over processes."""
-    head: Any = inspected.model.get_output_embeddings()
+    """The language-modelling head. Raises ValueError if the model has none, or one that is not whole in memory."""
+    head = language_head(inspected)
     if getattr(head, "weight", None) is None or len(head.weight) != inspected.spec.vocabulary:
         raise ValueError(f"{type(head).__name__} is not a whole language-modelling head: load without tensor_parallel")
+    places = {each.weight.device.type for each in (head, inspected.decoder.ln_f)}
+    require("meta" not in places, "the last LayerNorm or the language-modelling head is on disk: load it in memory")
     return head
 
 
@@ -125,11 +133,9 @@ def log_probability_and_rank(log_probabilities: Tensor, ids: Tensor) -> tuple[ND
     return selected[:, 0].cpu().numpy(), (log_probabilities > selected).sum(-1).cpu().numpy()
 
 
-def next_candidates(inspected: InspectedModel, predictions: Predictions) -> tuple[Candidate, ...]:
-    """The most likely tokens after the last token of the text, most likely first."""
-    ids, probabilities = predictions.top_ids[-1].tolist(), predictions.top_probabilities[-1].tolist()
-    rows = zip(ids, inspected.token_texts(ids), probabilities, range(len(ids)), strict=True)
-    return tuple(Candidate(*row) for row in rows)
+def mean_surprisal(surprisal: Floats) -> float:
+    """Mean surprisal in bits per token; nan for a text of one token, since nothing predicts the first."""
+    return float(np.mean(surprisal[1:])) if len(surprisal) > 1 else math.nan
 
 
 def check_top_k(inspected: InspectedModel, top_k: int) -> None:
@@ -140,8 +146,13 @@ def check_top_k(inspected: InspectedModel, top_k: int) -> None:
 
 def target_id(inspected: InspectedModel, target: str | int) -> int:
     """The id of a token given by its text or id. Raises ValueError for a text that is not exactly one token."""
-    target = plain_scalar(target)
-    ids = inspected.encode(target if isinstance(target, str | Iterable) else [target])
+    given: Any = plain_scalar(target)
+    if isinstance(given, str):
+        require(is_encodable(given), f"target {given!r} has a lone surrogate, which UTF-8 cannot encode")
+        ids = list(encoding(given, inspected.tokenizer).ids)  # without the token that may begin a text
+    else:
+        several: Any = given if isinstance(given, Iterable) else [given]
+        ids = inspected.encode(several)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, inspected.token_texts(ids)))
         raise ValueError(

@@ -13,7 +13,7 @@ Shapes: T time, K keys so far, H query heads, G KV heads, R = H / G, D head_dim,
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -28,6 +28,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.layers import split_heads
+from falcon_kit.model.modeling import FalconModel
 
 Array = NDArray[np.float32]
 
@@ -51,7 +52,7 @@ STATISTICS = {
 - distance: mean of sum A[i, j] (i - j).
 - entropy: mean of H_i = -sum A[i, j] ln A[i, j]; effective_context: mean of exp(H_i).
 """
-LINEAR = tuple(STATISTICS)[:5]
+LINEAR = ("previous", "sink", "duplicate", "induction", "distance")
 _PREFILL_CHUNK_SIZE = 256  # tokens in one forward pass
 _BLOCK_SIZE = {"cpu": 2**21}  # attention probabilities of all heads that are computed at once; fits a CPU's caches
 _BLOCK_SIZE_ELSEWHERE = 2**26
@@ -87,17 +88,50 @@ def measure(
     return reader.measurements()
 
 
-def check_all_heads(spec: FalconSpec, fused: Tensor) -> None:
+Rotation = tuple[Tensor, Tensor] | None
+"""The cosines and sines, (1, T, D) each, of the rotary embedding; None with ALiBi."""
+
+
+def attention_hooks(
+    inspected: InspectedModel, layer: int, use: Callable[[Tensor, Rotation, Any], None]
+) -> list[tuple[Any, Any]]:
+    """Two hooks on a layer that call `use` when its attention is computed and the keys are in the KV cache.
+
+    use: gets the fused projection (1, T, (H + 2 G) x D), the rotation, and the attention module's output. Raises
+    ValueError for attention that differs from the model's definition, and in the hooks for a part of the heads.
+    """
+    check_attention_implementation(inspected)
+    module, kept = inspected.layers[layer].self_attention, []
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    def hand_over(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        fused = kept.pop()
+        _check_all_heads(inspected.spec, fused)
+        use(fused, _rotation(inspected.spec, kwargs, fused.device), output)
+
+    return [(module.query_key_value, keep), (module, hand_over)]
+
+
+def check_attention_implementation(inspected: InspectedModel) -> None:
+    """Raises ValueError for transformers' eager attention with ALiBi, which differs from the model's definition."""
+    config = inspected.decoder.config
+    if config.alibi and config._attn_implementation == "eager" and not isinstance(inspected.decoder, FalconModel):
+        raise ValueError(
+            "transformers' own Falcon adds ALiBi twice in eager attention: load it with attention='grouped', or call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _check_all_heads(spec: FalconSpec, fused: Tensor) -> None:
     """Raises ValueError for a fused projection of some of the heads only, as a rank of tensor parallelism has it."""
     if fused.shape[-1] != (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim:
         raise ValueError("the model in this process has only some of the heads: load it without tensor_parallel")
 
 
-def rotation_of(spec: FalconSpec, keywords: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The cosines and sines, (1, T, D) each, among the keyword arguments of an attention module; None with ALiBi.
-
-    transformers passes them with ALiBi too.
-    """
+def _rotation(spec: FalconSpec, keywords: Mapping[str, Any], device: torch.device) -> Rotation:
+    """The rotation among the keyword arguments of an attention module; transformers passes it with ALiBi too."""
     pair = keywords.get("rotation") if "rotation" in keywords else keywords.get("position_embeddings")
     return None if pair is None or spec.positions == "alibi" else (pair[0].to(device), pair[1].to(device))
 
@@ -116,7 +150,6 @@ class _AttentionReader:
         self.inspected, self.spec, self.ids = inspected, inspected.spec, ids
         layers, heads = self.spec.layers, self.spec.query_heads
         self.cache = DynamicCache(config=inspected.decoder.config)
-        self.fused: Tensor | None = None  # the fused query, key and value projection of the current layer
         self.start = 0  # the position of the first token in the current forward pass
         self.weights: dict[tuple[int, int, torch.device], Tensor] = {}
         self.linear = np.zeros((layers, heads, len(LINEAR)))
@@ -125,12 +158,11 @@ class _AttentionReader:
         self.maps = {each: np.zeros((len(ids), len(ids)), np.float32) for each in pairs}
 
     def hooks(self) -> list[tuple[Any, Any]]:
-        """Two hooks on each layer: one keeps the fused projection, one uses it after the keys are in the KV cache."""
-        hooks: list[tuple[Any, Any]] = []
-        for index, layer in enumerate(self.inspected.layers):
-            hooks.append((layer.self_attention.query_key_value, self._keep_projection))
-            hooks.append((layer.self_attention, partial(self._measure, index)))
-        return hooks
+        """Those on the attention of every layer."""
+        layers = range(self.spec.layers)
+        return [
+            hook for layer in layers for hook in attention_hooks(self.inspected, layer, partial(self._measure, layer))
+        ]
 
     def read(self, start: int, stop: int) -> None:
         """Runs the model on the tokens `start` to `stop`."""
@@ -139,14 +171,8 @@ class _AttentionReader:
         tokens = self.inspected.input_ids(self.ids[start:stop])
         self.inspected.decoder(input_ids=tokens, past_key_values=self.cache, use_cache=True)
 
-    def _keep_projection(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        self.fused = output
-
-    def _measure(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        spec, fused = self.spec, cast(Tensor, self.fused)
-        self.fused = None
-        check_all_heads(spec, fused)
-        rotation = rotation_of(spec, kwargs, fused.device)
+    def _measure(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+        spec = self.spec
         query = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)[0][0]  # (H, T, D)
         keys = cast(Any, self.cache.layers[layer]).keys[0]  # (G, K, D); (H, K, D) in transformers' own Falcon
         keys = keys[:: len(keys) // spec.kv_heads].float()
@@ -190,20 +216,20 @@ class _AttentionReader:
         """The means over all queries, after the whole text."""
         time, (copies, followers) = len(self.ids), _count_copies(self.ids)
         visible = np.arange(1, time + 1)  # keys that each query may attend to
-        sums = [*np.moveaxis(self.linear, -1, 0), self.entropy, self.effective_context]
+        sums = {name: self.linear[..., at] for at, name in enumerate(LINEAR)}
+        sums |= {"entropy": self.entropy, "effective_context": self.effective_context}
         # The number of queries that count, and the value of each of them for uniform attention.
-        rows: list[tuple[Any, Any]] = [
-            (time - 1, 1 / visible[1:]),
-            (time, 1 / visible),
-            (np.count_nonzero(copies), copies / visible),
-            (np.count_nonzero(followers), followers / visible),
-            (time, (visible - 1) / 2),
-            (time, np.log(visible)),
-            (time, visible),
-        ]
-        means, chance = {}, {}
-        for name, total, (count, uniform) in zip(STATISTICS, sums, rows, strict=True):
-            means[name], chance[name] = _mean(total, count), float(_mean(uniform.sum(), count))
+        rows: dict[str, tuple[Any, Any]] = {
+            "previous": (time - 1, 1 / visible[1:]),
+            "sink": (time, 1 / visible),
+            "duplicate": (np.count_nonzero(copies), copies / visible),
+            "induction": (np.count_nonzero(followers), followers / visible),
+            "distance": (time, (visible - 1) / 2),
+            "entropy": (time, np.log(visible)),
+            "effective_context": (time, visible),
+        }
+        means = {name: _mean(sums[name], rows[name][0]) for name in STATISTICS}
+        chance = {name: float(_mean(rows[name][1].sum(), rows[name][0])) for name in STATISTICS}
         return Measurements(means, chance, _mean(self.similarity, time), self.maps)
 
 
@@ -222,8 +248,14 @@ def _linear_weights(ids: list[int], first: int, stop: int, device: torch.device)
     copies = (tokens[first:, None] == tokens[None]) & past
     followers = torch.zeros_like(copies)
     followers[:, 1:] = copies[:, :-1] & past[:, 1:]
-    weights = (key == query - 1, (key == 0).expand_as(past), copies, followers, (query - key) * past)
-    return torch.stack([each.float() for each in weights]).flatten(1)
+    weights = {
+        "previous": key == query - 1,
+        "sink": (key == 0).expand_as(past),
+        "duplicate": copies,
+        "induction": followers,
+        "distance": (query - key) * past,
+    }
+    return torch.stack([weights[name].float() for name in LINEAR]).flatten(1)
 
 
 def _count_copies(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

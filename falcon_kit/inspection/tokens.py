@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import JOIN_SURROGATES, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.control_tokens import encoding
@@ -166,7 +166,7 @@ def _check(text: str) -> None:
     if lone is not None:
         raise ValueError(
             f"character {lone} is a lone surrogate, U+{ord(text[lone]):04X}, which cannot be encoded in UTF-8: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest"
+            f"{JOIN_SURROGATES}"
         )
 
 
@@ -201,7 +201,10 @@ def _align(data: bytes, pieces: list[bytes], missing: frozenset[int]) -> list[li
 
 
 def _next(data: bytes, cursor: int, byte: int | None, missing: frozenset[int]) -> int:
-    """The offset of the next byte of a piece, from `cursor` on; None as `byte` asks for the end of the text."""
+    """The offset of `byte` in `data`, from `cursor` on, where only missing bytes may stand before it.
+
+    With None as `byte` it is the end of the text. Raises ValueError if another byte stands there.
+    """
     while cursor < len(data) and data[cursor] != byte and data[cursor] in missing:
         cursor += 1
     if (data[cursor] if cursor < len(data) else None) != byte:

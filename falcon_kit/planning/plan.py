@@ -17,7 +17,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.downloads import Disk, disk_for
@@ -188,7 +188,8 @@ def plan(
     _check_names(unknown)
     shape = name if isinstance(name, FalconSpec) else spec(name)
     places = resolve_devices(devices)
-    request = Request(shape, _dtype(dtype, shape, purpose, places), context, batch, purpose, cache, r, tensor_parallel)
+    values = context, batch, purpose, cache, r, tensor_parallel
+    request = Request(shape, _dtype(dtype, shape, purpose, places), *map(plain_scalar, values))
     _check(request)
     _check_dtype(request, places)
     return _planned(request, places, disk_for(shape, here=places[0].here))

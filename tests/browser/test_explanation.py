@@ -11,6 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import falcon_kit as fk
 from falcon_kit.explanation.record import record
 from falcon_kit.explanation.route import attention_rows
+from falcon_kit.explanation.view import _SOURCE
 from falcon_kit.inspection.hooks import inspect_model
 
 from .lab import Notebook
@@ -96,12 +97,12 @@ def test_the_components_of_the_residual_stream_are_the_models(page, found):
     shown = page.locator("[data-stage=residual] .fk-strip").evaluate_all(
         "strips => strips.map(strip => [...strip.children].map(cell => +cell.dataset.value))"
     )
-    vectors = [found.layer.vectors[name].first[-1] for name in ("input", "attention", "feed_forward", "output")]
+    vectors = [found.layer.vectors[name].first[-1] for name in ("input", "attention", "mlp", "output")]
     np.testing.assert_allclose(shown, torch.stack(vectors), rtol=1e-5)
 
 
 def test_the_strongest_neurons_are_the_models(page, found):
-    np.testing.assert_allclose(numbers(page, "feed_forward", 3), found.layer.activations[-1], rtol=1e-5)
+    np.testing.assert_allclose(numbers(page, "mlp", 3), found.layer.activations[-1], rtol=1e-5)
 
 
 def test_logits_and_probabilities_of_the_next_token_are_the_models(page, found):
@@ -189,8 +190,8 @@ def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
 
 
 def test_a_box_of_the_diagram_leads_to_its_stage(page):
-    page.locator("[data-to=feed_forward]").press("Enter")
-    expect(page.locator("[data-stage=feed_forward] h3")).to_be_focused()
+    page.locator("[data-to=mlp]").press("Enter")
+    expect(page.locator("[data-stage=mlp] h3")).to_be_focused()
 
 
 def test_another_head_and_layer_are_drawn(browser, file, falcon):
@@ -204,6 +205,82 @@ def test_another_head_and_layer_are_drawn(browser, file, falcon):
     rows = attention_rows(record(inspected, ids, 0).layer.heads, None, 0, len(ids))[3, -1]
     np.testing.assert_allclose(numbers(page, "attention", 4), rows, rtol=1e-5)
     page.context.close()
+
+
+def test_a_page_stays_at_the_last_token_whatever_key_or_button_is_pressed(browser, file):
+    page, errors = opened(browser, file), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    sentence = page.locator("[data-stage=tokens] .fk-sentence")
+    page.locator(".fk-tokens [aria-pressed=true]").press("ArrowLeft")
+    expect(sentence).to_contain_text("(5), attends most")
+    steps = page.locator(".fk-steps button")
+    expect(steps).to_have_count(6)
+    for at in range(6):
+        steps.nth(at).evaluate("button => button.click()")  # also one that is disabled
+    assert [steps.nth(at).is_disabled() for at in range(6)] == [False, True, True, True, True, True]
+    page.get_by_role("combobox", name="Layer").select_option("1")
+    expect(sentence).to_contain_text("of layer 1")
+    expect(page.locator(".fk-notice")).to_be_hidden()
+    assert errors == []
+    page.context.close()
+
+
+@pytest.fixture
+def live(browser: Browser, falcon):
+    """A view whose kernel is this test: `sent` are its requests, `answer(message)` answers them."""
+    data = fk.explain(falcon, TEXT).page([0, 1]).data
+    page = browser.new_page()
+    page.set_content("<body></body>")
+    page.evaluate(
+        f"""(data) => {{ {_SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100")}
+        window.sent = [];
+        window.part = (key) => answer({{ type: "part", key, part: key === "route" ? data.route : data.parts[key] }});
+        const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => sent.push(message) }};
+        render({{ model, el: document.body }});
+        answer({{ type: "start", ...data.start }});
+        ["layer 0 5", "head 0 5 0 "].forEach(part); }}""",
+        data,
+    )
+    page.wait_for_selector("[data-drawn]")
+    yield page
+    page.close()
+
+
+def test_a_part_is_asked_for_once_however_often_it_is_wanted(live: Page):
+    button = live.get_by_role("button", name="Follow it back")
+    button.click()
+    button.click()
+    assert live.evaluate("sent.filter(message => message.do === 'route').length") == 1
+    live.evaluate("part('route')")
+    expect(live.locator(".fk-steps li")).to_have_count(6)
+    live.wait_for_timeout(200)
+    expect(live.locator(".fk-notice")).to_be_hidden()
+
+
+def test_an_answer_that_comes_late_is_drawn_and_takes_the_notice_away(live: Page):
+    live.get_by_role("combobox", name="Layer").select_option("1")
+    expect(live.locator(".fk-notice")).to_contain_text("No answer from the kernel")
+    live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part)")
+    expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("of layer 1")
+    expect(live.locator(".fk-notice")).to_be_hidden()
+
+
+def test_after_an_error_the_view_shows_what_was_chosen_before(live: Page):
+    errors = []
+    live.on("pageerror", lambda error: errors.append(str(error)))
+    live.get_by_role("combobox", name="Head").select_option("3")
+    live.evaluate("answer({ type: 'error', key: 'head 0 5 3 ', text: 'out of memory' })")
+    expect(live.get_by_role("combobox", name="Head")).to_have_value("0")
+    expect(live.locator(".fk-notice")).to_have_text("out of memory")
+    live.get_by_role("combobox", name="Layer").select_option("1")
+    live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part)")
+    expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("Head 0 of layer 1")
+    assert errors == []
+
+
+def test_what_is_focused_is_described_as_what_is_pointed_at(page):
+    page.locator("[data-stage=projection] button").first.focus()
+    expect(page.locator("[data-stage=projection] .fk-info")).to_contain_text("query head")
 
 
 def test_the_arrow_keys_walk_through_components(page):

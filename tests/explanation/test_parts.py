@@ -1,5 +1,6 @@
 """The parts that the view shows: equal to the record, and within bounds."""
 
+import ast
 import json
 import re
 from base64 import b64decode
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import falcon_kit as fk
 from falcon_kit.explanation import parts
@@ -84,13 +86,35 @@ def test_the_cache_is_the_closed_form_of_both_architectures(inspected, ids, foun
     assert cache == {"dtype": "float32", "grouped": 2 * 6 * 2 * 64 * 4, "transformers": 2 * 6 * 4 * 64 * 4}
 
 
-def test_every_place_in_the_code_exists_and_computes_what_it_says(inspected, ids, found):
-    package, stock = Path(fk.__file__).parent, Path(__import__("transformers").__file__).parent
-    for stage, place in parts.text_part(inspected, ids, found.logits)["code"].items():
-        name, line = re.fullmatch(r"(.+), line (\d+)", place).groups()
-        root = {"falcon_kit": package, "transformers": stock}[name.partition("/")[0]]
-        lines = (root.parent / name).read_text().splitlines()
-        assert any("def " in each for each in lines[int(line) - 1 : int(line) + 4]), (stage, place)
+FUNCTIONS = {
+    "embedding": "falcon_kit/model/modeling.py FalconModel.forward",
+    "norms": "falcon_kit/model/layers.py FalconDecoderLayer.forward",
+    "projection": "falcon_kit/model/layers.py split_heads",
+    "rotary": "transformers/models/falcon/modeling_falcon.py rotate_half",
+    "attention": "falcon_kit/model/attention.py fused_attention",
+    "mlp": "falcon_kit/model/layers.py FalconMLP.forward",
+    "residual": "falcon_kit/model/layers.py FalconDecoderLayer.forward",
+    "prediction": "falcon_kit/model/modeling.py FalconForCausalLM.forward",
+    "sampling": "falcon_kit/generation/sampling.py Sampling.generate_arguments",
+    "cache": "falcon_kit/model/layers.py FalconAttention.forward",
+}
+
+
+def function_at(place):
+    """The file and the qualified name of the function that begins at "file, line number"."""
+    name, line = re.fullmatch(r"(.+), line (\d+)", place).groups()
+    root = {"falcon_kit": fk, "transformers": transformers}[name.partition("/")[0]]
+    for outer in ast.parse((Path(root.__file__).parents[1] / name).read_text()).body:
+        for each in [outer, *getattr(outer, "body", [])]:
+            first = min([each.lineno, *(each.lineno for each in getattr(each, "decorator_list", []))])
+            if isinstance(each, ast.FunctionDef) and first == int(line):
+                return f"{name} {each.name if each is outer else f'{outer.name}.{each.name}'}"
+    return place
+
+
+def test_every_place_in_the_code_is_that_of_the_function_which_computes_the_stage(inspected, ids, found):
+    places = parts.text_part(inspected, ids, found.logits)["code"]
+    assert {stage: function_at(place) for stage, place in places.items()} == FUNCTIONS
 
 
 def test_all_parts_are_json(inspected, ids, found):

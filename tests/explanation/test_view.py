@@ -1,6 +1,7 @@
 """`explain`: what it sends, what it refuses, and the page without a kernel."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.explanation.parts import layer_bytes, text_bytes
 from tests.conftest import small_model
+from tests.inspection.models import model
 
 TEXT = "The giraffe eats the leaves"
 
@@ -59,10 +62,10 @@ def test_a_taken_token_joins_the_text_as_generation_would_continue_it(instruct, 
     ("request_", "words"),
     [
         ({"do": "layer", "layer": 6, "position": 0}, "layer 6 does not exist"),
-        ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist"),
+        ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist: positions are numbered 0 to 4"),
         ({"do": "head", "layer": 0, "position": 1, "head": 4}, "head 4 does not exist"),
         ({"do": "head", "layer": 0, "position": 1, "head": 0, "attended": 2}, "key 2 does not exist"),
-        ({"do": "take", "id": 99999}, "is not a token id"),
+        ({"do": "take", "id": 99999}, "is no token id"),
         ({"do": "nonsense"}, "KeyError"),
         ({}, "KeyError"),
     ],
@@ -132,10 +135,10 @@ def test_layers_on_disk_are_shown_as_those_in_memory(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"text": ""}, ValueError, "the text is empty"),
+        ({"text": ""}, ValueError, "the prompt is empty"),
         ({"text": "a " * 3000}, ValueError, "the model's context is 2048"),
-        ({"text": [5000]}, ValueError, "is not a token id"),
-        ({"text": TEXT, "layer": 6}, IndexError, "layer 6 does not exist: the model has 6"),
+        ({"text": [5000]}, ValueError, "is no token id"),
+        ({"text": TEXT, "layer": 6}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
         ({"text": TEXT, "head": -1}, IndexError, "head -1 does not exist"),
     ],
 )
@@ -167,13 +170,58 @@ def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):
 
 def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):
     view = fk.explain(instruct, TEXT, layer=3)
-    one = len(str(view._layer_parts(3)))
-    whole = len(str({"start": view._start() | {"layer": 3}, "route": view._route(), "parts": {}})) + len(
-        fk.Explanation._esm
-    )
-    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", whole + int(2.5 * one))
+    one = layer_bytes(instruct.spec, 5)
+    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", len(view.page([3, 2]).document()) + one // 2)
     layers = {int(key.split()[1]) for key in view.page().data["parts"]}
     assert layers == {2, 3}
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_the_size_of_a_page_is_known_before_the_model_runs(layout, tokenizer, tokens):
+    view = fk.explain((model(layout), tokenizer), list(range(100, 100 + tokens)))
+    text, layer = len(json.dumps(view._start())), len(json.dumps(view._layer_parts(0)))
+    assert text <= text_bytes(view._inspected, view.ids) <= text + 7000
+    assert layer <= layer_bytes(view._inspected.spec, tokens) < 1.2 * layer
+
+
+def test_a_page_that_would_be_too_large_is_refused_before_the_model_runs(instruct, monkeypatch):
+    view = fk.explain(instruct, TEXT)
+    monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", 100_000)
+    with passes(instruct) as found, pytest.raises(ValueError, match="a page of 6 layers takes"):
+        view.page(range(6))
+    assert found == []
+
+
+def test_to_show_the_view_takes_one_forward_pass(instruct):
+    with passes(instruct) as found:
+        bundle = fk.explain(instruct, TEXT)._repr_mimebundle_()[0]
+    assert len(found) == 1
+    assert "holds no route" in bundle["text/html"]
+
+
+@contextmanager
+def passes(falcon):
+    """The forward passes of a model."""
+    found = []
+    hook = falcon.model.transformer.register_forward_hook(lambda *_: found.append(1))
+    yield found
+    hook.remove()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_token_whose_pass_fails_is_not_taken(instruct, monkeypatch, error):
+    view = fk.explain(instruct, TEXT)
+    before = view.ids
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("falcon_kit.explanation.view.record", fail)
+        with pytest.raises(error):
+            view.take(5)
+    assert view.ids == before
+    assert view._start()["text"]["tokens"][-1]["id"] == before[-1]
 
 
 def test_a_page_without_a_layer_is_refused(instruct):

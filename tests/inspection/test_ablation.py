@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
+from falcon_kit.inspection.ablation import head_means
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.inspection.models import logits, model
 
@@ -34,14 +36,14 @@ def without_columns(layout, heads) -> StockFalcon:
 
 
 @pytest.mark.parametrize("kind", [FalconForCausalLM, StockFalcon], ids=["kit", "transformers"])
-def test_a_head_is_off_as_if_nobody_listened_to_it(layout, kind, tokenizer, ids):
+def test_an_ablated_head_equals_zero_columns_of_the_output_projection(layout, kind, tokenizer, ids):
     heads = [(0, 1), (1, 3), (1, 0)]
     with fk.ablated((model(layout, kind), tokenizer), heads=heads):
         found = logits(model(layout, kind), ids)
     np.testing.assert_allclose(found, logits(without_columns(layout, heads), ids), atol=1e-4)
 
 
-def test_a_kv_head_is_off_with_all_its_query_heads(tokenizer, ids):
+def test_an_ablated_kv_head_ablates_all_its_query_heads(tokenizer, ids):
     falcon = (model("180b"), tokenizer)  # two groups of three
     found = fk.ablate(falcon, ids, kv_heads=[(1, 1)])
     assert found.heads == ((1, 3), (1, 4), (1, 5))
@@ -50,19 +52,63 @@ def test_a_kv_head_is_off_with_all_its_query_heads(tokenizer, ids):
     np.testing.assert_allclose(grouped, logits(without_columns("180b", found.heads), ids), atol=1e-4)
 
 
-def test_the_mean_stands_in_for_a_head(tokenizer, ids):
+def test_the_mean_replaces_the_output_of_an_ablated_head(tokenizer, ids):
     """What reaches `dense`: the mean over the tokens in that head's place, the rest as ever."""
     falcon, seen = model("40b"), []
     hook = falcon.transformer.h[0].self_attention.dense.register_forward_hook(
         lambda module, args, output: seen.append(args[0][0].unflatten(-1, (-1, 64)).clone())
     )
     logits(falcon, ids)
-    with fk.ablated((falcon, tokenizer), heads=[(0, 2)], replace="mean"):
+    with fk.ablated((falcon, tokenizer), heads=[(0, 2)], replace=head_means((falcon, tokenizer), ids)):
         logits(falcon, ids)
     hook.remove()
-    plain, changed = seen
+    plain, _, changed = seen
     np.testing.assert_allclose(changed[:, 2], plain[:, 2].mean(0).expand(len(ids), 64), atol=1e-6)
     np.testing.assert_array_equal(changed[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+
+
+ALL_HEADS = [(layer, head) for layer in range(6) for head in range(4)]
+
+
+def test_the_mean_is_the_same_in_a_step_of_generation_as_in_a_whole_text(instruct, ids):
+    model, rows = instruct.model, torch.tensor([ids])
+    with fk.ablated(instruct, heads=ALL_HEADS, replace=head_means(instruct, ids)), torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(rows[:, :-1], past_key_values=cache)
+        step = model(rows[:, -1:], past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(step, model(rows).logits[0, -1], rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert not torch.allclose(step, model(rows).logits[0, -1], atol=1)
+
+
+def test_the_mean_does_not_depend_on_the_blocks_in_which_attention_reads(instruct, ids):
+    means = head_means(instruct, ids)
+    with fk.ablated(instruct, heads=ALL_HEADS[:4], replace=means):
+        whole, parts = (fk.attention(instruct, ids, prefill_chunk_size=size) for size in (None, 3))
+    np.testing.assert_allclose(parts.statistics["entropy"], whole.statistics["entropy"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_over_another_text_contains_nothing_of_later_tokens(instruct, ids):
+    means = head_means(instruct, "Owls hunt at night.")
+    short, long = (fk.ablate(instruct, each, heads=ALL_HEADS[:4], replace=means) for each in (ids, [*ids, 900, 77, 5]))
+    np.testing.assert_allclose(short.after[1:], long.after[1 : len(ids)], rtol=1e-3, atol=1e-4)
+    assert short.replace == "mean"
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ("mean", 'replace="mean" needs a text to take the mean over: give replace=head_means(falcon, text)'),
+        (
+            torch.zeros(6, 64),
+            "a replacement of the shape (6, 64) does not fit: (layers, heads, head_dim) is (6, 4, 64)",
+        ),
+        ("noise", "Unknown replacement 'noise'. Known: zero, mean."),
+    ],
+)
+def test_a_replacement_that_does_not_fit_is_refused(instruct, replace, message):
+    with pytest.raises(ValueError, match=re.escape(message)), fk.ablated(instruct, [(0, 0)], replace=replace):
+        pass
 
 
 def test_an_ablation_holds_both_losses_and_predictions(layout, tokenizer, ids):
@@ -80,7 +126,7 @@ def test_an_ablation_holds_both_losses_and_predictions(layout, tokenizer, ids):
         np.testing.assert_allclose([each.probability for each in following], likeliest.values, rtol=1e-3)
 
 
-def test_repetition_hangs_on_the_induction_heads(instruct):
+def test_repetition_depends_on_the_induction_heads(instruct):
     tokens = fk.repeated_tokens(instruct)
     view = fk.attention(instruct, tokens)
     heads = [(layer, head) for layer, head, score in view.top("induction", 4) if score > 0.5]
@@ -93,14 +139,14 @@ def test_repetition_hangs_on_the_induction_heads(instruct):
     assert cost["induction"] > cost["idle"] + 3
 
 
-def test_writing_happens_without_the_heads_too(instruct):
+def test_generation_goes_without_the_ablated_heads(instruct):
     with fk.ablated(instruct, kv_heads=[(layer, 0) for layer in range(6)]):
         off = instruct.generate(TEXT, max_new_tokens=8, do_sample=False)
     assert off.tokens != instruct.generate(TEXT, max_new_tokens=8, do_sample=False).tokens
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_heads_are_on_again_whatever_happens(instruct, error):
+def test_no_hook_remains_after_an_error_in_the_context(instruct, error):
     with pytest.raises(error), fk.ablated(instruct, heads=[(0, 0), (5, 3)]):
         raise error
     assert [name for name, each in instruct.model.named_modules() if each._forward_pre_hooks] == []
@@ -150,11 +196,11 @@ def test_the_figure_of_an_ablation_shows_both_lines(instruct):
     [
         ({}, ValueError, "no head is given: give heads=[(layer, head), ...] or kv_heads="),
         ({"heads": (1, 0)}, TypeError, "1 is not a pair of a layer and a head: give a list of pairs, such as [(0, 1)]"),
-        ({"heads": [(6, 0)]}, IndexError, "layer 6 does not exist: the model has 6, numbered 0 to 5"),
-        ({"heads": [(0, 4)]}, IndexError, "head 4 does not exist: the model has 4, numbered 0 to 3"),
-        ({"kv_heads": [(0, 2)]}, IndexError, "KV head 2 does not exist: the model has 2, numbered 0 to 1"),
+        ({"heads": [(6, 0)]}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
+        ({"heads": [(0, 4)]}, IndexError, "head 4 does not exist: heads are numbered 0 to 3"),
+        ({"kv_heads": [(0, 2)]}, IndexError, "KV head 2 does not exist: KV heads are numbered 0 to 1"),
         ({"heads": [(0, 0)], "replace": "noise"}, ValueError, "Unknown replacement 'noise'. Known: zero, mean."),
-        ({"heads": [(0, 0)], "text": ""}, ValueError, "the text is empty"),
+        ({"heads": [(0, 0)], "text": ""}, ValueError, "the prompt is empty"),
     ],
 )
 def test_an_ablation_that_cannot_be_is_refused(instruct, arguments, error, message):

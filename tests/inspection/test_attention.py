@@ -104,7 +104,7 @@ def test_transformers_own_falcon_is_read_as_well(layout, tokenizer, ids):
     np.testing.assert_allclose(stacked(theirs), stacked(ours), atol=1e-5)
 
 
-def test_capture_does_not_depend_on_how_the_model_attends(tokenizer, ids):
+def test_maps_do_not_depend_on_the_attention_implementation(tokenizer, ids):
     eager = FalconForCausalLM._from_config(small_config("40b"), attn_implementation="eager").eval()
     eager.load_state_dict(model("40b").state_dict())
     expected = everything("40b", tokenizer, ids)
@@ -135,7 +135,7 @@ def own_probabilities(falcon, ids) -> np.ndarray:
     return torch.cat(found).float().numpy()
 
 
-def test_a_model_in_4_bits_is_looked_at_as_it_is(tokenizer, ids, tmp_path):
+def test_a_model_in_4_bits_is_inspected_as_it_is(tokenizer, ids, tmp_path):
     model("40b").save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     small = FalconForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
@@ -145,7 +145,7 @@ def test_a_model_in_4_bits_is_looked_at_as_it_is(tokenizer, ids, tmp_path):
     assert np.abs(found - oracle("40b", ids)).max() > 1e-3
 
 
-def test_layers_that_wait_on_a_disk_are_looked_at_as_well(tokenizer, ids, tmp_path):
+def test_layers_on_disk_are_inspected_too(tokenizer, ids, tmp_path):
     split = FalconForCausalLM(small_config("40b")).eval()
     split.load_state_dict(model("40b").state_dict())
     places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
@@ -232,7 +232,7 @@ def test_a_statistic_that_nothing_counts_for_is_not_a_number(tokenizer):
     assert np.isfinite(view.statistics["previous"]).all()
 
 
-def test_one_token_looks_at_itself(tokenizer):
+def test_one_token_attends_to_itself(tokenizer):
     view = fk.attention((model("40b"), tokenizer), [20], layers=0, heads=0)
     assert view.map(0, 0).tolist() == [[1.0]]
     assert view.statistics["sink"].min() == view.statistics["effective_context"].max() == pytest.approx(1)
@@ -247,7 +247,7 @@ def test_similarity_is_the_bhattacharyya_coefficient_of_rows(layout, tokenizer, 
     np.testing.assert_allclose(view.head_similarity, expected, atol=1e-4)
 
 
-def test_a_head_is_wholly_like_itself(layout, tokenizer, ids):
+def test_the_similarity_of_a_head_with_itself_is_one(layout, tokenizer, ids):
     similarity = everything(layout, tokenizer, ids).head_similarity
     np.testing.assert_allclose(np.einsum("lhh->lh", similarity), 1, atol=1e-5)
 
@@ -292,7 +292,7 @@ def test_maps_of_the_named_heads_are_kept(instruct, layers, heads, expected):
     assert list(fk.attention(instruct, "Hello", layers=layers, heads=heads).maps) == expected
 
 
-def test_a_map_that_was_not_kept_is_asked_for_in_vain(instruct):
+def test_a_map_that_was_not_kept_is_refused(instruct):
     view = fk.attention(instruct, "Hello", layers=1, heads=[0, 1])
     with pytest.raises(KeyError, match=re.escape("layer 2, head 0 was not kept (kept: 1.0, 1.1): request it")):
         view.map(2, 0)
@@ -361,7 +361,7 @@ def test_the_model_is_left_as_it_was(instruct):
     assert modes == [f"transformer.h.1.mlp{part}" for part in parts]
 
 
-def test_dropout_is_off_while_it_looks(tokenizer, ids):
+def test_dropout_is_off_during_an_inspection(tokenizer, ids):
     training = FalconForCausalLM(small_config("40b", attention_dropout=0.5, hidden_dropout=0.5)).train()
     first, second = (everything((training, tokenizer), tokenizer, ids) for _ in range(2))
     np.testing.assert_array_equal(stacked(first), stacked(second))
@@ -440,17 +440,19 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"text": ""}, ValueError, "the text is empty"),
-        ({"text": []}, ValueError, "the text is empty"),
-        ({"text": [20, 2048]}, ValueError, "2048 is not a token id of this model: ids range from 0 to 2047"),
-        ({"text": ["a"]}, ValueError, "'a' is not a token id"),
+        ({"text": ""}, ValueError, "the prompt is empty"),
+        ({"text": []}, ValueError, "the prompt is empty"),
+        ({"text": [20, 2048]}, ValueError, "2048 is no token id of this model: they go from 0 to 2047"),
+        ({"text": ["a"]}, ValueError, "an inspection is of one text, got a list of 1: call it for each"),
+        ({"text": b"Hello"}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got bytes"),
+        ({"text": {20: 21}}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got dict"),
         ({"text": [20] * 2049}, ValueError, "the text has 2049 tokens, the model's context is 2048: shorten it"),
-        ({"layers": 6}, IndexError, "layer 6 does not exist: the model has 6, numbered 0 to 5"),
-        ({"heads": [0, -1]}, IndexError, "head -1 does not exist: the model has 4, numbered 0 to 3"),
+        ({"layers": 6}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
+        ({"heads": [0, -1]}, IndexError, "head -1 does not exist: heads are numbered 0 to 3"),
         ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size=0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(instruct, arguments, error, message):
+def test_attention_with_invalid_arguments_is_refused(instruct, arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         fk.attention(instruct, **{"text": "Hello", **arguments})
 
@@ -476,8 +478,9 @@ def test_a_model_in_other_processes_is_refused(instruct):
 
 def test_a_model_that_adds_alibi_twice_is_refused(tokenizer):
     twice = StockFalcon._from_config(small_config("rw"), attn_implementation="eager").eval()
-    with pytest.raises(ValueError, match="adds ALiBi twice in eager attention"):
-        fk.attention((twice, tokenizer), "Hello")
+    for inspect in (fk.attention, fk.explain):
+        with pytest.raises(ValueError, match="adds ALiBi twice in eager attention"):
+            inspect((twice, tokenizer), "Hello")
 
 
 def test_a_share_of_the_heads_is_refused(instruct):
@@ -490,3 +493,13 @@ def test_a_share_of_the_heads_is_refused(instruct):
 def test_repetitions_that_cannot_be_are_refused(instruct, arguments):
     with pytest.raises(ValueError, match=r"within the 20.. plain tokens of the vocabulary and the context of 2048"):
         fk.repeated_tokens(instruct, **arguments)
+
+
+def test_as_many_heads_as_the_error_of_the_page_names_fit_into_a_page(instruct, monkeypatch):
+    monkeypatch.setattr("falcon_kit.inspection.views.attention._WEIGHT_BYTES", 4 * 3 * len("abc"))
+    with pytest.raises(
+        ValueError, match="a page of 4 maps over 3 tokens is not possible: give at least one, at most 3"
+    ):
+        fk.attention(instruct, [20, 21, 22], layers=0).page()
+    view = fk.attention(instruct, [20, 21, 22], layers=0, heads=range(3))  # the first two are a KV group
+    assert view.page().body.count("<button") == 3

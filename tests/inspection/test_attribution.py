@@ -30,7 +30,7 @@ def test_integrated_gradients_add_up_to_the_change(layout, tokenizer, ids):
     assert found.gap < 0.02
 
 
-def test_more_steps_come_nearer(tokenizer, ids):
+def test_more_steps_give_a_smaller_gap(tokenizer, ids):
     few, many = (fk.attribute((model("40b"), tokenizer), ids, target=77, steps=steps) for steps in (2, 64))
     assert (few.steps, many.steps) == (2, 64)
     assert many.gap < few.gap
@@ -90,7 +90,7 @@ def test_four_bit_weights_are_explained_as_well_as_others():
         assert fk.attribute(falcon, "The giraffe is").gap < 0.1
 
 
-def test_scores_that_do_not_add_up_are_said_to(tokenizer, ids):
+def test_scores_that_do_not_sum_to_the_change_give_a_warning(tokenizer, ids):
     with pytest.warns(UserWarning, match=r"with steps=1 the scores sum to .* use method='leave-one-out'"):
         assert fk.attribute((model("40b"), tokenizer), ids, target=77, steps=1).gap > 0.1
 
@@ -131,16 +131,27 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
     np.testing.assert_allclose([bar.get_height() for bar in found.figure().axes[0].patches], found.scores)
 
 
+def test_a_notebook_shows_the_score_of_each_token(instruct):
+    found = fk.attribute(instruct, TEXT, method="leave-one-out")
+    for score in found.scores:
+        assert f"{score:+.3f}" in found._repr_html_()
+
+
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": ""}, "the text is empty"),
+        ({"text": ""}, "the prompt is empty"),
         ({"method": "guess"}, "Unknown method 'guess'. Known: integrated-gradients, leave-one-out."),
         ({"steps": 0}, "steps=0: must be at least 1"),
-        ({"target": ""}, "the text is empty"),
+        ({"target": ""}, "target '' is 0 tokens ()"),
+        (
+            {"method": "leave-one-out", "steps": 8, "tolerance": 0.1},
+            "steps and tolerance have no effect with leave-one",
+        ),
+        ({"steps": 8, "tolerance": 0.1}, "tolerance has no effect with steps, which fix the points of the path"),
         ({"target": "a giraffe"}, "give one token; a space before a word is part of it"),
     ],
 )

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -190,3 +192,21 @@ def test_a_falcon_stands_for_its_tokenizer(instruct):
 def test_an_embedded_tokenizer_goes_by_its_models_name():
     tokenizer = fk.load("falconet").tokenizer
     assert repr(fk.compare_tokens({"a": "Hello"}, tokenizer)) == "TokenReport(falconet, 2,048 tokens, 1 text)"
+
+
+def test_two_reports_of_one_name_have_a_bar_each(tokenizer):
+    report = fk.compare_tokens({"a": "one", "b": "two"}, tokenizer)
+    axes = report.figure(report).axes[0]
+    assert len(axes.patches) == 2 * 2
+    assert [each[:3] for each in axes.get_legend_handles_labels()[1]] == ["1: ", "2: "]
+
+
+def test_a_figure_of_reports_with_different_references_is_refused(tokenizer):
+    first, second = (fk.compare_tokens({"a": "one", "b": "two"}, tokenizer, reference=each) for each in "ab")
+    with pytest.raises(ValueError, match="relative to different texts, a and b: give both the same reference"):
+        first.figure(second)
+
+
+def test_the_command_without_arguments_says_how_it_is_called():
+    found = subprocess.run([sys.executable, "-m", "falcon_kit.inspection.languages"], capture_output=True, text=True)
+    assert found.stderr == "usage: python -m falcon_kit.inspection.languages DIRECTORY NAME\n"

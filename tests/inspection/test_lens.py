@@ -1,5 +1,6 @@
 """The logit lens against transformers' own hidden states, and contributions that add up to the logit."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
@@ -157,7 +160,7 @@ def test_a_target_can_be_named_by_its_text(instruct):
     assert {instruct.tokenizer.decode([each]) for each in view.targets} == {" giraffe"}
 
 
-def test_a_model_whose_layers_wait_on_a_disk_is_read_as_well(tokenizer, ids, tmp_path):
+def test_the_lens_reads_layers_on_disk(tokenizer, ids, tmp_path):
     split = FalconForCausalLM(small_config("40b")).eval()
     split.load_state_dict(model("40b").state_dict())
     places = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
@@ -262,13 +265,66 @@ def test_a_single_token_has_a_next_one_but_no_loss(instruct):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": ""}, "the text is empty"),
+        ({"text": ""}, "the prompt is empty"),
         ({"text": [20] * 2049}, "the text has 2049 tokens, the model's context is 2048"),
         ({"target": "two words"}, "target 'two words' is 2 tokens ('two', ' words')"),
-        ({"target": 5000}, "5000 is not a token id of this model"),
+        ({"target": 5000}, "5000 is no token id of this model"),
         ({"top_k": 0}, "top_k=0 is not between 1 and 2048, the size of the vocabulary"),
     ],
 )
-def test_what_cannot_be_read_is_refused(instruct, arguments, message):
+def test_a_lens_with_invalid_arguments_is_refused(instruct, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.lens(instruct, **{"text": "Hello", **arguments})
+
+
+INSPECTIONS = {
+    "lens": lambda falcon: fk.lens(falcon, "Hello"),
+    "attention": lambda falcon: fk.attention(falcon, "Hello"),
+    "attribute": lambda falcon: fk.attribute(falcon, "Hello"),
+    "ablate": lambda falcon: fk.ablate(falcon, "Hello", heads=[(0, 0)]),
+    "explain": lambda falcon: fk.explain(falcon, "Hello"),
+}
+
+
+@pytest.mark.parametrize("inspect", INSPECTIONS.values(), ids=INSPECTIONS)
+def test_a_model_with_virtual_tokens_is_refused(tokenizer, inspect):
+    tuned = get_peft_model(small_model("40b"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="an adapter of virtual tokens, which inspection and scoring leave out"):
+        inspect((tuned, tokenizer))
+
+
+@pytest.mark.parametrize("name", ["lens", "attribute", "ablate", "explain"])
+def test_a_decoder_without_a_head_is_refused(instruct, tokenizer, name):
+    with pytest.raises(ValueError, match="FalconModel has no language-modelling head: give the whole model"):
+        INSPECTIONS[name]((instruct.model.transformer, tokenizer))
+
+
+def test_a_head_on_disk_is_refused(tokenizer, tmp_path):
+    places = {"transformer": "cpu", "lm_head": "disk"}
+    model = small_model("40b", tie_word_embeddings=False)
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(ValueError, match="the language-modelling head is on disk: load it in memory"):
+        fk.lens((model, tokenizer), "Hello")
+
+
+def test_a_target_is_one_token_though_the_tokenizer_puts_another_before_a_text(instruct, tokenizer):
+    before = copy.deepcopy(tokenizer)
+    before.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 11)]
+    )
+    found = fk.lens((instruct.model, before), "The tall", target=" giraffe")
+    assert found.ids[0] == 11
+    assert {found.id_to_text[each] for each in found.targets} == {" giraffe"}
+
+
+def test_an_adapter_on_the_head_is_refused_until_it_is_merged(tokenizer):
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    tuned = get_peft_model(small_model("40b", tie_word_embeddings=False), lora).eval()
+    with pytest.raises(
+        ValueError, match="the language-modelling head has an adapter beside its weight: merge it first"
+    ):
+        fk.lens((tuned, tokenizer), "Hello")
+    tuned.merge_adapter()
+    view = fk.lens((tuned, tokenizer), "Hello")
+    parts = view.embedding_contribution + view.attention_contribution.sum(0) + view.mlp_contribution.sum(0)
+    np.testing.assert_allclose(parts, view.target_logits, rtol=1e-3)

@@ -125,7 +125,7 @@ def test_one_token_is_reached_by_the_tab_key():
     assert re.findall(r'<span tabindex="(-?\d)"', page(["a", "b", "c"])._repr_html_()) == ["-1", "-1", "0"]
 
 
-def test_without_javascript_a_table_says_what_tokens_look_at():
+def test_without_javascript_a_table_says_what_tokens_attend_to():
     expected = random_map(3)
     source = page(["a", "b", "c"])._repr_html_()
     best = int(expected[2].argmax())

@@ -56,8 +56,12 @@ def test_text_stays_text():
     assert "<i>" not in source.replace('<i class="mark">', "")
 
 
-def test_a_view_of_2048_tokens_is_at_most_a_megabyte():
-    assert len(page(["\u202e"] * 2048).document().encode()) < 1_000_000
+@pytest.mark.parametrize("time", [2048, 8192])
+def test_a_view_of_any_length_is_at_most_a_megabyte(time):
+    found = page([*["\u202e"] * (time - 1), "end"])
+    assert len(found.document().encode()) < 1_000_000
+    assert f'title="token {time - 1}, end' in found.body
+    assert (f"of {time:,} tokens" in found.body) == (time == 8192)
 
 
 @pytest.mark.parametrize(

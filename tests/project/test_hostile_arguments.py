@@ -146,6 +146,11 @@ HALVES = {
     "stream": lambda falcon: falcon.stream(HALF),
     "chat": lambda falcon: falcon.chat([{"role": "user", "content": HALF}]),
     "stream a chat": lambda falcon: falcon.stream([{"role": "user", "content": HALF}]),
+    **{
+        name: lambda falcon, name=name: getattr(fk, name)(falcon, HALF)
+        for name in ("lens", "attention", "explain", "attribute")
+    },
+    "lens target": lambda falcon: fk.lens(falcon, TEXT, target="\ud83e"),
     "stop": lambda falcon: falcon.generate("a", stop=HALF),
     "stop_strings": lambda falcon: falcon.generate("a", stop_strings=[HALF]),
     "stop in a list": lambda falcon: falcon.generate("a", stop=[HALF]),

@@ -112,7 +112,7 @@ function stage(name, title) {
     sentence.replaceChildren(...[text].flat());
     info.dataset.usual = info.textContent = usual;
   };
-  node.addEventListener("mouseover", (event) => showInfo(event.target.closest("[data-info]") ?? body));
-  node.addEventListener("mouseleave", () => showInfo(body));
+  for (const event of ["mouseover", "focusin"]) node.addEventListener(event, ({ target }) => showInfo(target.closest("[data-info]") ?? body));
+  for (const event of ["mouseleave", "focusout"]) node.addEventListener(event, () => showInfo(body));
   return { name, title, node, body, show, focus: () => (node.scrollIntoView({ block: "nearest", behavior: "auto" }), heading.focus({ preventScroll: true })) };
 }

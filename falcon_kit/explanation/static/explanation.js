@@ -1,18 +1,22 @@
 // The view: it asks the model for parts, in the kernel or stored in the page, and draws the stages from them.
 
 const NO_ANSWER = 5000; // milliseconds after which a missing answer is reported
+const SILENT = "No answer from the kernel. If it was restarted, run the cell again.";
+const NOT_STORED = "This page has no kernel and does not hold this part: run fk.explain in a notebook.";
 
 /** The parts that are stored in a page, behind the interface of a widget's model. */
 function storedModel(data) {
   let listener = null;
   const answer = (message) => setTimeout(() => listener?.(message), 0);
   return {
+    routed: Boolean(data.route),
     stored: [...new Set(Object.keys(data.parts).map((key) => +key.split(" ")[1]))].sort((a, b) => a - b),
     on: (event, run) => (listener = run),
     off: () => (listener = null),
     send({ do: command, key }) {
-      if (command === "hello") answer({ type: "start", ...data.start });
-      else answer({ type: "part", key, part: command === "route" ? data.route : data.parts[key] });
+      if (command === "hello") return answer({ type: "start", ...data.start });
+      const part = command === "route" ? data.route : data.parts[key];
+      return answer(part ? { type: "part", key, part } : { type: "error", key, text: NOT_STORED });
     },
   };
 }
@@ -20,13 +24,14 @@ function storedModel(data) {
 function render({ model, el }) {
   const state = { layer: 0, head: 0, position: 0, attended: null };
   const parts = new Map(); // what was received, by request
-  const waiting = new Map(); // {resolve} of what was asked for, by request
+  const waiting = new Map(); // {promise, resolve, reject, late} of what was asked for, by request
   let text = null;
+  let drawn = { ...state }; // what is on the screen
   let drawing = 0; // the number of the drawing that is newest
 
   const notice = h("div", { class: "fk-notice", role: "alert", hidden: true });
-  const act = { state, choose, take, ask };
-  const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), feedForwardStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
+  const act = { state, choose, take, ask, reachable };
+  const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), mlpStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
   const diagram = flow(stages);
   const guide = tour(stages, diagram.node);
   const selects = ["layer", "head"].map((name) => {
@@ -45,16 +50,22 @@ function render({ model, el }) {
     notice.hidden = !message;
   }
 
-  /** The part that answers a request, from the model or from an earlier answer. */
+  /** Whether a token can be shown in a layer: a page without a kernel holds some layers, at the last token. */
+  function reachable({ layer, position }) {
+    return !model.stored || (model.stored.includes(layer) && position === text.tokens.length - 1);
+  }
+
+  /** The part that answers a request, from the model or from an earlier answer. An error is shown, and rejects. */
   function ask(command, values = {}) {
     const key = [command, ...Object.values(values)].join(" ");
     if (parts.has(key)) return Promise.resolve(parts.get(key));
-    return new Promise((resolve) => {
-      const late = setTimeout(() => say("No answer from the kernel. If it was restarted, run the cell again."), NO_ANSWER);
-      waiting.set(key, { resolve, late });
-      const filled = Object.fromEntries(Object.entries(values).filter(([, value]) => value !== ""));
-      model.send({ do: command, key, ...filled });
-    });
+    if (waiting.has(key)) return waiting.get(key).promise;
+    const asked = { late: setTimeout(() => say(SILENT), NO_ANSWER) };
+    asked.promise = new Promise((resolve, reject) => Object.assign(asked, { resolve, reject }));
+    waiting.set(key, asked);
+    const filled = Object.fromEntries(Object.entries(values).filter(([, value]) => value !== ""));
+    model.send({ do: command, key, ...filled });
+    return asked.promise;
   }
 
   function choose(changes) {
@@ -70,11 +81,15 @@ function render({ model, el }) {
   async function update() {
     const number = ++drawing;
     const { layer, position, head: at, attended } = state;
-    const [layerPart, headPart] = await Promise.all([ask("layer", { layer, position }), ask("head", { layer, position, head: at, attended: attended ?? "" })]);
+    const asked = [ask("layer", { layer, position }), ask("head", { layer, position, head: at, attended: attended ?? "" })];
+    const [layerPart, headPart] = await Promise.all(asked).catch(() => []);
     if (number !== drawing) return; // something else was chosen meanwhile
-    const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored) };
-    for (const each of stages) each.update(now);
+    if (headPart) drawn = { ...state };
+    Object.assign(state, drawn); // after an error, what was chosen before
     selects.forEach(({ name, select }) => (select.value = state[name]));
+    if (!headPart) return;
+    const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored), routed: !model.stored || model.routed };
+    for (const each of stages) each.update(now);
     root.classList.remove("fk-empty");
     root.dataset.drawn = number;
   }
@@ -103,8 +118,12 @@ function render({ model, el }) {
     clearTimeout(asked?.late);
     waiting.delete(key);
     if (type === "start") start(message);
-    if (type === "error") say(message.text);
+    if (type === "error") {
+      say(message.text);
+      asked?.reject(new Error(message.text));
+    }
     if (type !== "part") return;
+    if (notice.textContent === SILENT) say("");
     parts.set(key, message.part);
     asked?.resolve(message.part);
   }

@@ -1,4 +1,4 @@
-// The stages outside the heads: tokens, embedding, LayerNorms, the fused projection, the feed-forward block, the sums.
+// The stages outside the heads: tokens, embedding, LayerNorms, the fused projection, the MLP, the sums.
 
 function tokensStage(act) {
   const view = stage("tokens", "Tokens");
@@ -15,10 +15,11 @@ function tokensStage(act) {
   row.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
+    event.preventDefault();
     const at = Math.max(0, Math.min(row.children.length - 1, act.state.position + step));
+    if (row.children[at].disabled) return;
     act.choose({ position: at });
     row.children[at].focus();
-    event.preventDefault();
   });
 
   view.update = (now) => {
@@ -31,7 +32,7 @@ function tokensStage(act) {
       const chosen = at === state.position;
       button.setAttribute("aria-pressed", chosen);
       button.tabIndex = chosen ? 0 : -1;
-      button.disabled = now.fixed && !chosen;
+      button.disabled = !act.reachable({ layer: state.layer, position: at });
       button.style.setProperty("--weight", `${(100 * Math.sqrt(weights[at] ?? 0)).toFixed(1)}%`);
     });
     const most = argmax(weights);
@@ -59,9 +60,9 @@ function embeddingStage() {
 function normsStage() {
   const view = stage("norms", "LayerNorm");
   const sentences = {
-    two: "Two LayerNorms stand side by side, as in the 40B: one prepares the input of attention, the other that of the feed-forward block.",
-    one: "One LayerNorm prepares the input of attention and of the feed-forward block, which run in parallel.",
-    sequential: "The first LayerNorm comes before attention, the second after it, before the feed-forward block.",
+    two: "Two LayerNorms stand side by side, as in the 40B: one prepares the input of attention, the other that of the MLP.",
+    one: "One LayerNorm prepares the input of attention and of the MLP, which run in parallel.",
+    sequential: "The first LayerNorm comes before attention, the second after it, before the MLP.",
   };
   view.update = ({ text, layer }) => {
     const { d_model: width, norms_per_block: count, parallel_block: parallel } = text.spec;
@@ -111,8 +112,8 @@ function projectionStage(act) {
   return view;
 }
 
-function feedForwardStage() {
-  const view = stage("feed_forward", "Feed-forward block");
+function mlpStage() {
+  const view = stage("mlp", "MLP");
   view.update = ({ text, layer }) => {
     const { intermediate_size: neurons, d_model: width, parallel_block: parallel } = text.spec;
     const largest = Math.max(...layer.activations.map(Math.abs));
@@ -122,7 +123,7 @@ function feedForwardStage() {
     const table = h("table", {}, h("caption", {}, "The strongest neurons"), headings("neuron", "", "value"), h("tbody", {}, ...rows));
     const beside = parallel ? "It runs beside attention: both read the same residual stream." : "It runs after attention and reads its result.";
     const sentence = `${share(layer.active)} of the ${count(neurons)} neurons are above 0 for this token. ${beside}`;
-    view.show([table, vectorRow("output of the feed-forward block", layer.vectors.feed_forward, width)], sentence, `(${count(width)} → ${count(neurons)} → GELU → ${count(width)}) · ${text.code.feed_forward}`);
+    view.show([table, vectorRow("output of the MLP", layer.vectors.mlp, width)], sentence, `(${count(width)} → ${count(neurons)} → GELU → ${count(width)}) · ${text.code.mlp}`);
   };
   return view;
 }
@@ -130,13 +131,13 @@ function feedForwardStage() {
 function residualStage() {
   const view = stage("residual", "The sums");
   view.update = ({ text, layer, state }) => {
-    const names = { input: "before the layer", attention: "+ attention", feed_forward: "+ feed-forward", output: "= after the layer" };
+    const names = { input: "before the layer", attention: "+ attention", mlp: "+ MLP", output: "= after the layer" };
     const width = text.spec.d_model;
     const largest = Math.max(...Object.keys(names).flatMap((name) => [...unpack(layer.vectors[name].first)].map(Math.abs)));
     const rows = Object.entries(names).map(([name, label]) => vectorRow(label, layer.vectors[name], width, largest));
-    const [attention, mlp, input] = ["attention", "feed_forward", "input"].map((name) => layer.vectors[name].norm);
-    const sentence = `Layer ${state.layer} adds vectors of norm ${figure(attention)} (attention) and ${figure(mlp)} (feed-forward) to a residual stream of norm ${figure(input)}.`;
-    const formula = text.spec.parallel_block ? "x + attention(norm(x)) + feed-forward(norm(x))" : "y = x + attention(norm(x)); y + feed-forward(norm(y))";
+    const [attention, mlp, input] = ["attention", "mlp", "input"].map((name) => layer.vectors[name].norm);
+    const sentence = `Layer ${state.layer} adds vectors of norm ${figure(attention)} (attention) and ${figure(mlp)} (MLP) to a residual stream of norm ${figure(input)}.`;
+    const formula = text.spec.parallel_block ? "x + attention(norm(x)) + MLP(norm(x))" : "y = x + attention(norm(x)); y + MLP(norm(y))";
     view.show(rows, sentence, `${formula} · ${text.code.residual}`);
   };
   return view;

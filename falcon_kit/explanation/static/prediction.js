@@ -81,12 +81,11 @@ function predictionStage(act) {
 /** The route of the prediction: a line through tokens (across) and layers (upwards). */
 function routeStage(act) {
   const view = stage("route", "What the prediction looked at");
-  view.update = async (now) => {
-    const { text } = now;
-    const button = h("button", { type: "button", onclick: async () => show(now, await act.ask("route")) }, "Follow it back");
-    view.show([button], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
-    if (now.fixed) show(now, await act.ask("route"));
-    return text;
+  view.update = (now) => {
+    const follow = () => act.ask("route").then((steps) => show(now, steps), () => {}); // the view shows an error itself
+    const button = h("button", { type: "button", onclick: follow }, "Follow it back");
+    view.show([now.routed ? button : h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.")], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
+    if (now.fixed && now.routed) follow();
   };
 
   /** The points (token, layer) of the route, with the layers upwards and the tokens below. */
@@ -106,7 +105,7 @@ function routeStage(act) {
   function show({ text }, steps) {
     const items = steps.map((step) => {
       const itself = step.key === step.position;
-      const choose = h("button", { type: "button", class: "fk-link", onclick: () => act.choose({ layer: step.layer, head: step.head, position: step.position }) }, `layer ${step.layer}, head ${step.head}`);
+      const choose = h("button", { type: "button", class: "fk-link", disabled: !act.reachable(step), onclick: () => act.choose({ layer: step.layer, head: step.head, position: step.position }) }, `layer ${step.layer}, head ${step.head}`);
       return h("li", {}, choose, ": ", tokenText(text.tokens[step.position].text), ` ${step.position}`, ...(itself ? [" takes nothing from earlier tokens"] : [" ← ", tokenText(text.tokens[step.key].text), ` ${step.key} (${share(step.probability)})`]));
     });
     view.body.replaceChildren(h("div", { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" }, picture(text, steps)), h("ol", { class: "fk-steps" }, ...items));

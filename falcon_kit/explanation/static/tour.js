@@ -7,7 +7,7 @@ const TOUR = [
   ["projection", "One matrix computes all queries, keys and values. Several query heads share one key and one value: that is what keeps Falcon's KV cache small."],
   ["rotary", "Queries and keys are turned by an angle that grows with their position. Move the slider: both hands turn, and the score stays the same."],
   ["attention", "A query times each key gives a score; later tokens are masked; softmax makes probabilities. The head returns the values, weighted by them."],
-  ["feed_forward", "Beside attention, the feed-forward block looks at each token on its own. A few of its neurons answer strongly."],
+  ["mlp", "Beside attention, the MLP looks at each token on its own. A few of its neurons answer strongly."],
   ["residual", "Both results are added to the residual stream. The next layer reads the sum, and so on up to the last layer."],
   ["prediction", "The last vector becomes a logit for each token of the vocabulary. Move the sliders, then take a token: it joins the text."],
   ["cache", "Keys and values are kept, so that the next token does not compute them again. Look at how little this architecture keeps."],

@@ -47,7 +47,7 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
     if not (maps and kept):
         raise ValueError(
             f"a page of {len(maps)} maps over {len(tokens)} tokens is not possible: give at least one, at most "
-            f"{_WEIGHT_BYTES // (4 * len(tokens))}, or a shorter text"
+            f"{most_maps(len(tokens))}, or a shorter text"
         )
     pictures = dict(zip(maps, _thumbnails(list(maps.values())), strict=True))
     data = {"kept": kept, "maps": [{"name": name, **_largest(each, kept)} for name, each in maps.items()]}
@@ -66,9 +66,14 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
     return Page(title, body, style=walk.STYLE + _STYLE, script=walk.SCRIPT + _SCRIPT, data=data)
 
 
+def most_maps(time: int) -> int:
+    """The largest number of maps of a text of T tokens that fits into a page."""
+    return _WEIGHT_BYTES // (4 * time)
+
+
 def _count_kept(maps: int, time: int) -> int:
     """The number of probabilities per token that fit: three bytes each, four in base64."""
-    return min(time, _MAX_KEPT, _WEIGHT_BYTES // (4 * maps * time)) if maps else 0
+    return min(time, _MAX_KEPT, most_maps(time) // maps) if maps else 0
 
 
 def _largest(probabilities: Floats, kept: int) -> dict[str, str]:

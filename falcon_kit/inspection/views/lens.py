@@ -19,6 +19,7 @@ Floats = NDArray[np.floating[Any]]
 Expected = Sequence[tuple[str, float]]
 """Possible next tokens with their probabilities, most likely first."""
 
+_MAX_HTML_BYTES = 800_000  # for the tokens; the page stays below a megabyte
 _MAX_BITS = 12.0  # surprisal with the strongest colour
 
 _STYLE = """
@@ -45,7 +46,7 @@ def lens_page(
     scale = "".join(f'<span style="{_colour(bits)}">{bits:g}</span>' for bits in (0, 2, 4, 8, 12))
     body = (
         f'<p class="note scale">Surprisal in bits: {scale} or more</p>'
-        f"{walk.tokens_html(tokens, _attributes(tokens, surprisal, expected))}{walk.DESCRIPTION}"
+        f"{walk.tokens_html(tokens, _attributes(tokens, surprisal, expected), _MAX_HTML_BYTES)}{walk.DESCRIPTION}"
         f"<h3>Next token</h3>{_next_tokens(following)}"
         f"<h3>Most likely next token after each layer</h3>{_lens(tokens, predicted, probabilities)}"
     )

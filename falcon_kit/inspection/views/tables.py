@@ -26,6 +26,17 @@ def bar(width: float) -> str:
     return f'<span class="bar" style="width:{width:.2f}em"></span>'
 
 
+def fitting(groups: Iterable[Sequence[str]], room: int) -> list[str]:
+    """The pieces of as many groups of HTML as fit into `room` bytes."""
+    pieces: list[str] = []
+    for group in groups:
+        room -= sum(len(piece.encode()) for piece in group)
+        if room < 0:
+            break
+        pieces += group
+    return pieces
+
+
 def tokens_table(header: Sequence[str], rows: Sequence[Sequence[str]], count: int) -> str:
     """A scrolling table of the first of `count` tokens, with a note if there are more."""
     note = f'<p class="note">The first {len(rows)} of {count:,} tokens.</p>' if count > len(rows) else ""

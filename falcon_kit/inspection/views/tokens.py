@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from falcon_kit.display.page import Page, direction, static_text, text_html, visible
 from falcon_kit.inspection.views import tables, walk
-from falcon_kit.inspection.views.tables import MAX_ROWS, bar, head, tokens_table
+from falcon_kit.inspection.views.tables import MAX_ROWS, bar, fitting, head, tokens_table
 
 Span = tuple[int, int]
 """Character offsets: the first character, and the one after the last."""
@@ -38,7 +38,7 @@ def tokens_page(
     lost: bytes that are in no token, by the position of their character.
     """
     spans_html = [_token(at, text, ids[at], data[at], spans[at], special[at]) for at in range(len(ids))]
-    pieces = _fitting(_grouped(text, spans_html, spans, lost))
+    pieces = fitting(_grouped(text, spans_html, spans, lost), _MAX_HTML_BYTES)
     cut = f'<p class="note">The first {len(pieces):,} of {len(ids):,} tokens.</p>' if len(pieces) < len(ids) else ""
     body = (
         f"{_notes(text, spans, lost)}"
@@ -141,18 +141,6 @@ def _split_characters(text: str, spans: Sequence[Span]) -> str:
 def _lost_characters(text: str, places: range, lost: Mapping[int, bytes]) -> str:
     characters = "".join(text[at] for at in places if at in lost)[:_MAX_CHARACTERS]
     return f'<del title="in no token">{text_html(characters)}</del>' if characters else ""
-
-
-def _fitting(groups: Iterator[list[str]]) -> list[str]:
-    """The tokens of as many groups as fit into the page."""
-    pieces: list[str] = []
-    room = _MAX_HTML_BYTES
-    for group in groups:
-        room -= sum(len(piece.encode()) for piece in group)
-        if room < 0:
-            break
-        pieces += group
-    return pieces
 
 
 def _notes(text: str, spans: Sequence[Span], lost: Mapping[int, bytes]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from falcon_kit.display.page import direction, static_text, text_html
+from falcon_kit.inspection.views.tables import fitting
 
 STYLE = static_text(__file__, "walk.css")
 
@@ -17,14 +18,19 @@ if (tokens.length) walk(() => { root.querySelector(".description").textContent =
 DESCRIPTION = '<p class="description" aria-live="polite"></p>'
 
 
-def tokens_html(tokens: Sequence[str], attributes: Sequence[str] | None = None) -> str:
+def tokens_html(tokens: Sequence[str], attributes: Sequence[str] | None = None, room: int | None = None) -> str:
     """The text with a span for each token. `attributes` are those of each span, in escaped HTML.
 
-    A line break is shown as a mark, followed by a new line.
+    A line break is shown as a mark, followed by a new line. room: bytes for the last tokens, and a note if the first
+    ones do not fit; None is no limit.
     """
-    spans = "".join(
+    spans = [
         f'<span tabindex="{0 if at == len(tokens) - 1 else -1}"{attributes[at] if attributes else ""}>'
         f"{text_html(token)}</span>{'<br>' if token.endswith(chr(10)) else ''}"
         for at, token in enumerate(tokens)
-    )
-    return f'<div class="tokens" dir="{direction("".join(tokens))}">{spans}</div>'
+    ]
+    if room is not None:
+        spans = fitting(([each] for each in reversed(spans)), room)[::-1]
+    cut = len(spans) < len(tokens)
+    note = f'<p class="note">The last {len(spans):,} of {len(tokens):,} tokens.</p>' if cut else ""
+    return f'<div class="tokens" dir="{direction("".join(tokens))}">{"".join(spans)}</div>{note}'
