@@ -3,6 +3,7 @@
 The files, in the order of their imports:
 
 control_tokens.py  control tokens of a chat template become tokens, those in messages stay text; thread-safe (no torch)
+rendering.py       a chat template becomes text, by plain jinja2 or by transformers; thread-safe (no torch)
 chat.py            chat formats; conversations checked, rendered and encoded (no torch)
 own_format.py      the format of a checkpoint's own chat template (no torch)
 sampling.py        the settings of generation (no torch)

@@ -19,7 +19,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.display.errors import is_whole, printable, shown
 from falcon_kit.display.tables import counted
-from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
+from falcon_kit.generation.chat import ChatFormat, encode_answers
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.checks import context_limit
 from falcon_kit.model.losses import IGNORED
