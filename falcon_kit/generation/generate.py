@@ -7,7 +7,7 @@ call them.
 
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -121,7 +121,7 @@ class _GenerateTask(GenerationTask):
 
     def pieces(self) -> Generator[Piece]:
         """Generates the texts while it is iterated over; yields the pieces of all rows."""
-        rng, batch = SamplingRNG(self.sampling.seed, self.model.device), self._batch()
+        rng, batch = self._rng(), self._batch()
         try:
             with self._cache() as cache:
                 arguments = self._arguments() | cache
@@ -129,18 +129,27 @@ class _GenerateTask(GenerationTask):
                     yield from self._step_by_step(arguments, rng, batch)
                 else:
                     self._at_once(arguments, rng, batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            out_of_memory = self._out_of_memory(error, batch)
-            self.generations = list(out_of_memory.generations)
-            raise out_of_memory from None
         except KeyboardInterrupt:
             self.cancelled.set()
             self.generations = self._generations(batch, 0)
             raise
+        except Exception as error:
+            for decoder in batch.decoders:
+                decoder.finish_reason = decoder.finish_reason or "broken"
+            self.generations = self._generations(batch, 0)
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error, batch) from None
+            raise
 
-    def _step_by_step(self, arguments: dict[str, Any], rng: SamplingRNG, batch: BatchDecoder) -> Iterator[Piece]:
+    def _rng(self) -> AbstractContextManager[None]:
+        """What is entered to choose tokens: nothing if no choice is random, so that no other thread waits."""
+        if self.sampling.samples or self._effective("custom_generate"):
+            return SamplingRNG(self.sampling.seed, self.model.device)
+        return nullcontext()
+
+    def _step_by_step(
+        self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
+    ) -> Iterator[Piece]:
         """Generates token by token, or draft by draft."""
         loop = partial(assisted, drafting=self._drafting()) if self.assisted else token_by_token
         model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
@@ -158,7 +167,7 @@ class _GenerateTask(GenerationTask):
             streamer.end()
         self.generations = self._generations(batch, _cache_bytes(step.cache))
 
-    def _at_once(self, arguments: dict[str, Any], rng: SamplingRNG, batch: BatchDecoder) -> None:
+    def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         """Generates with a loop of transformers', such as beam search."""
         with rng:
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
@@ -177,16 +186,14 @@ class _GenerateTask(GenerationTask):
     def _out_of_memory(self, error: Exception, batch: BatchDecoder) -> TextOutOfMemory:
         """The error with the texts so far. What the failed call holds is freed: Jupyter keeps the last error."""
         traceback.clear_frames(error.__traceback__)
-        for decoder in batch.decoders:
-            decoder.finish_reason = decoder.finish_reason or "broken"
         done, prompt = max(len(each.tokens) for each in batch.decoders), max(map(len, self.prompts))
         where = f"after {done} of up to {self.new_tokens} new tokens" if done else f"while {prompt} tokens were read"
         fewer = "fewer new tokens" if len(batch.decoders) == 1 else "fewer new tokens, prompts or sequences"
         message = (
-            f"out of memory {where} ({error}); the error's .generations have the text so far. Ask for {fewer}, read a "
-            "long prompt in parts (prefill_chunk_size=256), or load the model in a smaller dtype or on more GPUs"
+            f"out of memory {where} ({error}). Ask for {fewer}, read a long prompt in parts (prefill_chunk_size=256), "
+            "or load the model in a smaller dtype or on more GPUs"
         )
-        return TextOutOfMemory(message, self._generations(batch, 0))
+        return TextOutOfMemory(message, self.generations)
 
     @contextmanager
     def _cache(self) -> Iterator[dict[str, Any]]:
