@@ -13,7 +13,7 @@ guarding.py        guardrails that a caller passes: prompts and texts are checke
 arguments.py       keyword arguments of transformers' generate expanded and checked
 ranks.py           events and seeds that the ranks of a tensor-parallel model share
 decoding.py        from the tokens of a step to text; the random state of a request
-static_cache.py    the static cache of a compiled model, kept between calls
+kept_cache.py      the static cache of a compiled model, kept between calls
 steps.py           transformers' loops of token after token, as generators
 stream.py          a text that is computed as far as it is read
 generate.py        one call of transformers' generate: arguments checked, text and statistics returned

@@ -28,6 +28,7 @@ from falcon_kit.generation.arguments import (
     has_soft_prompt,
 )
 from falcon_kit.generation.decoding import BatchDecoder, SamplingRNG, SequenceDecoder
+from falcon_kit.generation.kept_cache import kept_cache
 from falcon_kit.generation.prompts import (
     Prompt,
     check_length,
@@ -40,7 +41,6 @@ from falcon_kit.generation.prompts import (
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
 from falcon_kit.generation.sampling import check_stop, split_settings
-from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory

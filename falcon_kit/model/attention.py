@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model.packed import Documents, packed_attention
+from falcon_kit.model.packed_documents import Documents, packed_attention
 from falcon_kit.model.products import Switch, fastest_products
 
 

@@ -1,4 +1,5 @@
-"""Attention within documents that are packed into rows, without a mask, on GPUs that have a kernel for it.
+"""Documents that are packed into rows: where they begin, and attention within them without a mask, on GPUs that have
+a kernel for it.
 
 A mask has B x T x T values, and torch's fused kernels that take one compute all pairs of tokens and want a key for
 every query head. `torch.nn.attention.varlen` computes the pairs within each document, and takes grouped keys.
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils.import_utils import is_tracing
 
 
 class Documents(NamedTuple):
@@ -22,6 +24,18 @@ class Documents(NamedTuple):
     """The first token of each document in the rows one after another, and B x T: (documents + 1), int32."""
     longest: int
     """Tokens of the longest document."""
+
+
+def document_numbers(positions: Tensor) -> Tensor | None:
+    """The number of each token's document in its row (B, T), for positions (B, T); None if each row is one document.
+
+    A document begins where the positions start again. transformers' `find_packed_sequence_indices` also divides a text
+    whose positions have a gap.
+    """
+    numbers = functional.pad(positions.diff(dim=-1) <= 0, (1, 0)).cumsum(dim=-1)
+    if not is_tracing(numbers) and not numbers[:, -1].any():  # what is traced cannot depend on values
+        return None
+    return numbers
 
 
 def find_documents(numbers: Tensor) -> Documents:
