@@ -145,7 +145,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     not the first, messages that do not alternate between user and assistant, and blank content. The error numbers
     messages from 1.
     """
-    if isinstance(messages, str | Mapping):
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; '
             f"got a {type(messages).__name__}."

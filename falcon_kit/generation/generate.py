@@ -22,6 +22,7 @@ from falcon_kit.generation.arguments import (
     OWN_LOOP,
     add_checkpoint_settings,
     check_assisted,
+    check_effects,
     check_names,
     end_token_ids,
     expand_generation_config,
@@ -79,7 +80,7 @@ def stream(
         not task.returns_list,
         "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()",
     )
-    require(task.has_steps, "beam search cannot stream token by token, nor can another loop of yours: use generate()")
+    require(task.has_steps, f"{task.no_steps} cannot stream token by token: use generate()")
     return Stream(task)
 
 
@@ -99,10 +100,16 @@ class _GenerateTask(GenerationTask):
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
         self.sampling, self.options = split_settings(settings)
         check_names(self.options, model)
+        check_effects(self.options, self.sampling.samples)
         beam_search = (self._effective("num_beams") or 1) > 1
         self.stop = self._stop_strings()
-        # Beam search revises earlier tokens; some other ways are loops of their own.
-        self.has_steps = not (beam_search or any(map(self._effective, OWN_LOOP)) or has_soft_prompt(model))
+        self.no_steps = "beam search" if beam_search else self._other_loop()
+        """The way to generate that is not token by token; empty for all others."""
+        self.has_steps = not self.no_steps
+        require(
+            self.has_steps or not self.sampling.alternatives,
+            f"{self.no_steps} reports no alternatives: leave alternatives out",
+        )
         self.assisted = not beam_search and any(self._effective(name) is not None for name in ASSISTED)
         copies = self.sampling.num_return_sequences
         require(
@@ -118,6 +125,12 @@ class _GenerateTask(GenerationTask):
             self.cancelled = SharedEvent(mesh, model.device)
             if self.sampling.samples and self.sampling.seed is None:
                 self.sampling = replace(self.sampling, seed=shared_seed(mesh, model.device))
+
+    def _other_loop(self) -> str:
+        """What makes transformers or PEFT generate in a loop that has no steps here; empty if nothing does."""
+        if has_soft_prompt(self.model):
+            return "a model with a learned prompt of PEFT"
+        return next((name for name in OWN_LOOP if self._effective(name)), "")
 
     def pieces(self) -> Generator[Piece]:
         """Generates the texts while it is iterated over; yields the pieces of all rows."""
@@ -171,8 +184,9 @@ class _GenerateTask(GenerationTask):
         """Generates with a loop of transformers', such as beam search."""
         with rng:
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
-        batch.read_sequences(output.sequences[:, max(map(len, self.prompts)) :])
-        self.generations = self._generations(batch, _cache_bytes(output.past_key_values))
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
+        batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])
+        self.generations = self._generations(batch, _cache_bytes(getattr(output, "past_key_values", None)))
 
     def _drafting(self) -> dict[str, Any]:
         """What transformers' candidate generator needs for a draft model, and for one with another tokenizer."""
@@ -239,19 +253,18 @@ class _GenerateTask(GenerationTask):
         return SequenceDecoder(self.tokenizer, self.stop, self.new_tokens, self.strip, ends)
 
     def _arguments(self) -> dict[str, Any]:
-        """All arguments of transformers' `generate`; the caller's keyword arguments come last and win."""
-        pad = self.tokenizer.pad_token_id
-        if pad is None:  # as in Falcon's own tokenizer; padding is masked, so any token will do
-            pad = self.tokenizer.eos_token_id
+        """All arguments of transformers' `generate`; the caller's win over those of the settings."""
+        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        pad: Any = next((each for each in pads if each is not None), None)  # masked, so any token will do
         return {
             **_left_padded(self.prompts, pad, self.model.device),
             **self.sampling.generate_arguments(),
             "num_return_sequences": self.sampling.num_return_sequences,
             "max_new_tokens": self.new_tokens,
+            **self.options,
             "eos_token_id": end_token_ids(self.options, self.model.generation_config, self.tokenizer) or None,
             "pad_token_id": pad,
             "return_dict_in_generate": True,
-            **self.options,
             "stop_strings": None,  # the decoders stop at them, and cut them off
         }
 

@@ -84,7 +84,8 @@ def checked(guardrails: Guard | None, generate: Callable[[], Result]) -> Result:
     except Exception as error:  # noqa: BLE001  # raised again below
         broken = error
     else:
-        _check_texts(guardrails, result if isinstance(result, list) else [result])
+        texts: Any = result if isinstance(result, list) else [result]
+        _check_texts(guardrails, texts)
         return result
     raise _checked_error(guardrails, broken)
 

@@ -74,11 +74,12 @@ class Falcon:
         With guardrails, a piece comes once none of it can become part of a finding. `Blocked` stops the model.
         """
         check_given(guardrails, prompt, self.tokenizer)
+        settings = self._with_decoding(settings)
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
         else:
             settings = {**_ONE_TEXT, **settings, "prompt": prompt}
-        return guarded(generate.stream(self.model, self.tokenizer, **self._with_decoding(settings)), guardrails)
+        return guarded(generate.stream(self.model, self.tokenizer, **settings), guardrails)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """The answer to a conversation: [{"role": "user", "content": "..."}]. It ends before the next user message.
@@ -86,10 +87,11 @@ class Falcon:
         Special tokens written out in a message are encoded as plain text. With guardrails, the content of each message
         is checked as a prompt, the system's too. Raises ValueError for unknown roles or messages out of order.
         """
+        settings = self._with_decoding(settings)
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
         check_given(guardrails, messages, self.tokenizer)
-        settings = self._with_decoding(self._turns(messages, settings))
+        settings = self._turns(messages, settings)
         return cast(Generation, checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, **settings)))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Falcon:
         return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with `decoding` added, unless they choose another cache or way of decoding."""
+        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way."""
         settings = arguments.expand_generation_config(settings)
         if isinstance(draft := settings.get("assistant_model"), Falcon):
             settings["assistant_model"] = draft.model
