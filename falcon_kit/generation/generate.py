@@ -37,6 +37,7 @@ from falcon_kit.generation.prompts import (
     check_tokens,
     new_token_limit,
     prompt_label,
+    tensor_parallel_mesh,
     token_ids,
     vocabulary_size,
 )
@@ -121,7 +122,7 @@ class _GenerateTask(GenerationTask):
             check_assisted(self.options, model, len(prompts) * copies)
         self.prompts, self.new_tokens = self._encode(prompts)
         self.returns_list = not single or copies > 1
-        if (mesh := getattr(getattr(model, "transformer", None), "tp_mesh", None)) is not None:
+        if (mesh := tensor_parallel_mesh(model)) is not None:
             self.cancelled = SharedEvent(mesh, model.device)
             if self.sampling.samples and self.sampling.seed is None:
                 self.sampling = replace(self.sampling, seed=shared_seed(mesh, model.device))
@@ -232,7 +233,7 @@ class _GenerateTask(GenerationTask):
 
     def _encode(self, prompts: list[Any]) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, the first ones dropped as `truncate` allows, and the limit of new tokens."""
-        context = context_limit(vars(self.model.config))
+        context = context_limit(self.model.config)
         for number, each in enumerate(prompts, 1):
             if isinstance(each, str) and self.sampling.truncate is None:
                 check_length(each, self.tokenizer, context, prompt_label(number, len(prompts)))

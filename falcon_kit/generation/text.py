@@ -150,7 +150,8 @@ class Generation:
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """All new token ids, those of the end and of a stop string included; empty where an endpoint does not send them."""
+    """All new token ids, also the end-of-sequence token and those of a stop string; empty where an endpoint does not
+    send them."""
     logprobs: tuple[float, ...] | None
     """One per token, see `Piece.logprob`; None after beam search."""
     finish_reason: FinishReason

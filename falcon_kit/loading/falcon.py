@@ -7,7 +7,7 @@ from typing import Any, cast
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
@@ -19,7 +19,6 @@ from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
 from falcon_kit.model import modeling
-from falcon_kit.model.checks import context_limit
 from falcon_kit.planning.plan import Plan
 
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is

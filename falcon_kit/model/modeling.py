@@ -33,11 +33,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.model import attention, packed_documents
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.cache import MakesRoom, with_room
-from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
+from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
 from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.static_cache import ReadsFilledSlots
@@ -45,7 +45,10 @@ from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_ST
 
 
 class _KVHeads(int):
-    """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it; it is not saved."""
+    """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it.
+
+    `model.save_pretrained` does not save it; `config.save_pretrained` does.
+    """
 
 
 def is_elsewhere(weight: Tensor, values: Tensor) -> bool:

@@ -47,14 +47,22 @@ def find_documents(numbers: Tensor) -> Documents:
 
 
 def has_kernel(hidden_states: Tensor) -> bool:
-    """Whether the device has the kernel for hidden states: FlashAttention, in 16 bits, from Ampere on.
+    """Whether the device has the kernel for hidden states, which is FlashAttention.
 
     Not in compiled code, where the number of documents would be a shape that depends on values.
     """
-    in_16_bits = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    if hidden_states.device.type != "cuda" or not in_16_bits or torch.compiler.is_compiling():
-        return False
-    return torch.cuda.get_device_capability(hidden_states.device) >= (8, 0) and _kernel() is not None
+    return not torch.compiler.is_compiling() and has_flash_attention(hidden_states) and _kernel() is not None
+
+
+def has_flash_attention(values: Tensor) -> bool:
+    """Whether FlashAttention takes values of this dtype on their device: 16 bits, on CUDA, from Ampere on."""
+    in_16_bits = values.dtype in (torch.float16, torch.bfloat16)
+    return values.device.type == "cuda" and in_16_bits and _capability(values.device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:

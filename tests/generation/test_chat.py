@@ -318,6 +318,13 @@ def test_transformers_alone_would_take_a_users_text_for_control() -> None:
     assert {EOS, CONTROL_TOKENS.index(">>ANSWER<<")} == CONTROL_IDS & {*naive}
 
 
+def test_transformers_cannot_keep_control_tokens_as_text_and_mark_the_answers() -> None:
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    assert 1 in by_transformers(CLOSED, FALCON, **options)["assistant_masks"]
+    with pytest.raises(ValueError, match="not compatible with `return_assistant_tokens_mask=True`"):
+        by_transformers(CLOSED, FALCON, sanitize_control_tokens=True, **options)
+
+
 def test_encoding_text_leaves_the_tokenizer_as_it_was() -> None:
     before = TOKENIZER.backend_tokenizer.encode("<|endoftext|>").ids
 
