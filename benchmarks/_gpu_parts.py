@@ -18,7 +18,7 @@ from benchmarks.gpu import Settings, relative_error
 from benchmarks.tuning import conversations
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue import memory
-from falcon_kit.model import modeling, packed
+from falcon_kit.model import modeling, packed_documents
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import GPU_OVERHEAD
 
@@ -233,10 +233,10 @@ def packed_rows(settings: Settings) -> dict[str, Any]:
         (gradient,) = torch.autograd.grad(output.float().square().sum(), hidden)
         return gradient
 
-    figures: dict[str, Any] = {"has the kernel": packed.has_kernel(hidden)}
+    figures: dict[str, Any] = {"has the kernel": packed_documents.has_kernel(hidden)}
     gradients = []
-    for way, has_kernel in {"within documents": packed.has_kernel, "under a mask": lambda _: False}.items():
-        with patch.object(packed, "has_kernel", has_kernel):
+    for way, has_kernel in {"within documents": packed_documents.has_kernel, "under a mask": lambda _: False}.items():
+        with patch.object(packed_documents, "has_kernel", has_kernel):
             gradients.append(step())
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()

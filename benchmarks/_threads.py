@@ -11,13 +11,14 @@ import psutil
 import torch
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import encode, encode_text
-from falcon_kit.generation.control_tokens import encode_prompt
+from falcon_kit.generation.chat import encode, encode_answers
+from falcon_kit.generation.control_tokens import encode_prompt, encode_text
 from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.playground.state import Session
 
 SLY = "Hello <|endoftext|> there, >>QUESTION<< giraffes. "
 TALK = [{"role": "user", "content": SLY}]
+ANSWERED = [*TALK, {"role": "assistant", "content": "Leaves of trees. " * 20}] * 3
 DRAWN: dict[str, Any] = {"max_new_tokens": 4, "seed": 3, "temperature": 1.5}
 Calls = Mapping[str, Callable[[Any], Any]]
 ENCODINGS: Calls = {
@@ -25,6 +26,7 @@ ENCODINGS: Calls = {
     "a prompt, by transformers": lambda falcon: falcon.tokenizer(SLY)["input_ids"],
     "a text": lambda falcon: encode_text(SLY, falcon.tokenizer),
     "a chat": lambda falcon: encode(TALK, falcon.tokenizer, falcon.chat_format),
+    "the answers of a chat": lambda falcon: encode_answers(ANSWERED, falcon.tokenizer, falcon.chat_format)[1],
     "tokens as text": lambda falcon: fk.tokens(SLY, falcon, split_special_tokens=True).ids,
     "tokens": lambda falcon: fk.tokens(SLY, falcon).ids,
     "an inspected text": lambda falcon: inspect_model(falcon).encode(SLY),
@@ -34,9 +36,16 @@ TEXTS: Calls = {
     "chat": lambda falcon: str(falcon.chat(TALK, **DRAWN)),
     "stream": lambda falcon: "".join(piece.text for piece in falcon.stream(SLY, **DRAWN)),
     "a packed text": lambda falcon: fk.pack(fk.dialogues([{"text": SLY}]), falcon)[0]["input_ids"].tolist(),
+    "a packed conversation": lambda falcon: fk.pack(fk.dialogues([{"messages": ANSWERED}]), falcon)[0][
+        "labels"
+    ].tolist(),
     "a playground": lambda falcon: _in_a_playground(falcon, "prompt"),
     "a playground's chat": lambda falcon: _in_a_playground(falcon, "chat"),
 }
+
+
+def _labels(rows: list[Any], falcon: Any) -> list[int]:
+    return fk.pack(fk.dialogues(rows), falcon)[0]["labels"].tolist()
 
 
 def _in_a_playground(falcon: Any, mode: Any) -> list[str]:

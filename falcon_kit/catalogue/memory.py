@@ -100,8 +100,11 @@ def rank_bytes(spec: FalconSpec, dtype: str, tensor_parallel: int) -> int:
 
 
 def layer_kv_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, cache: str = "grouped") -> int:
-    """The KV cache of one layer. cache="transformers": transformers' own Falcon, which caches keys and values once per
-    query head in the new decoder architecture."""
+    """The KV cache of one layer, without the room for a few more tokens that it has while decoding.
+
+    cache="transformers": transformers' own Falcon, which caches keys and values once per query head in the new decoder
+    architecture.
+    """
     copies = spec.queries_per_kv_head if cache == "transformers" and spec.new_decoder_architecture else 1
     return spec.kv_bytes_per_token(VALUE_BYTES[dtype]) // spec.layers * copies * context * batch
 

@@ -238,11 +238,13 @@ def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def context_limit(config: Mapping[str, Any]) -> int:
+def context_limit(config: Any) -> int:
     """The longest context of a config: `max_position_embeddings`, or what its scaled rotary embeddings extend that to.
 
     The factor of linear, dynamic and YaRN scaling counts from `original_max_position_embeddings`, if that is given.
+    config: a mapping or a FalconConfig.
     """
+    config = config if isinstance(config, Mapping) else vars(config)
     limit: int = config["max_position_embeddings"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object.")

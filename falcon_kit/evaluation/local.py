@@ -13,9 +13,9 @@ from falcon_kit.evaluation.models import (
     MARGIN,
     Answerer,
     Pair,
+    going_on,
     line_end,
     plain_prompts,
-    rendered,
     written,
 )
 from falcon_kit.evaluation.progress import Progress
@@ -23,7 +23,8 @@ from falcon_kit.evaluation.scoring import Row, encode_pairs, prefix_token, score
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
 from falcon_kit.generation.arguments import end_token_ids
-from falcon_kit.generation.chat import ChatFormat, encode, encode_text, render_prompt
+from falcon_kit.generation.chat import ChatFormat, encode, render_prompt
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.inspection.hooks import inspect_model
@@ -150,8 +151,9 @@ class LocalModel:
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """As `Model.render`."""
-        chat_format = self._chat_format(chat=True)
-        return rendered(messages, chat_format, add_generation_prompt, self.tokenizer.eos_token)  # type: ignore[arg-type]  # not None in a chat
+        chat_format: Any = self._chat_format(chat=True)  # not None in a chat
+        text = render_prompt(messages, self.tokenizer, chat_format, add_generation_prompt)
+        return text if add_generation_prompt else going_on(text, messages)
 
     def _generate(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Any]:
         model, tokenizer = self._falcon

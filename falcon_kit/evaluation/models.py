@@ -10,7 +10,6 @@ from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
-from falcon_kit.generation.chat import ChatFormat, render
 
 if TYPE_CHECKING:
     from falcon_kit.generation.text import Generation
@@ -72,13 +71,8 @@ def plain_prompts(task: Task) -> list[str]:
     return [f"Question: {item.text}\nAnswer:" if task.is_question else item.text for item in task.items]
 
 
-def rendered(
-    messages: Sequence[Mapping[str, Any]], chat_format: ChatFormat, add_generation_prompt: bool, eos_token: str
-) -> str:
-    """As `Model.render`: transformers calls a last message that goes on `continue_final_message`."""
-    text = render(messages, chat_format, add_generation_prompt, eos_token)
-    if add_generation_prompt:
-        return text
+def going_on(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A rendered conversation up to the end of its last content, which the model continues."""
     last = str(messages[-1]["content"]).strip()
     return text[: text.rindex(last) + len(last)]
 

@@ -9,14 +9,15 @@ from falcon_kit.evaluation.models import (
     MARGIN,
     Answerer,
     Pair,
+    going_on,
     line_end,
     plain_prompts,
-    rendered,
     written,
 )
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
+from falcon_kit.generation.chat import render
 from falcon_kit.serving.endpoint import Endpoint
 
 
@@ -91,4 +92,5 @@ class RemoteModel:
             "lm-eval writes the whole conversation, in a chat format that the endpoint does not report: connect with "
             'fk.connect(..., chat="falcon"), or with the format of its model',
         )
-        return rendered(messages, self._endpoint.chat_format, add_generation_prompt, "<|endoftext|>")
+        text = render(messages, self._endpoint.chat_format, add_generation_prompt, "<|endoftext|>")
+        return text if add_generation_prompt else going_on(text, messages)

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
-from transformers import FalconForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import FalconForCausalLM, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
@@ -22,16 +22,40 @@ OWN_LOOP = (
 )
 """Arguments that choose a loop which the kit does not have step by step (see steps.py)."""
 
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+_SAMPLING_ONLY = ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+_PROBABILITIES = "a Generation has .logprobs, and with alternatives=N the most probable tokens of each step"
+_INSTEAD = {
+    "output_scores": _PROBABILITIES,
+    "output_logits": _PROBABILITIES,
+    "output_attentions": "fk.attention(falcon, text) returns the attention of a text",
+    "output_hidden_states": "fk.lens(falcon, text) reads the hidden states, and model(ids, output_hidden_states=True) "
+    "returns them",
+    "token_healing": "it changes the end of the prompt: leave a space at the end of the prompt out instead",
+}
+"""Arguments that are refused, and what to do instead."""
 _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the values of a `generation_config` among them as keyword arguments; given keywords win."""
+    """The settings with the values of a `generation_config` among them as keyword arguments; given keywords win.
+
+    Raises ValueError for one that is neither a GenerationConfig nor a mapping.
+    """
     settings = dict(settings)
     config = settings.pop("generation_config", None)
     if config is None:
         return settings
-    values = {name: value for name in vars(GenerationConfig()) if (value := getattr(config, name, None)) is not None}
+    require(
+        isinstance(config, GenerationConfig | Mapping),
+        f"generation_config must be a transformers.GenerationConfig or a dict, got {shown(config)}",
+    )
+    fields = config if isinstance(config, Mapping) else vars(config)
+    values = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not name.startswith("_") and name != "transformers_version"
+    }
     if settings.get("max_new_tokens") or settings.get("max_length"):
         values = {name: value for name, value in values.items() if name not in ("max_new_tokens", "max_length")}
     return values | settings
@@ -64,8 +88,6 @@ def add_checkpoint_settings(settings: dict[str, Any], config: GenerationConfig) 
         values = {name: value for name, value in values.items() if name not in _DISTRIBUTION}
     elif "do_sample" not in named:
         values["do_sample"] = True
-    if not values.get("top_k", 1):  # 0 is "off"
-        del values["top_k"]
     return settings | values | named
 
 
@@ -90,18 +112,36 @@ def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
         sampling
         | {"assistant_tokenizer"}
         | set(vars(GenerationConfig()))
-        | set(signature(type(model).generate).parameters)
+        | set(signature(GenerationMixin.generate).parameters)
+        | set(signature(type(_without_adapter(model)).forward).parameters)
     )
-    known |= set(signature(type(model).forward).parameters)
     for name in options:
         listed = known if get_close_matches(name, known) else sampling  # all of transformers' are too many to list
         require(name in known, unknown_name("setting", name, sorted(listed)))
 
 
+def _without_adapter(model: Any) -> Any:
+    """The model inside a PEFT model, whose own methods do not name their arguments."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_effects(options: Mapping[str, Any], samples: bool) -> None:
+    """Raises ValueError for arguments of transformers' generate that would have no effect here, or a wrong one.
+
+    samples: whether tokens are sampled.
+    """
+    for name in _PROMPTS:
+        require(options.get(name) is None, f"{name} would replace the prompt: give token ids as the prompt itself")
+    for name, advice in _INSTEAD.items():
+        require(not options.get(name), f"{name} has no effect here: {advice}")
+    for name in _SAMPLING_ONLY:
+        require(samples or options.get(name) is None, f"{name} has no effect without sampling: give do_sample=True too")
+
+
 def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int) -> None:
     """Raises ValueError for what assisted generation cannot do, and for a draft model of another vocabulary.
 
-    model: it accepts or rejects the draft. rows: the texts to generate.
+    model: the one that accepts or rejects the draft. rows: the number of texts to generate.
     """
     _check_draft(options)
     require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
-from falcon_kit.generation.control_tokens import encode_text as encode_text
+from falcon_kit.generation.rendering import plain_text, transformers_text
 
 if TYPE_CHECKING:
-    import jinja2
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["system", "user", "assistant"]
@@ -147,7 +145,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     not the first, messages that do not alternate between user and assistant, and blank content. The error numbers
     messages from 1.
     """
-    if isinstance(messages, str | Mapping):
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             'A conversation is a list of messages, such as [{"role": "user", "content": "Hello"}]; '
             f"got a {type(messages).__name__}."
@@ -196,12 +194,14 @@ def render(
     """The conversation as one text, rendered by jinja2's sandbox without torch and transformers.
 
     With `add_generation_prompt` it ends with the assistant's prefix, so that the model answers. Without it, `eos_token`
-    follows the last message if that is the assistant's. Raises ValueError as `check_messages` does, and with
-    `add_generation_prompt` if the last message is the assistant's.
+    follows the last message if that is the assistant's; a template that wants other special tokens gets none. Raises
+    ValueError as `check_messages` does, if the template refuses the conversation, and with `add_generation_prompt` if
+    the last message is the assistant's.
     """
     checked = _check_turn(messages, add_generation_prompt)
-    template = _compiled(plain_template(format.template))
-    return template.render(messages=checked, add_generation_prompt=add_generation_prompt, eos_token=eos_token)
+    template = plain_template(format.template)
+    variables = {"messages": checked, "add_generation_prompt": add_generation_prompt, "eos_token": eos_token}
+    return plain_text(template, format.name, **variables)
 
 
 def plain_template(template: str) -> str:
@@ -225,23 +225,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = template
-
-
-@lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    """The compiled template, with the jinja2 settings and functions that transformers uses for chat templates."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    sandbox.globals["raise_exception"] = _raise
-    return sandbox.from_string(template)
-
-
-def _raise(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 def encode(
@@ -289,10 +272,15 @@ def encode_answers(
     return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
 
 
-def render_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, format: ChatFormat) -> str:
+def render_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    format: ChatFormat,
+    add_generation_prompt: bool = True,
+) -> str:
     """The text of `encode`, with the tokenizer's special tokens."""
-    checked = _check_turn(messages, add_generation_prompt=True)
-    return _render_marked(checked, Marks((), ()), tokenizer, format, add_generation_prompt=True)[0]
+    checked = _check_turn(messages, add_generation_prompt)
+    return _render_marked(checked, Marks((), ()), tokenizer, format, add_generation_prompt)[0]
 
 
 def _check_turn(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Message]:
@@ -318,26 +306,14 @@ def _render_marked(
     answers: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as `apply_chat_template` renders it, with the contents marked, and the spans of the answers."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     closes = not add_generation_prompt and messages[-1]["role"] == "assistant"
     if closes and "eos_token" in format.template and tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-sequence token to end the conversation: set tokenizer.eos_token.")
     special_tokens: Any = tokenizer.special_tokens_map
-    marked: Any = [[{**each, "content": marks.mark(each["content"])} for each in messages]]
-    try:
-        rendered: Any = render_jinja_template(
-            conversations=marked,
-            chat_template=format.template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=answers,
-            **special_tokens,
-        )
-    except TemplateError as error:
-        raise ValueError(f"The chat template {format.name!r} refuses this conversation: {error}") from error
-    (text,), spans = rendered
-    return str(text), [tuple(each) for each in spans[0]] if answers else []
+    marked = [{**each, "content": marks.mark(each["content"])} for each in messages]
+    return transformers_text(
+        format.template, format.name, marked, answers, add_generation_prompt=add_generation_prompt, **special_tokens
+    )
 
 
 def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:

@@ -1,4 +1,8 @@
-"""Control tokens: those that a chat template writes become tokens, those that a message contains stay text."""
+"""Control tokens: those that a chat template writes become tokens, those that a message contains stay text.
+
+transformers' `apply_chat_template(..., sanitize_control_tokens=True)` does so too, but cannot mark the answers at the
+same time, as training needs, and sets the backend that all threads share.
+"""
 
 from __future__ import annotations
 

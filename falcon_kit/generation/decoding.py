@@ -126,29 +126,39 @@ class SamplingRNG:
         request, gets its states back at the end of the block.
         """
         self._lock.acquire()
-        if self._sampling:
-            self._sampling[-1]._leave()
-        self._enter()
         self._sampling.append(self)
+        try:
+            for outer in self._sampling[-2:-1]:
+                outer._leave()
+            self._enter()
+        except BaseException:  # Ctrl-C too
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         """Saves the request's generator states and restores the global ones."""
-        self._leave()
-        self._sampling.pop()
-        if self._sampling:
-            self._sampling[-1]._enter()
-        self._lock.release()
+        try:
+            self._leave()
+        finally:
+            self._sampling.pop()
+            try:
+                for outer in self._sampling[-1:]:
+                    outer._enter()
+            finally:
+                self._lock.release()
 
     def _enter(self) -> None:
-        if self._states:  # reading the state of a GPU takes longer than choosing a token
+        if self._states and not self._global_states:  # reading the state of a GPU takes longer than choosing a token
             self._global_states = self._read()
             self._write(self._states)
 
     def _leave(self) -> None:
-        if self._global_states:
-            self._states = self._read()
-            self._write(self._global_states)
-            self._global_states = None
+        if global_states := self._global_states:
+            try:
+                self._states = self._read()
+            finally:
+                self._write(global_states)
+                self._global_states = None
 
     def _read(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(module.get_rng_state(self._device) for module in self._accelerator())]
@@ -169,18 +179,10 @@ class BatchDecoder:
     def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int = 0) -> None:
         """`cancelled` ends all sequences; `alternatives` is the number of most probable tokens to keep per token."""
         self.decoders, self._cancelled, self._alternatives = decoders, cancelled, alternatives
-        self._start = self._first_token = self._last_token = time.perf_counter()
+        self._start = time.perf_counter()
+        self.first_token_seconds = self.seconds = 0.0
+        """From creation to the first and the last token, without the time that the reader of the pieces takes."""
         self._is_cancelled = False
-
-    @property
-    def first_token_seconds(self) -> float:
-        """From creation to the first token."""
-        return self._first_token - self._start
-
-    @property
-    def seconds(self) -> float:
-        """From creation to the last token."""
-        return self._last_token - self._start
 
     @property
     def ended(self) -> bool:
@@ -200,7 +202,10 @@ class BatchDecoder:
             last = position == step.tokens.shape[1] - 1
             for decoder, row in zip(self.decoders, rows, strict=True):
                 if decoder.finish_reason is None:
-                    yield self._piece(decoder, row[position], last, position < step.accepted)
+                    piece = self._piece(decoder, row[position], last, position < step.accepted)
+                    given = time.perf_counter()
+                    yield piece
+                    self._start += time.perf_counter() - given
             self._is_cancelled = self._cancelled.is_set()
             if self.ended:
                 return
@@ -235,6 +240,5 @@ class BatchDecoder:
                     decoder.push(token, float("nan"))
 
     def _record_time(self) -> None:
-        self._last_token = time.perf_counter()
-        if self._first_token == self._start:
-            self._first_token = self._last_token
+        self.seconds = time.perf_counter() - self._start
+        self.first_token_seconds = self.first_token_seconds or self.seconds

@@ -7,7 +7,7 @@ call them.
 
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,12 +22,14 @@ from falcon_kit.generation.arguments import (
     OWN_LOOP,
     add_checkpoint_settings,
     check_assisted,
+    check_effects,
     check_names,
     end_token_ids,
     expand_generation_config,
     has_soft_prompt,
 )
 from falcon_kit.generation.decoding import BatchDecoder, SamplingRNG, SequenceDecoder
+from falcon_kit.generation.kept_cache import kept_cache
 from falcon_kit.generation.prompts import (
     Prompt,
     check_length,
@@ -35,12 +37,12 @@ from falcon_kit.generation.prompts import (
     check_tokens,
     new_token_limit,
     prompt_label,
+    tensor_parallel_mesh,
     token_ids,
     vocabulary_size,
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
 from falcon_kit.generation.sampling import check_stop, split_settings
-from falcon_kit.generation.static_cache import kept_cache
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
@@ -79,7 +81,7 @@ def stream(
         not task.returns_list,
         "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()",
     )
-    require(task.has_steps, "beam search cannot stream token by token, nor can another loop of yours: use generate()")
+    require(task.has_steps, f"{task.no_steps} cannot stream token by token: use generate()")
     return Stream(task)
 
 
@@ -99,10 +101,16 @@ class _GenerateTask(GenerationTask):
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
         self.sampling, self.options = split_settings(settings)
         check_names(self.options, model)
+        check_effects(self.options, self.sampling.samples)
         beam_search = (self._effective("num_beams") or 1) > 1
         self.stop = self._stop_strings()
-        # Beam search revises earlier tokens; some other ways are loops of their own.
-        self.has_steps = not (beam_search or any(map(self._effective, OWN_LOOP)) or has_soft_prompt(model))
+        self.no_steps = "beam search" if beam_search else self._other_loop()
+        """The way to generate that is not token by token; empty for all others."""
+        self.has_steps = not self.no_steps
+        require(
+            self.has_steps or not self.sampling.alternatives,
+            f"{self.no_steps} reports no alternatives: leave alternatives out",
+        )
         self.assisted = not beam_search and any(self._effective(name) is not None for name in ASSISTED)
         copies = self.sampling.num_return_sequences
         require(
@@ -114,14 +122,20 @@ class _GenerateTask(GenerationTask):
             check_assisted(self.options, model, len(prompts) * copies)
         self.prompts, self.new_tokens = self._encode(prompts)
         self.returns_list = not single or copies > 1
-        if (mesh := getattr(getattr(model, "transformer", None), "tp_mesh", None)) is not None:
+        if (mesh := tensor_parallel_mesh(model)) is not None:
             self.cancelled = SharedEvent(mesh, model.device)
             if self.sampling.samples and self.sampling.seed is None:
                 self.sampling = replace(self.sampling, seed=shared_seed(mesh, model.device))
 
+    def _other_loop(self) -> str:
+        """What makes transformers or PEFT generate in a loop that has no steps here; empty if nothing does."""
+        if has_soft_prompt(self.model):
+            return "a model with a learned prompt of PEFT"
+        return next((name for name in OWN_LOOP if self._effective(name)), "")
+
     def pieces(self) -> Generator[Piece]:
         """Generates the texts while it is iterated over; yields the pieces of all rows."""
-        rng, batch = SamplingRNG(self.sampling.seed, self.model.device), self._batch()
+        rng, batch = self._rng(), self._batch()
         try:
             with self._cache() as cache:
                 arguments = self._arguments() | cache
@@ -129,18 +143,27 @@ class _GenerateTask(GenerationTask):
                     yield from self._step_by_step(arguments, rng, batch)
                 else:
                     self._at_once(arguments, rng, batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            out_of_memory = self._out_of_memory(error, batch)
-            self.generations = list(out_of_memory.generations)
-            raise out_of_memory from None
         except KeyboardInterrupt:
             self.cancelled.set()
             self.generations = self._generations(batch, 0)
             raise
+        except Exception as error:
+            for decoder in batch.decoders:
+                decoder.finish_reason = decoder.finish_reason or "broken"
+            self.generations = self._generations(batch, 0)
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error, batch) from None
+            raise
 
-    def _step_by_step(self, arguments: dict[str, Any], rng: SamplingRNG, batch: BatchDecoder) -> Iterator[Piece]:
+    def _rng(self) -> AbstractContextManager[None]:
+        """What is entered to choose tokens: nothing if no choice is random, so that no other thread waits."""
+        if self.sampling.samples or self._effective("custom_generate"):
+            return SamplingRNG(self.sampling.seed, self.model.device)
+        return nullcontext()
+
+    def _step_by_step(
+        self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
+    ) -> Iterator[Piece]:
         """Generates token by token, or draft by draft."""
         loop = partial(assisted, drafting=self._drafting()) if self.assisted else token_by_token
         model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
@@ -158,12 +181,13 @@ class _GenerateTask(GenerationTask):
             streamer.end()
         self.generations = self._generations(batch, _cache_bytes(step.cache))
 
-    def _at_once(self, arguments: dict[str, Any], rng: SamplingRNG, batch: BatchDecoder) -> None:
+    def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         """Generates with a loop of transformers', such as beam search."""
         with rng:
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
-        batch.read_sequences(output.sequences[:, max(map(len, self.prompts)) :])
-        self.generations = self._generations(batch, _cache_bytes(output.past_key_values))
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
+        batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])
+        self.generations = self._generations(batch, _cache_bytes(getattr(output, "past_key_values", None)))
 
     def _drafting(self) -> dict[str, Any]:
         """What transformers' candidate generator needs for a draft model, and for one with another tokenizer."""
@@ -177,16 +201,14 @@ class _GenerateTask(GenerationTask):
     def _out_of_memory(self, error: Exception, batch: BatchDecoder) -> TextOutOfMemory:
         """The error with the texts so far. What the failed call holds is freed: Jupyter keeps the last error."""
         traceback.clear_frames(error.__traceback__)
-        for decoder in batch.decoders:
-            decoder.finish_reason = decoder.finish_reason or "broken"
         done, prompt = max(len(each.tokens) for each in batch.decoders), max(map(len, self.prompts))
         where = f"after {done} of up to {self.new_tokens} new tokens" if done else f"while {prompt} tokens were read"
         fewer = "fewer new tokens" if len(batch.decoders) == 1 else "fewer new tokens, prompts or sequences"
         message = (
-            f"out of memory {where} ({error}); the error's .generations have the text so far. Ask for {fewer}, read a "
-            "long prompt in parts (prefill_chunk_size=256), or load the model in a smaller dtype or on more GPUs"
+            f"out of memory {where} ({error}). Ask for {fewer}, read a long prompt in parts (prefill_chunk_size=256), "
+            "or load the model in a smaller dtype or on more GPUs"
         )
-        return TextOutOfMemory(message, self._generations(batch, 0))
+        return TextOutOfMemory(message, self.generations)
 
     @contextmanager
     def _cache(self) -> Iterator[dict[str, Any]]:
@@ -211,7 +233,7 @@ class _GenerateTask(GenerationTask):
 
     def _encode(self, prompts: list[Any]) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, the first ones dropped as `truncate` allows, and the limit of new tokens."""
-        context = context_limit(vars(self.model.config))
+        context = context_limit(self.model.config)
         for number, each in enumerate(prompts, 1):
             if isinstance(each, str) and self.sampling.truncate is None:
                 check_length(each, self.tokenizer, context, prompt_label(number, len(prompts)))
@@ -232,19 +254,18 @@ class _GenerateTask(GenerationTask):
         return SequenceDecoder(self.tokenizer, self.stop, self.new_tokens, self.strip, ends)
 
     def _arguments(self) -> dict[str, Any]:
-        """All arguments of transformers' `generate`; the caller's keyword arguments come last and win."""
-        pad = self.tokenizer.pad_token_id
-        if pad is None:  # as in Falcon's own tokenizer; padding is masked, so any token will do
-            pad = self.tokenizer.eos_token_id
+        """All arguments of transformers' `generate`; the caller's win over those of the settings."""
+        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        pad: Any = next((each for each in pads if each is not None), None)  # masked, so any token will do
         return {
             **_left_padded(self.prompts, pad, self.model.device),
             **self.sampling.generate_arguments(),
             "num_return_sequences": self.sampling.num_return_sequences,
             "max_new_tokens": self.new_tokens,
+            **self.options,
             "eos_token_id": end_token_ids(self.options, self.model.generation_config, self.tokenizer) or None,
             "pad_token_id": pad,
             "return_dict_in_generate": True,
-            **self.options,
             "stop_strings": None,  # the decoders stop at them, and cut them off
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from falcon_kit.generation.chat import check_messages
@@ -81,7 +81,7 @@ def _as_text(prompt: str | list[int], tokenizer: PreTrainedTokenizerBase | None)
 
 
 def checked(guardrails: Guard | None, generate: Callable[[], Result]) -> Result:
-    """What `generate` returns, after each text of it was checked; so is the text that an `IncompleteAnswer` has."""
+    """What `generate` returns, after each text of it was checked; so is each text that its error has."""
     if guardrails is None:
         return generate()
     try:
@@ -89,22 +89,24 @@ def checked(guardrails: Guard | None, generate: Callable[[], Result]) -> Result:
     except Exception as error:  # noqa: BLE001  # raised again below
         broken = error
     else:
-        texts = result if isinstance(result, list) else [result]
-        for number, each in enumerate(texts, 1):
-            guardrails.raise_if_found(each.text, "output", numbered("output", number, len(texts)))
+        texts: Any = result if isinstance(result, list) else [result]
+        _check_texts(guardrails, texts)
         return result
     raise _checked_error(guardrails, broken)
 
 
+def _check_texts(guardrails: Guard, generations: Sequence[Generation]) -> None:
+    for number, each in enumerate(generations, 1):
+        guardrails.raise_if_found(each.text, "output", numbered("output", number, len(generations)))
+
+
 def _checked_error(guardrails: Guard, error: Exception) -> Exception:
-    """The error, or `Blocked` if the unfinished text that it has is blocked.
+    """The error, or `Blocked` if one of its texts is blocked: those of `IncompleteAnswer` and `TextOutOfMemory`.
 
     Call it outside of `except`: else the `__context__` of `Blocked` would have the text.
     """
-    unfinished = getattr(error, "generation", None)
     try:
-        if unfinished is not None:
-            guardrails.raise_if_found(unfinished.text, "output", "output")
+        _check_texts(guardrails, getattr(error, "generations", ()))
     except ValueError as blocked:
         return blocked
     return error
@@ -147,11 +149,11 @@ class GuardedStream(Iterator[Piece]):
     @property
     def generation(self) -> Generation:
         """The whole text and its statistics, checked. Raises RuntimeError before the end, and `Blocked` after it."""
-        if self._error is not None and not hasattr(self._error, "generation"):
+        if self._error is not None and not hasattr(self._error, "generations"):
             raise self._error
         generation = self._stream.generation
         if not self._read_to_the_end or generation.finish_reason in _ENDED_EARLY:
-            self._guardrails.raise_if_found(generation.text, "output", "output")
+            _check_texts(self._guardrails, [generation])
         return generation
 
 

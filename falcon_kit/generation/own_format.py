@@ -17,6 +17,8 @@ _PROBE = [
     {"role": "assistant", "content": "First answer"},
     {"role": "user", "content": "Second question"},
 ]
+_WHITE_SPACE = [{**each, "content": f" \n{each['content']}\r\n\n\n\nmore \n"} for each in _PROBE]
+"""Messages with white space, which the formats of `FORMATS` change in their own ways."""
 
 
 def own_format(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatFormat:
@@ -32,7 +34,7 @@ def own_format(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatFormat:
         )
     template = named["default"] if isinstance(named, dict) else named
     own = ChatFormat("own", source=source, template=template, stop=end_of_turn(tokenizer, template))
-    probes = [_PROBE, [{"role": "system", "content": "S s"}, *_PROBE]]
+    probes = [_PROBE, *([{"role": "system", "content": text}, *_WHITE_SPACE] for text in ("S s", " S\n\ns "))]
     for each in FORMATS:
         if [_probe(probe, tokenizer, each) for probe in probes] == [_probe(probe, tokenizer, own) for probe in probes]:
             return each

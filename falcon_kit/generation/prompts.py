@@ -44,8 +44,9 @@ def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
 
 
 def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A lower bound for the tokens of a long text, without encoding it: no token has more bytes than its name letters.
+    """A lower bound for the number of tokens of a long text, without encoding it.
 
+    It follows from the longest name in the vocabulary: a name has a character for each byte of its token. The bound is
     0 for a text of at most `_ENCODED_AT_ONCE` characters, which takes a fraction of a second to encode.
     """
     if len(text) <= _ENCODED_AT_ONCE:
@@ -74,15 +75,20 @@ def vocabulary_size(model: Any) -> int:
 
     A rank of a tensor-parallel model has only some of them, so there it is the config's count.
     """
-    if getattr(getattr(model, "transformer", model), "tp_mesh", None) is not None:
+    if tensor_parallel_mesh(model) is not None:
         return int(model.config.vocab_size)
     return len(model.get_input_embeddings().weight)
+
+
+def tensor_parallel_mesh(model: Any) -> Any:
+    """The device mesh of a model, or of its decoder, that is split into ranks; None for any other."""
+    return getattr(getattr(model, "transformer", model), "tp_mesh", None)
 
 
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
     """Raises ValueError for a token id outside the vocabulary."""
     if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocab_size]:
-        raise ValueError(f"{shown(wrong[0])} is no token id of this model: they go from 0 to {vocab_size - 1}")
+        raise ValueError(f"{shown(wrong[0])} is no token id of this model, whose ids are 0 to {vocab_size - 1}")
 
 
 def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sampling) -> int:

@@ -6,12 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from falcon_kit.display.errors import (
-    LARGEST,
     check_flag,
     check_whole,
     is_encodable,
     is_number,
-    is_whole,
     plain_scalar,
     require,
     shown,
@@ -21,6 +19,7 @@ MAX_SEQUENCES = 1024
 """The most texts per prompt in one call."""
 MAX_STOP_CHARACTERS = 10_000
 """The most characters of all stop strings together."""
+_LEAST = {"max_new_tokens": 1, "max_length": 1, "top_k": 0, "num_return_sequences": 1, "seed": 0, "alternatives": 0}
 _TEMPERATURES = 1e-30, 1e30
 _ANY = -math.inf, math.inf
 
@@ -42,7 +41,7 @@ class Sampling:
     temperature: float | None = None
     """Logits are divided by it: below 1 sharpens, above 1 flattens, 0 takes the most probable token."""
     top_k: int | None = None
-    """Sample from the k most probable tokens only."""
+    """Sample from the k most probable tokens only; 0: from all."""
     top_p: float | None = None
     """Sample from the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020, arXiv 1904.09751)."""
     num_return_sequences: int = 1
@@ -53,8 +52,8 @@ class Sampling:
     seed: int | None = None
     """The same seed gives the same text, on the same machine and batch. torch's global random state does not change."""
     truncate: Literal["left"] | None = None
-    """"left" drops the first tokens of a prompt that leaves too little room for the new tokens, which then get at most
-    half the context, or half of `max_length`. Unset: a prompt over the context or `max_length` is an error."""
+    """"left" drops the first tokens of a prompt that leaves too little room for the new tokens. The new tokens then get
+    at most half the context, or half of `max_length`. Unset: a prompt that leaves no room is an error."""
     alternatives: int = 0
     """Number of most probable tokens to return at each step, see `Piece.alternatives`."""
 
@@ -77,22 +76,15 @@ class Sampling:
         )
 
     def _check_whole_numbers(self) -> None:
-        for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
-            value = getattr(self, name)
-            require(value is None or is_whole(value, *_ANY), f"{name} must be a whole number, got {shown(value)}")
-            require(value is None or value >= 1, f"{name} must be at least 1, got {shown(value)}")
-            require(value is None or value <= LARGEST, f"{name} must be at most 2**63 - 1, got {shown(value)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _LEAST and value is not field.default:
+                check_whole(field.name, value, _LEAST[field.name])
         require(
             self.num_return_sequences <= MAX_SEQUENCES,
             f"num_return_sequences must be at most {MAX_SEQUENCES}, got {self.num_return_sequences}: call again, with "
             "another seed, for more",
         )
-        require(
-            is_whole(self.alternatives, 0),
-            f"alternatives must be a whole number, 0 (none) or more, got {shown(self.alternatives)}",
-        )
-        if self.seed is not None:
-            check_whole("seed", self.seed, 0)
 
     def _check_numbers(self) -> None:
         for name in ("temperature", "top_p"):

@@ -20,7 +20,7 @@ class GenerationTask(ABC):
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self.generations: list[Generation] = []
-        """The texts, once `pieces` has ended; also the texts so far after Ctrl-C, or where memory ran out."""
+        """The texts, once `pieces` has ended; also the texts so far after Ctrl-C or an error."""
 
     @abstractmethod
     def pieces(self) -> Generator[Piece]:

@@ -112,11 +112,14 @@ class Stats:
     new_tokens: int
     """Generated tokens, end-of-sequence tokens included."""
     first_token_seconds: float
-    """From the call to the first new token: the prefill."""
+    """From the start of the computation, or the request to an endpoint, to the first new token: the prefill."""
     seconds: float
-    """From the call to the last token."""
+    """From there to the last token, without the time that the reader of a stream takes between two pieces."""
     cache_bytes: int | None = None
-    """Bytes of the KV cache at the end, as allocated; None on an endpoint."""
+    """Bytes of the keys and values in the KV cache at the end; None on an endpoint.
+
+    In memory, a row of the kit's cache may have room for `falcon_kit.model.cache.ROOM` more tokens.
+    """
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -147,12 +150,13 @@ class Generation:
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """All new token ids, those of the end and of a stop string included; empty where an endpoint does not send them."""
+    """All new token ids, also the end-of-sequence token and those of a stop string; empty where an endpoint does not
+    send them."""
     logprobs: tuple[float, ...] | None
     """One per token, see `Piece.logprob`; None after beam search."""
     finish_reason: FinishReason
     """"eos": end-of-sequence token; "stop": stop string; "length": limit of new tokens, or context full;
-    "cancelled": by the caller; "broken": the endpoint's connection broke, or memory ran out."""
+    "cancelled": by the caller; "broken": an error ended the text, such as a broken connection or full memory."""
     stats: Stats
     """Time and memory of the call, shared by all rows of a batch."""
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
@@ -185,3 +189,4 @@ class TextOutOfMemory(MemoryError):
     def __init__(self, message: str, generations: Sequence[Generation]) -> None:
         super().__init__(message)
         self.generations = tuple(generations)
+        self.add_note("The error's .generations have the text so far.")  # a note does not reach another process

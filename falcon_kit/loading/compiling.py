@@ -8,8 +8,8 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from falcon_kit.catalogue.memory import QUANTISED
-from falcon_kit.generation.static_cache import kept_cache
-from falcon_kit.model.checks import context_limit
+from falcon_kit.catalogue.spec import context_limit
+from falcon_kit.generation.kept_cache import kept_cache
 
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:

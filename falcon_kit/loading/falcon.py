@@ -7,7 +7,7 @@ from typing import Any, cast
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
@@ -19,7 +19,6 @@ from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
 from falcon_kit.model import modeling
-from falcon_kit.model.checks import context_limit
 from falcon_kit.planning.plan import Plan
 
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
@@ -74,11 +73,12 @@ class Falcon:
         With guardrails, a piece comes once none of it can become part of a finding. `Blocked` stops the model.
         """
         check_given(guardrails, prompt, self.tokenizer)
+        settings = self._with_decoding(settings)
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             settings = self._turns(cast(Sequence[Message], prompt), settings)
         else:
             settings = {**_ONE_TEXT, **settings, "prompt": prompt}
-        return guarded(generate.stream(self.model, self.tokenizer, **self._with_decoding(settings)), guardrails)
+        return guarded(generate.stream(self.model, self.tokenizer, **settings), guardrails)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """The answer to a conversation: [{"role": "user", "content": "..."}]. It ends before the next user message.
@@ -86,10 +86,11 @@ class Falcon:
         Special tokens written out in a message are encoded as plain text. With guardrails, the content of each message
         is checked as a prompt, the system's too. Raises ValueError for unknown roles or messages out of order.
         """
+        settings = self._with_decoding(settings)
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
         check_given(guardrails, messages, self.tokenizer)
-        settings = self._with_decoding(self._turns(messages, settings))
+        settings = self._turns(messages, settings)
         return cast(Generation, checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, **settings)))
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class Falcon:
         return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with `decoding` added, unless they choose another cache or way of decoding."""
+        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way."""
         settings = arguments.expand_generation_config(settings)
         if isinstance(draft := settings.get("assistant_model"), Falcon):
             settings["assistant_model"] = draft.model

@@ -22,7 +22,8 @@ from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, 
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import encode_text, save_tokenizer
+from falcon_kit.generation.chat import save_tokenizer
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load

@@ -3,7 +3,7 @@
 The files, in the order of their imports:
 
 products.py         how a CPU multiplies by a weight matrix: in slabs, or a single row without oneDNN
-packed.py           attention within packed documents, without a mask
+packed_documents.py where packed documents begin; attention within them, without a mask
 attention.py        attention over grouped KV heads, ALiBi, the kernels of a step
 cache.py            a KV cache with room for the next tokens
 tensor_parallel.py  one all-reduce per layer for the parallel block

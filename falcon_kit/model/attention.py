@@ -6,7 +6,6 @@ D head_dim.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model.packed import Documents, packed_attention
+from falcon_kit.model.packed_documents import Documents, has_flash_attention, packed_attention
 from falcon_kit.model.products import Switch, fastest_products
 
 
@@ -37,34 +36,49 @@ def fused_attention(
     """
     if isinstance(attention_mask, Documents):
         return packed_attention(query, key, value, attention_mask, scaling), None
-    batch, heads, time, width = query.shape
-    grouped = heads != key.shape[1]
     if attention_mask is not None:  # a static cache is longer than the slots to read
         key, value = (each.narrow(2, 0, attention_mask.shape[-1]) for each in (key, value))
-    if time == 1:  # the queries of a group become rows of one attention, which reads each key once
-        query = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
-        if attention_mask is not None and attention_mask.shape[1] == heads:
-            attention_mask = attention_mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
-        grouped = False
-        if attention_mask is not None and not dropout and _takes_products(query):
-            output = masked_products(query, key, value, attention_mask, scaling or width**-0.5)
-            return output.reshape(batch, heads, time, width).transpose(1, 2), None
-    elif attention_mask is None:  # a static cache is longer than the keys in it
+    attend = _one_token if query.shape[2] == 1 else _several_tokens
+    return attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
+
+
+def _one_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """The output (B, H, 1, D) of one token: the queries of a group become rows of one attention, which reads each key
+    once."""
+    batch, heads, _, width = query.shape
+    rows = query.view(batch, key.shape[1], -1, width)  # (B, G, R, D)
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B or 1, G, R, K)
+    if mask is not None and not dropout and _takes_products(rows):
+        output = masked_products(rows, key, value, mask, scaling or width**-0.5)
+    else:
+        output = functional.scaled_dot_product_attention(
+            rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+    return output.reshape(query.shape)
+
+
+def _several_tokens(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """The output (B, H, T, D) of several tokens, causal without a mask."""
+    heads, time = query.shape[1:3]
+    if mask is None:  # a static cache is longer than the keys in it
         key, value = key[:, :, :time], value[:, :, :time]
-    if grouped and not _takes_groups(query, attention_mask):
+    if heads != key.shape[1] and not _takes_groups(query, mask):
         key, value = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (key, value))
-        grouped = False
-    output = functional.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=attention_mask,
+        attn_mask=mask,
         dropout_p=dropout,
-        is_causal=attention_mask is None and time > 1,
+        is_causal=mask is None,
         scale=scaling,
-        enable_gqa=grouped,
+        enable_gqa=heads != key.shape[1],
     )
-    return output.reshape(batch, heads, time, width).transpose(1, 2), None
 
 
 def masked_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -108,13 +122,7 @@ def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
     """
     if query.device.type == "cpu":
         return True
-    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and mask is None and in_16_bits and _capability(query.device) >= (8, 0)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return mask is None and has_flash_attention(query)
 
 
 def eager_attention(

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, FalconConfig
 
-from falcon_kit.catalogue import spec as specs
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.generation.prompts import vocabulary_size
 
 
@@ -27,11 +26,6 @@ def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: 
 def live_spec(spec: FalconSpec, model: Any) -> FalconSpec:
     """The shape of a model as it is now: `spec` with the rows of its input embeddings and the context of its config."""
     return replace(spec, vocabulary=vocabulary_size(model), context=context_limit(model.config))
-
-
-def context_limit(config: FalconConfig) -> int:
-    """The longest context of a config as it is now, see `falcon_kit.catalogue.spec.context_limit`."""
-    return specs.context_limit(vars(config))
 
 
 def check_cache(spec: FalconSpec, kv_heads: int, batch: int, past: Cache | None) -> None:

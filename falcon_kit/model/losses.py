@@ -16,8 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from falcon_kit.catalogue.memory import LOSS_CHUNK
 
-CHUNK = LOSS_CHUNK
-"""Labelled tokens whose logits are in memory at once."""
 IGNORED = -100
 """The label of a token without a loss."""
 
@@ -47,8 +45,8 @@ class _ChunkedSum(torch.autograd.Function):
         targets = targets.to(next(head.parameters()).device)  # the device of the logits
         with_gradients = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:])
         gradients = [torch.zeros_like(each) for each in (hidden, *weights)] if with_gradients else []
-        for start in range(0, len(targets), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for start in range(0, len(targets), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
             with torch.set_grad_enabled(with_gradients):
                 part = hidden[chunk].detach().requires_grad_(with_gradients)
                 loss = cross_entropy(

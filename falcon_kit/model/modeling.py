@@ -25,11 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, DynamicCache, FalconConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-from transformers.masking_utils import (
-    create_causal_mask,
-    find_packed_sequence_indices,
-    packed_sequence_mask_function,
-)
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.falcon import modeling_falcon as stock
@@ -37,11 +33,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
-from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.model import attention, packed
+from falcon_kit.catalogue.spec import FalconSpec, context_limit
+from falcon_kit.model import attention, packed_documents
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.cache import MakesRoom, with_room
-from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions, context_limit
+from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
 from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.static_cache import ReadsFilledSlots
@@ -49,7 +45,10 @@ from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_ST
 
 
 class _KVHeads(int):
-    """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it; it is not saved."""
+    """`config.num_key_value_heads`, by which PEFT and others size caches. `FalconConfig` lacks it.
+
+    `model.save_pretrained` does not save it; `config.save_pretrained` does.
+    """
 
 
 def is_elsewhere(weight: Tensor, values: Tensor) -> bool:
@@ -176,20 +175,20 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         probabilities: bool,
-    ) -> tuple[Tensor | packed.Documents | None, Tensor | None]:
+    ) -> tuple[Tensor | packed_documents.Documents | None, Tensor | None]:
         """The attention mask (B, 1 or H, T, K), None if attention is only causal and returns no probabilities, the
         documents where a kernel takes them; and with ALiBi the queries that see no key (B, 1, T, 1)."""
         documents = None
         if past is None and position_ids is not None:
-            documents = find_packed_sequence_indices(position_ids.expand(len(hidden_states), -1))  # (B, T)
+            documents = packed_documents.document_numbers(position_ids.expand(len(hidden_states), -1))
         if (backend := self.config._attn_implementation) not in attention.ATTENTION:
             check_backend(
                 backend, probabilities, bool(self.config.alibi), documents is not None and len(hidden_states) > 1
             )
         plain = not (probabilities or self.config.alibi)
         unmasked = plain and attention_mask is None and not (self.training and self.config.attention_dropout)
-        if documents is not None and unmasked and backend == "sdpa" and packed.has_kernel(hidden_states):
-            return packed.find_documents(documents), None
+        if documents is not None and unmasked and backend == "sdpa" and packed_documents.has_kernel(hidden_states):
+            return packed_documents.find_documents(documents), None
         mask: Any = create_causal_mask(
             self.config,
             hidden_states,

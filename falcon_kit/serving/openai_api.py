@@ -220,7 +220,7 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
     if not sampling.samples:
         return {"temperature": 0.0, **options}
     defaults = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **options}
-    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or None}
     return defaults | {name: value for name, value in chosen.items() if value is not None}
 
 

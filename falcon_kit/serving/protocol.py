@@ -202,7 +202,7 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
         supported = each.name in (*_SUPPORTED, *more) or value == each.default
         require(supported, f"{server} has no field for {each.name}={value!r}: {advice}")
     require(
-        sampling.top_k is None or "top_k" in names,
+        not sampling.top_k or "top_k" in names,
         f"{server} has no field for top_k={sampling.top_k}: give top_p instead",
     )
     known = dict.fromkeys([*SAMPLING_FIELDS, *names])

@@ -30,7 +30,7 @@ class IncompleteAnswer(ConnectionError):
 
     def __init__(self, message: str, generation: Generation) -> None:
         super().__init__(message)
-        self.generation = generation
+        self.generation, self.generations = generation, (generation,)
 
 
 class Answer:

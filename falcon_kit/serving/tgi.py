@@ -80,7 +80,7 @@ def body(request: Request, server: str, more: Collection[str] = ()) -> dict[str,
     parameters |= {"stop": list(request.stop)[:MAX_STOP_SEQUENCES], "do_sample": sampling.samples}
     if sampling.samples:
         top_p = None if sampling.top_p == 1 else sampling.top_p  # TGI requires a value below 1
-        chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": top_p}
+        chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": top_p}
         parameters |= {name: value for name, value in chosen.items() if value is not None}
     if sampling.alternatives:
         parameters["top_n_tokens"] = sampling.alternatives

@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.generation.chat import encode, render_prompt
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.model.checks import context_limit
 from falcon_kit.tuning.data import dialogues
 from falcon_kit.tuning.packing import Packed, pack
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import is_whole, printable, shown
 from falcon_kit.display.tables import counted
-from falcon_kit.generation.chat import ChatFormat, encode_answers, encode_text
+from falcon_kit.generation.chat import ChatFormat, encode_answers
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.model.checks import context_limit
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning.data import Documents, Problem, check_documents, store
 

@@ -55,7 +55,7 @@ def test_a_model_keeps_its_mode(model, tokenizer):
 
 
 def test_an_id_outside_the_vocabulary_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="2048 is no token id of this model: they go from 0 to 2047"):
+    with pytest.raises(ValueError, match="2048 is no token id of this model, whose ids are 0 to 2047"):
         score(inspect_model((model, tokenizer)), [Row((30, 2048), 1)])
 
 

@@ -24,12 +24,13 @@ from falcon_kit.generation.chat import (
     chat_format,
     check_messages,
     encode,
-    encode_text,
     install,
     plain_template,
     render,
+    render_prompt,
     save_tokenizer,
 )
+from falcon_kit.generation.control_tokens import encode_text
 
 ROOT = Path(__file__).parents[2]
 CONTROL_TOKENS = [
@@ -317,6 +318,13 @@ def test_transformers_alone_would_take_a_users_text_for_control() -> None:
     assert {EOS, CONTROL_TOKENS.index(">>ANSWER<<")} == CONTROL_IDS & {*naive}
 
 
+def test_transformers_cannot_keep_control_tokens_as_text_and_mark_the_answers() -> None:
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    assert 1 in by_transformers(CLOSED, FALCON, **options)["assistant_masks"]
+    with pytest.raises(ValueError, match="not compatible with `return_assistant_tokens_mask=True`"):
+        by_transformers(CLOSED, FALCON, sanitize_control_tokens=True, **options)
+
+
 def test_encoding_text_leaves_the_tokenizer_as_it_was() -> None:
     before = TOKENIZER.backend_tokenizer.encode("<|endoftext|>").ids
 
@@ -443,6 +451,23 @@ def test_the_assistant_is_not_asked_to_answer_itself() -> None:
         ValueError, match="last message is the assistant's, so there is nothing to answer: add a message of the user"
     ):
         render(CLOSED, FALCON)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ strftime_now('%Y') }}", "{{ messages | tojson }}", "{{ messages | tojson(indent=2, ensure_ascii=true) }}"],
+)
+def test_plain_jinja_renders_the_functions_and_filters_of_transformers(template: str) -> None:
+    messages = [{"role": "user", "content": "<é> & 'so'"}]
+    format = ChatFormat("mine", template=template)
+    assert render(messages, format) == render_prompt(messages, TOKENIZER, format)
+
+
+def test_a_template_that_refuses_a_conversation_is_named_without_transformers_too() -> None:
+    format = ChatFormat("mine", template="{{ raise_exception('no system message') }}")
+    for text in (lambda: render(TALK, format), lambda: render_prompt(TALK, TOKENIZER, format)):
+        with pytest.raises(ValueError, match=r"^The chat template 'mine' refuses this conversation: no"):
+            text()
 
 
 def test_rendering_changes_no_message() -> None:

@@ -143,7 +143,3 @@ def test_no_alternatives_are_computed_unless_asked_for(instruct, monkeypatch):
 
 def test_more_alternatives_than_tokens_are_all_tokens(instruct):
     assert len(instruct.generate(QUESTION, max_new_tokens=1, alternatives=10**6).alternatives[0]) == 2048
-
-
-def test_beam_search_has_no_alternatives(instruct):
-    assert instruct.generate(QUESTION, max_new_tokens=4, num_beams=2, alternatives=3).alternatives is None

@@ -256,7 +256,7 @@ def test_truncating_leaves_a_prompt_half_the_context_at_least(tokenizer):
 
 @pytest.mark.parametrize("token", [-1, 2048])
 def test_a_token_id_that_the_model_has_not_is_refused_with_those_it_has(instruct, token):
-    with pytest.raises(ValueError, match=f"{token} is no token id of this model: they go from 0 to 2047"):
+    with pytest.raises(ValueError, match=f"{token} is no token id of this model, whose ids are 0 to 2047"):
         instruct.generate([15, token])
 
 

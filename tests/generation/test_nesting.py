@@ -1,4 +1,6 @@
-"""A generation inside another one, and a stream that is closed before its first piece."""
+"""A generation inside another one or beside it, and a stream that is closed before its first piece."""
+
+import threading
 
 import pytest
 import torch
@@ -58,3 +60,38 @@ def test_a_stream_closed_before_its_first_piece_has_an_empty_text(instruct):
     assert stream.generation.prompt == PROMPT
     stream.close()
     assert list(stream) == []
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_another_thread_samples_while_a_search_without_sampling_runs(instruct, beams):
+    texts = []
+
+    def beside(input_ids, scores):
+        thread = threading.Thread(target=lambda: texts.append(instruct.generate(PROMPT, **SAMPLED)), daemon=True)
+        thread.start()
+        thread.join(20)
+        return scores
+
+    instruct.generate(PROMPT, num_beams=beams, max_new_tokens=1, logits_processor=LogitsProcessorList([beside]))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("write", [1, 2], ids=["entering", "leaving"])
+def test_ctrl_c_while_random_states_are_swapped_leaves_the_global_one_and_no_lock(instruct, monkeypatch, write):
+    before, writes, texts = torch.get_rng_state(), [], []
+    set_state = torch.set_rng_state
+
+    def interrupted(state):
+        set_state(state)
+        writes.append(state)
+        if len(writes) == write:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "set_rng_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        instruct.generate(PROMPT, seed=7, **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+    thread = threading.Thread(target=lambda: texts.append(instruct.generate(PROMPT, **SAMPLED)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(texts) == 1

@@ -114,6 +114,16 @@ def test_a_published_template_is_its_published_format(falcon, format):
     assert in_format(falcon, PUBLISHED_HUB) is fk.chat_format("hub")
 
 
+@pytest.mark.parametrize(
+    ("name", "treatment"),
+    [("falcon", ".strip()"), ("hub", ".strip()"), ("baize", ".strip()"), ("hub", r".replace('\n\n', '\n')")],
+)
+def test_a_template_that_treats_white_space_in_another_way_is_no_published_format(falcon, name, treatment):
+    template = fk.chat_format(name).template
+    assert (in_format(falcon, template).name, treatment in template) == (name, True)
+    assert in_format(falcon, template.replace(treatment, "")).name == "own"
+
+
 def test_answers_are_marked_as_transformers_marks_them(falcon):
     marked = falcon.tokenizer.apply_chat_template(
         CLOSED, chat_template=MARKED_CHATML, return_dict=True, return_assistant_tokens_mask=True

@@ -49,5 +49,5 @@ def test_a_prompt_is_one_text_several_or_token_ids(prompt, prompts, single):
 
 @pytest.mark.parametrize("wrong", [-1, 100])
 def test_a_token_id_that_there_is_not_is_named_with_those_there_are(wrong):
-    with pytest.raises(ValueError, match=f"{wrong} is no token id of this model: they go from 0 to 99"):
+    with pytest.raises(ValueError, match=f"{wrong} is no token id of this model, whose ids are 0 to 99"):
         check_tokens([[5, 99], [0, wrong]], 100)

@@ -12,6 +12,7 @@ from falcon_kit import Sampling
         ({}, False),
         ({"top_k": 5}, True),
         ({"top_p": 0.5}, True),
+        ({"top_k": 0}, False),
         ({"temperature": 0.7}, True),
         ({"temperature": 0}, False),
         ({"temperature": 0, "top_k": 5}, False),
@@ -28,8 +29,9 @@ def test_greedy_decoding_passes_no_setting_of_drawing_on():
     assert Sampling(temperature=0, top_k=5).generate_arguments() == {"do_sample": False}
 
 
-def test_an_unset_top_k_is_switched_off_rather_than_left_to_transformers():
-    assert Sampling(do_sample=True).generate_arguments() == {"do_sample": True, "top_k": 0}
+@pytest.mark.parametrize("settings", [{}, {"top_k": 0}])
+def test_an_unset_top_k_is_switched_off_rather_than_left_to_transformers(settings):
+    assert Sampling(do_sample=True, **settings).generate_arguments() == {"do_sample": True, "top_k": 0}
 
 
 @pytest.mark.parametrize(("stop", "expected"), [((), ()), ("a", ("a",)), (["a", "b"], ("a", "b"))])
@@ -44,16 +46,17 @@ def test_one_stop_string_is_as_good_as_a_list(stop, expected):
         ({"temperature": float("nan")}, "temperature must be 0 .* or more, got nan"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.01}, "top_p must be above 0 and at most 1, got 1.01"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
+        ({"top_k": -1}, r"top_k must be a whole number from 0 to 2\*\*63 - 1, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to .*, got 0"),
+        ({"max_length": 0}, "max_length must be a whole number from 1 to .*, got 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be a whole number from 1 to .*, got 0"),
+        ({"num_return_sequences": None}, "num_return_sequences must be a whole number from 1 to .*, got None"),
         ({"max_new_tokens": 5, "max_length": 9}, "give max_new_tokens or max_length, not both"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
-        ({"max_new_tokens": "10"}, "max_new_tokens must be a whole number, got '10'"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number .*, got True"),
+        ({"max_new_tokens": "10"}, "max_new_tokens must be a whole number .*, got '10'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number .*, got 2.5"),
         ({"temperature": "0.7"}, "temperature must be a number, got '0.7'"),
-        ({"alternatives": -1}, r"alternatives must be a whole number, 0 \(none\) or more, got -1"),
+        ({"alternatives": -1}, "alternatives must be a whole number from 0 to .*, got -1"),
         ({"alternatives": True}, "alternatives must be a whole number"),
         ({"seed": -1}, r"seed must be a whole number from 0 to 2\*\*63 - 1, got -1"),
         ({"seed": 2**70}, r"seed must be a whole number from 0 to 2\*\*63 - 1"),

@@ -53,6 +53,11 @@ def test_the_speed_of_reading_is_unknown_where_no_token_came():
     assert math.isnan(Stats(1, 5, 0, 0.0, 0.0).prefill_tokens_per_second)
 
 
+def test_the_speed_of_decoding_is_that_of_the_tokens_after_the_first_of_each_row():
+    stats = Stats(rows=2, prompt_tokens=6, new_tokens=10, first_token_seconds=1.0, seconds=3.0)
+    assert (stats.prefill_tokens_per_second, stats.decode_tokens_per_second) == (6.0, 4.0)
+
+
 def test_the_html_of_a_generation_escapes_its_text(instruct):
     answer = dataclasses.replace(
         instruct.generate(QUESTION, max_new_tokens=2), prompt="<script>", text="<img onerror=x>"

@@ -302,6 +302,21 @@ def test_the_text_of_an_answer_that_breaks_off_is_checked_too(server, text, call
     assert holds_no_text(error.value, KEY)
 
 
+@pytest.mark.parametrize(("word", "expected"), [("Giraffes", fk.Blocked), ("lions", MemoryError)])
+@each_call
+def test_each_text_that_ends_where_memory_runs_out_is_checked_too(instruct, call, word, expected):
+    allowed = Local(instruct, None).scripts(CLEAN)["prefix_allowed_tokens_fn"]
+
+    def full(row, ids):
+        if (tokens := allowed(row, ids)) == [instruct.tokenizer.eos_token_id]:
+            raise MemoryError
+        return tokens
+
+    with pytest.raises(expected) as error:
+        call(instruct, "Hello", guardrails=fk.guardrails(blocked_words=[word]), prefix_allowed_tokens_fn=full)
+    assert holds_no_text(error.value, "Giraffes") == (expected is fk.Blocked)
+
+
 # The playground
 
 

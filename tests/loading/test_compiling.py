@@ -33,7 +33,7 @@ def test_the_cache_of_compiled_decoding_is_kept_and_emptied(falcon, monkeypatch)
     expected = falcon.generate("The", max_new_tokens=5, do_sample=False).tokens
     made = []
     monkeypatch.setattr(
-        "falcon_kit.generation.static_cache.StaticCache", lambda **given: made.append(1) or StaticCache(**given)
+        "falcon_kit.generation.kept_cache.StaticCache", lambda **given: made.append(1) or StaticCache(**given)
     )
     falcon.generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False)
     assert falcon.generate("The", max_new_tokens=5, do_sample=False).tokens == expected

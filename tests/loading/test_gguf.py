@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, FalconForCausalLM, PreTrainedTokenizerFa
 
 import falcon_kit as fk
 from falcon_kit.catalogue.gguf import gguf_file, stored_names
-from falcon_kit.generation.chat import encode_text
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.gguf import PRE_TOKENIZER, gguf_tokenizer, grouped, ungrouped
 from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.serving.gguf import write_gguf

@@ -64,7 +64,7 @@ def masks(monkeypatch):
     seen = []
 
     def watched(*args, **kwargs):
-        seen.append((kwargs["attn_mask"], kwargs["is_causal"]))
+        seen.append((kwargs["attn_mask"], kwargs.get("is_causal", False)))
         return scaled_dot_product_attention(*args, **kwargs)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)

@@ -87,7 +87,7 @@ def test_a_step_reads_each_key_once_however_many_queries_share_it(layout, monkey
     kit, shapes = pair(layout)[1], []
 
     def watched(query, key, value, **kwargs):
-        shapes.append((tuple(query.shape[:3]), tuple(key.shape[:3]), kwargs["enable_gqa"]))
+        shapes.append((tuple(query.shape[:3]), tuple(key.shape[:3]), kwargs.get("enable_gqa", False)))
         return scaled_dot_product_attention(query, key, value, **kwargs)
 
     past = run(kit, IDS[:, :-1]).past_key_values
@@ -110,7 +110,7 @@ def test_a_step_reads_each_key_once_however_many_queries_share_it(layout, monkey
     ],
 )
 def test_keys_are_repeated_where_no_fused_kernel_takes_groups(kind, capability, dtype, masked, grouped, monkeypatch):
-    monkeypatch.setattr("falcon_kit.model.attention._capability", lambda _: capability)
+    monkeypatch.setattr("falcon_kit.model.packed_documents._capability", lambda _: capability)
     query = SimpleNamespace(device=torch.device(kind), dtype=dtype)
     assert attention._takes_groups(query, torch.ones(1) if masked else None) == grouped
 

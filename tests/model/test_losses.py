@@ -32,7 +32,7 @@ def loss_and_gradients(model, ids, labels, **arguments):
 @pytest.mark.parametrize("chunk", [7, 1000])
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_loss_and_gradients_are_those_of_whole_logits(model, monkeypatch, chunk, head_trained):
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "LOSS_CHUNK", chunk)
     model.lm_head.weight.requires_grad_(head_trained)
     expected, expected_gradients = loss_and_gradients(model, *labelled())
     loss, gradients = loss_and_gradients(model, *labelled(), skip_logits=True)
@@ -77,7 +77,7 @@ def test_half_precision_agrees_as_far_as_it_rounds(model):
 
 
 def test_the_logits_of_all_tokens_are_never_in_memory(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 32)
+    monkeypatch.setattr(losses, "LOSS_CHUNK", 32)
     model = FalconForCausalLM(small_config("40b", num_hidden_layers=1, vocab_size=16384))
     model.requires_grad_(False)
     model.transformer.h[0].mlp.dense_h_to_4h.weight.requires_grad_(True)

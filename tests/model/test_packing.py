@@ -54,6 +54,12 @@ def test_rows_of_a_batch_may_be_packed_differently(layout):
     assert_close(run(kit, IDS[:2], position_ids=positions).logits, expected)
 
 
+def test_a_gap_in_the_positions_divides_no_document(layout):
+    stock, kit = pair(layout)
+    positions = torch.cat([torch.arange(10), torch.arange(20, 34)])[None]
+    assert_close(run(kit, IDS[:1], position_ids=positions).logits, run(stock, IDS[:1], position_ids=positions).logits)
+
+
 def test_packed_documents_together_may_be_longer_than_the_context():
     kit = same_weights(small_model("40b", max_position_embeddings=16))
     assert_documents_stay_apart(kit, IDS[:1], [12, 12])

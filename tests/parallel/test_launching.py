@@ -394,7 +394,7 @@ def test_the_weights_of_a_falcon_in_several_processes_say_where_their_bytes_are_
 
 
 def test_a_token_id_that_no_rank_has_is_refused(together):
-    with pytest.raises(ValueError, match="99999 is no token id of this model: they go from 0 to 2047"):
+    with pytest.raises(ValueError, match="99999 is no token id of this model, whose ids are 0 to 2047"):
         together.generate([99999, 1])
 
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 
 import falcon_kit as fk
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.generation.chat import encode_text, plain_template, render
+from falcon_kit.generation.chat import plain_template, render
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.serving import ggml
 from falcon_kit.serving import gguf as export
 from falcon_kit.serving.gguf import export_gguf, write_gguf

@@ -1,4 +1,5 @@
-"""Attention within documents that are packed into rows, without a mask, on GPUs that have a kernel for it.
+"""Documents that are packed into rows: where they begin, and attention within them without a mask, on GPUs that have
+a kernel for it.
 
 A mask has B x T x T values, and torch's fused kernels that take one compute all pairs of tokens and want a key for
 every query head. `torch.nn.attention.varlen` computes the pairs within each document, and takes grouped keys.
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils.import_utils import is_tracing
 
 
 class Documents(NamedTuple):
@@ -24,6 +26,18 @@ class Documents(NamedTuple):
     """Tokens of the longest document."""
 
 
+def document_numbers(positions: Tensor) -> Tensor | None:
+    """The number of each token's document in its row (B, T), for positions (B, T); None if each row is one document.
+
+    A document begins where the positions start again. transformers' `find_packed_sequence_indices` also divides a text
+    whose positions have a gap.
+    """
+    numbers = functional.pad(positions.diff(dim=-1) <= 0, (1, 0)).cumsum(dim=-1)
+    if not is_tracing(numbers) and not numbers[:, -1].any():  # what is traced cannot depend on values
+        return None
+    return numbers
+
+
 def find_documents(numbers: Tensor) -> Documents:
     """The documents of rows (B, T), in which each token has the number of its document in the row."""
     first = torch.ones_like(numbers, dtype=torch.bool)
@@ -33,14 +47,22 @@ def find_documents(numbers: Tensor) -> Documents:
 
 
 def has_kernel(hidden_states: Tensor) -> bool:
-    """Whether the device has the kernel for hidden states: FlashAttention, in 16 bits, from Ampere on.
+    """Whether the device has the kernel for hidden states, which is FlashAttention.
 
     Not in compiled code, where the number of documents would be a shape that depends on values.
     """
-    in_16_bits = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    if hidden_states.device.type != "cuda" or not in_16_bits or torch.compiler.is_compiling():
-        return False
-    return torch.cuda.get_device_capability(hidden_states.device) >= (8, 0) and _kernel() is not None
+    return not torch.compiler.is_compiling() and has_flash_attention(hidden_states) and _kernel() is not None
+
+
+def has_flash_attention(values: Tensor) -> bool:
+    """Whether FlashAttention takes values of this dtype on their device: 16 bits, on CUDA, from Ampere on."""
+    in_16_bits = values.dtype in (torch.float16, torch.bfloat16)
+    return values.device.type == "cuda" and in_16_bits and _capability(values.device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:

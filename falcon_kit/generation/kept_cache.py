@@ -32,7 +32,7 @@ def kept_cache(model: Any, rows: int) -> Iterator[StaticCache]:
 
 def _slots(model: Any) -> int:
     """One more than the context: torch compiles a step that reads all slots apart from those that read a part."""
-    return context_limit(vars(model.config)) + 1
+    return context_limit(model.config) + 1
 
 
 def _fits(cache: StaticCache, model: Any, rows: int) -> bool:

@@ -1,0 +1,125 @@
+"""Arguments of transformers' generate: those with an effect work, also in a config and with an adapter; the others are
+refused."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import GenerationConfig, StoppingCriteriaList
+
+import falcon_kit as fk
+from falcon_kit.generation import generate
+from tests.generation.test_generate import CHAT, PROMPTS, QUESTION
+
+
+def test_a_generation_config_may_be_a_dict(instruct):
+    assert len(instruct.generate(QUESTION, generation_config={"max_new_tokens": 3}).tokens) == 3
+
+
+def test_settings_of_the_kit_in_a_generation_config_count(instruct):
+    config = GenerationConfig(stop=["acacia"], max_new_tokens=9)
+    assert instruct.generate(QUESTION, generation_config=config).finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ("no such thing", "generation_config must be a transformers.GenerationConfig or a dict, got 'no such thing'"),
+        ({"max_tokens": 3}, "Unknown setting 'max_tokens'"),
+        (GenerationConfig(max_tokens=3), "Unknown setting 'max_tokens'"),
+    ],
+)
+def test_a_generation_config_that_cannot_count_is_refused(instruct, config, error):
+    with pytest.raises(ValueError, match=error):
+        instruct.generate(QUESTION, generation_config=config)
+
+
+def test_the_end_token_of_a_generation_config_ends_an_answer(instruct):
+    end = instruct.chat(CHAT).tokens[2]
+    config = GenerationConfig(eos_token_id=end)
+    assert instruct.chat(CHAT, generation_config=config).tokens == instruct.chat(CHAT, eos_token_id=end).tokens
+    *_, last = instruct.stream(CHAT, generation_config=config)
+    assert last.token_id == end
+
+
+def test_several_answers_in_a_generation_config_are_refused_in_a_chat(instruct):
+    config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match="chat gives one answer"):
+        instruct.chat(CHAT, generation_config=config)
+    with pytest.raises(ValueError, match="a stream carries one text"):
+        instruct.stream(CHAT, generation_config=config)
+
+
+@pytest.mark.parametrize("name", ["inputs", "input_ids", "inputs_embeds"])
+def test_a_second_prompt_is_refused(instruct, name):
+    with pytest.raises(ValueError, match=f"{name} would replace the prompt: give token ids as the prompt"):
+        instruct.generate("Hello", guardrails=fk.guardrails(), **{name: torch.tensor([[77, 78]])})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"output_scores": True}, r"output_scores has no effect here: a Generation has .logprobs"),
+        ({"output_logits": True}, r"with alternatives=N the most probable tokens"),
+        ({"output_attentions": True}, r"fk.attention\(falcon, text\)"),
+        ({"output_hidden_states": True}, r"fk.lens\(falcon, text\)"),
+        ({"token_healing": True}, "leave a space at the end of the prompt out"),
+        ({"min_p": 0.5}, "min_p has no effect without sampling: give do_sample=True too"),
+        ({"typical_p": 0.5, "temperature": 0}, "typical_p has no effect without sampling"),
+        ({"alternatives": 2, "num_beams": 2}, "beam search reports no alternatives: leave alternatives out"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_with_what_has_one(instruct, settings, error):
+    with pytest.raises(ValueError, match=error):
+        instruct.generate(QUESTION, **settings)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("settings", [{"return_dict_in_generate": False}, {"pad_token_id": None}])
+def test_settings_that_the_kit_chooses_itself_may_be_given(instruct, settings, beams):
+    settings = {"num_beams": beams, "max_new_tokens": 4} | settings
+    expected = instruct.generate(PROMPTS, num_beams=beams, max_new_tokens=4)
+    assert [each.tokens for each in instruct.generate(PROMPTS, **settings)] == [each.tokens for each in expected]
+
+
+def test_a_number_is_no_conversation(instruct):
+    with pytest.raises(ValueError, match=r"A conversation is a list of messages, such as .*; got a int\."):
+        instruct.chat(5)
+
+
+# Other loops
+
+
+@pytest.mark.parametrize("as_output", [False, True])
+def test_a_loop_of_the_caller_may_return_tokens_or_an_output(instruct, as_output):
+    def loop(model, input_ids, **_):
+        sequences = torch.cat([input_ids, torch.full((len(input_ids), 3), 77)], 1)
+        return SimpleNamespace(sequences=sequences, past_key_values=None) if as_output else sequences
+
+    answer = instruct.generate(QUESTION, custom_generate=loop, max_new_tokens=3)
+    assert (answer.tokens, answer.finish_reason, answer.logprobs) == ((77, 77, 77), "length", None)
+    with pytest.raises(ValueError, match=r"^custom_generate cannot stream token by token: use generate\(\)$"):
+        instruct.stream(QUESTION, custom_generate=loop)
+
+
+# Models with an adapter of PEFT
+
+
+def adapted(falcon, config):
+    return get_peft_model(copy.deepcopy(falcon.model), config)
+
+
+def test_a_model_with_an_adapter_takes_all_arguments_of_transformers(instruct):
+    model = adapted(instruct, LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    ends = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), True)])
+    answer = generate.generate(model, instruct.tokenizer, QUESTION, stopping_criteria=ends)
+    assert (len(answer.tokens), answer.finish_reason) == (1, "stop")
+
+
+def test_a_model_with_a_learned_prompt_generates_at_once(instruct):
+    model = adapted(instruct, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert len(generate.generate(model, instruct.tokenizer, QUESTION, max_new_tokens=3).tokens) == 3
+    with pytest.raises(ValueError, match=r"^a model with a learned prompt of PEFT cannot stream token by token"):
+        generate.stream(model, instruct.tokenizer, QUESTION)
