@@ -23,13 +23,13 @@ from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
-from falcon_kit.tuning import distributed
+from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.runs import model_card
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer
 
-_MAY_CHANGE_ON_RESUME = {"save_steps", "answers", "eval_steps"}
+_MAY_CHANGE_ON_RESUME = {"save_steps", "eval_steps"}
 """Settings that a resumed run may change, because the adapter does not depend on them. With patience it depends on
 eval_steps, because patience counts evaluations."""
 
@@ -92,7 +92,7 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
     not write, and ValueError for another run or a damaged run.json.
     """
     file = directory / "run.json"
-    results = [each for each in (*directory.glob("checkpoint-*"), directory / "adapter") if each.exists()]
+    results = [*checkpoint_files.checkpoints(directory), *directory.glob("adapter")]
     if results and not file.is_file():
         raise FileExistsError(
             f"{results[0]} is not of a run of fk.tune, which has a {file.name} in the same folder, and would be "

@@ -298,7 +298,10 @@ class _Run:
             if distributed.is_rank0():
                 last = checkpoint_files.last_complete(self.directory)
                 step = checkpoint_files.step_of(last) if last else 0
-                print_line(f"Interrupted: the same call resumes from step {step} of {trainer.state.max_steps}")
+                print_line(
+                    f"Interrupted: fk.tune with resume=True, the default, resumes from step {step} of "
+                    f"{trainer.state.max_steps}"
+                )
             raise
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):

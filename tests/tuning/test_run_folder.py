@@ -12,7 +12,7 @@ import falcon_kit as fk
 from falcon_kit.tuning.packing import FEATURES, Packed
 from falcon_kit.tuning.run_folder import default_output_dir, digest
 from falcon_kit.tuning.trainer import AdapterTrainer
-from tests.tuning.small_runs import QUICK, ROWS, broken_off, same, weights
+from tests.tuning.small_runs import QUICK, ROWS, broken_off, interrupted, same, weights
 
 # The hash of the data
 
@@ -73,6 +73,28 @@ def test_resume_false_starts_over(monkeypatch, falcon, tmp_path):
     run = fk.tune(falcon, ROWS, output_dir=tmp_path / "one", resume=False, **{**QUICK, "r": 4})
     expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "two", **{**QUICK, "r": 4})
     assert same(run.adapter, expected.adapter)
+
+
+def test_resume_false_leaves_what_is_no_checkpoint(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1}
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    (tmp_path / "checkpoint-best-of-monday").mkdir()
+    fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **options)
+    assert (tmp_path / "checkpoint-best-of-monday").exists()
+
+
+def test_a_resumed_run_saves_and_evaluates_as_often_as_the_call_says(monkeypatch, falcon, tmp_path):
+    options = {"max_steps": 8, "save_steps": 4, "eval_steps": 4}
+    interrupted(monkeypatch, falcon, tmp_path, 1, **options)
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | options | {"save_steps": 1, "eval_steps": 2})
+    assert [each["step"] for each in run.history if "eval_loss" in each] == [2, 4, 6, 8]
+    assert sorted(each.name for each in tmp_path.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_another_number_of_answers_is_another_run(falcon, tmp_path):
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1})
+    with pytest.raises(ValueError, match="answers: 0 there, 4 here"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1, "answers": 4})
 
 
 def test_a_run_json_that_is_empty_is_refused_with_what_to_do(falcon, tmp_path):
