@@ -123,7 +123,7 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
 
 
 def workspace_bytes(
-    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, multiplies: bool = True, trains: bool = False
+    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, native: bool = True, trains: bool = False
 ) -> int:
     """Temporary memory when a whole prompt is multiplied with weights that are first unpacked or copied to float32;
     that of bitsandbytes measured, not derived.
@@ -131,7 +131,7 @@ def workspace_bytes(
     int8: on a GPU the output of the widest layer, in int32 and float32; on a CPU a slab. nf4: the largest matrix in 16
     bits; on a CPU it is repacked at first use, which takes an int32 copy. int4: on a GPU the largest matrix, in bytes
     and in 16 bits; on a CPU a slab, or an int32 copy of the largest matrix, made once for its kernel. 16 bits: nothing,
-    or on a CPU that has no instructions for them (`multiplies` is False) a slab. In training a CPU unpacks whole
+    or on a CPU that has no instructions for them (`native` is False) a slab. In training a CPU unpacks whole
     matrices of int8 and int4 for the gradients, and copies no others.
     """
     largest = max(out * into for out, into in linear_shapes(spec))
@@ -140,17 +140,17 @@ def workspace_bytes(
     if dtype.startswith("nf4"):
         return largest * (9 if on_cpu else 2)
     whole = {"int4": 5 * largest, "int8": 4 * largest if trains else 0}.get(dtype, 0)
-    return max(whole, _slab_bytes(spec, dtype, context, batch, multiplies) if on_cpu and not trains else 0)
+    return max(whole, _slab_bytes(spec, dtype, context, batch, native) if on_cpu and not trains else 0)
 
 
-def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, multiplies: bool) -> int:
+def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, native: bool) -> int:
     """A slab of weights, unpacked or in float32, and its products; where 16 bits are multiplied in float32, also the
     input of the MLP's down projection in float32, as far as `prefill_bytes` does not count it."""
-    if multiplies and dtype not in QUANTISED:
+    if native and dtype not in QUANTISED:
         return 0
     slab = max(SLAB, 64 * spec.intermediate_size)
     products = 4 * batch * context * min(spec.intermediate_size, slab // spec.d_model)
-    inputs = 0 if multiplies else 2 * batch * context * spec.intermediate_size
+    inputs = 0 if native else 2 * batch * context * spec.intermediate_size
     return slab * (10 if dtype == "int4" else 4) + products + inputs
 
 
@@ -199,11 +199,6 @@ def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapt
     return values * VALUE_BYTES[dtype]
 
 
-def merge_bytes(spec: FalconSpec) -> int:
-    """Merging an adapter into the largest matrix: the product B A in float32, and its scaled copy."""
-    return 8 * max(out * into for out, into in linear_shapes(spec))
-
-
 _OTHER_NAMES = {"4bit": "nf4", "8bit": "int8", "4": "int4", "8": "int8", "half": "float16"}
 
 
@@ -213,5 +208,5 @@ def dtype_name(dtype: Any) -> str:
     if name not in DTYPES:
         near = get_close_matches(_OTHER_NAMES.get(name.lower(), name.lower()), DTYPES, cutoff=0.5)
         hint = f": did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"dtype {dtype!r} is not known{hint} Known: {', '.join(DTYPES)}; for fk.load also auto.")
+        raise ValueError(f"dtype {dtype!r} is not known{hint} Known: {', '.join(DTYPES)}, auto.")
     return name

@@ -5,7 +5,7 @@ Neither torch nor transformers is imported.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from falcon_kit.display.errors import printable, require
@@ -68,6 +68,8 @@ class FalconSpec:
     """Whether it is published under tiiuae/ on the Hugging Face hub."""
     source: str = "a config.json"
     """Source of the figures."""
+    stored_dtype: str = field(default="bfloat16", compare=False)
+    """The dtype of the weights in the files: float32, bfloat16, float16, int8, int4, nf4 or nf4-double."""
 
     def __post_init__(self) -> None:
         d, h, g = self.d_model, self.query_heads, self.kv_heads
@@ -156,6 +158,7 @@ class FalconSpec:
             bias=bool(config.get("bias")),
             new_decoder_architecture=new,
             tied_head=bool(config.get("tie_word_embeddings", True)),
+            stored_dtype=_stored_dtype(config),
             **facts,
         )
 
@@ -266,6 +269,19 @@ def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if missing := [key for key in required if config.get(key) is None]:
         raise ValueError(f"{name}: the config lacks {', '.join(missing)}; required are {', '.join(required)}.")
     return config
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config names, also of bitsandbytes and of the kit; bfloat16 where it names no other."""
+    quantised = config.get("quantization_config")
+    quantised = quantised if isinstance(quantised, Mapping) else {}
+    if quantised.get("load_in_8bit"):
+        return "int8"
+    if quantised.get("load_in_4bit"):
+        return "nf4-double" if quantised.get("bnb_4bit_use_double_quant") else "nf4"
+    named = quantised.get("dtype") or config.get("dtype") or config.get("torch_dtype")
+    named = str(named).removeprefix("torch.")
+    return named if named in ("float32", "float16", "int8", "int4") else "bfloat16"
 
 
 def _positive_int(config: Mapping[str, Any], key: str, name: str, default: int = 0) -> int:

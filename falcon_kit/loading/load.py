@@ -6,6 +6,7 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,6 @@ from transformers import (
 from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.reading import named_errors
-from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import RECORD, record
@@ -40,6 +40,8 @@ from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.planning.processor import cpu_dtype
+from falcon_kit.planning.suggestions import Suggestion, in_words_of
 
 _WRONG_IN_2023 = (1, 2)
 """bos_token_id and eos_token_id in the published generation configs of 2023; the models were trained with 11."""
@@ -125,10 +127,20 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         tensor_parallel=settings.tensor_parallel or 1,
     )
     if not (planned.fits or settings.force or settings.device_map not in (None, "auto")):
-        raise NotEnoughMemory(planned)
+        raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
     if settings.compile:
         check_compilable(dtype, choose_device_map(settings.device_map, planned))
     return planned, reason
+
+
+def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tuple[Suggestion, ...]:
+    """The suggestions of the plan as arguments of `load`, without those that these settings exclude."""
+    names = {"name": "name", "cache": "attention"}
+    if stored_quantisation(config) is None:
+        names |= {"dtype": "dtype", "tensor_parallel": "tensor_parallel"}
+    if settings.max_memory is None and not settings.compile:
+        names["offload"] = "offload"
+    return in_words_of(names, planned.suggestions)
 
 
 def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
@@ -146,12 +158,7 @@ def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) ->
         if stored == "bfloat16" and compute_dtype() == torch.float16:
             return "float16", "the checkpoint's bfloat16 is not native to this GPU"
         return stored, "as in the checkpoint"
-    full, (_, available) = 4 * shape.parameters, host_memory()
-    if stored != "float32" and full < available / 10:
-        return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
-    if stored == "float16":
-        return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
-    return stored, "as in the checkpoint"
+    return cpu_dtype(stored, shape, host_memory()[1])
 
 
 def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned: Plan, reason: str) -> Falcon:

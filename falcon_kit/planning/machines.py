@@ -36,9 +36,13 @@ class Price:
     source: str
     """Its address."""
 
+    @property
+    def amount(self) -> str:
+        """The price alone."""
+        return f"about ${self.usd_per_hour:.2f}/h"
+
     def __str__(self) -> str:
-        when = "on" if "-" in self.as_of else "in"
-        return f"about ${self.usd_per_hour:.2f}/h {when} {self.as_of} ({self.offer})"
+        return f"{self.amount} {'on' if '-' in self.as_of else 'in'} {self.as_of} ({self.offer})"
 
 
 _PRICES = {name: Price(**each) for name, each in _DATA["prices"].items()}

@@ -12,9 +12,9 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import counted
 from falcon_kit.planning.devices import Device
-from falcon_kit.planning.processor import multiplies
+from falcon_kit.planning.processor import has_instructions_for
 
-Purpose = Literal["inference", "lora", "qlora", "full", "merge"]
+Purpose = Literal["inference", "lora", "qlora", "full"]
 CacheKind = Literal["grouped", "transformers"]
 Sizes = dict[str, tuple[int, str]]
 """Bytes and the reason for them, by part."""
@@ -58,7 +58,7 @@ class Request:
     @property
     def trains(self) -> bool:
         """Whether there is a backward pass."""
-        return self.purpose in ("lora", "qlora", "full")
+        return self.purpose != "inference"
 
     def layer_parts(self) -> Sizes:
         """What one decoder layer takes on the device that computes it."""
@@ -72,8 +72,6 @@ class Request:
                     "one per query head" if self.cache == "transformers" else counted(self.spec.kv_heads, "KV head")
                 )
                 parts["KV cache"] = (cache, f"{self.batch} x {self.context} tokens, {copies}")
-            case "merge":
-                parts["LoRA"] = (4 * adapters, f"r={self.r}, float32")
             case "full":
                 parts["gradients and Adam"] = (3 * weights, "a gradient and two averages per weight")
             case _:
@@ -98,24 +96,23 @@ class Request:
 
     def device_parts(self, device: Device) -> Sizes:
         """What each device that computes layers takes in addition to them."""
-        if self.purpose == "merge":
-            peak, reason = memory.merge_bytes(self.spec), "the largest product B A, and its scaled copy"
-        elif self.trains:
-            peak = memory.backward_bytes(*self._size, adapters=self.purpose != "full")
-            reason = "recomputation and backward pass of one layer"
-        else:
-            peak, reason = memory.prefill_bytes(*self._size), f"the peak of the prefill of {self.context} tokens"
-        overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
-        if device.key == "cpu":
-            overhead = (CPU_OVERHEAD, "Python with torch and transformers")
         on_cpu = device.key == "cpu"
-        multiplied = not on_cpu or multiplies(self.dtype)
-        workspace = memory.workspace_bytes(*self._size, on_cpu, multiplied, self.trains)
-        reason = "for the prefill with quantised weights"
+        if self.trains:
+            peak = memory.backward_bytes(*self._size, adapters=self.purpose != "full")
+            peak_reason = "recomputation and backward pass of one layer"
+        else:
+            peak, peak_reason = memory.prefill_bytes(*self._size), f"the peak of the prefill of {self.context} tokens"
+        workspace = memory.workspace_bytes(
+            *self._size, on_cpu, not on_cpu or has_instructions_for(self.dtype), self.trains
+        )
+        workspace_reason = "for products with quantised weights"
         if self.dtype in memory.FLOAT_DTYPES:
-            reason = f"for the prefill in float32, on a CPU without instructions for {self.dtype}"
-        parts = {"workspace": (workspace, reason)} if workspace else {}
-        return {"activations": (peak, reason), **parts, "overhead": overhead}
+            workspace_reason = f"for the prefill in float32, on a CPU without instructions for {self.dtype}"
+        parts = {"workspace": (workspace, workspace_reason)} if workspace else {}
+        overhead = (GPU_OVERHEAD, "CUDA context and library workspaces: assumed")
+        if on_cpu:
+            overhead = (CPU_OVERHEAD, "Python with torch and transformers")
+        return {"activations": (peak, peak_reason), **parts, "overhead": overhead}
 
     def first_device_parts(self) -> Sizes:
         """What the first device takes in addition: the embedding, the output head, and the logits or the loss."""
@@ -164,8 +161,9 @@ def _balanced_layers(request: Request, devices: Sequence[Device], offloaded: int
     def capacities(reserve: int) -> list[int]:
         return [max(0, (size - reserve) // layer) for size in free]
 
-    reserves = range(1, max(free) + 1)
-    reserve = bisect(reserves, False, key=lambda each: sum(capacities(each)) < wanted)  # 0 if none of them fits
+    reserves = range(1, max(free) + 1)  # in bytes: index 0 is a reserve of 1 byte, so the index of the first reserve
+    # with which the layers do not fit is the last one with which they do; 0 if none of them fits
+    reserve = bisect(reserves, False, key=lambda each: sum(capacities(each)) < wanted)
     counts = capacities(reserve)
     used = [index for index, count in enumerate(counts) if count]
     fullest_first = sorted(used, key=lambda index: free[index] - counts[index] * layer)

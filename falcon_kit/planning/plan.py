@@ -35,8 +35,9 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
-from falcon_kit.planning.processor import fast_dtypes, multiplies
+from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, has_instructions_for
 from falcon_kit.planning.suggestions import (
+    Suggestion,
     margin_doubt,
     report_doubt,
     suggestions,
@@ -70,7 +71,7 @@ class Plan:
     batch: int
     """Sequences per batch."""
     purpose: Purpose
-    """inference, lora, qlora, full (fine-tuning of all weights) or merge (of an adapter into the weights)."""
+    """inference, lora, qlora or full (fine-tuning of all weights)."""
     devices: tuple[Device, ...]
     """The devices of the plan."""
     rows: tuple[Part, ...]
@@ -78,7 +79,7 @@ class Plan:
     device_map: Mapping[str, int | str]
     """The device of each module, for `from_pretrained`; no decoder layer is split. Empty if the model does not fit, and
     under tensor parallelism, which divides each layer."""
-    suggestions: tuple[str, ...]
+    suggestions: tuple[Suggestion, ...]
     """What to change if the model does not fit or is tight, the least loss of quality first."""
     tight: str = ""
     """Why a model that fits by arithmetic is not counted as fitting; empty otherwise. fk.load(force=True) tries."""
@@ -108,7 +109,7 @@ class Plan:
 
     @property
     def free_bytes(self) -> int:
-        """The memory of all devices together."""
+        """The memory of all devices together that a plan may use."""
         return sum(device.free_bytes for device in self.devices)
 
     @property
@@ -116,13 +117,13 @@ class Plan:
         """Which dtypes are fast on the CPU of this machine, why, and the bytes of their weights; else empty."""
         if self.devices[0].key != "cpu" or self.devices[0].machine or self.purpose != "inference":
             return ""
-        return fast_dtypes(self.spec, multiplies("bfloat16"))
+        return fast_dtypes(self.spec, has_instructions_for("bfloat16"))
 
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
         counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
         devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
-        fits = "is tight in" if self.tight else "fits into" if self.fits else "does not fit into"
+        fits = "may not fit into" if self.tight else "fits into" if self.fits else "does not fit into"
         reason = f": {self.tight}" if self.tight else ""
         disk = f". {self.disk.shortage}" if self.disk and self.disk.shortage else ""
         work = "" if self.purpose == "inference" else f" for {self.purpose}"
@@ -154,12 +155,13 @@ def _check_names(unknown: Mapping[str, Any]) -> None:
         near = get_close_matches(next(iter(unknown)), signature(plan).parameters)
         hint = f": did you mean {near[0]}?" if near else ""
         hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else hint
+        hint = ": it is one of fk.load" if "offload" in unknown else hint
         raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
 
 
 def plan(
     name: str | os.PathLike[str] | FalconSpec,
-    dtype: Any = "bfloat16",
+    dtype: Any = None,
     context: int = 2048,
     batch: int = 1,
     purpose: Purpose = "inference",
@@ -171,9 +173,10 @@ def plan(
 ) -> Plan:
     """The memory that a Falcon needs, and whether it fits. No weights are downloaded or loaded.
 
-    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, int4, nf4 or nf4-double. context:
-    tokens per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora, qlora (LoRA
-    on quantised weights), full (fine-tuning of all weights) or merge (of an adapter into the weights).
+    name: as for `fk.spec`, or a FalconSpec. dtype: float32, bfloat16, float16, int8, int4, nf4 or nf4-double; unset,
+    bfloat16, or nf4-double for qlora; "auto", the one `fk.load` would choose, as far as the config is on this machine.
+    context: tokens per sequence, prompt and answer together. batch: sequences per batch. purpose: inference, lora,
+    qlora (LoRA on quantised weights) or full (fine-tuning of all weights).
     devices: unset, the GPUs of this machine, or its host memory if it has none; "4x40GiB"; a GPU ("2xA100-80GB", "8 x
     H100"); a machine of AWS, Google Cloud, Azure, Colab or Kaggle ("ml.g5.12xlarge", "a2-highgpu-1g", "colab-t4"); or a
     list of `falcon_kit.planning.devices.Device`.
@@ -184,20 +187,32 @@ def plan(
     """
     _check_names(unknown)
     shape = name if isinstance(name, FalconSpec) else spec(name)
-    dtype = dtype_name(dtype)
-    if purpose == "qlora" and dtype not in memory.QUANTISED:
-        dtype = "nf4-double"
-    request = Request(shape, dtype, context, batch, purpose, cache, r, tensor_parallel)
+    places = resolve_devices(devices)
+    request = Request(shape, _dtype(dtype, shape, purpose, places), context, batch, purpose, cache, r, tensor_parallel)
     _check(request)
-    disk = disk_for(shape, here=devices is None)
-    devices = resolve_devices(devices)
-    if tensor_parallel != 1:
+    _check_dtype(request, places)
+    return _planned(request, places, disk_for(shape, here=devices is None))
+
+
+def _dtype(dtype: Any, shape: FalconSpec, purpose: Purpose, devices: Sequence[Device]) -> str:
+    """The dtype by name: the one asked for, that of the purpose, or the one `fk.load` would choose for "auto"."""
+    if dtype is None:
+        return "nf4-double" if purpose == "qlora" else "bfloat16"
+    if not (isinstance(dtype, str) and dtype == "auto"):
+        return dtype_name(dtype)
+    if devices[0].key == "cpu":
+        return cpu_dtype(shape.stored_dtype, shape, devices[0].free_bytes)[0]
+    return shape.stored_dtype
+
+
+def _planned(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:
+    if request.tensor_parallel != 1:
         return _plan_tensor_parallel(request, tensor_parallel_devices(request, devices), disk)
     counts = layers_per_device(request, without_margin(devices))
     tight = report_doubt(request, devices)
-    if sum(counts) < shape.layers:
+    if sum(counts) < request.spec.layers:
         counts, tight = layers_per_device(request, devices), tight or margin_doubt()
-    fits = sum(counts) == shape.layers
+    fits = sum(counts) == request.spec.layers
     counts = counts if fits else split_by_memory(request, devices)
     rows = layer_split_parts(request, devices, counts)
     if fits and not tight:
@@ -223,7 +238,7 @@ def _plan(
     rows: Iterable[Part],
     modules: Mapping[str, int | str],
     disk: Disk | None,
-    changes: Iterable[str] = (),
+    changes: Iterable[Suggestion] = (),
     tight: str = "",
 ) -> Plan:
     arguments = request.spec, request.dtype, request.context, request.batch, request.purpose
@@ -243,3 +258,23 @@ def _check(request: Request) -> None:
     require(is_whole(request.r, 1, 2**31), f"r={shown(request.r)}: the rank of LoRA must be at least 1")
     ranks = request.tensor_parallel
     require(is_whole(ranks, -(2**31), 2**31), f"tensor_parallel must be a whole number, got {shown(ranks)}")
+
+
+def _check_dtype(request: Request, devices: Sequence[Device]) -> None:
+    """Raises ValueError for weights that cannot be trained or offloaded in this dtype."""
+    dtype, purpose, quantised = request.dtype, request.purpose, request.dtype in memory.QUANTISED
+    require(
+        quantised or purpose != "qlora",
+        f"dtype={dtype!r} with purpose='qlora', which trains LoRA on quantised weights: leave dtype out, give "
+        f"{', '.join(memory.QUANTISED)}, or use purpose='lora'",
+    )
+    require(
+        not quantised or purpose != "full",
+        f"dtype={dtype!r} with purpose='full': quantised weights are not trained: give "
+        f"{', '.join(memory.FLOAT_DTYPES)}, or use purpose='qlora'",
+    )
+    require(
+        not quantised or not any(device.offload_target for device in devices),
+        f"dtype={dtype!r} with an offload target: quantised layers compute where their weights are, so they cannot be "
+        "offloaded: leave the target out, or use dtype='bfloat16'",
+    )

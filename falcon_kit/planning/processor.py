@@ -16,7 +16,7 @@ _FLAGS = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
 """The names that Linux has for the instructions that torch uses."""
 
 
-def multiplies(dtype: str, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
+def has_instructions_for(dtype: str, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
     """Whether the CPU has instructions for products of these weights; int8 and int4 are multiplied as bfloat16.
 
     Only Linux on x86 is recognised: elsewhere the answer is False for 16 bits, the slower case. The variable
@@ -27,6 +27,16 @@ def multiplies(dtype: str, environ: Mapping[str, str] = os.environ, root: Path =
     if environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
         return False
     return _FLAGS.get(dtype, _FLAGS["bfloat16"]) in read_text(root / "proc/cpuinfo").split()
+
+
+def cpu_dtype(stored: str, spec: FalconSpec, available: int) -> tuple[str, str]:
+    """The dtype in which `fk.load` has a checkpoint on a CPU with so many bytes free, and the reason."""
+    full = memory.weight_bytes(spec, "float32")
+    if stored in ("bfloat16", "float16") and full < available / 10:
+        return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
+    if stored == "float16":
+        return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
+    return stored, "as in the checkpoint"
 
 
 def fast_dtypes(spec: FalconSpec, has_bfloat16: bool) -> str:

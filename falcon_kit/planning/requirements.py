@@ -5,18 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from falcon_kit.catalogue.names import spec
 from falcon_kit.display.errors import check_whole
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.machines import RENTED_FROM, rental
+from falcon_kit.planning.placement import Purpose
 from falcon_kit.planning.plan import Plan, plan
 
-_TIERS = (
-    ("falcon-7b-instruct", "bfloat16", "T4"),
-    ("falcon-7b-instruct", "bfloat16", "L4"),
-    ("falcon-40b-instruct", "bfloat16", "2xA100-80GB"),
-    ("falcon-40b-instruct", "nf4", "L40S"),
-)
-"""Model, dtype and devices of the machines that the notebooks name beside the reader's."""
+_MODELS = ("falcon-7b-instruct", "falcon-40b-instruct")
+"""The larger models that the notebooks name beside the reader's."""
+_MACHINES = ("T4", "L4", "L40S", "A100-80GB", "2xA100-80GB", "4xA100-80GB", "8xA100-80GB")
+"""GPUs that are rented, from the cheapest to the most expensive."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +27,7 @@ class Requirements:
     minutes: int
     """The time of the whole notebook on Falconet, with two CPU cores."""
     tiers: tuple[Plan, ...]
-    """The same work with larger models on machines that hold them."""
+    """The same work with larger models, each on the cheapest machine that holds it."""
 
     def __repr__(self) -> str:
         return "\n".join(f"{name}: {text}" for name, text in self._rows())
@@ -56,14 +55,32 @@ class Requirements:
 
 def _hourly(tier: Plan) -> str:
     price = rental(len(tier.devices), tier.devices[0].name)
-    return f"about ${price.usd_per_hour:.2f}/h" if price else ""
+    return price.amount if price else ""
 
 
-def requirements(name: str | os.PathLike[str], minutes: int, **arguments: Any) -> Requirements:
+def requirements(
+    name: str | os.PathLike[str],
+    minutes: int,
+    *,
+    dtype: Any = None,
+    context: int = 2048,
+    batch: int = 1,
+    purpose: Purpose = "inference",
+) -> Requirements:
     """What a notebook takes with a model. Nothing is downloaded, except the config of a hub id outside the catalogue.
 
-    name: as for `fk.plan`. minutes: the time on Falconet. arguments: of `fk.plan`, such as purpose="qlora".
+    name, dtype, context, batch, purpose: as for `fk.plan`. minutes: the time on Falconet. Larger models are shown in
+    the usual dtype of the work, and running the 40B also in nf4; a model that no machine holds is left out.
     """
     check_whole("minutes", minutes, 1)
-    tiers = tuple(plan(model, devices=devices, **{**arguments, "dtype": dtype}) for model, dtype, devices in _TIERS)
-    return Requirements(plan(name, **arguments), minutes, tiers)
+    own = plan(name, dtype, context, batch, purpose)
+    larger = [(model, None) for model in _MODELS] + ([(_MODELS[-1], "nf4")] if purpose == "inference" else [])
+    tiers = (_cheapest(model, usual, context, batch, purpose) for model, usual in larger)
+    return Requirements(own, minutes, tuple(each for each in tiers if each))
+
+
+def _cheapest(model: str, dtype: str | None, context: int, batch: int, purpose: Purpose) -> Plan | None:
+    """The plan on the first of the machines that holds a model; None where none does."""
+    context = min(context, spec(model).context)
+    plans = (plan(model, dtype, context, batch, purpose, machine) for machine in _MACHINES)
+    return next((each for each in plans if each.fits), None)

@@ -3,9 +3,9 @@
 Neither torch nor transformers is imported.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import catalogue
@@ -21,9 +21,40 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 
-_ENDPOINT = "an endpoint on another machine: fk.connect"
 _UNKNOWN_HOST = 2**50
 """Bytes of host memory, more than any machine has, where the plan's devices do not tell it."""
+
+
+class Suggestion(str):
+    """One change that helps by itself: a text, with the arguments that it changes and their values."""
+
+    __slots__ = ("changes",)
+
+    changes: dict[str, Any]
+    """Arguments of `plan`, or "offload" of `fk.load`; empty for another machine, or another call."""
+
+    def __new__(cls, text: str = "", **changes: Any) -> Self:
+        """The text is that of the arguments unless it is given."""
+        made = super().__new__(cls, text or ", ".join(f"{name}={value!r}" for name, value in changes.items()))
+        made.changes = changes
+        return made
+
+
+_ENDPOINT = Suggestion("an endpoint on another machine: fk.connect")
+
+
+def in_words_of(names: Mapping[str, str], changes: Sequence[Suggestion]) -> tuple[Suggestion, ...]:
+    """The changes as arguments of another function; those with an argument that it does not have are left out.
+
+    names: its arguments by those of `plan`.
+    """
+    known = [each for each in changes if each.changes.keys() <= names.keys()]
+    return tuple(
+        each
+        if all(names[name] == name for name in each.changes)
+        else Suggestion(**{names[name]: value for name, value in each.changes.items()})
+        for each in known
+    )
 
 
 def without_margin(devices: Sequence[Device]) -> tuple[Device, ...]:
@@ -39,7 +70,7 @@ def report_doubt(request: Request, devices: Sequence[Device]) -> str:
         return ""
     if sum(device.free_bytes for device in devices) >= report.bytes:
         return ""
-    return f"published reports say no: they need {format_bytes(report.bytes)} ({report.source})"
+    return f"published reports needed {format_bytes(report.bytes)} ({report.source})"
 
 
 def margin_doubt() -> str:
@@ -56,7 +87,7 @@ def _like(device: Device, count: int) -> list[Device]:
     return [replace(device, key=key) for key in range(count)]
 
 
-def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """Changes with which the model fits, the least loss of quality first."""
     kv_heads, device = request.spec.kv_heads, devices[0]
     larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
@@ -65,56 +96,65 @@ def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> 
         if fits_in_memory(
             without_margin(more), list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
         ):
-            yield f"tensor_parallel={ranks} on {ranks} x {device.name}"
+            yield Suggestion(f"tensor_parallel={ranks} on {ranks} x {device.name}")
             break
     undivided = replace(request, tensor_parallel=1)
     for dtype in (request.dtype, *_smaller_dtypes(request, devices)):
         if _fits(replace(undivided, dtype=dtype), devices):
-            yield f"split by layers, without tensor_parallel, in dtype={dtype!r}"
+            text = f"split by layers, without tensor_parallel, in dtype={dtype!r}"
+            yield Suggestion(text, tensor_parallel=1, dtype=dtype)
             break
     yield _ENDPOINT
 
 
-def suggestions(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+def suggestions(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """Changes with which the model fits, the least loss of quality first; per argument the first value that fits."""
     halvings = range(1, 8)
     candidates: dict[str, Sequence[Any]] = {
         "cache": ["grouped"] if request.cache == "transformers" else [],
         "dtype": _smaller_dtypes(request, devices),
-        "purpose": {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, []),
+        "purpose": _less_training(request, devices),
         "context": [request.context >> times for times in halvings if request.context >> times >= 64],
         "batch": [request.batch >> times for times in halvings if request.batch >> times],
-        "spec": _smaller_falcons(request.spec),
+        "spec": _smaller_falcons(request),
     }
     for name, values in candidates.items():
         fitting = next((value for value in values if _fits(_changed(request, name, value), devices)), None)
         if fitting is not None:
-            yield f"another model: {fitting.name}" if isinstance(fitting, FalconSpec) else f"{name}={fitting!r}"
+            yield _suggestion(request, name, fitting)
     if devices[0].key != "cpu" and not devices[-1].offload_target:
         yield from _larger_machine(request, devices) if devices[0].machine else _more_devices(request, devices)
         yield from _offloading(request, devices)
-    yield _ENDPOINT
+    if not request.trains:
+        yield _ENDPOINT
 
 
-def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+def _suggestion(request: Request, name: str, value: Any) -> Suggestion:
+    if isinstance(value, FalconSpec):
+        return Suggestion(f"another model: {value.name}", name=value.name)
+    dtype = _changed(request, name, value).dtype
+    return Suggestion(**{name: value} | ({} if dtype == request.dtype else {"dtype": dtype}))
+
+
+def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """More GPUs like the first one."""
     for count in range(len(devices) + 1, 17):
         if _fits(request, _like(devices[0], count)):
-            yield f"more devices: {count} x {devices[0].name}"
+            yield Suggestion(f"more devices: {count} x {devices[0].name}")
             break
 
 
-def _larger_machine(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+def _larger_machine(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """The machine of the same provider with the least GPU memory in which the model fits."""
     provider = next(each.provider for each in ALL_MACHINES if each.name == devices[0].machine)
     offered = sorted((each for each in ALL_MACHINES if each.provider == provider), key=lambda each: each.gpu_bytes)
     if larger := next((each for each in offered if _fits(request, devices_of(each))), None):
-        yield f"another machine: {larger.name}, {larger.count} x {larger.gpu}"
+        yield Suggestion(f"another machine: {larger.name}, {larger.count} x {larger.gpu}")
 
 
-def _offloading(request: Request, devices: Sequence[Device]) -> Iterator[str]:
+def _offloading(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """Layers in host memory, where the machine has it; where its host memory is not known, with the size it needs."""
-    if request.purpose != "inference" or request.dtype in memory.QUANTISED:
+    if request.trains or request.dtype in memory.QUANTISED:
         return
     known = devices[0].host_bytes
     free = _UNKNOWN_HOST if known is None else max(0, known - CPU_OVERHEAD)
@@ -122,8 +162,8 @@ def _offloading(request: Request, devices: Sequence[Device]) -> Iterator[str]:
     if offloaded := layers_per_device(request, targets)[-1]:
         weights, _ = request.layer_parts()["weights"]
         needs = "" if known else f" ({format_bytes(offloaded * weights)} of it)"
-        layers = f"{offloaded} of {request.spec.layers} layers"
-        yield f"offload='cpu': {layers} in host memory{needs}, copied to the GPU for each token"
+        layers = f"{offloaded} of {request.spec.layers} layers in host memory{needs}"
+        yield Suggestion(f"fk.load(..., offload='cpu'): {layers}, copied to the GPU for each token", offload="cpu")
 
 
 def _changed(request: Request, name: str, value: Any) -> Request:
@@ -143,11 +183,25 @@ def _smaller_dtypes(request: Request, devices: Sequence[Device]) -> list[str]:
     on_cpu = devices[0].key == "cpu" and request.purpose == "inference"
     other = "nf4" if on_cpu else "int4"
     smaller = memory.DTYPES[memory.DTYPES.index(request.dtype) + 1 :]
-    return [each for each in smaller if each not in ("float16", other)]
+    allowed = smaller if _can_be_quantised(request, devices) else memory.FLOAT_DTYPES
+    return [each for each in smaller if each in allowed and each not in ("float16", other)]
 
 
-def _smaller_falcons(shape: FalconSpec) -> list[FalconSpec]:
+def _can_be_quantised(request: Request, devices: Sequence[Device]) -> bool:
+    """Whether `fk.load` quantises it: no layer of transformers' own Falcon, and none that is offloaded."""
+    offloads = any(device.offload_target for device in devices)
+    return request.purpose != "full" and request.cache == "grouped" and not offloads
+
+
+def _less_training(request: Request, devices: Sequence[Device]) -> list[str]:
+    """Purposes that train fewer weights, or quantised ones."""
+    less = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(request.purpose, [])
+    return [each for each in less if each == "lora" or _can_be_quantised(replace(request, purpose="qlora"), devices)]
+
+
+def _smaller_falcons(request: Request) -> list[FalconSpec]:
     """Published models of the same kind, instruct or base, with fewer parameters, the largest first."""
-    published = [each for each in catalogue() if each.published and each.parameters < shape.parameters]
+    shape, long_enough = request.spec, [each for each in catalogue() if each.context >= request.context]
+    published = [each for each in long_enough if each.published and each.parameters < shape.parameters]
     same_kind = [each for each in published if bool(each.fine_tuned_from) == bool(shape.fine_tuned_from)]
     return sorted(same_kind, key=lambda each: -each.parameters)

@@ -16,6 +16,7 @@ from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import resolve_devices
 from falcon_kit.planning.machines import GPUS, MACHINES, MIB, Price, find_machine
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.planning.suggestions import Suggestion
 
 MEMORY_SHARE = 0.95
 """The share of each GPU's memory that vLLM may use. Its default is 0.9, and a 40B on four A10G needs more."""
@@ -126,12 +127,12 @@ def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") ->
     return Deployment(machine, one, min(1 + further, MAX_TEXTS))
 
 
-def _suggestions(short: Plan) -> Iterator[str]:
+def _suggestions(short: Plan) -> Iterator[Suggestion]:
     """What would fit: the smallest instance type with enough memory, or a smaller model."""
     by_memory = sorted(MACHINES.items(), key=lambda machine: machine[1][0] * GPUS[machine[1][1]])
     for name, (count, gpu) in by_memory:
         memory = count * GPUS[gpu] * MIB * MEMORY_SHARE
         if name.startswith("ml.") and short.spec.kv_heads % count == 0 and memory >= short.total_bytes:
-            yield f"a larger machine: {name}, {count} x {gpu}"
+            yield Suggestion(f"a larger machine: {name}, {count} x {gpu}")
             break
-    yield from (each for each in short.suggestions if each.startswith("another model"))
+    yield from (each for each in short.suggestions if "name" in each.changes)

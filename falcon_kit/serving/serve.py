@@ -15,6 +15,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
 from falcon_kit.planning.environment import environment, host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.planning.suggestions import Suggestion
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
 from falcon_kit.serving.echo import PromptToken
@@ -211,7 +212,7 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
         counted = partial(_counted, source, dtype, devices[:count])
         if (planned := counted(context, texts)).fits:
             return planned
-    advice = tuple(_advice(source, engine, counted, context, texts))
+    advice = tuple(map(Suggestion, _advice(source, engine, counted, context, texts)))
     raise NotEnoughMemory(replace(planned, suggestions=advice), _shortage(source, planned))
 
 

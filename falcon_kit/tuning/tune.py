@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from falcon_kit.display.live import in_notebook
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
-from falcon_kit.loading.quantization import stored_quantisation, unpacked
+from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
-from falcon_kit.planning.devices import Device, resolve_devices
-from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.checks import check_model
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import answer_rates, web_text
+from falcon_kit.tuning.memory_plan import out_of_memory, plan_training
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
 from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, print_line, show_plan
 from falcon_kit.tuning.run_folder import (
@@ -91,7 +91,7 @@ def tune(
         packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
         train = documents if isinstance(documents, Packed) else packed(documents)
         test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
-        memory_plan = _plan(falcon, chosen, force)
+        memory_plan = plan_training(falcon, chosen, force)
     run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet, cpu)
     with run.held(resume):
         if distributed.is_rank0() and not quiet:
@@ -127,30 +127,6 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
             "this one"
         )
     return data.split(settings.held_out, settings.seed) if settings.held_out else (data, None)
-
-
-def _plan(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
-    """The memory plan of training, with the memory of each device that is free or used by the model."""
-    used: dict[str, int] = {}
-    for each in falcon.model.parameters():
-        key = str(each.device.index) if each.device.type == "cuda" else "cpu"
-        used[key] = used.get(key, 0) + each.nbytes
-    devices = [
-        Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
-    ]
-    quantised = stored_quantisation(falcon.model.config)
-    planned = plan(
-        live_spec(falcon.spec, falcon.model),
-        quantised or falcon.model.dtype,
-        context=settings.context or falcon.spec.context,
-        batch=settings.per_device_train_batch_size,
-        purpose="qlora" if quantised else "lora",
-        devices=devices,
-        r=settings.r,
-    )
-    if not (planned.fits or force or settings.shard or distributed.world_size() > 1):
-        raise NotEnoughMemory(planned)
-    return planned
 
 
 @contextmanager
@@ -305,7 +281,7 @@ class _Run:
             raise
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise _out_of_memory(error, self.falcon, self.settings, self.plan) from error
+                raise out_of_memory(error, self.falcon, self.settings, self.plan) from error
             raise
         finally:
             progress.close()
@@ -330,22 +306,3 @@ class _Run:
         if isinstance(documents, Documents) and distributed.is_rank0() and not distributed.is_sharded(model):
             figures |= answer_rates(self.falcon, documents, self.settings.answers, self.settings.context or 0)
         return figures
-
-
-def _out_of_memory(error: Exception, falcon: Falcon, settings: Tuning, memory_plan: Plan) -> NotEnoughMemory:
-    """The plan, the error, and what to try next, ordered by how little it changes the training."""
-    batch, steps, suggestions = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, []
-    if batch > 1:
-        suggestions.append(
-            f"per_device_train_batch_size={batch // 2}, gradient_accumulation_steps={steps * 2}: the same steps in "
-            "smaller batches"
-        )
-    if not settings.gradient_checkpointing:
-        suggestions.append("gradient_checkpointing=True: activations are recomputed instead of stored")
-    if not is_quantised(falcon.model):
-        suggestions.append(f"fk.load({falcon.name!r}, dtype='nf4'): QLoRA")
-    if (settings.context or 0) >= 256:
-        suggestions.append(f"context={(settings.context or 0) // 2}: longer conversations are cut")
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    text = f"out of memory during training ({reason}). The plan was: {memory_plan.verdict()}. Try:"
-    return NotEnoughMemory(replace(memory_plan, suggestions=tuple(suggestions)), text)

@@ -219,15 +219,3 @@ def test_a_training_step_of_lora_takes_checkpoints_and_the_larger_of_loss_and_la
     busiest = max(memory.loss_bytes(spec, dtype, 128, 4), memory.backward_bytes(spec, dtype, 128, 4, adapters=True))
     expected = busiest + memory.checkpoint_bytes(spec, dtype, 128, 4) + 4 * memory.lora_parameters(spec, 2)
     assert expected == pytest.approx(measured.peak, rel=0.1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_merging_takes_the_product_of_the_largest_adapter(layout, dtype):
-    model, spec = sized(layout)
-    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    adapted = get_peft_model(
-        model.to(DTYPES[dtype]), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    )
-    with torch.no_grad(), PeakBytes([*adapted.parameters(), *adapted.buffers()]) as measured:
-        adapted.merge_and_unload()
-    assert memory.merge_bytes(spec) == pytest.approx(measured.peak, rel=0.05)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import FalconForCausalLM
+from transformers import FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
@@ -127,6 +127,32 @@ def test_what_does_not_fit_is_refused_before_its_weights_are_read(checkpoint, mo
     with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB") as caught:
         fk.load(checkpoint)
     assert caught.value.plan.suggestions
+
+
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        ({"dtype": "float32"}, {"dtype"}),
+        ({"attention": "transformers", "dtype": "float32"}, {"attention"}),
+        ({"offload": "disk", "dtype": "float32"}, {"dtype"}),
+        ({}, set()),
+    ],
+)
+def test_what_is_advised_is_an_argument_of_load_that_helps_by_itself(monkeypatch, tmp_path, given, advised):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wide = {"hidden_size": 1024, "num_attention_heads": 16, "num_kv_heads": 1, "ffn_hidden_size": 4096}
+    config = FalconConfig(**{**fk.spec("falconet").to_config(), **wide})
+    FalconForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    fk.load("falconet").tokenizer.save_pretrained(tmp_path)
+    cache = given.get("attention", "grouped")
+    whole = fk.plan(tmp_path, "float32", devices=[Device("cpu", "cpu", 2**40)], cache=cache).total_bytes
+    limit = {"max_memory": {"cpu": whole - 2**20}}
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        fk.load(tmp_path, **given, **limit)
+    advice = [each.changes for each in refused.value.plan.suggestions if each.changes]
+    assert {name for each in advice for name in each} >= advised
+    for changes in advice:
+        assert fk.load(**{"name": tmp_path} | given | limit | changes).plan.fits
 
 
 def test_force_tries_all_the_same(checkpoint, layout, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 import falcon_kit as fk
 from falcon_kit.model.products import has_products
-from falcon_kit.planning.processor import fast_dtypes, multiplies
+from falcon_kit.planning.processor import fast_dtypes, has_instructions_for
 
 LAPTOP = "flags\t\t: fpu sse2 avx2 fma\n"
 SERVER = "flags\t\t: fpu sse2 avx2 avx512f avx512_bf16\n"
@@ -30,20 +30,20 @@ def test_the_flags_of_linux_are_read(tmp_path, cpuinfo, expected):
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
     dtypes = ("float32", "bfloat16", "float16", "int8", "int4")
-    assert {dtype for dtype in dtypes if multiplies(dtype, {}, tmp_path)} == expected
+    assert {dtype for dtype in dtypes if has_instructions_for(dtype, {}, tmp_path)} == expected
 
 
 @pytest.mark.parametrize("limit", ["avx2", "AVX2", "default"])
 def test_a_limit_of_torch_limits_the_answer(tmp_path, limit):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(SAPPHIRE_RAPIDS)
-    assert not multiplies("bfloat16", {"ATEN_CPU_CAPABILITY": limit}, tmp_path)
+    assert not has_instructions_for("bfloat16", {"ATEN_CPU_CAPABILITY": limit}, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the flags of other systems are not read")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_answer_is_that_of_torch(dtype):
-    assert multiplies(dtype) == has_products(getattr(torch, dtype))
+    assert has_instructions_for(dtype) == has_products(getattr(torch, dtype))
 
 
 def test_the_sentence_names_what_is_fast_and_its_bytes():
@@ -58,7 +58,7 @@ def test_a_plan_for_this_cpu_advises_and_others_do_not(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     plan = fk.plan("falcon-7b")
     assert plan.advice in plan._repr_html_()
-    assert plan.advice == fast_dtypes(plan.spec, multiplies("bfloat16"))
+    assert plan.advice == fast_dtypes(plan.spec, has_instructions_for("bfloat16"))
     others = [fk.plan("falcon-7b", devices="A10G"), fk.plan("falcon-7b", purpose="lora")]
     assert [each.advice for each in others] == ["", ""]
     assert "What is fast" not in others[0]._repr_html_()

@@ -1,5 +1,7 @@
 """`requirements`: what a notebook takes, before it starts."""
 
+import json
+
 import pytest
 
 import falcon_kit as fk
@@ -46,10 +48,31 @@ def test_the_plan_takes_the_arguments_of_the_notebook(machine):
     assert taken.plan.context == 256
 
 
-def test_other_machines_hold_the_larger_models(machine):
-    tiers = fk.requirements("falconet", minutes=5).tiers
-    assert {each.spec.name for each in tiers} == {"falcon-7b-instruct", "falcon-40b-instruct"}
+@pytest.mark.parametrize(
+    ("purpose", "expected"),
+    [
+        ("inference", [("7b", "bfloat16", "T4", 1), ("40b", "bfloat16", "A100-80GB", 2), ("40b", "nf4", "L40S", 1)]),
+        ("qlora", [("7b", "nf4-double", "T4", 1), ("40b", "nf4-double", "L40S", 1)]),
+        ("full", [("7b", "bfloat16", "A100-80GB", 1), ("40b", "bfloat16", "A100-80GB", 8)]),
+    ],
+)
+def test_each_larger_model_is_shown_once_on_the_cheapest_machine_that_holds_it(machine, purpose, expected):
+    tiers = fk.requirements("falconet", minutes=5, purpose=purpose).tiers
+    found = [(each.spec.name, each.dtype, each.devices[0].name, len(each.devices)) for each in tiers]
+    assert found == [(f"falcon-{size}-instruct", *rest) for size, *rest in expected]
     assert all(each.fits for each in tiers)
+
+
+def test_what_no_machine_holds_is_left_out(machine):
+    tiers = fk.requirements("falconet", minutes=5, purpose="lora", batch=2**20).tiers
+    assert tiers == ()
+
+
+def test_a_context_of_ones_own_model_may_be_longer_than_that_of_the_others(machine, tmp_path):
+    config = fk.spec("falconet").to_config() | {"max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    taken = fk.requirements(tmp_path, minutes=5, context=4096)
+    assert (taken.plan.context, {each.context for each in taken.tiers}) == (4096, {2048})
 
 
 def test_in_jupyter_it_is_two_tables(machine):

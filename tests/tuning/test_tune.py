@@ -15,6 +15,7 @@ import falcon_kit as fk
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.planning.devices import Device
 from falcon_kit.tuning import tune
+from falcon_kit.tuning.memory_plan import plan_training
 from tests.conftest import simulated_gpus
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, logits, same, talk, weights
 
@@ -104,10 +105,28 @@ def test_out_of_memory_says_the_plan_and_what_to_try_next(monkeypatch, falcon, t
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(monkeypatch, falcon, tmp_path):
-    monkeypatch.setattr("falcon_kit.tuning.tune.resolve_devices", lambda _: (Device("cpu", "cpu", 10_000),))
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: (Device("cpu", "cpu", 10_000),))
     with pytest.raises(fk.NotEnoughMemory, match="for lora"):
         fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_advised_is_an_argument_of_tune_or_a_whole_call_and_makes_it_fit(monkeypatch, falcon):
+    settings = {"context": 512, "per_device_train_batch_size": 8}
+    free = plan_training(falcon, fk.Tuning(**settings), force=True).total_bytes - 10 * 2**20
+    weights = sum(each.nbytes for each in falcon.model.parameters())
+    free = free - weights
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: (Device("cpu", "cpu", free),))
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        plan_training(falcon, fk.Tuning(**settings), force=False)
+    advice = refused.value.plan.suggestions
+    assert {name for each in advice for name in each.changes} >= {"context", "per_device_train_batch_size"}
+    for change in advice:
+        other = eval(change.removesuffix(": QLoRA")) if change.startswith("fk.load(") else falcon  # noqa: S307  # our own text
+        freed = free + weights - sum(each.nbytes for each in other.model.parameters())  # the first Falcon is deleted
+        devices = (Device("cpu", "cpu", freed),)
+        monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _, devices=devices: devices)
+        assert plan_training(other, fk.Tuning(**settings | change.changes), force=False).fits
 
 
 def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
@@ -117,7 +136,7 @@ def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
     fits = []
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        fits.append(tune._plan(falcon, chosen, False).fits)
+        fits.append(plan_training(falcon, chosen, False).fits)
     assert (fits, asked) == ([False, True], [0, 1])
 
 

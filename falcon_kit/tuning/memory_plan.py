@@ -1,0 +1,77 @@
+"""The memory plan of training, and what to change where the memory does not suffice, in the arguments of `tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import stored_quantisation
+from falcon_kit.model.checks import live_spec
+from falcon_kit.planning.devices import Device, resolve_devices
+from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
+from falcon_kit.planning.suggestions import Suggestion, in_words_of
+from falcon_kit.tuning import distributed
+from falcon_kit.tuning.settings import Tuning
+
+
+def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
+    """The memory plan of training, with the memory of each device that is free or used by the model.
+
+    Raises NotEnoughMemory if it does not fit in one process.
+    """
+    used: dict[str, int] = {}
+    for each in falcon.model.parameters():
+        key = str(each.device.index) if each.device.type == "cuda" else "cpu"
+        used[key] = used.get(key, 0) + each.nbytes
+    devices = [
+        Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
+    ]
+    quantised = stored_quantisation(falcon.model.config)
+    planned = plan(
+        live_spec(falcon.spec, falcon.model),
+        quantised or falcon.model.dtype,
+        context=settings.context or falcon.spec.context,
+        batch=settings.per_device_train_batch_size,
+        purpose="qlora" if quantised else "lora",
+        devices=devices,
+        r=settings.r,
+    )
+    if not (planned.fits or force or settings.shard or distributed.world_size() > 1):
+        raise NotEnoughMemory(replace(planned, suggestions=tuple(_advice(planned, falcon))))
+    return planned
+
+
+def _advice(planned: Plan, falcon: Falcon) -> Iterator[Suggestion]:
+    """The suggestions of the plan as arguments of `tune`, or as the call of `fk.load` for another dtype."""
+    names = {"name": "name", "context": "context", "batch": "per_device_train_batch_size"}
+    for each in planned.suggestions:
+        if each.changes.keys() != {"dtype"}:
+            yield from in_words_of(names, [each])
+        elif not is_quantised(falcon.model):
+            yield Suggestion(_in_fewer_bits(falcon, each.changes["dtype"]))
+
+
+def _in_fewer_bits(falcon: Falcon, dtype: str) -> str:
+    return f"fk.load({falcon.name!r}, dtype={dtype!r}){': QLoRA' if dtype in QUANTISED else ''}"
+
+
+def out_of_memory(error: Exception, falcon: Falcon, settings: Tuning, memory_plan: Plan) -> NotEnoughMemory:
+    """The plan, the error, and what to try next, ordered by how little it changes the training."""
+    batch, steps, suggestions = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, []
+    if batch > 1:
+        suggestions.append(
+            f"per_device_train_batch_size={batch // 2}, gradient_accumulation_steps={steps * 2}: the same steps in "
+            "smaller batches"
+        )
+    if not settings.gradient_checkpointing:
+        suggestions.append("gradient_checkpointing=True: activations are recomputed instead of stored")
+    if not is_quantised(falcon.model):
+        suggestions.append(_in_fewer_bits(falcon, "nf4"))
+    if (settings.context or 0) >= 256:
+        suggestions.append(f"context={(settings.context or 0) // 2}: longer conversations are cut")
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    text = f"out of memory during training ({reason}). The plan was: {memory_plan.verdict()}. Try:"
+    return NotEnoughMemory(replace(memory_plan, suggestions=tuple(map(Suggestion, suggestions))), text)
