@@ -20,7 +20,7 @@ from falcon_kit.tuning.settings import Tuning
 def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     """The memory plan of training, with the memory of each device that is free or used by the model.
 
-    Raises NotEnoughMemory if it does not fit in one process.
+    Raises NotEnoughMemory if it does not fit and the weights will not be sharded.
     """
     used: dict[str, int] = {}
     for each in falcon.model.parameters():
@@ -39,7 +39,8 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         devices=devices,
         r=settings.r,
     )
-    if not (planned.fits or force or settings.shard or distributed.world_size() > 1):
+    shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
+    if not (planned.fits or force or shards):
         raise NotEnoughMemory(replace(planned, suggestions=tuple(_advice(planned, falcon))))
     return planned
 

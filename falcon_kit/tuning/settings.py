@@ -81,7 +81,7 @@ class Tuning:
     shard: bool | None = None
     """With several processes: each has a shard of the weights (True) or a copy (False); unset, a copy if it fits."""
     held_out: float = 0.05
-    """Share of the documents that is not trained on but measured with; 0 measures the loss on web text alone."""
+    """Share of the documents that is not trained on but measured with; 0 measures only what is forgotten."""
     eval_steps: int | None = None
     """Steps between two held-out losses; unset, a tenth of the run."""
     patience: int | None = None

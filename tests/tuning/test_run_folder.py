@@ -25,7 +25,7 @@ def test_the_hash_of_rows_depends_on_their_tokens_and_labels_and_on_nothing_else
     for name, changed in (("ids", [5, 6, 7]), ("trained", [True, True, False])):
         rows = [{"ids": [5, 6, 8], "trained": [False, True, True], "where": "a"}, {**whole.examples[1], "where": "b"}]
         tables = [Dataset.from_list([first, rows[1]], FEATURES) for first in (rows[0], {**rows[0], name: changed})]
-        one, other = (digest(Packed(each, [[0, 1]], 64, falcon.tokenizer)) for each in tables)
+        one, other = (digest(Packed(each, [[0, 1]], 64, falcon.tokenizer, falcon.chat_format)) for each in tables)
         assert one != other
 
 
@@ -197,6 +197,26 @@ def test_an_adapter_is_saved_before_it_is_measured(monkeypatch, falcon, tmp_path
             fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
     assert same(tmp_path / "broken" / "adapter", expected.adapter)
     assert fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).figures == expected.figures
+
+
+def test_a_record_without_figures_is_refused_with_what_to_do(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1}
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    (run.adapter / "tuning.json").write_text('{"history": []}')
+    with pytest.raises(ValueError, match=r"tuning\.json has no history or figures: delete it, and the same call"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+
+
+def test_an_empty_output_dir_is_refused(falcon):
+    with pytest.raises(ValueError, match="output_dir is empty: give a folder, or leave it out"):
+        fk.tune(falcon, ROWS, output_dir="", **QUICK)
+
+
+def test_the_record_names_the_chat_format_of_the_rows(falcon, tmp_path):
+    rows = fk.pack(fk.dialogues(ROWS), fk.load("falconet", chat="baize"), 64)
+    run = fk.tune(falcon, rows, output_dir=tmp_path, **{**QUICK, "max_steps": 1})
+    assert json.loads((run.adapter / "tuning.json").read_text())["chat_format"] == "baize"
+    assert "[|Human|]" in (run.adapter / "README.md").read_text()
 
 
 def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
