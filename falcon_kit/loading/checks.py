@@ -43,7 +43,7 @@ class LoadSettings:
 
     dtype: str | torch.dtype
     device_map: str | dict[str, Any] | None
-    max_memory: Mapping[int | str, int | str] | None
+    max_memory: Mapping[int | str, float | str] | None
     offload: str | None
     offload_folder: str | Path
     attention: str

@@ -52,7 +52,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[int | str, float | str] | None = None,
     offload: Literal["cpu", "disk"] | None = None,
     offload_folder: str | Path = "runs/offload",
     attention: Literal["grouped", "transformers"] = "grouped",
@@ -164,6 +164,7 @@ def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) ->
 def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned: Plan, reason: str) -> Falcon:
     """The Falcon of the fetched files: in this process, or in processes that are started for its ranks."""
     check_weights(found, files)
+    planned = replace(planned, disk=None)
     if settings.offload == "disk" and files[0].suffix == ".bin":
         check_disk(settings.folder, sum(file.stat().st_size for file in files))
     tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)

@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
 from falcon_kit.planning.environment import environment, find_accelerators, free_disk
-from falcon_kit.planning.machines import GPUS, MIB, Machine, count_and_kind, find_gpu, find_machine, unknown_device
+from falcon_kit.planning.machines import (
+    GPUS,
+    MACHINES,
+    MIB,
+    Machine,
+    count_and_kind,
+    find_gpu,
+    find_machine,
+    unknown_device,
+)
 
 MARGIN = 0.04
 """The share of a GPU's memory that a plan leaves free, for the fragments of torch's allocator and the buffers of
@@ -35,6 +44,8 @@ class Device:
     """Host memory beside the device, for offloading; None where it is not known."""
     machine: str = ""
     """The name of the machine that has the device, for a machine of `MACHINES`."""
+    here: bool = False
+    """Whether this machine has the device."""
 
     @property
     def safe_bytes(self) -> int:
@@ -48,30 +59,41 @@ def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...
         machine = environment()
         host = machine.available_bytes
         found = [each for each in machine.devices if each.kind == "cuda"]
-        gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host) for each in found)
-        return gpus or (Device("cpu", "cpu", machine.available_bytes),)
+        gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host, here=True) for each in found)
+        return gpus or (Device("cpu", "cpu", machine.available_bytes, here=True),)
     if isinstance(devices, str):
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
     checked = tuple(each for each in given if isinstance(each, Device))
-    if checked and all(each.offload_target for each in checked):
-        raise ValueError(f"devices={devices!r} holds only offload targets: add a GPU or the CPU, which computes")
-    if not checked or len(checked) < len(given):
-        raise ValueError(
-            f"devices={devices!r} names no device: leave it out for this machine, or give one text, such as "
-            "'2xA100-80GB' or '4x40GiB', or a list of Device"
-        )
+    require(
+        bool(checked) and len(checked) == len(given),
+        f"devices={shown(devices)} names no device: leave it out for this machine, or give one text, such as "
+        "'2xA100-80GB' or '4x40GiB', or a list of Device",
+    )
+    _check_own(checked)
     return checked
+
+
+def _check_own(devices: Sequence[Device]) -> None:
+    """Raises ValueError for a list of devices that no plan can be made of."""
+    keys, targets = [device.key for device in devices], [device.offload_target for device in devices]
+    require(not all(targets), "devices holds only offload targets: add a GPU or the CPU, which computes")
+    require(targets == sorted(targets), "devices names an offload target before a device that computes: put it last")
+    twice = [key for key in keys if keys.count(key) > 1]
+    require(not twice, f"devices has the key {shown(next(iter(twice), None))} twice: give each Device a key of its own")
+    for device in devices:
+        known = device.machine in ("", *MACHINES)
+        require(known, f"devices has a Device of the unknown machine {shown(device.machine)}: leave its machine out")
 
 
 def _named_devices(words: str) -> tuple[Device, ...]:
     """The devices of a machine, or of a GPU or memory size with an optional count: "4x40GiB"."""
     if machine := find_machine(words):
         return devices_of(machine)
-    if size := _bytes(words.strip().lower()):
+    if (size := _bytes(words.strip().lower())) is not None:
         return _equal_devices(1, _size_name(words.strip()), size)
     count, kind = count_and_kind(words)
-    if size := _bytes(kind):
+    if (size := _bytes(kind)) is not None:
         return _equal_devices(count, _size_name(kind), size)
     if gpu := find_gpu(kind) or find_gpu(kind.removesuffix("s")):
         return _equal_devices(count, gpu, GPUS[gpu] * MIB)
@@ -95,11 +117,11 @@ def identical_gpus(index: int, count: int) -> tuple[Device, ...]:
     process on each GPU would take gigabytes.
     """
     (found,) = find_accelerators(only=index)
-    return tuple(Device(found.name, key, found.free_bytes) for key in range(count))
+    return tuple(Device(found.name, key, found.free_bytes, here=True) for key in range(count))
 
 
 def local_devices(
-    max_memory: Mapping[int | str, int | str] | None = None, offload: str | None = None, folder: Path = Path()
+    max_memory: Mapping[int | str, float | str] | None = None, offload: str | None = None, folder: Path = Path()
 ) -> tuple[Device, ...]:
     """The devices of this machine, for loading.
 
@@ -111,15 +133,15 @@ def local_devices(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and devices[0].key != "cpu":
-        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True))
+        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True, here=True))
     elif offload == "cpu":
         raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":
-        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True))
+        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True, here=True))
     return tuple(devices) if max_memory is None else _limited(devices, max_memory)
 
 
-def _limited(devices: Sequence[Device], max_memory: Mapping[int | str, int | str]) -> tuple[Device, ...]:
+def _limited(devices: Sequence[Device], max_memory: Mapping[int | str, float | str]) -> tuple[Device, ...]:
     """The devices that `max_memory` names, with at most this memory."""
     keys = [device.key for device in devices]
     available = f"this machine has {', '.join(map(repr, keys))}"
@@ -136,24 +158,27 @@ def _limited(devices: Sequence[Device], max_memory: Mapping[int | str, int | str
     )
 
 
-def _limit(size: int | str) -> int:
+def _limit(size: float | str) -> int:
     """The bytes of an entry of `max_memory`: a number, or a size such as "20GiB"."""
     count = _bytes(size.strip().lower()) if isinstance(size, str) else size
-    if count is None or count < 1:
-        raise ValueError(f"max_memory has {size!r}: give bytes, or a size such as '20GiB'")
-    return count
+    if not is_number(count, 1, LARGEST):
+        raise ValueError(f"max_memory has {shown(size)}: give bytes, or a size such as '20GiB'")
+    return int(count)  # type: ignore[arg-type]  # a number, as was just checked
 
 
 def _bytes(text: str) -> int | None:
-    """The bytes of a size such as "40gib" or "1.5 gb"; None for other text."""
+    """The bytes of a size such as "40gib" or "1.5 gb"; None for other text. Raises ValueError for more than exist."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?b)", text)
-    return int(float(size[1]) * _UNITS[size[2]]) if size else None
+    count = float(size[1]) * _UNITS[size[2]] if size else None
+    require(count is None or count <= LARGEST, f"{shown(text)} is more than any device has: at most 2**63 - 1 bytes")
+    return None if count is None else int(count)
 
 
 _UNITS = {f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")}
 
 
 def _equal_devices(count: int, name: str, size: int) -> tuple[Device, ...]:
-    if count < 1 or size < 1:
-        raise ValueError(f"{count} x {name} has no memory: give at least one device")
+    most = 4096
+    require(is_whole(count, 1, most), f"{shown(count)} x {name}: give from 1 to {most} devices")
+    require(size >= 1, f"{name} has no memory: give a larger size")
     return tuple(Device(name, index, size) for index in range(count))

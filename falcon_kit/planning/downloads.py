@@ -6,6 +6,7 @@ Neither torch nor transformers is imported, and nothing is downloaded.
 from dataclasses import dataclass
 from pathlib import Path
 
+from falcon_kit.catalogue.names import catalogue
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.planning.environment import cache_directory, free_disk
@@ -45,18 +46,29 @@ def disk_shortage(needed: int, free: int) -> str:
 
 
 def disk_for(shape: FalconSpec, here: bool) -> Disk | None:
-    """The disk that a model of the hub needs: here, without the files in the cache; None for other models."""
-    repository = shape.hub_id or (shape.name if shape.source.startswith("https://huggingface.co/") else None)
+    """The disk that a model of the hub needs: here, without the files in the cache; None if it needs no file."""
+    repository = _repository(shape)
     if repository is None:
         return None
     if not here:
         return Disk(shape.stored_bytes, None)
     cache = cache_directory()
-    return Disk(max(0, shape.stored_bytes - _cached(cache, repository)), free_disk(cache))
+    missing = shape.stored_bytes - _cached(cache, repository)
+    return Disk(missing, free_disk(cache)) if missing > 0 else None
+
+
+def _repository(shape: FalconSpec) -> str | None:
+    """The repository of the hub with the weights, which for an adapter there is that of its base; else None."""
+    if shape.hub_id or not shape.source.startswith("https://huggingface.co/"):
+        return shape.hub_id
+    if shape.fine_tuned_from is None:
+        return shape.name
+    known = {each.name: each.hub_id for each in catalogue()}
+    return known.get(shape.fine_tuned_from, shape.fine_tuned_from)
 
 
 def _cached(cache: Path, repository: str) -> int:
-    """Bytes of the weight files in the fullest snapshot of a repository."""
+    """Bytes of the weight files in the fullest snapshot of a repository; a link to a file that is gone is none."""
     snapshots = (cache / f"models--{repository.replace('/', '--')}" / "snapshots").glob("*")
     files = ([*each.glob("*.safetensors")] or [*each.glob("*.bin")] for each in snapshots)
-    return max((sum(file.stat().st_size for file in found) for found in files), default=0)
+    return max((sum(file.stat().st_size for file in found if file.exists()) for found in files), default=0)

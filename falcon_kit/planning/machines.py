@@ -6,6 +6,7 @@ Neither torch nor transformers is imported.
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ GPUS: dict[str, int] = {name: int(gpu["gib"] * 1024) for name, gpu in _DATA["gpu
 """Memory in MiB that torch can allocate, from the "total capacity" in published out-of-memory errors, which is 0.5 to 5
 percent less than nvidia-smi prints. Of several published figures, the smallest that was found. The source of each is
 in devices.json; null where the errors are in public files without a lasting address."""
-_NOISE = re.compile(r"^standard|nvidia|amd|instinct|tesla|geforce|rtx|sxm\d?|pcie|hbm\d?e?|gpus?")
-"""Parts of names that tell no two cards or machines apart."""
+_NOISE = re.compile(r"\b(?:standard|nvidia|amd|instinct|tesla|geforce|rtx)+|\b(?:sxm\d?|pcie|hbm\d?e?|gpus?)\b")
+"""Words in names that tell no two cards or machines apart."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,18 @@ def count_and_kind(words: str) -> tuple[int, str]:
 
 def unknown_device(words: str) -> str:
     """The error text for words that name neither a GPU, a machine nor a size."""
-    return f"{unknown_name('devices', words, [*GPUS, *MACHINES])} Or give a size, such as '4x40GiB'."
+    near = get_close_matches(words.strip().lower(), [each.lower() for each in MACHINES], cutoff=0.55)
+    known = [*GPUS, *(each for each in MACHINES if each.lower() in near)]
+    return (
+        f"{unknown_name('devices', words, known)} Or give a machine of {', '.join(_DATA['machines'])}, such as "
+        "'ml.g5.12xlarge', or a size, such as '4x40GiB'."
+    )
 
 
 def _squeeze(words: str) -> str:
     """Words without the maker, the form of the card, spaces and signs; a point stays, as in "g5.xlarge"."""
-    return _NOISE.sub("", re.sub(r"[^a-z0-9.]", "", words.lower()))
+    plain = re.sub(r"[^a-z0-9.]", " ", words.lower())
+    return _NOISE.sub("", plain).replace(" ", "")
 
 
 @dataclass(frozen=True)

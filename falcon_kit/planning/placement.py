@@ -242,9 +242,12 @@ def tensor_parallel_devices(request: Request, devices: tuple[Device, ...]) -> tu
             f"cache='grouped', not purpose={request.purpose!r}, dtype={request.dtype!r}, cache={request.cache!r}: "
             "leave it out"
         )
-    if devices[0].key != "cpu" and len(devices) < ranks:
-        raise ValueError(f"tensor_parallel={ranks} needs a device per rank; there are {len(devices)}")
-    return devices[:1] if devices[0].key == "cpu" else devices[:ranks]
+    computing = tuple(device for device in devices if not device.offload_target)
+    if computing[0].key == "cpu":
+        return computing[:1]
+    if len(computing) < ranks:
+        raise ValueError(f"tensor_parallel={ranks} needs a device per rank; there are {len(computing)}")
+    return computing[:ranks]
 
 
 def tensor_parallel_parts(request: Request, devices: Sequence[Device]) -> Iterator[Part]:

@@ -35,9 +35,10 @@ def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None
     if not text:
         return None
     try:
-        studio = "AppType" in json.loads(text)
+        stored = json.loads(text)
     except ValueError:
-        studio = False
+        stored = None
+    studio = isinstance(stored, dict) and "AppType" in stored
     return "SageMaker Studio" if studio else "SageMaker notebook instance", f"/{SAGEMAKER_FILE} exists"
 
 

@@ -84,7 +84,7 @@ class Plan:
     tight: str = ""
     """Why a model that fits by arithmetic is not counted as fitting; empty otherwise. fk.load(force=True) tries."""
     disk: Disk | None = None
-    """The files to download and the disk for them; None for a model that is not published."""
+    """The files to download and the disk for them; None where there are none."""
 
     @property
     def fits(self) -> bool:
@@ -115,7 +115,7 @@ class Plan:
     @property
     def advice(self) -> str:
         """Which dtypes are fast on the CPU of this machine, why, and the bytes of their weights; else empty."""
-        if self.devices[0].key != "cpu" or self.devices[0].machine or self.purpose != "inference":
+        if self.devices[0].key != "cpu" or not self.devices[0].here or self.purpose != "inference":
             return ""
         return fast_dtypes(self.spec, has_instructions_for("bfloat16"))
 
@@ -191,7 +191,7 @@ def plan(
     request = Request(shape, _dtype(dtype, shape, purpose, places), context, batch, purpose, cache, r, tensor_parallel)
     _check(request)
     _check_dtype(request, places)
-    return _planned(request, places, disk_for(shape, here=devices is None))
+    return _planned(request, places, disk_for(shape, here=places[0].here))
 
 
 def _dtype(dtype: Any, shape: FalconSpec, purpose: Purpose, devices: Sequence[Device]) -> str:

@@ -242,7 +242,7 @@ def _advice(
 
 def _devices(engine: Engine) -> tuple[Device, ...]:
     """The devices of the server, with what is free now: llama.cpp always needs its file in host memory."""
-    return (Device("cpu", "cpu", host_memory()[1]),) if engine is LLAMA_CPP else resolve_devices(None)
+    return (Device("cpu", "cpu", host_memory()[1], here=True),) if engine is LLAMA_CPP else resolve_devices(None)
 
 
 def _shortage(source: Source, planned: Plan) -> str:

@@ -10,7 +10,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model.checks import live_spec
-from falcon_kit.planning.devices import Device, resolve_devices
+from falcon_kit.planning.devices import resolve_devices
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion, in_words_of
 from falcon_kit.tuning import distributed
@@ -26,9 +26,8 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     for each in falcon.model.parameters():
         key = str(each.device.index) if each.device.type == "cuda" else "cpu"
         used[key] = used.get(key, 0) + each.nbytes
-    devices = [
-        Device(each.name, each.key, each.free_bytes + used.get(str(each.key), 0)) for each in resolve_devices(None)
-    ]
+    free = resolve_devices(None)
+    devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in free]
     quantised = stored_quantisation(falcon.model.config)
     planned = plan(
         live_spec(falcon.spec, falcon.model),

@@ -32,6 +32,7 @@ def test_a_hub_id_that_is_cached_loads_without_network(tokenizer, tmp_path):
     cached(tmp_path, "somebody/my-falcon", tmp_path / "saved")
     falcon = fk.load("somebody/my-falcon", cache_dir=tmp_path, local_files_only=True)
     assert torch.equal(logits(falcon.model), logits(small_model("40b")))
+    assert falcon.plan.disk is None  # nothing is to be downloaded any more
 
 
 def test_a_cached_hub_id_with_pickled_weights_only_loads_too(tokenizer, tmp_path):

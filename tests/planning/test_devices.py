@@ -11,6 +11,8 @@ from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_de
 from falcon_kit.planning.environment import Accelerator, environment
 from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report, rental
 
+HOST = Device("host memory", "cpu", 2**36, offload_target=True)
+
 
 @pytest.mark.parametrize(
     ("words", "count", "size"),
@@ -45,6 +47,13 @@ def test_words_stand_for_devices(words, count, size):
         ("a100 80g", 1, "A100-80GB"),
         ("NVIDIA A100-SXM4-80GB", 1, "A100-80GB"),
         ("A100-PCIE-40GB", 1, "A100-40GB"),
+        ("A100-SXM-80GB", 1, "A100-80GB"),
+        ("H100 SXM 80GB", 1, "H100-80GB"),
+        ("8x H100 SXM 80GB", 8, "H100-80GB"),
+        ("H100 SXM5", 1, "H100-80GB"),
+        ("RTX4090", 1, "RTX-4090"),
+        ("GeForceRTX4090", 1, "RTX-4090"),
+        ("H200 GPU", 1, "H200"),
         ("A100", 1, "A100-40GB"),
         ("8xA100", 8, "A100-40GB"),
         ("V100", 1, "V100-16GB"),
@@ -177,8 +186,21 @@ def test_devices_of_ones_own_are_taken_as_they_are():
     ("words", "message"),
     [
         ("A100-800GB", "Unknown devices 'A100-800GB'. Nearest: A100-80GB"),
-        ("a lot", "Or give a size, such as '4x40GiB'"),
-        ("0x40GiB", "0 x 40GiB has no memory"),
+        ("a lot", "or a size, such as '4x40GiB'."),
+        ("a lot", "Or give a machine of AWS, Google Cloud, Azure, Colab, Kaggle, such as 'ml.g5.12xlarge'"),
+        ("ml.g5.13xlarge", "Nearest: ml.g5.16xlarge, ml.g5.12xlarge"),
+        ("0x40GiB", "0 x 40GiB: give from 1 to 4096 devices"),
+        ("0GiB", "0GiB has no memory: give a larger size"),
+        ("99999999TiB", "'99999999tib' is more than any device has: at most 2**63 - 1 bytes"),
+        ("9" * 400 + "GB", "is more than any device has"),
+        ("9" * 400 + " x T4", "x T4: give from 1 to 4096 devices"),
+        (["x" * 900], "names no device"),
+        ([HOST, Device("gpu", 0, 10)], "names an offload target before a device that computes: put it last"),
+        ([Device("a", 0, 10), Device("b", 0, 10)], "has the key 0 twice: give each Device a key of its own"),
+        (
+            [Device("a", 0, 10, machine="mine")],
+            "has a Device of the unknown machine 'mine': leave its machine out",
+        ),
         ([], "devices=[] names no device: leave it out"),
         (4, "devices=4 names no device: leave it out"),
         (["A100-80GB"] * 2, "give one text, such as '2xA100-80GB'"),
@@ -186,8 +208,15 @@ def test_devices_of_ones_own_are_taken_as_they_are():
     ],
 )
 def test_words_that_stand_for_nothing_are_refused(words, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
         resolve_devices(words)
+    assert len(str(refused.value)) < 400
+
+
+def test_an_offload_target_is_no_rank_of_tensor_parallelism():
+    devices = [Device("gpu", 0, 2**36), HOST]
+    with pytest.raises(ValueError, match="tensor_parallel=2 needs a device per rank; there are 1"):
+        fk.plan("falcon-40b", devices=devices, tensor_parallel=2)
 
 
 # For loading
@@ -231,7 +260,14 @@ def test_a_rank_asks_for_the_memory_of_its_own_gpu_alone(monkeypatch):
     asked = []
     found = lambda only: asked.append(only) or (Accelerator("T4", "cuda", only, 2000, 1000),)  # noqa: E731
     monkeypatch.setattr("falcon_kit.planning.devices.find_accelerators", found)
-    assert (identical_gpus(1, 2), asked) == ((Device("T4", 0, 1000), Device("T4", 1, 1000)), [1])
+    assert (identical_gpus(1, 2), asked) == ((Device("T4", 0, 1000, here=True), Device("T4", 1, 1000, here=True)), [1])
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_max_memory_may_be_a_fraction_of_bytes():
+    (device,) = local_devices({0: 2e9 + 0.5})
+    assert device.free_bytes == 2_000_000_000
+    assert isinstance(device.free_bytes, int)
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -76,6 +76,7 @@ def test_studios_code_editor_is_not_taken_for_vs_code(tmp_path: Path) -> None:
         (STUDIO_METADATA, "SageMaker Studio"),
         (INSTANCE_METADATA, "SageMaker notebook instance"),
         ("not json", "SageMaker notebook instance"),
+        ("5", "SageMaker notebook instance"),
     ],
 )
 def test_sagemaker_is_known_by_its_metadata_file(tmp_path: Path, metadata: str, expected: str) -> None:

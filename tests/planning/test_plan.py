@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import FalconConfig
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.planning.devices import Device
+from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.machines import MACHINES
 
 GIB = 2**30
@@ -204,6 +205,37 @@ def test_files_in_the_cache_are_not_downloaded_again(cache):
     snapshot.parent.mkdir(parents=True)
     snapshot.write_bytes(b"0" * 1000)
     assert fk.plan("falcon-7b").disk.bytes == fk.spec("falcon-7b").stored_bytes - 1000
+
+
+def test_a_link_in_the_cache_to_a_file_that_is_gone_counts_as_no_file(cache):
+    snapshot = cache / "models--tiiuae--falcon-7b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to(cache / "gone")
+    assert fk.plan("falcon-7b").disk.bytes == fk.spec("falcon-7b").stored_bytes
+
+
+def test_an_adapter_of_the_hub_needs_the_files_of_its_base(cache):
+    base = fk.spec("falcon-7b")
+    adapter = replace(
+        base,
+        name="somebody/lora",
+        published=False,
+        fine_tuned_from="falcon-7b",
+        source="https://huggingface.co/somebody/lora",
+    )
+    snapshot = cache / "models--tiiuae--falcon-7b" / "snapshots" / "0" / "model.safetensors"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(b"0" * 1000)
+    assert fk.plan(adapter).disk.bytes == base.stored_bytes - 1000
+
+
+def test_what_is_in_the_cache_as_a_whole_needs_no_disk(cache):
+    small = replace(fk.spec("falconet"), name="somebody/small", source="https://huggingface.co/somebody/small")
+    assert fk.plan(small, devices=resolve_devices(None)).disk.bytes == small.stored_bytes
+    snapshot = cache / "models--somebody--small" / "snapshots" / "0" / "model.safetensors"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(b"0" * small.stored_bytes)
+    assert fk.plan(small, devices=resolve_devices(None)).disk is None
 
 
 def test_the_disk_of_another_machine_is_not_known():

@@ -9,6 +9,7 @@ import torch
 
 import falcon_kit as fk
 from falcon_kit.model.products import has_products
+from falcon_kit.planning.devices import Device
 from falcon_kit.planning.processor import fast_dtypes, has_instructions_for
 
 LAPTOP = "flags\t\t: fpu sse2 avx2 fma\n"
@@ -59,8 +60,9 @@ def test_a_plan_for_this_cpu_advises_and_others_do_not(monkeypatch):
     plan = fk.plan("falcon-7b")
     assert plan.advice in plan._repr_html_()
     assert plan.advice == fast_dtypes(plan.spec, has_instructions_for("bfloat16"))
-    others = [fk.plan("falcon-7b", devices="A10G"), fk.plan("falcon-7b", purpose="lora")]
-    assert [each.advice for each in others] == ["", ""]
+    laptop = [Device("a laptop", "cpu", 2**33)]
+    others = [fk.plan("falcon-7b", **each) for each in ({"devices": "A10G"}, {"purpose": "lora"}, {"devices": laptop})]
+    assert [each.advice for each in others] == ["", "", ""]
     assert "What is fast" not in others[0]._repr_html_()
 
 

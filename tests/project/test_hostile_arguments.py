@@ -41,6 +41,10 @@ WHOLE = {
         f"plan {name}": lambda _, value, name=name: plan("falconet", **{name: value})
         for name in ("context", "batch", "r", "tensor_parallel")
     },
+    **{
+        f"requirements {name}": lambda _, value, name=name: fk.requirements("falconet", 1, **{name: value})
+        for name in ("context", "batch")
+    },
     "requirements minutes": lambda _, value: fk.requirements("falconet", value),
     "load tensor_parallel": lambda _, value: fk.load("falconet", tensor_parallel=value),
     **{
@@ -82,6 +86,7 @@ WHOLE = {
 NUMBERS = {
     **{f"Sampling {name}": setting(fk.Sampling, name) for name in ("temperature", "top_p")},
     **{f"Tuning {name}": setting(fk.Tuning, name) for name in SHARES.split()},
+    "load max_memory": lambda _, value: fk.load("falconet", max_memory={"cpu": value}),
     "guardrails threshold": setting(fk.guardrails, "threshold"),
     "mix web_fraction": lambda _, value: fk.mix(fk.dialogues(DOCUMENTS), ["Some text."], value),
     "split share": lambda _, value: fk.dialogues(DOCUMENTS).split(value),

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -129,6 +130,20 @@ def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
     files = [ROOT / name for name in listed.split() if Path(name).suffix in (".py", ".md", ".ipynb", ".sh")]
     told = [file.name for file in files if re.search(r"pip install (\S+ )*['\"\\\\]*falcon-kit", file.read_text())]
     assert told == []
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+@pytest.mark.parametrize(
+    ("present", "refused"), [("9.9", True), (f"{sys.version_info[0]}.{sys.version_info[1]}", False)]
+)
+def test_make_refuses_another_python_than_that_of_the_environment_that_is_there(tmp_path, present, refused):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho {present}\n")
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    ended = subprocess.run(["make", "help", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
+    assert ("and .venv has Python 9.9: remove .venv first" in ended.stderr, ended.returncode != 0) == (refused, refused)
 
 
 def test_the_makefile_installs_extras_that_exist():

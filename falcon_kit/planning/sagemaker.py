@@ -1,69 +1,19 @@
-"""Functions of the notebook services: secrets, Colab's widget manager, SageMaker's role and instance type.
+"""The SageMaker app of this notebook: its region, execution role, instance type and GPUs.
 
 Importing has no effects.
 """
 
-import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.display.reading import read_json
 from falcon_kit.display.tables import html_table
 from falcon_kit.planning.machines import MACHINES
-from falcon_kit.planning.places import SAGEMAKER_FILE, detect_place
-
-
-def secret(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """A secret by name: an environment variable, or else a secret of Colab or Kaggle.
-
-    Raises LookupError, with where to add it, for a secret that does not exist or that this notebook may not read.
-    """
-    environ = os.environ if environ is None else environ
-    if value := environ.get(name):
-        return value
-    place, _ = detect_place(environ, sys.modules)
-    value, remedy = "", f"set the environment variable {name} before Jupyter starts"
-    if place == "Colab":
-        value, remedy = _from_colab(name), f"add {name} under Secrets (the key in the left bar) and grant access to it"
-    elif place == "Kaggle":
-        value, remedy = _from_kaggle(name), f"add {name} under Add-ons, Secrets, and attach it to this notebook"
-    if not value:
-        raise LookupError(f"there is no secret {name} in {place}: {remedy}")
-    return value
-
-
-def _from_colab(name: str) -> str:
-    """A secret of Colab; empty if it does not exist or if access is not granted."""
-    userdata = import_module("google.colab.userdata")
-    try:
-        return userdata.get(name) or ""
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError):
-        return ""
-
-
-def _from_kaggle(name: str) -> str:
-    """A secret of Kaggle; empty if it is not attached to the notebook."""
-    try:
-        return import_module("kaggle_secrets").UserSecretsClient().get_secret(name) or ""
-    except Exception:  # noqa: BLE001  # Kaggle has moved its exceptions between modules; all mean that there is no secret
-        return ""
-
-
-def enable_widgets(environ: Mapping[str, str] | None = None) -> bool:
-    """Enables ipywidgets from packages in Colab. Returns False in other services, which need no such call.
-
-    Colab then loads the JavaScript of the widgets from a public CDN, so this is not done at import.
-    """
-    place, _ = detect_place(os.environ if environ is None else environ, sys.modules)
-    if place != "Colab":
-        return False
-    import_module("google.colab.output").enable_custom_widget_manager()
-    return True
+from falcon_kit.planning.places import SAGEMAKER_FILE
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,13 +57,12 @@ def sagemaker_place(
     """Region, execution role, instance type and GPUs of this SageMaker notebook, from its metadata file.
 
     client: a boto3.client("sagemaker") that may describe apps or notebook instances, for what the file lacks. Raises
-    LookupError outside SageMaker.
+    LookupError outside SageMaker, and ValueError for a file that is no JSON object.
     """
     environ = os.environ if environ is None else environ
-    try:
-        stored: dict[str, Any] = json.loads(metadata.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise LookupError(f"this is not a SageMaker notebook: there is no {metadata}") from None
+    if not metadata.is_file():
+        raise LookupError(f"this is not a SageMaker notebook: there is no {metadata}")
+    stored = read_json(metadata, "SageMaker writes it anew if you restart the app")
     arn = str(stored.get("ResourceArn", "")).split(":")
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or (arn[3] if len(arn) > 3 else None)
     role, instance = stored.get("ExecutionRoleArn"), _instance_in(str(stored.get("ResourceName", "")))
