@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.loading.falcon import Falcon
@@ -29,7 +30,8 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     free = resolve_devices(None)
     devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in free]
     quantised = stored_quantisation(falcon.model.config)
-    planned = plan(
+    make = partial(
+        plan,
         live_spec(falcon.spec, falcon.model),
         quantised or falcon.model.dtype,
         context=settings.context or falcon.spec.context,
@@ -38,9 +40,12 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         devices=devices,
         r=settings.r,
     )
+    checkpointing = settings.gradient_checkpointing is not False
+    planned = make(gradient_checkpointing=checkpointing)
     shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
     if not (planned.fits or force or shards):
-        raise NotEnoughMemory(replace(planned, suggestions=tuple(_advice(planned, falcon))))
+        recomputing = [] if checkpointing or not make().fits else [Suggestion(gradient_checkpointing=True)]
+        raise NotEnoughMemory(replace(planned, suggestions=(*recomputing, *_advice(planned, falcon))))
     return planned
 
 

@@ -198,6 +198,18 @@ def test_a_falcon_in_several_processes_is_refused_with_the_way_to_several_gpus(m
             fk.tune(given, ROWS, output_dir=tmp_path)
 
 
+def test_the_plan_counts_what_layers_keep_without_checkpointing_and_advises_it_where_that_fits(monkeypatch, falcon):
+    needed = {each: plan_training(falcon, fk.Tuning(gradient_checkpointing=each), True) for each in (True, False)}
+    assert [each.part for each in needed[False].rows if each.part not in {row.part for row in needed[True].rows}] == [
+        "kept activations"
+    ]
+    free = needed[False].total_bytes - 2**20 - sum(each.nbytes for each in falcon.model.parameters())
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: (Device("cpu", "cpu", free),))
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        plan_training(falcon, fk.Tuning(gradient_checkpointing=False), False)
+    assert refused.value.plan.suggestions[0] == "gradient_checkpointing=True"
+
+
 def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
     asked = simulated_gpus(monkeypatch, [10_000, 10**12])
     monkeypatch.setenv("WORLD_SIZE", "2")
