@@ -94,23 +94,22 @@ def tune(
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
     with distributed.together(cpu := distributed.computes_on_cpu(falcon.model, chosen.shard)):
-        documents, test_documents = _split(data, held_out, chosen)
-        packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
-        run = _Run(
-            falcon=falcon,
-            settings=chosen,
-            output_dir=output_dir,
-            train=documents if isinstance(documents, Packed) else packed(documents),
-            test=packed(test_documents) if isinstance(test_documents, Documents) else test_documents,
-            test_documents=test_documents,
-            web_text=None if web_text is None else short_rows(web_text, falcon),
-            plan=plan_training(falcon, chosen, force),
-            quiet=quiet,
-            on_cpu=cpu,
-        )
-        check_vocabularies(falcon, run.train, run.test, run.web_text)
+        memory_plan = plan_training(falcon, chosen, force)
+        rows = _rows(falcon, chosen, data, held_out, web_text)
+    run = _Run(falcon, chosen, memory_plan, output_dir=output_dir, quiet=quiet, on_cpu=cpu, **rows)
     with run.held(resume), _restored(falcon), unpacked(falcon.model):
         return run()
+
+
+def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
+    """The fields of `_Run` with the rows to train on and to measure with, all in the Falcon's vocabulary."""
+    documents, test_documents = _split(data, held_out, settings)
+    packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
+    train = documents if isinstance(documents, Packed) else packed(documents)
+    test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
+    web = None if web_text is None else short_rows(web_text, falcon)
+    check_vocabularies(falcon, train, test, web)
+    return {"train": train, "test": test, "test_documents": test_documents, "web_text": web}
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
@@ -123,7 +122,7 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
         if settings.answers:
             warnings.warn(
                 "held_out is packed, so only its loss is measured: for stop rate and exact answers give the Documents",
-                stacklevel=3,
+                stacklevel=4,
             )
         return data, held_out
     if isinstance(data, Packed):
@@ -195,12 +194,12 @@ class _Run:
 
     falcon: Falcon
     settings: Tuning
+    plan: Plan
     output_dir: str | Path | None
     train: Packed
     test: Packed | None
     test_documents: Documents | Packed | None
     web_text: Packed | None
-    plan: Plan
     quiet: bool
     on_cpu: bool
 

@@ -172,6 +172,13 @@ def test_shards_have_a_line_instead_of_the_plan_of_one_process(falcon, capsys):
     assert capsys.readouterr().out.startswith("The weights are sharded: each of 2 processes holds ")
 
 
+def test_a_sharded_run_warns_that_no_answer_is_generated(falcon):
+    fields = dict.fromkeys(each.name for each in dataclasses.fields(tune._Run))
+    given = {"falcon": falcon, "settings": fk.Tuning(shard=True), "test_documents": fk.dialogues(ROWS), "quiet": True}
+    with pytest.warns(UserWarning, match="so no held-out answer is generated: stop rate and exact answers are not mea"):
+        tune._Run(**fields | given)._show_plan()
+
+
 def test_packed_rows_set_the_context_of_the_run(falcon, tmp_path):
     rows = fk.pack(fk.dialogues(ROWS), falcon, 64)
     options = {"r": 2, "max_steps": 1, "answers": 0}
