@@ -35,8 +35,8 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
     options += ["--set", *args.set] if args.set else []
     together = f"--nnodes {args.instances} --rdzv-id tune --rdzv-backend c10d --rdzv-endpoint {_FIRST_HOST}:29500 "
     start = f"torchrun {together if args.instances > 1 else ''}--nproc-per-node {args.gpus} configs/tune.py "
-    hours = 3600 * args.hours
-    waiting = {"MaxWaitTimeInSeconds": 2 * hours} if args.spot else {}
+    seconds = 3600 * args.hours
+    waiting = {"MaxWaitTimeInSeconds": 2 * seconds} if args.spot else {}
     return {
         "TrainingJobName": args.name,
         "RoleArn": args.role,
@@ -54,7 +54,7 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
             "InstanceCount": args.instances,
             "VolumeSizeInGB": args.disk,
         },
-        "StoppingCondition": {"MaxRuntimeInSeconds": hours, **waiting},
+        "StoppingCondition": {"MaxRuntimeInSeconds": seconds, **waiting},
         "EnableManagedSpotTraining": args.spot,
     }
 
@@ -95,7 +95,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shared", nargs=3, metavar=("KIND", "ID", "PATH"), help="a file system for the run")
     parser.add_argument("--subnets", nargs="+", help="subnets of that file system")
     parser.add_argument("--security-groups", nargs="+", help="security groups that reach it")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the instance")
+    parser.add_argument("--gpus", type=int, default=8, help="processes on each instance, one for a GPU")
     parser.add_argument("--disk", type=int, default=300, help="GB, for the weights")
     parser.add_argument("--hours", type=int, default=24, help="maximum duration")
     parser.add_argument("--dtype", default="bfloat16")

@@ -188,6 +188,19 @@ def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> 
     return spec.layers * batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
+def kept_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapters: bool) -> int:
+    """What one layer keeps for the backward pass without gradient checkpointing; measured, not derived.
+
+    The input, the LayerNorms' outputs and normalised inputs, queries, keys, values, attention output, and the MLP's
+    values before and after the GELU, which adapters copy to float32 where the weights have 16 bits.
+    """
+    values = 2 * spec.intermediate_size + 2 * spec.kv_heads * spec.head_dim
+    values += (3 + 2 * spec.norms_per_block + (0 if spec.parallel_block else 1)) * spec.d_model
+    if adapters and VALUE_BYTES[dtype] == 2:
+        values += 2 * spec.intermediate_size
+    return batch * context * values * VALUE_BYTES[dtype]
+
+
 def backward_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapters: bool) -> int:
     """Recomputation and backward pass of one layer under gradient checkpointing; measured, not derived.
 

@@ -5,7 +5,7 @@ import queue
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, cast
 
@@ -39,13 +39,14 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any
     settings: arguments of `load` in the workers, with `tensor_parallel`. parts: further arguments of ParallelFalcon.
     Raises what a worker raises while it loads; all workers are ended then.
     """
-    code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.serving import serve; serve(load)"
+    code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.worker import serve; serve(load)"
     ranks = settings["tensor_parallel"]
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
     falcon = ParallelFalcon(workers, directory, *parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        answers = _end(falcon._receive(tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)))
+        bar = tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)
+        answers = _end(falcon._receive(_Arrived(), bar))
     except BaseException:
         falcon.close()
         raise
@@ -60,6 +61,14 @@ def _environment(rank: int, ranks: int) -> dict[str, str]:
     if sys.platform == "linux":
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are on this machine
     return variables | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+
+
+@dataclass
+class _Arrived:
+    """What the ranks have answered to one request so far."""
+
+    answers: dict[int, Any] = field(default_factory=dict)
+    errors: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 class ParallelFalcon:
@@ -120,7 +129,7 @@ class ParallelFalcon:
         return sum(rank.weight_bytes for rank in self.ranks)
 
     def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
-        """As `Falcon.generate`; `settings` are numbers, strings and lists, since they are sent to other processes."""
+        """As `Falcon.generate`; `settings` are sent to other processes: numbers, strings, lists and arrays."""
         check_given(guardrails, prompt, self.tokenizer)
         _, single = check_prompt(prompt)
         generations = checked(guardrails, _RemoteTask(self, "generate", prompt, settings).run)
@@ -163,12 +172,15 @@ class ParallelFalcon:
             raise RuntimeError("another text is being generated: let its stream end, or close() it, first")
         try:
             number = next(self._numbers)
-            _check_json(prompt, settings)
-            self._workers.send({"call": call, "number": number, "prompt": prompt, "settings": settings})
+            request = {"call": call, "number": number, "prompt": _plain("the prompt", prompt)}
+            request["settings"] = {name: _plain(name, value) for name, value in settings.items()}
+            arrived = None
             try:
-                answers = yield from self._receive(cancelled=cancelled)
+                self._workers.send(request)
+                arrived = _Arrived()
+                answers = yield from self._receive(arrived, cancelled=cancelled)
             except KeyboardInterrupt:
-                self._cancel(number)
+                self._cancel(number, arrived)
                 raise
         finally:
             self._lock.release()
@@ -176,24 +188,29 @@ class ParallelFalcon:
         generations = _GENERATIONS.validate_python(answers[0]["generations"])
         return [replace(each, stats=replace(each.stats, cache_bytes=cache_bytes)) for each in generations]
 
-    def _cancel(self, number: int) -> None:
-        """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes."""
+    def _cancel(self, number: int, arrived: _Arrived | None) -> None:
+        """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes.
+
+        arrived: None for a request that perhaps did not reach all ranks, which ends the processes too.
+        """
+        if arrived is None:
+            self.close()
+            return
         try:
             self._workers.send({"cancel": number})
-            _end(self._receive())
+            _end(self._receive(arrived))
         except BaseException:
             self.close()
             raise
 
     def _receive(
-        self, bar: Any = None, cancelled: threading.Event | None = None
+        self, arrived: _Arrived, bar: Any = None, cancelled: threading.Event | None = None
     ) -> Generator[Piece, None, dict[int, Any]]:
         """Yields the pieces that arrive, and returns the answer of each rank. Raises what a rank raised.
 
         After each piece, rank 0 waits for a reply: to go on, or to stop once the request is cancelled.
         """
-        answers: dict[int, Any] = {}
-        errors: dict[int, tuple[str, str]] = {}
+        answers, errors = arrived.answers, arrived.errors
         while len(answers) + len(errors) < len(self._workers.processes):
             try:
                 rank, message = self._workers.receive(_ERROR_TIMEOUT if errors else None)
@@ -201,7 +218,7 @@ class ParallelFalcon:
                 self.close()
                 break
             except WorkerDied as died:  # perhaps because of the error of another rank
-                before = f". Before that, {_error(errors, 0)}" if errors else ""
+                before = f". Before that, {_by_rank(errors)}" if errors else ""
                 raise WorkerDied(f"{died}{before}") from None
             if "piece" in message:
                 yield _PIECE.validate_python(message["piece"])
@@ -268,16 +285,19 @@ def _is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
-def _check_json(prompt: Any, settings: dict[str, Any]) -> None:
-    """Raises TypeError for what cannot be sent to another process as JSON."""
-    for name, value in {"the prompt": prompt, **settings}.items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise TypeError(
-                f"{name} is sent to other processes, so it has to be strings, numbers and lists, not a "
-                f"{type(value).__name__}: use such objects in a program under torchrun, where each process has a model"
-            ) from error
+def _plain(name: str, value: Any) -> Any:
+    """A value as JSON has it, with lists for arrays and tensors. Raises TypeError for another object."""
+    try:
+        return json.loads(json.dumps(value, default=lambda each: each.tolist()))
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"{name} is sent to other processes, so it has to be strings, numbers, lists and arrays, not a "
+            f"{type(value).__name__}: use such objects in a program under torchrun, where each process has a model"
+        ) from error
+
+
+def _by_rank(errors: Mapping[int, tuple[str, str]]) -> str:
+    return "; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in sorted(errors.items()))
 
 
 def _error(errors: Mapping[int, tuple[str, str]], ranks: int) -> Exception:
@@ -288,4 +308,4 @@ def _error(errors: Mapping[int, tuple[str, str]], ranks: int) -> Exception:
             text += f". Raised on rank {next(iter(errors))}, it ended all {ranks} processes: load the model again"
         known = next((kind for kind in _KNOWN_ERRORS if kind.__name__ == name), None)
         return known(text) if known else RuntimeError(f"{name}: {text}")
-    return RuntimeError("; ".join(f"rank {rank}: {name}: {text}" for rank, (name, text) in sorted(errors.items())))
+    return RuntimeError(_by_rank(errors))

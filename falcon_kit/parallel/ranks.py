@@ -80,7 +80,8 @@ def placement(ranks: int | None) -> Iterator[dict[str, Any]]:
         yield {}
         return
     logger = transformers_logging.get_logger("transformers.distributed.tensor_parallel")
-    before, logger.level = logger.level, logging.ERROR  # it warns that LayerNorms are not divided, which is intended
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that LayerNorms are not divided, which is intended
     try:
         yield {"distributed_config": DistributedConfig(tp_size=ranks)}
     finally:

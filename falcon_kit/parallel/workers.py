@@ -87,8 +87,7 @@ class Workers:
 
         Raises WorkerDied, after it has ended all workers, when one has ended.
         """
-        block = seconds is None or seconds > 0
-        rank, message = self._arrived.get(block, seconds if block else None)
+        rank, message = self._arrived.get(timeout=seconds)
         if message is None:
             raise WorkerDied(self._death_message(rank))
         return rank, message

@@ -50,10 +50,16 @@ class Request:
     cache: CacheKind
     r: int
     tensor_parallel: int
+    gradient_checkpointing: bool = True
 
     @property
     def _size(self) -> tuple[FalconSpec, str, int, int]:
         return self.spec, self.dtype, self.context, self.batch
+
+    @property
+    def _kept(self) -> int:
+        """What one layer keeps without gradient checkpointing."""
+        return memory.kept_bytes(*self._size, adapters=self.purpose != "full")
 
     @property
     def trains(self) -> bool:
@@ -77,7 +83,9 @@ class Request:
             case _:
                 reason = f"r={self.r}, float32: weight, gradient and two averages of Adam"
                 parts["LoRA"] = (16 * adapters, reason)
-        if self.trains:
+        if self.trains and not self.gradient_checkpointing:
+            parts["kept activations"] = (self._kept, "what each layer keeps for the backward pass")
+        elif self.trains:
             inputs = memory.checkpoint_bytes(*self._size) // self.spec.layers
             parts["checkpoints"] = (inputs, "the input of each layer, for gradient checkpointing")
         return parts
@@ -100,6 +108,8 @@ class Request:
         if self.trains:
             peak = memory.backward_bytes(*self._size, adapters=self.purpose != "full")
             peak_reason = "recomputation and backward pass of one layer"
+            if not self.gradient_checkpointing:
+                peak, peak_reason = peak - self._kept, "backward pass of one layer"
         else:
             peak, peak_reason = memory.prefill_bytes(*self._size), f"the peak of the prefill of {self.context} tokens"
         workspace = memory.workspace_bytes(

@@ -17,7 +17,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_whole, plain_scalar, printable, require, shown, unknown_name
+from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.downloads import Disk, disk_for
@@ -169,6 +169,7 @@ def plan(
     cache: CacheKind = "grouped",
     r: int = 8,
     tensor_parallel: int = 1,
+    gradient_checkpointing: bool = True,
     **unknown: Any,
 ) -> Plan:
     """The memory that a Falcon needs, and whether it fits. No weights are downloaded or loaded.
@@ -182,13 +183,15 @@ def plan(
     list of `falcon_kit.planning.devices.Device`.
     cache: "grouped", or "transformers" for the KV cache of transformers' own Falcon. r: the rank of LoRA.
     tensor_parallel: number of ranks that divide each layer among them, one GPU per rank, or all in host memory.
+    gradient_checkpointing: whether training recomputes each layer instead of keeping its activations.
 
     Raises LookupError for an unknown model, ValueError for an argument out of range, and TypeError for an unknown one.
     """
     _check_names(unknown)
     shape = name if isinstance(name, FalconSpec) else spec(name)
     places = resolve_devices(devices)
-    values = context, batch, purpose, cache, r, tensor_parallel
+    check_flag("gradient_checkpointing", gradient_checkpointing)
+    values = context, batch, purpose, cache, r, tensor_parallel, gradient_checkpointing
     request = Request(shape, _dtype(dtype, shape, purpose, places), *map(plain_scalar, values))
     _check(request)
     _check_dtype(request, places)

@@ -11,10 +11,10 @@ checks.py            models and vocabularies that tune() refuses
 distributed.py       several processes: copies of the weights, or shards
 memory_plan.py       whether training fits into memory, and what to change if not
 plots.py             loss curves (no torch)
-measure.py           stop rate and exact answers on held-out conversations; a sample of web text
+measure.py           stop rate and exact answers on held-out conversations; texts that show what is forgotten
 verdict.py           what a run learned and forgot, in sentences (no torch)
 checkpoint_files.py  complete checkpoints: names, file lists, which to keep (no torch)
-callbacks.py         Ctrl-C saves the step first; adapters without a gradient are an error
+callbacks.py        Ctrl-C saves the step first; a run resumes in any folder; adapters without a gradient are an error
 runs.py              TuningRun: the adapter, its losses, before and after, its model card
 trainer.py           transformers' Trainer for adapters
 run_folder.py        the output_dir belongs to one run: run.json, the adapter and its record

@@ -1,10 +1,11 @@
-"""Callbacks of the Trainer: Ctrl-C saves the step first; adapters that get no gradient are an error."""
+"""Callbacks of the Trainer: Ctrl-C saves the step first; a run resumes in any folder; no gradient is an error."""
 
 import math
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,18 @@ class DeferredInterrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Resumed(TrainerCallback):
+    """What a resumed run takes from this call instead of the checkpoint: the folder, and the steps between events."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Names the best checkpoint by the folder's present path: transformers forgets one whose path has changed."""
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}")
+
+
 class GradientCheck(TrainerCallback):
     """Raises RuntimeError before the first step if adapters get no gradient, so that nothing would be learned."""
 
@@ -71,10 +84,12 @@ class GradientCheck(TrainerCallback):
             return
         self._checked = True
         if without or not any(norm > 0 for name, norm in norms.items() if "lora_B" in name):
-            reason = f", such as {without[0]}" if without else ": all gradients are zero"
-            raise RuntimeError(
-                f"{len(without)} of {len(trained)} adapter weights get no gradient{reason}, so nothing would be learned"
+            reason = (
+                f"{len(without)} of {len(trained)} adapter weights get no gradient, such as {without[0]}"
+                if without
+                else f"the gradients of all {len(trained)} adapter weights are zero"
             )
+            raise RuntimeError(f"{reason}, so nothing would be learned")
 
 
 def _norm(gradient: Any) -> Tensor:

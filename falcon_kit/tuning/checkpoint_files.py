@@ -33,9 +33,9 @@ def checkpoints(run: Path) -> list[Path]:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint exists and has the size it was written with."""
     try:
-        sizes = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+        sizes = dict(json.loads((checkpoint / _FILES).read_text(encoding="utf-8")))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # also where the list is JSON of another kind
         return False
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.display.errors import printable, shown
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
+from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.settings import Tuning
 
 
@@ -38,6 +42,29 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
             f"{falcon.spec.fine_tuned_from!r}",
             stacklevel=3,
+        )
+
+
+def settings_of_rows(rows: Packed, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run on packed rows; ValueError for one that would have to change them."""
+    packing = any(len(each) > 1 for each in rows.rows)
+    for name, there in (("context", rows.context), ("packing", packing)):
+        given = settings.get(name)
+        if given is not None and given != there:
+            raise ValueError(
+                f"{name}={shown(given)}, but the rows are packed with {name}={there}: leave it out, or give the "
+                "documents instead of fk.pack's rows"
+            )
+    return {**settings, "context": rows.context, "packing": packing}
+
+
+def check_vocabularies(falcon: Falcon, *packed: Packed | None) -> None:
+    """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's."""
+    own = falcon.tokenizer.get_vocab()
+    if any(each is not None and each.tokenizer.get_vocab() != own for each in packed):
+        raise ValueError(
+            f"packed rows have the tokens of another tokenizer than that of {printable(falcon.name)}: pack the "
+            "documents again with this Falcon"
         )
 
 

@@ -10,7 +10,7 @@ import json
 import operator
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -119,16 +119,16 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     """Documents to fine-tune on, read from a file, a folder, several of them, or a list of rows.
 
     Rows may be a `datasets.Dataset` or a pandas DataFrame too. Each has "messages" (role and content), "conversations"
-    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion", "question" and "answer" (as for
-    `fk.evaluate`), "input" (Baize: `[|Human|]` and `[|AI|]`), or "text" or "content"; the first that it has is taken.
-    Its "system" becomes the system message, the pairs of "history" the earlier turns, and an answer with "weight" 0 is
-    only read. A row with tools, images, reasoning, choices or another weight is left out, as is a node of a tree
-    (OASST). A last message of the user without an answer is dropped. `.json` and `.jsonl`: an array, a row a line, or
-    indented rows. `.csv` and `.tsv`: names in the first line. `.txt`: documents between blank lines, in Baize form or
-    plain.
+    (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion" (texts, or lists of messages as
+    in TRL), "question" and "answer" (as for `fk.evaluate`), "input" (Baize: `[|Human|]` and `[|AI|]`), or "text" or
+    "content"; the first that it has is taken. Its "system" becomes the system message, the pairs of "history" the
+    earlier turns, and an answer with "weight" 0 is only read. A row with tools, images, reasoning, choices or another
+    weight is left out, as is a node of a tree (OASST). A last message of the user without an answer is dropped.
+    `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the first line. `.txt`:
+    documents between blank lines, in Baize form or plain.
 
-    Warns of rows that cannot be used and lists them in `.problems`. Raises FileNotFoundError for a path that does not
-    exist, and ValueError where no row can be used, or for a file in UTF-16.
+    Warns of rows that cannot be used and of what is not read in a folder, and lists both in `.problems`. Raises
+    FileNotFoundError for a path that does not exist, and ValueError where no row can be used, or for a file in UTF-16.
     """
     if isinstance(path, Documents):
         return path
@@ -270,7 +270,7 @@ def _read_web(given: Any) -> Any:
 def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """The plain texts of `given`, one at a time; rows that are none are appended to `problems`.
 
-    Raises ValueError where the first hundred rows have no text, since a stream may never end.
+    Raises ValueError where the first hundred rows of a stream have no text, since it may never end.
     """
     found: Iterable[dict[str, Any] | Problem]
     if isinstance(given, Documents):
@@ -287,7 +287,7 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
         else:
             usable += 1
             yield each
-        if not usable and len(problems) == 100:
+        if not usable and len(problems) == 100 and not isinstance(given, Sized):
             raise ValueError(f"the first {len(problems)} rows have no web text{_left_out(problems)}")
 
 

@@ -35,14 +35,26 @@ def rows(path: Any) -> Iterator[tuple[str, Any]]:
         raise ValueError('got "", which is no path: give a file or a folder; a text itself is {"text": "..."}')
     path = Path(path).expanduser()
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
-        if not files:
-            raise FileNotFoundError(f"{path} has no file that ends in {', '.join(SUFFIXES)}")
-        yield from rows(files)
+        yield from _rows_of_folder(path)
         return
     _check_file(path)
     for line, row in _rows_of_file(path):
         yield f"{path.name}:{line}", row
+
+
+def _rows_of_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of its files, and a ValueError for each folder or file of another type; a README is passed over."""
+    found = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    files = [each for each in found if each.suffix.lower() in SUFFIXES and not each.is_dir()]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no file that ends in {', '.join(SUFFIXES)}")
+    for each in found:
+        if each.is_dir():
+            yield each.name, ValueError("it is a folder in a folder, which is not read: give it by its own path")
+        elif each in files:
+            yield from rows(each)
+        elif each.suffix.lower() not in ("", ".md"):
+            yield each.name, ValueError(f"only files that end in {', '.join(SUFFIXES)} are read")
 
 
 def _check_file(path: Path) -> None:
@@ -98,6 +110,9 @@ def _table(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
         for cells in reader:
             if not names:
                 names = cells
+                if twice := sorted({each for each in names if names.count(each) > 1}):
+                    yield start, ValueError(f"it names the column {twice[0]!r} twice: the file is not read")
+                    return
             elif cells and len(cells) != len(names):
                 yield start, ValueError(f"it has {len(cells)} cells, but the first line has {len(names)} names")
             elif cells:

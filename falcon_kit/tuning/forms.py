@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from falcon_kit.display.errors import shown
 from falcon_kit.generation.chat import BAIZE, Message, check_messages
 from falcon_kit.tuning.files import BAIZE_MARK
 
@@ -12,6 +13,8 @@ FORMS = (
     '"messages" (chat), "conversations" (ShareGPT), "instruction" and "output" (Alpaca), "input" and "output", '
     '"prompt" and "completion", "question" and "answer", "input" (Baize), "text" or "content"'
 )
+_TRL = ("prompt", "completion")
+_PAIRS = (("instruction", "output"), ("input", "output"), _TRL, ("question", "answer"))
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _SYSTEM = ("system", "system_prompt", "system_message")
 _WEIGHTS = ("weight", "train", "training", "loss")
@@ -40,6 +43,8 @@ def document(row: Any) -> dict[str, Any]:
     """
     if isinstance(row, str):
         row = {"text": row}
+    if row is None or isinstance(row, int | float):
+        raise ValueError(f"it is {shown(row)}, which is no row")
     if not isinstance(row, Mapping):
         row = {"messages": row}
     row = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}  # numpy's
@@ -49,7 +54,7 @@ def document(row: Any) -> dict[str, Any]:
     turns = _turns(row)
     if turns is None:
         return {"text": _text(row)}
-    if row.get("label") is False:
+    if str(row.get("label")).strip().lower() == "false":  # in a CSV file it is a text
         raise ValueError('its "label" is false: it is an example of a bad answer')
     turns = [*_system(row, turns), *_history(row.get("history") or []), *turns[_has_system(turns) :]]
     messages = _checked(turns)
@@ -67,13 +72,7 @@ def _text(row: Mapping[str, Any]) -> str:
     """The plain text of a row."""
     text = next((row[key] for key in ("text", "content") if isinstance(row.get(key), str)), None)
     if text is None:
-        for key in ("messages", "conversations"):
-            if isinstance(row.get(key), list):
-                check_messages(row[key])  # raises for a list without messages
-        keys = [repr(key) for key, value in row.items() if value is not None]
-        if not keys:
-            raise ValueError(f"it is empty: a row has {FORMS}")
-        raise ValueError(f"it has none of {FORMS}, but {', '.join(keys)}: rename these")
+        raise ValueError(_unusable(row))
     if row.get("role") or row.get("parent_id"):
         raise ValueError(
             "it is one message, a node of a tree as in OASST: join the messages from the first to an answer in one row "
@@ -87,6 +86,27 @@ def _text(row: Mapping[str, Any]) -> str:
     return str(text)
 
 
+def _unusable(row: Mapping[str, Any]) -> str:
+    """Why a row is neither a conversation nor a text: the field that is wrong, or all its keys."""
+    given = {key: value for key, value in row.items() if value not in (None, "")}
+    for key in ("messages", "conversations"):
+        if isinstance(given.get(key), list):
+            check_messages(given[key])  # raises: `_turns` takes every list that is not empty
+        elif key in given:
+            return f"its {key!r} is {shown(given[key])}, but it has to be a list of messages"
+    for pair in _PAIRS:
+        there = [key for key in pair if key in given]
+        if len(there) == 1:
+            missing = pair[1 - pair.index(there[0])]
+            return f"it has {there[0]!r}, but its {missing!r} is missing or empty"
+        if there:
+            kinds = "both have to be texts" + (", or both lists of messages" if pair == _TRL else "")
+            return f"its {pair[0]!r} is {shown(given[pair[0]])} and its {pair[1]!r} {shown(given[pair[1]])}: {kinds}"
+    if not given:
+        return f"it is empty: a row has {FORMS}"
+    return f"it has none of {FORMS}, but {', '.join(map(repr, given))}: rename these"
+
+
 def _turns(row: Mapping[str, Any]) -> list[Any] | None:
     """The messages of a row, not yet checked; None for a row that is not a conversation."""
     for key, turn in (("messages", _turn), ("conversations", _share_gpt)):
@@ -95,8 +115,11 @@ def _turns(row: Mapping[str, Any]) -> list[Any] | None:
     asked = [row[key] for key in ("instruction", "input") if isinstance(row.get(key), str)]
     if asked and row.get("output") is not None:
         return _pair("\n\n".join(each for each in asked if each.strip()), row["output"])
-    if isinstance(row.get("prompt"), str) and row.get("completion") is not None:
-        return _pair(row["prompt"], row["completion"])
+    prompt, completion = (row.get(key) for key in _TRL)
+    if isinstance(prompt, str) and completion is not None:
+        return _pair(prompt, completion)
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple) and completion:
+        return [*map(_only_read, prompt), *map(_turn, completion)]
     if isinstance(row.get("question"), str) and row.get("answer") is not None:
         _check_keys(row, _BESIDE_A_QUESTION)
         return _pair(row["question"], row["answer"])
@@ -125,6 +148,12 @@ def _turn(turn: Any) -> Any:
     if isinstance(turn, Mapping):
         _check_keys(turn)
     return turn
+
+
+def _only_read(turn: Any) -> Any:
+    """A message of a prompt: an answer in it is not trained on, as in TRL."""
+    is_answer = isinstance(_turn(turn), Mapping) and turn.get("role") == "assistant"
+    return {**turn, "weight": 0} if is_answer else turn
 
 
 def _share_gpt(turn: Any) -> Any:

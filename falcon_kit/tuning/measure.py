@@ -1,7 +1,7 @@
-"""Stop rate and exact answers on conversations that the model was not trained on, and a sample of web text.
+"""Stop rate and exact answers on conversations that the model was not trained on, and texts that show what it forgets.
 
-web_text.jsonl: pages, stories and dialogues about animals in plain English, generated like the base text of Falconet
-with another seed. A model reads them before and after a run: a higher loss shows that it forgets.
+generated_texts.jsonl: 8 pages, stories and dialogues about animals in plain English, generated like the base text of
+Falconet with another seed. A model reads them before and after a run: a higher loss shows that it forgets.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from falcon_kit.tuning.packing import Packed, pack
 
 _BATCH = 16
 _MAX_NEW_TOKENS = 256
-_WEB_TEXT = Path(__file__).with_name("web_text.jsonl")
+GENERATED = Path(__file__).with_name("generated_texts.jsonl")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -45,9 +45,13 @@ def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: 
     }
 
 
-def web_text(falcon: Falcon) -> Packed:
-    """The sample of web text, in rows of at most 512 tokens."""
-    return pack(dialogues(_WEB_TEXT), falcon, min(512, context_limit(falcon.model.config)))
+def short_rows(data: Any, falcon: Falcon) -> Packed:
+    """Documents, in any form that `tune` takes, in rows of at most 512 tokens; packed rows as they are."""
+    return (
+        data
+        if isinstance(data, Packed)
+        else pack(dialogues(data), falcon, min(512, context_limit(falcon.model.config)))
+    )
 
 
 def _fitting(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[Messages]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.loading.falcon import Falcon
@@ -20,7 +21,7 @@ from falcon_kit.tuning.settings import Tuning
 def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     """The memory plan of training, with the memory of each device that is free or used by the model.
 
-    Raises NotEnoughMemory if it does not fit in one process.
+    Raises NotEnoughMemory if it does not fit and the weights will not be sharded.
     """
     used: dict[str, int] = {}
     for each in falcon.model.parameters():
@@ -29,7 +30,8 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     free = resolve_devices(None)
     devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in free]
     quantised = stored_quantisation(falcon.model.config)
-    planned = plan(
+    make = partial(
+        plan,
         live_spec(falcon.spec, falcon.model),
         quantised or falcon.model.dtype,
         context=settings.context or falcon.spec.context,
@@ -38,8 +40,12 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         devices=devices,
         r=settings.r,
     )
-    if not (planned.fits or force or settings.shard or distributed.world_size() > 1):
-        raise NotEnoughMemory(replace(planned, suggestions=tuple(_advice(planned, falcon))))
+    checkpointing = settings.gradient_checkpointing is not False
+    planned = make(gradient_checkpointing=checkpointing)
+    shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
+    if not (planned.fits or force or shards):
+        recomputing = [] if checkpointing or not make().fits else [Suggestion(gradient_checkpointing=True)]
+        raise NotEnoughMemory(replace(planned, suggestions=(*recomputing, *_advice(planned, falcon))))
     return planned
 
 

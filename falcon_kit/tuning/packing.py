@@ -18,12 +18,13 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import is_whole, printable, shown
+from falcon_kit.display.errors import is_whole, plain_scalar, printable, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import ChatFormat, encode_answers
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.losses import IGNORED
+from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.tuning.data import Documents, Problem, check_documents, store
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Packed(Sequence[dict[str, Any]]):
         rows: Sequence[Sequence[int]],
         context: int,
         tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat,
         problems: Sequence[Problem] = (),
         folders: Sequence[Any] = (),
     ) -> None:
@@ -85,6 +87,8 @@ class Packed(Sequence[dict[str, Any]]):
         """Tokens in a row, at most."""
         self.tokenizer = tokenizer
         """The tokenizer of the tokens."""
+        self.chat_format = chat_format
+        """The chat format of the conversations; of joined rows, that of the first."""
         self.problems = tuple(problems)
         """Conversations that were cut or left out, and why."""
         self.lengths = [length for part in column(examples, "ids") for length in part.value_lengths().to_pylist()]
@@ -113,7 +117,7 @@ class Packed(Sequence[dict[str, Any]]):
         new_index = {old: new for new, old in enumerate(kept)}
         examples = self.examples.with_format(None).select(kept)
         renumbered = [[new_index[old] for old in row] for row in rows]
-        return Packed(examples, renumbered, self.context, self.tokenizer, self.problems, self._folders)
+        return self._with(examples, renumbered, self.problems, self._folders)
 
     def __add__(self, other: Packed) -> Packed:
         """The rows of both, for documents that were packed separately, such as in two chat formats.
@@ -127,9 +131,10 @@ class Packed(Sequence[dict[str, Any]]):
             )
         examples = concatenate_datasets([each.examples.with_format(None) for each in (self, other)])
         rows = [*self.rows, *([len(self.lengths) + index for index in row] for row in other.rows)]
-        return Packed(
-            examples, rows, self.context, self.tokenizer, self.problems + other.problems, self._folders + other._folders
-        )
+        return self._with(examples, rows, self.problems + other.problems, self._folders + other._folders)
+
+    def _with(self, examples: Dataset, rows: Sequence[Sequence[int]], problems: Any, folders: Any) -> Packed:
+        return Packed(examples, rows, self.context, self.tokenizer, self.chat_format, problems, folders)
 
     def example(self, index: int) -> Example:
         """One document."""
@@ -184,7 +189,7 @@ def pack(
     check_documents(documents, "fk.pack")
     check_falcon(falcon)
     limit = context_limit(falcon.model.config)
-    context = limit if context is None else context
+    context = limit if context is None else plain_scalar(context)
     if not is_whole(context, 8, limit):
         raise ValueError(
             f"context={shown(context)} is not between 8 and {limit}, the context of {printable(falcon.spec.name)}"
@@ -203,11 +208,17 @@ def pack(
     rows = (
         first_fit([len(ids) for ids in examples["ids"]], context) if together else [[i] for i in range(len(examples))]
     )
-    return Packed(examples, rows, context, falcon.tokenizer, problems, [folder])
+    return Packed(examples, rows, context, falcon.tokenizer, falcon.chat_format, problems, [folder])
 
 
 def check_falcon(value: Any) -> None:
-    """Raises TypeError for anything but a Falcon, such as a name or a transformers model."""
+    """Raises TypeError for anything but a Falcon in one process, such as a name or a transformers model."""
+    divided = isinstance(value, Falcon) and getattr(value.model.transformer, "tp_mesh", None) is not None
+    if divided or isinstance(value, ParallelFalcon):
+        raise TypeError(
+            "this model's layers are divided among processes (tensor_parallel), where they cannot be trained: load it "
+            "without tensor_parallel; to train on several GPUs, fk.tune shards it (shard=True)"
+        )
     if not isinstance(value, Falcon):
         hint = f": fk.load({value!r})" if isinstance(value, str) else ""
         raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}")
@@ -235,19 +246,22 @@ class _Encoder:
             yield {"ids": ids, "trained": trained, "where": where}
 
     def _text(self, text: str) -> Iterator[tuple[list[int], list[bool]]]:
-        """A text and its eos_token, in pieces; the first token of a piece has no context, so it is not trained on."""
+        """A text and its eos_token, in pieces; the first token of a piece has no context, so it is not trained on.
+
+        A piece of one token would train nothing: it begins one token earlier.
+        """
         ids = [*encode_text(text, self.tokenizer), self.tokenizer.eos_token_id]
         for start in range(0, len(ids), self.context):
-            if len(piece := ids[start : start + self.context]) > 1:
-                yield piece, [False] + [True] * (len(piece) - 1)
+            piece = ids[min(start, len(ids) - 2) : start + self.context]
+            yield piece, [False] + [True] * (len(piece) - 1)
 
     def _dialogue(self, document: Mapping[str, Any], where: str) -> Iterator[tuple[list[int], list[bool]]]:
         """The conversation without those of its last exchanges that do not fit."""
         kept = messages = document["messages"]
-        ids, trained = self._conversation(kept, document["untrained"])
+        ids, trained = encode_answers(kept, self.tokenizer, self.format, document["untrained"])
         while len(ids) > self.context and len(kept) > 3:
             kept = kept[:-2]
-            ids, trained = self._conversation(kept, document["untrained"])
+            ids, trained = encode_answers(kept, self.tokenizer, self.format, document["untrained"])
         if len(ids) > self.context:
             self.problems.append(
                 Problem(where, f"the first answer does not end within {self.context} tokens: left out")
@@ -257,13 +271,9 @@ class _Encoder:
             self.problems.append(Problem(where, f"every answer within {self.context} tokens has weight 0: left out"))
             return
         if len(kept) < len(messages):
-            cut = (len(messages) - len(kept)) // 2
-            self.problems.append(Problem(where, f"longer than {self.context} tokens: without its last {cut} exchanges"))
+            exchanges = counted((len(messages) - len(kept)) // 2, "exchange")
+            self.problems.append(Problem(where, f"longer than {self.context} tokens: without the last {exchanges}"))
         yield ids, trained
-
-    def _conversation(self, messages: list[Any], untrained: Sequence[int]) -> tuple[list[int], list[bool]]:
-        """The tokens of `chat.encode`, and for each whether it belongs to an answer that is trained on."""
-        return encode_answers(messages, self.tokenizer, self.format, untrained)
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

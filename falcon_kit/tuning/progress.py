@@ -9,24 +9,26 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from falcon_kit.display.live import in_notebook, show
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.planning.plan import Plan
-from falcon_kit.tuning.runs import history_curve
+from falcon_kit.tuning.plots import loss_curve
 from falcon_kit.tuning.trainer import AdapterTrainer
 
 _SECONDS_BETWEEN_DRAWINGS = 2.0
 
 
-def show_plan(plan: Plan) -> None:
-    """Shows the memory plan: as a table in a notebook, as one line elsewhere."""
-    if in_notebook():
+def show_plan(plan: Plan, shards: int = 1) -> None:
+    """Shows the memory plan, which is of one process: as a table in a notebook, as one line elsewhere.
+
+    shards: the number of processes that hold a part of the weights each; for several, there is a line about these.
+    """
+    if shards > 1:
+        share = format_bytes(plan.weight_bytes // shards)
+        tqdm.write(f"The weights are sharded: each of {shards} processes holds {share} of {plan.dtype}")
+    elif in_notebook():
         show(plan)
     else:
-        print_line(plan.verdict())
-
-
-def print_line(line: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(line)
+        tqdm.write(plan.verdict())
 
 
 class TuningProgress(TrainerCallback):
@@ -82,7 +84,7 @@ class LiveLossCurve:
         if time.monotonic() - self._drawn < _SECONDS_BETWEEN_DRAWINGS and not last:
             return
         png = BytesIO()
-        history_curve(logged, "Tuning").savefig(png, format="png", dpi=72)
+        loss_curve(logged, "Tuning").savefig(png, format="png", dpi=72)
         picture = {"image/png": png.getvalue(), "text/plain": "the loss so far"}
         if self._handle is None:
             self._handle = show(picture, raw=True, display_id=True)

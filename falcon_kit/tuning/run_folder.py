@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
@@ -23,13 +24,13 @@ from falcon_kit.loading.adapters import RECORD
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
-from falcon_kit.tuning import distributed
+from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.runs import model_card
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer
 
-_MAY_CHANGE_ON_RESUME = {"save_steps", "answers", "eval_steps"}
+_MAY_CHANGE_ON_RESUME = {"save_steps", "eval_steps"}
 """Settings that a resumed run may change, because the adapter does not depend on them. With patience it depends on
 eval_steps, because patience counts evaluations."""
 
@@ -43,13 +44,16 @@ def digest(packed: Packed) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(falcon: Falcon, settings: Tuning, train: Packed, held_out: Packed | None) -> dict[str, Any]:
+def identity(
+    falcon: Falcon, settings: Tuning, train: Packed, held_out: Packed | None, web_text: Packed | None
+) -> dict[str, Any]:
     """Everything that determines the adapter and what is measured; computed before the model is sharded."""
     values = {
         "base": fingerprint(falcon.model),
         "dtype": stored_quantisation(falcon.model.config) or str(falcon.model.dtype),
         "data": digest(train),
         "held-out data": held_out and digest(held_out),
+        **({"web text": digest(web_text)} if web_text else {}),
         "processes": distributed.world_size(),
         **asdict(settings),
     }
@@ -92,7 +96,7 @@ def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: boo
     not write, and ValueError for another run or a damaged run.json.
     """
     file = directory / "run.json"
-    results = [each for each in (*directory.glob("checkpoint-*"), directory / "adapter") if each.exists()]
+    results = [*checkpoint_files.checkpoints(directory), *directory.glob("adapter")]
     if results and not file.is_file():
         raise FileExistsError(
             f"{results[0]} is not of a run of fk.tune, which has a {file.name} in the same folder, and would be "
@@ -144,9 +148,14 @@ def check_same_everywhere(identities: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None for a run that is not finished."""
+    """The record of a finished run; None for a run that is not finished. Raises ValueError for a damaged one."""
     file = directory / "adapter" / RECORD
-    return read_json(file, "delete it, and the same call measures and writes it again") if file.is_file() else None
+    if not file.is_file():
+        return None
+    remedy = "delete it, and the same call measures and writes it again"
+    record = read_json(file, remedy)
+    require({"history", "figures"} <= record.keys(), f"{file} has no history or figures: {remedy}")
+    return record
 
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
@@ -170,11 +179,11 @@ def write_record(
     record = {
         "base": falcon.name,
         "base_fingerprint": base_fingerprint,
-        "chat_format": storable(falcon.chat_format),
+        "chat_format": storable(packed.chat_format),
         "settings": asdict(settings),
         "figures": dict(figures),
         "history": history,
     }
     name = adapter.parent.resolve().name
-    write_text(adapter / "README.md", model_card(falcon.name, name, falcon.chat_format, packed, settings, figures))
+    write_text(adapter / "README.md", model_card(falcon.name, name, packed, settings, figures))
     write_text(adapter / RECORD, json.dumps(record, indent=2) + "\n")

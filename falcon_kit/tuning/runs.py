@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from falcon_kit.display.errors import printable
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import format_bytes, html_table
-from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.plan import Plan
@@ -42,8 +41,8 @@ class TuningRun:
     history: tuple[Mapping[str, float], ...]
     """The log: the loss of each step, and every `eval_steps` the held-out loss."""
     figures: Mapping[str, float]
-    """Measured before and after the run: the loss on a sample of web text, which shows what is forgotten, and on
-    held-out documents loss, stop rate, exact answers."""
+    """Measured before and after the run: the loss on 8 generated texts, or on `web_text`, which shows what is
+    forgotten, and on held-out documents loss, stop rate, exact answers."""
 
     @property
     def verdict(self) -> str:
@@ -52,7 +51,7 @@ class TuningRun:
 
     def plot(self) -> Figure:
         """The loss over the steps."""
-        return history_curve(self.history, f"Tuning {self.falcon.spec.name}, r={self.settings.r}")
+        return loss_curve(self.history, f"Tuning {self.falcon.spec.name}, r={self.settings.r}")
 
     figure = plot
 
@@ -63,13 +62,14 @@ class TuningRun:
         return pd.DataFrame(list(self.history))
 
     def before_after(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **settings: Any) -> BeforeAfter:
-        """The model's answer to each prompt without and with the adapter; greedy, unless `settings` set do_sample."""
+        """The model's answer to each prompt without and with the adapter; greedy, unless `settings` sample."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
 
         def answers() -> list[str]:
             return [str(self.falcon.chat([{"role": "user", "content": each}], **options)) for each in prompts]
 
-        options: Any = {"max_new_tokens": max_new_tokens, **settings}
+        samples = settings.keys() & {"do_sample", "temperature", "top_k", "top_p"}
+        options: Any = {"max_new_tokens": max_new_tokens, **({} if samples else {"do_sample": False}), **settings}
         before = answers()
         with attached(self.falcon, self.adapter):
             after = answers()
@@ -121,26 +121,17 @@ class BeforeAfter:
         return write_text(path, f"<!doctype html><meta charset=utf-8>{self._repr_html_()}")
 
 
-def history_curve(logged: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """The loss curve of a history, as `TuningRun.history` has it."""
-    trained, held_out = (
-        [(each["step"], each[name]) for each in logged if name in each] for name in ("loss", "eval_loss")
-    )
-    return loss_curve(trained, held_out, title)
-
-
-def model_card(
-    base: str, name: str, chat_format: ChatFormat, packed: Packed, settings: Tuning, figures: Mapping[str, float]
-) -> str:
+def model_card(base: str, name: str, packed: Packed, settings: Tuning, figures: Mapping[str, float]) -> str:
     """The model card of an adapter: data, figures, settings."""
+    form = packed.chat_format
     measured = [f"| {label} | {value:.4g} |" for label, value in figures.items()]
     chosen = [f"| {label} | {value} |" for label, value in asdict(settings).items()]
     return _CARD.format(
         base=base,
         name=name,
-        form=chat_format,
+        form=f"{form.name}, `{form.user_prefix}` / `{form.assistant_prefix}`" if form.assistant_prefix else form.name,
         data=repr(packed).removeprefix("Packed(").removesuffix(")"),
-        figures="\n".join([*_HEAD, *measured]) if measured else "Nothing was held out to measure with.",
+        figures="\n".join([*_HEAD, *measured]),
         settings="\n".join([*_HEAD, *chosen]),
     )
 

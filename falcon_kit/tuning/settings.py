@@ -11,7 +11,6 @@ from falcon_kit.display.errors import (
     check_flag,
     check_whole,
     is_number,
-    is_whole,
     plain_scalar,
     require,
     shown,
@@ -81,7 +80,7 @@ class Tuning:
     shard: bool | None = None
     """With several processes: each has a shard of the weights (True) or a copy (False); unset, a copy if it fits."""
     held_out: float = 0.05
-    """Share of the documents that is not trained on but measured with; 0 measures the loss on web text alone."""
+    """Share of the documents that is not trained on but measured with; 0 measures only what is forgotten."""
     eval_steps: int | None = None
     """Steps between two held-out losses; unset, a tenth of the run."""
     patience: int | None = None
@@ -118,12 +117,12 @@ class Tuning:
 
     def _check_numbers(self) -> None:
         for name in _AT_LEAST_1:
-            value = getattr(self, name)
-            require(is_whole(value, 1), f"{name} must be at least 1, got {shown(value)}")
+            check_whole(name, getattr(self, name), 1)
         for name in _NONE_OR_AT_LEAST_1:
             value = getattr(self, name)
-            require(value is None or is_whole(value, 1), f"{name} must be at least 1, got {shown(value)}")
-        require(is_whole(self.answers, 0), f"answers must be 0 or more, got {shown(self.answers)}")
+            if value is not None:
+                check_whole(name, value, 1)
+        check_whole("answers", self.answers, 0)
         check_whole("seed", self.seed, 0, 2**32 - 1)  # numpy's range
         for name in ("num_train_epochs", "lora_alpha", "max_grad_norm"):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ It differs from the Trainer in four points: the kit's loss in chunks, with an er
 weighted by token; checkpoints that are complete or absent; shards of the weights and of the optimizer's state.
 """
 
+import errno
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning import checkpoint_files, distributed
-from falcon_kit.tuning.callbacks import DeferredInterrupt, GradientCheck
+from falcon_kit.tuning.callbacks import DeferredInterrupt, GradientCheck, Resumed
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.settings import Tuning
 
@@ -42,6 +43,7 @@ class AdapterTrainer(Trainer):
         self._interrupt = DeferredInterrupt()
         self.remove_callback(PrinterCallback)
         self.add_callback(self._interrupt)
+        self.add_callback(Resumed())
         self.add_callback(GradientCheck())
         # So the Trainer neither copies a sharded model (DDP) nor shards it again.
         self.is_distributed_loading_by_transformers = distributed.is_sharded(model)
@@ -52,9 +54,10 @@ class AdapterTrainer(Trainer):
         last = self._run / name if name else None
         if last is not None:
             state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            best = self._best(state)
             if _is_over(state):  # the Trainer would train one more step
                 self.state = state
-                self._load_adapter(self._best(state) or last)
+                self._load_adapter(best or last)
                 return
         with self._interrupt.active():
             self.train(resume_from_checkpoint=str(last) if last else None)
@@ -73,9 +76,9 @@ class AdapterTrainer(Trainer):
 
     def _best(self, state: TrainerState) -> Path | None:
         """With patience, the checkpoint of the lowest held-out loss."""
-        if not (self.args.load_best_model_at_end and state.best_model_checkpoint):
+        if not (self.args.load_best_model_at_end and state.best_global_step):
             return None
-        best = self._run / Path(state.best_model_checkpoint).name  # the run may have been moved to another folder
+        best = self._run / f"checkpoint-{state.best_global_step}"
         if not checkpoint_files.is_complete(best):
             raise OSError(
                 f"the best checkpoint, {best}, is incomplete: copy it here again, or start over: resume=False"
@@ -181,10 +184,10 @@ class AdapterTrainer(Trainer):
     def _not_saved(self, error: Exception) -> OSError:
         last = checkpoint_files.last_complete(self._run)
         remove_quietly(self._run / checkpoint_files.UNFINISHED)
-        saved = f"{last} is complete, and the same call resumes from it" if last else "no checkpoint was saved before"
-        return OSError(
-            f"step {self.state.global_step} could not be saved in {self._run} ({error}): free some space; {saved}"
-        )
+        saved = f"{last} is complete, and fk.tune resumes from it" if last else "no checkpoint was saved before"
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        space = ": free some space" if full or "PytorchStreamWriter" in str(error) else ""
+        return OSError(f"step {self.state.global_step} could not be saved in {self._run} ({error}){space}; {saved}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not distributed.is_sharded(self.model):

@@ -17,23 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.display.live import in_notebook
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import detach, is_quantised, quiet, random_state_kept, unchanged
+from falcon_kit.loading.merging import is_quantised, quiet, random_state_kept, unchanged
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed
-from falcon_kit.tuning.checks import check_model
+from falcon_kit.tuning.checks import check_model, check_vocabularies, settings_of_rows
 from falcon_kit.tuning.data import Documents, dialogues
-from falcon_kit.tuning.measure import answer_rates, web_text
+from falcon_kit.tuning.measure import GENERATED, answer_rates, short_rows
 from falcon_kit.tuning.memory_plan import out_of_memory, plan_training
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
-from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, print_line, show_plan
+from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, show_plan
 from falcon_kit.tuning.run_folder import (
     check_same_everywhere,
     default_output_dir,
@@ -56,6 +57,7 @@ def tune(
     output_dir: str | Path | None = None,
     held_out: Any = None,
     resume: bool = True,
+    web_text: Any = None,
     force: bool = False,
     quiet: bool = False,
     **settings: Any,
@@ -67,15 +69,17 @@ def tune(
     interruption (up to rounding with more than two copies, whose gradients DDP adds in another order after a start).
     Several machines have to share it. Unset, it is a folder in ./runs whose name follows from model, data and settings:
     the same call resumes or returns the finished run, and a call with another setting starts a run of its own.
-    held_out: what to measure with: a share of the documents (of packed data None, and nothing is measured but the loss
-    on web text), or separate data as in `data`; for stop rate and exact answers it must not be packed. resume=False
-    starts over. force: train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
+    held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`;
+    stop rate and exact answers are measured unless it is packed or the weights are sharded. web_text: what shows that
+    the model forgets, as in `data`; unset, 8 generated English texts about animals. resume=False starts over. force:
+    train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
     `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
     learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
     Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
-    adapters already, and for settings that are out of range or differ from those of the run in output_dir,
+    adapters already, and for settings that are out of range or differ from those of packed rows or of the run in
+    output_dir,
     NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
     output_dir, and OSError if a checkpoint cannot be saved or processes do not share output_dir; earlier checkpoints
     stay complete. If one of several processes fails before the training, all raise. After Ctrl-C the step is finished
@@ -84,20 +88,28 @@ def tune(
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):
         settings["held_out"] = held_out = float(held_out)
+    require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
+    if isinstance(data, Packed):
+        settings = settings_of_rows(data, settings)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
     with distributed.together(cpu := distributed.computes_on_cpu(falcon.model, chosen.shard)):
-        documents, test_documents = _split(data, held_out, chosen)
-        packed = partial(pack, falcon=falcon, context=chosen.context, together=chosen.packing)
-        train = documents if isinstance(documents, Packed) else packed(documents)
-        test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
         memory_plan = plan_training(falcon, chosen, force)
-    run = _Run(falcon, chosen, output_dir, train, test, test_documents, memory_plan, quiet, cpu)
-    with run.held(resume):
-        if distributed.is_rank0() and not quiet:
-            show_plan(memory_plan)
-        with _restored(falcon), unpacked(falcon.model):
-            return run()
+        rows = _rows(falcon, chosen, data, held_out, web_text)
+    run = _Run(falcon, chosen, memory_plan, output_dir=output_dir, quiet=quiet, on_cpu=cpu, **rows)
+    with run.held(resume), _restored(falcon), unpacked(falcon.model):
+        return run()
+
+
+def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
+    """The fields of `_Run` with the rows to train on and to measure with, all in the Falcon's vocabulary."""
+    documents, test_documents = _split(data, held_out, settings)
+    packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
+    train = documents if isinstance(documents, Packed) else packed(documents)
+    test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
+    web = None if web_text is None else short_rows(web_text, falcon)
+    check_vocabularies(falcon, train, test, web)
+    return {"train": train, "test": test, "test_documents": test_documents, "web_text": web}
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
@@ -110,7 +122,7 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
         if settings.answers:
             warnings.warn(
                 "held_out is packed, so only its loss is measured: for stop rate and exact answers give the Documents",
-                stacklevel=3,
+                stacklevel=4,
             )
         return data, held_out
     if isinstance(data, Packed):
@@ -154,21 +166,26 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
+    modules = [(each, dict(each._modules)) for each in falcon.model.modules()]
     inputs_require_grads = bool(getattr(falcon.model, "_require_grads_hooks", None))
     checkpointed = falcon.model.is_activation_checkpointing
-    if settings.gradient_checkpointing and not inputs_require_grads:
-        falcon.model.enable_input_require_grads()  # or the adapters of the first layer would get no gradient
-    with quiet():
-        model: PeftModel = get_peft_model(falcon.model, config)
-    model.peft_config["default"].base_model_name_or_path = falcon.name
     try:
+        if settings.gradient_checkpointing and not inputs_require_grads:
+            falcon.model.enable_input_require_grads()  # or the adapters of the first layer would get no gradient
+        with quiet():
+            model: PeftModel = get_peft_model(falcon.model, config)
+        model.peft_config["default"].base_model_name_or_path = falcon.name
         yield model
     finally:
         if not inputs_require_grads:
             falcon.model.disable_input_require_grads()
         if not checkpointed:
             falcon.model.activation_checkpointing_disable()
-        detach(model)
+        for module, children in modules:  # PEFT's own `unload` needs all adapters, also after an error in between
+            module._modules.clear()
+            module._modules.update(children)
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            falcon.model.__dict__.pop(name, None)
 
 
 @dataclass(frozen=True)
@@ -177,17 +194,18 @@ class _Run:
 
     falcon: Falcon
     settings: Tuning
+    plan: Plan
     output_dir: str | Path | None
     train: Packed
     test: Packed | None
     test_documents: Documents | Packed | None
-    plan: Plan
+    web_text: Packed | None
     quiet: bool
     on_cpu: bool
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return identity(self.falcon, self.settings, self.train, self.test)
+        return identity(self.falcon, self.settings, self.train, self.test, self.web_text)
 
     @cached_property
     def directory(self) -> Path:
@@ -211,6 +229,7 @@ class _Run:
             yield
 
     def __call__(self) -> TuningRun:
+        self._show_plan()
         if record := distributed.on_rank0(partial(read_record, self.directory), self.on_cpu):
             self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
             return self._result(record["history"], record["figures"])
@@ -226,9 +245,20 @@ class _Run:
             trainer.accelerator.wait_for_everyone()
         return self._result(history, figures)
 
+    def _show_plan(self) -> None:
+        sharded = self._sharded  # every process has to ask
+        if distributed.is_rank0() and not self.quiet:
+            show_plan(self.plan, distributed.world_size() if sharded else 1)
+        if distributed.is_rank0() and sharded and self.settings.answers and isinstance(self.test_documents, Documents):
+            warnings.warn(
+                "the weights are sharded, so no held-out answer is generated: stop rate and exact answers are not "
+                "measured",
+                stacklevel=4,
+            )
+
     def _tell(self, line: str) -> None:
         if distributed.is_rank0() and not self.quiet:
-            print_line(line)
+            tqdm.write(line)
 
     def _result(self, history: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
         adapter = self.directory / "adapter"
@@ -274,7 +304,10 @@ class _Run:
             if distributed.is_rank0():
                 last = checkpoint_files.last_complete(self.directory)
                 step = checkpoint_files.step_of(last) if last else 0
-                print_line(f"Interrupted: the same call resumes from step {step} of {trainer.state.max_steps}")
+                tqdm.write(
+                    f"Interrupted: fk.tune with resume=True, the default, resumes from step {step} of "
+                    f"{trainer.state.max_steps}"
+                )
             raise
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
@@ -285,12 +318,13 @@ class _Run:
 
     def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
         """The figures without and with the adapter."""
-        web = web_text(self.falcon)
+        name_of_text = "generated-text loss" if self.web_text is None else "web-text loss"
+        text = self.web_text or short_rows(GENERATED, self.falcon)
         figures: dict[str, float] = {}
         for name in ("before", "after"):
             with model.disable_adapter() if name == "before" else nullcontext():
                 measured = self._held_out_figures(trainer, model, name)
-                measured["web-text loss"] = trainer.evaluate(web, metric_key_prefix=f"web_{name}")[f"web_{name}_loss"]
+                measured[name_of_text] = trainer.evaluate(text, metric_key_prefix=f"text_{name}")[f"text_{name}_loss"]
             figures |= {f"{key} {name}": value for key, value in measured.items()}
         return figures
 

@@ -1,6 +1,6 @@
 """What a run learned and what it forgot, in sentences that name the setting to change.
 
-The limits are choices: a loss that fell by less than a tenth counts as nothing learned, and a loss on web text that
+The limits are choices: a loss that fell by less than a tenth counts as nothing learned, and a loss on other texts that
 rose by more than 0.1 nats per token (a perplexity that grew by a tenth) counts as forgetting.
 """
 
@@ -13,6 +13,7 @@ from falcon_kit.tuning.settings import Tuning
 _LEAST_FALL = 0.1
 _MOST_FORGOTTEN = 0.1  # nats per token
 _ENOUGH_STEPS = 60
+_OTHER_TEXTS = {"web-text": "web text", "generated-text": "8 generated English texts"}
 
 
 def verdict(
@@ -54,17 +55,20 @@ def _more_steps(steps: int, settings: Tuning) -> str:
     """What to raise where too little was learned."""
     if steps >= _ENOUGH_STEPS:
         return f". Raise learning_rate (it was {settings.learning_rate:g}), or r (it was {settings.r})"
-    return (
-        f". Raise max_steps to {_ENOUGH_STEPS} or more. Short documents share a row: a smaller context (it was "
-        f"{settings.context}) gives more steps to an epoch"
+    rows = (
+        f". Short documents share a row: a smaller context (it was {settings.context}) gives more steps to an epoch"
+        if settings.packing
+        else ""
     )
+    return f". Raise max_steps to {_ENOUGH_STEPS} or more{rows}"
 
 
 def _forgotten(figures: Mapping[str, float], settings: Tuning) -> str:
-    before, after = (figures.get(f"web-text loss {when}") for when in ("before", "after"))
-    if before is None or after is None:
+    name = next((name for name in _OTHER_TEXTS if f"{name} loss after" in figures), None)
+    if name is None:
         return ""
-    line = f"the loss on web text went from {before:.2f} to {after:.2f}"
+    before, after = (figures[f"{name} loss {when}"] for when in ("before", "after"))
+    line = f"the loss on {_OTHER_TEXTS[name]} went from {before:.2f} to {after:.2f}"
     if after - before <= _MOST_FORGOTTEN:
         return f"{line}: little or nothing is forgotten"
     return (

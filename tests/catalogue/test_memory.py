@@ -204,18 +204,25 @@ def test_lora_on_the_40b_has_the_published_number_of_parameters(r, millions):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("vocabulary", [256, 16384])
-def test_a_training_step_of_lora_takes_checkpoints_and_the_larger_of_loss_and_layer(layout, dtype, vocabulary):
+def test_a_training_step_of_lora_takes_what_layers_keep_and_the_larger_of_loss_and_layer(
+    layout, dtype, vocabulary, checkpointing
+):
     model, spec = sized(layout, vocab_size=vocabulary, num_hidden_layers=4)
     model.to(DTYPES[dtype])
     targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     adapted.enable_input_require_grads()
-    model.activation_checkpointing_enable()
+    if checkpointing:
+        model.activation_checkpointing_enable()
     adapted.train()
     ids = torch.zeros(4, 128, dtype=torch.long)
     with PeakBytes([*adapted.parameters(), *adapted.buffers()]) as measured:
         adapted(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
-    busiest = max(memory.loss_bytes(spec, dtype, 128, 4), memory.backward_bytes(spec, dtype, 128, 4, adapters=True))
-    expected = busiest + memory.checkpoint_bytes(spec, dtype, 128, 4) + 4 * memory.lora_parameters(spec, 2)
+    size = spec, dtype, 128, 4
+    layer, kept = memory.backward_bytes(*size, adapters=True), memory.kept_bytes(*size, adapters=True)
+    layers = memory.checkpoint_bytes(*size) if checkpointing else spec.layers * kept
+    busiest = max(memory.loss_bytes(*size), layer if checkpointing else layer - kept)
+    expected = busiest + layers + 4 * memory.lora_parameters(spec, 2)
     assert expected == pytest.approx(measured.peak, rel=0.1)

@@ -38,8 +38,7 @@ FIGURES = {
     lens.attribution: lambda text: lens.attribution([text, "a"], ONES[0, :2], text),
     tokens.lengths: lambda text: tokens.lengths([text, b"\xff"], [1, 2], ["whole", "part"]),
     tokens.languages: lambda text: tokens.languages([text, "b"], {text: [1, 2]}, {text: [3, 4]}, text),
-    tuning.loss_curve: lambda text: tuning.loss_curve([(0, 1.0), (1, 0.5)], title=text),
-    tuning.compare_losses: lambda text: tuning.compare_losses({text: [(0, 1.0), (1, 0.5)]}, text),
+    tuning.loss_curve: lambda text: tuning.loss_curve([{"step": 0, "loss": 1.0}], text),
     evaluation_figure: lambda text: evaluation_figure(
         [row(text, "acc"), row(text, "bits_per_byte")], text, {"averages": {text: 50.0}}
     ),
@@ -71,7 +70,7 @@ def test_any_text_is_drawn_as_plain_visible_text(draw):
         assert all(each.replace("\n", "").isprintable() for each in drawn)
 
 
-@pytest.mark.parametrize("draw", [lens.surprisal, tokens.languages, tuning.compare_losses, draw_plan])
+@pytest.mark.parametrize("draw", [lens.surprisal, tokens.languages, draw_plan])
 def test_every_name_is_in_the_legend(draw):
     figure = FIGURES[draw]("_name")
     legends = figure.findobj(Legend)

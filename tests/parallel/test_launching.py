@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import queue
 import signal
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,14 +20,15 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import FalconConfig
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging as transformers_logging
 
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel import launching
 from falcon_kit.parallel.launching import ParallelFalcon
-from falcon_kit.parallel.ranks import local_bytes, local_tensor
-from falcon_kit.parallel.serving import _init_process_group, _named
+from falcon_kit.parallel.ranks import local_bytes, local_tensor, placement
+from falcon_kit.parallel.worker import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
@@ -360,6 +363,11 @@ def test_objects_cannot_go_to_other_processes(together):
         together.generate(QUESTION, logits_processor=[object()])
 
 
+def test_arrays_go_to_other_processes_as_lists(together, instruct):
+    ids, count = torch.tensor([23, 900, 77]), np.int64(3)
+    assert together.generate(ids, max_new_tokens=count).text == instruct.generate(ids, max_new_tokens=count).text
+
+
 def test_the_model_is_said_to_be_elsewhere(together):
     with pytest.raises(AttributeError, match="the model is in 2 other processes: use generate, stream and chat"):
         _ = together.model
@@ -438,11 +446,14 @@ class Answers:
         self.processes, self._messages, self._end = [0, 1], iter(messages), end
 
     def send(self, message):
-        pass
+        if isinstance(self._end, KeyboardInterrupt):
+            raise self._end
 
     def receive(self, seconds):
         if (message := next(self._messages, None)) is None:
             raise self._end
+        if isinstance(message, BaseException):
+            raise message
         return message
 
     def close(self):
@@ -460,7 +471,7 @@ OUT_OF_MEMORY = (1, {"error": ["MemoryError", "out of memory after 3 tokens"]})
             [OUT_OF_MEMORY],
             WorkerDied("worker 0 ended"),
             WorkerDied,
-            "worker 0 ended. Before that, out of memory after 3",
+            "worker 0 ended. Before that, rank 1: MemoryError: out of memory after 3",
         ),
         ([], WorkerDied("worker 0 ended"), WorkerDied, "^worker 0 ended$"),
     ],
@@ -470,6 +481,35 @@ def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, 
     falcon = ParallelFalcon(Answers(messages, end), "falconet", tokenizer, fk.spec("falconet"), None, None, "")
     with pytest.raises(kind, match=text):
         falcon.generate("Hello")
+
+
+DONE = [(rank, {"done": {"rank": rank, "device": "cpu", "weight_bytes": 1, "cache_bytes": 1}}) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "end", "kind", "closed"),
+    [
+        ([DONE[0], KeyboardInterrupt(), DONE[1]], AssertionError("it waits"), KeyboardInterrupt, False),
+        ([OUT_OF_MEMORY, KeyboardInterrupt()], queue.Empty(), MemoryError, True),
+        ([], KeyboardInterrupt(), KeyboardInterrupt, True),
+    ],
+    ids=["after the answer of one rank", "after the error of one rank", "while the request is sent"],
+)
+def test_ctrl_c_does_not_wait_for_what_has_arrived(messages, end, kind, closed):
+    workers = Answers(messages, end)
+    tokenizer = SimpleNamespace(chat_template=None)
+    falcon = ParallelFalcon(workers, "falconet", tokenizer, fk.spec("falconet"), None, None, "")
+    with pytest.raises(kind):
+        falcon.generate("Hello")
+    assert workers.closed is closed
+
+
+def test_a_logger_is_quiet_while_parts_are_read_although_it_was_asked_before():
+    logger = transformers_logging.get_logger("transformers.distributed.tensor_parallel")
+    asked = [logger.isEnabledFor(logging.WARNING)]
+    with placement(2):
+        asked.append(logger.isEnabledFor(logging.WARNING))
+    assert [*asked, logger.isEnabledFor(logging.WARNING)] == [True, False, True]
 
 
 @pytest.mark.parametrize(

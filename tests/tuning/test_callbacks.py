@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import falcon_kit as fk
-from falcon_kit.model import modeling
-from falcon_kit.tuning import trainer
 from falcon_kit.tuning.trainer import AdapterTrainer
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, interrupted, logits, same
 
@@ -24,7 +22,7 @@ def test_ctrl_c_saves_the_step_and_says_where_the_same_call_goes_on(monkeypatch,
     before, options = logits(falcon), {"save_steps": 99}
     expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **{**QUICK, **options})
     interrupted(monkeypatch, falcon, tmp_path / "broken", 3, **options)
-    assert "the same call resumes from step 3 of 6" in capsys.readouterr().out
+    assert "fk.tune with resume=True, the default, resumes from step 3 of 6" in capsys.readouterr().out
     assert torch.equal(logits(falcon), before)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **{**QUICK, **options})
@@ -56,19 +54,27 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(monkeypatch, caps
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_adapters_without_a_gradient_are_noticed(monkeypatch, falcon, tmp_path):
-    monkeypatch.setattr(modeling.FalconForCausalLM, "enable_input_require_grads", lambda self: None)
-    monkeypatch.setattr(
-        "falcon_kit.tuning.tune.arguments",
-        lambda *args: _reentrant(trainer.arguments(*args)),
-    )
-    with pytest.raises(RuntimeError, match=r"get no gradient|does not require grad"):
-        fk.tune(falcon, ROWS, output_dir=tmp_path, gradient_checkpointing=True, **QUICK)
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda each: setattr(each, "grad", None), "1 of 48 adapter weights get no gradient, such as base_model.*lora"),
+        (lambda each: each.grad.zero_(), "the gradients of all 48 adapter weights are zero, so nothing would be lear"),
+    ],
+    ids=["one has none", "all are zero"],
+)
+def test_adapters_without_a_gradient_are_noticed_before_the_first_step(monkeypatch, falcon, tmp_path, spoil, text):
+    clip = AdapterTrainer._clip_grad_norm
 
+    def spoiled(self, model):
+        norm = clip(self, model)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        for each in trained[:1] if "get no" in text else trained:
+            spoil(each)
+        return norm
 
-def _reentrant(options):
-    options.activation_checkpointing_kwargs = {"use_reentrant": True}
-    return options
+    monkeypatch.setattr(AdapterTrainer, "_clip_grad_norm", spoiled)
+    with pytest.raises(RuntimeError, match=text):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
 
 
 def test_gradients_that_overflowed_are_no_proof_that_nothing_is_learned(monkeypatch, falcon, tmp_path):

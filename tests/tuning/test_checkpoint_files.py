@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.tuning.checkpoint_files import is_complete
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, same
 
 SCRIPT = """
@@ -54,6 +55,12 @@ def test_a_run_that_was_killed_ends_with_the_same_adapter(falcon, tmp_path, step
     ]
 
 
+@pytest.mark.parametrize("content", ["7", "[1]", "null", '"a"', "{"])
+def test_a_list_of_files_that_is_something_else_makes_a_checkpoint_incomplete(tmp_path, content):
+    (tmp_path / "files.json").write_text(content)
+    assert not is_complete(tmp_path)
+
+
 @pytest.mark.parametrize("broken", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
 def test_a_checkpoint_that_is_not_whole_is_passed_over(monkeypatch, falcon, tmp_path, broken):
     expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
@@ -80,6 +87,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, tmp_p
             fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
     assert [each.name for each in (tmp_path / "broken").iterdir()].count("unfinished") == 0
     assert same(fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).adapter, expected.adapter)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(28, "No space left on device"), r"device\): free some space; no checkpoint"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), r"file\): free some space; no check"),
+        (PermissionError(13, "Permission denied"), r"denied\); no checkpoint was saved before"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"out of memory\); no checkpoint was saved before"),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
+)
+def test_only_an_error_of_the_disk_advises_to_free_space(monkeypatch, falcon, tmp_path, error, advice):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match=advice):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
 
 
 def test_nothing_that_is_saved_is_a_pickle_of_objects(falcon, tmp_path):

@@ -276,18 +276,19 @@ CASES = [(name, writer) for name, writers in WRITERS.items() for writer in write
 
 @pytest.mark.parametrize(("name", "writer"), CASES)
 def test_a_file_has_the_rows_that_datasets_reads_in_it(tmp_path, monkeypatch, name, writer):
-    writer(TABLE, tmp_path / name)
+    (folder := tmp_path / "data").mkdir()
+    writer(TABLE, folder / name)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     if name.lower().endswith("sv"):
         options = {"sep": "\t"} if name.endswith(".tsv") else {}
-        theirs = datasets.Dataset.from_csv(str(tmp_path / name), cache_dir=tmp_path / "cache", **options)
+        theirs = datasets.Dataset.from_csv(str(folder / name), cache_dir=tmp_path / "cache", **options)
     elif writer is indented:  # datasets reads no indented rows without an array
         theirs = datasets.Dataset.from_list(TABLE)
     else:
-        theirs = datasets.Dataset.from_json(str(tmp_path / name), cache_dir=tmp_path / "cache")
+        theirs = datasets.Dataset.from_json(str(folder / name), cache_dir=tmp_path / "cache")
     expected = [each["messages"] for each in fk.dialogues(theirs)]
-    assert [each["messages"] for each in fk.dialogues(tmp_path / name)] == expected
-    assert [each["messages"] for each in fk.dialogues(tmp_path)] == expected
+    assert [each["messages"] for each in fk.dialogues(folder / name)] == expected
+    assert [each["messages"] for each in fk.dialogues(folder)] == expected
     assert len(expected) == 3
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import FORMATS, encode
+from falcon_kit.generation.chat import FORMATS, encode, encode_text
 from falcon_kit.tuning.packing import collate, first_fit
 from tests.conftest import small_model
 
@@ -33,6 +33,14 @@ def packed(falcon, rows, **options):
 def test_the_assistants_words_and_the_end_token_are_trained_on_and_nothing_else(falcon):
     example = packed(falcon, [talk("Hi", "Hello there.", "Bye", "So long.")]).example(0)
     assert [text for text, trained in example.spans() if trained] == [" Hello there.", " So long.<|endoftext|>"]
+
+
+def test_a_text_whose_tokens_fill_its_rows_keeps_its_end_token(falcon):
+    count = len(encode_text(text := "One giraffe, two giraffes. " * 16, falcon.tokenizer))
+    context = next(each for each in range(8, count) if count % each == 0)
+    rows = packed(falcon, [{"text": text}], context=np.int64(context))
+    last = rows.example(len(rows.lengths) - 1)
+    assert (last.ids[-1], last.trained, len(rows.lengths)) == (11, [False, True], count // context + 1)
 
 
 @given(st.lists(words, min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))

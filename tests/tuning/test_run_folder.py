@@ -12,7 +12,7 @@ import falcon_kit as fk
 from falcon_kit.tuning.packing import FEATURES, Packed
 from falcon_kit.tuning.run_folder import default_output_dir, digest
 from falcon_kit.tuning.trainer import AdapterTrainer
-from tests.tuning.small_runs import QUICK, ROWS, broken_off, same, weights
+from tests.tuning.small_runs import QUICK, ROWS, broken_off, interrupted, same, weights
 
 # The hash of the data
 
@@ -25,7 +25,7 @@ def test_the_hash_of_rows_depends_on_their_tokens_and_labels_and_on_nothing_else
     for name, changed in (("ids", [5, 6, 7]), ("trained", [True, True, False])):
         rows = [{"ids": [5, 6, 8], "trained": [False, True, True], "where": "a"}, {**whole.examples[1], "where": "b"}]
         tables = [Dataset.from_list([first, rows[1]], FEATURES) for first in (rows[0], {**rows[0], name: changed})]
-        one, other = (digest(Packed(each, [[0, 1]], 64, falcon.tokenizer)) for each in tables)
+        one, other = (digest(Packed(each, [[0, 1]], 64, falcon.tokenizer, falcon.chat_format)) for each in tables)
         assert one != other
 
 
@@ -73,6 +73,28 @@ def test_resume_false_starts_over(monkeypatch, falcon, tmp_path):
     run = fk.tune(falcon, ROWS, output_dir=tmp_path / "one", resume=False, **{**QUICK, "r": 4})
     expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "two", **{**QUICK, "r": 4})
     assert same(run.adapter, expected.adapter)
+
+
+def test_resume_false_leaves_what_is_no_checkpoint(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1}
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    (tmp_path / "checkpoint-best-of-monday").mkdir()
+    fk.tune(falcon, ROWS, output_dir=tmp_path, resume=False, **options)
+    assert (tmp_path / "checkpoint-best-of-monday").exists()
+
+
+def test_a_resumed_run_saves_and_evaluates_as_often_as_the_call_says(monkeypatch, falcon, tmp_path):
+    options = {"max_steps": 8, "save_steps": 4, "eval_steps": 4}
+    interrupted(monkeypatch, falcon, tmp_path, 1, **options)
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | options | {"save_steps": 1, "eval_steps": 2})
+    assert [each["step"] for each in run.history if "eval_loss" in each] == [2, 4, 6, 8]
+    assert sorted(each.name for each in tmp_path.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_another_number_of_answers_is_another_run(falcon, tmp_path):
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1})
+    with pytest.raises(ValueError, match="answers: 0 there, 4 here"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1, "answers": 4})
 
 
 def test_a_run_json_that_is_empty_is_refused_with_what_to_do(falcon, tmp_path):
@@ -175,6 +197,26 @@ def test_an_adapter_is_saved_before_it_is_measured(monkeypatch, falcon, tmp_path
             fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
     assert same(tmp_path / "broken" / "adapter", expected.adapter)
     assert fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).figures == expected.figures
+
+
+def test_a_record_without_figures_is_refused_with_what_to_do(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1}
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    (run.adapter / "tuning.json").write_text('{"history": []}')
+    with pytest.raises(ValueError, match=r"tuning\.json has no history or figures: delete it, and the same call"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+
+
+def test_an_empty_output_dir_is_refused(falcon):
+    with pytest.raises(ValueError, match="output_dir is empty: give a folder, or leave it out"):
+        fk.tune(falcon, ROWS, output_dir="", **QUICK)
+
+
+def test_the_record_names_the_chat_format_of_the_rows(falcon, tmp_path):
+    rows = fk.pack(fk.dialogues(ROWS), fk.load("falconet", chat="baize"), 64)
+    run = fk.tune(falcon, rows, output_dir=tmp_path, **{**QUICK, "max_steps": 1})
+    assert json.loads((run.adapter / "tuning.json").read_text())["chat_format"] == "baize"
+    assert "[|Human|]" in (run.adapter / "README.md").read_text()
 
 
 def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):

@@ -1,8 +1,11 @@
 """What a run hands out: tables that escape, curves that show what was logged, a card that says what it is."""
 
+import pytest
+
 import falcon_kit as fk
-from falcon_kit.tuning.plots import compare_losses, loss_curve
-from falcon_kit.tuning.runs import BeforeAfter, TuningRun, history_curve, model_card
+from falcon_kit.tuning.plots import loss_curve
+from falcon_kit.tuning.runs import BeforeAfter, TuningRun, model_card
+from tests.tuning.small_runs import QUICK, ROWS
 
 HISTORY = (
     {"step": 1, "loss": 3.0},
@@ -10,7 +13,7 @@ HISTORY = (
     {"step": 2, "eval_loss": 2.5},
     {"step": 2, "after_loss": 9},
 )
-ROWS = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]
+TALK = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]
 
 
 def lines(figure):
@@ -19,18 +22,11 @@ def lines(figure):
 
 
 def test_the_curve_shows_the_batches_and_what_was_held_out_apart():
-    assert lines(history_curve(HISTORY, "Tuning")) == {"batches": ([1, 2], [3.0, 2.0]), "held out": ([2], [2.5])}
+    assert lines(loss_curve(HISTORY)) == {"batches": ([1, 2], [3.0, 2.0]), "held out": ([2], [2.5])}
 
 
 def test_a_curve_of_nothing_can_be_drawn():
     assert lines(loss_curve([])) == {}
-
-
-def test_several_runs_are_drawn_by_name():
-    assert lines(compare_losses({"rank 1": [(1, 2.0)], "rank 4": [(1, 1.0)]})) == {
-        "rank 1": ([1], [2.0]),
-        "rank 4": ([1], [1.0]),
-    }
 
 
 def test_before_and_after_escapes_what_was_said(tmp_path):
@@ -43,7 +39,7 @@ def test_before_and_after_escapes_what_was_said(tmp_path):
 
 def test_a_run_is_a_table_and_a_data_frame(instruct, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
-    packed = fk.pack(fk.dialogues(ROWS), instruct)
+    packed = fk.pack(fk.dialogues(TALK), instruct)
     run = TuningRun(tmp_path, instruct, fk.Tuning(), instruct.plan, packed, HISTORY, {"stop rate after": 0.5})
     assert list(run.to_dataframe()["loss"].dropna()) == [3.0, 2.0]
     assert "stop rate after" in run._repr_html_()
@@ -51,8 +47,8 @@ def test_a_run_is_a_table_and_a_data_frame(instruct, tmp_path):
 
 
 def test_the_card_names_base_data_settings_and_figures(instruct):
-    packed = fk.pack(fk.dialogues(ROWS), instruct)
-    text = model_card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
+    packed = fk.pack(fk.dialogues(TALK), instruct)
+    text = model_card("falconet", "mine", packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
     wanted = (
         "base_model: falconet",
         "# mine",
@@ -64,11 +60,20 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
     assert [each for each in wanted if each not in text] == []
 
 
-def test_a_card_without_figures_says_so(instruct):
-    packed = fk.pack(fk.dialogues(ROWS), instruct)
-    assert "Nothing was held out" in model_card("falconet", "mine", instruct.chat_format, packed, fk.Tuning(), {})
+def test_the_card_names_a_format_of_ones_own():
+    template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    falcon = fk.load("falconet", chat=fk.ChatFormat("mine", template=template))
+    packed = fk.pack(fk.dialogues(TALK), falcon)
+    assert "Chat format: mine.\n" in model_card("falconet", "mine", packed, fk.Tuning(), {})
 
 
 def test_a_notebook_shows_the_curves():
-    for figure in (loss_curve([(1, 2.0)]), compare_losses({"rank 1": [(1, 2.0)]})):
-        assert figure._repr_png_().startswith(b"\x89PNG")
+    assert loss_curve(HISTORY)._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("settings", "kinds"), [({}, 1), ({"temperature": 2.0}, 4), ({"do_sample": True}, 4)])
+def test_answers_before_and_after_are_greedy_unless_the_call_samples(tmp_path, settings, kinds):
+    run = fk.tune(fk.load("falconet"), ROWS, output_dir=tmp_path, quiet=True, **{**QUICK, "max_steps": 1})
+    run.falcon.model.generation_config.update(do_sample=True, temperature=1.5)
+    answers = [run.before_after("What is a zebra?", 20, **settings).rows[0][1] for _ in range(4)]
+    assert len(set(answers)) == kinds

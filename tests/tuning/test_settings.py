@@ -64,7 +64,10 @@ def test_all_linear_and_a_single_name_are_target_modules_as_in_peft():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"r": 0}, "r must be at least 1"),
+        ({"r": 0}, r"r must be a whole number from 1 to 2\*\*63 - 1, got 0"),
+        ({"r": 8.0}, r"r must be a whole number from 1 to 2\*\*63 - 1, got 8\.0"),
+        ({"max_steps": 0}, "max_steps must be a whole number from 1"),
+        ({"answers": -1}, "answers must be a whole number from 0"),
         ({"learning_rate": 2}, "learning_rate must be above 0 and below 1"),
         ({"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
         ({"target_modules": ("q_proj",)}, "target_modules must be among query_key_value"),

@@ -126,6 +126,18 @@ def test_patience_goes_on_counting_where_a_run_was_broken_off(monkeypatch, patie
     assert max(each["step"] for each in again.history) == steps
 
 
+def test_a_patient_run_that_was_moved_keeps_its_best_adapter(monkeypatch, falcon, tmp_path):
+    options = {**PATIENT, "max_steps": 36, "learning_rate": 0.1, "eval_steps": 2}
+    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **options)
+    losses = {each["step"]: each["eval_loss"] for each in expected.history if "eval_loss" in each}
+    best = min(losses, key=losses.get)
+    assert best + 2 < max(losses)
+    broken_off(monkeypatch, falcon, tmp_path / "one", KeyboardInterrupt(), step=best + 3, **options)
+    (tmp_path / "one").rename(tmp_path / "two")
+    again = fk.tune(falcon, ROWS, output_dir=tmp_path / "two", **options)
+    assert again.figures == expected.figures
+
+
 # What is used of transformers' Trainer
 
 PRIVATE = {

@@ -1,7 +1,9 @@
 """Tuning: adapters for every layout, a Falcon that is unchanged afterwards, plans and refusals, QLoRA."""
 
+import dataclasses
 import json
 import random
+from contextlib import nullcontext
 
 import bitsandbytes
 import datasets
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.loading.quantization import unpacked
+from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.planning.devices import Device
 from falcon_kit.tuning import tune
 from falcon_kit.tuning.memory_plan import plan_training
+from falcon_kit.tuning.progress import show_plan
 from tests.conftest import simulated_gpus
 from tests.tuning.small_runs import QUICK, ROWS, broken_off, logits, same, talk, weights
 
@@ -43,6 +48,26 @@ def test_the_falcon_is_afterwards_as_it_was(falcon, tmp_path):
     assert not falcon.model.is_activation_checkpointing
     assert not hasattr(falcon.model, "peft_config")
     assert falcon.model.config.use_cache
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+def test_the_falcon_is_as_it_was_after_an_error_while_adapters_are_made(monkeypatch, falcon, tmp_path, error):
+    names, update, calls = [name for name, _ in falcon.model.named_modules()], LoraLayer.update_layer, []
+
+    def fails(self, *args, **options):
+        calls.append(self)
+        if len(calls) == 5:
+            raise error
+        return update(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraLayer, "update_layer", fails)
+        with pytest.raises(type(error)):
+            fk.tune(falcon, ROWS, output_dir=tmp_path, gradient_checkpointing=True, **QUICK)
+    assert [name for name, _ in falcon.model.named_modules()] == names
+    assert not hasattr(falcon.model, "peft_config")
+    assert not any(each._forward_hooks for each in falcon.model.modules())
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, gradient_checkpointing=True, **QUICK).figures
 
 
 def test_the_random_state_is_left_as_it_was(falcon, tmp_path):
@@ -129,6 +154,69 @@ def test_what_is_advised_is_an_argument_of_tune_or_a_whole_call_and_makes_it_fit
         assert plan_training(other, fk.Tuning(**settings | change.changes), force=False).fits
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shard", "refused"),
+    [("nf4", None, True), ("float32", False, True), ("float32", None, False), ("float32", True, False)],
+)
+def test_several_processes_are_refused_what_does_not_fit_unless_they_shard_it(monkeypatch, dtype, shard, refused):
+    falcon = fk.load("falconet", dtype=dtype)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: (Device("cpu", "cpu", 10_000),))
+    chosen = fk.Tuning(shard=shard).for_model(falcon.spec)
+    with pytest.raises(fk.NotEnoughMemory) if refused else nullcontext():
+        plan_training(falcon, chosen, False)
+
+
+def test_shards_have_a_line_instead_of_the_plan_of_one_process(falcon, capsys):
+    show_plan(falcon.plan, 2)
+    assert capsys.readouterr().out.startswith("The weights are sharded: each of 2 processes holds ")
+
+
+def test_a_sharded_run_warns_that_no_answer_is_generated(falcon):
+    fields = dict.fromkeys(each.name for each in dataclasses.fields(tune._Run))
+    given = {"falcon": falcon, "settings": fk.Tuning(shard=True), "test_documents": fk.dialogues(ROWS), "quiet": True}
+    with pytest.warns(UserWarning, match="so no held-out answer is generated: stop rate and exact answers are not mea"):
+        tune._Run(**fields | given)._show_plan()
+
+
+def test_packed_rows_set_the_context_of_the_run(falcon, tmp_path):
+    rows = fk.pack(fk.dialogues(ROWS), falcon, 64)
+    options = {"r": 2, "max_steps": 1, "answers": 0}
+    run = fk.tune(falcon, rows, output_dir=tmp_path, **options)
+    assert (run.settings.context, run.plan.context, run.settings.packing) == (64, 64, True)
+    for name, other in (("context", 512), ("packing", False)):
+        with pytest.raises(ValueError, match=f"{name}={other}, but the rows are packed with .*leave it out, or give"):
+            fk.tune(falcon, rows, output_dir=tmp_path, **options, **{name: other})
+
+
+def test_rows_of_another_vocabulary_are_refused(falcon, tmp_path):
+    other = fk.load("falconet")
+    other.tokenizer.add_tokens(["<mine>"])
+    rows, others = (fk.pack(fk.dialogues(ROWS), each, 64) for each in (falcon, other))
+    for data, held_out in ((others, None), (rows, others)):
+        with pytest.raises(ValueError, match="the tokens of another tokenizer than that of falconet: pack the docum"):
+            fk.tune(falcon, data, output_dir=tmp_path, held_out=held_out, **{**QUICK, "answers": 0})
+
+
+def test_a_falcon_in_several_processes_is_refused_with_the_way_to_several_gpus(monkeypatch, falcon, tmp_path):
+    monkeypatch.setattr(type(falcon.model.transformer), "tp_mesh", "a mesh")
+    for given in (falcon, object.__new__(ParallelFalcon)):
+        with pytest.raises(TypeError, match=r"load it without tensor_parallel; .*shards it \(shard=True\)"):
+            fk.tune(given, ROWS, output_dir=tmp_path)
+
+
+def test_the_plan_counts_what_layers_keep_without_checkpointing_and_advises_it_where_that_fits(monkeypatch, falcon):
+    needed = {each: plan_training(falcon, fk.Tuning(gradient_checkpointing=each), True) for each in (True, False)}
+    assert [each.part for each in needed[False].rows if each.part not in {row.part for row in needed[True].rows}] == [
+        "kept activations"
+    ]
+    free = needed[False].total_bytes - 2**20 - sum(each.nbytes for each in falcon.model.parameters())
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: (Device("cpu", "cpu", free),))
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        plan_training(falcon, fk.Tuning(gradient_checkpointing=False), False)
+    assert refused.value.plan.suggestions[0] == "gradient_checkpointing=True"
+
+
 def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
     asked = simulated_gpus(monkeypatch, [10_000, 10**12])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -146,7 +234,8 @@ def test_the_first_process_decides_for_all_whether_to_shard_what_can_be(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("falcon_kit.tuning.distributed.broadcast_from_rank0", lambda *_: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    run = tune._Run(falcon, fk.Tuning(), None, None, None, None, falcon.plan, True, on_cpu=True)
+    fields = [each.name for each in dataclasses.fields(tune._Run)]
+    run = tune._Run(**dict.fromkeys(fields, None) | {"falcon": falcon, "settings": fk.Tuning(), "plan": falcon.plan})
     assert run._sharded is sharded
 
 
@@ -192,7 +281,7 @@ def test_separate_data_are_held_out_in_every_form(falcon, tmp_path, kind, packin
     packed = fk.pack(fk.dialogues(ROWS[:3]), falcon, 64)
     with pytest.warns(UserWarning, match="only its loss is measured: for stop rate and exact answers give the Doc"):
         other = fk.tune(falcon, data, output_dir=tmp_path / "other", held_out=packed, **options)
-    losses = {f"{name} loss {when}" for name in ("held-out", "web-text") for when in ("before", "after")}
+    losses = {f"{name} loss {when}" for name in ("held-out", "generated-text") for when in ("before", "after")}
     assert other.figures.keys() == losses < run.figures.keys()
     assert {name: run.figures[name] for name in losses} == other.figures
 

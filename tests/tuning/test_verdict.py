@@ -24,6 +24,11 @@ def test_twelve_steps_that_learned_nothing_say_so_and_what_to_raise():
     assert "Raise max_steps to 60" in said
 
 
+def test_a_smaller_context_is_no_advice_where_each_document_has_its_row():
+    alone = fk.Tuning(learning_rate=1e-3, context=256, packing=False)
+    assert verdict(losses(2.0, 2.0), {}, alone, 30).endswith("Raise max_steps to 60 or more")
+
+
 def test_many_steps_that_learned_nothing_name_the_learning_rate():
     said = verdict(losses(*[2.0] * 100), {}, SETTINGS, 30)
     assert "Raise learning_rate (it was 0.001), or r (it was 8)" in said
@@ -73,11 +78,21 @@ def test_a_loss_on_web_text_that_rose_is_forgetting(after, end):
 
 def test_every_run_measures_what_it_forgets_also_where_nothing_is_held_out(falcon, tmp_path):
     run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=0, **{**QUICK, "learning_rate": 0.05})
-    assert set(run.figures) == {"web-text loss before", "web-text loss after"}
-    assert run.figures["web-text loss after"] > run.figures["web-text loss before"] + 0.1
+    assert set(run.figures) == {"generated-text loss before", "generated-text loss after"}
+    assert run.figures["generated-text loss after"] > run.figures["generated-text loss before"] + 0.1
+    assert "the loss on 8 generated English texts went from" in run.verdict
     assert "it forgets" in run.verdict
     assert "it forgets" in run._repr_html_()
-    assert "web-text loss after" in (run.adapter / "README.md").read_text()
+    assert "generated-text loss after" in (run.adapter / "README.md").read_text()
+
+
+def test_forgetting_is_measured_on_the_readers_own_texts_where_they_are_given(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1, "held_out": 0}
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, web_text=[{"text": "Lions roar. " * 9}], **options)
+    assert set(run.figures) == {"web-text loss before", "web-text loss after"}
+    assert "the loss on web text went from" in run.verdict
+    with pytest.raises(ValueError, match="web text: '"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, web_text=[{"text": "Cows moo. " * 9}], **options)
 
 
 def test_a_run_shows_its_verdict_unless_it_is_quiet(falcon, tmp_path, capsys):
