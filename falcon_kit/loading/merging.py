@@ -6,6 +6,7 @@ A merged model's logits are compared with those of the base with the adapter att
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ from falcon_kit.loading.reading import progress_bar
 from falcon_kit.planning.devices import resolve_devices
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
+_SAVED = re.compile(
+    r"config\.json|generation_config\.json|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|chat_template\.jinja"
+)
+"""The files of a checkpoint, which saving writes or replaces."""
 _ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
@@ -181,11 +188,13 @@ def _check_replaceable(folder: Path) -> None:
     """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that."""
     check_folder(folder, "output_dir")
     content = sorted(folder.iterdir()) if folder.is_dir() else []
-    other = [each.name for each in content if each.is_dir() or each.name == "adapter_config.json"]
-    if content and (other or not (folder / "config.json").is_file()):
+    other = [each for each in content if each.is_dir() or not _SAVED.fullmatch(each.name)]
+    if content and not (folder / "config.json").is_file():
+        other += content
+    if other:
         raise FileExistsError(
-            f"output_dir={str(folder)!r} holds {(other or [content[0].name])[0]}, which saving a model there would "
-            "remove: give a new folder, or one that holds only a checkpoint"
+            f"output_dir={str(folder)!r} holds {other[0].name}, which saving a model there would remove: give a new "
+            "folder, or one that holds only a checkpoint"
         )
 
 

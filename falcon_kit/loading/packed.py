@@ -164,6 +164,10 @@ class PackedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.canonical()
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.weight, self.packed_for = frozen(self.canonical()), None
+        super()._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
         """As of `nn.Linear`, with the dtype."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"

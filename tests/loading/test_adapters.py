@@ -114,6 +114,17 @@ def test_loading_and_merging_give_the_same(of_40b):
     torch.testing.assert_close(logits(fk.load(of_40b).model), logits(fk.merge(of_40b).model), rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_has_the_generation_config_of_its_base_loaded_or_merged(of_40b, tmp_path):
+    settings = {"eos_token_id": [11, 900], "pad_token_id": 12, "top_p": 0.5, "max_new_tokens": 3}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    for falcon in (fk.load(of_40b), fk.merge(of_40b)):
+        assert falcon.generation_settings == {"top_p": 0.5, "max_new_tokens": 3}
+        assert (falcon.model.generation_config.eos_token_id, falcon.model.generation_config.pad_token_id) == (
+            [11, 900],
+            12,
+        )
+
+
 def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
     shipped = embedded_directory("falconet-instruct")
     assert (adapters.base_name(shipped), list(shipped.glob("model*.safetensors"))) == ("falconet", [])

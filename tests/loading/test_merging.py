@@ -169,6 +169,15 @@ def test_an_output_dir_that_is_a_file_is_refused_first(base, adapter, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("name", ["notes.md", "config.json.old", "model.gguf"])
+def test_a_file_of_the_user_beside_a_checkpoint_is_never_removed(base, adapter, sharded, name):
+    (sharded / name).write_text("a week of work")
+    with pytest.raises(FileExistsError, match=rf"holds {name}, which saving a model there would remove"):
+        fk.merge(adapter, base, output_dir=sharded)
+    assert (sharded / name).read_text() == "a week of work"
+
+
+@pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("folder", [".", "wise", "run"])
 def test_an_output_dir_with_more_than_a_checkpoint_is_refused_first(base, adapter, tmp_path, folder):
     shutil.copytree(base, tmp_path / "run")
