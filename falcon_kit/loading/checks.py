@@ -1,7 +1,6 @@
 """The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -21,7 +20,7 @@ from falcon_kit.loading.compiling import compile_options
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
-from falcon_kit.planning.environment import gpu_problem
+from falcon_kit.planning.environment import free_disk, gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
@@ -145,18 +144,8 @@ def _devices() -> list[str | int]:
     return [kind, *(f"{kind}:{index}" for index in range(count)), *range(count)]
 
 
-def check_adapters(found: Checkpoint, offload: str | None) -> None:
-    """Raises ValueError where weights cannot be read as asked: adapters added, or from a GGUF file, to be offloaded."""
-    if found.gguf and offload == "disk":
-        raise ValueError(
-            f"offload='disk' reads weights from safetensors at each step, and {found.directory} is a GGUF file: use "
-            "offload='cpu', dtype='int4', or save it as a checkpoint with falcon.model.save_pretrained(folder)"
-        )
-    if found.adapters and offload == "disk":
-        raise ValueError(
-            f"offload='disk' reads weights from the checkpoint at each step, without the adapter {found.spec.name}: "
-            "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can be offloaded"
-        )
+def check_adapters(found: Checkpoint) -> None:
+    """Raises ValueError for adapters of quantised weights."""
     if found.adapters and (quantised := stored_quantisation(found.config)):
         raise ValueError(
             f"{found.spec.name} is an adapter for {found.directory}, whose weights are stored in {quantised}: added to "
@@ -167,11 +156,9 @@ def check_adapters(found: Checkpoint, offload: str | None) -> None:
 def check_disk(folder: Path, needed: int) -> None:
     """Raises OSError where the disk has no room for offloaded weights of `needed` bytes."""
     check_folder(folder, "offload_folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if (free := free_disk(folder)) < needed:
         raise OSError(
-            f"offload='disk' writes up to {format_bytes(needed)} of pickled weights to {folder}, where "
-            f"{format_bytes(free)} are free: give offload_folder on a larger disk, or convert the checkpoint to "
-            "safetensors, which are read from the checkpoint itself"
+            f"offload='disk' writes up to {format_bytes(needed)} of weights to {folder}, where {format_bytes(free)} "
+            "are free: give offload_folder on a larger disk, or load a checkpoint in safetensors without an adapter, "
+            "which is read where it is"
         )

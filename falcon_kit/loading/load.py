@@ -71,7 +71,8 @@ def load(
     device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for
-    every token. A pickled checkpoint is first rewritten in `offload_folder`; safetensors are read where they are.
+    every token. safetensors are read where they are; other weights, and those with an adapter added, are first written
+    to `offload_folder`.
     attention: "grouped" caches keys and values once per KV head; "transformers" is the library's own Falcon.
     compile: on a GPU, decode with a static cache of the whole context and torch.compile, warmed up for a batch of 1;
     another batch size compiles again. A CompileConfig sets other options. Beam search, assisted generation and a cache
@@ -111,7 +112,7 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
-    check_adapters(found, settings.offload)
+    check_adapters(found)
     dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
     if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
         reason = reason.replace("as in the checkpoint", f"dequantised from {', '.join(kinds)}")
@@ -157,8 +158,8 @@ def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) ->
 def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned: Plan, reason: str) -> Falcon:
     """The Falcon of the fetched files: in this process, or in processes that are started for its ranks."""
     check_weights(found, files)
-    if settings.offload == "disk" and files[0].suffix == ".bin":
-        check_disk(settings.folder, sum(file.stat().st_size for file in files))
+    if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
+        check_disk(settings.folder, planned.weight_bytes)
     tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
     format = settings.chat_format or trained_format(found, tokenizer)
     unmarked = tokenizer.chat_template in (None, plain_template(format.template))

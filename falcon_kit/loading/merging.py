@@ -74,11 +74,9 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     weights = {name: falcon.model.get_parameter(name) for name in adapters.full_weights(Path(adapter))}
     before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
-        model = _attach(falcon.model, adapter)
         try:
-            yield model
+            yield _attach(falcon.model, adapter)
         finally:
-            detach(model)
             with torch.no_grad():  # PEFT writes saved embeddings and biases into the base
                 for name, each in weights.items():
                     each.copy_(before[name])
@@ -97,16 +95,18 @@ def check_no_adapters(falcon: Falcon, another: str) -> None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores each parameter's `requires_grad` and each module's mode, training or evaluation, after the block."""
+    """Removes all adapters after the block, and restores each parameter's `requires_grad` and each module's mode."""
     flags = [(each, each.requires_grad) for each in model.parameters()]
-    modes = [(each, each.training) for each in model.modules()]
+    modules = [(each, each.training, dict(each._modules)) for each in model.modules()]
     try:
         yield
     finally:
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(name, None)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+        for module, mode, children in modules:
+            module.training, module._modules = mode, children
 
 
 def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:

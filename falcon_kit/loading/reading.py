@@ -1,6 +1,7 @@
 """The weights of a checkpoint read into a model: on their devices, with adapters added, quantised, complete."""
 
 import gc
+import hashlib
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle, with_adapters
+from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, refused_pickle, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
@@ -46,11 +47,17 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
     if settings.max_memory and device_map == "auto":  # the plan's own map keeps within max_memory
         options["max_memory"] = dict(settings.max_memory)
     if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
-        options["offload_folder"] = settings.folder
+        options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
         options["quantization_config"] = quantisation_config(plan.dtype, _computes_on_cpu(device_map))
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
         return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
+
+
+def _offload_name(found: Checkpoint, dtype: str) -> str:
+    """A folder for the offloaded weights of one model: their files are named after the layers, as another model's."""
+    parts = (found.name, dtype, *map(digest, found.adapters))
+    return f"{found.spec.name.replace('/', '-')}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def choose_device_map(device_map: Any, plan: Plan) -> Any:

@@ -263,13 +263,6 @@ def test_an_adapter_is_not_added_to_quantised_weights(of_40b, tmp_path):
         fk.load(of_40b)
 
 
-def test_an_adapter_cannot_be_read_from_disk_at_every_token(of_40b):
-    with pytest.raises(
-        ValueError, match=r"offload='disk' reads weights from the checkpoint at each step, without the adapter wise"
-    ):
-        fk.load(of_40b, offload="disk")
-
-
 def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):
     from contextlib import ExitStack
 

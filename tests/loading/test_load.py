@@ -162,13 +162,28 @@ def on_disk(model):
     return {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.device.type == "meta"}
 
 
+def room_without_three_layers(monkeypatch, name):
+    """Makes this machine one with a disk, and room in memory for a model without three of its layers."""
+    whole = fk.plan(name, "float32", devices=[Device("cpu", "cpu", 2**40)]).total_bytes
+    layer = 4 * fk.spec(name).layer_parameters
+    slots = (Device("cpu", "cpu", whole - 3 * layer), Device("disk", "disk", 2**40, offload_target=True))
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: slots)
+
+
+def test_adapters_and_gguf_files_are_read_from_disk_too_each_from_a_folder_of_its_own(tmp_path, monkeypatch):
+    names = [embedded_directory("falconet-instruct"), fk.export_gguf(fk.load("falconet"), tmp_path / "a.gguf", "f32")]
+    expected = [fk.load(name, dtype="float32").model for name in names]
+    room_without_three_layers(monkeypatch, "falconet")
+    offloaded = [fk.load(name, dtype="float32", offload="disk", offload_folder=tmp_path / "off") for name in names]
+    for falcon, model in zip(offloaded, expected, strict=True):
+        assert len(on_disk(falcon.model)) == 4
+        assert_same_logits(falcon.model, model)
+
+
 def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path, monkeypatch):
     small_model(layout, num_hidden_layers=6).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    whole = fk.plan(tmp_path, "float32", devices=[Device("cpu", "cpu", 2**40)]).total_bytes
-    layer = 4 * fk.spec(tmp_path).layer_parameters
-    slots = (Device("cpu", "cpu", whole - 3 * layer), Device("disk", "disk", 2**40, offload_target=True))
-    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: slots)
+    room_without_three_layers(monkeypatch, tmp_path)
     falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
     assert "disk" in repr(falcon)

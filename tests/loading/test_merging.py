@@ -12,6 +12,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import LazyMergedWeight
+from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import TARGETS, saved_adapter
@@ -105,6 +106,22 @@ def test_merged_weights_that_change_the_logits_are_refused(monkeypatch, base, ad
     monkeypatch.setattr(LazyMergedWeight, "__getitem__", lambda self, index: factor * right(self, index))
     with pytest.raises(RuntimeError, match=r"after merging, logits differ by .* of the largest, more than rounding"):
         fk.merge(adapter, base)
+
+
+def test_a_model_is_as_it_was_after_an_interruption_while_an_adapter_is_attached(monkeypatch, base, adapter):
+    falcon = fk.load(base)
+    before, expected = [name for name, _ in falcon.model.named_modules()], logits(falcon.model)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.set_peft_model_state_dict", interrupt)
+        with pytest.raises(KeyboardInterrupt), attached(falcon, adapter):
+            pass
+    assert [name for name, _ in falcon.model.named_modules()] == before
+    assert torch.equal(logits(falcon.model), expected)
+    fk.merge(adapter, falcon)
 
 
 # The saved checkpoint
