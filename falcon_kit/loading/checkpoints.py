@@ -81,6 +81,9 @@ def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Check
     known = {each.name.lower(): each for each in catalogue()}
     short = name.strip().lower().removeprefix("tiiuae/")
     path = Path(name).expanduser()
+    here = path.exists() or (short in known and not known[short].published)
+    if here and not seen and (revision := hub.get("revision")) is not None:
+        raise ValueError(f"revision={revision!r} is of a hub repository, and {name} is on this machine: leave it out")
     if short in known and not known[short].published:
         return _from_directory(embedded_directory(short), hub, known[short], seen)
     if short and (file := find_gguf(path)):

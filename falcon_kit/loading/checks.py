@@ -64,6 +64,16 @@ class LoadSettings:
         return None if self.dtype == "auto" else dtype_name(self.dtype)
 
     @property
+    def one_device(self) -> int | str | None:
+        """The device that `device_map` puts all layers on, as in a plan; None where there are several or none."""
+        asked = self.device_map
+        places = {str(each) for each in (asked.values() if isinstance(asked, Mapping) else [asked])}
+        kind, _, index = places.pop().partition(":") if len(places) == 1 else ("", "", "")
+        if kind == "cuda":
+            return int(index) if index else torch.cuda.current_device()
+        return kind if kind == "cpu" else int(kind) if kind.isdigit() else None
+
+    @property
     def folder(self) -> Path:
         """`offload_folder` with ~ expanded."""
         return Path(self.offload_folder).expanduser()
@@ -99,6 +109,17 @@ def _check_combinations(
             f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; choose sdpa, eager or flash-attention "
             "with model.set_attn_implementation"
         )
+    check_quantised_settings(dtype, attention, offload)
+    if offload and device_map not in (None, "auto"):
+        raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
+    if max_memory is not None and device_map not in (None, "auto"):
+        raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
+    if device_map is not None:
+        _check_device_map(device_map)
+
+
+def check_quantised_settings(dtype: str | None, attention: str, offload: str | None) -> None:
+    """Raises ValueError for settings that quantised weights exclude; dtype: the one asked for, or the checkpoint's."""
     if dtype in QUANTISED and attention != "grouped":
         raise ValueError(
             f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers are of another class: "
@@ -107,14 +128,8 @@ def _check_combinations(
     if dtype in QUANTISED and offload:
         raise ValueError(
             f"dtype={dtype!r} with offload={offload!r}: quantised layers compute where their weights are, so they "
-            "cannot be offloaded: use max_memory and more devices, or dtype='bfloat16' with offload"
+            "cannot be offloaded: use max_memory and more devices, or offload the original weights in bfloat16"
         )
-    if offload and device_map not in (None, "auto"):
-        raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
-    if max_memory is not None and device_map not in (None, "auto"):
-        raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
-    if device_map is not None:
-        _check_device_map(device_map)
 
 
 def _check_device_map(device_map: Any) -> None:

@@ -13,21 +13,26 @@ import torch
 from torch import nn
 from transformers import (
     CompileConfig,
-    FalconConfig,
     FalconForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.reading import named_errors
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import RECORD, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
-from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_name, check_names
+from falcon_kit.loading.checks import (
+    LoadSettings,
+    check_adapters,
+    check_disk,
+    check_name,
+    check_names,
+    check_quantised_settings,
+)
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -68,7 +73,8 @@ def load(
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
     "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
-    device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
+    device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); a device, for which the plan is
+    made then; or as in transformers, whose division of the layers is not planned.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for
     every token. safetensors are read where they are; other weights, and those with an adapter added, are first written
@@ -107,15 +113,17 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
         warnings.warn(problem, stacklevel=3)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
-    return local_devices(settings.max_memory, settings.offload, settings.folder)
+    devices = local_devices(settings.max_memory, settings.offload, settings.folder)
+    if (one := settings.one_device) is None:
+        return devices
+    return tuple(each for each in devices if each.key == one) or (Device("cpu", "cpu", host_memory()[1]),)
 
 
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found)
-    dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
-    if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
-        reason = reason.replace("as in the checkpoint", f"dequantised from {', '.join(kinds)}")
+    dtype, reason = choose_dtype(settings.dtype_name, found)
+    check_quantised_settings(dtype, settings.attention, settings.offload)
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,
@@ -125,33 +133,43 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
-    if not (planned.fits or settings.force or settings.device_map not in (None, "auto")):
+    divided = settings.device_map not in (None, "auto") and settings.one_device is None  # not as the plan has it
+    if not (planned.fits or settings.force or divided):
         raise NotEnoughMemory(planned)
     if settings.compile:
         check_compilable(dtype, choose_device_map(settings.device_map, planned))
     return planned, reason
 
 
-def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:
     """The name of the dtype to load in, and the reason."""
-    if quantised := stored_quantisation(config):
+    if quantised := stored_quantisation(found.config):
         if wanted not in (None, quantised):
             raise ValueError(f"the checkpoint is already quantised to {quantised}: dtype={wanted!r} needs the original")
         return quantised, "as in the checkpoint"
     if wanted is not None:
         return wanted, "as asked"
-    stored = str(config.dtype).removeprefix("torch.")
-    if stored not in VALUE_BYTES or stored in QUANTISED:
-        stored = "bfloat16"
+    stored, reason = _stored_dtype(found)
     if torch.cuda.is_available():
         if stored == "bfloat16" and compute_dtype() == torch.float16:
             return "float16", "the checkpoint's bfloat16 is not native to this GPU"
-        return stored, "as in the checkpoint"
-    full, (_, available) = 4 * shape.parameters, host_memory()
+        return stored, reason
+    full, (_, available) = 4 * found.spec.parameters, host_memory()
     if stored != "float32" and full < available / 10:
         return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
     if stored == "float16":
         return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
+    return stored, reason
+
+
+def _stored_dtype(found: Checkpoint) -> tuple[str, str]:
+    """The dtype that holds the checkpoint's weights, and the reason."""
+    if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
+        return str(found.config.dtype).removeprefix("torch."), f"dequantised from {', '.join(kinds)}"
+    if found.config.dtype is None:
+        return "bfloat16", "the dtype of published Falcons, since the config.json names none"
+    if (stored := str(found.config.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+        return "bfloat16", f"the dtype of published Falcons, since the kit does not compute in {stored}"
     return stored, "as in the checkpoint"
 
 

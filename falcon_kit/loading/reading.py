@@ -74,8 +74,8 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
 
 def _computes_on_cpu(device_map: Any) -> bool:
     """Whether a device map puts all layers on the CPU; without one, that is where transformers puts them."""
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    return places <= {None, "cpu"}
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return {str(each) for each in places} <= {"None", "cpu"}
 
 
 def _from_pretrained(

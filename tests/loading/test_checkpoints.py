@@ -50,6 +50,16 @@ def test_the_revision_asked_for_is_the_one_loaded(tokenizer, tmp_path):
     assert falcon.spec.layout == "multi-query"
 
 
+def test_a_revision_of_what_is_on_this_machine_is_refused(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = saved_adapter_without_effect(tmp_path / "base", tmp_path / "none")
+    gguf = fk.export_gguf(fk.load(tmp_path / "base"), tmp_path / "a.gguf", "f32")
+    for name in ("falconet", "falconet-instruct", tmp_path / "base", adapter, gguf):
+        with pytest.raises(ValueError, match=rf"revision='v2' is of a hub repository, and {name} is on this machine"):
+            fk.load(name, revision="v2")
+
+
 @pytest.mark.parametrize("name", ["tiiuae/falcon-40b-instruct", "falcon-40b-instruct", "somebody/their-falcon"])
 def test_a_hub_id_that_is_not_cached_says_that_the_hub_cannot_be_reached(name, tmp_path):
     with pytest.raises(

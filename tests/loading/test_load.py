@@ -105,6 +105,22 @@ def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
     assert instruct.dtype_reason == "18.5 MiB in float32 fit easily into host memory, and float32 is exact"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (None, "the dtype of published Falcons, since the config.json names none"),
+        ("float64", "the dtype of published Falcons, since the kit does not compute in float64"),
+        ("bfloat16", "as in the checkpoint"),
+    ],
+)
+def test_the_reason_of_a_dtype_is_what_the_config_says(checkpoint, monkeypatch, dtype, reason):
+    monkeypatch.setattr("falcon_kit.loading.load.host_memory", lambda: (2**33, 50 * 2**20))
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
+    falcon = fk.load(checkpoint)
+    assert (falcon.dtype, falcon.dtype_reason) == ("bfloat16", reason)
+
+
 # Decoding: kernels and compilation
 
 
@@ -138,6 +154,16 @@ def test_force_tries_all_the_same(checkpoint, layout, monkeypatch):
 
 def test_a_loaded_falcon_has_its_plan(instruct):
     assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
+
+
+def test_a_device_that_is_asked_for_is_planned_for(checkpoint, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**40),))
+    monkeypatch.setattr("falcon_kit.loading.load.host_memory", lambda: (2**33, 2**20))
+    for device_map in ("cpu", {"": torch.device("cpu")}):
+        with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB"):
+            fk.load(checkpoint, device_map=device_map)
+    falcon = fk.load(checkpoint, device_map="cpu", force=True)
+    assert {row.device for row in falcon.plan.rows} == {"cpu"}
 
 
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
