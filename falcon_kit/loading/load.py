@@ -99,7 +99,7 @@ def load(
     )
     devices = _devices(settings)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    found = find(str(name), hub)
+    found = find(name, hub)
     planned, reason = _plan(found, settings, devices)
     return _read(found, fetch(found), settings, planned, reason)
 
@@ -178,16 +178,14 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     check_weights(found, files)
     if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
         check_disk(settings.folder, planned.weight_bytes)
-    tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
-    format = settings.chat_format or trained_format(found, tokenizer)
-    unmarked = tokenizer.chat_template in (None, plain_template(format.template))
-    if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
-        tokenizer.chat_template = format.template
+    tokenizer, format = tokenizer_and_format(found, settings.chat_format)
     parts = tokenizer, found.spec, planned, format, reason
     if ranks.needs_launch(settings.tensor_parallel):
         from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
 
+        hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
+        request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
         return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
     model = read_model(found, files, planned, settings)
     _set_special_tokens(model, tokenizer)
@@ -197,6 +195,38 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     options = compile_options(settings.compile)
     decoding = compiled(model, planned.dtype, options) if options else {}
     return Falcon(model, *parts, decoding)
+
+
+def tokenizer_and_format(found: Checkpoint, chosen: ChatFormat | None) -> tuple[PreTrainedTokenizerFast, ChatFormat]:
+    """The tokenizer, with a chat template, and the chat format; chosen: the format that the user asks for."""
+    tokenizer = _own_tokenizer(found)
+    format = chosen or trained_format(found, tokenizer)
+    unmarked = tokenizer.chat_template in (None, plain_template(format.template))
+    if chosen or unmarked:  # the format's own template marks the assistant's messages for training
+        tokenizer.chat_template = format.template
+    return tokenizer, format
+
+
+def _own_tokenizer(found: Checkpoint) -> PreTrainedTokenizerFast:
+    """The tokenizer of the last adapter that brings one, with its base's chat template if it has none; else the base's.
+
+    Adapters of 2023 often bring one with a token for padding that the model has no embedding of; it is not used.
+    """
+    base = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
+    folders = [each for each in found.adapters if each != found.directory and (each / "tokenizer.json").is_file()]
+    if not folders:
+        return base
+    own = load_tokenizer(folders[-1])
+    template = own.chat_template or base.chat_template
+    if len(own) > found.config.vocab_size:
+        warnings.warn(
+            f"the tokenizer in {folders[-1]} has {len(own)} tokens, and the model {found.config.vocab_size}: that of "
+            f"{found.base.name} is used",
+            stacklevel=2,
+        )
+        own = base
+    own.chat_template = template
+    return own
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -222,7 +252,7 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
                 return stored_format(trained)
     if tokenizer.chat_template is None:
         return default_format(found.base)
-    return own_format(tokenizer, str(found.directory))
+    return own_format(tokenizer, str(tokenizer.name_or_path or found.directory))
 
 
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

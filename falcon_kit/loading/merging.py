@@ -19,14 +19,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, holds_base, is_here
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import encode_text, save_tokenizer
 from falcon_kit.loading import adapters
+from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import load
+from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.planning.devices import resolve_devices
 
@@ -181,6 +182,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         with adapters.write_errors():
             merged.model.save_pretrained(folder)
         save_tokenizer(merged.tokenizer, folder)
+    merged.model.name_or_path = merged.model.config.name_or_path = str(Path(output_dir).expanduser())
     return merged
 
 
@@ -203,8 +205,11 @@ def _base(adapter: Path) -> Falcon:
     name = adapter_base(adapter) or adapters.base_name(adapter)
     if holds_base(adapter, name):
         raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
+    found = find(adapter, {})
     with base_errors(adapter, name):
-        return load(name)
+        falcon = load(name, revision=None if is_here(name) else base_revision(adapter))
+    tokenizer, format = tokenizer_and_format(found, None)
+    return replace(falcon, tokenizer=tokenizer, loaded_format=format, loaded_template=None)
 
 
 def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
@@ -212,7 +217,7 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
     if not isinstance(base, Falcon):
         return load(base)
     if is_quantised(base.model):
-        return load(base.name, dtype="bfloat16", chat=base.chat_format)
+        return load(base.model.name_or_path or base.name, dtype="bfloat16", chat=base.chat_format)
     _check_room_for_a_copy(base)
     return replace(base, model=copy.deepcopy(base.model))
 

@@ -1,5 +1,6 @@
 """Adapters loaded like models: added to their base's weights while these are read. PEFT's own merge is the oracle."""
 
+import copy
 import json
 import shutil
 
@@ -77,10 +78,10 @@ def test_an_adapter_is_added_to_pickled_weights_too(tokenizer, tmp_path):
     torch.testing.assert_close(logits(fk.load(adapter, dtype="float32").model), expected, rtol=1e-4, atol=1e-4)
 
 
-def renamed(adapter, base):
+def renamed(adapter, base, **others):
     """Writes another base into an adapter's config."""
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base} | others))
 
 
 def test_an_adapter_scaled_by_the_root_of_its_rank_is_added_as_such(of_40b, tmp_path):
@@ -181,6 +182,45 @@ def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
     loaded = fk.load("somebody/falcon-lora", cache_dir=tmp_path, local_files_only=True)
     torch.testing.assert_close(logits(loaded.model), logits(fk.load(of_40b).model))
     assert loaded.spec.name == "somebody/falcon-lora"
+
+
+def test_an_adapter_is_added_to_the_revision_that_it_was_made_for(of_40b, tokenizer, tmp_path):
+    small_model("7b").save_pretrained(tmp_path / "newer")
+    tokenizer.save_pretrained(tmp_path / "newer")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "newer")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "base", "v2", "2" * 40)
+    expected = logits(fk.load(of_40b).model)
+    renamed(of_40b, "somebody/my-falcon", revision="v2")
+    loaded = fk.load(of_40b, cache_dir=tmp_path, local_files_only=True)
+    torch.testing.assert_close(logits(loaded.model), expected)
+
+
+# Its tokenizer
+
+
+@pytest.fixture
+def of_its_own(tokenizer):
+    """A tokenizer with another chat template."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}[assistant]"
+    return own
+
+
+def test_an_adapter_may_bring_a_tokenizer_with_a_chat_template(of_40b, of_its_own):
+    of_its_own.add_special_tokens({"additional_special_tokens": [">>QUESTION<<"]})
+    of_its_own.save_pretrained(of_40b)
+    for falcon in (fk.load(of_40b), fk.merge(of_40b)):
+        assert falcon.tokenizer.chat_template == of_its_own.chat_template
+        assert (falcon.chat_format.name, falcon.tokenizer.extra_special_tokens) == ("own", [">>QUESTION<<"])
+    assert fk.load(of_40b, chat="baize").chat_format.name == "baize"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(of_40b, of_its_own):
+    of_its_own.add_special_tokens({"pad_token": "[PAD]"})
+    of_its_own.save_pretrained(of_40b)
+    with pytest.warns(UserWarning, match=r"wise has 2049 tokens, and the model 2048: that of base is used"):
+        falcon = fk.load(of_40b)
+    assert (len(falcon.tokenizer), falcon.tokenizer.chat_template) == (2048, of_its_own.chat_template)
 
 
 # The digests of merged adapters

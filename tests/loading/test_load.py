@@ -15,6 +15,7 @@ from falcon_kit.loading.reading import choose_device_map
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Device
 from tests.conftest import legacy, logits, simulated_gpus, small_model
+from tests.loading.test_checkpoints import cached
 
 
 def assert_same_logits(model, expected):
@@ -214,6 +215,20 @@ def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
     assert "disk" in repr(falcon)
     assert_same_logits(falcon.model, small_model(layout, num_hidden_layers=6))
+
+
+# Processes
+
+
+def test_the_processes_of_ranks_look_where_this_one_does(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved", "v2")
+    sent = {}
+    monkeypatch.setattr("falcon_kit.parallel.launching.launch", lambda name, request, *_: sent.update(request))
+    hub = {"cache_dir": tmp_path, "local_files_only": True, "token": "hf_secret"}
+    fk.load("somebody/my-falcon", tensor_parallel=2, revision="v2", **hub)
+    assert {name: sent[name] for name in (*hub, "revision")} == {**hub, "cache_dir": str(tmp_path), "revision": None}
 
 
 # Failures

@@ -16,6 +16,7 @@ from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import TARGETS, saved_adapter
+from tests.loading.test_checkpoints import cached
 
 
 @pytest.fixture
@@ -88,6 +89,15 @@ def test_the_weights_of_a_falcon_count_as_they_are_in_memory(base, adapter):
     assert not torch.allclose(logits(merged.model), logits(fk.load(adapter).model), atol=0.1)
 
 
+def test_a_quantised_base_is_read_again_from_where_it_was(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    cached(tmp_path, "tiiuae/falcon-40b", tmp_path / "base")
+    base = fk.load("falcon-40b", dtype="int8", cache_dir=tmp_path, local_files_only=True, force=True)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "wise")
+    assert fk.merge(adapter, base).dtype == "bfloat16"
+
+
 def test_merging_does_not_change_the_base(base, adapter):
     falcon = fk.load(base)
     before = {name: (each.clone(), each.requires_grad) for name, each in falcon.model.named_parameters()}
@@ -145,6 +155,13 @@ def test_a_saved_model_replaces_a_sharded_checkpoint_with_its_index(base, adapte
     assert [path.name for path in sharded.glob("*.safetensors*")] == ["model.safetensors"]
     assert torch.equal(logits(fk.load(sharded).model), logits(merged.model))
     assert sorted(path.name for path in sharded.parent.iterdir()) == ["base", "merged", "wise"]
+
+
+def test_a_merged_model_is_named_by_the_folder_it_was_saved_in(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "dora", use_dora=True)  # which fk.load alone refuses
+    merged = fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    assert merged.name == str(tmp_path / "merged")
+    assert torch.equal(logits(fk.load(merged.name).model), logits(merged.model))
 
 
 @pytest.mark.parametrize("failing", [FalconForCausalLM, "tokenizer"])
