@@ -1,8 +1,8 @@
 """The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,10 @@ def check_name(name: Any) -> None:
         raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
 
 
-def check_names(arguments: Mapping[str, Any]) -> None:
-    """Raises TypeError for arguments that `load` does not have, with the one to give instead."""
+def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError for arguments that `load` does not have, with the one to give instead; known: those it has."""
     for name in arguments:
-        near = get_close_matches(name, [each.name for each in fields(LoadSettings)])
+        near = get_close_matches(name, known)
         nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"
         replacement = _REPLACED_ARGUMENTS.get(name, nearest)
         raise TypeError(f"load has no {name!r}: {replacement}")

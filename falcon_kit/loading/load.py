@@ -6,6 +6,7 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 import os
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -93,7 +94,7 @@ def load(
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
     check_name(name)
-    check_names(others)
+    check_names(others, signature(load).parameters)
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
@@ -136,8 +137,9 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
     divided = settings.device_map not in (None, "auto") and settings.one_device is None  # not as the plan has it
     if not (planned.fits or settings.force or divided):
         raise NotEnoughMemory(planned)
-    if settings.compile:
-        check_compilable(dtype, choose_device_map(settings.device_map, planned))
+    if options := compile_options(settings.compile):
+        device_map = choose_device_map(settings.device_map, planned)
+        check_compilable(dtype, device_map, on_cpu=bool(options._compile_all_devices))
     return planned, reason
 
 
@@ -258,7 +260,11 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
     config = model.generation_config
-    if config.eos_token_id is None or (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    if (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
+        config.bos_token_id = config.eos_token_id = None
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -38,11 +38,11 @@ _SAVED = re.compile(
     r"|chat_template\.jinja"
 )
 """The files of a checkpoint, which saving writes or replaces."""
-_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Merged(Falcon):
     """A Falcon with an adapter in its weights."""
 

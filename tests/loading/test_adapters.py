@@ -90,6 +90,12 @@ def test_an_adapter_scaled_by_the_root_of_its_rank_is_added_as_such(of_40b, tmp_
     torch.testing.assert_close(logits(fk.load(stable).model), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_that_began_with_gaussian_numbers_is_plain_lora(of_40b, tmp_path):
+    renamed(of_40b, str(tmp_path / "base"), init_lora_weights="gaussian")
+    expected = logits(merged_by_peft(tmp_path / "base", of_40b))
+    torch.testing.assert_close(logits(fk.load(of_40b).model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_are_rounded_once_after_the_adapter_was_added(of_40b, tmp_path):
     expected = merged_by_peft(tmp_path / "base", of_40b).bfloat16().state_dict()
     loaded = fk.load(of_40b, dtype="bfloat16").model.state_dict()

@@ -190,6 +190,16 @@ def test_a_pickled_shard_that_was_cut_off_is_refused(tokenizer, tmp_path):
         fk.load(file.parent)
 
 
+def test_a_pickled_file_of_torch_before_1_6_is_read_and_one_that_was_cut_off_refused(tokenizer, tmp_path):
+    file = legacy(tmp_path / "old", "7b", tokenizer) / "pytorch_model-00002-of-00002.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    loaded = fk.load(file.parent, dtype="float32").model
+    torch.testing.assert_close(logits(loaded), logits(small_model("7b")), rtol=1e-4, atol=1e-4)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002\.bin is cut off or damaged"):
+        fk.load(file.parent)
+
+
 def test_a_missing_shard_is_named(tokenizer, tmp_path):
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)

@@ -80,6 +80,9 @@ def test_the_run_of_a_tuning_is_answered_with_its_adapter():
         ("attn_implementation", "call falcon.model.set_attn_implementation after loading"),
         ("devices", "did you mean device_map?"),
         ("dtyp", "did you mean dtype?"),
+        ("revison", "did you mean revision?"),
+        ("cachedir", "did you mean cache_dir?"),
+        ("tokens", "did you mean token?"),
         ("colour", "its arguments are in its documentation"),
     ],
 )

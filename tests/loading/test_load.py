@@ -76,6 +76,12 @@ def test_the_end_token_comes_from_the_tokenizer_where_an_old_config_names_anothe
     assert falcon.model.generation_config.eos_token_id == 11
 
 
+def test_a_start_token_that_is_stated_stays(checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"bos_token_id": 5}')
+    config = fk.load(checkpoint).model.generation_config
+    assert (config.bos_token_id, config.eos_token_id) == (5, 11)
+
+
 def test_the_tokenizer_gives_no_token_type_ids(checkpoint):
     file = checkpoint / "tokenizer_config.json"
     names = ["input_ids", "token_type_ids", "attention_mask"]

@@ -59,6 +59,12 @@ def test_merged_weights_are_those_that_load_reads(base, adapter, dtype):
     assert [name for name, weight in merged.items() if not torch.equal(weight, loaded[name])] == []
 
 
+def test_float64_is_merged_too(base, adapter):
+    falcon = fk.load(base, dtype="float32")
+    falcon.model.double()
+    assert fk.merge(adapter, falcon).gap < 1e-6
+
+
 def test_plain_lora_is_merged_without_peft(monkeypatch, base, adapter):
     monkeypatch.setattr(Linear, "merge", lambda *_, **__: pytest.fail("PEFT merges"))
     merged = fk.merge(adapter, base)
