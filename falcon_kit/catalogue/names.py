@@ -145,10 +145,10 @@ def hub_id_errors(name: str) -> Iterator[None]:
         names = [each.name for each in catalogue()]
         if not name.startswith("tiiuae/") or name.removeprefix("tiiuae/") in names:
             raise
+        unknown = unknown_name("model", name, names)
         if isinstance(error, LookupError):
-            raise LookupError(f"{unknown_name('model', name, names)} ({error})") from error
-        nearest = unknown_name("model", name, names).partition("'. ")[2]
-        raise ConnectionError(f"{error}. fk.catalogue() has no {name}. {nearest}") from error
+            raise LookupError(f"{unknown} ({error})") from error
+        raise ConnectionError(f"{error}. If it is no hub id: {unknown}") from error
 
 
 # Adapters

@@ -181,14 +181,14 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
         check_disk(settings.folder, planned.weight_bytes)
     tokenizer, format = tokenizer_and_format(found, settings.chat_format)
-    parts = tokenizer, found.spec, planned, format, reason
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "spec": found.spec, "plan": planned, "dtype_reason": reason}
     if ranks.needs_launch(settings.tensor_parallel):
         from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
 
         hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
         request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
-        return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
+        return cast(Falcon, launching.launch(found.name, request, is_large(files), **parts, chat_format=format))
     model = read_model(found, files, planned, settings)
     _set_special_tokens(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
@@ -196,7 +196,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         model.single_rows_without_onednn = faster_without_onednn(linears)
     options = compile_options(settings.compile)
     decoding = compiled(model, planned.dtype, options) if options else {}
-    return Falcon(model, *parts, decoding)
+    return Falcon(model, **parts, loaded_format=format, decoding=decoding)
 
 
 def tokenizer_and_format(found: Checkpoint, chosen: ChatFormat | None) -> tuple[PreTrainedTokenizerFast, ChatFormat]:

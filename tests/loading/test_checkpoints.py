@@ -66,7 +66,7 @@ def test_a_hub_id_that_is_not_cached_says_that_the_hub_cannot_be_reached(name, t
         ConnectionError, match=f"{name}.* not in the local cache and the hub cannot be reached.*falconet"
     ) as error:
         fk.load(name, cache_dir=tmp_path)
-    assert "fk.catalogue() has no" not in str(error.value)
+    assert "If it is no hub id" not in str(error.value)
 
 
 def test_a_token_never_appears_in_an_error_or_a_repr(tmp_path):

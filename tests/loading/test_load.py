@@ -231,7 +231,7 @@ def test_the_processes_of_ranks_look_where_this_one_does(tokenizer, tmp_path, mo
     tokenizer.save_pretrained(tmp_path / "saved")
     cached(tmp_path, "somebody/my-falcon", tmp_path / "saved", "v2")
     sent = {}
-    monkeypatch.setattr("falcon_kit.parallel.launching.launch", lambda name, request, *_: sent.update(request))
+    monkeypatch.setattr("falcon_kit.parallel.launching.launch", lambda name, request, *_, **__: sent.update(request))
     hub = {"cache_dir": tmp_path, "local_files_only": True, "token": "hf_secret"}
     fk.load("somebody/my-falcon", tensor_parallel=2, revision="v2", **hub)
     assert {name: sent[name] for name in (*hub, "revision")} == {**hub, "cache_dir": str(tmp_path), "revision": None}
