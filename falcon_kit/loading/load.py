@@ -74,12 +74,10 @@ def load(
 
     dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
     "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
-    device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); a device, for which the plan is
-    made then; or as in transformers, whose division of the layers is not planned.
+    device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for
-    every token. safetensors are read where they are; other weights, and those with an adapter added, are first written
-    to `offload_folder`.
+    every token. safetensors without an adapter are read where they are, other weights from `offload_folder`.
     attention: "grouped" caches keys and values once per KV head; "transformers" is the library's own Falcon.
     compile: on a GPU, decode with a static cache of the whole context and torch.compile, warmed up for a batch of 1;
     another batch size compiles again. A CompileConfig sets other options. Beam search, assisted generation and a cache
