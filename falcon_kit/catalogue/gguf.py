@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ class GGUFFile:
     """The file."""
     spec: FalconSpec
     """The shape of the model."""
-    config: Mapping[str, Any] = field(repr=False)
+    config: Mapping[str, Any]
     """Its config.json, which the file does not have, from the metadata."""
-    metadata: Mapping[str, Any] = field(repr=False)
+    metadata: Mapping[str, Any]
     """The metadata under llama.cpp's names: the tokenizer, the chat template and more."""
-    tensors: Mapping[str, Stored] = field(repr=False)
+    tensors: Mapping[str, Stored]
     """The tensors by llama.cpp's names."""
 
     @property

@@ -19,24 +19,31 @@ def fetch_config(repository: str, **hub: Any) -> Path:
 
 def fetch_adapter_config(repository: str, **hub: Any) -> Path | None:
     """The path of a repository's adapter_config.json; None where it holds no adapter or cannot be reached."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 
+    name, where = "adapter_config.json", {key: hub.get(key) for key in ("cache_dir", "revision")}
     try:
         with hub_errors(repository):
-            return Path(hf_hub_download(repository, "adapter_config.json", **hub))
+            if try_to_load_from_cache(repository, name, **where) is _CACHED_NO_EXIST:
+                return None
+            return Path(hf_hub_download(repository, name, **hub))
     except (ConnectionError, FileNotFoundError):
         return None
 
 
 def fetch_configs(repository: str, **hub: Any) -> Path:
-    """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`."""
+    """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`.
+
+    Where the hub cannot be reached, huggingface_hub tries again for 24 seconds; the cache alone is asked then.
+    """
     try:
         config = fetch_config(repository, **hub)
-    except (ConnectionError, FileNotFoundError):  # an adapter's repository has no config.json
-        if (adapter := fetch_adapter_config(repository, **hub)) is None:
+    except (ConnectionError, FileNotFoundError) as error:  # an adapter's repository has no config.json
+        cached_only = isinstance(error, ConnectionError) or hub.get("local_files_only", False)
+        if (adapter := fetch_adapter_config(repository, **{**hub, "local_files_only": cached_only})) is None:
             raise
         return adapter.parent
-    fetch_adapter_config(repository, **hub)
+    fetch_adapter_config(repository, **{**hub, "revision": config.parent.name})  # of the same commit
     return config.parent
 
 
@@ -64,8 +71,8 @@ def hub_errors(repository: str) -> Iterator[None]:
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise LookupError(
-            f"the hub has no {repository}, or not this revision: check the spelling; fk.catalogue() lists the Falcons "
-            "known by name"
+            f"the hub has no {repository}, or not this revision: check the spelling (fk.catalogue() lists the Falcons "
+            "known by name); a private one needs `hf auth login` or token=..."
         ) from error
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"the hub failed to return {repository}, try again later: {error}") from error

@@ -59,20 +59,42 @@ def spec(name: str | os.PathLike[str]) -> FalconSpec:
     return _spec(name, ())
 
 
-def _spec(name: str | os.PathLike[str], seen: tuple[str, ...]) -> FalconSpec:
-    """The spec of a name. seen: the adapters whose base it is, from `check_chain`."""
-    path = Path(name).expanduser()
-    if isinstance(name, str):
-        known = {each.name.lower(): each for each in catalogue()}
-        if found := known.get(name.strip().lower().removeprefix("tiiuae/")):
-            return found
-        if not name.strip() or not path.exists():
-            check_directory(name)
-            if _HUB_ID.fullmatch(name):
-                return _hub_spec(name, seen)
-            names = [each.name for each in known.values()]
-            raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
+def _spec(name: str | os.PathLike[str], seen: tuple[str, ...], revision: str | None = None) -> FalconSpec:
+    """The spec of a name. seen: the adapters whose base it is, from `check_chain`; revision: of a hub repository."""
+    if known := known_name(name):
+        return known
+    path = local_path(name)
+    if isinstance(name, str) and not (name.strip() and path.exists()):
+        check_directory(name)
+        if _HUB_ID.fullmatch(name):
+            return _hub_spec(name, seen, revision)
+        names = [each.name for each in catalogue()]
+        raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
     return _directory_spec(path, seen)
+
+
+def known_name(name: str | os.PathLike[str]) -> FalconSpec | None:
+    """The Falcon of the catalogue that a text names; None for a path.
+
+    An embedded model comes before a folder of its name, a published one after it.
+    """
+    known = {each.name.lower(): each for each in catalogue()}
+    found = known.get(name.strip().lower().removeprefix("tiiuae/")) if isinstance(name, str) else None
+    return None if found and found.published and local_path(name).is_dir() else found
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """A name as a path, with ~ expanded where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def is_here(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is of something on this machine: an embedded model, a folder or a file."""
+    known = known_name(name)
+    return local_path(name).exists() if known is None else not known.published
 
 
 def _directory_spec(path: Path, seen: tuple[str, ...], repository: str | None = None) -> FalconSpec:
@@ -82,7 +104,7 @@ def _directory_spec(path: Path, seen: tuple[str, ...], repository: str | None = 
             return adapter_spec(_config_spec(path), path)
         chain = check_chain(repository or str(path.resolve()), seen)
         with base_errors(path, base):
-            return adapter_spec(_spec(base, chain), path)
+            return adapter_spec(_spec(base, chain, base_revision(path)), path)
     return _config_spec(path)
 
 
@@ -93,10 +115,10 @@ def _config_spec(path: Path) -> FalconSpec:
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
 
 
-def _hub_spec(name: str, seen: tuple[str, ...]) -> FalconSpec:
+def _hub_spec(name: str, seen: tuple[str, ...], revision: str | None) -> FalconSpec:
     """The spec of a hub id, an adapter's too."""
     with hub_id_errors(name):
-        folder = fetch_configs(name)
+        folder = fetch_configs(name, revision=revision)
     return replace(_directory_spec(folder, seen, name), name=name, source=f"https://huggingface.co/{name}")
 
 
@@ -116,17 +138,17 @@ def hub_id_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, LookupError) as error:
-        if Path(name).expanduser().parent.is_dir():
+        if local_path(name).parent.is_dir():
             raise FileNotFoundError(
                 f"there is no directory {name}; as the name of a hub repository: {error}"
             ) from error
         names = [each.name for each in catalogue()]
         if not name.startswith("tiiuae/") or name.removeprefix("tiiuae/") in names:
             raise
+        unknown = unknown_name("model", name, names)
         if isinstance(error, LookupError):
-            raise LookupError(f"{unknown_name('model', name, names)} ({error})") from error
-        nearest = unknown_name("model", name, names).partition("'. ")[2]
-        raise ConnectionError(f"{error}. fk.catalogue() has no {name}. {nearest}") from error
+            raise LookupError(f"{unknown} ({error})") from error
+        raise ConnectionError(f"{error}. If it is no hub id: {unknown}") from error
 
 
 # Adapters
@@ -146,9 +168,15 @@ def adapter_base(directory: Path) -> str | None:
     return str(base)
 
 
+def base_revision(directory: Path) -> str | None:
+    """The revision of its base model's repository that the adapter in a directory was made for; None for the newest."""
+    revision = _read_json(directory / "adapter_config.json").get("revision")
+    return None if revision is None else str(revision)
+
+
 def holds_base(directory: Path, base: str, repository: str | None = None) -> bool:
     """Whether an adapter's folder holds its base too: the adapter names that folder, and a config.json is in it."""
-    itself = base == repository or Path(base).expanduser().resolve() == directory.resolve()
+    itself = base == repository or local_path(base).resolve() == directory.resolve()
     return itself and (directory / "config.json").is_file()
 
 

@@ -6,6 +6,7 @@ An adapter is added before a weight is rounded, quantised or divided among ranks
 import hashlib
 import math
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file. Raises ValueError for a damaged one, and for other objects, which run code."""
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(refused_pickle(file)) from error
     except (RuntimeError, EOFError, *UNEXPECTED) as error:
@@ -235,8 +236,8 @@ def fields_beyond_lora(adapter: Path) -> list[str]:
         return [str(config.peft_type)]
     defaults = vars(LoraConfig())
     fields = {name: value for name, value in vars(config).items() if name not in _MERGEABLE_FIELDS}
-    if isinstance(fields.get("init_lora_weights"), bool):
-        del fields["init_lora_weights"]  # True and False leave the base as it is; "pissa" and others change it
+    if fields.get("init_lora_weights") in (True, False, "gaussian"):
+        del fields["init_lora_weights"]  # these leave the base as it is; "pissa" and others change it
     beyond = [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
     return beyond or _layers_beyond_lora(adapter)
 

@@ -3,6 +3,7 @@
 Every error comes before the weights are read: another architecture, a missing or cut-off shard, an unreachable hub.
 """
 
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,16 @@ from falcon_kit.catalogue.names import (
     adapter_base,
     adapter_spec,
     base_errors,
+    base_revision,
     catalogue,
     check_chain,
     check_directory,
     embedded_directory,
     holds_base,
     hub_id_errors,
+    is_here,
+    known_name,
+    local_path,
     spec,
 )
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
@@ -40,7 +45,7 @@ _READ_BY_TRANSFORMERS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-_ADAPTER_FILES = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS, RECORD]
+_ADAPTER_FILES = [*_TEXT_FILES, WEIGHTS, PICKLED_WEIGHTS, RECORD]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Checkpoint:
     gguf: GGUFFile | None = None
     """What the GGUF file holds, if it is one."""
     hub: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """token, cache_dir and local_files_only, as in huggingface_hub."""
+    """revision, token, cache_dir and local_files_only, as in huggingface_hub."""
 
     @property
     def name(self) -> str:
@@ -70,7 +75,7 @@ class Checkpoint:
         return str((self.directory, *self.adapters)[-1])
 
 
-def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Checkpoint:
+def find(name: str | os.PathLike[str], hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Checkpoint:
     """The checkpoint that a name stands for; of a hub repository only the config is downloaded.
 
     For an adapter, the checkpoint of its base, with the adapter to add. hub: revision, token, cache_dir and
@@ -78,28 +83,33 @@ def find(name: str, hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Check
     FileNotFoundError, ConnectionError, PermissionError, and ValueError for a config that is not a Falcon's and an
     adapter that is its own base.
     """
-    known = {each.name.lower(): each for each in catalogue()}
-    short = name.strip().lower().removeprefix("tiiuae/")
-    path = Path(name).expanduser()
-    if short in known and not known[short].published:
-        return _from_directory(embedded_directory(short), hub, known[short], seen)
-    if short and (file := find_gguf(path)):
+    known, path = known_name(name), local_path(name)
+    if not str(name).strip():
+        raise LookupError(
+            f"the name is empty: give one of {', '.join(each.name for each in catalogue())}, or a directory"
+        )
+    if not seen and hub.get("revision") is not None and is_here(name):
+        raise ValueError(
+            f"revision={hub['revision']!r} is of a hub repository, and {name} is on this machine: leave it out"
+        )
+    if known and not known.published:
+        return _from_directory(embedded_directory(known.name), hub, known, seen)
+    if known and known.hub_id:
+        return _from_hub(known.hub_id, hub, seen)
+    if file := find_gguf(path):
         return _from_gguf(file, hub)
-    if short and path.is_dir():
+    if path.is_dir():
         return _from_directory(path, hub, None, seen)
     if path.is_file():
         raise ValueError(
             f"{name} is a file: give the folder that holds it, with its config.json and tokenizer, or a .gguf file"
         )
-    if not short:
-        raise LookupError(
-            f"the name is empty: give one of {', '.join(each.name for each in catalogue())}, or a directory"
-        )
-    if short not in known:
-        check_directory(name)
-        if "/" not in name:
-            spec(name)  # raises LookupError with the nearest names
-    return _from_hub(f"tiiuae/{known[short].name}" if short in known else name, hub, seen)
+    if not isinstance(name, str):
+        raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
+    check_directory(name)
+    if "/" not in name:
+        spec(name)  # raises LookupError with the nearest names
+    return _from_hub(name, hub, seen)
 
 
 def _from_directory(
@@ -113,7 +123,7 @@ def _from_directory(
     else:
         chain = check_chain(repository or str(directory.resolve()), seen)
         with base_errors(directory, base):
-            found = find(base, {**hub, "revision": None}, chain)  # the revision is the adapter's, not its base's
+            found = find(base, {**hub, "revision": base_revision(directory)}, chain)
     shape = shape or adapter_spec(found.spec, directory)
     return replace(found, spec=shape, adapters=(*found.adapters, directory))
 
@@ -128,7 +138,7 @@ def _from_gguf(path: Path, hub: Mapping[str, Any]) -> Checkpoint:
 
 def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None) -> Checkpoint:
     """The checkpoint whose config.json is in a directory."""
-    shape = shape or spec(directory / "config.json" if directory.is_dir() else directory)
+    shape = shape or spec(directory / "config.json")
     return Checkpoint(directory, shape, _config(directory), shape, hub=hub)
 
 
@@ -252,10 +262,16 @@ def check_weights(found: Checkpoint, files: list[Path]) -> None:
         _check_complete(file)
 
 
+def _is_of_old_torch(file: Path) -> bool:
+    """Whether a file begins like those of torch before 1.6, which are pickles and no zip archives."""
+    with file.open("rb") as start:
+        return start.read(2) == b"\x80\x02"
+
+
 def _check_complete(file: Path) -> None:
     """Reads a file's header, not its tensors."""
     if file.suffix != ".safetensors":
-        if not zipfile.is_zipfile(file):
+        if not zipfile.is_zipfile(file) and not _is_of_old_torch(file):
             raise ValueError(damaged(file, "the end of the zip archive is missing"))
         load_pickled(file)
         return

@@ -1,9 +1,8 @@
 """The settings of `load`, and its checks: what is refused before anything is downloaded or written."""
 
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from falcon_kit.loading.compiling import compile_options
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
-from falcon_kit.planning.environment import gpu_problem
+from falcon_kit.planning.environment import free_disk, gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
@@ -65,6 +64,16 @@ class LoadSettings:
         return None if self.dtype == "auto" else dtype_name(self.dtype)
 
     @property
+    def one_device(self) -> int | str | None:
+        """The device that `device_map` puts all layers on, as in a plan; None where there are several or none."""
+        asked = self.device_map
+        places = {str(each) for each in (asked.values() if isinstance(asked, Mapping) else [asked])}
+        kind, _, index = places.pop().partition(":") if len(places) == 1 else ("", "", "")
+        if kind == "cuda":
+            return int(index) if index else torch.cuda.current_device()
+        return kind if kind == "cpu" else int(kind) if kind.isdigit() else None
+
+    @property
     def folder(self) -> Path:
         """`offload_folder` with ~ expanded."""
         return Path(self.offload_folder).expanduser()
@@ -82,10 +91,10 @@ def check_name(name: Any) -> None:
         raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
 
 
-def check_names(arguments: Mapping[str, Any]) -> None:
-    """Raises TypeError for arguments that `load` does not have, with the one to give instead."""
+def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError for arguments that `load` does not have, with the one to give instead; known: those it has."""
     for name in arguments:
-        near = get_close_matches(name, [each.name for each in fields(LoadSettings)])
+        near = get_close_matches(name, known)
         nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"
         replacement = _REPLACED_ARGUMENTS.get(name, nearest)
         raise TypeError(f"load has no {name!r}: {replacement}")
@@ -100,6 +109,17 @@ def _check_combinations(
             f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; choose sdpa, eager or flash-attention "
             "with model.set_attn_implementation"
         )
+    check_quantised_settings(dtype, attention, offload)
+    if offload and device_map not in (None, "auto"):
+        raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
+    if max_memory is not None and device_map not in (None, "auto"):
+        raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
+    if device_map is not None:
+        _check_device_map(device_map)
+
+
+def check_quantised_settings(dtype: str | None, attention: str, offload: str | None) -> None:
+    """Raises ValueError for settings that quantised weights exclude; dtype: the one asked for, or the checkpoint's."""
     if dtype in QUANTISED and attention != "grouped":
         raise ValueError(
             f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers are of another class: "
@@ -108,14 +128,8 @@ def _check_combinations(
     if dtype in QUANTISED and offload:
         raise ValueError(
             f"dtype={dtype!r} with offload={offload!r}: quantised layers compute where their weights are, so they "
-            "cannot be offloaded: use max_memory and more devices, or dtype='bfloat16' with offload"
+            "cannot be offloaded: use max_memory and more devices, or offload the original weights in bfloat16"
         )
-    if offload and device_map not in (None, "auto"):
-        raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
-    if max_memory is not None and device_map not in (None, "auto"):
-        raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
-    if device_map is not None:
-        _check_device_map(device_map)
 
 
 def _check_device_map(device_map: Any) -> None:
@@ -145,18 +159,8 @@ def _devices() -> list[str | int]:
     return [kind, *(f"{kind}:{index}" for index in range(count)), *range(count)]
 
 
-def check_adapters(found: Checkpoint, offload: str | None) -> None:
-    """Raises ValueError where weights cannot be read as asked: adapters added, or from a GGUF file, to be offloaded."""
-    if found.gguf and offload == "disk":
-        raise ValueError(
-            f"offload='disk' reads weights from safetensors at each step, and {found.directory} is a GGUF file: use "
-            "offload='cpu', dtype='int4', or save it as a checkpoint with falcon.model.save_pretrained(folder)"
-        )
-    if found.adapters and offload == "disk":
-        raise ValueError(
-            f"offload='disk' reads weights from the checkpoint at each step, without the adapter {found.spec.name}: "
-            "fk.merge(adapter, base, output_dir=...) writes a checkpoint that can be offloaded"
-        )
+def check_adapters(found: Checkpoint) -> None:
+    """Raises ValueError for adapters of quantised weights."""
     if found.adapters and (quantised := stored_quantisation(found.config)):
         raise ValueError(
             f"{found.spec.name} is an adapter for {found.directory}, whose weights are stored in {quantised}: added to "
@@ -167,11 +171,9 @@ def check_adapters(found: Checkpoint, offload: str | None) -> None:
 def check_disk(folder: Path, needed: int) -> None:
     """Raises OSError where the disk has no room for offloaded weights of `needed` bytes."""
     check_folder(folder, "offload_folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if (free := free_disk(folder)) < needed:
         raise OSError(
-            f"offload='disk' writes up to {format_bytes(needed)} of pickled weights to {folder}, where "
-            f"{format_bytes(free)} are free: give offload_folder on a larger disk, or convert the checkpoint to "
-            "safetensors, which are read from the checkpoint itself"
+            f"offload='disk' writes up to {format_bytes(needed)} of weights to {folder}, where {format_bytes(free)} "
+            "are free: give offload_folder on a larger disk, or load a checkpoint in safetensors without an adapter, "
+            "which is read where it is"
         )

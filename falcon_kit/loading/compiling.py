@@ -25,13 +25,15 @@ def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
     return options
 
 
-def check_compilable(dtype: str, device_map: Any) -> None:
+def check_compilable(dtype: str, device_map: Any, on_cpu: bool = True) -> None:
     """Raises ValueError where transformers would not compile and only warn, and for layers on several devices.
 
     torch records no CUDA graph of several devices (torch._inductor.cudagraph_utils.check_multiple_devices_or_any_cpu_
-    nodes). device_map: as in `from_pretrained`.
+    nodes). device_map: as in `from_pretrained`. on_cpu: whether a model on the CPU is compiled.
     """
     devices = {str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+    if devices == {"cpu"} and not on_cpu:
+        raise ValueError("compile with device_map='cpu': transformers compiles on GPUs only: leave one of the two out")
     if len(devices - {"cpu", "disk"}) > 1:
         raise ValueError(
             f"compile with layers on {len(devices)} devices: CUDA graphs, without which compiling gains little, are of "

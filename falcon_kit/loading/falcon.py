@@ -24,7 +24,7 @@ from falcon_kit.planning.plan import Plan
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Falcon:
     """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""
 
@@ -114,8 +114,10 @@ class Falcon:
             settings["assistant_model"] = draft.model
             if draft.model.config.vocab_size != self.model.config.vocab_size:
                 settings.setdefault("assistant_tokenizer", draft.tokenizer)
-        other = ("past_key_values", "cache_implementation", "use_cache", "num_beams", *arguments.ASSISTED)
-        return settings if any(name in settings for name in other) else {**self.decoding, **settings}
+        usual = {"use_cache": (None, True), "num_beams": (None, 1)}
+        names = ("past_key_values", "cache_implementation", *usual, *arguments.ASSISTED)
+        other = any(settings.get(name) not in usual.get(name, (None,)) for name in names)
+        return settings if other else {**self.decoding, **settings}
 
     @property
     def chat_format(self) -> ChatFormat:

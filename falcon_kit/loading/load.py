@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,14 +21,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from falcon_kit.catalogue.memory import QUANTISED, VALUE_BYTES
-from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.reading import named_errors
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import RECORD, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
-from falcon_kit.loading.checks import LoadSettings, check_adapters, check_disk, check_name, check_names
+from falcon_kit.loading.checks import (
+    LoadSettings,
+    check_adapters,
+    check_disk,
+    check_name,
+    check_names,
+    check_quantised_settings,
+)
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -73,7 +80,7 @@ def load(
     device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for
-    every token. A pickled checkpoint is first rewritten in `offload_folder`; safetensors are read where they are.
+    every token. safetensors without an adapter are read where they are, other weights from `offload_folder`.
     attention: "grouped" caches keys and values once per KV head; "transformers" is the library's own Falcon.
     compile: on a GPU, decode with a static cache of the whole context and torch.compile, warmed up for a batch of 1;
     another batch size compiles again. A CompileConfig sets other options. Beam search, assisted generation and a cache
@@ -88,13 +95,13 @@ def load(
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
     check_name(name)
-    check_names(others)
+    check_names(others, signature(load).parameters)
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
     devices = _devices(settings)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    found = find(str(name), hub)
+    found = find(name, hub)
     planned, reason = _plan(found, settings, devices)
     return _read(found, fetch(found), settings, planned, reason)
 
@@ -108,15 +115,17 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
         warnings.warn(problem, stacklevel=3)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
-    return local_devices(settings.max_memory, settings.offload, settings.folder)
+    devices = local_devices(settings.max_memory, settings.offload, settings.folder)
+    if (one := settings.one_device) is None:
+        return devices
+    return tuple(each for each in devices if each.key == one) or (Device("cpu", "cpu", host_memory()[1]),)
 
 
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
-    check_adapters(found, settings.offload)
-    dtype, reason = choose_dtype(settings.dtype_name, found.config, found.spec)
-    if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
-        reason = reason.replace("as in the checkpoint", f"dequantised from {', '.join(kinds)}")
+    check_adapters(found)
+    dtype, reason = choose_dtype(settings.dtype_name, found)
+    check_quantised_settings(dtype, settings.attention, settings.offload)
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,
@@ -126,10 +135,12 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
-    if not (planned.fits or settings.force or settings.device_map not in (None, "auto")):
+    divided = settings.device_map not in (None, "auto") and settings.one_device is None  # not as the plan has it
+    if not (planned.fits or settings.force or divided):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
-    if settings.compile:
-        check_compilable(dtype, choose_device_map(settings.device_map, planned))
+    if options := compile_options(settings.compile):
+        device_map = choose_device_map(settings.device_map, planned)
+        check_compilable(dtype, device_map, on_cpu=bool(options._compile_all_devices))
     return planned, reason
 
 
@@ -143,41 +154,48 @@ def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tupl
     return in_words_of(names, planned.suggestions)
 
 
-def choose_dtype(wanted: str | None, config: FalconConfig, shape: FalconSpec) -> tuple[str, str]:
+def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:
     """The name of the dtype to load in, and the reason."""
-    if quantised := stored_quantisation(config):
+    if quantised := stored_quantisation(found.config):
         if wanted not in (None, quantised):
             raise ValueError(f"the checkpoint is already quantised to {quantised}: dtype={wanted!r} needs the original")
         return quantised, "as in the checkpoint"
     if wanted is not None:
         return wanted, "as asked"
-    stored = str(config.dtype).removeprefix("torch.")
-    if stored not in VALUE_BYTES or stored in QUANTISED:
-        stored = "bfloat16"
+    stored, reason = _stored_dtype(found)
     if torch.cuda.is_available():
         if stored == "bfloat16" and compute_dtype() == torch.float16:
             return "float16", "the checkpoint's bfloat16 is not native to this GPU"
-        return stored, "as in the checkpoint"
-    return cpu_dtype(stored, shape, host_memory()[1])
+        return stored, reason
+    return cpu_dtype(stored, found.spec, host_memory()[1], reason)
+
+
+def _stored_dtype(found: Checkpoint) -> tuple[str, str]:
+    """The dtype that holds the checkpoint's weights, and the reason."""
+    if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
+        return str(found.config.dtype).removeprefix("torch."), f"dequantised from {', '.join(kinds)}"
+    if found.config.dtype is None:
+        return "bfloat16", "the dtype of published Falcons, since the config.json names none"
+    if (stored := str(found.config.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+        return "bfloat16", f"the dtype of published Falcons, since the kit does not compute in {stored}"
+    return stored, "as in the checkpoint"
 
 
 def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned: Plan, reason: str) -> Falcon:
     """The Falcon of the fetched files: in this process, or in processes that are started for its ranks."""
     check_weights(found, files)
     planned = replace(planned, disk=None)
-    if settings.offload == "disk" and files[0].suffix == ".bin":
-        check_disk(settings.folder, sum(file.stat().st_size for file in files))
-    tokenizer = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
-    format = settings.chat_format or trained_format(found, tokenizer)
-    unmarked = tokenizer.chat_template in (None, plain_template(format.template))
-    if settings.chat_format or unmarked:  # the format's own template marks the assistant's messages for training
-        tokenizer.chat_template = format.template
-    parts = tokenizer, found.spec, planned, format, reason
+    if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
+        check_disk(settings.folder, planned.weight_bytes)
+    tokenizer, format = tokenizer_and_format(found, settings.chat_format)
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "spec": found.spec, "plan": planned, "dtype_reason": reason}
     if ranks.needs_launch(settings.tensor_parallel):
         from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
 
+        hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
-        return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
+        request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
+        return cast(Falcon, launching.launch(found.name, request, is_large(files), **parts, chat_format=format))
     model = read_model(found, files, planned, settings)
     _set_special_tokens(model, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
@@ -185,7 +203,39 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         model.single_rows_without_onednn = faster_without_onednn(linears)
     options = compile_options(settings.compile)
     decoding = compiled(model, planned.dtype, options) if options else {}
-    return Falcon(model, *parts, decoding)
+    return Falcon(model, **parts, loaded_format=format, decoding=decoding)
+
+
+def tokenizer_and_format(found: Checkpoint, chosen: ChatFormat | None) -> tuple[PreTrainedTokenizerFast, ChatFormat]:
+    """The tokenizer, with a chat template, and the chat format; chosen: the format that the user asks for."""
+    tokenizer = _own_tokenizer(found)
+    format = chosen or trained_format(found, tokenizer)
+    unmarked = tokenizer.chat_template in (None, plain_template(format.template))
+    if chosen or unmarked:  # the format's own template marks the assistant's messages for training
+        tokenizer.chat_template = format.template
+    return tokenizer, format
+
+
+def _own_tokenizer(found: Checkpoint) -> PreTrainedTokenizerFast:
+    """The tokenizer of the last adapter that brings one, with its base's chat template if it has none; else the base's.
+
+    Adapters of 2023 often bring one with a token for padding that the model has no embedding of; it is not used.
+    """
+    base = gguf_tokenizer(found.gguf) if found.gguf else load_tokenizer(found.directory)
+    folders = [each for each in found.adapters if each != found.directory and (each / "tokenizer.json").is_file()]
+    if not folders:
+        return base
+    own = load_tokenizer(folders[-1])
+    template = own.chat_template or base.chat_template
+    if len(own) > found.config.vocab_size:
+        warnings.warn(
+            f"the tokenizer in {folders[-1]} has {len(own)} tokens, and the model {found.config.vocab_size}: that of "
+            f"{found.base.name} is used",
+            stacklevel=2,
+        )
+        own = base
+    own.chat_template = template
+    return own
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -211,13 +261,17 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
                 return stored_format(trained)
     if tokenizer.chat_template is None:
         return default_format(found.base)
-    return own_format(tokenizer, str(found.directory))
+    return own_format(tokenizer, str(tokenizer.name_or_path or found.directory))
 
 
 def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
     config = model.generation_config
-    if config.eos_token_id is None or (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    if (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
+        config.bos_token_id = config.eos_token_id = None
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

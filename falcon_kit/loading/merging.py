@@ -6,6 +6,7 @@ A merged model's logits are compared with those of the base with the adapter att
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,24 +19,31 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, holds_base
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, holds_base, is_here
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import save_tokenizer
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
+from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import load
+from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.planning.devices import resolve_devices
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
-_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_SAVED = re.compile(
+    r"config\.json|generation_config\.json|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|chat_template\.jinja"
+)
+"""The files of a checkpoint, which saving writes or replaces."""
+_ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Merged(Falcon):
     """A Falcon with an adapter in its weights."""
 
@@ -68,11 +76,9 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     weights = {name: falcon.model.get_parameter(name) for name in adapters.full_weights(Path(adapter))}
     before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
-        model = _attach(falcon.model, adapter)
         try:
-            yield model
+            yield _attach(falcon.model, adapter)
         finally:
-            detach(model)
             with torch.no_grad():  # PEFT writes saved embeddings and biases into the base
                 for name, each in weights.items():
                     each.copy_(before[name])
@@ -91,16 +97,18 @@ def check_no_adapters(falcon: Falcon, another: str) -> None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores each parameter's `requires_grad` and each module's mode, training or evaluation, after the block."""
+    """Removes all adapters after the block, and restores each parameter's `requires_grad` and each module's mode."""
     flags = [(each, each.requires_grad) for each in model.parameters()]
-    modes = [(each, each.training) for each in model.modules()]
+    modules = [(each, each.training, dict(each._modules)) for each in model.modules()]
     try:
         yield
     finally:
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(name, None)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+        for module, mode, children in modules:
+            module.training, module._modules = mode, children
 
 
 def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
@@ -175,6 +183,7 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         with adapters.write_errors():
             merged.model.save_pretrained(folder)
         save_tokenizer(merged.tokenizer, folder)
+    merged.model.name_or_path = merged.model.config.name_or_path = str(Path(output_dir).expanduser())
     return merged
 
 
@@ -182,11 +191,13 @@ def _check_replaceable(folder: Path) -> None:
     """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that."""
     check_folder(folder, "output_dir")
     content = sorted(folder.iterdir()) if folder.is_dir() else []
-    other = [each.name for each in content if each.is_dir() or each.name == "adapter_config.json"]
-    if content and (other or not (folder / "config.json").is_file()):
+    other = [each for each in content if each.is_dir() or not _SAVED.fullmatch(each.name)]
+    if content and not (folder / "config.json").is_file():
+        other += content
+    if other:
         raise FileExistsError(
-            f"output_dir={str(folder)!r} holds {(other or [content[0].name])[0]}, which saving a model there would "
-            "remove: give a new folder, or one that holds only a checkpoint"
+            f"output_dir={str(folder)!r} holds {other[0].name}, which saving a model there would remove: give a new "
+            "folder, or one that holds only a checkpoint"
         )
 
 
@@ -195,8 +206,11 @@ def _base(adapter: Path) -> Falcon:
     name = adapter_base(adapter) or adapters.base_name(adapter)
     if holds_base(adapter, name):
         raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
+    found = find(adapter, {})
     with base_errors(adapter, name):
-        return load(name)
+        falcon = load(name, revision=None if is_here(name) else base_revision(adapter))
+    tokenizer, format = tokenizer_and_format(found, None)
+    return replace(falcon, tokenizer=tokenizer, loaded_format=format, loaded_template=None)
 
 
 def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
@@ -204,7 +218,7 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
     if not isinstance(base, Falcon):
         return load(base)
     if is_quantised(base.model):
-        return load(base.name, dtype="bfloat16", chat=base.chat_format)
+        return load(base.model.name_or_path or base.name, dtype="bfloat16", chat=base.chat_format)
     _check_room_for_a_copy(base)
     return replace(base, model=copy.deepcopy(base.model))
 

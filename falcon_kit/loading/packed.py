@@ -59,6 +59,7 @@ class PackedLinear(nn.Linear):
     """A linear layer with weights in 8 or 4 bits, in memory as the kernel of their device needs them.
 
     In a state dict, and before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits.
+    int8's is (out, in, 1) there, a shape at which plain transformers stops: it would take (out, in) for the weight.
     """
 
     def __init__(self, out: int, into: int, kind: str, bias: Tensor | None, device: Any = None) -> None:
@@ -140,6 +141,8 @@ class PackedLinear(nn.Linear):
     def pack(self) -> None:
         """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
         kind = self.weight.device.type
+        if self.kind == "int8":
+            self.weight = frozen(self.weight.data.view(self.out_features, self.in_features))
         if self.kind == "int4" and kind in ("cpu", "cuda"):
             self.weight = frozen(_kernel_layout(halves(self.canonical())))
         elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
@@ -164,7 +167,14 @@ class PackedLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.canonical()
+        weight = self.canonical()
+        destination[f"{prefix}weight"] = weight[..., None] if self.kind == "int8" else weight
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.weight, self.packed_for = frozen(self.canonical()), None
+        if self.kind == "int8" and (key := f"{prefix}weight") in state_dict:
+            state_dict[key] = state_dict[key].flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`, with the dtype."""

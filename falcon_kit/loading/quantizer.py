@@ -1,6 +1,7 @@
 """Packed layers in checkpoints: quantised while weights are read, saved, and read again, by a transformers quantizer.
 
-A saved model needs this package: its config.json names the method "falcon-kit", which plain transformers refuses.
+A saved model needs this package: its config.json names the method "falcon-kit". Plain transformers only warns about
+that, and stops at the shapes of the weights.
 """
 
 from typing import Any, cast
@@ -49,8 +50,8 @@ class PackedQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for int4 on a GPU that has no kernel for it."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if self._dtype == "int4" and torch.cuda.is_available() and not places <= {"cpu"}:
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if self._dtype == "int4" and torch.cuda.is_available() and {str(each) for each in places} != {"cpu"}:
             check_gpu()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

@@ -1,6 +1,7 @@
 """The weights of a checkpoint read into a model: on their devices, with adapters added, quantised, complete."""
 
 import gc
+import hashlib
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ from typing import Any, cast
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import FalconForCausalLM
+from transformers import FalconForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import lazy_state_dict, record_merged, refused_pickle, with_adapters
+from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, refused_pickle, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
@@ -46,11 +47,17 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
     if settings.max_memory and device_map == "auto":  # the plan's own map keeps within max_memory
         options["max_memory"] = dict(settings.max_memory)
     if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
-        options["offload_folder"] = settings.folder
+        options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
         options["quantization_config"] = quantisation_config(plan.dtype, _computes_on_cpu(device_map))
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
         return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
+
+
+def _offload_name(found: Checkpoint, dtype: str) -> str:
+    """A folder for the offloaded weights of one model: their files are named after the layers, as another model's."""
+    parts = (found.name, dtype, *map(digest, found.adapters))
+    return f"{found.spec.name.replace('/', '-')}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def choose_device_map(device_map: Any, plan: Plan) -> Any:
@@ -67,8 +74,8 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
 
 def _computes_on_cpu(device_map: Any) -> bool:
     """Whether a device map puts all layers on the CPU; without one, that is where transformers puts them."""
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    return places <= {None, "cpu"}
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return {str(each) for each in places} <= {"None", "cpu"}
 
 
 def _from_pretrained(
@@ -86,6 +93,8 @@ def _from_pretrained(
             weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
         with named:
+            if "state_dict" in options:
+                options |= _generation_config(found.directory)
             model, report = cast(Any, kind).from_pretrained(
                 None if "state_dict" in options else found.directory,
                 config=found.config,
@@ -111,6 +120,13 @@ def _from_pretrained(
     _remove_needless_hooks(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """The generation config beside the weights, as an argument: transformers does not look for it with a state dict."""
+    if not (directory / "generation_config.json").is_file():
+        return {}
+    return {"generation_config": GenerationConfig.from_pretrained(directory)}
 
 
 def _remove_needless_hooks(model: nn.Module) -> None:

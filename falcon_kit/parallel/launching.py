@@ -33,7 +33,7 @@ _KNOWN_ERRORS = (ValueError, TypeError, LookupError, FileNotFoundError, MemoryEr
 _RANK, _PIECE, _GENERATIONS = TypeAdapter(Rank), TypeAdapter(Piece), TypeAdapter(list[Generation])
 
 
-def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any) -> "ParallelFalcon":
+def launch(directory: str, settings: dict[str, Any], progress: bool, **parts: Any) -> "ParallelFalcon":
     """Starts a worker for each rank, which loads its part of the checkpoint, and returns the Falcon of all ranks.
 
     settings: arguments of `load` in the workers, with `tensor_parallel`. parts: further arguments of ParallelFalcon.
@@ -42,7 +42,7 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, *parts: Any
     code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.worker import serve; serve(load)"
     ranks = settings["tensor_parallel"]
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
-    falcon = ParallelFalcon(workers, directory, *parts)
+    falcon = ParallelFalcon(workers, directory, **parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
         bar = tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)

@@ -29,14 +29,17 @@ def has_instructions_for(dtype: str, environ: Mapping[str, str] = os.environ, ro
     return _FLAGS.get(dtype, _FLAGS["bfloat16"]) in read_text(root / "proc/cpuinfo").split()
 
 
-def cpu_dtype(stored: str, spec: FalconSpec, available: int) -> tuple[str, str]:
-    """The dtype in which `fk.load` has a checkpoint on a CPU with so many bytes free, and the reason."""
+def cpu_dtype(stored: str, spec: FalconSpec, available: int, reason: str = "as in the checkpoint") -> tuple[str, str]:
+    """The dtype in which `fk.load` has a checkpoint on a CPU with so many bytes free, and the reason.
+
+    reason: for the stored dtype, if it stays.
+    """
     full = memory.weight_bytes(spec, "float32")
     if stored in ("bfloat16", "float16") and full < available / 10:
         return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
     if stored == "float16":
         return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
-    return stored, "as in the checkpoint"
+    return stored, reason
 
 
 def fast_dtypes(spec: FalconSpec, has_bfloat16: bool) -> str:

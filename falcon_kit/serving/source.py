@@ -90,7 +90,7 @@ def source_of(model: Any) -> Source:
         )
     found = find(str(model), _HUB)
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
-    return Source(str(model), found.spec, own or choose_dtype(None, found.config, found.spec)[0], found)
+    return Source(str(model), found.spec, own or choose_dtype(None, found)[0], found)
 
 
 def _check_savable(falcon: Falcon) -> None:

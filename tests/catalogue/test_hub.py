@@ -44,6 +44,31 @@ def test_a_hub_id_that_cannot_be_reached_says_so():
         fk.spec("somebody/their-falcon")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def unreachable(repository, name, **hub):
+        asked.append((name, hub.get("local_files_only", False)))
+        raise errors.LocalEntryNotFoundError("x")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        fk.spec("somebody/their-falcon")
+    assert asked == [("config.json", False), ("adapter_config.json", True)]
+
+
+@pytest.mark.usefixtures("cached")
+def test_the_hub_is_not_asked_again_for_a_file_that_it_has_not(tmp_path, monkeypatch):
+    config = tmp_path / "models--somebody--my-falcon" / "snapshots" / ("0" * 40) / "config.json"
+    absent = tmp_path / "models--somebody--my-falcon" / ".no_exist" / ("0" * 40) / "adapter_config.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, **hub: asked.append(name) or str(config))
+    assert fk.spec("somebody/my-falcon").layers == 2
+    assert asked == ["config.json"]
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "../models/falcon", "/no/such/place"])
 def test_a_path_is_not_taken_for_a_hub_id(name):
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*: give one that holds a config\.json"):
@@ -58,7 +83,7 @@ def test_a_path_is_not_taken_for_a_hub_id(name):
         (
             errors.HFValidationError("x"),
             LookupError,
-            r"the hub has no who/what, or not this revision: check the spelling",
+            r"the hub has no who/what, or not this revision: .*; a private one needs `hf auth login` or token=\.\.\.",
         ),
         (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "return who/what, try again later: 429"),
         (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,9 @@ from falcon_kit import load
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, embedded_directory, spec
 from tests.catalogue.test_spec import OLD_7B, built_parameters
+from tests.conftest import small_model
 
 ROOT = Path(__file__).parents[2]
-HOSTILE = "</td><img src=x onerror=alert(1)>"
 
 
 @pytest.mark.parametrize("name", ["falcon-180B", "FALCON-180b", "tiiuae/falcon-180B", " falcon-180B "])
@@ -47,6 +48,24 @@ def test_a_path_is_named_as_one_where_it_does_not_exist(
         with pytest.raises(FileNotFoundError) as error:
             find(path)
         assert str(error.value) == f"there is no directory {path}: give one that holds a config.json, or a model's name"
+
+
+def test_a_folder_comes_before_a_published_name_and_after_an_embedded_one(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("falcon-7b", "falconet"):
+        small_model("rw").save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert [spec(name).layers for name in ("falcon-7b", "falconet", Path("falconet"))] == [2, 6, 2]
+    assert [load(name).spec.layers for name in ("falcon-7b", "falconet", Path("falconet"))] == [2, 6, 2]
+
+
+@pytest.mark.parametrize("path", ["~nobodyx/m", "~nobodyx"])
+def test_the_home_of_a_user_who_does_not_exist_is_a_missing_directory(path: str) -> None:
+    for find in (spec, load):
+        with pytest.raises(FileNotFoundError, match=f"there is no directory {path}: give one that holds"):
+            find(path)
 
 
 @pytest.mark.parametrize("path", ["a.json", "./config.json", "runs/x/config.json"])

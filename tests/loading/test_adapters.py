@@ -1,5 +1,6 @@
 """Adapters loaded like models: added to their base's weights while these are read. PEFT's own merge is the oracle."""
 
+import copy
 import json
 import shutil
 
@@ -77,16 +78,22 @@ def test_an_adapter_is_added_to_pickled_weights_too(tokenizer, tmp_path):
     torch.testing.assert_close(logits(fk.load(adapter, dtype="float32").model), expected, rtol=1e-4, atol=1e-4)
 
 
-def renamed(adapter, base):
+def renamed(adapter, base, **others):
     """Writes another base into an adapter's config."""
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base} | others))
 
 
 def test_an_adapter_scaled_by_the_root_of_its_rank_is_added_as_such(of_40b, tmp_path):
     stable = saved_adapter(tmp_path / "base", tmp_path / "stable", use_rslora=True)
     expected = logits(merged_by_peft(tmp_path / "base", stable))
     torch.testing.assert_close(logits(fk.load(stable).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_began_with_gaussian_numbers_is_plain_lora(of_40b, tmp_path):
+    renamed(of_40b, str(tmp_path / "base"), init_lora_weights="gaussian")
+    expected = logits(merged_by_peft(tmp_path / "base", of_40b))
+    torch.testing.assert_close(logits(fk.load(of_40b).model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_are_rounded_once_after_the_adapter_was_added(of_40b, tmp_path):
@@ -112,6 +119,17 @@ def test_an_adapter_of_an_adapter_is_added_to_both(of_40b, tmp_path):
 
 def test_loading_and_merging_give_the_same(of_40b):
     torch.testing.assert_close(logits(fk.load(of_40b).model), logits(fk.merge(of_40b).model), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_has_the_generation_config_of_its_base_loaded_or_merged(of_40b, tmp_path):
+    settings = {"eos_token_id": [11, 900], "pad_token_id": 12, "top_p": 0.5, "max_new_tokens": 3}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    for falcon in (fk.load(of_40b), fk.merge(of_40b)):
+        assert falcon.generation_settings == {"top_p": 0.5, "max_new_tokens": 3}
+        assert (falcon.model.generation_config.eos_token_id, falcon.model.generation_config.pad_token_id) == (
+            [11, 900],
+            12,
+        )
 
 
 def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
@@ -170,6 +188,45 @@ def test_an_adapter_on_the_hub_brings_its_base(of_40b, tmp_path):
     loaded = fk.load("somebody/falcon-lora", cache_dir=tmp_path, local_files_only=True)
     torch.testing.assert_close(logits(loaded.model), logits(fk.load(of_40b).model))
     assert loaded.spec.name == "somebody/falcon-lora"
+
+
+def test_an_adapter_is_added_to_the_revision_that_it_was_made_for(of_40b, tokenizer, tmp_path):
+    small_model("7b").save_pretrained(tmp_path / "newer")
+    tokenizer.save_pretrained(tmp_path / "newer")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "newer")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "base", "v2", "2" * 40)
+    expected = logits(fk.load(of_40b).model)
+    renamed(of_40b, "somebody/my-falcon", revision="v2")
+    loaded = fk.load(of_40b, cache_dir=tmp_path, local_files_only=True)
+    torch.testing.assert_close(logits(loaded.model), expected)
+
+
+# Its tokenizer
+
+
+@pytest.fixture
+def of_its_own(tokenizer):
+    """A tokenizer with another chat template."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}[assistant]"
+    return own
+
+
+def test_an_adapter_may_bring_a_tokenizer_with_a_chat_template(of_40b, of_its_own):
+    of_its_own.add_special_tokens({"additional_special_tokens": [">>QUESTION<<"]})
+    of_its_own.save_pretrained(of_40b)
+    for falcon in (fk.load(of_40b), fk.merge(of_40b)):
+        assert falcon.tokenizer.chat_template == of_its_own.chat_template
+        assert (falcon.chat_format.name, falcon.tokenizer.extra_special_tokens) == ("own", [">>QUESTION<<"])
+    assert fk.load(of_40b, chat="baize").chat_format.name == "baize"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(of_40b, of_its_own):
+    of_its_own.add_special_tokens({"pad_token": "[PAD]"})
+    of_its_own.save_pretrained(of_40b)
+    with pytest.warns(UserWarning, match=r"wise has 2049 tokens, and the model 2048: that of base is used"):
+        falcon = fk.load(of_40b)
+    assert (len(falcon.tokenizer), falcon.tokenizer.chat_template) == (2048, of_its_own.chat_template)
 
 
 # The digests of merged adapters
@@ -250,13 +307,6 @@ def test_an_adapter_is_not_added_to_quantised_weights(of_40b, tmp_path):
         ValueError, match="whose weights are stored in nf4: added to these, it would be lost in rounding"
     ):
         fk.load(of_40b)
-
-
-def test_an_adapter_cannot_be_read_from_disk_at_every_token(of_40b):
-    with pytest.raises(
-        ValueError, match=r"offload='disk' reads weights from the checkpoint at each step, without the adapter wise"
-    ):
-        fk.load(of_40b, offload="disk")
 
 
 def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):

@@ -80,6 +80,9 @@ def test_the_run_of_a_tuning_is_answered_with_its_adapter():
         ("attn_implementation", "call falcon.model.set_attn_implementation after loading"),
         ("devices", "did you mean device_map?"),
         ("dtyp", "did you mean dtype?"),
+        ("revison", "did you mean revision?"),
+        ("cachedir", "did you mean cache_dir?"),
+        ("tokens", "did you mean token?"),
         ("colour", "its arguments are in its documentation"),
     ],
 )
@@ -91,5 +94,6 @@ def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other
 def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokenizer, tmp_path, monkeypatch):
     directory = legacy(tmp_path / "old", "40b", tokenizer)
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(OSError, match=r"writes up to .* MiB of pickled weights to .*, where 1000 B are free"):
+    with pytest.raises(OSError, match=r"writes up to .* MiB of weights to .*, where 1000 B are free"):
         fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")
+    assert not (tmp_path / "offload").exists()

@@ -82,6 +82,12 @@ def test_what_transformers_would_not_compile_is_refused_before_its_weights_are_r
         fk.load(checkpoint, compile=compiling_anywhere(), **settings)
 
 
+def test_compile_on_the_cpu_of_a_machine_with_a_gpu_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match="compile with device_map='cpu': transformers compiles on GPUs only"):
+        fk.load(checkpoint, compile=True, device_map="cpu", dtype="float32")
+
+
 def test_a_model_on_several_devices_is_not_compiled():
     with pytest.raises(ValueError, match=r"compile with layers on 2 devices: .* leave compile out"):
         check_compilable("bfloat16", {"transformer": 0, "lm_head": 1})

@@ -1,5 +1,9 @@
 """`Falcon`: what `fk.load` returns, and how it shows itself."""
 
+from dataclasses import replace
+
+import pytest
+
 import falcon_kit as fk
 from tests.conftest import small_model
 
@@ -7,6 +11,28 @@ from tests.conftest import small_model
 def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
     model, tokenizer = instruct
     assert (model, tokenizer) == (instruct.model, instruct.tokenizer)
+
+
+def test_a_falcon_is_equal_to_itself_alone_and_can_be_a_key(instruct):
+    other = replace(instruct)
+    assert {instruct: 1, other: 2} == {instruct: 1, other: 2}
+    assert instruct != other
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiled"),
+    [
+        ({}, True),
+        ({"num_beams": 1, "use_cache": True, "assistant_model": None, "past_key_values": None}, True),
+        ({"num_beams": 2}, False),
+        ({"use_cache": False}, False),
+        ({"cache_implementation": "dynamic"}, False),
+        ({"prompt_lookup_num_tokens": 3}, False),
+    ],
+)
+def test_decoding_stays_compiled_unless_a_setting_needs_another_way(instruct, settings, compiled):
+    falcon = replace(instruct, decoding={"cache_implementation": "static"})
+    assert (falcon._with_decoding(settings).get("cache_implementation") == "static") == compiled
 
 
 # How a Falcon shows itself

@@ -227,11 +227,6 @@ def test_a_kind_that_cannot_be_dequantised_is_refused_before_loading(tokenizer, 
         fk.load(path)
 
 
-def test_offloading_to_disk_is_refused_with_the_way_out(restored):
-    with pytest.raises(ValueError, match=r"offload='disk' reads weights from safetensors .* is a GGUF file: use"):
-        fk.load(restored.name, offload="disk")
-
-
 def test_the_memory_is_planned_for_the_dequantised_weights(restored):
     with pytest.raises(fk.NotEnoughMemory, match=r"a in bfloat16, .* does not fit into cpu"):
         fk.load(restored.name, dtype="bfloat16", max_memory={"cpu": "1MiB"})

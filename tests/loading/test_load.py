@@ -15,6 +15,7 @@ from falcon_kit.loading.reading import choose_device_map
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Device
 from tests.conftest import legacy, logits, simulated_gpus, small_model
+from tests.loading.test_checkpoints import cached
 
 
 def assert_same_logits(model, expected):
@@ -75,6 +76,12 @@ def test_the_end_token_comes_from_the_tokenizer_where_an_old_config_names_anothe
     assert falcon.model.generation_config.eos_token_id == 11
 
 
+def test_a_start_token_that_is_stated_stays(checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"bos_token_id": 5}')
+    config = fk.load(checkpoint).model.generation_config
+    assert (config.bos_token_id, config.eos_token_id) == (5, 11)
+
+
 def test_the_tokenizer_gives_no_token_type_ids(checkpoint):
     file = checkpoint / "tokenizer_config.json"
     names = ["input_ids", "token_type_ids", "attention_mask"]
@@ -103,6 +110,22 @@ def test_a_small_model_is_exact_on_a_cpu_and_says_why(instruct):
         pytest.skip("this rule is for machines without a GPU")
     assert instruct.model.dtype == torch.float32
     assert instruct.dtype_reason == "18.5 MiB in float32 fit easily into host memory, and float32 is exact"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (None, "the dtype of published Falcons, since the config.json names none"),
+        ("float64", "the dtype of published Falcons, since the kit does not compute in float64"),
+        ("bfloat16", "as in the checkpoint"),
+    ],
+)
+def test_the_reason_of_a_dtype_is_what_the_config_says(checkpoint, monkeypatch, dtype, reason):
+    monkeypatch.setattr("falcon_kit.loading.load.host_memory", lambda: (2**33, 50 * 2**20))
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
+    falcon = fk.load(checkpoint)
+    assert (falcon.dtype, falcon.dtype_reason) == ("bfloat16", reason)
 
 
 # Decoding: kernels and compilation
@@ -166,6 +189,16 @@ def test_a_loaded_falcon_has_its_plan(instruct):
     assert (instruct.plan.fits, instruct.plan.spec) == (True, instruct.spec)
 
 
+def test_a_device_that_is_asked_for_is_planned_for(checkpoint, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**40),))
+    monkeypatch.setattr("falcon_kit.loading.load.host_memory", lambda: (2**33, 2**20))
+    for device_map in ("cpu", {"": torch.device("cpu")}):
+        with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB"):
+            fk.load(checkpoint, device_map=device_map)
+    falcon = fk.load(checkpoint, device_map="cpu", force=True)
+    assert {row.device for row in falcon.plan.rows} == {"cpu"}
+
+
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
     with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1\.00 MiB"):
         fk.load(checkpoint, max_memory={"cpu": "1MiB"})
@@ -188,17 +221,46 @@ def on_disk(model):
     return {name.split(".")[2] for name, tensor in model.named_parameters() if tensor.device.type == "meta"}
 
 
+def room_without_three_layers(monkeypatch, name):
+    """Makes this machine one with a disk, and room in memory for a model without three of its layers."""
+    whole = fk.plan(name, "float32", devices=[Device("cpu", "cpu", 2**40)]).total_bytes
+    layer = 4 * fk.spec(name).layer_parameters
+    slots = (Device("cpu", "cpu", whole - 3 * layer), Device("disk", "disk", 2**40, offload_target=True))
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: slots)
+
+
+def test_adapters_and_gguf_files_are_read_from_disk_too_each_from_a_folder_of_its_own(tmp_path, monkeypatch):
+    names = [embedded_directory("falconet-instruct"), fk.export_gguf(fk.load("falconet"), tmp_path / "a.gguf", "f32")]
+    expected = [fk.load(name, dtype="float32").model for name in names]
+    room_without_three_layers(monkeypatch, "falconet")
+    offloaded = [fk.load(name, dtype="float32", offload="disk", offload_folder=tmp_path / "off") for name in names]
+    for falcon, model in zip(offloaded, expected, strict=True):
+        assert len(on_disk(falcon.model)) == 4
+        assert_same_logits(falcon.model, model)
+
+
 def test_layers_that_find_no_room_are_read_from_disk(layout, tokenizer, tmp_path, monkeypatch):
     small_model(layout, num_hidden_layers=6).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    whole = fk.plan(tmp_path, "float32", devices=[Device("cpu", "cpu", 2**40)]).total_bytes
-    layer = 4 * fk.spec(tmp_path).layer_parameters
-    slots = (Device("cpu", "cpu", whole - 3 * layer), Device("disk", "disk", 2**40, offload_target=True))
-    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: slots)
+    room_without_three_layers(monkeypatch, tmp_path)
     falcon = fk.load(tmp_path, dtype="float32", offload="disk", offload_folder=tmp_path / "offload")
     assert on_disk(falcon.model) == {"2", "3", "4", "5"}  # one of them visits, where three had to go
     assert "disk" in repr(falcon)
     assert_same_logits(falcon.model, small_model(layout, num_hidden_layers=6))
+
+
+# Processes
+
+
+def test_the_processes_of_ranks_look_where_this_one_does(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved", "v2")
+    sent = {}
+    monkeypatch.setattr("falcon_kit.parallel.launching.launch", lambda name, request, *_, **__: sent.update(request))
+    hub = {"cache_dir": tmp_path, "local_files_only": True, "token": "hf_secret"}
+    fk.load("somebody/my-falcon", tensor_parallel=2, revision="v2", **hub)
+    assert {name: sent[name] for name in (*hub, "revision")} == {**hub, "cache_dir": str(tmp_path), "revision": None}
 
 
 # Failures

@@ -12,9 +12,11 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import LazyMergedWeight
+from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import TARGETS, saved_adapter
+from tests.loading.test_checkpoints import cached
 
 
 @pytest.fixture
@@ -57,6 +59,12 @@ def test_merged_weights_are_those_that_load_reads(base, adapter, dtype):
     assert [name for name, weight in merged.items() if not torch.equal(weight, loaded[name])] == []
 
 
+def test_float64_is_merged_too(base, adapter):
+    falcon = fk.load(base, dtype="float32")
+    falcon.model.double()
+    assert fk.merge(adapter, falcon).gap < 1e-6
+
+
 def test_plain_lora_is_merged_without_peft(monkeypatch, base, adapter):
     monkeypatch.setattr(Linear, "merge", lambda *_, **__: pytest.fail("PEFT merges"))
     merged = fk.merge(adapter, base)
@@ -87,6 +95,15 @@ def test_the_weights_of_a_falcon_count_as_they_are_in_memory(base, adapter):
     assert not torch.allclose(logits(merged.model), logits(fk.load(adapter).model), atol=0.1)
 
 
+def test_a_quantised_base_is_read_again_from_where_it_was(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    cached(tmp_path, "tiiuae/falcon-40b", tmp_path / "base")
+    base = fk.load("falcon-40b", dtype="int8", cache_dir=tmp_path, local_files_only=True, force=True)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "wise")
+    assert fk.merge(adapter, base).dtype == "bfloat16"
+
+
 def test_merging_does_not_change_the_base(base, adapter):
     falcon = fk.load(base)
     before = {name: (each.clone(), each.requires_grad) for name, each in falcon.model.named_parameters()}
@@ -105,6 +122,22 @@ def test_merged_weights_that_change_the_logits_are_refused(monkeypatch, base, ad
     monkeypatch.setattr(LazyMergedWeight, "__getitem__", lambda self, index: factor * right(self, index))
     with pytest.raises(RuntimeError, match=r"after merging, logits differ by .* of the largest, more than rounding"):
         fk.merge(adapter, base)
+
+
+def test_a_model_is_as_it_was_after_an_interruption_while_an_adapter_is_attached(monkeypatch, base, adapter):
+    falcon = fk.load(base)
+    before, expected = [name for name, _ in falcon.model.named_modules()], logits(falcon.model)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.set_peft_model_state_dict", interrupt)
+        with pytest.raises(KeyboardInterrupt), attached(falcon, adapter):
+            pass
+    assert [name for name, _ in falcon.model.named_modules()] == before
+    assert torch.equal(logits(falcon.model), expected)
+    fk.merge(adapter, falcon)
 
 
 # The saved checkpoint
@@ -128,6 +161,13 @@ def test_a_saved_model_replaces_a_sharded_checkpoint_with_its_index(base, adapte
     assert [path.name for path in sharded.glob("*.safetensors*")] == ["model.safetensors"]
     assert torch.equal(logits(fk.load(sharded).model), logits(merged.model))
     assert sorted(path.name for path in sharded.parent.iterdir()) == ["base", "merged", "wise"]
+
+
+def test_a_merged_model_is_named_by_the_folder_it_was_saved_in(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "dora", use_dora=True)  # which fk.load alone refuses
+    merged = fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    assert merged.name == str(tmp_path / "merged")
+    assert torch.equal(logits(fk.load(merged.name).model), logits(merged.model))
 
 
 @pytest.mark.parametrize("failing", [FalconForCausalLM, "tokenizer"])
@@ -166,6 +206,15 @@ def test_an_output_dir_that_is_a_file_is_refused_first(base, adapter, tmp_path):
     with pytest.raises(NotADirectoryError, match=r"output_dir='.*merged' is a file: give a folder"):
         fk.merge(adapter, base, output_dir=tmp_path / "merged")
     assert (tmp_path / "merged").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("name", ["notes.md", "config.json.old", "model.gguf"])
+def test_a_file_of_the_user_beside_a_checkpoint_is_never_removed(base, adapter, sharded, name):
+    (sharded / name).write_text("a week of work")
+    with pytest.raises(FileExistsError, match=rf"holds {name}, which saving a model there would remove"):
+        fk.merge(adapter, base, output_dir=sharded)
+    assert (sharded / name).read_text() == "a week of work"
 
 
 @pytest.mark.usefixtures("nothing_loads")

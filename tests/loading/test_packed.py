@@ -88,6 +88,17 @@ def test_a_layer_that_is_moved_or_cast_computes_the_same(kind):
 
 
 @each_kind
+def test_a_layer_computes_what_its_state_dict_loads_into_it(kind):
+    made, other, x = layer(random(128, 64), kind), layer(random(128, 64, seed=1), kind), random(2, 64, seed=2)
+    with torch.inference_mode():
+        expected = other(x)
+        assert not torch.equal(made(x), expected)
+    made.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(made(x), expected)
+
+
+@each_kind
 def test_a_weight_that_starts_anywhere_in_memory_is_computed_with(kind):
     """As one in a file that is mapped into memory; torch's kernel for int8 crashes on it."""
     made = layer(random(128, 64), kind)

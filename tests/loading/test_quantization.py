@@ -1,13 +1,16 @@
 """Weights in 8 and 4 bits: really quantised, counted, as good as bitsandbytes', and the same after saving."""
 
+import json
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
+from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantization import bitsandbytes_config, check_quantised, weights
 from falcon_kit.model import modeling
 from tests.conftest import logits, small_config, small_model
@@ -131,6 +134,12 @@ def test_quantising_transformers_own_falcon_is_refused(dtype):
         fk.load("no/such/model", dtype=dtype, attention="transformers")
 
 
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": torch.device("cpu")}])
+def test_int8_on_a_cpu_is_the_kits_however_the_cpu_is_named(directory, device_map):
+    layer = fk.load(directory, dtype="int8", device_map=device_map).model.transformer.h[0].mlp.dense_h_to_4h
+    assert isinstance(layer, PackedLinear)
+
+
 # Saving
 
 
@@ -151,6 +160,43 @@ def test_what_is_saved_after_use_is_what_was_used(checkpoint, tmp_path, dtype):
     allowed = 0.02 if dtype == "nf4-double" else 0
     for model in (falcon.model, fk.load(tmp_path / "saved").model):
         assert (logits(model) - before).norm() <= allowed * before.norm()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_transformers_without_the_kit_stops_at_a_saved_model(directory, tmp_path, dtype):
+    fk.load(directory, dtype=dtype).model.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("quantization_config")["quant_method"] == "falcon-kit"  # which it drops with a warning
+    file.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        FalconForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_int8_as_it_was_saved_before_is_read(directory, tmp_path):
+    falcon = fk.load(directory, dtype="int8")
+    falcon.model.save_pretrained(tmp_path / "saved")
+    falcon.tokenizer.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "model.safetensors"
+    stored = load_file(file)
+    assert any(each.ndim == 3 for each in stored.values())
+    save_file({name: each.squeeze(-1) for name, each in stored.items()}, file, {"format": "pt"})
+    assert torch.equal(logits(fk.load(tmp_path / "saved").model), logits(falcon.model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "transformers"}, r"dtype='nf4' has no effect on transformers' own Falcon"),
+        ({"offload": "disk"}, r"dtype='nf4' with offload='disk': quantised layers compute where their weights are"),
+    ],
+)
+def test_a_quantised_checkpoint_is_under_the_rules_of_its_dtype(directory, tmp_path, settings, message):
+    falcon = fk.load(directory, dtype="nf4")
+    falcon.model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"not even looked at")
+    with pytest.raises(ValueError, match=message):
+        fk.load(tmp_path / "saved", **settings)
 
 
 def test_bitsandbytes_still_saves_another_model_than_was_used(directory, tmp_path):
