@@ -14,7 +14,7 @@ from torch import nn
 from transformers import (
     CompileConfig,
     FalconConfig,
-    FalconForCausalLM,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -171,7 +171,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
         return cast(Falcon, launching.launch(found.name, request, is_large(files), *parts))
     model = read_model(found, files, planned, settings)
-    _set_special_tokens(model, tokenizer)
+    set_special_tokens(model.generation_config, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [ranks.local_tensor(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
@@ -206,9 +206,8 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
     return own_format(tokenizer, str(found.directory))
 
 
-def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
-    config = model.generation_config
+def set_special_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets the special tokens that a generation config lacks, and replaces those of 2023, which were not Falcon's."""
     if config.eos_token_id is None or (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
         config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:

@@ -255,7 +255,7 @@ def connect(
     Several URLs are replicas with the same model: each request goes to the one with the fewest in flight.
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
-    SageMaker). token: the API key, which is never shown; unset, FALCON_KIT_TOKEN, or HF_TOKEN for huggingface.co only.
+    SageMaker). token: the API key, which is never shown; "" for none; unset, FALCON_KIT_TOKEN, or HF_TOKEN for the hub.
     chat: "falcon", "hub", "baize" or a ChatFormat renders conversations in that format and sends them as plain
     completions; unset, the endpoint's own chat template renders them, if its protocol has conversations (TGI's has
     not). context: its limit in tokens, if it does not report one. timeout: seconds without a byte from it until a
@@ -273,7 +273,7 @@ def connect(
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     own_format = None if chat is None else chat_format(chat)
     urls = check_urls(url)
-    connection = Connection(token or token_from_environment(urls), timeout, retries, deadline)
+    connection = Connection(token_from_environment(urls) if token is None else token, timeout, retries, deadline)
     check_token(connection.token)
     server = wait_for(_find(urls, model, api, connection, session, concurrency))
     return _endpoint(server, own_format, context, concurrency, retries)

@@ -159,7 +159,7 @@ class OpenAIServer:
                     async for chunk in stream:
                         begun = True
                         next_event(stream.response)
-                        for delta in list(read_chunk(chunk.to_dict())):
+                        for delta in read_chunk(chunk.to_dict()):
                             yield await self._name_control_tokens(delta)
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise self._explain(error, begun) from None  # the client's own error may quote the request
@@ -218,7 +218,7 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
     if dialect is TRANSFORMERS:  # which reads all but the standard fields from a GenerationConfig as JSON
         return {"generation_config": json.dumps(sampling.generate_arguments() | options)}
     if not sampling.samples:
-        return {"temperature": 0.0, **options}
+        return {**dialect.neutral, "temperature": 0.0, **options}
     defaults = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **options}
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return defaults | {name: value for name, value in chosen.items() if value is not None}

@@ -30,6 +30,8 @@ from falcon_kit.serving.failures import (
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 MAX_PAUSE, MAX_RETRY_AFTER = 8.0, 60.0  # seconds: limits of the doubled pause, and of an endpoint's Retry-After
 T = TypeVar("T")
+FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
+"""The kit's finish reason for those of servers; their "stop" means the end-of-sequence token."""
 _SUPPORTED = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "stop", "seed")
 """Fields of `Sampling` that every protocol supports, or that the kit handles itself."""
 _ADVICE = {

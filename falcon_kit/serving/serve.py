@@ -121,6 +121,9 @@ def serve(
     (`transformers serve` does not: each program of this machine may use it). arguments: more of them for the engine's
     program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout: seconds for the start.
 
+    With `transformers serve` the checkpoint's own generation settings, such as repetition_penalty, apply where a call
+    names no others, as with `fk.load`. With vLLM and llama.cpp they never apply.
+
     Raises ModuleNotFoundError for an engine that is not installed, with how to get it, NotEnoughMemory if the server
     does not fit beside what is in memory, OSError for a port in use or too little disk, ServerDied, with its last
     words, if it ends while it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.

@@ -6,25 +6,26 @@ adds one to Falcon.
 """
 
 import gc
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
-from falcon_kit.display.saving import check_disk_space
+from falcon_kit.display.saving import check_disk_space, write_text
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, save_tokenizer
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, trained_format
+from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
 from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
@@ -32,6 +33,7 @@ from falcon_kit.serving.gguf import export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,12 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
         weights = fetch(found)
         check_weights(found, weights)
         if _is_readable(found, weights):
-            return _where_it_is(found, found.directory, "", load_tokenizer(found.directory))
+            tokenizer = load_tokenizer(found.directory)
+            if corrected := _corrected_generation(found.directory, tokenizer):
+                path = _write_links(found.directory, folder / source.short_name, corrected)
+                note = "links to the checkpoint's, with the right end token, in a temporary folder"
+                return replace(_where_it_is(found, path, note, tokenizer), again=_saving(source))
+            return _where_it_is(found, found.directory, "", tokenizer)
     falcon = found if isinstance(found, Falcon) else _load(source)
     try:
         return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
@@ -138,6 +145,30 @@ def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
     return current and weights[0].suffix == ".safetensors"
 
 
+def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The content of generation_config.json with the end token of `fk.load`; empty where the file needs no change.
+
+    Servers take the end token from this file, and never end a text with that of 2023.
+    """
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    config = GenerationConfig(**{name: content.get(name) for name in _ENDS})
+    set_special_tokens(config, tokenizer)
+    right = {name: getattr(config, name) for name in _ENDS}
+    return {} if right["eos_token_id"] == content.get("eos_token_id") else content | right
+
+
+def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Path:
+    """A folder of links to the files of a checkpoint, with a generation config of its own."""
+    path.mkdir()
+    for each in directory.iterdir():
+        (path / each.name).symlink_to(each.absolute())
+    write_text(path / "generation_config.json", json.dumps(generation, indent=2))  # replaces the link
+    return path
+
+
 def _load(source: Source) -> Falcon:
     if isinstance(source.model, Checkpoint) and source.model.adapters:
         fetch(source.model)
@@ -151,14 +182,26 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
     with progress_bar(False), write_errors():
         falcon.model.save_pretrained(path)
     save_tokenizer(falcon.tokenizer, path)
-    again = "; ".join(f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+    note = f"{format_bytes(size)}, saved for this server in a temporary folder"
+    return Files(path, note, _saving(source), falcon.chat_format)
+
+
+def _saving(source: Source) -> str:
+    """The calls that write the checkpoint on another machine."""
     if isinstance(source.model, Checkpoint) and source.model.adapters:
-        again = f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
-    return Files(path, f"{format_bytes(size)}, saved for this server in a temporary folder", again, falcon.chat_format)
+        return f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
+    saved = (f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+    return "; ".join([*_loading(source), *saved])
+
+
+def _loading(source: Source) -> list[str]:
+    """The call that makes the variable `falcon`; none where serve was given a Falcon."""
+    return [] if isinstance(source.model, Falcon) else [f"falcon = fk.load({source.name!r})"]
 
 
 def _write_gguf(falcon: Falcon, source: Source, folder: Path, dtype: str) -> Files:
     path = export_gguf(falcon, folder / f"{source.short_name}.gguf", dtype)
-    again = f"fk.export_gguf(falcon, {path.name!r}{'' if dtype == falcon.dtype else f', {dtype!r}'})"
+    export = f"fk.export_gguf(falcon, {path.name!r}{'' if dtype == falcon.dtype else f', {dtype!r}'})"
+    again = "; ".join([*_loading(source), export])
     note = f"{format_bytes(path.stat().st_size)}, exported for this server to a temporary folder"
     return Files(path, note, again, falcon.chat_format)

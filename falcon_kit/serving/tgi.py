@@ -11,10 +11,11 @@ from typing import Any
 import httpx2
 
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.generation.text import Alternative, FinishReason
+from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
 from falcon_kit.serving.protocol import (
+    FINISHED,
     Delta,
     Facts,
     Request,
@@ -28,7 +29,6 @@ from falcon_kit.serving.protocol import (
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
-_FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
 
 
 class TGIServer:
@@ -119,7 +119,7 @@ def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
         text=text,
         token_id=token["id"] if isinstance(token.get("id"), int) else None,
         logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
-        finish=_FINISHED.get(details.get("finish_reason", "")),
+        finish=FINISHED.get(details.get("finish_reason", "")),
         prompt_tokens=details.get("input_length"),
         new_tokens=details.get("generated_tokens"),
         alternatives=likeliest(

@@ -259,6 +259,13 @@ def test_a_key_comes_from_the_environment(monkeypatch):
         assert {headers["authorization"] for _, _, headers in server.requests} == {f"Bearer {KEY}"}
 
 
+def test_an_empty_key_is_no_key_whatever_the_environment_has(monkeypatch):
+    monkeypatch.setenv("FALCON_KIT_TOKEN", KEY)
+    with scripted(answering(Reply(DONE))) as server:
+        fk.connect(f"{server.address}/v1", token="").generate("Hi")
+        assert [headers for _, _, headers in server.requests if KEY in str(headers)] == []
+
+
 def test_keys_of_others_stay_with_their_hosts(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")

@@ -550,7 +550,24 @@ def test_llama_cpp_serves_fewer_bits_of_a_model_that_this_process_has_not_loaded
         assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
         assert served.plan.dtype == counted
         assert served.files.path.stat().st_size < instruct.weight_bytes * share
-        assert served.command.startswith(f"# fk.export_gguf(falcon, 'falconet-instruct.gguf', {dtype!r})\n")
+        assert served.command.startswith(
+            f"# falcon = fk.load('falconet-instruct'); fk.export_gguf(falcon, 'falconet-instruct.gguf', {dtype!r})\n"
+        )
+
+
+def test_a_text_ends_also_where_the_checkpoint_names_the_end_token_of_2023(instruct, tmp_path):
+    folder = tmp_path / "falcon-2023"
+    instruct.model.save_pretrained(folder)
+    instruct.tokenizer.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    file.write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    prompt = "User: What do owls eat?\nFalcon: Owls eat mice.\nUser: Thank you.\nFalcon:"
+    with fk.serve(folder, "transformers") as served:
+        assert served.generate(prompt, max_new_tokens=60).finish_reason == "eos"
+        call = f"# falcon = fk.load({str(folder)!r}); falcon.model.save_pretrained('falcon-2023'); falcon.tokenizer"
+        assert served.command.startswith(call)
+    assert json.loads(file.read_text())["eos_token_id"] == 2
+    assert (folder / "model.safetensors").is_file()
 
 
 # A GGUF file as it is
@@ -667,7 +684,7 @@ def test_an_adapter_of_a_gguf_file_is_merged_and_exported(engine, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     with fk.serve(folder, "llama.cpp") as served:
-        assert served.command.startswith("# fk.export_gguf(falcon, ")
+        assert served.command.startswith(f"# falcon = fk.load({str(folder)!r}); fk.export_gguf(falcon, ")
         assert served.chat(QUESTION).text == fk.load(folder).chat(QUESTION).text
 
 

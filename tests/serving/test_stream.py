@@ -130,6 +130,15 @@ def test_an_answer_that_breaks_off_keeps_its_text_and_is_not_begun_again(reply):
         assert len(server.asked("/v1/completions")) == 1
 
 
+@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
+def test_a_text_that_the_server_gave_up_is_incomplete(reason):
+    script = answering(Reply([chunk("Half a"), chunk(" sentence", reason)]))
+    message = f"ended it for the reason '{reason}'"
+    with scripted(script) as server, pytest.raises(fk.IncompleteAnswer, match=message) as broken:
+        fk.connect(f"{server.address}/v1").generate("Hi")
+    assert (broken.value.generation.text, broken.value.generation.finish_reason) == ("Half a sentence", "broken")
+
+
 def test_a_text_that_breaks_off_is_kept_without_a_stream_too():
     with scripted(answering(BREAKS["connection cut"])) as server:
         with pytest.raises(fk.IncompleteAnswer) as broken:
