@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import check_disk_space, write_text
 from falcon_kit.display.tables import format_bytes
@@ -26,10 +25,12 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
-from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
+from falcon_kit.loading.merging import merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
-from falcon_kit.serving.gguf import export_gguf
+from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.plan import Plan, plan
+from falcon_kit.serving.gguf import check_writable, export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
@@ -52,6 +53,10 @@ class Source:
     def file(self) -> GGUFFile | None:
         """The GGUF file that llama.cpp reads as it is, if the model is one."""
         return self.model.gguf if isinstance(self.model, Checkpoint) and not self.model.adapters else None
+
+    def loads(self, gguf: bool) -> bool:
+        """Whether this process loads the weights to write the files, of a server that reads GGUF files or others."""
+        return isinstance(self.model, Checkpoint) and not self.file and (gguf or bool(self.model.adapters))
 
     @property
     def short_name(self) -> str:
@@ -97,11 +102,15 @@ def source_of(model: Any) -> Source:
 
 def _check_savable(falcon: Falcon) -> None:
     """Raises ValueError for a Falcon whose weights a server would not read as they are."""
-    check_no_adapters(falcon, "fk.serve(fk.merge(adapter, base))")
-    again = f"give the name of the original: fk.serve({falcon.name!r})"
-    require(not is_quantised(falcon.model), f"the weights are quantised to {falcon.dtype} for this process: {again}")
-    offloaded = any(each.is_meta for each in falcon.model.parameters())
-    require(not offloaded, f"some weights are offloaded, so this process has not all of them: {again}")
+    original = f"give the name of the original, fk.serve({falcon.name!r})"
+    merged = f"serve the merged model, fk.serve(fk.merge(adapter, {falcon.name!r}))"
+    check_writable(falcon.model, quantised=original, adapted=merged, offloaded=original)
+
+
+def loading_plan(found: Checkpoint) -> Plan:
+    """The memory plan of `fk.load` for a checkpoint, without its adapters."""
+    dtype, _ = choose_dtype(None, found.config, found.spec)
+    return plan(found.spec, dtype, found.spec.context, devices=resolve_devices(None))
 
 
 def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
@@ -124,11 +133,9 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
                 note = "links to the checkpoint's, with the right end token, in a temporary folder"
                 return replace(_where_it_is(found, path, note, tokenizer), again=_saving(source))
             return _where_it_is(found, found.directory, "", tokenizer)
-    falcon = found if isinstance(found, Falcon) else _load(source)
     try:
-        return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
-    finally:
-        del falcon, found
+        return _write(source, folder, dtype, gguf)
+    finally:  # the weights are no longer needed
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -174,6 +181,11 @@ def _load(source: Source) -> Falcon:
         fetch(source.model)
         return merge(source.model.adapters[-1])
     return load(source.name)
+
+
+def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
+    falcon = source.model if isinstance(source.model, Falcon) else _load(source)
+    return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
 
 
 def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:

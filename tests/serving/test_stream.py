@@ -90,6 +90,18 @@ def test_a_stream_can_be_closed_by_another_thread_before_its_first_piece():
         assert stream.generation.text == ""
 
 
+def test_a_stream_ends_for_each_thread_that_reads_it():
+    with scripted(answering(Reply([chunk("a"), chunk("b"), chunk("c", "stop")]))) as server:
+        stream, read = fk.connect(f"{server.address}/v1").stream("Hi"), []
+        readers = [threading.Thread(target=lambda: read.append(list(stream)), daemon=True) for _ in range(3)]
+        for each in readers:
+            each.start()
+        for each in readers:
+            each.join(10)
+    assert sorted(piece.text for pieces in read for piece in pieces) == ["a", "b", "c"]
+    assert len(read) == 3
+
+
 def test_a_stop_string_hangs_up_on_a_server_that_would_go_on(endless):
     answer = fk.connect(f"{endless.address}/v1").generate("Hello", stop="word word")
     assert (answer.text, answer.finish_reason) == (" ", "stop")
