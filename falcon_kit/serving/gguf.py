@@ -108,8 +108,9 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
 
 def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, offloaded: str) -> None:
     """Raises ValueError for a model whose weights cannot be written as they are, with what to do for each reason."""
+    marked = is_quantised(model) or getattr(model, "quantization_method", None)
     floating = all(each.is_floating_point() for each in model.parameters())
-    require(floating and not is_quantised(model), f"the weights are quantised for torch: {quantised}")
+    require(floating and not marked, f"the weights are quantised for torch: {quantised}")
     adapters = getattr(model, "peft_config", None) or any("lora_" in name for name, _ in model.named_parameters())
     require(not adapters, f"the model has adapters: {adapted}")
     require(not any(each.is_meta for each in model.parameters()), f"some weights are offloaded: {offloaded}")

@@ -19,6 +19,7 @@ import httpx2
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
@@ -230,6 +231,10 @@ def test_a_model_in_other_forms_is_refused_with_what_to_give(engine):
     quantised = fk.load("falconet", dtype="nf4")
     with pytest.raises(ValueError, match=r"quantised for torch: .*fk.serve\('falconet'\)"):
         fk.serve(quantised, stand_in.program)
+    adapted = fk.load("falconet")
+    inject_adapter_in_model(LoraConfig(target_modules=["dense"]), adapted.model)
+    with pytest.raises(ValueError, match=r"has adapters: serve the merged model, fk.serve\(fk.merge\(adapter, 'falco"):
+        fk.serve(adapted, stand_in.program)
     with pytest.raises(LookupError, match="Nearest: falconet"):
         fk.serve("falconett", stand_in.program)
     assert not stand_in.program.with_suffix(".seen").exists()
