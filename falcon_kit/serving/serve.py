@@ -125,38 +125,36 @@ def serve(
     few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
     port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
     (`transformers serve` does not: each program of this machine may use it). arguments: more of them for the engine's
-    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout: seconds for the start.
-    request_timeout, deadline: seconds without a byte until a request fails, and for a whole text.
+    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout, request_timeout, deadline: seconds for
+    the start, without a byte until a request fails, and for a whole text. The checkpoint's own generation settings
+    apply with `transformers serve` only, where a call names no others.
 
-    With `transformers serve` the checkpoint's own generation settings, such as repetition_penalty, apply where a call
-    names no others, as with `fk.load`. With vLLM and llama.cpp they never apply.
-
-    Raises ModuleNotFoundError for an engine that is not installed, with how to get it, NotEnoughMemory if the server
-    does not fit beside what is in memory, OSError for a port in use or too little disk, ServerDied, with its last
-    words, if it ends while it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
+    Raises ModuleNotFoundError for an engine that is not installed, NotEnoughMemory if the server does not fit beside
+    what is in memory, OSError for a port in use or too little disk, ServerDied, with its last words, if it ends while
+    it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
     """
-    check_whole("texts", texts, 1, MAX_TEXTS)
-    limits = {"timeout": timeout, "request_timeout": request_timeout, "deadline": deadline}
-    for name, value in limits.items():
-        require(is_number(value, 0, 1e9) and value > 0, f"{name}={shown(value)} must be above 0, and at most 1e9")
+    _check_limits(texts, timeout=timeout, request_timeout=request_timeout, deadline=deadline)
     given_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
     source = source_of(model)
     kind, program = _choose_engine(str(engine), source)
     dtype = _check_dtype(kind, source, dtype)
     planned = _plan(source, kind, dtype, source.spec.context if context is None else context, texts, gpus)
-    port, key = free_port(port), secrets.token_urlsafe(32)
-    process = LocalProcess(key)
+    port, process = free_port(port), LocalProcess(key := secrets.token_urlsafe(32))
     try:
         files = files_for(source, process.folder, dtype, kind.reads_gguf)
         job = _job(source, kind, dtype, planned, files, port, more)
         process.start([*program, *job.arguments], job.environment(key))
-        process.wait_until_ready(f"http://127.0.0.1:{port}/health", kind.name, timeout)
-        server = _connect(job, key, request_timeout, deadline)
-        process.check()
+        server = _connect(process, timeout, job, key, request_timeout, deadline)
     except BaseException:
         process.close()
         raise
     return _served(server, job, planned, source, files, given_format, process)
+
+
+def _check_limits(texts: int, **seconds: float) -> None:
+    check_whole("texts", texts, 1, MAX_TEXTS)
+    for name, value in seconds.items():
+        require(is_number(value, 0, 1e9) and value > 0, f"{name}={shown(value)} must be above 0, and at most 1e9")
 
 
 def _served(
@@ -325,13 +323,17 @@ def _free_share(gpus: int) -> float:
     return min(MEMORY_SHARE, int(least * 100) / 100)
 
 
-def _connect(job: Job, key: str, timeout: float, deadline: float) -> OpenAIServer:
-    """The protocol of a server that is ready."""
+def _connect(
+    process: LocalProcess, timeout: float, job: Job, key: str, request_timeout: float, deadline: float
+) -> OpenAIServer:
+    """The protocol of a server, once it is ready. timeout: seconds for its start. key, the other two: of requests."""
+    process.wait_until_ready(f"http://{job.host}:{job.port}/health", job.engine.name, timeout)
     token = key if job.engine.key_variable else None
-    connection = Connection(token, timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
+    connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    find = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection)
-    return wait_for(retry(find, connection))
+    server = wait_for(retry(partial(discover, f"http://{job.host}:{job.port}/v1", name, connection), connection))
+    process.check()
+    return server
 
 
 def _command(job: Job, source: Source, files: Files) -> str:
