@@ -16,7 +16,7 @@ from torch import nn
 from transformers import (
     CompileConfig,
     FalconConfig,
-    FalconForCausalLM,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -197,7 +197,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
         return cast(Falcon, launching.launch(found.name, request, is_large(files), **parts, chat_format=format))
     model = read_model(found, files, planned, settings)
-    _set_special_tokens(model, tokenizer)
+    set_special_tokens(model.generation_config, tokenizer)
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [ranks.local_tensor(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
@@ -264,9 +264,8 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
     return own_format(tokenizer, str(tokenizer.name_or_path or found.directory))
 
 
-def _set_special_tokens(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the special tokens that the generation config lacks, and replaces those of 2023, which were not Falcon's."""
-    config = model.generation_config
+def set_special_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets the special tokens that a generation config lacks, and replaces those of 2023, which were not Falcon's."""
     if (config.bos_token_id, config.eos_token_id) == _WRONG_IN_2023:
         config.bos_token_id = config.eos_token_id = None
     if config.eos_token_id is None:

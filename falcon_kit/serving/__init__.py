@@ -3,7 +3,7 @@
 The files, in the order of their imports:
 
 connection.py  the address, the key and the HTTP client (no torch)
-failures.py    the exception for each failure (no torch)
+failures.py    the exception for each failure, and safe reading (no torch)
 protocol.py    what all protocols share: requests, responses, retries (no torch)
 stream.py      one response while it is received (no torch)
 chunks.py      what one chunk of an OpenAI-compatible server adds (no torch)
@@ -17,7 +17,7 @@ tgi_server.py  a server of TGI's protocol on loopback, to try a client
 deployment.py  settings of vLLM and of SageMaker's containers (no torch)
 ggml.py        llama.cpp's own quantiser (no torch)
 gguf_kinds.py  the kinds of a quantised GGUF file, as llama-quantize chooses them (no torch)
-file_plan.py   the memory plan of a server that reads a GGUF file as it is (no torch)
+file_plan.py   the memory plan of llama.cpp, by the tensors of its file (no torch)
 gguf.py        export_gguf(): one file for llama.cpp
 supervisor.py  a program that runs a server, and ends it with the process that started it (no torch)
 local_process.py a server in a process of its own (no torch)

@@ -5,12 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from falcon_kit.display.errors import printable
 from falcon_kit.generation.text import Alternative, FinishReason
-from falcon_kit.serving.protocol import Delta, likeliest, logprob_or
+from falcon_kit.serving.protocol import FINISHED, Delta, likeliest, logprob_or
 
 
 def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
-    """The deltas of a chunk, completion or chat: one per token, and the text in the last."""
+    """The deltas of a chunk, completion or chat: one per token, and the text in the last.
+
+    Raises ConnectionError after them for a text that is not whole: it ended by "abort", "error" or "content_filter".
+    """
     usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
     prompt = usage.get("prompt_tokens") or (timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0) or None
     counts: dict[str, Any] = {
@@ -21,7 +25,10 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         *tokens, last = _tokens(choice) or [Delta()]
         yield from tokens
-        yield replace(last, text=text, finish=_finish_reason(choice), **counts)
+        finish = _finish_reason(choice)
+        yield replace(last, text=text, finish=finish, **counts)
+        if choice.get("finish_reason") and not finish:
+            raise ConnectionError(f"the server ended it for the reason {printable(choice['finish_reason'])!r}")
     if not chunk.get("choices"):
         yield Delta(**counts)
 
@@ -29,13 +36,9 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
 def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
     """The kit's finish reason: a server's "stop" means the end-of-sequence token unless it names a stop string."""
     reason = choice.get("finish_reason")
-    if reason is None:
-        return None
-    if not isinstance(reason, str):
+    if not isinstance(reason, str | None):
         raise TypeError(f"finish_reason is {reason!r}, not a text")
-    if reason == "length":
-        return "length"
-    return "stop" if isinstance(choice.get("stop_reason"), str) else "eos"
+    return "stop" if reason == "stop" and isinstance(choice.get("stop_reason"), str) else FINISHED.get(reason or "")
 
 
 def _tokens(choice: Mapping[str, Any]) -> list[Delta]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -68,6 +69,9 @@ class Connection:
     direct: bool = False
     """Whether proxies of the environment are ignored, as for a server of this machine that the kit has started."""
 
+    timeout_name: str = "timeout"
+    """The argument that sets `timeout`, for errors."""
+
     @property
     def headers(self) -> dict[str, str]:
         """The headers of every request."""
@@ -109,10 +113,6 @@ class Connection:
                 "socks5://. Correct or remove the variable"
             ) from None
 
-    def redact(self, text: str) -> str:
-        """A server's message without the API key, and with at most 500 characters."""
-        return _shorten(self._replace(text), 500)
-
     def scrub(self, text: str) -> str:
         """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters or a lone surrogate."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -120,9 +120,8 @@ class Connection:
 
     def clean(self, error: BaseException) -> None:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
-        error.args = tuple(
-            _shorten(self.scrub(each), _LONGEST_MESSAGE) if isinstance(each, str) else each for each in error.args
-        )
+        texts = [self.scrub(each) if isinstance(each, str) else each for each in error.args]
+        error.args = tuple(_shorten(each) if isinstance(each, str) else each for each in texts)
         error.__cause__ = error.__context__ = None
 
     def _replace(self, text: str) -> str:
@@ -135,8 +134,8 @@ class Connection:
         return text
 
 
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 3] + "..."
 
 
 def _proxy_variables() -> str:
@@ -208,6 +207,21 @@ def check_url(url: str) -> None:
         "the URL contains a user name or password, which logs would show: give a key by token=",
     )
     require(valid, f"{redact_url(url)!r} is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name")
+    require(
+        redact_url(url) == url,
+        f"the URL {redact_url(url)} has a query or a fragment, which no request would carry: give it without, and a "
+        "key by token=",
+    )
+
+
+def check_credentials(urls: Sequence[str], token: str | None, session: Any) -> None:
+    """Raises ValueError for a key or a session that no URL uses."""
+    on_sagemaker = [each.strip().startswith("sagemaker:") for each in urls]
+    require(session is None or any(on_sagemaker), "session= is for sagemaker:// only: leave it out")
+    require(
+        not token or not all(on_sagemaker),
+        "SageMaker takes AWS credentials and no key: leave token= out, or pass session=boto3.Session(...)",
+    )
 
 
 def token_from_environment(urls: Sequence[str]) -> str | None:

@@ -104,15 +104,18 @@ class Deployment:
         return html_table(self.plan.spec.name, (), rows)
 
 
-def deployment(name: str | FalconSpec, machine: str, dtype: str = "bfloat16") -> Deployment:
+def deployment(name: str | FalconSpec, machine: str, dtype: Any = "bfloat16") -> Deployment:
     """Settings to serve a Falcon ("falcon-40b-instruct") on a machine ("ml.g5.12xlarge", "4xA100-80GB").
+
+    dtype: bfloat16 or float16, also of torch.
 
     Raises LookupError for an unknown name, ValueError for a dtype other than bfloat16 and float16 or a number of GPUs
     that does not divide the KV heads, and NotEnoughMemory, with suggestions, if not even one text fits.
     """
     shape = name if isinstance(name, FalconSpec) else spec(name)
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, the dtypes in which vLLM serves Falcon")
+        raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, the dtypes of a deployment")
     devices = [replace(each, free_bytes=int(each.free_bytes * MEMORY_SHARE)) for each in resolve_devices(machine)]
     if shape.kv_heads % len(devices):
         possible = [count for count in range(1, len(devices)) if shape.kv_heads % count == 0]

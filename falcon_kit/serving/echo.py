@@ -36,7 +36,7 @@ async def prompt_logprobs(server: Server, prompt: str) -> list[PromptToken]:
     content = {"model": server.facts.model, "prompt": prompt, **_FIELDS}
     status, answer = await ask_json(f"{server.url}/completions", server.connection, content)
     if status != 200:
-        raise http_error(status, server.connection.redact(error_message(answer)), address, {})
+        raise http_error(status, error_message(answer), address, {})
     with reading(address):
         tokens = _read(answer, prompt)
     require(bool(tokens), refused)

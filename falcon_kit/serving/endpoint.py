@@ -23,6 +23,7 @@ from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
 from falcon_kit.serving.connection import (
     Connection,
+    check_credentials,
     check_limits,
     check_token,
     check_urls,
@@ -38,6 +39,8 @@ from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
+
+_SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +64,6 @@ class Endpoint:
     concurrency: int
     """Requests that one call has in flight, at most."""
     _server: Server = field(repr=False)
-    _retries: int = field(repr=False)
 
     @property
     def addresses(self) -> list[str]:
@@ -88,7 +90,7 @@ class Endpoint:
         )
         seeds = [None if sampling.seed is None else sampling.seed + copy for copy in range(copies)]
         requests = [
-            Request(each, (), replace(sampling, seed=seed, num_return_sequences=1), options, sampling.stop_strings)
+            _plain_request(each, replace(sampling, seed=seed, num_return_sequences=1), options)
             for each in prompts
             for seed in seeds
         ]
@@ -107,11 +109,11 @@ class Endpoint:
     ) -> RemoteStream:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             return self._stream(self._chat_request(cast(Sequence[Message], prompt), sampling, options), True, turns)
         prompts, single = check_prompt(cast(Prompt, prompt))
         require(single, "a stream yields one text: give one prompt, or use generate()")
-        return self._stream(Request(prompts[0], (), sampling, options, sampling.stop_strings), False, turns)
+        return self._stream(_plain_request(prompts[0], sampling, options), False, turns)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
@@ -134,9 +136,10 @@ class Endpoint:
         stores each result keeps all but these after an error or Ctrl-C, which close the connections, as closing the
         iterator does. `settings` and errors are those of `generate`; a seed is the same for all.
         """
+        require(not isinstance(prompts, str), _SEVERAL)
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "each prompt gives one text: leave num_return_sequences at 1")
-        self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))  # raises before anything is sent
+        self._server.body(_plain_request(" ", sampling, options))  # raises before anything is sent
         return self._each(prompts, guardrails, settings)
 
     def _each(self, prompts: Iterable[Any], guardrails: Guard | None, settings: dict[str, Any]) -> Iterator[Generation]:
@@ -159,7 +162,7 @@ class Endpoint:
         """Whether the endpoint has a field for each of these settings of `generate`."""
         sampling, options = split_settings(settings)
         try:
-            self._server.body(Request(" ", (), sampling, options, sampling.stop_strings))
+            self._server.body(_plain_request(" ", sampling, options))
         except ValueError:
             return False
         return True
@@ -185,8 +188,9 @@ class Endpoint:
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
             async with turns or nullcontext():
+                answer.begin()  # not while it waits for its turn
                 (body,) = await self._bodies([request])
-                return await request_answer(self._server, body, answer, self._retries, self.context, emit)
+                return await request_answer(self._server, body, answer, self.context, emit)
 
         return RemoteStream(answer, work)
 
@@ -199,7 +203,7 @@ class Endpoint:
         async def work() -> list[Generation]:
             bodies = await self._bodies(requests)
             pairs = list(zip(bodies, answers, strict=True))
-            calls = [partial(request_answer, self._server, *pair, self._retries, self.context) for pair in pairs]
+            calls = [partial(request_answer, self._server, *pair, self.context) for pair in pairs]
             return await gather(calls, self.concurrency)
 
         return with_shared_stats(wait_for(work()))
@@ -209,9 +213,10 @@ class Endpoint:
 
         Raises ValueError for a server that does not return them; vLLM does.
         """
+        require(not isinstance(prompts, str), _SEVERAL)
         checked = [check_prompt(prompt)[0][0] for prompt in prompts]
         asks = [partial(self._prompt_logprobs, each) for each in checked]
-        calls = [partial(retry, ask, self._retries, self._server.connection) for ask in asks]
+        calls = [partial(retry, ask, self._server.connection) for ask in asks]
         return wait_for(gather(calls, self.concurrency))
 
     async def _prompt_logprobs(self, prompt: str) -> list[PromptToken]:
@@ -220,7 +225,7 @@ class Endpoint:
 
     async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
-        limited = await limit_tokens(self._server, requests, self.context, self._retries)
+        limited = await limit_tokens(self._server, requests, self.context, self.concurrency)
         return [self._server.body(each) for each in limited]
 
     def _facts(self) -> dict[str, str]:
@@ -261,7 +266,7 @@ def connect(
     Several URLs are replicas with the same model: each request goes to the one with the fewest in flight.
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
-    SageMaker). token: the API key, which is never shown; unset, FALCON_KIT_TOKEN, or HF_TOKEN for huggingface.co only.
+    SageMaker). token: the API key, which is never shown; "" for none; unset, FALCON_KIT_TOKEN, or HF_TOKEN for the hub.
     chat: "falcon", "hub", "baize" or a ChatFormat renders conversations in that format and sends them as plain
     completions; unset, the endpoint's own chat template renders them, if its protocol has conversations (TGI's has
     not). context: its limit in tokens, if it does not report one. timeout: seconds without a byte from it until a
@@ -277,17 +282,16 @@ def connect(
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
     check_limits(timeout, deadline, retries, concurrency)
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
-    own_format = None if chat is None else chat_format(chat)
+    given_format = None if chat is None else chat_format(chat)
     urls = check_urls(url)
-    connection = Connection(token or token_from_environment(urls), timeout, retries, deadline)
+    check_credentials(urls, token, session)
+    connection = Connection(token_from_environment(urls) if token is None else token, timeout, retries, deadline)
     check_token(connection.token)
     server = wait_for(_find(urls, model, api, connection, session, concurrency))
-    return _endpoint(server, own_format, context, concurrency, retries)
+    return _endpoint(server, given_format, context, concurrency)
 
 
-def _endpoint(
-    server: Server, own_format: ChatFormat | None, context: int | None, concurrency: int, retries: int
-) -> Endpoint:
+def _endpoint(server: Server, given_format: ChatFormat | None, context: int | None, concurrency: int) -> Endpoint:
     connection, facts, shape = server.connection, server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
@@ -295,11 +299,10 @@ def _endpoint(
         address=connection.scrub(facts.address),
         context=context or facts.context or (shape.context if shape else None),
         spec=shape,
-        chat_format=own_format or default_format(shape),
-        own_format=own_format is not None or not server.accepts_messages,
+        chat_format=given_format or default_format(shape),
+        own_format=given_format is not None or not server.accepts_messages,
         concurrency=concurrency,
         _server=server,
-        _retries=retries,
     )
 
 
@@ -308,7 +311,7 @@ async def _find(
 ) -> Server:
     """The server at the URL, or the replicas at several."""
     discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
-    found = await gather([partial(retry, each, connection.retries, connection) for each in discoveries], concurrency)
+    found = await gather([partial(retry, each, connection) for each in discoveries], concurrency)
     return Replicas(found) if len(found) > 1 else found[0]
 
 
@@ -333,6 +336,11 @@ def _find_spec(model: str) -> FalconSpec | None:
         return spec(model if Path(model).is_dir() else model.rpartition("/")[2].removesuffix(".gguf"))
     except (LookupError, ValueError, OSError):
         return None
+
+
+def _plain_request(prompt: str | Sequence[int], sampling: Sampling, options: dict[str, Any]) -> Request:
+    """The request to continue a prompt."""
+    return Request(prompt, (), sampling, options, sampling.stop_strings)
 
 
 def _answer(request: Request, strip: bool) -> Answer:

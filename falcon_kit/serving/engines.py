@@ -4,9 +4,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import gcd
 from pathlib import Path
 
 from falcon_kit.catalogue.spec import FalconSpec
@@ -18,8 +19,6 @@ _OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
 }  # the model is on the disk, and nothing else is asked for
 _GIB = 2**30
-QUANTISED = {name: "int8" if name[1] in "568" else "int4" for name in FILE_TYPES if name.startswith("q")}
-"""llama.cpp's quantised dtypes, each with the nearest one that a memory plan counts."""
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another
 program has a core, a thread spins for as long as the other one is not scheduled: Falconet on two busy cores generates 2
@@ -150,23 +149,32 @@ LLAMA_CPP = Engine(
     "llama-server",
     "pip install xllamacpp, or build llama-server",
     _llama_cpp,
-    (*_DTYPES, *QUANTISED),
+    (*_DTYPES, *(name for name in FILE_TYPES if name.startswith("q"))),
     "LLAMA_API_KEY",
     reads_gguf=True,
     beside=_xllamacpp,
 )
-TRANSFORMERS = Engine("transformers serve", "transformers", "pip install fastapi uvicorn", _transformers, _DTYPES)
+_OF_TRANSFORMERS = ("fastapi", "uvicorn", "openai")
+_INSTALL = f"pip install {' '.join(_OF_TRANSFORMERS)}"
+TRANSFORMERS = Engine("transformers serve", "transformers", _INSTALL, _transformers, _DTYPES)
 ENGINES = {"vllm": VLLM, "llama.cpp": LLAMA_CPP, "transformers": TRANSFORMERS}
-_OF_TRANSFORMERS = ("fastapi", "uvicorn")
-_OWN = ("--api-key", "--host", "--port")
+_OWN = {
+    **dict.fromkeys(("--api-key", "--host", "--model", "-m", "--served-model-name", "--alias", "-a"), "leave it out"),
+    **dict.fromkeys(("--max-model-len", "--ctx-size", "-c"), "give context="),
+    **dict.fromkeys(("--max-num-seqs", "--parallel", "-np"), "give texts="),
+    **dict.fromkeys(("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"), "give gpus="),
+    "--dtype": "give dtype=",
+    "--port": "give port=",
+}
+"""The options that the plan and the endpoint depend on, each with what to do instead."""
 
 
 def check_arguments(arguments: Sequence[str]) -> tuple[str, ...]:
     """The user's arguments for a program. Raises ValueError for one that `serve` sets itself, or that holds a key."""
     require(not isinstance(arguments, str), f"arguments={shown(arguments)}: give a list of them, [{shown(arguments)}]")
     for each in arguments:
-        name = str(each).partition("=")[0]
-        require(name not in _OWN, f"arguments contains {name}, which fk.serve sets itself: leave it out")
+        name = str(each).partition("=")[0].replace("_", "-")  # vLLM reads both
+        require(name not in _OWN, f"arguments contains {name}, which fk.serve sets itself: {_OWN.get(name)}")
     return tuple(map(str, arguments))
 
 
@@ -230,10 +238,5 @@ def _unsupported(engine: Engine, shape: FalconSpec) -> str:
 
 def splits(shape: FalconSpec, gpus: int) -> tuple[int, int]:
     """The GPUs that each layer is divided among, as many as its heads allow, and the number of stages."""
-    return next(_splits(shape, gpus))
-
-
-def _splits(shape: FalconSpec, gpus: int) -> Iterator[tuple[int, int]]:
-    for count in range(gpus, 0, -1):
-        if gpus % count == 0 and shape.query_heads % count == 0 and shape.kv_heads % count == 0:
-            yield count, gpus // count
+    count = gcd(gpus, shape.query_heads, shape.kv_heads)
+    return count, gpus // count

@@ -1,4 +1,4 @@
-"""The exception for each failure of an endpoint."""
+"""The exception for each failure of an endpoint, and how its responses are read safely."""
 
 import asyncio
 import json
@@ -12,10 +12,19 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 
 from falcon_kit.display.errors import is_whole, printable
-from falcon_kit.serving.connection import Oversized, proxy_for, redact_url
+from falcon_kit.serving.connection import Connection, Oversized, proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
 _PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
+
+
+_HINTS = {
+    "chat.?template": ": connect with chat='hub' or 'falcon', and the kit renders the conversation",
+    r"context (length|size|window)|model length|too (long|many tokens)|max_(model_len|new_tokens|total_tokens)": (
+        ": shorten the prompt or lower max_new_tokens"
+    ),
+}
+"""What to do about a refused request, by a pattern in the endpoint's message."""
 
 
 class Unavailable(ConnectionError):
@@ -51,7 +60,7 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
             f"the endpoint has no such model or path (HTTP {status}): check model= and the URL. {quoted}"
         )
     if status in (400, 413, 422):
-        hint = ": shorten the prompt or lower max_new_tokens" if re.search("context|token|length", message) else ""
+        hint = next((hint for sign, hint in _HINTS.items() if re.search(sign, message, re.IGNORECASE)), "")
         return ValueError(f"the endpoint refused the request (HTTP {status}){hint}. {quoted}")
     return ConnectionError(f"the endpoint failed (HTTP {status}). {quoted}")
 
@@ -68,7 +77,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
 
 
-def connection_error(error: httpx2.HTTPError, address: str, timeout: float) -> Exception:
+def connection_error(error: httpx2.HTTPError, address: str, connection: Connection) -> Exception:
     """The exception for a connection that was refused, timed out or broke."""
     if isinstance(error, Oversized):
         return ConnectionError(f"{address} {error}")
@@ -79,7 +88,8 @@ def connection_error(error: httpx2.HTTPError, address: str, timeout: float) -> E
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
         return Unavailable(f"nothing answers at {address}: start the server, or check host and port")
     if isinstance(error, httpx2.TimeoutException):
-        return TimeoutError(f"{address} sent nothing for {timeout:g} s: give a longer timeout=, or read its log")
+        seconds, argument = connection.timeout, connection.timeout_name
+        return TimeoutError(f"{address} sent nothing for {seconds:g} s: give a longer {argument}=, or read its log")
     message = f"the connection to {address} broke ({type(error).__name__}): read the server's log"
     if address.startswith("http://"):
         message += f", or connect to https{address[4:]} if it speaks TLS"

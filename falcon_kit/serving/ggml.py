@@ -35,7 +35,7 @@ def check_quantiser(kinds: set[GGMLQuantizationType], dtype: str) -> None:
 def quantise(rows: Array, kind: GGMLQuantizationType) -> Array:
     """Rows of float32 values (R, C) as bytes (R, bytes of a row) in a kind. Other threads run meanwhile."""
     function = _quantise_chunk()
-    if function is None or kind.name in ("F32", "F16"):
+    if function is None:
         return gguf.quants.quantize(rows, kind)
     rows = np.ascontiguousarray(rows)
     stored = np.empty(gguf.quant_shape_to_byte_shape(rows.shape, kind), np.uint8)

@@ -19,11 +19,12 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import stored_names
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import printable, unknown_name
+from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
+from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_bytes, tensor_bytes, tensor_kinds
@@ -97,12 +98,22 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
         raise ValueError(
             f"the rotary positions are scaled ({scaling}), which the file would not say: serve it with vLLM"
         )
-    if getattr(model, "quantization_method", None) or any(not each.is_floating_point() for each in model.parameters()):
-        raise ValueError("the weights are quantised for torch: load the model in bfloat16, and export that as 'q4_k_m'")
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model has adapters: fk.merge(adapter, base) writes them into the weights")
-    if any(each.is_meta for each in model.parameters()):
-        raise ValueError("some weights are offloaded: load the model with device_map='cpu', and export that")
+    check_writable(
+        model,
+        quantised="load the model in bfloat16, and export that as 'q4_k_m'",
+        adapted="fk.merge(adapter, base) writes them into the weights",
+        offloaded="load the model with device_map='cpu', and export that",
+    )
+
+
+def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, offloaded: str) -> None:
+    """Raises ValueError for a model whose weights cannot be written as they are, with what to do for each reason."""
+    marked = is_quantised(model) or getattr(model, "quantization_method", None)
+    floating = all(each.is_floating_point() for each in model.parameters())
+    require(floating and not marked, f"the weights are quantised for torch: {quantised}")
+    adapters = getattr(model, "peft_config", None) or any("lora_" in name for name, _ in model.named_parameters())
+    require(not adapters, f"the model has adapters: {adapted}")
+    require(not any(each.is_meta for each in model.parameters()), f"some weights are offloaded: {offloaded}")
 
 
 def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -> None:

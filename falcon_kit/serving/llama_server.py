@@ -1,6 +1,9 @@
-"""A program that runs llama.cpp's own HTTP server from the package xllamacpp, with the options of `llama-server`.
+"""A program that runs llama.cpp's own HTTP server from the package xllamacpp.
 
-LLAMA_API_KEY=... python llama_server.py -m FILE --alias NAME --host 127.0.0.1 --port 8080 -np 8 -c 16384
+Its options are these of `llama-server`: -m, --alias, --host, --port, -np, -c and -t (threads). For others, build
+`llama-server`, and give its path as the engine of `fk.serve`.
+
+    LLAMA_API_KEY=... python llama_server.py -m FILE --alias NAME --host 127.0.0.1 --port 8080 -np 8 -c 16384
 """
 
 import argparse

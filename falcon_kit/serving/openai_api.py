@@ -1,29 +1,26 @@
-"""OpenAI-compatible endpoints through the `openai` client: vLLM, llama.cpp's server, `transformers serve`, others.
+"""OpenAI-compatible endpoints: vLLM, llama.cpp's server, `transformers serve`, others.
 
 They share the standard fields and differ in the rest. A server's own defaults (llama.cpp samples with top_k=40 and
 min_p=0.05) must not change what the kit's settings mean, so every request overrides them.
 """
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-
-import httpx2
-import openai
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
-from falcon_kit.serving.connection import Connection, next_event, redact_url
+from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import (
     Redirected,
-    connection_error,
     count,
     error_message,
     event_status,
     http_error,
+    parse_json,
     reading,
 )
 from falcon_kit.serving.protocol import (
@@ -34,6 +31,7 @@ from falcon_kit.serving.protocol import (
     ask_json,
     length,
     map_settings,
+    stream_data,
 )
 
 T = TypeVar("T")
@@ -110,59 +108,21 @@ class OpenAIServer:
         self._dialect, self.connection = dialect, connection
         self.url, self._root = url, url.removesuffix("/v1")
         self._control_tokens: dict[int | None, str] = {}
-        self._client = openai.AsyncOpenAI(
-            base_url=url,
-            api_key=connection.token or "none",  # the client requires one
-            # The client would also repeat a request after a timeout or an HTTP 500, which the server may have computed
-            # in full; `retry_stream` repeats a request only if the server did not accept it (429, 503, no connection).
-            max_retries=0,
-            timeout=connection.http_timeout,
-            http_client=connection.client(),
-        )
+        self._client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The fields of a completion, or of a chat completion."""
-        dialect, sampling = self._dialect, request.sampling
-        options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
-        likely = max(1, sampling.alternatives)
-        body: dict[str, Any] = {"model": self.facts.model, "max_tokens": request.new_tokens, "stream": True}
-        body |= dialect.extra
-        if dialect.usage:
-            body["stream_options"] = {"include_usage": True}
-        if request.stop and dialect.accepts_stop:
-            body["stop"] = list(request.stop)
-        if request.prompt is None:
-            body["messages"] = [dict(message) for message in request.messages]
-            likely += dialect.lists_generated and sampling.alternatives > 0
-            body |= {"logprobs": True, "top_logprobs": likely} if dialect.logprobs else {}
-        else:
-            require(
-                isinstance(request.prompt, str) or dialect.token_prompts,
-                f"{dialect.name} takes no token ids for a prompt: give the text",
-            )
-            body["prompt"] = request.prompt
-            body |= {"logprobs": likely} if dialect.logprobs else {}
-        body |= _sampling_fields(sampling, options, dialect)
-        return body if sampling.seed is None else body | {"seed": sampling.seed}
+        """As the function `body`."""
+        return body(request, self.facts.model, self._dialect)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the deltas of each chunk."""
-        call = self._client.chat.completions if "messages" in body else self._client.completions
-        standard = {"model", "messages", "prompt", "stream"}
-        extra = {name: value for name, value in body.items() if name not in standard}
-        arguments = {name: value for name, value in body.items() if name in standard}
-        begun = False
-        try:
-            stream: Any = await call.create(**arguments, extra_body=extra)
-            async with stream:
-                with reading(self.facts.address):
-                    async for chunk in stream:
-                        begun = True
-                        next_event(stream.response)
-                        for delta in list(read_chunk(chunk.to_dict())):
-                            yield await self._name_control_tokens(delta)
-        except (openai.OpenAIError, httpx2.HTTPError) as error:
-            raise self._explain(error, begun) from None  # the client's own error may quote the request
+        address, begun = self.facts.address, False
+        url = f"{self.url}/{'chat/completions' if 'messages' in body else 'completions'}"
+        async with aclosing(stream_data(self._client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
+            async for event in events:
+                for delta in read_event(event, address, begun):
+                    yield await self._name_control_tokens(delta)
+                begun = True
 
     async def count(self, request: Request) -> int:
         """The tokens of the prompt or of the conversation in the endpoint's template."""
@@ -178,7 +138,7 @@ class OpenAIServer:
         return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
-        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)
+        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read, self._client)
 
     async def _name_control_tokens(self, delta: Delta) -> Delta:
         """The delta with the texts of control tokens among its alternatives, which llama.cpp leaves out."""
@@ -194,23 +154,49 @@ class OpenAIServer:
         """The text of a control token; empty if llama.cpp does not return it."""
         answer: Any = None
         with suppress(ConnectionError, TimeoutError, PermissionError):
-            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
+            _, answer = await ask_json(
+                f"{self._root}/detokenize", self.connection, {"tokens": [token_id]}, self._client
+            )
         text = answer.get("content") if isinstance(answer, dict) else None
         return text if isinstance(text, str) else ""
 
-    def _explain(self, error: Exception, begun: bool) -> Exception:
-        """The exception for an error of the client; a text that has begun was not refused, it broke off."""
-        address = self.facts.address
-        if isinstance(error, openai.APIStatusError):
-            message = self.connection.redact(error_message(error.body or error.response.text))
-            return http_error(error.status_code, message, address, error.response.headers)
-        if isinstance(error, openai.APIError) and not begun and (status := event_status(error.body)):
-            return http_error(status, self.connection.redact(error_message(error.body)), address, {})
-        if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, httpx2.HTTPError):
-            error = error.__cause__
-        if isinstance(error, httpx2.HTTPError):
-            return connection_error(error, address, self.connection.timeout)
-        return ConnectionError(f"{address} reports: {self.connection.redact(str(error))}")
+
+def body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
+    """The fields of a completion, or of a chat completion."""
+    sampling = request.sampling
+    options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
+    likely = max(1, sampling.alternatives)
+    body: dict[str, Any] = {"model": model, "max_tokens": request.new_tokens, "stream": True}
+    body |= dialect.extra
+    if dialect.usage:
+        body["stream_options"] = {"include_usage": True}
+    if request.stop and dialect.accepts_stop:
+        body["stop"] = list(request.stop)
+    if request.prompt is None:
+        body["messages"] = [dict(message) for message in request.messages]
+        likely += dialect.lists_generated and sampling.alternatives > 0
+        body |= {"logprobs": True, "top_logprobs": likely} if dialect.logprobs else {}
+    else:
+        require(
+            isinstance(request.prompt, str) or dialect.token_prompts,
+            f"{dialect.name} takes no token ids for a prompt: give the text",
+        )
+        body["prompt"] = request.prompt
+        body |= {"logprobs": likely} if dialect.logprobs else {}
+    body |= _sampling_fields(sampling, options, dialect)
+    return body if sampling.seed is None else body | {"seed": sampling.seed}
+
+
+def read_event(event: str, address: str, begun: bool) -> Iterator[Delta]:
+    """The deltas of an event. Raises for an error in it; a text that has begun was not refused, it broke off."""
+    with reading(address):
+        chunk: Any = parse_json(event)
+        error = chunk.get("error")
+    if error:
+        message, status = error_message(error), None if begun else event_status(error)
+        raise http_error(status, message, address, {}) if status else ConnectionError(f"{address} reports: {message}")
+    with reading(address):
+        yield from read_chunk(chunk)
 
 
 def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
@@ -218,7 +204,7 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
     if dialect is TRANSFORMERS:  # which reads all but the standard fields from a GenerationConfig as JSON
         return {"generation_config": json.dumps(sampling.generate_arguments() | options)}
     if not sampling.samples:
-        return {"temperature": 0.0, **options}
+        return {**dialect.neutral, "temperature": 0.0, **options}
     defaults = {**dialect.neutral, "temperature": 1.0, "top_p": 1.0, **options}
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or None}
     return defaults | {name: value for name, value in chosen.items() if value is not None}

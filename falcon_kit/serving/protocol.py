@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -16,7 +16,7 @@ from falcon_kit.generation.chat import Message
 from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Alternative, FinishReason
-from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import (
     Unavailable,
     connection_error,
@@ -30,6 +30,8 @@ from falcon_kit.serving.failures import (
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 MAX_PAUSE, MAX_RETRY_AFTER = 8.0, 60.0  # seconds: limits of the doubled pause, and of an endpoint's Retry-After
 T = TypeVar("T")
+FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
+"""The kit's finish reason for those of servers; their "stop" means the end-of-sequence token."""
 _SUPPORTED = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "stop", "seed")
 """Fields of `Sampling` that every protocol supports, or that the kit handles itself."""
 _ADVICE = {
@@ -134,14 +136,12 @@ class Server(Protocol):
         """The tokens of a request's prompt, counted by the endpoint; called where `body` accepts `max_length`."""
 
 
-async def retry_stream(
-    attempt: Callable[[], AsyncIterator[T]], retries: int, connection: Connection | None = None
-) -> AsyncIterator[T]:
+async def retry_stream(attempt: Callable[[], AsyncIterator[T]], connection: Connection) -> AsyncIterator[T]:
     """Yields the items of `attempt()`; calls it again when it raises `Unavailable` before its first item.
 
-    With `connection`, each error is raised without the API key.
+    Each error is raised without the API key.
     """
-    for number in range(retries + 1):
+    for number in range(connection.retries + 1):
         begun = False
         try:
             async with aclosing(attempt()) as items:  # type: ignore[type-var]  # typed as an iterator, made as a generator
@@ -150,26 +150,24 @@ async def retry_stream(
                     yield item
             return
         except Unavailable as error:
-            if connection:
-                connection.clean(error)
-            if begun or number == retries:
+            connection.clean(error)
+            if begun or number == connection.retries:
                 raise
             doubled = min(FIRST_PAUSE * 2**number, MAX_PAUSE) * random.uniform(0.75, 1.25)
             pause = doubled if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER)
         except Exception as error:
-            if connection:
-                connection.clean(error)
+            connection.clean(error)
             raise
         await asyncio.sleep(pause)
 
 
-async def retry(call: Callable[[], Awaitable[T]], retries: int, connection: Connection) -> T:
+async def retry(call: Callable[[], Awaitable[T]], connection: Connection) -> T:
     """The result of `call`, which is called again as by `retry_stream`."""
 
     async def attempt() -> AsyncIterator[T]:
         yield await call()
 
-    (result,) = [each async for each in retry_stream(attempt, retries, connection)]
+    (result,) = [each async for each in retry_stream(attempt, connection)]
     return result
 
 
@@ -211,43 +209,85 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
     return {names[name]: value for name, value in request.options.items()}
 
 
-async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+async def ask_json(
+    url: str,
+    connection: Connection,
+    content: Mapping[str, Any] | None = None,
+    client: httpx2.AsyncClient | None = None,
+) -> tuple[int, Any]:
     """The status of a GET, or of a POST of `content`, and what is returned if that is JSON.
+
+    client: one of this connection that stays open; by default a new one, which takes some hundredths of a second.
 
     Raises for a refused key, a redirect, a busy endpoint.
     """
     try:
-        async with within(connection.timeout, redact_url(url), "timeout"), connection.client() as client:
-            response = await client.request("GET" if content is None else "POST", url, json=content)
+        async with (
+            within(connection.timeout, redact_url(url), connection.timeout_name),
+            nullcontext(client) if client else connection.client() as open_client,
+        ):
+            response = await open_client.request("GET" if content is None else "POST", url, json=content)
     except httpx2.HTTPError as error:
-        raise connection_error(error, redact_url(url), connection.timeout) from None
+        raise connection_error(error, redact_url(url), connection) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
-        message = connection.redact(error_message(response.text))
+        message = error_message(response.text)
         raise http_error(response.status_code, message, redact_url(url), response.headers)
     return response.status_code, parse_json(response.text)
 
 
+async def stream_data(
+    client: httpx2.AsyncClient, url: str, body: dict[str, Any], connection: Connection, address: str
+) -> AsyncIterator[str]:
+    """The data of the server-sent events in the response to a POST, until "[DONE]"."""
+    try:
+        async with client.stream("POST", url, json=body) as response:
+            if not response.is_success:
+                text = (await response.aread()).decode(errors="replace")
+                message = error_message(text)
+                raise http_error(response.status_code, message, address, response.headers)
+            async for line in response.aiter_lines():
+                field, _, data = line.partition(":")
+                if field == "data" and data.strip():
+                    next_event(response)
+                    if data.strip() == "[DONE]":
+                        return
+                    yield data.strip()
+    except httpx2.HTTPError as error:
+        raise connection_error(error, address, connection) from None
+
+
 async def limit_tokens(
-    server: Server, requests: Sequence[Request], context: int | None, retries: int
+    server: Server, requests: Sequence[Request], context: int | None, concurrency: int
 ) -> Sequence[Request]:
     """The requests, with `max_new_tokens` in place of `max_length`: the endpoint counts the tokens of the prompts.
 
     As on a local model, the longest prompt sets the limit for all. Raises ValueError if it leaves no room.
     """
-    sampling = requests[0].sampling
+    sampling, connection = requests[0].sampling, server.connection
     if sampling.max_length is None:
         return requests
     distinct = {str(each.prompt): each for each in requests}.values()  # several sequences have the same prompt
-    counts = [await retry(partial(server.count, each), retries, server.connection) for each in distinct]
-    limit = new_token_limit([range(each) for each in counts], context or sampling.max_length, sampling)
+    calls = [partial(retry, partial(server.count, each), connection) for each in distinct]
+    counts = await gather(calls, concurrency)
+    context = context or sampling.max_length
+    require(
+        not context <= max(counts) < sampling.max_length,
+        f"a prompt has {max(counts)} tokens, the endpoint's context is {context}, and the answer needs at least one: "
+        "shorten it",
+    )
+    limit = new_token_limit([range(each) for each in counts], context, sampling)
     return [replace(each, sampling=replace(each.sampling, max_length=None, max_new_tokens=limit)) for each in requests]
 
 
 async def ask_about_prompt(
-    url: str, connection: Connection, content: Mapping[str, Any], read: Callable[[Any], T | None]
+    url: str,
+    connection: Connection,
+    content: Mapping[str, Any],
+    read: Callable[[Any], T | None],
+    client: httpx2.AsyncClient,
 ) -> T:
     """What `read` finds in the response to a POST. Raises ValueError if there is nothing."""
-    status, answer = await ask_json(url, connection, content)
+    status, answer = await ask_json(url, connection, content, client)
     with suppress(TypeError, LookupError):
         if status == 200 and (found := read(answer)) is not None:
             return found

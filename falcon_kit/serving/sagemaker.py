@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from falcon_kit.serving import openai_api, tgi
-from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import MOST_BYTES, Connection
-from falcon_kit.serving.failures import Unavailable, error_message, http_error, parse_json, reading, within
+from falcon_kit.serving.failures import Unavailable, error_message, http_error, reading, within
 from falcon_kit.serving.protocol import Delta, Facts, Request
 
 _VLLM = replace(openai_api.VLLM, counts=False)  # SageMaker forwards no other path
@@ -31,7 +30,7 @@ REFUSED = (
 async def discover(name: str, api: str, model: str | None, connection: Connection, session: Any) -> "SageMakerServer":
     """The endpoint of that name, in service. boto3 blocks, so it runs in a thread."""
     server = await asyncio.to_thread(SageMakerServer, name, api, model, connection, session)
-    async with within(connection.timeout, server.facts.address, "timeout"):
+    async with within(connection.timeout, server.facts.address, connection.timeout_name):
         await asyncio.to_thread(server.check)
     return server
 
@@ -44,14 +43,13 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._openai = openai_api.OpenAIServer("http://unused", self.facts, _VLLM, connection)
         self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
         if self._api == "tgi":
             return {**tgi.body(request, self.facts.server), "stream": True}
-        body = self._openai.body(request)
+        body = openai_api.body(request, self.facts.model, _VLLM)
         return {name: value for name, value in body.items() if name != "model"}
 
     async def count(self, request: Request) -> int:
@@ -83,7 +81,7 @@ class SageMakerServer:
         """Sends the request and yields the deltas of each line; boto3 blocks, so it runs in a thread."""
         stream = await asyncio.to_thread(self._invoke, body)
         events = iter(stream)
-        left = MOST_BYTES  # until the next event
+        begun, left = False, MOST_BYTES  # until the next event
         unfinished = b""  # a PayloadPart may end in the middle of a line, even of a character
         try:
             while (event := await asyncio.to_thread(self._next, events)) is not None:
@@ -93,10 +91,10 @@ class SageMakerServer:
                     raise ConnectionError(f"{self.facts.address} sends more than {MOST_BYTES:,} bytes without an end")
                 *lines, unfinished = (unfinished + received).split(b"\n")
                 for line in lines:
-                    for delta in self._read(line, body):
-                        left = MOST_BYTES
+                    for delta in self._read(line, body, begun):
+                        left, begun = MOST_BYTES, True
                         yield delta
-            for delta in self._read(unfinished, body):
+            for delta in self._read(unfinished, body, begun):
                 yield delta
         finally:
             _close(stream)
@@ -125,15 +123,16 @@ class SageMakerServer:
         except (HTTPError, OSError) as error:
             raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
-    def _read(self, line: bytes, body: dict[str, Any]) -> list[Delta]:
+    def _read(self, line: bytes, body: dict[str, Any], begun: bool) -> Iterator[Delta]:
         """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
         with reading(self.facts.address):
-            text = line.decode()
+            text = line.decode().removeprefix("data:").strip()
             if self._api == "tgi":
                 delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
-                return [delta] if delta else []
-            chunk = parse_json(text.removeprefix("data:"))
-            return list(read_chunk(chunk)) if isinstance(chunk, dict) else []
+                yield from [delta] if delta else []
+                return
+        if text not in ("", "[DONE]") and not text.startswith(":"):
+            yield from openai_api.read_event(text, self.facts.address, begun)
 
     def _silent(self) -> TimeoutError:
         return TimeoutError(
@@ -144,7 +143,7 @@ class SageMakerServer:
         """The exception for an error of boto3."""
         from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-        address, message = self.facts.address, self.connection.redact(str(error))
+        address, message = self.facts.address, str(error)
         response = getattr(error, "response", None) or {}
         code = _code(error)
         if code == "ModelError":  # from the container, not from AWS

@@ -8,9 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from falcon_kit.display.errors import check_whole, is_number, require, shown, unknown_name
+from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.generation.text import Generation
+from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
 from falcon_kit.planning.environment import environment, host_memory
@@ -22,7 +26,6 @@ from falcon_kit.serving.echo import PromptToken
 from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.engines import (
     LLAMA_CPP,
-    QUANTISED,
     TRANSFORMERS,
     VLLM,
     Engine,
@@ -31,17 +34,18 @@ from falcon_kit.serving.engines import (
     choose_engine,
     splits,
 )
-from falcon_kit.serving.file_plan import plan_file
-from falcon_kit.serving.gguf_kinds import ALIASES, stored_bytes
+from falcon_kit.serving.file_plan import exported_tensors, plan_file, stored_tensors
+from falcon_kit.serving.gguf_kinds import ALIASES
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import Request, retry
-from falcon_kit.serving.source import Files, Source, files_for, source_of
+from falcon_kit.serving.source import Files, Source, files_for, loading_plan, source_of
 from falcon_kit.serving.stream import RemoteStream, wait_for
 
 _SHORTEST = 64  # tokens: a shorter context is no use
 _SMALLER = "q4_k_m"
-_TIMEOUT, _RETRIES, _DEADLINE = 600.0, 4, 3600.0  # of requests, as in `connect`: a large prompt on a CPU takes minutes
+_ELSEWHERE = "an endpoint on another machine: fk.connect"
+_RETRIES = 4  # of requests, as in `connect`
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,7 +104,7 @@ def serve(
     model: Falcon | str | Path | Any,
     engine: str | Path = "auto",
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     context: int | None = None,
     texts: int = 8,
     gpus: int | None = None,
@@ -108,6 +112,8 @@ def serve(
     arguments: Sequence[str] = (),
     chat: str | ChatFormat | None = None,
     timeout: float = 1800.0,
+    request_timeout: float = 600.0,
+    deadline: float = 3600.0,
 ) -> Served:
     """Starts a server with a Falcon on this machine, waits until it is ready, and returns its endpoint.
 
@@ -120,32 +126,36 @@ def serve(
     few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
     port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
     (`transformers serve` does not: each program of this machine may use it). arguments: more of them for the engine's
-    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout: seconds for the start.
+    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout, request_timeout, deadline: seconds for
+    the start, without a byte until a request fails, and for a whole text. The checkpoint's own generation settings
+    apply with `transformers serve` only, where a call names no others.
 
-    Raises ModuleNotFoundError for an engine that is not installed, with how to get it, NotEnoughMemory if the server
-    does not fit beside what is in memory, OSError for a port in use or too little disk, ServerDied, with its last
-    words, if it ends while it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
+    Raises ModuleNotFoundError for an engine that is not installed, NotEnoughMemory if the server does not fit beside
+    what is in memory, OSError for a port in use or too little disk, ServerDied, with its last words, if it ends while
+    it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
     """
-    check_whole("texts", texts, 1, MAX_TEXTS)
-    require(is_number(timeout, 0, 1e9) and timeout > 0, f"timeout={shown(timeout)} must be above 0, and at most 1e9")
-    own_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
+    _check_limits(texts, timeout=timeout, request_timeout=request_timeout, deadline=deadline)
+    given_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
     source = source_of(model)
     kind, program = _choose_engine(str(engine), source)
     dtype = _check_dtype(kind, source, dtype)
-    planned = _plan(source, kind, dtype, context or source.spec.context, texts, gpus)
-    port, key = free_port(port), secrets.token_urlsafe(32)
-    process = LocalProcess(key)
+    planned = _plan(source, kind, dtype, source.spec.context if context is None else context, texts, gpus)
+    port, process = free_port(port), LocalProcess(key := secrets.token_urlsafe(32))
     try:
         files = files_for(source, process.folder, dtype, kind.reads_gguf)
         job = _job(source, kind, dtype, planned, files, port, more)
         process.start([*program, *job.arguments], job.environment(key))
-        process.wait_until_ready(f"http://127.0.0.1:{port}/health", kind.name, timeout)
-        server = _connect(job, key)
-        process.check()
+        server = _connect(process, timeout, job, key, request_timeout, deadline)
     except BaseException:
         process.close()
         raise
-    return _served(server, job, planned, source, files, own_format, process)
+    return _served(server, job, planned, source, files, given_format, process)
+
+
+def _check_limits(texts: int, **seconds: float) -> None:
+    check_whole("texts", texts, 1, MAX_TEXTS)
+    for name, value in seconds.items():
+        require(is_number(value, 0, 1e9) and value > 0, f"{name}={shown(value)} must be above 0, and at most 1e9")
 
 
 def _served(
@@ -154,7 +164,7 @@ def _served(
     planned: Plan,
     source: Source,
     files: Files,
-    own_format: ChatFormat | None,
+    given_format: ChatFormat | None,
     process: LocalProcess,
 ) -> Served:
     return Served(
@@ -164,13 +174,12 @@ def _served(
         context=job.context,
         concurrency=job.texts,
         spec=source.spec,
-        chat_format=own_format or files.chat_format,
-        own_format=bool(own_format) or not files.has_template,
+        chat_format=given_format or files.chat_format,
+        own_format=bool(given_format) or not files.has_template,
         plan=planned,
         command=_command(job, source, files),
         files=files,
         _server=server,
-        _retries=_RETRIES,
         _process=process,
     )
 
@@ -187,57 +196,90 @@ def _choose_engine(wanted: str, source: Source) -> tuple[Engine, list[str]]:
     return engine, program
 
 
-def _check_dtype(engine: Engine, source: Source, dtype: str) -> str:
+def _check_dtype(engine: Engine, source: Source, dtype: str | torch.dtype) -> str:
     """The dtype, if the engine computes with it and a GGUF file has it."""
-    dtype = source.dtype if dtype == "auto" else dtype
-    name = dtype.removeprefix("torch.").lower()
+    given = source.dtype if dtype == "auto" else str(dtype)
+    name = given.removeprefix("torch.").lower()
     if source.file and ALIASES.get(name, name) == source.dtype:
         return source.dtype
-    require(name in engine.dtypes, unknown_name(f"dtype for {engine.name}:", dtype, engine.dtypes))
+    name = {short: long for long, short in ALIASES.items()}.get(name, name)
+    require(name in engine.dtypes, unknown_name(f"dtype for {engine.name}:", given, engine.dtypes))
     require(
         not source.file,
-        f"dtype={dtype!r}: the weights of {source.name} are in {source.dtype}, and the file is served as it is: leave "
-        f"dtype out, or serve another file of them, fk.serve(fk.load({source.name!r}), 'llama.cpp', dtype={dtype!r})",
+        f"dtype={given!r}: the weights of {source.name} are in {source.dtype}, and the file is served as it is: leave "
+        f"dtype out, or serve another file of them, fk.serve(fk.load({source.name!r}), 'llama.cpp', dtype={given!r})",
     )
     return name
 
 
 def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, gpus: int | None) -> Plan:
-    """The memory plan of the server beside what is in memory now. Raises NotEnoughMemory if it does not fit."""
+    """The memory plan of the server beside what is in memory now. Raises NotEnoughMemory if it does not fit, or if the
+    weights cannot be loaded here, where the server's files are written from them."""
     devices = _devices(engine)
     if gpus is not None:
-        require(devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} uses no GPU here")
+        reason = "uses no GPU here" if devices[0].key == "cpu" else "has no such argument: set CUDA_VISIBLE_DEVICES"
+        require(engine is VLLM and devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} {reason}")
         check_whole("gpus", gpus, 1, len(devices))
     for count in range(1, len(devices) + 1) if gpus is None else [gpus]:
-        counted = partial(_counted, source, dtype, devices[:count])
+        counted = partial(_counted, source, engine, dtype, devices[:count])
         if (planned := counted(context, texts)).fits:
-            return planned
-    advice = tuple(map(Suggestion, _advice(source, engine, counted, context, texts)))
-    raise NotEnoughMemory(replace(planned, suggestions=advice), _shortage(source, planned))
+            break
+    loading = loading_plan(source.model) if isinstance(source.model, Checkpoint) else None
+    if planned.fits and loading and source.loads(engine.reads_gguf) and not loading.fits:
+        advice = [_written_elsewhere(source, engine, dtype, loading), _ELSEWHERE]
+        raise NotEnoughMemory(
+            replace(loading, suggestions=tuple(map(Suggestion, advice))),
+            f"{engine.name} reads files that this process writes, for which it loads the model: {loading.verdict()}",
+        )
+    if not planned.fits:
+        advice = [*_advice(source, engine, counted, context, texts, loading), _ELSEWHERE]
+        raise NotEnoughMemory(replace(planned, suggestions=tuple(map(Suggestion, advice))), _shortage(source, planned))
+    return planned
 
 
-def _counted(source: Source, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
-    if source.file:
-        return plan_file(source.file, context, texts, devices)
-    return plan(source.spec, QUANTISED.get(dtype, dtype), context, texts, devices=devices)
+def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
+    if not engine.reads_gguf:
+        return plan(source.spec, dtype, context, texts, devices=devices)
+    tensors = stored_tensors(source.file) if source.file else exported_tensors(source.spec, dtype)
+    return plan_file(source.spec, dtype, tensors, context, texts, devices)
 
 
 def _advice(
-    source: Source, engine: Engine, counted: Callable[[int, int], Plan], context: int, texts: int
+    source: Source,
+    engine: Engine,
+    counted: Callable[[int, int], Plan],
+    context: int,
+    texts: int,
+    loading: Plan | None,
 ) -> Iterator[str]:
-    """What would make the server fit: the first halving of an argument of `serve` that does, or fewer bits."""
+    """What would make the server fit: the first halving of an argument of `serve` that does, or fewer bits.
+
+    loading: the plan of loading the model in this process; None for a Falcon in memory.
+    """
+    if loading and source.loads(engine.reads_gguf) and not loading.fits:
+        yield _written_elsewhere(source, engine, _SMALLER, loading)
+        return
     fewer = (texts >> times for times in range(1, texts.bit_length()))
     if fitting := next((each for each in fewer if counted(context, each).fits), None):
         yield f"texts={fitting}"
     shorter = (context >> times for times in range(1, context.bit_length()) if context >> times >= _SHORTEST)
     if fitting := next((each for each in shorter if counted(each, texts).fits), None):
         yield f"context={fitting}"
-    planned = counted(context, texts)
-    saved = planned.weight_bytes - stored_bytes(source.spec, _SMALLER)
-    if engine.reads_gguf and planned.total_bytes - saved <= planned.free_bytes:
-        file = f"a file with fewer bits: fk.export_gguf(fk.load({source.name!r}), path, {_SMALLER!r})"
-        yield file if source.file else f"dtype={_SMALLER!r}"
-    yield "an endpoint on another machine: fk.connect"
+    smaller = exported_tensors(source.spec, _SMALLER)
+    devices = counted(context, texts).devices
+    if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
+        if source.file and loading:
+            yield _written_elsewhere(source, engine, _SMALLER, loading)
+        else:
+            yield f"dtype={_SMALLER!r}"
+
+
+def _written_elsewhere(source: Source, engine: Engine, dtype: str, loading: Plan) -> str:
+    """The call that writes smaller or readable files, and where it can be made."""
+    place = "" if loading.fits else f", on a machine with {format_bytes(loading.total_bytes)} free"
+    if engine.reads_gguf:
+        return f"a GGUF file{place}: fk.export_gguf(fk.load({source.name!r}), path, {dtype!r}), then fk.serve(path)"
+    return f"a merged model{place}: fk.merge({source.name!r}, output_dir=path), then fk.serve(path)"
 
 
 def _devices(engine: Engine) -> tuple[Device, ...]:
@@ -282,13 +324,17 @@ def _free_share(gpus: int) -> float:
     return min(MEMORY_SHARE, int(least * 100) / 100)
 
 
-def _connect(job: Job, key: str) -> OpenAIServer:
-    """The protocol of a server that is ready."""
+def _connect(
+    process: LocalProcess, timeout: float, job: Job, key: str, request_timeout: float, deadline: float
+) -> OpenAIServer:
+    """The protocol of a server, once it is ready. timeout: seconds for its start. key, the other two: of requests."""
+    process.wait_until_ready(f"http://{job.host}:{job.port}/health", job.engine.name, timeout)
     token = key if job.engine.key_variable else None
-    connection = Connection(token, _TIMEOUT, _RETRIES, _DEADLINE, direct=True)
+    connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    find = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection)
-    return wait_for(retry(find, _RETRIES, connection))
+    server = wait_for(retry(partial(discover, f"http://{job.host}:{job.port}/v1", name, connection), connection))
+    process.check()
+    return server
 
 
 def _command(job: Job, source: Source, files: Files) -> str:

@@ -6,32 +6,35 @@ adds one to Falcon.
 """
 
 import gc
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import require
 from falcon_kit.display.reading import read_json
-from falcon_kit.display.saving import check_disk_space
+from falcon_kit.display.saving import check_disk_space, write_text
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, save_tokenizer
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, trained_format
-from falcon_kit.loading.merging import check_no_adapters, is_quantised, merge
+from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
+from falcon_kit.loading.merging import merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
-from falcon_kit.serving.gguf import export_gguf
+from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.plan import Plan, plan
+from falcon_kit.serving.gguf import check_writable, export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Source:
     def file(self) -> GGUFFile | None:
         """The GGUF file that llama.cpp reads as it is, if the model is one."""
         return self.model.gguf if isinstance(self.model, Checkpoint) and not self.model.adapters else None
+
+    def loads(self, gguf: bool) -> bool:
+        """Whether this process loads the weights to write the files, of a server that reads GGUF files or others."""
+        return isinstance(self.model, Checkpoint) and not self.file and (gguf or bool(self.model.adapters))
 
     @property
     def short_name(self) -> str:
@@ -88,18 +95,22 @@ def source_of(model: Any) -> Source:
             f"fk.serve takes a Falcon of this process, the run of fk.tune, or a name as fk.load does, not a "
             f"{type(model).__name__}"
         )
-    found = find(str(model), _HUB)
+    found = find(model, _HUB)
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
     return Source(str(model), found.spec, own or choose_dtype(None, found)[0], found)
 
 
 def _check_savable(falcon: Falcon) -> None:
     """Raises ValueError for a Falcon whose weights a server would not read as they are."""
-    check_no_adapters(falcon, "fk.serve(fk.merge(adapter, base))")
-    again = f"give the name of the original: fk.serve({falcon.name!r})"
-    require(not is_quantised(falcon.model), f"the weights are quantised to {falcon.dtype} for this process: {again}")
-    offloaded = any(each.is_meta for each in falcon.model.parameters())
-    require(not offloaded, f"some weights are offloaded, so this process has not all of them: {again}")
+    original = f"give the name of the original, fk.serve({falcon.name!r})"
+    merged = f"serve the merged model, fk.serve(fk.merge(adapter, {falcon.name!r}))"
+    check_writable(falcon.model, quantised=original, adapted=merged, offloaded=original)
+
+
+def loading_plan(found: Checkpoint) -> Plan:
+    """The memory plan of `fk.load` for a checkpoint, without its adapters."""
+    dtype, _ = choose_dtype(None, found)
+    return plan(found.spec, dtype, found.spec.context, devices=resolve_devices(None))
 
 
 def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
@@ -116,12 +127,15 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
         weights = fetch(found)
         check_weights(found, weights)
         if _is_readable(found, weights):
-            return _where_it_is(found, found.directory, "", load_tokenizer(found.directory))
-    falcon = found if isinstance(found, Falcon) else _load(source)
+            tokenizer = load_tokenizer(found.directory)
+            if corrected := _corrected_generation(found.directory, tokenizer):
+                path = _write_links(found.directory, folder / source.short_name, corrected)
+                note = "links to the checkpoint's, with the right end token, in a temporary folder"
+                return replace(_where_it_is(found, path, note, tokenizer), again=_saving(source))
+            return _where_it_is(found, found.directory, "", tokenizer)
     try:
-        return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
-    finally:
-        del falcon, found
+        return _write(source, folder, dtype, gguf)
+    finally:  # the weights are no longer needed
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -138,11 +152,40 @@ def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
     return current and weights[0].suffix == ".safetensors"
 
 
+def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The content of generation_config.json with the end token of `fk.load`; empty where the file needs no change.
+
+    Servers take the end token from this file, and never end a text with that of 2023.
+    """
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    config = GenerationConfig(**{name: content.get(name) for name in _ENDS})
+    set_special_tokens(config, tokenizer)
+    right = {name: getattr(config, name) for name in _ENDS}
+    return {} if right["eos_token_id"] == content.get("eos_token_id") else content | right
+
+
+def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Path:
+    """A folder of links to the files of a checkpoint, with a generation config of its own."""
+    path.mkdir()
+    for each in directory.iterdir():
+        (path / each.name).symlink_to(each.absolute())
+    write_text(path / "generation_config.json", json.dumps(generation, indent=2))  # replaces the link
+    return path
+
+
 def _load(source: Source) -> Falcon:
     if isinstance(source.model, Checkpoint) and source.model.adapters:
         fetch(source.model)
         return merge(source.model.adapters[-1])
     return load(source.name)
+
+
+def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
+    falcon = source.model if isinstance(source.model, Falcon) else _load(source)
+    return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
 
 
 def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
@@ -151,14 +194,26 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
     with progress_bar(False), write_errors():
         falcon.model.save_pretrained(path)
     save_tokenizer(falcon.tokenizer, path)
-    again = "; ".join(f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+    note = f"{format_bytes(size)}, saved for this server in a temporary folder"
+    return Files(path, note, _saving(source), falcon.chat_format)
+
+
+def _saving(source: Source) -> str:
+    """The calls that write the checkpoint on another machine."""
     if isinstance(source.model, Checkpoint) and source.model.adapters:
-        again = f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
-    return Files(path, f"{format_bytes(size)}, saved for this server in a temporary folder", again, falcon.chat_format)
+        return f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
+    saved = (f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+    return "; ".join([*_loading(source), *saved])
+
+
+def _loading(source: Source) -> list[str]:
+    """The call that makes the variable `falcon`; none where serve was given a Falcon."""
+    return [] if isinstance(source.model, Falcon) else [f"falcon = fk.load({source.name!r})"]
 
 
 def _write_gguf(falcon: Falcon, source: Source, folder: Path, dtype: str) -> Files:
     path = export_gguf(falcon, folder / f"{source.short_name}.gguf", dtype)
-    again = f"fk.export_gguf(falcon, {path.name!r}{'' if dtype == falcon.dtype else f', {dtype!r}'})"
+    export = f"fk.export_gguf(falcon, {path.name!r}{'' if dtype == falcon.dtype else f', {dtype!r}'})"
+    again = "; ".join([*_loading(source), export])
     note = f"{format_bytes(path.stat().st_size)}, exported for this server to a temporary folder"
     return Files(path, note, again, falcon.chat_format)

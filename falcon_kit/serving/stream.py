@@ -47,6 +47,10 @@ class Answer:
         self.alternatives: list[tuple[Alternative, ...]] = []
         self.finish: FinishReason | None = None
         self.prompt_tokens, self._new_tokens, self._events = 0, 0, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Measures the time from here."""
         self.start = self.first = self.last = time.perf_counter()
 
     @property
@@ -125,7 +129,6 @@ async def request_answer(
     server: Server,
     body: dict[str, Any],
     answer: Answer,
-    retries: int,
     context: int | None,
     emit: Callable[[Piece], None] = lambda _: None,
 ) -> Generation:
@@ -138,7 +141,7 @@ async def request_answer(
     try:
         async with (
             within(server.connection.deadline, address, "deadline"),
-            aclosing(retry_stream(lambda: server.deltas(body), retries, server.connection)) as deltas,  # type: ignore[type-var]
+            aclosing(retry_stream(lambda: server.deltas(body), server.connection)) as deltas,  # type: ignore[type-var]
         ):
             await _receive(deltas, server, answer, emit)
             if server.accepts_stop or not answer.stopped:
@@ -252,7 +255,8 @@ class RemoteStream(Iterator[Piece]):
             raise
         if isinstance(item, Piece):
             return item
-        self._ended, self._error = True, item
+        self._ended, self._error = True, self._error or item
+        self._queue.put(None)  # another thread may wait for the next piece
         raise item or StopIteration
 
     def __repr__(self) -> str:

@@ -3,7 +3,8 @@
     python supervisor.py FOLDER
 
 The first line of stdin is JSON: {"command": [...], "environment": {...}}. The server's output goes to FOLDER/log, its
-exit code to FOLDER/ended. At the end the server and all its processes are gone, and FOLDER is removed.
+exit code to FOLDER/ended. At the end the server and all its processes are gone, and FOLDER is removed. Where this
+program itself was killed, FOLDER/lock is no longer locked, and the next server on this machine removes FOLDER.
 
 The process that started it may be killed at any time, and Linux's signal for that (PR_SET_PDEATHSIG) is sent when the
 thread that started a child ends, which is too early. Only the standard library is imported, so that it starts at once.
@@ -29,12 +30,13 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 def main(folder: Path) -> None:
     """Runs the server that the first line of stdin names, until stdin closes."""
     parent, closed = os.getppid(), threading.Event()
+    lock = _lock(folder)
     signal.signal(signal.SIGTERM, lambda *_: closed.set())
     first = sys.stdin.readline()
     threading.Thread(target=_wait_for_end, args=(closed,), daemon=True).start()
-    server = _start(json.loads(first), folder) if first else None
+    server = _start(json.loads(first), folder, lock) if first else None
     while not closed.wait(POLL_SECONDS) and os.getppid() == parent:
-        if server and server.poll() is not None:
+        if server and server.poll() is not None and not (folder / "ended").exists():
             _write_end(folder, str(server.returncode))
     if server:
         _end(server)
@@ -47,7 +49,19 @@ def _wait_for_end(closed: threading.Event) -> None:
     closed.set()
 
 
-def _start(job: dict[str, Any], folder: Path) -> subprocess.Popen[bytes] | None:
+def _lock(folder: Path) -> tuple[int, ...]:
+    """Locks FOLDER/lock for as long as this program or the server runs: an unlocked folder may be removed."""
+    if os.name != "posix":
+        return ()
+    import fcntl
+
+    lock = os.open(folder / "lock.new", os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "lock.new").rename(folder / "lock")  # locked from the first moment
+    return (lock,)
+
+
+def _start(job: dict[str, Any], folder: Path, lock: tuple[int, ...]) -> subprocess.Popen[bytes] | None:
     """The server; None, with the reason in FOLDER/ended, if it cannot be started."""
     with (folder / "log").open("ab") as log:
         try:
@@ -57,6 +71,7 @@ def _start(job: dict[str, Any], folder: Path) -> subprocess.Popen[bytes] | None:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | job["environment"],
+                pass_fds=lock,
             )
         except OSError as error:
             _write_end(folder, f"{job['command'][0]}: {error.strerror}")

@@ -6,15 +6,15 @@ lines. Schema: https://huggingface.github.io/text-generation-inference (StreamRe
 
 import math
 from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import aclosing
 from typing import Any
 
-import httpx2
-
 from falcon_kit.display.errors import require, unknown_name
-from falcon_kit.generation.text import Alternative, FinishReason
-from falcon_kit.serving.connection import Connection, next_event, redact_url
-from falcon_kit.serving.failures import connection_error, count, error_message, http_error, parse_json, reading
+from falcon_kit.generation.text import Alternative
+from falcon_kit.serving.connection import Connection, redact_url
+from falcon_kit.serving.failures import count, error_message, parse_json, reading
 from falcon_kit.serving.protocol import (
+    FINISHED,
     Delta,
     Facts,
     Request,
@@ -24,11 +24,11 @@ from falcon_kit.serving.protocol import (
     likeliest,
     logprob_or,
     map_settings,
+    stream_data,
 )
 
 MAX_STOP_SEQUENCES = 4  # the default of TGI's --max-stop-sequences
 _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical_p": "typical_p"}
-_FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
 
 
 class TGIServer:
@@ -47,24 +47,19 @@ class TGIServer:
 
     async def count(self, request: Request) -> int:
         """The tokens of the prompt, by POST /tokenize, which lists them."""
-        return await ask_about_prompt(f"{self._url}/tokenize", self.connection, {"inputs": request.prompt}, length)
+        url, content = f"{self._url}/tokenize", {"inputs": request.prompt}
+        return await ask_about_prompt(url, self.connection, content, length, self._client)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the delta of each event."""
-        address = self.facts.address
-        try:
-            async with self._client.stream("POST", f"{self._url}/generate_stream", json=body) as response:
-                if not response.is_success:
-                    text = (await response.aread()).decode(errors="replace")
-                    message = self.connection.redact(error_message(text))
-                    raise http_error(response.status_code, message, address, response.headers)
+        address, reshaped = self.facts.address, reshapes(body["parameters"])
+        url = f"{self._url}/generate_stream"
+        async with aclosing(stream_data(self._client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
+            async for event in events:
                 with reading(address):
-                    async for line in response.aiter_lines():
-                        if delta := read_event(line, address, reshapes(body["parameters"])):
-                            next_event(response)
-                            yield delta
-        except httpx2.HTTPError as error:
-            raise connection_error(error, address, self.connection.timeout) from None
+                    delta = read_event(event, address, reshaped)
+                if delta:
+                    yield delta
 
 
 def body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
         text=text,
         token_id=token["id"] if isinstance(token.get("id"), int) else None,
         logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
-        finish=_FINISHED.get(details.get("finish_reason", "")),
+        finish=FINISHED.get(details.get("finish_reason", "")),
         prompt_tokens=details.get("input_length"),
         new_tokens=details.get("generated_tokens"),
         alternatives=likeliest(

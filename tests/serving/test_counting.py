@@ -1,5 +1,8 @@
 """`max_length` counts the prompt, which the endpoint itself does where it can."""
 
+import time
+from dataclasses import replace
+
 import pytest
 
 import falcon_kit as fk
@@ -67,6 +70,28 @@ def test_a_server_that_cannot_count_is_refused_before_anything_is_sent(server, r
         with pytest.raises(ValueError, match=r"max_length=50: it counts no tokens of a prompt; give max_new_tokens"):
             endpoint.stream("Hi", max_length=50)
         assert other.asked("/v1/completions") == []
+
+
+def counting_slowly(tokens, seconds):
+    """A script of a vLLM that takes some seconds to count a prompt."""
+    others = answering(Reply(DONE), owner="vllm", max_model_len=2048)
+    return lambda path, *rest: (
+        replace(as_reply({"count": tokens}), silence=seconds) if path == "/tokenize" else others(path, *rest)
+    )
+
+
+def test_several_prompts_are_counted_at_once():
+    with scripted(counting_slowly(3, 0.3)) as server:
+        endpoint, begin = fk.connect(f"{server.address}/v1"), time.monotonic()
+        endpoint.generate([f"number {number}" for number in range(16)], max_length=50)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_prompt_over_the_context_is_refused_without_advice_that_no_endpoint_takes():
+    with scripted(counting_slowly(3000, 0)) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ValueError, match=r"3000 tokens, the endpoint's context is 2048, .* shorten it$"):
+            endpoint.generate("Hi", max_length=4000)
 
 
 ANSWERS = [as_reply({"error": "not found"}, 404), *map(as_reply, (5, [], {}, None, {"count": "7"}, {"count": -1}, "x"))]

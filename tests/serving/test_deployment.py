@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import torch
 
 import falcon_kit as fk
 from falcon_kit.serving.deployment import MEMORY_SHARE, deployment
@@ -75,6 +76,10 @@ def test_a_machine_that_is_too_small_is_refused_with_what_would_help():
 def test_a_dtype_that_vllm_does_not_serve_is_refused():
     with pytest.raises(ValueError, match="dtype 'nf4' is not one of bfloat16, float16"):
         deployment("falcon-40b-instruct", "ml.g5.48xlarge", "nf4")
+
+
+def test_a_dtype_may_be_torchs():
+    assert deployment("falcon-7b", "ml.g5.xlarge", torch.float16).vllm["dtype"] == "float16"
 
 
 def test_a_deployment_is_one_line_as_text_and_a_table_in_jupyter(forty):

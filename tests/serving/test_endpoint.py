@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import falcon_kit as fk
@@ -238,12 +239,41 @@ def test_a_key_is_never_shown(caplog):
     assert server.requests[-1][2]["authorization"] == f"Bearer {KEY}"
 
 
-def test_a_key_in_the_query_of_a_url_is_never_shown(caplog):
-    caplog.set_level(logging.DEBUG)
+def test_the_query_of_a_url_is_refused_without_repeating_it():
+    with pytest.raises(ValueError, match=r"/v1 has a query or a fragment, .* a key by token=") as refused:
+        fk.connect(f"http://127.0.0.1:8000/v1?key={KEY}")
+    assert KEY not in str(refused.value)
+
+
+def test_a_key_or_a_session_that_no_url_uses_is_refused():
+    with pytest.raises(ValueError, match="SageMaker takes AWS credentials and no key: leave token= out"):
+        fk.connect("sagemaker://falcon", token=KEY)
+    with pytest.raises(ValueError, match="session= is for sagemaker:// only: leave it out"):
+        fk.connect("http://127.0.0.1:8000/v1", session=object())
+
+
+@pytest.mark.parametrize("call", ["generate_each", "prompt_logprobs"])
+def test_one_text_in_place_of_several_is_refused(call):
     with scripted(answering(Reply(DONE))) as server:
-        endpoint = fk.connect(f"{server.address}/v1?key={KEY}")
-        endpoint.generate("Hi")
-        assert KEY not in repr(endpoint) + endpoint._repr_html_() + caplog.text
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ValueError, match=r"give a list of prompts, also for one: \[prompt\]"):
+            getattr(endpoint, call)("Hi there")
+        assert server.asked("/v1/completions") == []
+
+
+def test_an_array_of_token_ids_is_a_prompt_of_a_stream():
+    with scripted(answering(Reply(DONE), owner="vllm")) as server:
+        list(fk.connect(f"{server.address}/v1").stream(np.array([1, 2, 3])))
+        assert server.asked("/v1/completions")[0]["prompt"] == [1, 2, 3]
+
+
+def test_the_time_to_the_first_token_begins_when_the_request_is_sent():
+    def slow(path, *rest):
+        return Reply(DONE, silence=0.3) if path.endswith("completions") else answering(Reply(DONE))(path, *rest)
+
+    with scripted(slow) as server:
+        each = list(fk.connect(f"{server.address}/v1", concurrency=1).generate_each(["a", "b", "c"]))
+    assert max(one.stats.first_token_seconds for one in each) < 0.6
 
 
 def test_a_password_in_a_url_is_refused_without_repeating_it():
@@ -257,6 +287,13 @@ def test_a_key_comes_from_the_environment(monkeypatch):
     with scripted(answering(Reply(DONE))) as server:
         fk.connect(f"{server.address}/v1").generate("Hi")
         assert {headers["authorization"] for _, _, headers in server.requests} == {f"Bearer {KEY}"}
+
+
+def test_an_empty_key_is_no_key_whatever_the_environment_has(monkeypatch):
+    monkeypatch.setenv("FALCON_KIT_TOKEN", KEY)
+    with scripted(answering(Reply(DONE))) as server:
+        fk.connect(f"{server.address}/v1", token="").generate("Hi")
+        assert [headers for _, _, headers in server.requests if KEY in str(headers)] == []
 
 
 def test_keys_of_others_stay_with_their_hosts(monkeypatch):

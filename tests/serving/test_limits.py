@@ -120,7 +120,8 @@ def connected(protocol, monkeypatch):
     """A function from a server to the endpoint at it."""
 
     def connect(server, **settings):
-        settings = {"token": KEY, "retries": 0, "timeout": 1.5} | settings
+        monkeypatch.setenv("FALCON_KIT_TOKEN", KEY)
+        settings = {"retries": 0, "timeout": 1.5} | settings
         if protocol != "sagemaker":
             return fk.connect(server.address + ("/v1" if protocol == "openai" else ""), **settings)
         pytest.importorskip("boto3")

@@ -93,6 +93,11 @@ def test_greedy_is_temperature_zero():
     assert sent()["temperature"] == 0
 
 
+def test_defaults_of_the_model_do_not_apply_to_a_greedy_text_on_vllm():
+    body = sent(script=answering(Reply(DONE), owner="vllm"))
+    assert (body["temperature"], body["repetition_penalty"], body["min_p"], body["top_k"]) == (0, 1.0, 0.0, -1)
+
+
 def test_a_conversation_goes_to_the_endpoints_own_template():
     body = sent("/v1/chat/completions", temperature=0.5)
     assert (body["messages"], "prompt" in body) == (QUESTION, False)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.serving import protocol
+from falcon_kit.serving import failures, protocol
+from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.protocol import Request
 from tests.serving.servers import DONE, Reply, answering, as_reply, event, free_port, scripted
 
@@ -99,7 +100,7 @@ def test_nothing_is_begun_again_once_a_piece_has_come():
         raise protocol.Unavailable("busy")
 
     async def collect():
-        return [item async for item in protocol.retry_stream(attempt, retries=3)]
+        return [item async for item in protocol.retry_stream(attempt, Connection(None, 1, retries=3, deadline=1))]
 
     # In a thread of its own: tests in a browser leave a running loop in this one.
     with ThreadPoolExecutor(1) as thread, pytest.raises(ConnectionError, match="busy"):
@@ -112,3 +113,24 @@ def test_a_server_that_falls_silent_is_a_timeout():
         endpoint = fk.connect(f"{server.address}/v1", timeout=0.5)
         with pytest.raises(TimeoutError, match=r"sent nothing for 0\.5 s: give a longer timeout="):
             endpoint.generate("Hi")
+
+
+def test_a_missing_chat_template_is_answered_with_the_formats_of_the_kit():
+    message = "you must provide a chat template if the tokenizer does not define one."
+    error = failures.http_error(400, message, "http://h/v1", {})
+    assert "(HTTP 400): connect with chat='hub' or 'falcon', and the kit renders the conversation." in str(error)
+
+
+@pytest.mark.parametrize(
+    ("message", "shorter"),
+    [
+        ("This model's maximum context length is 2048 tokens. However, you requested 3000", True),
+        ("`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 3000 and 20", True),
+        ("the request exceeds the available context size", True),
+        ("Unexpected token in JSON", False),
+        ("top_logprobs: 20 tokens are the most", False),
+        ("no such field: length_penalty", False),
+    ],
+)
+def test_a_shorter_prompt_is_advised_only_where_it_is_too_long(message, shorter):
+    assert ("shorten the prompt" in str(failures.http_error(400, message, "http://h/v1", {}))) == shorter

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 import falcon_kit as fk
-from tests.serving.servers import DONE, QUESTION, Reply, as_reply, container_error, frame, part
+from tests.serving.servers import DONE, QUESTION, Reply, as_reply, chunk, container_error, event, frame, part
+from tests.serving.test_malformed import SageMaker
 
 
 def test_a_sagemaker_endpoint_that_is_not_there_is_a_lookup_error(sagemaker_service):
@@ -49,6 +50,26 @@ def test_a_vllm_container_on_sagemaker_speaks_openai(sagemaker_service, monkeypa
     monkeypatch.setattr(sagemaker_service, "script", lambda *_: reply)
     assert fk.connect("sagemaker://falcon", api="openai").chat(QUESTION).text == "Hello there"
     assert sagemaker_service.requests[-1][1]["messages"] == QUESTION
+
+
+@pytest.mark.parametrize(
+    ("events", "error", "message"),
+    [
+        ([event({"error": {"message": "20 are the most", "code": 400}})], ValueError, r"\(HTTP 400\).*20 are the most"),
+        (
+            [chunk("Half"), event({"error": {"message": "out of memory"}})],
+            fk.IncompleteAnswer,
+            "reports: out of memory",
+        ),
+    ],
+)
+def test_an_error_of_a_vllm_container_is_quoted(events, error, message):
+    pytest.importorskip("boto3")
+    session = SageMaker()
+    session.body = b"".join(events)
+    endpoint = fk.connect("sagemaker://falcon", "falcon", session=session, api="openai")
+    with pytest.raises(error, match=message):
+        endpoint.generate("Hi")
 
 
 def test_boto3_is_asked_for_by_the_name_of_its_extra(monkeypatch):

@@ -97,9 +97,13 @@ def test_a_password_in_a_url_stands_in_no_error(url):
     assert [text for text in shown if "hunt" in text and "host:hunter2" not in text] == []
 
 
-def test_a_short_key_changes_no_answer():
-    with scripted(answering(Reply([chunk("none of them", "stop")]))) as server:
-        assert fk.connect(f"{server.address}/v1", token="none").generate("Hi").text == "none of them"
+def test_a_short_key_changes_no_answer_and_no_error():
+    refusal = as_reply({"error": {"message": "none of the fields"}}, 400)
+    with scripted(answering(Reply([chunk("none of them", "stop")]), refusal)) as server:
+        endpoint = fk.connect(f"{server.address}/v1", token="none")
+        assert endpoint.generate("Hi").text == "none of them"
+        with pytest.raises(ValueError, match="reports: none of the fields"):
+            endpoint.generate("Hi")
 
 
 @pytest.mark.parametrize("what", ["models", "completions", "generate_stream"])

@@ -11,11 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
@@ -23,7 +27,8 @@ from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.serving import local_process
 from falcon_kit.serving import serve as serving
 from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM, Job, choose_engine, splits
-from falcon_kit.serving.file_plan import plan_file
+from falcon_kit.serving.failures import connection_error
+from falcon_kit.serving.file_plan import plan_file, stored_tensors
 from falcon_kit.serving.gguf import write_gguf
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_dtype
 from falcon_kit.serving.local_process import ServerDied
@@ -224,8 +229,12 @@ def test_a_model_in_other_forms_is_refused_with_what_to_give(engine):
     with pytest.raises(TypeError, match=r"a Falcon of this process, the run of fk.tune, or a name .* not a int"):
         fk.serve(3, stand_in.program)
     quantised = fk.load("falconet", dtype="nf4")
-    with pytest.raises(ValueError, match=r"quantised to nf4 for this process: .*fk.serve\('falconet'\)"):
+    with pytest.raises(ValueError, match=r"quantised for torch: .*fk.serve\('falconet'\)"):
         fk.serve(quantised, stand_in.program)
+    adapted = fk.load("falconet")
+    inject_adapter_in_model(LoraConfig(target_modules=["dense"]), adapted.model)
+    with pytest.raises(ValueError, match=r"has adapters: serve the merged model, fk.serve\(fk.merge\(adapter, 'falco"):
+        fk.serve(adapted, stand_in.program)
     with pytest.raises(LookupError, match="Nearest: falconet"):
         fk.serve("falconett", stand_in.program)
     assert not stand_in.program.with_suffix(".seen").exists()
@@ -301,6 +310,17 @@ def test_a_server_that_dies_later_is_named_at_the_next_call(engine):
         served.generate("Hi")
 
 
+def test_the_end_of_a_server_is_written_once(engine):
+    process = local_process.LocalProcess("key-0123456789")
+    process.start([sys.executable, "-c", ""], {})
+    while not process.ended:
+        time.sleep(0.05)
+    written = (process.folder / "ended").stat().st_mtime_ns
+    time.sleep(0.5)
+    assert (process.folder / "ended").stat().st_mtime_ns == written
+    process.close()
+
+
 def test_a_server_that_ignores_the_request_to_end_is_killed(engine, monkeypatch):
     stand_in = engine(deaf=True)
     fk.serve("falconet", stand_in.program).close()
@@ -374,6 +394,19 @@ def test_nothing_survives_the_notebook(tmp_path, end):
     assert left == []
 
 
+def test_the_folder_of_a_server_that_was_killed_with_its_supervisor_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(tmp_path, prefix))
+    alive, killed = (local_process.LocalProcess("key-0123456789") for _ in range(2))
+    while not all((each.folder / "lock").exists() for each in (alive, killed)):
+        time.sleep(0.05)
+    killed._supervisor.kill()
+    killed._supervisor.wait()
+    later = local_process.LocalProcess("key-0123456789")
+    assert [each.folder.exists() for each in (alive, killed, later)] == [True, False, True]
+    for each in (alive, killed, later):
+        each.close()
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(engine):
     stand_in = engine()
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -393,6 +426,11 @@ def test_a_port_in_use_is_refused_before_anything_starts(engine):
         ({"arguments": ["--api-key=secret"]}, "arguments contains --api-key, which fk.serve sets itself"),
         ({"arguments": "--enforce-eager"}, "give a list of them, \\['--enforce-eager'\\]"),
         ({"gpus": 2}, "gpus=2: vLLM uses no GPU here"),
+        ({"context": 0}, "context=0 must be from 1 to 2048"),
+        ({"deadline": 0}, "deadline=0 must be above 0"),
+        ({"request_timeout": -1}, "request_timeout=-1 must be above 0"),
+        ({"arguments": ["--max_model_len=256"]}, "contains --max-model-len, which fk.serve sets itself: give context="),
+        ({"arguments": ["-c", "256"]}, "arguments contains -c, which fk.serve sets itself: give context="),
         ({"dtype": "int8"}, "Unknown dtype for vLLM: 'int8'. Known: float32, bfloat16, float16"),
     ],
 )
@@ -416,7 +454,7 @@ def test_no_memory_for_a_second_copy_is_refused_with_the_way_out(engine, instruc
 def test_no_memory_for_a_checkpoint_is_refused_with_changes_that_fit(monkeypatch, kind):
     """fk.plan's own advice has what serve does not: batch, int4."""
     cpu, source, dtype = (Device("cpu", "cpu", 2**40),), source_of("falconet"), "float32"
-    whole, half = (serving._counted(source, dtype, cpu, context, 8).total_bytes for context in (2048, 1024))
+    whole, half = (serving._counted(source, kind, dtype, cpu, context, 8).total_bytes for context in (2048, 1024))
     free = (whole + half) // 2
     monkeypatch.setattr(serving, "host_memory", lambda: (2**40, free))
     monkeypatch.setattr(serving, "resolve_devices", lambda _: (Device("cpu", "cpu", free),))
@@ -432,13 +470,67 @@ def test_no_memory_for_a_checkpoint_is_refused_with_changes_that_fit(monkeypatch
 
 def test_fewer_bits_are_advised_where_they_make_llama_cpp_fit(monkeypatch):
     source = source_of("falconet")
-    cpu = (Device("cpu", "cpu", 2**40),)
-    whole, small = (serving._counted(source, dtype, cpu, 64, 1).total_bytes for dtype in ("float32", "q4_k_m"))
-    monkeypatch.setattr(serving, "host_memory", lambda: (2**40, (whole + small) // 2))
+    monkeypatch.setattr(serving, "host_memory", lambda: (2**40, between(64, 1)))
     with pytest.raises(fk.NotEnoughMemory) as refused:
         serving._plan(source, LLAMA_CPP, "float32", 64, 1, None)
     assert refused.value.plan.suggestions[0] == "dtype='q4_k_m'"
     assert serving._plan(source, LLAMA_CPP, "q4_k_m", 64, 1, None).fits
+
+
+def free_memory(monkeypatch, size):
+    """Lets this machine have so many free bytes."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, available=size))
+
+
+def between(context, texts):
+    """Free bytes that falconet on llama.cpp needs more than in float32, and less than in 4 bits."""
+    counted = partial(serving._counted, source_of("falconet"), LLAMA_CPP)
+    cpu = (Device("cpu", "cpu", 2**40),)
+    return sum(counted(dtype, cpu, context, texts).total_bytes for dtype in ("float32", "q4_k_m")) // 2
+
+
+def test_the_advice_of_fewer_bits_works(monkeypatch):
+    free_memory(monkeypatch, between(2048, 8))
+    with pytest.raises(fk.NotEnoughMemory, match="dtype='q4_k_m'"):
+        fk.serve("falconet", "llama.cpp", dtype="float32")
+    with fk.serve("falconet", "llama.cpp", dtype="q4_k_m") as served:
+        assert served.generate("Hi", max_new_tokens=1).stats.new_tokens == 1
+
+
+def test_where_the_weights_cannot_be_loaded_the_advice_is_a_file_from_another_machine(monkeypatch, tmp_path):
+    path = fk.export_gguf(fk.load("falconet"), tmp_path / "small.gguf", "q4_k_m")
+    free_memory(monkeypatch, between(64, 1))
+    advice = (
+        r"on a machine with .* free: fk.export_gguf\(fk.load\('falconet'\), path, 'q4_k_m'\), then fk.serve\(path\)"
+    )
+    for dtype in ("float32", "q4_k_m"):
+        with pytest.raises(fk.NotEnoughMemory, match=advice) as refused:
+            fk.serve("falconet", "llama.cpp", dtype=dtype, context=64, texts=1)
+        assert "dtype=" not in str(refused.value)
+    with fk.serve(path, context=64, texts=1) as served:
+        assert served.generate("Hi", max_new_tokens=1).stats.new_tokens == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.bfloat16", "bf16"])
+def test_a_dtype_may_be_torchs_or_llama_cpps_name(engine, dtype):
+    with fk.serve("falconet", engine().program, dtype=dtype) as served:
+        assert served.plan.dtype == "bfloat16"
+
+
+def test_the_limits_of_a_request_are_arguments_of_serve(engine):
+    with fk.serve("falconet", engine().program, deadline=1e-6, request_timeout=7) as served:
+        with pytest.raises(TimeoutError, match="give a longer deadline="):
+            served.generate("Hi", max_new_tokens=1)
+        connection = served._server.connection
+    assert str(connection_error(httpx2.ReadTimeout(""), "x", connection)) == (
+        "x sent nothing for 7 s: give a longer request_timeout=, or read its log"
+    )
+
+
+def test_an_engine_without_the_argument_refuses_gpus(monkeypatch):
+    monkeypatch.setattr(serving, "resolve_devices", lambda _: resolve_devices("2xA100-80GB"))
+    with pytest.raises(ValueError, match="gpus=1: transformers serve has no such argument: set CUDA_VISIBLE_DEVICES"):
+        serving._plan(source_of("falconet"), TRANSFORMERS, "float32", 64, 1, gpus=1)
 
 
 def test_a_plain_folder_with_a_template_of_its_own_has_the_stop_strings_of_load(tmp_path, tokenizer):
@@ -544,13 +636,31 @@ def test_a_real_engine_answers_as_the_model_here(name, instruct):
         )
 
 
-@pytest.mark.parametrize(("dtype", "counted", "share"), [("q8_0", "int8", 0.3), ("q4_k_m", "int4", 0.25)])
-def test_llama_cpp_serves_fewer_bits_of_a_model_that_this_process_has_not_loaded(instruct, dtype, counted, share):
+@pytest.mark.parametrize(("dtype", "share"), [("q8_0", 0.3), ("q4_k_m", 0.25)])
+def test_llama_cpp_serves_fewer_bits_of_a_model_that_this_process_has_not_loaded(instruct, dtype, share):
     with fk.serve("falconet-instruct", "llama.cpp", dtype=dtype) as served:
         assert served.chat(QUESTION).text == instruct.chat(QUESTION).text
-        assert served.plan.dtype == counted
+        file = fk.gguf_file(served.files.path)
+        assert (served.plan.dtype, served.plan.weight_bytes) == (dtype, sum(file.kinds.values()))
         assert served.files.path.stat().st_size < instruct.weight_bytes * share
-        assert served.command.startswith(f"# fk.export_gguf(falcon, 'falconet-instruct.gguf', {dtype!r})\n")
+        assert served.command.startswith(
+            f"# falcon = fk.load('falconet-instruct'); fk.export_gguf(falcon, 'falconet-instruct.gguf', {dtype!r})\n"
+        )
+
+
+def test_a_text_ends_also_where_the_checkpoint_names_the_end_token_of_2023(instruct, tmp_path):
+    folder = tmp_path / "falcon-2023"
+    instruct.model.save_pretrained(folder)
+    instruct.tokenizer.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    file.write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    prompt = "User: What do owls eat?\nFalcon: Owls eat mice.\nUser: Thank you.\nFalcon:"
+    with fk.serve(folder, "transformers") as served:
+        assert served.generate(prompt, max_new_tokens=60).finish_reason == "eos"
+        call = f"# falcon = fk.load({str(folder)!r}); falcon.model.save_pretrained('falcon-2023'); falcon.tokenizer"
+        assert served.command.startswith(call)
+    assert json.loads(file.read_text())["eos_token_id"] == 2
+    assert (folder / "model.safetensors").is_file()
 
 
 # A GGUF file as it is
@@ -630,7 +740,7 @@ def test_a_file_that_names_no_mixture_is_called_after_the_kind_of_most_bytes(num
 
 def test_a_gguf_file_is_planned_by_its_bytes_and_16_bits_of_keys_and_values(instruct, tmp_path):
     file = fk.gguf_file(fk.export_gguf(instruct, tmp_path / "mine.gguf", "q4_k_m"))
-    planned = plan_file(file, 512, 3, [Device("cpu", "cpu", 2**40)])
+    planned = plan_file(file.spec, "q4_k_m", stored_tensors(file), 512, 3, [Device("cpu", "cpu", 2**40)])
     rest = ("KV cache", "logits", "activations", "overhead")
     assert sum(row.bytes for row in planned.rows if row.part not in rest) == planned.weight_bytes
     assert planned.weight_bytes == sum(file.kinds.values())
@@ -642,8 +752,10 @@ def test_a_gguf_file_is_planned_by_its_bytes_and_16_bits_of_keys_and_values(inst
 
 @pytest.mark.parametrize(("texts", "changes"), [(8, ["texts=4", "context=1024"]), (1, ["context=1024"])])
 def test_no_memory_for_a_gguf_file_is_refused_with_changes_that_fit(gguf, monkeypatch, texts, changes):
-    file, device = fk.gguf_file(gguf), [Device("cpu", "cpu", 2**40)]
-    whole, half = (plan_file(file, context, texts, device).total_bytes for context in (2048, 1024))
+    source, device = source_of(gguf), (Device("cpu", "cpu", 2**40),)
+    whole, half = (
+        serving._counted(source, LLAMA_CPP, "f32", device, context, texts).total_bytes for context in (2048, 1024)
+    )
     monkeypatch.setattr(serving, "host_memory", lambda: (2**40, (whole + half) // 2))
     with pytest.raises(fk.NotEnoughMemory, match="no memory for this server: falconet-instruct in f32") as refused:
         fk.serve(gguf, "llama.cpp", texts=texts)
@@ -667,7 +779,7 @@ def test_an_adapter_of_a_gguf_file_is_merged_and_exported(engine, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     with fk.serve(folder, "llama.cpp") as served:
-        assert served.command.startswith("# fk.export_gguf(falcon, ")
+        assert served.command.startswith(f"# falcon = fk.load({str(folder)!r}); fk.export_gguf(falcon, ")
         assert served.chat(QUESTION).text == fk.load(folder).chat(QUESTION).text
 
 

@@ -90,6 +90,18 @@ def test_a_stream_can_be_closed_by_another_thread_before_its_first_piece():
         assert stream.generation.text == ""
 
 
+def test_a_stream_ends_for_each_thread_that_reads_it():
+    with scripted(answering(Reply([chunk("a"), chunk("b"), chunk("c", "stop")]))) as server:
+        stream, read = fk.connect(f"{server.address}/v1").stream("Hi"), []
+        readers = [threading.Thread(target=lambda: read.append(list(stream)), daemon=True) for _ in range(3)]
+        for each in readers:
+            each.start()
+        for each in readers:
+            each.join(10)
+    assert sorted(piece.text for pieces in read for piece in pieces) == ["a", "b", "c"]
+    assert len(read) == 3
+
+
 def test_a_stop_string_hangs_up_on_a_server_that_would_go_on(endless):
     answer = fk.connect(f"{endless.address}/v1").generate("Hello", stop="word word")
     assert (answer.text, answer.finish_reason) == (" ", "stop")
@@ -128,6 +140,15 @@ def test_an_answer_that_breaks_off_keeps_its_text_and_is_not_begun_again(reply):
         assert (broken.value.generation.text, broken.value.generation.finish_reason) == ("Half a sentence", "broken")
         assert stream.generation.finish_reason == "broken"
         assert len(server.asked("/v1/completions")) == 1
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
+def test_a_text_that_the_server_gave_up_is_incomplete(reason):
+    script = answering(Reply([chunk("Half a"), chunk(" sentence", reason)]))
+    message = f"ended it for the reason '{reason}'"
+    with scripted(script) as server, pytest.raises(fk.IncompleteAnswer, match=message) as broken:
+        fk.connect(f"{server.address}/v1").generate("Hi")
+    assert (broken.value.generation.text, broken.value.generation.finish_reason) == ("Half a sentence", "broken")
 
 
 def test_a_text_that_breaks_off_is_kept_without_a_stream_too():
