@@ -346,10 +346,5 @@ def _plain_request(prompt: str | Sequence[int], sampling: Sampling, options: dic
 def _answer(request: Request, strip: bool) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    return Answer(
-        prompt if isinstance(prompt, str) else "",
-        request.stop,
-        strip,
-        request.sampling.alternatives,
-        request.new_tokens,
-    )
+    text = prompt if isinstance(prompt, str) else ""
+    return Answer(text, request.stop, strip, request.sampling.alternatives, request.new_tokens)

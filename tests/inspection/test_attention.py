@@ -442,7 +442,7 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
     [
         ({"text": ""}, ValueError, "the prompt is empty"),
         ({"text": []}, ValueError, "the prompt is empty"),
-        ({"text": [20, 2048]}, ValueError, "2048 is no token id of this model: they go from 0 to 2047"),
+        ({"text": [20, 2048]}, ValueError, "2048 is no token id of this model, whose ids are 0 to 2047"),
         ({"text": ["a"]}, ValueError, "an inspection is of one text, got a list of 1: call it for each"),
         ({"text": b"Hello"}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got bytes"),
         ({"text": {20: 21}}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got dict"),

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.chat import FORMATS, encode, encode_text
+from falcon_kit.generation.chat import FORMATS, encode
+from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.tuning.packing import collate, first_fit
 from tests.conftest import small_model
 
