@@ -72,6 +72,18 @@ def test_the_readme_states_the_decoding_times_of_the_last_benchmark():
         assert stated == times + sizes
 
 
+def test_the_readme_states_the_times_of_each_dtype_on_a_cpu():
+    peers = ["llama.cpp bfloat16", "llama.cpp q8_0", "llama.cpp q4_0"]
+    names = ["transformers bfloat16", "kit bfloat16", "kit int8", "kit int4", *peers]
+    expected = {}
+    for instructions, label in {"all": "", "AVX2": " (AVX2)"}.items():
+        for work, ms in figures_of("cpu")["ms by instructions"][instructions]["ms"].items():
+            row = work.removeprefix("one step of ").replace(" x 512", " x 512 tokens") + label
+            times = [ms.get(name) for name in names]
+            expected[row] = ["" if each is None else f"{each:.{int(each < 100)}f}" for each in times]
+    assert {row: cells for row, cells in table_rows(README, columns=8).items() if row != "ms"} == expected
+
+
 def test_the_readme_states_the_memory_of_the_last_inspection_benchmark():
     names = ("kit", "forward pass", "output_attentions", "nnsight")
     expected = {
