@@ -11,7 +11,7 @@ import pytest
 from tests.project.notebook_memory import MALLOC, checkpoint, stored
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("02_playground", "06_lora", "07_quantization", "08_multi_gpu", "10_serving")
+HEAVY = ("06_lora", "07_quantization", "08_multi_gpu", "10_serving")
 """Notebooks that hold or write more than one model. (10_serving serves Falconet, whatever the reader's model is.)"""
 OWN = {"10_serving": 1.4e9}
 """Bytes beside the reader's model: in 10, a layer of the 7B's width, which is read and packed."""
