@@ -38,7 +38,7 @@ from falcon_kit.model.products import by_threads, has_products, slabs
 GROUP = INT4_GROUP
 _PANEL = 64
 """Rows that the kernels' layouts keep together, a multiple of theirs."""
-_MANY_ROWS, _MANY_ON_GPU = {("int8", True): 10, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}, 64
+_MANY_ROWS, _MANY_ON_GPU = {("int8", True): 14, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}, 64
 """Rows from which unpacking the weights is faster than the kernels for few rows, on CPUs with and without instructions
 for bfloat16, and on GPUs."""
 _ALIGNMENT = 64
