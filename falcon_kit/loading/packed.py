@@ -13,15 +13,15 @@ From some number of rows on a CPU, the weights are unpacked and multiplied in sl
 matrix of 8192 x 2048 in milliseconds of one thread, with AVX512-BF16, and with AVX2 alone:
 
                           1      8     16     32    128 rows
-bfloat16                1.7    3.5    4.8    7.1   21.3
-int8, kernel            1.8    4.8    9.5   18.5   74.1
-int8 in slabs           4.6           6.9          23.4
-int4, kernel            0.9    3.2    6.4   12.7   50.0
-int4 in slabs          17.4          20.4          43.5
-AVX2: int8, kernel      1.9    6.2   12.3   25.0   97.8
-AVX2: int8 in slabs     2.6    8.1   11.2   16.9   54.0
-AVX2: int4, kernel      2.1    5.1   10.1   20.2   79.0
-AVX2: int4 in slabs    23.5          36.4          74.7
+bfloat16                1.9    3.7    4.9    7.2   21.0
+int8, kernel            2.1    5.2    9.5   18.2   63.9
+int8 in slabs           4.8    5.7    7.5   10.0   23.8
+int4, kernel            1.1    3.4    6.6   12.8   49.8
+int4 in slabs          13.5   14.9   15.7   18.1   33.1
+AVX2: int8, kernel      2.2    6.3   11.9   21.8   82.8
+AVX2: int8 in slabs     3.9    8.2   12.3   17.8   50.4
+AVX2: int4, kernel      2.3    5.2   10.2   21.2   79.1
+AVX2: int4 in slabs    13.8   18.8   19.2   27.0   65.6
 """
 
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -272,8 +273,10 @@ def test_the_time_to_the_first_token_begins_when_the_request_is_sent():
         return Reply(DONE, silence=0.3) if path.endswith("completions") else answering(Reply(DONE))(path, *rest)
 
     with scripted(slow) as server:
-        each = list(fk.connect(f"{server.address}/v1", concurrency=1).generate_each(["a", "b", "c"]))
-    assert max(one.stats.first_token_seconds for one in each) < 0.6
+        endpoint, begin = fk.connect(f"{server.address}/v1", concurrency=1), time.perf_counter()
+        each = list(endpoint.generate_each(["a", "b", "c"]))
+        seconds = time.perf_counter() - begin
+    assert sum(one.stats.first_token_seconds for one in each) <= seconds  # no request waits for another's turn
 
 
 def test_a_password_in_a_url_is_refused_without_repeating_it():
