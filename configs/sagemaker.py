@@ -4,9 +4,10 @@
         --code s3://bucket/falcon-kit/ --data s3://bucket/chats/ --output s3://bucket/runs/mine \
         --model tiiuae/falcon-40b --shard
 
-The folder of --code is a copy of this repository. Images with torch: those called pytorch-training in
-https://github.com/aws/deep-learning-containers. Checkpoints are copied to --output during the training. With --spot, an
-interrupted job on spot instances is restarted and resumes.
+The folder of --code is a copy of this repository, which the job installs with constraints.txt; this replaces the
+image's torch. Images with torch: those called pytorch-training in https://github.com/aws/deep-learning-containers.
+Checkpoints are copied to --output during the training. With --spot, an interrupted job on spot instances is restarted
+and resumes.
 
 With --instances 2, both write the run to a directory that they share, because each has a copy of its own of what is in
 S3: --shared FSxLustre fs-0123456789abcdef0 /fsx/runs, or EFS, in the network that --subnets and --security-groups name.

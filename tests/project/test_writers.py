@@ -1,4 +1,4 @@
-"""Everything that the kit writes is the version before or the new one, whatever happens while it is written."""
+"""Everything that the kit writes is complete, the old version or the new one, whatever happens while it is written."""
 
 import json
 import subprocess
