@@ -8,5 +8,6 @@ reading.py  JSON files of other programs: read, or refused by name
 saving.py   atomic writes of files and folders
 live.py     what changes while a cell runs: below the cell, or in the terminal
 figure.py   the colour palette, and an empty matplotlib figure that notebooks display
+diagrams.py two diagrams of the notebooks: the parts of a block, GPUs over time
 page.py     a self-contained HTML page for a view, and the escaping of text
 """

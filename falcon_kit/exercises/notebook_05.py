@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 QUESTION = "The baby of a giraffe is called a"
 _PERIOD = 50
+_SECOND_COPY = slice(_PERIOD + 1, None)  # nothing shows that the sequence starts again, so its first token is left out
 _REPLACEMENTS: tuple[Literal["mean"], Literal["zero"]] = ("mean", "zero")
 
 
@@ -28,12 +29,12 @@ def exercise_2(bits: float, falcon: Any) -> str:
     """Bits per token of the second copy, and the model: fk.check("05.2", bits, falcon)."""
     heads = _induction_heads(falcon)
     with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
-    right, zero, before = with_mean.after[_PERIOD:], with_zero.after[_PERIOD:], with_mean.before[_PERIOD:]
+    right, zero, before = (each[_SECOND_COPY] for each in (with_mean.after, with_zero.after, with_mean.before))
     expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
     expect(
         near(bits, right.mean(), 0.002) or not near(bits, zero.mean(), 0.002), "That is with zero: use replace='mean'."
     )
-    expect(near(bits, right.mean(), 0.01), f"Take the mean of `after[{_PERIOD}:]` with all induction heads ablated.")
+    expect(near(bits, right.mean(), 0.01), "Take the mean of `after[51:]` with all induction heads ablated.")
     bits_of = f"{right.mean():.2f} bits, {zero.mean():.2f} with zero and {before.mean():.2f} with the heads"
     if right.mean() < (zero.mean() + before.mean()) / 2:
         return f"{bits_of}: predicted again, for the most part. The mean of a head can already help."
@@ -44,13 +45,13 @@ def exercise_3(lowest_bits: float, falcon: Any) -> str:
     """The lowest of the mean surprisals in bits, and the model: fk.check("05.3", lowest_bits, falcon)."""
     heads = _induction_heads(falcon)
     rest = [[head for head in heads if head != kept] for kept in heads]
-    only_one = [float(_without(falcon, others).after[_PERIOD:].mean()) for others in rest]
-    without_one = [float(_without(falcon, [head]).after[_PERIOD:].mean()) for head in heads]
+    only_one = [float(_without(falcon, others).after[_SECOND_COPY].mean()) for others in rest]
+    without_one = [float(_without(falcon, [head]).after[_SECOND_COPY].mean()) for head in heads]
     expect(not any(near(lowest_bits, each, 0.01) for each in without_one), "That is without one head: keep only one.")
     expect(not near(lowest_bits, max(only_one), 0.002), "That is the highest of the results: take the lowest.")
-    expect(near(lowest_bits, min(only_one), 0.01), "For each head, ablate all the others, and average `after[50:]`.")
+    expect(near(lowest_bits, min(only_one), 0.01), "For each head, ablate all the others, and average `after[51:]`.")
     none = _without(falcon, heads)
-    with_all, with_none = (float(each[_PERIOD:].mean()) for each in (none.before, none.after))
+    with_all, with_none = (float(each[_SECOND_COPY].mean()) for each in (none.before, none.after))
     enough = "one does most of it" if min(only_one) < (with_all + with_none) / 2 else "one is not enough"
     return f"The second copy takes {min(only_one):.2f} bits with one head, {with_all:.2f} with all: {enough}."
 

@@ -20,7 +20,7 @@ def heads(falconet):
 def one_head(falconet, heads):
     """The surprisal of the second copy with only one induction head, for each of them."""
     rest = [[head for head in heads if head != kept] for kept in heads]
-    return [_without(falconet, others).after[50:].mean() for others in rest]
+    return [_without(falconet, others).after[51:].mean() for others in rest]
 
 
 def hint(exercise, *answer):
@@ -38,14 +38,14 @@ def test_the_layer_of_the_answer_passes_and_others_get_their_hint(falconet):
 
 def test_the_bits_with_the_mean_pass_and_others_get_their_hint(falconet, heads):
     mean, zero = (_without(falconet, heads, replace) for replace in ("mean", "zero"))
-    assert f"{zero.after[50:].mean():.2f} with zero" in fk.check("05.2", mean.after[50:].mean(), falconet).text
-    assert "not `before`" in hint("05.2", mean.before[50:].mean(), falconet)
-    assert "use replace='mean'" in hint("05.2", zero.after[50:].mean(), falconet)
+    assert f"{zero.after[51:].mean():.2f} with zero" in fk.check("05.2", mean.after[51:].mean(), falconet).text
+    assert "not `before`" in hint("05.2", mean.before[51:].mean(), falconet)
+    assert "use replace='mean'" in hint("05.2", zero.after[51:].mean(), falconet)
     assert "all induction heads" in hint("05.2", 5.0, falconet)
 
 
 def test_the_bits_with_one_head_pass_and_others_get_their_hint(falconet, heads, one_head):
     assert "with all: one is not enough" in fk.check("05.3", min(one_head), falconet).text
-    assert "keep only one" in hint("05.3", _without(falconet, heads[:1]).after[50:].mean(), falconet)
+    assert "keep only one" in hint("05.3", _without(falconet, heads[:1]).after[51:].mean(), falconet)
     assert "take the lowest" in hint("05.3", max(one_head), falconet)
     assert "ablate all the others" in hint("05.3", 1.0, falconet)
