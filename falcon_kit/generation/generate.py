@@ -255,8 +255,8 @@ class _GenerateTask(GenerationTask):
 
     def _arguments(self) -> dict[str, Any]:
         """All arguments of transformers' `generate`; the caller's win over those of the settings."""
-        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        pad: Any = next((each for each in pads if each is not None), None)  # masked, so any token will do
+        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        pad: Any = next(each for each in pads if each is not None)  # masked, so any token will do
         return {
             **_left_padded(self.prompts, pad, self.model.device),
             **self.sampling.generate_arguments(),
