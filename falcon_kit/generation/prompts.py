@@ -18,7 +18,7 @@ DEFAULT_NEW_TOKENS = 200
 _ENCODED_AT_ONCE = 100_000
 
 
-def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
+def check_prompt(prompt: Any) -> tuple[list[Any], bool]:
     """A list of prompts (texts, or one list of token ids), and whether `prompt` is a single one.
 
     Raises ValueError for another type, an empty prompt, or a text with a lone surrogate.
