@@ -99,8 +99,9 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
     longest = max(map(len, prompts))
     label = prompt_label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), len(prompts))
     if sampling.max_length is not None:
-        if sampling.truncate == "left" and 2 <= sampling.max_length <= longest:
-            return min(context, sampling.max_length) // 2
+        half = min(context, sampling.max_length) // 2
+        if sampling.truncate == "left" and longest >= sampling.max_length and half:
+            return half  # the other half is for the end of the prompt
         require(
             longest < sampling.max_length,
             f"max_length={sampling.max_length} leaves no room: {label} has {longest} tokens",
