@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
@@ -135,11 +135,6 @@ def chat_format(name: str | ChatFormat) -> ChatFormat:
         if each.name == name.strip().lower():
             return each
     raise LookupError(unknown_name("chat format", name, [each.name for each in FORMATS]))
-
-
-def is_conversation(prompt: Any) -> TypeGuard[Sequence[Message]]:
-    """Whether a prompt is a list of messages, which the chat template renders; they are not checked."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

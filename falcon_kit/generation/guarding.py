@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from falcon_kit.generation.chat import check_messages, is_conversation
-from falcon_kit.generation.prompts import check_prompt, numbered
+from falcon_kit.generation.chat import check_messages
+from falcon_kit.generation.prompts import check_prompt, is_conversation, numbered
 from falcon_kit.generation.text import Generation, Piece
 
 if TYPE_CHECKING:

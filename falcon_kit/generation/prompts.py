@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, plain_scalar, require, shown
+from falcon_kit.generation.chat import Message
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.sampling import Sampling
 
@@ -16,6 +17,11 @@ Prompt = str | Sequence[str] | Sequence[int]
 """One text, several texts, or the token ids of one text."""
 DEFAULT_NEW_TOKENS = 200
 _ENCODED_AT_ONCE = 100_000
+
+
+def is_conversation(prompt: Any) -> TypeGuard[Sequence[Message]]:
+    """Whether a prompt is a list of messages, which the chat template renders; they are not checked."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def check_prompt(prompt: Any) -> tuple[list[Any], bool]:

@@ -11,10 +11,10 @@ from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
-from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode, is_conversation
+from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
-from falcon_kit.generation.prompts import Prompt, check_length
+from falcon_kit.generation.prompts import Prompt, check_length, is_conversation
 from falcon_kit.generation.sampling import stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation

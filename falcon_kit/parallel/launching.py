@@ -18,9 +18,9 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import counted, format_bytes, html_table
-from falcon_kit.generation.chat import ChatFormat, Message, is_conversation
+from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats

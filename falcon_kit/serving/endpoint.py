@@ -15,17 +15,9 @@ from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
 from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
-from falcon_kit.generation.chat import (
-    ChatFormat,
-    Message,
-    chat_format,
-    check_messages,
-    default_format,
-    is_conversation,
-    render,
-)
+from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
