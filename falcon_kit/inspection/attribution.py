@@ -117,21 +117,18 @@ def attribute(
     within `tolerance`, 0.02 unless given, at most 1024 (see `Attribution.gap`).
 
     Warns if the gap of integrated gradients is more than a tenth. Raises ValueError for a text that is empty or longer
-    than the context, a target that is not one token, an unknown method, a setting that would have no effect, or a
-    tokenizer without an end-of-sequence token.
+    than the context, a target that is not one token, an unknown method, a setting without effect, or no end token.
     """
     inspected = inspect_model(falcon)
-    ids = inspected.encode(text)
-    steps, tolerance = plain_scalar(steps), plain_scalar(tolerance)
-    _check_arguments(method, steps, tolerance)
     language_head(inspected)  # raises for a model without one
+    ids, steps, tolerance = inspected.encode(text), plain_scalar(steps), plain_scalar(tolerance)
+    _check_arguments(method, steps, tolerance)
     blank, following = _baseline(inspected, ids), None if target is None else target_id(inspected, target)
     with evaluation_mode(inspected.model), unpacked(inspected.model):
         log_probabilities = _next_log_probabilities(inspected, inspected.input_ids(ids))[0]
         following = int(log_probabilities.argmax()) if following is None else following
-        baseline = _next_log_probabilities(inspected, inspected.input_ids(blank))[0, following]
         log_probability = float(log_probabilities[following])
-        change = log_probability - float(baseline)
+        change = log_probability - float(_next_log_probabilities(inspected, inspected.input_ids(blank))[0, following])
         if method == "leave-one-out":
             scores, used_steps = log_probability - _leave_one_out(inspected, ids, following), len(ids)
         else:
