@@ -19,10 +19,11 @@ from transformers.models.falcon import modeling_falcon as stock
 from falcon_kit.catalogue.memory import dtype_name, layer_kv_bytes
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.explanation.record import NORMS, SHOWN, Heads, LayerRecord
-from falcon_kit.explanation.route import Step, attention_rows, attention_scores
+from falcon_kit.explanation.route import attention_rows
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.inspection.hooks import InspectedModel
 from falcon_kit.inspection.plots.attention import pool
+from falcon_kit.inspection.probabilities import attention_scores
 from falcon_kit.model import layers, modeling
 from falcon_kit.model.attention import fused_attention
 
@@ -60,7 +61,6 @@ _SPEC = (
 
 def layer_part(found: LayerRecord, position: int) -> Part:
     """What a layer computed for the token at a position; of its heads the attention probabilities (H, position + 1)."""
-    scores = attention_scores(found.heads, found.bias, position, position + 1)[:, 0]
     vectors = {
         name: {
             "first": packed(each.first[position]),
@@ -70,7 +70,7 @@ def layer_part(found: LayerRecord, position: int) -> Part:
     }
     return {
         "vectors": vectors,
-        "probabilities": packed(scores.softmax(-1)),
+        "probabilities": packed(_scores(found, position).softmax(-1)),
         "neurons": found.neurons[position].tolist(),
         "activations": found.activations[position].tolist(),
         "active": float(found.active[position]),
@@ -83,7 +83,7 @@ def head_part(found: LayerRecord, position: int, head: int, key: int | None) -> 
     key: the position of that token; None for the earlier token that the head attends to most.
     """
     heads, group = found.heads, head * len(found.heads.key) // len(found.heads.query)
-    scores = attention_scores(heads, found.bias, position, position + 1)[head, 0]
+    scores = _scores(found, position)[head]
     probabilities = scores.softmax(-1)
     if key is None:
         key = int(probabilities[:-1].argmax()) if position else 0
@@ -100,6 +100,12 @@ def head_part(found: LayerRecord, position: int, head: int, key: int | None) -> 
         "values": packed(values.norm(dim=-1)),
         "map": packed(_map(found, head, group)),
     }
+
+
+def _scores(found: LayerRecord, position: int) -> Tensor:
+    """The scores (H, position + 1) of the query at a position and the keys that it may attend to."""
+    query, key = found.heads.query[:, position, None], found.heads.key[:, : position + 1]
+    return attention_scores(query, key, found.bias)[:, 0]
 
 
 def _map(found: LayerRecord, head: int, group: int) -> Tensor:
@@ -127,11 +133,6 @@ def layer_bytes(spec: FalconSpec, time: int) -> int:
 def _packed_bytes(numbers: int) -> int:
     """Bytes of an array of `packed` numbers as JSON."""
     return 4 * -(-4 * numbers // 3) + 40
-
-
-def route_part(steps: list[Step]) -> list[Part]:
-    """The route of the prediction, last layer first."""
-    return [vars(step) for step in steps]
 
 
 def packed(values: Tensor) -> Part:

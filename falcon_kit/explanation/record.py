@@ -21,7 +21,7 @@ from falcon_kit.model.layers import split_heads
 
 SHOWN = 64
 """Components of each vector that are kept."""
-_MAX_BYTES = 64 * 2**20
+_MAX_BYTES = 64 * 2**20  # of the hidden states that go into all layers
 NEURONS = 12
 """Neurons of the MLP that are kept, the strongest of each token."""
 NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm")
@@ -114,24 +114,14 @@ def record(inspected: InspectedModel, ids: list[int], layer: int, known: Record 
             inspected.layers[layer](*arguments, **keywords)
         return replace(known, layer=recorder.result())
     calls: list[Call] = []
-    kept = _keepers(inspected, calls) if _bytes_of_calls(inspected, len(ids)) <= _MAX_BYTES else []
-    with torch.inference_mode(), forward_hooks(inspected, [*recorder.hooks(), *kept]):
+    hooks, spec = recorder.hooks(), inspected.spec
+    if spec.layers * len(ids) * spec.d_model * inspected.decoder.ln_f.weight.element_size() <= _MAX_BYTES:
+        hooks += [
+            (each, lambda module, args, kwargs, output: calls.append((args, kwargs))) for each in inspected.layers
+        ]
+    with torch.inference_mode(), forward_hooks(inspected, hooks):
         output = inspected.model(input_ids=inspected.input_ids(ids), use_cache=False, logits_to_keep=1)
     return Record(recorder.result(), output.logits[0, -1].float().cpu(), tuple(calls))
-
-
-def _bytes_of_calls(inspected: InspectedModel, time: int) -> int:
-    """Bytes of the hidden states that go into all layers."""
-    return inspected.spec.layers * time * inspected.spec.d_model * inspected.decoder.ln_f.weight.element_size()
-
-
-def _keepers(inspected: InspectedModel, calls: list[Call]) -> list[tuple[Any, Any]]:
-    """A hook for each layer that appends its arguments to `calls`."""
-
-    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((args, kwargs))
-
-    return [(layer, keep) for layer in inspected.layers]
 
 
 class _Recorder:
@@ -147,7 +137,7 @@ class _Recorder:
         norms = [name for name in NORMS if hasattr(module, name)]
         return [
             *((getattr(module, name), self._keeper(name)) for name in norms),
-            *attention_hooks(self.inspected, self.layer, self._keep_attention),
+            *attention_hooks(self.inspected, [self.layer], self._keep_attention),
             (module.mlp.act, self._keep_activations),
             (module.mlp, self._keeper("mlp")),
             (module, self._keep_layer),
@@ -159,7 +149,7 @@ class _Recorder:
 
         return keep
 
-    def _keep_attention(self, fused: Tensor, rotation: Rotation, output: Any) -> None:
+    def _keep_attention(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
         spec = self.inspected.spec
         before = Heads.of(fused, spec, None).cpu()
         self.values |= {"query_before": before.query, "key_before": before.key}

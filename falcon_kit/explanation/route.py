@@ -6,21 +6,19 @@ residual stream. The route is a summary: it shows one of many ways.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.explanation.record import Heads
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
-from falcon_kit.inspection.probabilities import Rotation, alibi_bias, attention_hooks
-
-_BLOCK = 2**21  # attention probabilities of all heads that are computed at once
+from falcon_kit.inspection.probabilities import BLOCK_SIZE, Rotation, alibi_bias, attention_hooks, attention_scores
 
 
 @dataclass(frozen=True)
-class Step:
+class RouteStep:
     """One layer of a route: from a position to the earlier position that mattered most to it."""
 
     layer: int
@@ -35,36 +33,34 @@ class Step:
     """The attention probability of `key` in this head."""
 
 
-def route(inspected: InspectedModel, ids: list[int]) -> list[Step]:
+def route(inspected: InspectedModel, ids: list[int]) -> list[RouteStep]:
     """The route of the prediction after the text, from the last layer to the first."""
-    finder = _Finder(inspected, len(ids))
-    with torch.inference_mode(), forward_hooks(inspected, finder.hooks()):
+    finder = _Finder(inspected.spec, len(ids))
+    hooks = attention_hooks(inspected, range(inspected.spec.layers), finder.find)
+    with torch.inference_mode(), forward_hooks(inspected, hooks):
         inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
     position, steps = len(ids) - 1, []
     for layer in reversed(range(inspected.spec.layers)):
         head, key, probability = (each[position] for each in finder.found[layer])
-        steps.append(Step(layer, position, int(head), int(key), float(probability)))
+        steps.append(RouteStep(layer, position, int(head), int(key), float(probability)))
         position = int(key)
     return steps
 
 
 class _Finder:
-    """Forward hooks that find, for each position in each layer, the head and the key that matter most."""
+    """Finds, for each position in each layer, the head and the key that matter most."""
 
-    def __init__(self, inspected: InspectedModel, time: int) -> None:
-        self.inspected, self.spec = inspected, inspected.spec
+    def __init__(self, spec: FalconSpec, time: int) -> None:
+        self.spec = spec
         empty = torch.zeros(time, dtype=torch.long)
-        self.found = [(empty.clone(), empty.clone(), torch.ones(time)) for _ in range(self.spec.layers)]
+        self.found = [(empty.clone(), empty.clone(), torch.ones(time)) for _ in range(spec.layers)]
 
-    def hooks(self) -> list[tuple[Any, Any]]:
-        layers = range(self.spec.layers)
-        return [hook for layer in layers for hook in attention_hooks(self.inspected, layer, partial(self._find, layer))]
-
-    def _find(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+    def find(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+        """Searches all positions of a layer; called by `attention_hooks`."""
         heads = Heads.of(fused, self.spec, rotation)
         bias = alibi_bias(self.spec, fused.shape[1], fused.dtype, fused.device)
         time = fused.shape[1]
-        block = max(1, _BLOCK // (self.spec.query_heads * time))
+        block = max(1, BLOCK_SIZE // (self.spec.query_heads * time))
         for start in range(1, time, block):  # position 0 has no earlier token
             self._find_in_block(self.found[layer], heads, bias, start, min(time, start + block))
 
@@ -83,14 +79,6 @@ class _Finder:
 
 def attention_rows(heads: Heads, bias: Tensor | None, start: int, stop: int) -> Tensor:
     """The attention probabilities (H, stop - start, stop) of the queries `start` to `stop`."""
-    scores = attention_scores(heads, bias, start, stop)
+    scores = attention_scores(heads.query[:, start:stop], heads.key[:, :stop], bias)
     future = torch.ones(stop - start, stop, dtype=torch.bool, device=scores.device).triu(start + 1)
     return scores.masked_fill(future, -torch.inf).softmax(-1)
-
-
-def attention_scores(heads: Heads, bias: Tensor | None, start: int, stop: int) -> Tensor:
-    """The scores of the queries `start` to `stop` before the mask: q k / sqrt(D), and ALiBi's bias."""
-    groups, width = len(heads.key), heads.key.shape[-1]
-    rows = heads.query[:, start:stop].unflatten(0, (groups, -1)).flatten(1, 2)  # (G, R x b, D)
-    scores = (rows @ heads.key[:, :stop].mT * width**-0.5).view(-1, stop - start, stop)
-    return scores if bias is None else scores + bias[:, None, :stop]

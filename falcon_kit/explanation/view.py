@@ -10,7 +10,7 @@ import anywidget
 from falcon_kit.display.errors import require
 from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
-from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, route_part, text_bytes, text_part
+from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, text_bytes, text_part
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
 from falcon_kit.inspection.hooks import TextOrIds, check_index, check_indices, inspect_model, language_head
@@ -180,7 +180,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         return head_part(self._record(layer).layer, position, head, attended)
 
     def _route(self) -> list[Part]:
-        return route_part(route(self._inspected, self.ids))
+        return [vars(step) for step in route(self._inspected, self.ids)]
 
     def _record(self, layer: int) -> Record:
         """The record of a layer for the current text; the last two are kept."""

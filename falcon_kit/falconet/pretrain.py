@@ -28,7 +28,7 @@ from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.corpus import SIZES, WORK
-from falcon_kit.generation.chat import FALCON, install, save_tokenizer
+from falcon_kit.generation.chat import FALCON, save_tokenizer
 
 VOCABULARY = 2048
 CONTEXT = 2048
@@ -92,7 +92,8 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    return install(wrapped, FALCON)
+    wrapped.chat_template = FALCON.template
+    return wrapped
 
 
 def new_model(vocabulary: int) -> FalconForCausalLM:

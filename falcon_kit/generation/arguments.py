@@ -34,6 +34,9 @@ _INSTEAD = {
     "token_healing": "it changes the end of the prompt: leave a space at the end of the prompt out instead",
 }
 """Arguments that are refused, and what to do instead."""
+_DISTRIBUTION = ("temperature", "top_k", "top_p")
+_LENGTH = ("max_new_tokens", "max_length")
+_NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
@@ -59,11 +62,6 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("max_new_tokens") or settings.get("max_length"):
         values = {name: value for name, value in values.items() if name not in ("max_new_tokens", "max_length")}
     return values | settings
-
-
-_DISTRIBUTION = ("temperature", "top_k", "top_p")
-_LENGTH = ("max_new_tokens", "max_length")
-_NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def checkpoint_settings(config: GenerationConfig) -> dict[str, Any]:

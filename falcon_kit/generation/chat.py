@@ -1,8 +1,8 @@
 """Chat formats of the Falcon family: how a conversation becomes one prompt, and which stop strings end an answer.
 
-Three formats are in use, because the instruct models were published without one. Each has a chat template, which
-`install` sets for all tools that call `tokenizer.apply_chat_template`. The templates mark the assistant's messages with
-`{% generation %}`, so that training can compute the loss on them alone.
+Three formats are in use, because the instruct models were published without one. Each has a chat template, which as
+`tokenizer.chat_template` serves all tools that call `apply_chat_template`. The templates mark the assistant's messages
+with `{% generation %}`, so that training can compute the loss on them alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
 
 
 class Message(TypedDict):
@@ -314,9 +313,3 @@ def _render_marked(
     return transformers_text(
         format.template, format.name, marked, answers, add_generation_prompt=add_generation_prompt, **special_tokens
     )
-
-
-def install(tokenizer: Tokenizer, format: ChatFormat) -> Tokenizer:
-    """Sets the tokenizer's chat template to this format and returns the tokenizer."""
-    tokenizer.chat_template = format.template
-    return tokenizer

@@ -42,9 +42,8 @@ class SequenceDecoder:
         stop: tuple[str, ...],
         limit: int,
         strip: bool,
-        eos_token_ids: Collection[int] | None = None,
+        eos_token_ids: Collection[int],
     ) -> None:
-        """`eos_token_ids`: the tokens that end the text; by default the tokenizer's."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
@@ -52,7 +51,7 @@ class SequenceDecoder:
         self.accepted = 0
         """How many of the tokens a draft proposed."""
         self._tokenizer, self._limit, self._text = tokenizer, limit, Text(stop, strip)
-        self._eos_token_ids = (tokenizer.eos_token_id,) if eos_token_ids is None else eos_token_ids
+        self._eos_token_ids = eos_token_ids
         self._decode_stream = DecodeStream(skip_special_tokens=True)
         added = tokenizer.added_tokens_decoder.items()
         self._special = {id: token.content for id, token in added if token.special}

@@ -42,7 +42,7 @@ from falcon_kit.generation.prompts import (
     vocabulary_size,
 )
 from falcon_kit.generation.ranks import SharedEvent, shared_seed
-from falcon_kit.generation.sampling import check_stop, split_settings
+from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
@@ -81,7 +81,7 @@ def stream(
         not task.returns_list,
         "a stream carries one text: give one prompt and num_return_sequences=1, or use generate()",
     )
-    require(task.has_steps, f"{task.no_steps} cannot stream token by token: use generate()")
+    require(task.has_steps, f"{task.other_loop} cannot stream token by token: use generate()")
     return Stream(task)
 
 
@@ -103,13 +103,14 @@ class _GenerateTask(GenerationTask):
         check_names(self.options, model)
         check_effects(self.options, self.sampling.samples)
         beam_search = (self._effective("num_beams") or 1) > 1
-        self.stop = self._stop_strings()
-        self.no_steps = "beam search" if beam_search else self._other_loop()
+        self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings") or ()))
+        self.ends = end_token_ids(self.options, model.generation_config, tokenizer)
+        self.other_loop = "beam search" if beam_search else self._other_loop()
         """The way to generate that is not token by token; empty for all others."""
-        self.has_steps = not self.no_steps
+        self.has_steps = not self.other_loop
         require(
             self.has_steps or not self.sampling.alternatives,
-            f"{self.no_steps} reports no alternatives: leave alternatives out",
+            f"{self.other_loop} reports no alternatives: leave alternatives out",
         )
         self.assisted = not beam_search and any(self._effective(name) is not None for name in ASSISTED)
         copies = self.sampling.num_return_sequences
@@ -224,7 +225,10 @@ class _GenerateTask(GenerationTask):
         return self._generations(self._batch(), 0)[0]
 
     def _batch(self) -> BatchDecoder:
-        decoders = [self._decoder() for _ in self.prompts for _ in range(self.sampling.num_return_sequences)]
+        decoders = [
+            SequenceDecoder(self.tokenizer, self.stop, self.new_tokens, self.strip, self.ends)
+            for _ in range(len(self.prompts) * self.sampling.num_return_sequences)
+        ]
         return BatchDecoder(decoders, self.cancelled, self.sampling.alternatives)
 
     def _effective(self, name: str) -> Any:
@@ -243,27 +247,17 @@ class _GenerateTask(GenerationTask):
         room = min(context, self.sampling.max_length or context)
         return [ids[-(room - new_tokens) :] for ids in encoded], new_tokens
 
-    def _stop_strings(self) -> tuple[str, ...]:
-        """The setting `stop` and transformers' `stop_strings`, of the caller or the checkpoint; all are cut off."""
-        others = self._effective("stop_strings") or ()
-        check_stop(others)
-        return (*self.sampling.stop_strings, *((others,) if isinstance(others, str) else others))
-
-    def _decoder(self) -> SequenceDecoder:
-        ends = end_token_ids(self.options, self.model.generation_config, self.tokenizer)
-        return SequenceDecoder(self.tokenizer, self.stop, self.new_tokens, self.strip, ends)
-
     def _arguments(self) -> dict[str, Any]:
         """All arguments of transformers' `generate`; the caller's win over those of the settings."""
-        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        pad: Any = next((each for each in pads if each is not None), None)  # masked, so any token will do
+        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        pad: Any = next(each for each in pads if each is not None)  # masked, so any token will do
         return {
             **_left_padded(self.prompts, pad, self.model.device),
             **self.sampling.generate_arguments(),
             "num_return_sequences": self.sampling.num_return_sequences,
             "max_new_tokens": self.new_tokens,
             **self.options,
-            "eos_token_id": end_token_ids(self.options, self.model.generation_config, self.tokenizer) or None,
+            "eos_token_id": self.ends or None,
             "pad_token_id": pad,
             "return_dict_in_generate": True,
             "stop_strings": None,  # the decoders stop at them, and cut them off

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from falcon_kit.generation.chat import check_messages
-from falcon_kit.generation.prompts import check_prompt, numbered
+from falcon_kit.generation.prompts import check_prompt, is_conversation, numbered
 from falcon_kit.generation.text import Generation, Piece
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def check_given(guardrails: Guard | None, given: Any, tokenizer: PreTrainedToken
     check_guard(guardrails)
     if guardrails is None:
         return
-    if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
+    if is_conversation(given):
         kind, texts = "message", [each["content"] for each in check_messages(given)]
     else:
         kind, texts = "prompt", [_as_text(each, tokenizer) for each in check_prompt(given)[0]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, plain_scalar, require, shown
+from falcon_kit.generation.chat import Message
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.sampling import Sampling
 
@@ -18,7 +19,12 @@ DEFAULT_NEW_TOKENS = 200
 _ENCODED_AT_ONCE = 100_000
 
 
-def check_prompt(prompt: Prompt) -> tuple[list[Any], bool]:
+def is_conversation(prompt: Any) -> TypeGuard[Sequence[Message]]:
+    """Whether a prompt is a list of messages, which the chat template renders; they are not checked."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def check_prompt(prompt: Any) -> tuple[list[Any], bool]:
     """A list of prompts (texts, or one list of token ids), and whether `prompt` is a single one.
 
     Raises ValueError for another type, an empty prompt, or a text with a lone surrogate.
@@ -99,8 +105,9 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
     longest = max(map(len, prompts))
     label = prompt_label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), len(prompts))
     if sampling.max_length is not None:
-        if sampling.truncate == "left" and 2 <= sampling.max_length <= longest:
-            return min(context, sampling.max_length) // 2
+        half = min(context, sampling.max_length) // 2
+        if sampling.truncate == "left" and longest >= sampling.max_length and half:
+            return half  # the other half is for the end of the prompt
         require(
             longest < sampling.max_length,
             f"max_length={sampling.max_length} leaves no room: {label} has {longest} tokens",

@@ -1,6 +1,5 @@
 """The settings of generation, checked on creation."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -21,7 +20,6 @@ MAX_STOP_CHARACTERS = 10_000
 """The most characters of all stop strings together."""
 _LEAST = {"max_new_tokens": 1, "max_length": 1, "top_k": 0, "num_return_sequences": 1, "seed": 0, "alternatives": 0}
 _TEMPERATURES = 1e-30, 1e30
-_ANY = -math.inf, math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ class Sampling:
         check_flag("do_sample", self.do_sample, None)
         self._check_whole_numbers()
         self._check_numbers()
-        check_stop(self.stop)
+        stop_strings(self.stop)  # raises for what is none
         require(
             self.max_new_tokens is None or self.max_length is None,
             f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
@@ -89,11 +87,12 @@ class Sampling:
     def _check_numbers(self) -> None:
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            require(value is None or _is_number_or_nan(value), f"{name} must be a number, got {shown(value)}")
+            is_real = isinstance(value, int | float) and not isinstance(value, bool)
+            require(value is None or is_real, f"{name} must be a number, got {shown(value)}")
         temperature, top_p = self.temperature, self.top_p
         require(
-            temperature is None or 0 <= temperature < float("inf"),
-            f"temperature must be 0 (the most probable token) or more, got {temperature}",
+            temperature is None or temperature >= 0,
+            f"temperature must be 0 (the most probable token) or more, got {shown(temperature)}",
         )
         require(
             not temperature or is_number(temperature, *_TEMPERATURES),
@@ -114,7 +113,7 @@ class Sampling:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return stop_strings(self.stop)
 
     def generate_arguments(self) -> dict[str, Any]:
         """The arguments of transformers' `generate` that set how a token is chosen."""
@@ -135,13 +134,14 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any
     return Sampling(**sampling), {name: value for name, value in settings.items() if name not in sampling}
 
 
-def check_stop(stop: Any) -> None:
-    """Raises ValueError for what is no stop string or list of them, and for those that are empty or too long."""
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """One stop string or several as a tuple; None is none. Raises ValueError for anything else, and for those that are
+    empty or too long."""
     require(
         isinstance(stop, str | list | tuple | None) and all(isinstance(word, str) for word in stop or ()),
         f"stop must be a text or a list of texts, got {shown(stop)}",
     )
-    words = (stop,) if isinstance(stop, str) else stop or ()
+    words = (stop,) if isinstance(stop, str) else tuple(stop or ())
     require(all(words), "stop must not contain an empty string: it would end every text at once")
     length = sum(map(len, words))
     require(
@@ -152,7 +152,4 @@ def check_stop(stop: Any) -> None:
         all(map(is_encodable, words)),
         "stop has a lone surrogate, which no text of a model contains: give whole characters",
     )
-
-
-def _is_number_or_nan(value: object) -> bool:
-    return is_number(value, *_ANY) or (isinstance(value, float) and math.isnan(value))
+    return words

@@ -23,9 +23,16 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_number, is_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.display.page import percent, visible
 from falcon_kit.display.tables import html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, evaluation_mode, inspect_model
+from falcon_kit.inspection.hooks import (
+    InspectedModel,
+    TextOrIds,
+    TextResult,
+    evaluation_mode,
+    inspect_model,
+    language_head,
+)
 from falcon_kit.inspection.plots import lens as plots
-from falcon_kit.inspection.predictions import Candidate, Floats, predict, target_id
+from falcon_kit.inspection.predictions import Candidate, Floats, target_id
 from falcon_kit.loading.quantization import unpacked
 
 if TYPE_CHECKING:
@@ -110,18 +117,18 @@ def attribute(
     within `tolerance`, 0.02 unless given, at most 1024 (see `Attribution.gap`).
 
     Warns if the gap of integrated gradients is more than a tenth. Raises ValueError for a text that is empty or longer
-    than the context, a target that is not one token, an unknown method, or a setting that would have no effect.
+    than the context, a target that is not one token, an unknown method, a setting without effect, or no end token.
     """
     inspected = inspect_model(falcon)
-    ids = inspected.encode(text)
-    steps, tolerance = plain_scalar(steps), plain_scalar(tolerance)
+    language_head(inspected)  # raises for a model without one
+    ids, steps, tolerance = inspected.encode(text), plain_scalar(steps), plain_scalar(tolerance)
     _check_arguments(method, steps, tolerance)
-    following = int(predict(inspected, ids, 1).top_ids[-1, 0]) if target is None else target_id(inspected, target)
+    blank, following = _baseline(inspected, ids), None if target is None else target_id(inspected, target)
     with evaluation_mode(inspected.model), unpacked(inspected.model):
         log_probabilities = _next_log_probabilities(inspected, inspected.input_ids(ids))[0]
-        baseline = _next_log_probabilities(inspected, inspected.input_ids(_baseline(inspected, ids)))[0, following]
+        following = int(log_probabilities.argmax()) if following is None else following
         log_probability = float(log_probabilities[following])
-        change = log_probability - float(baseline)
+        change = log_probability - float(_next_log_probabilities(inspected, inspected.input_ids(blank))[0, following])
         if method == "leave-one-out":
             scores, used_steps = log_probability - _leave_one_out(inspected, ids, following), len(ids)
         else:
@@ -169,8 +176,12 @@ def _warn_of_gap(found: Attribution) -> None:
 
 
 def _baseline(inspected: InspectedModel, ids: list[int]) -> list[int]:
-    """As many end-of-sequence tokens as the text has tokens."""
-    return [int(inspected.tokenizer.eos_token_id)] * len(ids)
+    """As many end-of-sequence tokens as the text has tokens. Raises ValueError if the tokenizer has none."""
+    token: Any = inspected.tokenizer.eos_token_id
+    require(
+        token is not None, "the tokenizer has no end-of-sequence token to replace tokens with: set tokenizer.eos_token"
+    )
+    return [token] * len(ids)
 
 
 def _next_log_probabilities(inspected: InspectedModel, input_ids: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ def _next_log_probabilities(inspected: InspectedModel, input_ids: Tensor) -> Ten
 
 def _leave_one_out(inspected: InspectedModel, ids: list[int], target: int) -> Floats:
     """(T,): the log-probability of the target with each token of the text replaced in turn."""
-    texts = inspected.input_ids(ids).repeat(len(ids), 1).fill_diagonal_(int(inspected.tokenizer.eos_token_id))
+    texts = inspected.input_ids(ids).repeat(len(ids), 1).fill_diagonal_(_baseline(inspected, ids)[0])
     parts = [_next_log_probabilities(inspected, rows)[:, target].cpu() for rows in texts.split(_MAX_BATCH)]
     return torch.cat(parts).numpy()
 

@@ -18,10 +18,12 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import regex
 
 from falcon_kit.catalogue.names import embedded_name
 from falcon_kit.display.errors import printable, require
@@ -42,6 +44,11 @@ Texts = Mapping[str, str | Sequence[str]]
 _SENTENCES = Path(__file__).with_name("sentences.json")
 _PUBLISHED = Path(__file__).with_name("published.json")
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_WORD: Mapping[Segmenter, Any] = {
+    "spaces": regex.compile(r"[\p{L}\p{N}\p{S}][\p{L}\p{N}\p{S}\p{M}\u200c\u200d]*"),
+    "characters": regex.compile(r"[\p{L}\p{N}\p{S}][\p{M}\u200c\u200d]*"),
+}
+"""Letters, digits and symbols with what belongs to them: marks (accents, vowel signs) and joiners within emoji."""
 _RATIOS = ("tokens_per_word", "whole_share", "bytes_per_token", "byte_fallback")
 _COLUMNS = ("text", "tokens", "tokens per word", "words by", "words whole", "bytes per token", "byte fallback")
 
@@ -238,7 +245,7 @@ def _count(name: str, text: str | Sequence[str], tokenizer: Any) -> TokenCounts:
         sentences=0 if isinstance(text, str) else len(sentences),
         characters=sum(len(view.text) for view in views),
         bytes=sum(len(view.text.encode()) for view in views),
-        words=sum(len(list(_words(view.text, segmenter))) for view in views),
+        words=sum(len(_words(view.text, segmenter)) for view in views),
         segmenter=segmenter,
         whole_words=sum(len(_whole_words(view, segmenter)) for view in views),
         tokens=sum(len(view.tokens) for view in views),
@@ -254,20 +261,9 @@ def _segmenter(text: str) -> Segmenter:
     return "characters" if 2 * unspaced > len(letters) else "spaces"
 
 
-def _words(text: str, segmenter: Segmenter) -> Iterator[range]:
+def _words(text: str, segmenter: Segmenter) -> list[range]:
     """The words of a text, each as a range of characters."""
-    start = None
-    for at, each in enumerate(f"{text} "):
-        starts, continues = unicodedata.category(each)[0] in "LNS", _joins(each)
-        if start is not None and (not (starts or continues) or (starts and segmenter == "characters")):
-            yield range(start, at)
-            start = None
-        start = at if starts and start is None else start
-
-
-def _joins(character: str) -> bool:
-    """Whether a character belongs to the one before it: accents, vowel signs, joiners within emoji."""
-    return unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"
+    return [range(*found.span()) for found in _WORD[segmenter].finditer(text)]
 
 
 def _whole_words(view: TokenView, segmenter: Segmenter) -> list[range]:

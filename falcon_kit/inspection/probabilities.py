@@ -13,7 +13,7 @@ Shapes: T time, K keys so far, H query heads, G KV heads, R = H / G, D head_dim,
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -52,9 +52,10 @@ STATISTICS = {
 - distance: mean of sum A[i, j] (i - j).
 - entropy: mean of H_i = -sum A[i, j] ln A[i, j]; effective_context: mean of exp(H_i).
 """
-LINEAR = ("previous", "sink", "duplicate", "induction", "distance")
+LINEAR = ("previous", "sink", "duplicate", "induction", "distance")  # the first ones of STATISTICS
 _PREFILL_CHUNK_SIZE = 256  # tokens in one forward pass
-_BLOCK_SIZE = {"cpu": 2**21}  # attention probabilities of all heads that are computed at once; fits a CPU's caches
+BLOCK_SIZE = 2**21
+"""Attention probabilities of all heads that are computed at once; fits a CPU's caches."""
 _BLOCK_SIZE_ELSEWHERE = 2**26
 
 
@@ -82,7 +83,8 @@ def measure(
     """
     reader = _AttentionReader(inspected, ids, pairs)
     size = prefill_chunk_size or (len(ids) if _is_offloaded(inspected.model) else _PREFILL_CHUNK_SIZE)
-    with torch.inference_mode(), forward_hooks(inspected, reader.hooks()):
+    hooks = attention_hooks(inspected, range(inspected.spec.layers), reader.measure)
+    with torch.inference_mode(), forward_hooks(inspected, hooks):
         for start in range(0, len(ids), size):
             reader.read(start, min(start + size, len(ids)))
     return reader.measurements()
@@ -93,25 +95,29 @@ Rotation = tuple[Tensor, Tensor] | None
 
 
 def attention_hooks(
-    inspected: InspectedModel, layer: int, use: Callable[[Tensor, Rotation, Any], None]
+    inspected: InspectedModel, layers: Iterable[int], use: Callable[[int, Tensor, Rotation, Any], None]
 ) -> list[tuple[Any, Any]]:
-    """Two hooks on a layer that call `use` when its attention is computed and the keys are in the KV cache.
+    """Hooks on some layers that call `use` when a layer's attention is computed and its keys are in the KV cache.
 
-    use: gets the fused projection (1, T, (H + 2 G) x D), the rotation, and the attention module's output. Raises
-    ValueError for attention that differs from the model's definition, and in the hooks for a part of the heads.
+    use: gets the layer, the fused projection (1, T, (H + 2 G) x D), the rotation, and the attention module's output.
+    Raises ValueError for attention that differs from the model's definition, and in the hooks for a part of the heads.
     """
     check_attention_implementation(inspected)
-    module, kept = inspected.layers[layer].self_attention, []
+    kept: list[Tensor] = []
+    hooks: list[tuple[Any, Any]] = []
 
     def keep(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         kept.append(output)
 
-    def hand_over(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def hand_over(layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         fused = kept.pop()
         _check_all_heads(inspected.spec, fused)
-        use(fused, _rotation(inspected.spec, kwargs, fused.device), output)
+        use(layer, fused, _rotation(inspected.spec, kwargs, fused.device), output)
 
-    return [(module.query_key_value, keep), (module, hand_over)]
+    for layer in layers:
+        module = inspected.layers[layer].self_attention
+        hooks += [(module.query_key_value, keep), (module, partial(hand_over, layer))]
+    return hooks
 
 
 def check_attention_implementation(inspected: InspectedModel) -> None:
@@ -143,8 +149,15 @@ def alibi_bias(spec: FalconSpec, keys: int, dtype: torch.dtype, device: torch.de
     return alibi(spec, torch.arange(keys, device=device)[None], dtype)[0].float()
 
 
+def attention_scores(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """The scores (H, b, K) of queries (H, b, D) and keys (G, K, D) before the mask: q k / sqrt(D), and ALiBi's bias."""
+    rows = (query * query.shape[-1] ** -0.5).unflatten(0, (len(key), -1)).flatten(1, 2)  # (G, R x b, D)
+    scores = (rows @ key.mT).view(len(query), -1, key.shape[1])
+    return scores if bias is None else scores.add_(bias[:, None, : key.shape[1]])
+
+
 class _AttentionReader:
-    """Forward hooks that compute attention probabilities block by block and add up the statistics."""
+    """Computes attention probabilities block by block and adds up the statistics."""
 
     def __init__(self, inspected: InspectedModel, ids: list[int], pairs: list[tuple[int, int]]) -> None:
         self.inspected, self.spec, self.ids = inspected, inspected.spec, ids
@@ -152,17 +165,9 @@ class _AttentionReader:
         self.cache = DynamicCache(config=inspected.decoder.config)
         self.start = 0  # the position of the first token in the current forward pass
         self.weights: dict[tuple[int, int, torch.device], Tensor] = {}
-        self.linear = np.zeros((layers, heads, len(LINEAR)))
-        self.entropy, self.effective_context = np.zeros((layers, heads)), np.zeros((layers, heads))
+        self.sums = np.zeros((len(STATISTICS), layers, heads))
         self.similarity = np.zeros((layers, heads, heads))
         self.maps = {each: np.zeros((len(ids), len(ids)), np.float32) for each in pairs}
-
-    def hooks(self) -> list[tuple[Any, Any]]:
-        """Those on the attention of every layer."""
-        layers = range(self.spec.layers)
-        return [
-            hook for layer in layers for hook in attention_hooks(self.inspected, layer, partial(self._measure, layer))
-        ]
 
     def read(self, start: int, stop: int) -> None:
         """Runs the model on the tokens `start` to `stop`."""
@@ -171,36 +176,33 @@ class _AttentionReader:
         tokens = self.inspected.input_ids(self.ids[start:stop])
         self.inspected.decoder(input_ids=tokens, past_key_values=self.cache, use_cache=True)
 
-    def _measure(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+    def measure(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
+        """Adds the tokens that the model reads now to the sums of a layer; called by `attention_hooks`."""
         spec = self.spec
         query = split_heads(fused, spec.queries_per_kv_head, spec.head_dim, rotation)[0][0]  # (H, T, D)
         keys = cast(Any, self.cache.layers[layer]).keys[0]  # (G, K, D); (H, K, D) in transformers' own Falcon
         keys = keys[:: len(keys) // spec.kv_heads].float()
         bias = alibi_bias(spec, keys.shape[1], fused.dtype, keys.device)
-        grouped = query.float().unflatten(0, (spec.kv_heads, -1)) * spec.head_dim**-0.5  # (G, R, T, D)
-        end = self.start + query.shape[1]
-        block = max(1, _BLOCK_SIZE.get(keys.device.type, _BLOCK_SIZE_ELSEWHERE) // (end * spec.query_heads))  # queries
+        query, end = query.float(), self.start + query.shape[1]
+        size = BLOCK_SIZE if keys.device.type == "cpu" else _BLOCK_SIZE_ELSEWHERE
+        block = max(1, size // (end * spec.query_heads))  # queries
         for first in range(self.start, end, block):
             stop = min(end, first + block)
-            rows = grouped[:, :, first - self.start : stop - self.start].flatten(1, 2)  # (G, R x b, D)
-            self._accumulate(layer, rows @ keys[:, :stop].mT, bias, first, stop)
+            rows = query[:, first - self.start : stop - self.start]
+            self._accumulate(layer, attention_scores(rows, keys[:, :stop], bias), first, stop)
 
-    def _accumulate(self, layer: int, scores: Tensor, bias: Tensor | None, first: int, stop: int) -> None:
-        """Adds the queries `first` to `stop` to the sums, from their scores (G, R x b, K) with K = `stop`."""
-        scores = scores.view(self.spec.query_heads, stop - first, stop)  # (H, b, K)
-        if bias is not None:
-            scores += bias[:, None, :stop]
+    def _accumulate(self, layer: int, scores: Tensor, first: int, stop: int) -> None:
+        """Adds the queries `first` to `stop` to the sums, from their scores (H, b, K) with K = `stop`."""
         future = torch.ones(stop - first, stop - first, dtype=torch.bool, device=scores.device).triu(1)
         # A finite number, because 0 x infinity is nan.
         scores[:, :, first:].masked_fill_(future, torch.finfo(torch.float32).min)
         probabilities = scores.softmax(-1)
         flat = probabilities.flatten(1)  # (H, b x K)
-        self.linear[layer] += (flat @ self._block_weights(first, stop, flat.device).T).cpu().numpy()
+        linear = (flat @ self._block_weights(first, stop, flat.device).T).T  # (len(LINEAR), H)
         # Entropy is -sum p ln p with ln p = score - ln Z; ln Z is the largest score minus the ln of its probability.
         log_z = scores.amax(-1) - probabilities.amax(-1).log()
         entropy = (log_z - torch.linalg.vecdot(probabilities, scores)).clamp(min=0)  # (H, b)
-        self.entropy[layer] += entropy.sum(-1).cpu().numpy()
-        self.effective_context[layer] += entropy.exp().sum(-1).cpu().numpy()
+        self.sums[:, layer] += torch.vstack([linear, entropy.sum(-1), entropy.exp().sum(-1)]).cpu().numpy()
         for (_, head), kept in ((name, kept) for name, kept in self.maps.items() if name[0] == layer):
             kept[first:stop, :stop] = probabilities[head].cpu().numpy()
         flat = flat.sqrt_()
@@ -216,8 +218,6 @@ class _AttentionReader:
         """The means over all queries, after the whole text."""
         time, (copies, followers) = len(self.ids), _count_copies(self.ids)
         visible = np.arange(1, time + 1)  # keys that each query may attend to
-        sums = {name: self.linear[..., at] for at, name in enumerate(LINEAR)}
-        sums |= {"entropy": self.entropy, "effective_context": self.effective_context}
         # The number of queries that count, and the value of each of them for uniform attention.
         rows: dict[str, tuple[Any, Any]] = {
             "previous": (time - 1, 1 / visible[1:]),
@@ -228,7 +228,7 @@ class _AttentionReader:
             "entropy": (time, np.log(visible)),
             "effective_context": (time, visible),
         }
-        means = {name: _mean(sums[name], rows[name][0]) for name in STATISTICS}
+        means = {name: _mean(total, rows[name][0]) for name, total in zip(STATISTICS, self.sums, strict=True)}
         chance = {name: float(_mean(rows[name][1].sum(), rows[name][0])) for name in STATISTICS}
         return Measurements(means, chance, _mean(self.similarity, time), self.maps)
 

@@ -19,35 +19,13 @@ from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.control_tokens import encoding
 from falcon_kit.inspection.plots import tokens as plots
+from falcon_kit.inspection.token import Token
 from falcon_kit.inspection.views.tokens import tokens_page
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
-
-Bytes = bytes  # the type, for classes with a field of the same name
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a text."""
-
-    id: int
-    """Its token id."""
-    text: str
-    """The characters of the text that it contains; a character of which it contains only some bytes is included."""
-    bytes: Bytes
-    """The bytes of the UTF-8 text that it contains."""
-    span: tuple[int, int]
-    """Its character offsets in the text: the first character, and the one after the last."""
-    special: bool
-    """Whether it is a special token, such as the end-of-sequence token."""
-
-    @property
-    def partial(self) -> bool:
-        """Whether it contains only some bytes of a character."""
-        return self.bytes != self.text.encode()
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +36,7 @@ class TokenView(HasPage):
     """The text."""
     tokens: tuple[Token, ...]
     """Its tokens in order."""
-    lost: Mapping[int, Bytes]
+    lost: Mapping[int, bytes]
     """The bytes that are in no token because the vocabulary lacks them, by the position of their character."""
 
     @property
@@ -82,15 +60,7 @@ class TokenView(HasPage):
 
     def page(self) -> Page:
         """The text with coloured tokens; pointing at a token shows its id, bytes and characters; at most a megabyte."""
-        return tokens_page(
-            repr(self)[len("TokenView(") : -1],
-            self.text,
-            self.ids,
-            [token.bytes for token in self.tokens],
-            [token.span for token in self.tokens],
-            [token.special for token in self.tokens],
-            self.lost,
-        )
+        return tokens_page(self._summary, self.text, self.tokens, self.lost)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: text, id, bytes in hexadecimal, span, and whether it is special or partial."""
@@ -99,15 +69,18 @@ class TokenView(HasPage):
         rows = [(t.text, t.id, t.bytes.hex(" "), *t.span, t.special, t.partial) for t in self.tokens]
         return pd.DataFrame(rows, columns=["token", "id", "bytes", "start", "end", "special", "partial"])
 
-    def __repr__(self) -> str:
+    @property
+    def _summary(self) -> str:
         special, lost = sum(token.special for token in self.tokens), sum(map(len, self.lost.values()))
         return (
-            f"TokenView({counted(len(self.tokens), 'token')}, {counted(len(self.text), 'character')}, "
+            f"{counted(len(self.tokens), 'token')}, {counted(len(self.text), 'character')}, "
             f"{counted(len(self.text.encode()), 'byte')}"
             + (f", {special:,} special" if special else "")
             + (f", {counted(lost, 'byte')} lost" if lost else "")
-            + ")"
         )
+
+    def __repr__(self) -> str:
+        return f"TokenView({self._summary})"
 
 
 def tokens(text: str, tokenizer: Any, *, split_special_tokens: bool | None = None) -> TokenView:

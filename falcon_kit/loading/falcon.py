@@ -14,7 +14,8 @@ from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
-from falcon_kit.generation.prompts import Prompt, check_length
+from falcon_kit.generation.prompts import Prompt, check_length, is_conversation
+from falcon_kit.generation.sampling import stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
@@ -74,8 +75,8 @@ class Falcon:
         """
         check_given(guardrails, prompt, self.tokenizer)
         settings = self._with_decoding(settings)
-        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            settings = self._turns(cast(Sequence[Message], prompt), settings)
+        if is_conversation(prompt):
+            settings = self._turns(prompt, settings)
         else:
             settings = {**_ONE_TEXT, **settings, "prompt": prompt}
         return guarded(generate.stream(self.model, self.tokenizer, **settings), guardrails)
@@ -95,8 +96,8 @@ class Falcon:
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
-        format, stop = self.chat_format, settings.get("stop") or ()
-        stop = (*format.stop, *((stop,) if isinstance(stop, str) else stop))
+        format = self.chat_format
+        stop = (*format.stop, *stop_strings(settings.get("stop")))
         if settings.get("truncate") is None:
             context = context_limit(self.model.config)
             for number, each in enumerate(check_messages(messages), 1):

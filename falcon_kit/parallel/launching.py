@@ -20,7 +20,7 @@ from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
 from falcon_kit.generation.sampling import split_settings
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
@@ -163,7 +163,7 @@ class ParallelFalcon:
         """Sends a request to all ranks, yields the pieces of a stream, and returns the generated texts."""
         if self._workers.closed:
             raise RuntimeError("the processes of this model have ended: load it again")
-        if _is_conversation(prompt) and self.tokenizer.chat_template != self._template:
+        if is_conversation(prompt) and self.tokenizer.chat_template != self._template:
             raise ValueError(
                 "the tokenizer's chat template was changed after loading, and the processes have another: load the "
                 "model again with chat=fk.ChatFormat('mine', template=falcon.tokenizer.chat_template)"
@@ -278,11 +278,6 @@ def _end(receiving: Generator[Piece, None, dict[int, Any]]) -> dict[int, Any]:
             next(receiving)
         except StopIteration as end:
             return cast(dict[int, Any], end.value)
-
-
-def _is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages, which the chat template renders."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -3,12 +3,12 @@
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from falcon_kit.catalogue.names import spec
@@ -17,7 +17,7 @@ from falcon_kit.display.errors import is_whole, printable, require, shown, unkno
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt, check_prompt
+from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
@@ -109,9 +109,9 @@ class Endpoint:
     ) -> RemoteStream:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
-        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            return self._stream(self._chat_request(cast(Sequence[Message], prompt), sampling, options), True, turns)
-        prompts, single = check_prompt(cast(Prompt, prompt))
+        if is_conversation(prompt):
+            return self._stream(self._chat_request(prompt, sampling, options), True, turns)
+        prompts, single = check_prompt(prompt)
         require(single, "a stream yields one text: give one prompt, or use generate()")
         return self._stream(_plain_request(prompts[0], sampling, options), False, turns)
 

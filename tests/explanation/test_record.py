@@ -178,5 +178,5 @@ def test_a_route_that_reached_the_first_token_stays_there(inspected):
 
 def test_the_route_does_not_depend_on_how_many_queries_are_computed_at_once(inspected, monkeypatch):
     whole = route(inspected, IDS)
-    monkeypatch.setattr("falcon_kit.explanation.route._BLOCK", 1)
+    monkeypatch.setattr("falcon_kit.explanation.route.BLOCK_SIZE", 1)
     assert [(step.head, step.key) for step in route(inspected, IDS)] == [(step.head, step.key) for step in whole]

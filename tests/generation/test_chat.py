@@ -24,7 +24,6 @@ from falcon_kit.generation.chat import (
     chat_format,
     check_messages,
     encode,
-    install,
     plain_template,
     render,
     render_prompt,
@@ -348,13 +347,15 @@ def test_closing_a_conversation_needs_an_end_token() -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=NAMES)
 def test_an_installed_format_is_what_apply_chat_template_uses(format: ChatFormat) -> None:
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = format.template
 
-    assert install(tokenizer, format) is tokenizer
     assert render(TALK, format) == tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
 
 
 def test_an_installed_format_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
-    install(make_tokenizer(), BAIZE).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = BAIZE.template
+    tokenizer.save_pretrained(tmp_path)
 
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
 
@@ -511,7 +512,8 @@ def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruc
 def test_a_saved_template_is_plain_jinja_and_the_tokenizer_in_memory_keeps_its_marks(
     format: ChatFormat, tmp_path: Path
 ) -> None:
-    tokenizer = install(make_tokenizer(), format)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = format.template
     save_tokenizer(tokenizer, tmp_path)
     saved = (tmp_path / "chat_template.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701  # a chat is no HTML

@@ -23,7 +23,7 @@ def texts_with_stops(draw):
 def pieces_of(tokenizer, text, stop=(), strip=False):
     """What a row shows token by token, as far as it goes."""
     ids = tokenizer(text)["input_ids"]
-    row = SequenceDecoder(tokenizer, stop, limit=len(ids), strip=strip)
+    row = SequenceDecoder(tokenizer, stop, limit=len(ids), strip=strip, eos_token_ids=[tokenizer.eos_token_id])
     shown = []
     for token in ids:
         shown.append(row.push(token, 0.0))
@@ -52,19 +52,19 @@ def test_a_row_has_shown_its_whole_text_when_it_ends(tokenizer, case):
 
 def test_a_text_cut_off_inside_a_character_shows_a_replacement_mark_at_the_end(tokenizer):
     ids = tokenizer("🦒")["input_ids"]
-    row = SequenceDecoder(tokenizer, (), limit=len(ids) - 1, strip=False)
+    row = SequenceDecoder(tokenizer, (), limit=len(ids) - 1, strip=False, eos_token_ids=[tokenizer.eos_token_id])
     assert "".join(row.push(token, 0.0) for token in ids[:-1]) == tokenizer.decode(ids[:-1])
 
 
 def test_an_end_token_inside_a_character_shows_a_replacement_mark_too(tokenizer):
     ids = [*tokenizer("🦒")["input_ids"][:-1], tokenizer.eos_token_id]
-    row = SequenceDecoder(tokenizer, (), limit=100, strip=False)
+    row = SequenceDecoder(tokenizer, (), limit=100, strip=False, eos_token_ids=[tokenizer.eos_token_id])
     assert "".join(row.push(token, 0.0) for token in ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @given(st.lists(st.integers(0, 2047).filter(lambda token: token != 11), min_size=1, max_size=30))
 def test_any_tokens_at_all_give_the_text_that_the_tokenizer_decodes(tokenizer, ids):
-    row = SequenceDecoder(tokenizer, (), limit=len(ids), strip=False)
+    row = SequenceDecoder(tokenizer, (), limit=len(ids), strip=False, eos_token_ids=[tokenizer.eos_token_id])
     assert "".join(row.push(token, 0.0) for token in ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 

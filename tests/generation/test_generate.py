@@ -1,5 +1,6 @@
 """Generation: transformers' own `generate` and plain arithmetic are the oracles."""
 
+import copy
 import dataclasses
 import signal
 
@@ -72,6 +73,13 @@ def test_a_batch_equals_single_prompts_in_every_layout(layout, tokenizer):
     model = small_model(layout)
     alone = [generate(model, tokenizer, prompt, max_new_tokens=24).tokens for prompt in PROMPTS]
     assert [each.tokens for each in generate(model, tokenizer, PROMPTS, max_new_tokens=24)] == alone
+
+
+def test_a_batch_needs_no_token_for_the_end_or_for_padding(tokenizer):
+    model, plain = small_model("40b"), copy.deepcopy(tokenizer)
+    plain.eos_token = plain.pad_token = None
+    alone = [generate(model, plain, prompt, max_new_tokens=8).tokens for prompt in PROMPTS]
+    assert [each.tokens for each in generate(model, plain, PROMPTS, max_new_tokens=8)] == alone
 
 
 # How a text ends

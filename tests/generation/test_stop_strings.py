@@ -19,7 +19,7 @@ def special(tokenizer, token):
 
 def written(tokenizer, ids, stop):
     """What is shown of these tokens, and how many are read."""
-    row = SequenceDecoder(tokenizer, stop, limit=len(ids), strip=False)
+    row = SequenceDecoder(tokenizer, stop, limit=len(ids), strip=False, eos_token_ids=[tokenizer.eos_token_id])
     shown = ""
     for token in ids:
         shown += row.push(token, 0.0)

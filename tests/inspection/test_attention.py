@@ -184,7 +184,7 @@ def test_statistics_are_what_their_definitions_say(layout, tokenizer, ids):
 def test_blocks_of_any_size_give_the_same(tokenizer_free, tokens, chunk, values):
     whole = fk.attention(tokenizer_free, tokens, layers=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._BLOCK_SIZE, "cpu", values)
+        patch.setattr(module, "BLOCK_SIZE", values)
         parts = fk.attention(tokenizer_free, tokens, layers=0, prefill_chunk_size=chunk)
     for name in STATISTICS:
         np.testing.assert_allclose(parts.statistics[name], whole.statistics[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -323,7 +323,7 @@ def test_the_memory_at_work_grows_with_the_text_and_not_with_its_square(tokenize
         "_accumulate",
         lambda self, layer, scores, *rest: (sizes.append(scores.numel()), accumulate(self, layer, scores, *rest)),
     )
-    monkeypatch.setitem(module._BLOCK_SIZE, "cpu", 2**14)
+    monkeypatch.setattr(module, "BLOCK_SIZE", 2**14)
     for time in (256, 1024):
         fk.attention((model("40b"), tokenizer), [20 + at % 40 for at in range(time)])
     assert max(sizes) <= 2**14

@@ -1,5 +1,6 @@
 """Attributions, compared with their definitions and with the change that they must sum to."""
 
+import copy
 import math
 import re
 import warnings
@@ -68,6 +69,18 @@ def test_the_likeliest_token_is_explained_unless_told(instruct):
     first = fk.lens(instruct, TEXT).next_tokens()[0]
     assert (found.target.id, found.target.rank) == (first.id, 0)
     assert found.target.probability == pytest.approx(first.probability, rel=1e-3)
+
+
+def test_finding_the_likeliest_token_takes_no_pass_of_its_own(tokenizer, ids):
+    falcon, passes = model("40b"), []
+    hook = falcon.transformer.register_forward_hook(lambda *args: passes.append(1))
+    counts = []
+    for target in (77, None):
+        fk.attribute((falcon, tokenizer), ids, target, method="leave-one-out")
+        counts.append(len(passes))
+        passes.clear()
+    hook.remove()
+    assert counts[0] == counts[1]
 
 
 def test_the_animal_in_the_question_decides_the_answer(instruct):
@@ -158,6 +171,21 @@ def test_a_notebook_shows_the_score_of_each_token(instruct):
 def test_an_attribution_that_cannot_be_is_refused(instruct, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fk.attribute(instruct, **{"text": TEXT, **arguments})
+
+
+@pytest.mark.parametrize("target", [77, None])
+def test_an_attribution_without_a_head_is_refused(tokenizer, ids, target):
+    with pytest.raises(ValueError, match="FalconModel has no language-modelling head: give the whole model"):
+        fk.attribute((model("40b").transformer, tokenizer), ids, target)
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "leave-one-out"])
+def test_an_attribution_without_an_end_token_says_what_to_set(tokenizer, ids, method):
+    plain = copy.deepcopy(tokenizer)
+    plain.eos_token = None
+    error = "the tokenizer has no end-of-sequence token to replace tokens with: set tokenizer.eos_token"
+    with pytest.raises(ValueError, match=error):
+        fk.attribute((model("40b"), plain), ids, target=77, method=method)
 
 
 def test_a_probability_is_that_of_the_target(instruct):

@@ -10,7 +10,6 @@ from transformers import FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.generation.chat import install
 from falcon_kit.loading.reading import choose_device_map
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Device
@@ -302,7 +301,9 @@ def test_a_chat_format_asked_for_becomes_the_chat_template(name):
 @pytest.mark.parametrize("name", ["falcon", "hub", "baize"])
 def test_a_directory_is_loaded_with_the_chat_format_of_its_template(name, tokenizer, tmp_path):
     small_model("40b").save_pretrained(tmp_path)
-    install(copy.deepcopy(tokenizer), fk.chat_format(name)).save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = fk.chat_format(name).template
+    tokenizer.save_pretrained(tmp_path)
     assert fk.load(tmp_path).chat_format.name == name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_kit.display.page import Page, percent, text_html, visible
+from falcon_kit.display.page import Page, percent, static_text, text_html, visible
 from falcon_kit.inspection.views import tables, walk
 from falcon_kit.inspection.views.tables import bar, head, table
 
@@ -22,10 +22,7 @@ Expected = Sequence[tuple[str, float]]
 _MAX_HTML_BYTES = 800_000  # for the tokens; the page stays below a megabyte
 _MAX_BITS = 12.0  # surprisal with the strongest colour
 
-_STYLE = """
-  & .lens td { font-family: ui-monospace, monospace; white-space: nowrap; border: 1px solid var(--faint); }
-  & .scale span { display: inline-block; padding: 0 .6em; }
-"""
+_STYLE = static_text(__file__, "lens.css")
 
 
 def lens_page(

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-STYLE = """
-  & .bar { display: inline-block; height: .8em; background: var(--c0); vertical-align: middle; }
-"""
+from falcon_kit.display.page import static_text
+
+STYLE = static_text(__file__, "tables.css")
 MAX_ROWS = 120
 """Rows of a table of tokens; a longer text is cut."""
 

@@ -10,11 +10,9 @@ from html import escape
 from itertools import pairwise
 
 from falcon_kit.display.page import Page, direction, static_text, text_html, visible
+from falcon_kit.inspection.token import Token
 from falcon_kit.inspection.views import tables, walk
 from falcon_kit.inspection.views.tables import MAX_ROWS, bar, fitting, head, tokens_table
-
-Span = tuple[int, int]
-"""Character offsets: the first character, and the one after the last."""
 
 _MAX_HTML_BYTES = 800_000  # for the tokens; the page stays below a megabyte
 _MAX_CHARACTERS = 64  # of one token
@@ -24,27 +22,15 @@ _INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no character, as "
 _STYLE = static_text(__file__, "tokens.css")
 
 
-def tokens_page(
-    title: str,
-    text: str,
-    ids: Sequence[int],
-    data: Sequence[bytes],
-    spans: Sequence[Span],
-    special: Sequence[bool],
-    lost: Mapping[int, bytes],
-) -> Page:
-    """The page of a text of T tokens: their ids, bytes, spans, and whether each is special.
-
-    lost: bytes that are in no token, by the position of their character.
-    """
-    spans_html = [_token(at, text, ids[at], data[at], spans[at], special[at]) for at in range(len(ids))]
-    pieces = fitting(_grouped(text, spans_html, spans, lost), _MAX_HTML_BYTES)
-    cut = f'<p class="note">The first {len(pieces):,} of {len(ids):,} tokens.</p>' if len(pieces) < len(ids) else ""
+def tokens_page(title: str, text: str, tokens: Sequence[Token], lost: Mapping[int, bytes]) -> Page:
+    """The page of a text. lost: bytes that are in no token, by the position of their character."""
+    count, pieces = len(tokens), fitting(_grouped(text, tokens, lost), _MAX_HTML_BYTES)
+    cut = f'<p class="note">The first {len(pieces):,} of {count:,} tokens.</p>' if len(pieces) < count else ""
     body = (
-        f"{_notes(text, spans, lost)}"
+        f"{_notes(text, tokens, lost)}"
         f'<div class="tokens" dir="{direction(text)}">{"".join(pieces)}</div>{cut}'
         f"{walk.DESCRIPTION}"
-        f"<details><summary>Tokens as a table</summary>{_table(text, ids, data, spans)}</details>"
+        f"<details><summary>Tokens as a table</summary>{_table(tokens)}</details>"
     )
     script = f"{walk.SCRIPT}current = 0;{walk.SHOW_TITLE}"
     return Page(title, body, style=walk.STYLE + _STYLE, script=script)
@@ -63,32 +49,28 @@ def comparison_page(title: str, header: Sequence[str], rows: Sequence[Sequence[s
     return Page(title, body, style=tables.STYLE + _STYLE)
 
 
-def _token(at: int, text: str, number: int, data: bytes, span: Span, special: bool) -> str:
-    description = escape(_description(at, text, number, data, span, special))
-    kind = f"t{at % 4} special" if special else f"t{at % 4}"
-    return f'<span tabindex="{-1 if at else 0}" class="{kind}" title="{description}">{_content(data)}</span>'
+def _token(at: int, token: Token) -> str:
+    description = escape(_description(at, token))
+    kind = f"t{at % 4} special" if token.special else f"t{at % 4}"
+    return f'<span tabindex="{-1 if at else 0}" class="{kind}" title="{description}">{_content(token.bytes)}</span>'
 
 
-def _description(at: int, text: str, number: int, data: bytes, span: Span, special: bool) -> str:
-    part = "" if data == text[slice(*span)].encode() else "part of "
-    name = visible(_short(text, span), spaces=True)
-    return (
-        f"token {at}, {part}{name}: id {number}{', special' if special else ''}; {_hex(data)}; "
-        f"{_characters(span)} of the text"
-    )
+def _description(at: int, token: Token) -> str:
+    part, special = "part of " if token.partial else "", ", special" if token.special else ""
+    name = visible(_short(token.text), spaces=True)
+    return f"token {at}, {part}{name}: id {token.id}{special}; {_hex(token.bytes)}; {_characters(token)} of the text"
 
 
-def _short(text: str, span: Span) -> str:
-    shown = text[span[0] : min(span[1], span[0] + _MAX_CHARACTERS)]
-    return shown if span[1] - span[0] <= _MAX_CHARACTERS else f"{shown}…"
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…"
 
 
 def _hex(data: bytes) -> str:
     return f"{'byte' if len(data) == 1 else 'bytes'} {data[:24].hex(' ').upper()}{' …' if len(data) > 24 else ''}"
 
 
-def _characters(span: Span) -> str:
-    first, last = span[0], span[1] - 1
+def _characters(token: Token) -> str:
+    first, last = token.span[0], token.span[1] - 1
     return f"character {first}" if first == last else f"characters {first} to {last}"
 
 
@@ -107,22 +89,20 @@ def _text(text: str) -> str:
     return text_html(text, spaces=True)
 
 
-def _grouped(
-    text: str, spans_html: Sequence[str], spans: Sequence[Span], lost: Mapping[int, bytes]
-) -> Iterator[list[str]]:
+def _grouped(text: str, tokens: Sequence[Token], lost: Mapping[int, bytes]) -> Iterator[list[str]]:
     """The HTML of the tokens in groups. The tokens of a split character are one group, in a box.
 
     Lost characters are marked between the tokens.
     """
-    first = 0
+    first, spans = 0, [token.span for token in tokens]
     while first < len(spans):
         end = first + 1
         while end < len(spans) and spans[end][0] < spans[end - 1][1]:
             end += 1
         before = range(spans[first - 1][1] if first else 0, spans[first][0])
-        group = list(spans_html[first:end])
+        group = [_token(at, tokens[at]) for at in range(first, end)]
         if end - first > 1:
-            group[0] = f'<b class="split">{_split_characters(text, spans[first:end])} {group[0]}'
+            group[0] = f'<b class="split">{_split_characters(text, tokens[first:end])} {group[0]}'
             group[-1] += "</b>"
         group[0] = f"<wbr>{_lost_characters(text, before, lost)}{group[0]}"
         if end == len(spans):
@@ -132,9 +112,9 @@ def _grouped(
         first = end
 
 
-def _split_characters(text: str, spans: Sequence[Span]) -> str:
-    """The characters that are split over the tokens of these spans."""
-    shared = dict.fromkeys(span[0] for span in spans[1:])
+def _split_characters(text: str, tokens: Sequence[Token]) -> str:
+    """The characters that are split over these tokens."""
+    shared = dict.fromkeys(token.span[0] for token in tokens[1:])
     return text_html("".join(text[at] for at in shared))
 
 
@@ -143,10 +123,10 @@ def _lost_characters(text: str, places: range, lost: Mapping[int, bytes]) -> str
     return f'<del title="in no token">{text_html(characters)}</del>' if characters else ""
 
 
-def _notes(text: str, spans: Sequence[Span], lost: Mapping[int, bytes]) -> str:
+def _notes(text: str, tokens: Sequence[Token], lost: Mapping[int, bytes]) -> str:
     """Explains the boxes, and names lost characters."""
     notes = []
-    if any(after[0] < before[1] for before, after in pairwise(spans)):
+    if any(after.span[0] < before.span[1] for before, after in pairwise(tokens)):
         notes.append(
             "A box contains a character that is split over several tokens: first the character, then its bytes."
         )
@@ -159,9 +139,9 @@ def _notes(text: str, spans: Sequence[Span], lost: Mapping[int, bytes]) -> str:
     return "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
-def _table(text: str, ids: Sequence[int], data: Sequence[bytes], spans: Sequence[Span]) -> str:
+def _table(tokens: Sequence[Token]) -> str:
     rows = [
-        (str(at), _text(_short(text, spans[at])), str(ids[at]), escape(_hex(data[at])), _characters(spans[at]))
-        for at in range(min(MAX_ROWS, len(ids)))
+        (str(at), _text(_short(token.text)), str(token.id), escape(_hex(token.bytes)), _characters(token))
+        for at, token in enumerate(tokens[:MAX_ROWS])
     ]
-    return tokens_table(("position", "token", "id", "bytes", "characters"), rows, len(ids))
+    return tokens_table(("position", "token", "id", "bytes", "characters"), rows, len(tokens))
