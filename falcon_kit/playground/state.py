@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, printable, require, shown
+from falcon_kit.display.errors import is_whole, join_surrogates, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.guarding import check_guard
@@ -200,7 +200,7 @@ class Session:
 
     def _run(self, text: str, before: list[Turn], draft: str) -> Turn:
         """Answers a text after the turns `before`; `undo` restores the draft."""
-        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
+        text = join_surrogates(text)
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None
         for each in self._texts(text, before):

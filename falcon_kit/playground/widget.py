@@ -12,7 +12,7 @@ from typing import Any
 
 import anywidget
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import join_surrogates, require
 from falcon_kit.display.page import DOM_SCRIPT, static_text
 from falcon_kit.display.tables import counted
 from falcon_kit.playground.files import pack_span
@@ -92,9 +92,9 @@ class Playground(anywidget.AnyWidget):
         session = self.session
         return {
             "hello": self._hello,
-            "generate": lambda text: session.generate(_join_pairs(text)),
+            "generate": lambda text: session.generate(join_surrogates(text)),
             "regenerate": session.regenerate,
-            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), _join_pairs(text)),
+            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), join_surrogates(text)),
             "stop": session.stop,
             "undo": session.undo,
             "clear": session.clear,
@@ -103,7 +103,7 @@ class Playground(anywidget.AnyWidget):
             "mode": lambda mode: session.switch(mode),
             "example": lambda title: session.example(title),
             "draft": self._draft,
-            "system": lambda text: setattr(session, "system", _join_pairs(text)),
+            "system": lambda text: setattr(session, "system", join_surrogates(text)),
             "guard": lambda on: session.guard(bool(on)),
             "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
             "open": lambda id: session.open(id),
@@ -120,7 +120,7 @@ class Playground(anywidget.AnyWidget):
         self._history()
 
     def _draft(self, text: str) -> None:
-        self.session.draft = _join_pairs(text)
+        self.session.draft = join_surrogates(text)
         self.send({"type": "meter", "meter": asdict(self.session.meter())})
 
     # To the browser
@@ -235,8 +235,3 @@ def _title(text: str) -> str:
 def _pack(turn: Turn) -> dict[str, Any]:
     answers = [_summary(each) | {"spans": [pack_span(span) for span in each.spans]} for each in turn.answers]
     return vars(turn) | {"answers": answers}
-
-
-def _join_pairs(text: str) -> str:
-    """The text with surrogate pairs joined and single surrogates replaced: tokenizers refuse them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
