@@ -6,27 +6,13 @@ function unpack({ shape, f32 }) {
   return Object.assign(new Float32Array(bytes.buffer), { shape });
 }
 
-function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === undefined || value === null || value === false) continue;
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
-  return node;
-}
+const svg = (tag, attributes, ...children) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 /** A number with four significant digits. */
 function figure(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   return (size >= 1e5 || size < 1e-3 ? value.toExponential(2) : value.toPrecision(4)).replace("-", "−");
-}
-
-function share(probability) {
-  if (probability >= 0.9995 && probability < 1) return ">99.9%";
-  return probability > 0 && probability < 0.001 ? "<0.1%" : `${(100 * probability).toFixed(1)}%`;
 }
 
 const count = (value) => value.toLocaleString("en");

@@ -51,7 +51,7 @@ function render({ model, el }) {
     { class: "fk-composer", "aria-label": "Write" },
     h("div", { class: "fk-row" }, fieldLabel, examples),
     field,
-    h("div", { class: "fk-row fk-buttons" }, go, stop, again, undo, clear, status),
+    h("div", { class: "fk-row" }, go, stop, again, undo, clear, status),
     h("div", { class: "fk-row fk-context" }, meter, meterText),
   );
 
