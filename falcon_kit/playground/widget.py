@@ -15,7 +15,6 @@ import anywidget
 from falcon_kit.display.errors import join_surrogates, require
 from falcon_kit.display.page import DOM_SCRIPT, static_text
 from falcon_kit.display.tables import counted
-from falcon_kit.playground.files import pack_span
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
 
@@ -99,14 +98,14 @@ class Playground(anywidget.AnyWidget):
             "undo": session.undo,
             "clear": session.clear,
             "set": lambda changes: session.set(**changes),
-            "preset": lambda name: session.preset(name),
-            "mode": lambda mode: session.switch(mode),
-            "example": lambda title: session.example(title),
+            "preset": session.preset,
+            "mode": session.switch,
+            "example": session.example,
             "draft": self._draft,
             "system": lambda text: setattr(session, "system", join_surrogates(text)),
             "guard": lambda on: session.guard(bool(on)),
             "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
-            "open": lambda id: session.open(id),
+            "open": session.open,
             "save": lambda path: f"Saved {counted(len(session.history), 'turn')} to {session.save(path)}",
             "load": lambda path: f"Loaded {counted(session.load(path), 'turn')} from {path}",
             "code": lambda id: self.send({"type": "code", "id": id, "code": session.code(id)}),
@@ -215,7 +214,7 @@ class _Updater(threading.Thread):
             at = self._sent_spans[number]
             spans = answer.spans[at:]
             self._sent_spans[number] = at + len(spans)
-            answers.append(_summary(answer) | {"at": at, "spans": [pack_span(span) for span in spans]})
+            answers.append(_summary(answer) | {"at": at, "spans": spans})
         meter = asdict(self.widget.session.meter())
         self.widget.send({"type": "delta", "id": self.turn.id, "answers": answers, "meter": meter})
 
@@ -233,5 +232,5 @@ def _title(text: str) -> str:
 
 
 def _pack(turn: Turn) -> dict[str, Any]:
-    answers = [_summary(each) | {"spans": [pack_span(span) for span in each.spans]} for each in turn.answers]
+    answers = [_summary(each) | {"spans": each.spans[:]} for each in turn.answers]
     return vars(turn) | {"answers": answers}

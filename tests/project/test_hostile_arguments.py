@@ -220,7 +220,8 @@ def test_an_inspected_text_far_over_the_context_is_refused_without_encoding_it(i
 
 @pytest.mark.parametrize("mode", ["prompt", "chat"])
 def test_the_playground_does_not_encode_a_draft_far_over_the_context(instruct, mode):
-    session = Session(replace(instruct, tokenizer=Unread(instruct.tokenizer)), mode=mode)
+    session = Session(replace(instruct, tokenizer=Unread(instruct.tokenizer)))
+    session.switch(mode)
     session.draft = HUGE
     assert session.meter().used > 2048
     assert "characters, which are at least" in session.generate().answers[0].reason
