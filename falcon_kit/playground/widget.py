@@ -13,7 +13,7 @@ from typing import Any
 import anywidget
 
 from falcon_kit.display.errors import join_surrogates, require
-from falcon_kit.display.page import DOM_SCRIPT, static_text
+from falcon_kit.display.page import DOM_SCRIPT, WIDGET_STYLE, static_text
 from falcon_kit.display.tables import counted
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
@@ -28,7 +28,7 @@ class Playground(anywidget.AnyWidget):
     """A playground as an ipywidget. It shows `session`, with the changes made to it from Python."""
 
     _esm = "\n".join([DOM_SCRIPT, *(static_text(__file__, name) for name in _SCRIPTS)])
-    _css = static_text(__file__, "playground.css")
+    _css = WIDGET_STYLE + static_text(__file__, "playground.css")
 
     def __init__(self, session: Session) -> None:
         self.session = session

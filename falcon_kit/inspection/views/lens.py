@@ -23,7 +23,7 @@ _MAX_HTML_BYTES = 800_000  # for the tokens; the page stays below a megabyte
 _MAX_BITS = 12.0  # surprisal with the strongest colour
 
 _STYLE = """
-  & .lens td { font-family: ui-monospace, monospace; white-space: nowrap; border: 1px solid var(--faint); }
+  & .lens td { font-family: ui-monospace, monospace; white-space: nowrap; border: 1px solid var(--line); }
   & .scale span { display: inline-block; padding: 0 .6em; }
 """
 

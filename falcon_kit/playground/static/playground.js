@@ -1,7 +1,7 @@
 // The playground's view. It stores no state: it requests the state from the kernel at the start, and shows updates.
 
 function render({ model, el }) {
-  const root = h("div", { class: "fk-playground", "data-lm-suppress-shortcuts": "true" });
+  const root = h("div", { class: "fk-widget fk-playground", "data-lm-suppress-shortcuts": "true" });
   const act = (command, values = {}) => model.send({ do: command, ...values });
   const turns = new Map(); // every turn that the kernel sent, by id
   let running = null;
