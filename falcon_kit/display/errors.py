@@ -5,14 +5,22 @@ from difflib import get_close_matches
 from typing import Any
 
 
-def unknown_name(kind: str, given: str, known: Sequence[str]) -> str:
-    """The error text for a name that is not one of `known`: it lists the nearest names, or all if none is near."""
+def unknown_name(kind: str, given: object, known: Sequence[str]) -> str:
+    """The error text for what is not one of the names `known`: it lists the nearest, or all if none is near."""
     names = {name.lower(): name for name in known}
-    nearest = [names[name] for name in get_close_matches(given.strip().lower().rpartition("/")[2], names, cutoff=0.55)]
+    word = given.strip().lower().rpartition("/")[2] if isinstance(given, str) else ""
+    nearest = [names[name] for name in get_close_matches(word, names, cutoff=0.55)]
     hint = (
         f"Nearest: {', '.join(map(printable, nearest))}." if nearest else f"Known: {', '.join(map(printable, known))}."
     )
-    return f"Unknown {kind} {given!r}. {hint}"
+    quoted = repr(given) if isinstance(given, str) else shown(given)
+    return f"Unknown {kind} {quoted}. {hint}"
+
+
+def check_known(kind: str, given: object, known: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest names, unless a value is one of the names `known`."""
+    if not isinstance(given, str) or given not in known:
+        raise ValueError(unknown_name(kind, given, known))
 
 
 def plain_scalar(value: Any) -> Any:
@@ -67,6 +75,16 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_encodable(label: str, text: str) -> None:
+    """Raises ValueError, with what to do, for a text that UTF-8 cannot encode."""
+    require(is_encodable(text), f"{label} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}")
+
+
+def join_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined, and "\ufffd" for half a pair, which tokenizers refuse."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -34,6 +34,8 @@ def static_text(module: str, name: str) -> str:
 
 DOM_SCRIPT = static_text(__file__, "dom.js")
 """JavaScript functions that widgets share: elements, and values as text."""
+WIDGET_STYLE = static_text(__file__, "widget.css")
+"""The look that widgets share."""
 _STYLE, _SCRIPT = static_text(__file__, "page.css"), static_text(__file__, "page.js")
 _PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1em auto; max-width: 75em; padding: 0 1em; }"
 

@@ -65,7 +65,7 @@ def atomic_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]
     OSError if the disk has too little space.
     """
     path = Path(path).expanduser()
-    check_folder(path)
+    _refuse_file(path, path)
     _check_parents(path, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(path, size)
@@ -140,16 +140,20 @@ def check_folder(path: Path, label: str = "") -> None:
     label: the argument that the error names before the path.
     """
     shown = f"{label}={str(path)!r}" if label else path
+    _refuse_file(path, shown)
     if not path.exists():
         _check_parents(path, shown)
-    elif not path.is_dir():
+
+
+def _refuse_file(path: Path, shown: object) -> None:
+    if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{shown} is a file: give a folder")
 
 
 def _check_parents(path: Path, shown: object) -> None:
     above = next(each for each in path.absolute().parents if each.exists())
     if not above.is_dir():
-        raise NotADirectoryError(f"{path} cannot be made: {above} is a file; give a path in a folder")
+        raise NotADirectoryError(f"{shown} cannot be made: {above} is a file; give a path in a folder")
     check_writable(above, shown)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, require
+from falcon_kit.display.errors import check_encodable, require
 
 _TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
@@ -96,4 +96,4 @@ def _check(where: str, text: Any) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{where} is no text but {type(text).__name__}")
     require(text != "", f"{where} is empty: give at least two tokens")
-    require(is_encodable(text), f"{where} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}")
+    check_encodable(where, text)

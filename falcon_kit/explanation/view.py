@@ -8,7 +8,7 @@ from typing import Any
 import anywidget
 
 from falcon_kit.display.errors import require
-from falcon_kit.display.page import DOM_SCRIPT, HasPage, Page, percent, static_text, text_html
+from falcon_kit.display.page import DOM_SCRIPT, WIDGET_STYLE, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
 from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, text_bytes, text_part
 from falcon_kit.explanation.record import Record, record
@@ -29,7 +29,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
     """
 
     _esm = _SOURCE + "\nexport default { render };\n"
-    _css = static_text(__file__, "explanation.css")
+    _css = WIDGET_STYLE + static_text(__file__, "explanation.css")
 
     def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
         self._inspected = inspect_model(falcon)
@@ -83,9 +83,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
         data |= {"route": self._route() if has_route else None, "parts": {}}
         for layer in chosen:
             data["parts"] |= self._layer_parts(layer)
-        style = f".fk-explanation {{ --fk-page: Canvas; }}\n{self._css}"
         script = f"{_SOURCE}\nrender({{ model: storedModel(data), el: root }});"
-        return Page("", self._summary(), style=style, script=script, data=data)
+        return Page("", self._summary(), style=self._css, script=script, data=data)
 
     def _fitting(self, wanted: int) -> int:
         """The number of layers that fit into a page. Raises ValueError if there are fewer than `wanted`."""

@@ -114,8 +114,9 @@ def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
         | set(signature(type(_without_adapter(model)).forward).parameters)
     )
     for name in options:
-        listed = known if get_close_matches(name, known) else sampling  # all of transformers' are too many to list
-        require(name in known, unknown_name("setting", name, sorted(listed)))
+        if name not in known:
+            listed = known if get_close_matches(name, known) else sampling  # all of transformers' are too many to list
+            raise ValueError(unknown_name("setting", name, sorted(listed)))
 
 
 def _without_adapter(model: Any) -> Any:

@@ -15,7 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, unknown_name
+from falcon_kit.display.errors import check_encodable, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.rendering import plain_text, transformers_text
 
@@ -132,7 +132,7 @@ def chat_format(name: str | ChatFormat) -> ChatFormat:
     if isinstance(name, ChatFormat):
         return name
     for each in FORMATS:
-        if each.name == name.strip().lower():
+        if isinstance(name, str) and each.name == name.strip().lower():
             return each
     raise LookupError(unknown_name("chat format", name, [each.name for each in FORMATS]))
 
@@ -179,8 +179,7 @@ def _check_message(number: int, message: Mapping[str, Any]) -> Message:
         raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
-    if not is_encodable(content):
-        raise ValueError(f"Message {number} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}.")
+    check_encodable(f"Message {number}", content)
     return {"role": role, "content": content}
 
 

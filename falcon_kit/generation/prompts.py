@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from falcon_kit.display.errors import JOIN_SURROGATES, is_encodable, plain_scalar, require, shown
+from falcon_kit.display.errors import check_encodable, plain_scalar, require, shown
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.sampling import Sampling
@@ -42,10 +42,7 @@ def check_prompt(prompt: Any) -> tuple[list[Any], bool]:
     for number, text in enumerate(prompts, 1):
         label = prompt_label(number, len(prompts))
         require(text != "", f"{label} is empty: give the model something to continue")
-        require(
-            is_encodable(text),
-            f"{label} has a lone surrogate, which UTF-8 cannot encode: {JOIN_SURROGATES}",
-        )
+        check_encodable(label, text)
     return prompts, isinstance(prompt, str)
 
 

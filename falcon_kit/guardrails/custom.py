@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import check_known, require
 from falcon_kit.guardrails.matching import Growing, Running
 from falcon_kit.guardrails.verdict import Finding
 
@@ -89,7 +89,7 @@ def classifier(pipeline: Any, labels: Sequence[str], threshold: float) -> Judge:
     known = list(pipeline.model.config.id2label.values())
     require(bool(labels), f"a classifier needs labels=(...): those that block a text, of {', '.join(known)}")
     for label in labels:
-        require(label in known, unknown_name("label", label, known))
+        check_known("label", label, known)
 
     def judge(text: str) -> str | None:
         for part in _parts(text, pipeline):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import check_known, require
 from falcon_kit.display.page import percent
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
@@ -180,7 +180,7 @@ def _values(inspected: InspectedModel, replace: Replacement | Tensor, ids: Seque
             f"a replacement of the shape {tuple(replace.shape)} does not fit: (layers, heads, head_dim) is {shape}",
         )
         return replace
-    require(replace in get_args(Replacement), unknown_name("replacement", str(replace), get_args(Replacement)))
+    check_known("replacement", replace, get_args(Replacement))
     return torch.zeros(shape) if replace == "zero" else _head_means(inspected, ids)
 
 

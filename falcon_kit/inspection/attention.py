@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from falcon_kit.display.errors import check_whole, is_whole, plain_scalar, printable, require, shown, unknown_name
+from falcon_kit.display.errors import check_known, check_whole, is_whole, plain_scalar, printable, require, shown
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, check_indices, inspect_model
@@ -208,7 +208,7 @@ def repeated_tokens(falcon: Any, period: int = 50, copies: int = 2, seed: int = 
 
 def check_statistic(name: str) -> str:
     """A name in `STATISTICS`. Raises ValueError, which lists them, for any other."""
-    require(name in STATISTICS, unknown_name("statistic", name, list(STATISTICS)))
+    check_known("statistic", name, list(STATISTICS))
     return name
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from falcon_kit.catalogue.memory import backward_bytes
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_number, is_whole, plain_scalar, require, shown, unknown_name
+from falcon_kit.display.errors import check_known, is_number, is_whole, plain_scalar, require, shown
 from falcon_kit.display.page import percent, visible
 from falcon_kit.display.tables import html_table
 from falcon_kit.inspection.hooks import (
@@ -152,7 +152,7 @@ def attribute(
 
 
 def _check_arguments(method: str, steps: int | None, tolerance: float | None) -> None:
-    require(method in get_args(Method), unknown_name("method", str(method), get_args(Method)))
+    check_known("method", method, get_args(Method))
     require(
         steps is None or is_whole(steps, 1, _MAX_GIVEN_STEPS),
         f"steps={shown(steps)}: must be at least 1, and at most {_MAX_GIVEN_STEPS}",

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from falcon_kit.display.errors import is_encodable, is_whole, plain_scalar, require, shown
+from falcon_kit.display.errors import check_encodable, is_whole, plain_scalar, require, shown
 from falcon_kit.generation.control_tokens import encoding
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks, language_head
 
@@ -148,7 +148,7 @@ def target_id(inspected: InspectedModel, target: str | int) -> int:
     """The id of a token given by its text or id. Raises ValueError for a text that is not exactly one token."""
     given: Any = plain_scalar(target)
     if isinstance(given, str):
-        require(is_encodable(given), f"target {given!r} has a lone surrogate, which UTF-8 cannot encode")
+        check_encodable(f"target {given!r}", given)
         ids = list(encoding(given, inspected.tokenizer).ids)  # without the token that may begin a text
     else:
         several: Any = given if isinstance(given, Iterable) else [given]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.display.errors import require, unknown_name
@@ -114,9 +113,9 @@ class Column:
         """Python code that makes the model."""
         return load_source(self.falcon) if self.local else connect_source(self.falcon)
 
-    def read(self, prompt: Prompt, settings: Mapping[str, Any], items: "SimpleQueue[Any]", number: int) -> "Reader":
-        """Starts a thread that puts (number, piece) into the queue, and at the end (number, `Generation` or error)."""
-        reader = Reader(self, prompt, settings, lambda item: items.put((number, item)))
+    def read(self, prompt: Prompt, settings: Mapping[str, Any], put: Callable[[Any], None]) -> "Reader":
+        """Starts a thread that passes each piece to `put`, and at the end the `Generation` or an error."""
+        reader = Reader(self, prompt, settings, put)
         reader.start()
         return reader
 

@@ -55,10 +55,9 @@ def _check_call(node: ast.expr, *functions: str) -> None:
 _Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]  # rounding may leave it a little above 0
 _Count = Annotated[int, Field(ge=0)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Token = Annotated[
-    tuple[str, _Logprob | None, tuple[tuple[str, _Logprob], ...]], AfterValidator(lambda fields: Token(*fields))
-]
-_Span = Annotated[tuple[str, tuple[_Token, ...]], AfterValidator(lambda fields: Span(*fields))]
+_Alternatives = tuple[tuple[str, _Logprob], ...]
+_Token = Annotated[tuple[str, _Logprob | None, _Alternatives], AfterValidator(Token._make)]
+_Span = Annotated[tuple[str, tuple[_Token, ...]], AfterValidator(Span._make)]
 
 
 class _SavedMessage(BaseModel):
@@ -137,15 +136,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
     return f"{place.removeprefix(', ')}: {reason}{got}".removeprefix(": ")
 
 
-def pack_span(span: Span) -> list[Any]:
-    """[text, [[token, log-probability or null, [[alternative, log-probability], ...]], ...]]."""
-    return [span.text, [[each.text, each.logprob, each.alternatives] for each in span.tokens]]
-
-
 def pack_turn(turn: Turn) -> dict[str, Any]:
     """A turn as plain JSON values."""
-    answers = [vars(answer) | {"spans": [pack_span(span) for span in answer.spans]} for answer in turn.answers]
-    return vars(turn) | {"answers": answers}
+    return vars(turn) | {"answers": [vars(answer) for answer in turn.answers]}
 
 
 # Copy as code

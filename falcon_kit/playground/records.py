@@ -5,7 +5,7 @@ Records contain plain values only, so they can be saved and loaded without the m
 
 import html
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from falcon_kit.display.tables import counted, format_bytes
 from falcon_kit.generation.chat import Message
@@ -16,9 +16,8 @@ Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "err
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token with its probability and the most probable tokens at its position."""
+class Token(NamedTuple):
+    """A token with its probability and the most probable tokens at its position; a tuple, which JSON writes short."""
 
     text: str
     """The token by itself."""
@@ -28,8 +27,7 @@ class Token:
     """Text and log-probability of the most probable tokens at this position, the likeliest first."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Characters that were shown together, and their tokens: one, unless a character needs several tokens."""
 
     text: str

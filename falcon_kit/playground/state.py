@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, printable, require, shown
+from falcon_kit.display.errors import is_whole, join_surrogates, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.guarding import check_guard
@@ -46,9 +46,7 @@ EXAMPLES: dict[str, tuple[Mode, str]] = {
 class Session:
     """The state of a playground. `generate` blocks until the end; `stop` may be called from another thread."""
 
-    def __init__(
-        self, falcon: Any, compare: Any = None, guardrails: Guardrails | None = None, *, mode: Mode | None = None
-    ) -> None:
+    def __init__(self, falcon: Any, compare: Any = None, guardrails: Guardrails | None = None) -> None:
         check_guard(guardrails)
         self.columns = columns_of(falcon, compare)
         self.guardrails = guardrails
@@ -72,8 +70,6 @@ class Session:
         self._undo_steps: list[tuple[Mode, list[Turn], str, str | None]] = []  # None: the system message stays
         self._lock = threading.Lock()
         self._writer: TurnWriter | None = None
-        if mode is not None:
-            self.switch(mode)
 
     def __repr__(self) -> str:
         models = " and ".join(printable(column.name) for column in self.columns)
@@ -136,13 +132,15 @@ class Session:
         """Switches between prompts and chat. Clears the conversation; `undo` restores it, and the history keeps it."""
         require(mode in MODES, f"mode {mode!r} is not one of {', '.join(MODES)}")
         if mode != self.mode:
-            self._change([], mode)
+            self._replace([], mode)
+            self._notify("change")
 
     def example(self, title: str) -> None:
         """Puts one of `EXAMPLES` into the text field."""
         require(title in EXAMPLES, f"there is no example {title!r}: choose {', '.join(EXAMPLES)}")
         mode, text = EXAMPLES[title]
-        self.switch(mode)
+        if mode != self.mode:
+            self._replace([], mode)
         self.draft = text
         self._notify("change")
 
@@ -183,24 +181,24 @@ class Session:
 
     def clear(self) -> None:
         """Clears the conversation; the history stays, and `undo` restores the conversation."""
-        self._change([], self.mode)
+        self._replace([], self.mode)
+        self._notify("change")
 
     def _require_idle(self) -> None:
         if self.running is not None:
             raise RuntimeError("an answer is being generated: stop it first, or wait for its end")
 
-    def _change(self, turns: list[Turn], mode: Mode, system: str | None = None) -> None:
+    def _replace(self, turns: list[Turn], mode: Mode, system: str | None = None) -> None:
         """Replaces the conversation and, if one is given, the system message."""
         self._require_idle()
         if self.turns or turns:
             self._undo_steps.append((self.mode, self.turns, self.draft, None if system is None else self.system))
         self.turns, self.mode = turns, mode
         self.system = self.system if system is None else system
-        self._notify("change")
 
     def _run(self, text: str, before: list[Turn], draft: str) -> Turn:
         """Answers a text after the turns `before`; `undo` restores the draft."""
-        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse half a surrogate pair
+        text = join_surrogates(text)
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None
         for each in self._texts(text, before):
@@ -265,12 +263,14 @@ class Session:
 
     def open(self, id: str) -> None:
         """Replaces the conversation by a turn of the history with its earlier turns and its system message."""
-        turn = self.find(id)
+        self._open(self.find(id))
+        self._notify("change")
+
+    def _open(self, turn: Turn) -> None:
         by_id = {each.id: each for each in self.history}
         turns = [*(by_id[each] for each in turn.before if each in by_id), turn]
-        self._change(turns, turn.mode, _system(turn.answers[0].prompt))
+        self._replace(turns, turn.mode, _system(turn.answers[0].prompt))
         self.draft = turn.user if turn.mode == "prompt" else ""
-        self._notify("change")
 
     def code(self, id: str | None = None) -> str:
         """Python that generates a turn of the history again, by default the last one."""
@@ -293,7 +293,7 @@ class Session:
         new = [turn for turn in turns if turn.id not in known]
         self.history = [*self.history, *new]
         if turns:
-            self.open(turns[-1].id)
+            self._open(self.find(turns[-1].id))
         self.guard(self.guarded or guarded)
         return len(new)
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import anywidget
 
-from falcon_kit.display.errors import require
-from falcon_kit.display.page import DOM_SCRIPT, static_text
+from falcon_kit.display.errors import join_surrogates, require
+from falcon_kit.display.page import DOM_SCRIPT, WIDGET_STYLE, static_text
 from falcon_kit.display.tables import counted
-from falcon_kit.playground.files import pack_span
 from falcon_kit.playground.records import Answer, Turn
 from falcon_kit.playground.state import EXAMPLES, Session
 
@@ -29,7 +28,7 @@ class Playground(anywidget.AnyWidget):
     """A playground as an ipywidget. It shows `session`, with the changes made to it from Python."""
 
     _esm = "\n".join([DOM_SCRIPT, *(static_text(__file__, name) for name in _SCRIPTS)])
-    _css = static_text(__file__, "playground.css")
+    _css = WIDGET_STYLE + static_text(__file__, "playground.css")
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -92,21 +91,21 @@ class Playground(anywidget.AnyWidget):
         session = self.session
         return {
             "hello": self._hello,
-            "generate": lambda text: session.generate(_join_pairs(text)),
+            "generate": lambda text: session.generate(join_surrogates(text)),
             "regenerate": session.regenerate,
-            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), _join_pairs(text)),
+            "edit": lambda id, text: session.edit([turn.id for turn in session.turns].index(id), join_surrogates(text)),
             "stop": session.stop,
             "undo": session.undo,
             "clear": session.clear,
             "set": lambda changes: session.set(**changes),
-            "preset": lambda name: session.preset(name),
-            "mode": lambda mode: session.switch(mode),
-            "example": lambda title: session.example(title),
+            "preset": session.preset,
+            "mode": session.switch,
+            "example": session.example,
             "draft": self._draft,
-            "system": lambda text: setattr(session, "system", _join_pairs(text)),
+            "system": lambda text: setattr(session, "system", join_surrogates(text)),
             "guard": lambda on: session.guard(bool(on)),
             "token_probabilities": lambda shown: setattr(self, "token_probabilities", bool(shown)),
-            "open": lambda id: session.open(id),
+            "open": session.open,
             "save": lambda path: f"Saved {counted(len(session.history), 'turn')} to {session.save(path)}",
             "load": lambda path: f"Loaded {counted(session.load(path), 'turn')} from {path}",
             "code": lambda id: self.send({"type": "code", "id": id, "code": session.code(id)}),
@@ -120,7 +119,7 @@ class Playground(anywidget.AnyWidget):
         self._history()
 
     def _draft(self, text: str) -> None:
-        self.session.draft = _join_pairs(text)
+        self.session.draft = join_surrogates(text)
         self.send({"type": "meter", "meter": asdict(self.session.meter())})
 
     # To the browser
@@ -215,7 +214,7 @@ class _Updater(threading.Thread):
             at = self._sent_spans[number]
             spans = answer.spans[at:]
             self._sent_spans[number] = at + len(spans)
-            answers.append(_summary(answer) | {"at": at, "spans": [pack_span(span) for span in spans]})
+            answers.append(_summary(answer) | {"at": at, "spans": spans})
         meter = asdict(self.widget.session.meter())
         self.widget.send({"type": "delta", "id": self.turn.id, "answers": answers, "meter": meter})
 
@@ -233,10 +232,5 @@ def _title(text: str) -> str:
 
 
 def _pack(turn: Turn) -> dict[str, Any]:
-    answers = [_summary(each) | {"spans": [pack_span(span) for span in each.spans]} for each in turn.answers]
+    answers = [_summary(each) | {"spans": each.spans[:]} for each in turn.answers]
     return vars(turn) | {"answers": answers}
-
-
-def _join_pairs(text: str) -> str:
-    """The text with surrogate pairs joined and single surrogates replaced: tokenizers refuse them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

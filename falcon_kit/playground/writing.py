@@ -28,24 +28,23 @@ class TurnWriter:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.turn = turn
-        self._columns, self._changed = columns, changed
+        self._changed = changed
         self._writers = [AnswerWriter(each, answer, guard) for each, answer in zip(columns, turn.answers, strict=True)]
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[AnswerWriter, Any] | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
         """Ends all answers; their texts so far stay."""
         self._stopped.set()
-        self._items.put(None)
+        self._events.put(None)  # wakes the thread that waits for an event
 
     def __call__(self) -> None:
         """Returns when all answers have ended or `stop` is called; Ctrl-C stops them too."""
         readers: list[Reader] = []
         try:
-            for number, (column, answer) in enumerate(zip(self._columns, self.turn.answers, strict=True)):
-                readers.append(column.read(answer.prompt, answer.settings, self._items, number))
+            readers.extend(map(self._read, self._writers))
             while not self._stopped.is_set() and self._open():
-                self._take(self._items.get())
+                self._take(self._events.get())
                 for writer, reader in zip(self._writers, readers, strict=True):
                     if writer.answer.ending is not None:  # for example refused by the guardrails
                         reader.end()
@@ -62,13 +61,17 @@ class TurnWriter:
     def _open(self) -> list["AnswerWriter"]:
         return [writer for writer in self._writers if writer.answer.ending is None]
 
-    def _take(self, item: tuple[int, Any] | None) -> None:
-        """Handles (number, piece) or (number, end of the stream); `stop` puts None into the queue to wake it up."""
-        if item is None or self._writers[item[0]].answer.ending is not None:
+    def _read(self, writer: "AnswerWriter") -> Reader:
+        answer = writer.answer
+        return writer.column.read(answer.prompt, answer.settings, lambda event: self._events.put((writer, event)))
+
+    def _take(self, item: "tuple[AnswerWriter, Any] | None") -> None:
+        """Handles a piece or the end of a stream."""
+        if item is None or item[0].answer.ending is not None:
             return
-        writer, event = self._writers[item[0]], item[1]
+        writer, event = item
         try:
-            writer.push(event) if hasattr(event, "logprob") else writer.end(event)
+            writer.push(event) if isinstance(event, Piece) else writer.end(event)
         except Exception as error:  # noqa: BLE001  # of a tokenizer, for example; shown in place of the answer
             writer.fail(error)
         self._changed()
@@ -78,10 +81,10 @@ class TurnWriter:
         until = time.perf_counter() + _STATISTICS_TIMEOUT
         while self._open():
             try:
-                self._take(self._items.get(timeout=max(until - time.perf_counter(), 0.0)))
+                self._take(self._events.get(timeout=max(until - time.perf_counter(), 0.0)))
             except queue.Empty:
                 for writer in self._open():
-                    self._take((self._writers.index(writer), None))
+                    self._take((writer, None))
 
 
 class AnswerWriter:

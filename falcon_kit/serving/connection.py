@@ -11,7 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import check_whole, is_number, is_whole, require, shown
+from falcon_kit.display.errors import check_whole, is_number, is_whole, join_surrogates, require, shown
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
@@ -115,7 +115,7 @@ class Connection:
 
     def scrub(self, text: str) -> str:
         """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters or a lone surrogate."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = join_surrogates(text)
         return self._replace(text) if self.token and len(self.token) >= SHORTEST_SECRET else text
 
     def clean(self, error: BaseException) -> None:

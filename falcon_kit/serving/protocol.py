@@ -203,9 +203,9 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
         not sampling.top_k or "top_k" in names,
         f"{server} has no field for top_k={sampling.top_k}: give top_p instead",
     )
-    known = dict.fromkeys([*SAMPLING_FIELDS, *names])
     for name in request.options:
-        require(name in names, unknown_name(f"setting for {server}:", name, list(known)))
+        if name not in names:
+            raise ValueError(unknown_name(f"setting for {server}:", name, [*SAMPLING_FIELDS, *names]))
     return {names[name]: value for name, value in request.options.items()}
 
 

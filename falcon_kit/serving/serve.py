@@ -203,7 +203,8 @@ def _check_dtype(engine: Engine, source: Source, dtype: str | torch.dtype) -> st
     if source.file and ALIASES.get(name, name) == source.dtype:
         return source.dtype
     name = {short: long for long, short in ALIASES.items()}.get(name, name)
-    require(name in engine.dtypes, unknown_name(f"dtype for {engine.name}:", given, engine.dtypes))
+    if name not in engine.dtypes:
+        raise ValueError(unknown_name(f"dtype for {engine.name}:", given, engine.dtypes))
     require(
         not source.file,
         f"dtype={given!r}: the weights of {source.name} are in {source.dtype}, and the file is served as it is: leave "

@@ -1,5 +1,6 @@
 """The view of `fk.explain`: every number on the screen is the model's, in a page and as a widget in JupyterLab."""
 
+import unicodedata
 from importlib.resources import files
 
 import numpy as np
@@ -9,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import falcon_kit as fk
+from falcon_kit.display.page import DOM_SCRIPT, visible
 from falcon_kit.explanation.record import record
 from falcon_kit.explanation.route import attention_rows
 from falcon_kit.explanation.view import _SOURCE
@@ -234,6 +236,7 @@ def live(browser: Browser, falcon):
     page.evaluate(
         f"""(data) => {{ {_SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100")}
         window.sent = [];
+        window.start = data.start;
         window.part = (key) => answer({{ type: "part", key, part: key === "route" ? data.route : data.parts[key] }});
         const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => sent.push(message) }};
         render({{ model, el: document.body }});
@@ -265,6 +268,18 @@ def test_an_answer_that_comes_late_is_drawn_and_takes_the_notice_away(live: Page
     expect(live.locator(".fk-notice")).to_be_hidden()
 
 
+def test_a_token_that_no_kernel_takes_is_reported(live: Page):
+    live.get_by_role("button", name="Draw a token").click()
+    expect(live.locator(".fk-notice")).to_contain_text("No answer from the kernel")
+
+
+def test_a_token_that_is_taken_in_time_is_not_reported(live: Page):
+    live.get_by_role("button", name="Draw a token").click()
+    live.evaluate("answer({ type: 'start', ...start }); ['layer 0 5', 'head 0 5 0 '].forEach(part)")
+    live.wait_for_timeout(200)
+    expect(live.locator(".fk-notice")).to_be_hidden()
+
+
 def test_after_an_error_the_view_shows_what_was_chosen_before(live: Page):
     errors = []
     live.on("pageerror", lambda error: errors.append(str(error)))
@@ -276,6 +291,20 @@ def test_after_an_error_the_view_shows_what_was_chosen_before(live: Page):
     live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part)")
     expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("Head 0 of layer 1")
     assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(1, "100.0%"), (0.9996, ">99.9%"), (0.29, "29.0%"), (0.0004, "<0.1%"), (0, "0.0%")]
+)
+def test_nothing_is_certain_by_rounding(live: Page, probability, shown):
+    assert live.evaluate(f"() => {{ {DOM_SCRIPT} return share({probability}); }}") == shown
+
+
+def test_invisible_characters_have_the_marks_of_the_pages(live: Page):
+    texts = [each for each in map(chr, range(0x10000)) if unicodedata.category(each) not in ("Cs", "Cn")]
+    shown = live.evaluate(f"(texts) => {{ {DOM_SCRIPT} return texts.map(visible); }}", texts)
+    assert shown == [visible(each, spaces=True) for each in texts]
+    assert live.evaluate(f"() => {{ {DOM_SCRIPT} return visible('\\ud800'); }}") == "[U+D800]"
 
 
 def test_what_is_focused_is_described_as_what_is_pointed_at(page):
@@ -296,7 +325,7 @@ def test_hostile_text_is_shown_as_text(browser, falcon, tmp_path):
     assert page.evaluate("window.broken") is None
     assert page.locator(".fk-explanation img").count() == 0
     shown = page.locator(".fk-tokens bdi").all_inner_texts()
-    assert "".join(shown).replace("␣", " ") == text
+    assert "".join(shown).replace("·", " ") == text
     page.context.close()
 
 

@@ -314,6 +314,22 @@ def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(p
     assert tokens.nth(1).get_attribute("aria-describedby") == card.get_attribute("id")
 
 
+def test_the_card_shows_what_is_invisible_and_what_is_almost_certain(notebook: Notebook):
+    notebook.python("from falcon_kit.generation.text import Alternative")
+    pad = typist(notebook, ["a\u00a0b"])
+    notebook.python(
+        """def said(self):
+    yield Piece("a\u00a0b", 0, -0.0004, (Alternative("a\u00a0b", 0, -0.0004),))
+Typing.__iter__ = said"""
+    )
+    pad.write("Go")
+    pad.wait()
+    pad.node.get_by_label("Token probabilities").check()
+    pad.node.locator(".fk-token").hover()
+    expect(pad.node.get_by_role("tooltip").locator("bdi")).to_have_text("a[U+00A0]b")
+    expect(pad.node.get_by_role("tooltip").locator("td").last).to_have_text(">99.9%")
+
+
 # Reload, files and code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from falcon_kit.display import saving
-from falcon_kit.display.saving import atomic_file, atomic_folder, write_text
+from falcon_kit.display.saving import atomic_file, atomic_folder, check_folder, write_text
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
 
@@ -230,3 +230,10 @@ def test_a_place_of_the_wrong_kind_is_refused(tmp_path):
         pass
     with pytest.raises(NotADirectoryError, match="is a file: give a folder"), atomic_folder(tmp_path / "file"):
         pass
+
+
+def test_the_argument_is_named_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").touch()
+    for below, reason in (("", "is a file: give a folder"), ("/below", "cannot be made: .*file is a file")):
+        with pytest.raises(NotADirectoryError, match=f"output_dir='.*file{below}' {reason}"):
+            check_folder(Path(f"{tmp_path}/file{below}"), "output_dir")

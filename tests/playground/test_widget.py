@@ -57,8 +57,8 @@ class Page:
         return ["".join(spans) for id in self.state["turns"] for spans in self.texts[id]]
 
 
-def paged(*arguments, **options):
-    page = Page(Playground(Session(*arguments, **options)))
+def paged(*arguments):
+    page = Page(Playground(Session(*arguments)))
     page.do("hello")
     return page
 
@@ -151,7 +151,8 @@ def test_an_error_is_shown_on_the_page_and_the_next_step_works(command, values, 
 
 def test_a_draft_that_the_chat_template_refuses_is_said_on_the_page(instruct):
     strict = fk.ChatFormat("strict", template="{{ raise_exception('no system role') }}")
-    page = paged(replace(instruct, loaded_format=strict), mode="chat")
+    page = paged(replace(instruct, loaded_format=strict))
+    page.do("mode", mode="chat")
     page.do("draft", text="Hello")
     page.do("generate", text="Hello")
     deltas = [message for message in page.messages if message["type"] == "delta"]

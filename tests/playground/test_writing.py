@@ -134,7 +134,13 @@ def test_a_blank_text_is_refused_and_nothing_is_remembered(text):
 def test_half_a_character_reaches_no_tokenizer():
     typist = Typist()
     Session(typist).generate("a\ud83e")
-    assert typist.asked[0][0] == "a?"
+    assert typist.asked[0][0] == "a\ufffd"
+
+
+def test_a_character_in_two_halves_is_joined():
+    typist = Typist()
+    Session(typist).generate("a\ud83e\udd92")
+    assert typist.asked[0][0] == "a\U0001f992"
 
 
 # Guardrails

@@ -124,7 +124,8 @@ def test_an_infinite_log_probability_comes_last():
 def test_a_playground_shows_the_probabilities_of_an_endpoint(server, mode, instruct, request):
     texts = []
     for model in (instruct, request.getfixturevalue(server)):
-        session = Session(model, mode=mode)
+        session = Session(model)
+        session.switch(mode)
         session.set(temperature=None, top_k=1, max_new_tokens=6)
         tokens = [token for span in session.generate("What do owls eat?").answers[0].spans for token in span.tokens]
         assert all(len(token.alternatives) == 5 for token in tokens)

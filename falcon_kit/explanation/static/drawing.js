@@ -6,27 +6,13 @@ function unpack({ shape, f32 }) {
   return Object.assign(new Float32Array(bytes.buffer), { shape });
 }
 
-function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === undefined || value === null || value === false) continue;
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
-  return node;
-}
+const svg = (tag, attributes, ...children) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 /** A number with four significant digits. */
 function figure(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   return (size >= 1e5 || size < 1e-3 ? value.toExponential(2) : value.toPrecision(4)).replace("-", "−");
-}
-
-function share(probability) {
-  if (probability >= 0.9995 && probability < 1) return ">99.9%";
-  return probability > 0 && probability < 0.001 ? "<0.1%" : `${(100 * probability).toFixed(1)}%`;
 }
 
 const count = (value) => value.toLocaleString("en");
@@ -80,13 +66,20 @@ function walkCells(node, cells) {
 function vectorRow(name, vector, total, largest) {
   const values = unpack(vector.first);
   const facts = `mean ${figure(vector.mean)}, standard deviation ${figure(vector.deviation)}, norm ${figure(vector.norm)}`;
-  return h("div", { class: "fk-vector" }, h("p", {}, h("span", { class: "fk-name" }, name), h("span", { class: "fk-note" }, facts)), strip(name, values, total, largest));
+  const heading = h("p", {}, h("span", { class: "fk-name" }, name), h("span", { class: "fk-note" }, facts));
+  return h("div", { class: "fk-vector" }, heading, strip(name, values, total, largest));
 }
 
 /** A horizontal bar of a share from 0 to 1. */
 function bar(value, kind = "") {
-  return h("span", { class: `fk-bar ${kind}`, "aria-hidden": "true" }, h("i", { style: `width:${(100 * Math.max(0, Math.min(1, value))).toFixed(2)}%` }));
+  const width = 100 * Math.max(0, Math.min(1, value));
+  return h("span", { class: `fk-bar ${kind}`, "aria-hidden": "true" }, h("i", { style: `width:${width.toFixed(2)}%` }));
 }
+
+/** The cells of a table: its row's name, a number with its exact value, and a bar. */
+const rowName = (...name) => h("th", { scope: "row" }, ...name);
+const numberCell = (value, written = figure(value)) => h("td", { "data-value": value }, written);
+const barCell = (value, kind) => h("td", {}, bar(value, kind));
 
 /** Shows the text of a part of a drawing in the line below its section. */
 function showInfo(part) {
@@ -112,7 +105,12 @@ function stage(name, title) {
     sentence.replaceChildren(...[text].flat());
     info.dataset.usual = info.textContent = usual;
   };
-  for (const event of ["mouseover", "focusin"]) node.addEventListener(event, ({ target }) => showInfo(target.closest("[data-info]") ?? body));
+  const focus = () => {
+    node.scrollIntoView({ block: "nearest", behavior: "auto" });
+    heading.focus({ preventScroll: true });
+  };
+  const point = ({ target }) => showInfo(target.closest("[data-info]") ?? body);
+  for (const event of ["mouseover", "focusin"]) node.addEventListener(event, point);
   for (const event of ["mouseleave", "focusout"]) node.addEventListener(event, () => showInfo(body));
-  return { name, title, node, body, show, focus: () => (node.scrollIntoView({ block: "nearest", behavior: "auto" }), heading.focus({ preventScroll: true })) };
+  return { name, title, node, body, show, focus };
 }

@@ -14,9 +14,9 @@ function storedModel(data) {
     on: (event, run) => (listener = run),
     off: () => (listener = null),
     send({ do: command, key }) {
-      if (command === "hello") return answer({ type: "start", ...data.start });
       const part = command === "route" ? data.route : data.parts[key];
-      return answer(part ? { type: "part", key, part } : { type: "error", key, text: NOT_STORED });
+      if (command === "hello") answer({ type: "start", ...data.start });
+      else answer(part ? { type: "part", key, part } : { type: "error", key, text: NOT_STORED });
     },
   };
 }
@@ -40,7 +40,7 @@ function render({ model, el }) {
   });
   const title = h("h2", {}, "…");
   const head = h("header", {}, title, ...selects.map((each) => each.label), guide.start);
-  const root = h("div", { class: "fk-explanation", "data-lm-suppress-shortcuts": "true" }, head, notice, diagram.node, guide.card, h("div", { class: "fk-stages" }, ...stages.map((each) => each.node)));
+  const root = h("div", { class: "fk-widget fk-explanation", "data-lm-suppress-shortcuts": "true" }, head, notice, diagram.node, guide.card, h("div", { class: "fk-stages" }, ...stages.map((each) => each.node)));
   root.classList.add("fk-empty");
   el.querySelector(".fk-summary")?.remove(); // what is shown without JavaScript
   el.append(root);
@@ -60,11 +60,16 @@ function render({ model, el }) {
     const key = [command, ...Object.values(values)].join(" ");
     if (parts.has(key)) return Promise.resolve(parts.get(key));
     if (waiting.has(key)) return waiting.get(key).promise;
+    return request(command, key, Object.fromEntries(Object.entries(values).filter(([, value]) => value !== "")));
+  }
+
+  /** Sends a request. The promise waits for its answer; one that does not come in time is reported. */
+  function request(command, key, values) {
+    clearTimeout(waiting.get(key)?.late);
     const asked = { late: setTimeout(() => say(SILENT), NO_ANSWER) };
     asked.promise = new Promise((resolve, reject) => Object.assign(asked, { resolve, reject }));
     waiting.set(key, asked);
-    const filled = Object.fromEntries(Object.entries(values).filter(([, value]) => value !== ""));
-    model.send({ do: command, key, ...filled });
+    model.send({ do: command, key, ...values });
     return asked.promise;
   }
 
@@ -75,7 +80,7 @@ function render({ model, el }) {
   }
 
   function take(id) {
-    model.send({ do: "take", key: "take", id });
+    request("take", "start", { id }).catch(() => {}); // the view shows an error itself
   }
 
   async function update() {
@@ -113,7 +118,7 @@ function render({ model, el }) {
   }
 
   function receive(message) {
-    const { type, key } = message;
+    const { type, key = "start" } = message; // a new text has no key
     const asked = waiting.get(key);
     clearTimeout(asked?.late);
     waiting.delete(key);

@@ -4,7 +4,7 @@ const ROWS = [14, 70, 122]; // the top of the residual stream, of attention, and
 const BOX_HEIGHT = 32;
 
 /** The boxes [stage, label, row, left, width] and the lines of a layout: two LayerNorms, one, or one block after the other. */
-function plan_of({ parallel_block: parallel, norms_per_block: norms, layers }) {
+function planOf({ parallel_block: parallel, norms_per_block: norms, layers }) {
   const ends = [
     ["tokens", "Tokens", 0, 6, 74],
     ["embedding", "Embedding", 0, 98, 92],
@@ -37,11 +37,15 @@ function flow(stages) {
       found.focus();
     };
     const top = ROWS[row];
-    return svg("g", { role: "button", tabindex: "0", "aria-label": label === "+" ? found.title : label, "data-to": name, onclick: open, onkeydown: open }, svg("rect", { x: left, y: top, width, height: BOX_HEIGHT, rx: label === "+" ? 16 : 6 }), svg("text", { x: left + width / 2, y: top + 21 }, label));
+    const sum = label === "+";
+    const frame = svg("rect", { x: left, y: top, width, height: BOX_HEIGHT, rx: sum ? 16 : 6 });
+    const words = svg("text", { x: left + width / 2, y: top + 21 }, label);
+    const button = { role: "button", tabindex: "0", "aria-label": sum ? found.title : label, "data-to": name };
+    return svg("g", { ...button, onclick: open, onkeydown: open }, frame, words);
   }
 
   function update({ spec }) {
-    const { boxes, lines, label } = plan_of(spec);
+    const { boxes, lines, label } = planOf(spec);
     const frame = svg("rect", { class: "fk-layers", x: 202, y: 4, width: 500, height: 160, rx: 8 });
     const times = svg("text", { class: "fk-times", x: 694, y: 158 }, label);
     node.replaceChildren(svg("svg", { viewBox: "0 0 912 168", role: "group", "aria-label": "Diagram of the model" }, frame, times, svg("path", { d: lines }), ...boxes.map(box)));

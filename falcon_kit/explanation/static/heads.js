@@ -58,7 +58,11 @@ function rotaryStage() {
 
   view.update = (shown) => {
     now = shown;
-    if (!now.text.frequencies) return bias();
+    if (now.text.frequencies) hands();
+    else bias();
+  };
+
+  function hands() {
     const { state, text, head } = now;
     slider.value = 0;
     draw();
@@ -66,8 +70,7 @@ function rotaryStage() {
     const legend = h("p", { class: "fk-legend" }, h("b", { class: "fk-query" }, "query"), ` at position ${state.position}, `, h("b", { class: "fk-key" }, "key"), ` at position ${head.key_position}; pale: before turning`);
     const sentence = `Each pair of components turns by its own angle for each position. Moving both tokens turns both hands alike, so the score depends only on their distance, ${state.position - head.key_position}.`;
     view.show([legend, dials, shift], sentence, `angle = position × frequency; RoPE, Su et al. 2021, arXiv 2104.09864 · ${text.code.rotary}`);
-    return undefined;
-  };
+  }
   return view;
 }
 
@@ -101,8 +104,19 @@ function keysTable({ head, text, state, layer, fixed }, act) {
   const probabilities = unpack(layer.probabilities).subarray(state.head * width, (state.head + 1) * width);
   const best = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 12).sort((a, b) => a - b);
   const rows = best.map((at) => {
-    const name = h("button", { type: "button", class: "fk-link", disabled: fixed, "aria-pressed": String(at === head.key_position), onclick: () => act.choose({ attended: at }) }, tokenText(text.tokens[at].text), ` ${at}`);
-    return h("tr", { "data-info": `key ${at}: score ${figure(scores[at])}, probability ${share(probabilities[at])}, norm of its value ${figure(norms[at])}` }, h("th", { scope: "row" }, name), h("td", { "data-value": scores[at] }, figure(scores[at])), h("td", {}, bar(probabilities[at])), h("td", { "data-value": probabilities[at] }, share(probabilities[at])), h("td", { "data-value": norms[at] }, figure(norms[at])));
+    const [score, probability, norm] = [scores[at], probabilities[at], norms[at]];
+    const pressed = String(at === head.key_position);
+    const choose = () => act.choose({ attended: at });
+    const name = link({ disabled: fixed, "aria-pressed": pressed, onclick: choose }, tokenText(text.tokens[at].text), ` ${at}`);
+    return h(
+      "tr",
+      { "data-info": `key ${at}: score ${figure(score)}, probability ${share(probability)}, norm of its value ${figure(norm)}` },
+      rowName(name),
+      numberCell(score),
+      barCell(probability),
+      numberCell(probability, share(probability)),
+      numberCell(norm),
+    );
   });
   const caption = best.length < width ? `The ${best.length} most attended of ${width} keys` : `All ${plural(width, "key")}`;
   return h("table", {}, h("caption", {}, caption), headings("key", "score", "", "probability", "value's norm"), h("tbody", {}, ...rows));

@@ -36,7 +36,11 @@ function tokensStage(act) {
       button.style.setProperty("--weight", `${(100 * Math.sqrt(weights[at] ?? 0)).toFixed(1)}%`);
     });
     const most = argmax(weights);
-    const sentence = ["Head ", `${state.head} of layer ${state.layer}, at `, tokenText(text.tokens[state.position].text), ` (${state.position}), attends most to `, tokenText(text.tokens[most].text), ` (${most}): ${share(weights[most])}. The shading shows this head's attention.`];
+    const token = (at) => [tokenText(text.tokens[at].text), ` (${at})`];
+    const sentence = [
+      `Head ${state.head} of layer ${state.layer}, at `, ...token(state.position), ", attends most to ", ...token(most),
+      `: ${share(weights[most])}. The shading shows this head's attention.`,
+    ];
     view.show([row], sentence, `${plural(text.tokens.length, "token")} of at most ${count(text.spec.context)}`);
   };
   return view;
@@ -93,21 +97,31 @@ function projectionStage(act) {
       const info = `group ${group}: rows ${count(group * cells.length * spec.head_dim)} to ${count((group + 1) * cells.length * spec.head_dim - 1)} of the fused projection`;
       return h("span", { class: group === chosen ? "fk-group fk-chosen" : "fk-group", "data-info": info }, ...cells);
     });
-    return h("div", { class: "fk-memory", role: "img", "aria-label": `The fused projection: ${plural(spec.kv_heads, "group")}, each with ${plural(spec.queries_per_kv_head, "query", "queries")} and a key and a value` }, ...groups);
+    const each = `${plural(spec.queries_per_kv_head, "query", "queries")} and a key and a value`;
+    const label = `The fused projection: ${plural(spec.kv_heads, "group")}, each with ${each}`;
+    return h("div", { class: "fk-memory", role: "img", "aria-label": label }, ...groups);
   }
 
   function buttons(spec, group, head) {
+    const size = spec.queries_per_kv_head;
+    const shared = `shared by query heads ${group * size} to ${(group + 1) * size - 1}`;
     return parts(spec, group).map(([kind, number]) => {
-      if (kind !== "query") return h("span", { class: `fk-cell fk-${kind}`, "data-info": `${kind} head ${number}, shared by query heads ${group * spec.queries_per_kv_head} to ${(group + 1) * spec.queries_per_kv_head - 1}` }, `${kind[0].toUpperCase()}${number}`);
-      return h("button", { type: "button", class: "fk-cell fk-query", "aria-pressed": String(number === head), "aria-label": `query head ${number}`, "data-info": `query head ${number}: choose it`, onclick: () => act.choose({ head: number }) }, `Q${number}`);
+      const [label, name] = [`${kind[0].toUpperCase()}${number}`, `${kind} head ${number}`];
+      const cell = { class: `fk-cell fk-${kind}`, "data-info": kind === "query" ? `${name}: choose it` : `${name}, ${shared}` };
+      if (kind !== "query") return h("span", cell, label);
+      const choose = () => act.choose({ head: number });
+      return h("button", { ...cell, type: "button", "aria-pressed": String(number === head), "aria-label": name, onclick: choose }, label);
     });
   }
 
   view.update = ({ text, head, state }) => {
     const { spec } = text;
     const rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim;
-    const drawing = [memory(spec, head.group), h("div", { class: "fk-cells", role: "group", "aria-label": `Group ${head.group}` }, ...buttons(spec, head.group, state.head))];
-    view.show(drawing, sentences[spec.layout](spec), `one matrix (${count(rows)} × ${count(spec.d_model)}): [${spec.queries_per_kv_head} queries, key, value] × ${spec.kv_heads} groups × ${spec.head_dim} · ${text.code.projection}`);
+    const cells = buttons(spec, head.group, state.head);
+    const chosen = h("div", { class: "fk-cells", role: "group", "aria-label": `Group ${head.group}` }, ...cells);
+    const shape = `[${spec.queries_per_kv_head} queries, key, value] × ${spec.kv_heads} groups × ${spec.head_dim}`;
+    const formula = `one matrix (${count(rows)} × ${count(spec.d_model)}): ${shape} · ${text.code.projection}`;
+    view.show([memory(spec, head.group), chosen], sentences[spec.layout](spec), formula);
   };
   return view;
 }
@@ -117,9 +131,11 @@ function mlpStage() {
   view.update = ({ text, layer }) => {
     const { intermediate_size: neurons, d_model: width, parallel_block: parallel } = text.spec;
     const largest = Math.max(...layer.activations.map(Math.abs));
-    const rows = layer.neurons.map((neuron, at) =>
-      h("tr", { "data-info": `neuron ${count(neuron)}: ${figure(layer.activations[at])}` }, h("th", { scope: "row" }, count(neuron)), h("td", {}, bar(Math.abs(layer.activations[at]) / largest)), h("td", { "data-value": layer.activations[at] }, figure(layer.activations[at]))),
-    );
+    const rows = layer.neurons.map((neuron, at) => {
+      const value = layer.activations[at];
+      const info = `neuron ${count(neuron)}: ${figure(value)}`;
+      return h("tr", { "data-info": info }, rowName(count(neuron)), barCell(Math.abs(value) / largest), numberCell(value));
+    });
     const table = h("table", {}, h("caption", {}, "The strongest neurons"), headings("neuron", "", "value"), h("tbody", {}, ...rows));
     const beside = parallel ? "It runs beside attention: both read the same residual stream." : "It runs after attention and reads its result.";
     const sentence = `${share(layer.active)} of the ${count(neurons)} neurons are above 0 for this token. ${beside}`;

@@ -38,7 +38,7 @@ function predictionStage(act) {
   });
   const body = h("tbody", {});
   const table = h("table", { class: "fk-next" }, h("caption", {}, "The likeliest next tokens"), headings("token", "logit", "", "probability", "", "with the settings", ""), body);
-  const sample = h("button", { type: "button", class: "fk-go", onclick: () => draw_one() }, "Draw a token");
+  const sample = h("button", { type: "button", class: "fk-go", onclick: () => drawOne() }, "Draw a token");
   let now, logits, order, plain;
 
   function read(text) {
@@ -51,13 +51,25 @@ function predictionStage(act) {
     const found = distribution(logits, order, settings);
     const words = now.text.named.slice(0, SHOWN_TOKENS);
     const rows = words.map(({ id, text }, at) => {
-      const take = h("button", { type: "button", class: "fk-link", disabled: now.fixed, "aria-label": `Take the token ${visible(text)}`, onclick: () => act.take(id) }, "take");
-      return h("tr", { class: found[at] === 0 ? "fk-excluded" : null, "data-info": `id ${id}: logit ${figure(logits[id])}, ${share(plain[at])}, with the settings ${share(found[at])}` }, h("th", { scope: "row" }, tokenText(text)), h("td", { "data-value": logits[id] }, figure(logits[id])), h("td", {}, bar(plain[at])), h("td", { "data-value": plain[at] }, share(plain[at])), h("td", {}, bar(found[at], "fk-warmbar")), h("td", { "data-value": found[at] }, share(found[at])), h("td", {}, take));
+      const [logit, before, after] = [logits[id], plain[at], found[at]];
+      const take = { disabled: now.fixed, "aria-label": `Take the token ${visible(text)}`, onclick: () => act.take(id) };
+      const info = `id ${id}: logit ${figure(logit)}, ${share(before)}, with the settings ${share(after)}`;
+      return h(
+        "tr",
+        { class: after === 0 ? "fk-excluded" : null, "data-info": info },
+        rowName(tokenText(text)),
+        numberCell(logit),
+        barCell(before),
+        numberCell(before, share(before)),
+        barCell(after, "fk-warmbar"),
+        numberCell(after, share(after)),
+        h("td", {}, link(take, "take")),
+      );
     });
     body.replaceChildren(...rows);
   }
 
-  function draw_one() {
+  function drawOne() {
     const found = distribution(logits, order, settings);
     let point = Math.random();
     const at = found.findIndex((value) => (point -= value) < 0);
@@ -71,9 +83,15 @@ function predictionStage(act) {
     sample.disabled = now.fixed;
     draw();
     const first = text.named[0];
-    const sentence = ["After the last layer, a LayerNorm and the output head give each of the ", `${count(text.spec.vocabulary)} tokens a logit. The likeliest next token is `, tokenText(first.text), `, ${share(plain[0])}. Temperature, top-k and top-p then change what is drawn from.`];
+    const vocabulary = count(text.spec.vocabulary);
+    const sentence = [
+      `After the last layer, a LayerNorm and the output head give each of the ${vocabulary} tokens a logit. `,
+      "The likeliest next token is ", tokenText(first.text), `, ${share(plain[0])}. `,
+      "Temperature, top-k and top-p then change what is drawn from.",
+    ];
     const how = now.fixed ? h("p", { class: "fk-note" }, "This page has no kernel: run fk.explain in a notebook to take a token.") : sample;
-    view.show([h("div", { class: "fk-sliders" }, ...controls), table, how], sentence, `logits (V,) = (${count(text.spec.vocabulary)},) → / temperature → top-k → top-p → softmax · ${text.code.sampling}`);
+    const formula = `logits (V,) = (${vocabulary},) → / temperature → top-k → top-p → softmax · ${text.code.sampling}`;
+    view.show([h("div", { class: "fk-sliders" }, ...controls), table, how], sentence, formula);
   };
   return view;
 }
@@ -84,7 +102,10 @@ function routeStage(act) {
   view.update = (now) => {
     const follow = () => act.ask("route").then((steps) => show(now, steps), () => {}); // the view shows an error itself
     const button = h("button", { type: "button", onclick: follow }, "Follow it back");
-    view.show([now.routed ? button : h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.")], "From the last token, the route follows in each layer the head and the earlier token that mattered most.", "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)");
+    const note = h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.");
+    const sentence = "From the last token, the route follows in each layer the head and the earlier token that mattered most.";
+    const formula = "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)";
+    view.show([now.routed ? button : note], sentence, formula);
     if (now.fixed && now.routed) follow();
   };
 
@@ -99,16 +120,22 @@ function routeStage(act) {
     const words = [...visited].map((at) => svg("text", { transform: `translate(${x(at) - 4} ${y(0) + 12}) rotate(40)` }, visible(tokens[at].text).slice(0, 12)));
     const ends = [svg("text", { x: 0, y: y(spec.layers) + 4 }, `layer ${spec.layers - 1}`), svg("text", { x: 0, y: y(0) + 4 }, "layer 0")];
     const [width, height] = [left + tokens.length * step + 60, y(0) + 80];
-    return svg("svg", { class: "fk-route", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": "The route of the prediction, from the last layer down to the first" }, line, ...circles, ...words, ...ends);
+    const label = "The route of the prediction, from the last layer down to the first";
+    const attributes = { class: "fk-route", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label };
+    return svg("svg", attributes, line, ...circles, ...words, ...ends);
   }
 
   function show({ text }, steps) {
     const items = steps.map((step) => {
       const itself = step.key === step.position;
-      const choose = h("button", { type: "button", class: "fk-link", disabled: !act.reachable(step), onclick: () => act.choose({ layer: step.layer, head: step.head, position: step.position }) }, `layer ${step.layer}, head ${step.head}`);
-      return h("li", {}, choose, ": ", tokenText(text.tokens[step.position].text), ` ${step.position}`, ...(itself ? [" takes nothing from earlier tokens"] : [" ← ", tokenText(text.tokens[step.key].text), ` ${step.key} (${share(step.probability)})`]));
+      const { layer, head, position } = step;
+      const token = (at) => [tokenText(text.tokens[at].text), ` ${at}`];
+      const choose = { disabled: !act.reachable(step), onclick: () => act.choose({ layer, head, position }) };
+      const source = itself ? [" takes nothing from earlier tokens"] : [" ← ", ...token(step.key), ` (${share(step.probability)})`];
+      return h("li", {}, link(choose, `layer ${layer}, head ${head}`), ": ", ...token(position), ...source);
     });
-    view.body.replaceChildren(h("div", { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" }, picture(text, steps)), h("ol", { class: "fk-steps" }, ...items));
+    const scroll = { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" };
+    view.body.replaceChildren(h("div", scroll, picture(text, steps)), h("ol", { class: "fk-steps" }, ...items));
   }
   return view;
 }
@@ -118,11 +145,19 @@ function cacheStage() {
   view.update = ({ text }) => {
     const { grouped, transformers, dtype } = text.cache;
     const tokens = text.tokens.length;
-    const row = (name, size, kind) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(size / Math.max(transformers, grouped), kind)), h("td", { "data-value": size * tokens }, bytes(size * tokens)), h("td", { class: "fk-wrap" }, `${bytes(size * text.spec.context)} for ${count(text.spec.context)} tokens`));
-    const table = h("table", {}, h("caption", {}, `Keys and values of ${plural(tokens, "token")} in ${dtype}`), h("tbody", {}, row("this architecture", grouped, ""), row("transformers' own Falcon", transformers, "fk-warmbar")));
-    const times = transformers / grouped;
-    const sentence = times > 1 ? `Each new token adds ${bytes(grouped)}. transformers' own Falcon copies each key and value to all query heads of its group and keeps ${count(Math.round(times * 10) / 10)} times as much.` : `Each new token adds ${bytes(grouped)}, here and in transformers' own Falcon.`;
-    view.show([table], sentence, `2 × layers × KV heads × head_dim × bytes · ${text.code.cache}`);
+    const { context } = text.spec;
+    const row = (name, size, kind) => {
+      const full = h("td", { class: "fk-wrap" }, `${bytes(size * context)} for ${count(context)} tokens`);
+      const shown = barCell(size / Math.max(transformers, grouped), kind);
+      return h("tr", {}, rowName(name), shown, numberCell(size * tokens, bytes(size * tokens)), full);
+    };
+    const rows = [row("this architecture", grouped), row("transformers' own Falcon", transformers, "fk-warmbar")];
+    const caption = h("caption", {}, `Keys and values of ${plural(tokens, "token")} in ${dtype}`);
+    const times = count(Math.round((transformers / grouped) * 10) / 10);
+    const other = `transformers' own Falcon copies each key and value to all query heads of its group and keeps ${times} times as much.`;
+    const added = `Each new token adds ${bytes(grouped)}`;
+    const sentence = transformers > grouped ? `${added}. ${other}` : `${added}, here and in transformers' own Falcon.`;
+    view.show([h("table", {}, caption, h("tbody", {}, ...rows))], sentence, `2 × layers × KV heads × head_dim × bytes · ${text.code.cache}`);
   };
   return view;
 }

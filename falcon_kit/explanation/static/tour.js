@@ -19,7 +19,7 @@ function tour(stages, diagram) {
   const text = h("p", {});
   const button = (label, step) => h("button", { type: "button", onclick: () => go(at + step) }, label);
   const [back, next] = [button("Back", -1), button("Next", 1)];
-  const end = h("button", { type: "button", class: "fk-link", onclick: () => show(false) }, "end the tour");
+  const end = link({ onclick: () => show(false) }, "end the tour");
   const card = h("aside", { class: "fk-tour", "aria-label": "Guided tour", hidden: true }, h("div", { "aria-live": "polite" }, place, text), h("div", { class: "fk-row" }, back, next, end));
   const start = h("button", { type: "button", class: "fk-go", onclick: () => (show(true), go(0)) }, "Start the tour");
 
@@ -38,7 +38,11 @@ function tour(stages, diagram) {
 
   function go(number) {
     at = Math.max(0, number);
-    if (at === TOUR.length) return show(false);
+    if (at === TOUR.length) show(false);
+    else visit();
+  }
+
+  function visit() {
     const [name, words] = TOUR[at];
     const found = stages.find((each) => each.name === name);
     mark(found);
@@ -47,7 +51,6 @@ function tour(stages, diagram) {
     back.disabled = at === 0;
     next.textContent = at === TOUR.length - 1 ? "Done" : "Next";
     found.node.scrollIntoView({ block: "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
-    return undefined;
   }
   card.addEventListener("keydown", (event) => event.key === "Escape" && show(false));
   return { card, start };

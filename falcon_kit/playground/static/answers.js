@@ -10,6 +10,21 @@ const ENDINGS = {
   error: "failed",
 };
 
+function milliseconds(seconds) {
+  return seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
+}
+
+async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // A page without HTTPS has no clipboard API: select the text, so that Ctrl+C copies it.
+    getSelection().selectAllChildren(node);
+    return document.execCommand("copy");
+  }
+  return true;
+}
+
 const tokensOf = new WeakMap(); // the tokens of each span element
 
 /** The level of the tokens' joint probability, from 0 (likely) to 5 (unlikely); null if it is not reported. */
@@ -26,7 +41,7 @@ function answerView(turn, number, act) {
   const text = h("div", { class: "fk-text", tabindex: "0", role: "group" }, generated);
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
-  const button = (label, title, onclick) => h("button", { type: "button", class: "fk-link", title, onclick }, label);
+  const button = (label, title, onclick) => link({ title, onclick }, label);
   let usedSeed = null;
   const seed = button("", "Use this seed for the next text", () => act("set", { changes: { seed: usedSeed } }));
   const code = button("copy as code", "A cell that generates this text again", () => act("code", { id: turn.id }));
@@ -99,9 +114,9 @@ function turnView(turn, act) {
   function showCode(source) {
     const shown = h("pre", { tabindex: "0", "aria-label": "A cell that generates this text again" }, source);
     const done = h("span", { role: "status" });
-    const close = h("button", { type: "button", class: "fk-link", onclick: () => (code.hidden = true) }, "close");
+    const close = link({ onclick: () => (code.hidden = true) }, "close");
     const again = async () => (done.textContent = (await copy(source, shown)) ? "copied" : "select and copy");
-    code.replaceChildren(shown, h("div", { class: "fk-tools" }, done, h("button", { type: "button", class: "fk-link", onclick: again }, "copy"), close));
+    code.replaceChildren(shown, h("div", { class: "fk-tools" }, done, link({ onclick: again }, "copy"), close));
     code.hidden = false;
     again();
   }
@@ -111,7 +126,7 @@ function turnView(turn, act) {
 /** A message of the user, which can be edited. */
 function messageView(turn, act) {
   const text = h("div", { class: "fk-message-text" }, turn.user);
-  const edit = h("button", { type: "button", class: "fk-link", title: "Change the message and continue from here" }, "edit");
+  const edit = link({ title: "Change the message and continue from here" }, "edit");
   const node = h("div", { class: "fk-message" }, text, edit);
   edit.addEventListener("click", () => {
     const field = h("textarea", { "aria-label": "Edit the message", rows: "2" }, turn.user);
@@ -167,7 +182,7 @@ function tokenTable([text, logprob, alternatives]) {
       h("td", {}, chosen ? "✓" : ""),
       h("td", {}, h("bdi", {}, visible(word))),
       h("td", {}, h("span", { class: "fk-bar", style: `width:${(Math.exp(value) * 100).toFixed(1)}%` })),
-      h("td", {}, percent(value)),
+      h("td", {}, share(Math.exp(value))),
     );
   const chosen = alternatives.findIndex(([word]) => word === text);
   const rows = alternatives.map(([word, value], number) => row(word, value, number === chosen));

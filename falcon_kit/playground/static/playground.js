@@ -1,7 +1,7 @@
 // The playground's view. It stores no state: it requests the state from the kernel at the start, and shows updates.
 
 function render({ model, el }) {
-  const root = h("div", { class: "fk-playground", "data-lm-suppress-shortcuts": "true" });
+  const root = h("div", { class: "fk-widget fk-playground", "data-lm-suppress-shortcuts": "true" });
   const act = (command, values = {}) => model.send({ do: command, ...values });
   const turns = new Map(); // every turn that the kernel sent, by id
   let running = null;
@@ -51,7 +51,7 @@ function render({ model, el }) {
     { class: "fk-composer", "aria-label": "Write" },
     h("div", { class: "fk-row" }, fieldLabel, examples),
     field,
-    h("div", { class: "fk-row fk-buttons" }, go, stop, again, undo, clear, status),
+    h("div", { class: "fk-row" }, go, stop, again, undo, clear, status),
     h("div", { class: "fk-row fk-context" }, meter, meterText),
   );
 

@@ -18,12 +18,31 @@ const PRESETS = {
   creative: ["Creative", "Much randomness"],
 };
 
+/** A row of buttons of which one is pressed: {value: [label, help]}. */
+function segments(label, choices, choose) {
+  const buttons = Object.entries(choices).map(([value, [text, help]]) =>
+    h("button", { type: "button", title: help, "aria-pressed": "false", "data-value": value, onclick: () => choose(value) }, text),
+  );
+  const node = h("div", { class: "fk-segments", role: "group", "aria-label": label }, ...buttons);
+  const show = (value) => buttons.forEach((each) => each.setAttribute("aria-pressed", String(each.dataset.value === value)));
+  const enable = (enabled) => buttons.forEach((each) => (each.disabled = !enabled));
+  return { node, show, enable };
+}
+
+/** A function that sets a field's value, unless the user has typed something that is not sent yet. */
+function setter(input) {
+  let typing = false;
+  input.addEventListener("input", () => (typing = true));
+  for (const end of ["change", "blur"]) input.addEventListener(end, () => (typing = false));
+  return (value) => typing || (input.value = value);
+}
+
 /** A number with its unit and a line of help. */
 function numberField(field, change) {
   const [id, help] = [unique(field.name), unique("help")];
   const attributes = { min: field.min, max: field.max, step: field.step, "aria-describedby": help };
   const input = h("input", { ...attributes, type: "number", id, "data-setting": field.name });
-  const slider = field.slider ? h("input", { ...attributes, type: "range", "aria-label": `${field.label}, slider`, max: field.max }) : null;
+  const slider = field.slider ? h("input", { ...attributes, type: "range", "aria-label": `${field.label}, slider` }) : null;
   const send = (value) => change({ [field.name]: value === "" || Number(value) === field.off ? unset(field) : Number(value) });
   input.addEventListener("change", () => send(input.value));
   slider?.addEventListener("input", () => (input.value = slider.value));
@@ -61,7 +80,7 @@ function seedField(change) {
   const [id, help] = [unique("seed"), unique("help")];
   const input = h("input", { type: "number", id, min: 0, step: 1, placeholder: "random", "data-setting": "seed", "aria-describedby": help });
   input.addEventListener("change", () => change({ seed: input.value === "" ? null : Number(input.value) }));
-  const free = h("button", { type: "button", class: "fk-link", onclick: () => change({ seed: null }) }, "random");
+  const free = link({ onclick: () => change({ seed: null }) }, "random");
   const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
   const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
   const set = setter(input);
