@@ -115,9 +115,10 @@ def find_gpu(words: str) -> str | None:
 def count_and_kind(words: str) -> tuple[int, str]:
     """The number of devices and their kind: 8 and "h100" for "8xH100", "8 x H100", "8 H100s" and "H100 x 8"."""
     word = words.strip().lower()
-    if match := re.fullmatch(r"(\d+)\s*[x*×]\s*(.+)|(.*[\dbgs])\s*[x*×]\s*(\d+)|(\d+)\s+([a-z].+)", word):
-        before, kind, kind_first, after, plain, plain_kind = match.groups()
-        return int(before or after or plain), kind or kind_first or plain_kind
+    kind_first = r"(.+)(?:(?<=[\dbgs\s])x|[*×])\s*(\d+)"  # an x right after another letter may be the kind's own
+    if match := re.fullmatch(rf"(\d+)\s*[x*×]\s*(.+)|{kind_first}|(\d+)\s+([a-z].+)", word):
+        before, kind, first_kind, after, plain, plain_kind = match.groups()
+        return int(before or after or plain), (kind or first_kind or plain_kind).strip()
     return 1, word
 
 

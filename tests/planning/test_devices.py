@@ -23,6 +23,8 @@ HOST = Device("host memory", "cpu", 2**36, offload_target=True)
         ("1.5TiB", 1, 1.5 * 2**40),
         ("80GB", 1, 80 * 10**9),
         ("4 x 40 GiB", 4, 40 * 2**30),
+        ("40 GiB x 4", 4, 40 * 2**30),
+        ("40GiBx4", 4, 40 * 2**30),
     ],
 )
 def test_words_stand_for_devices(words, count, size):
@@ -42,6 +44,12 @@ def test_words_stand_for_devices(words, count, size):
         ("8 H100s", 8, "H100-80GB"),
         ("H100 x 8", 8, "H100-80GB"),
         ("8*H100", 8, "H100-80GB"),
+        ("H100 SXM x 8", 8, "H100-80GB"),
+        ("NVIDIA H100 PCIe x 2", 2, "H100-80GB"),
+        ("NVIDIA H100 80GB HBM3e x2", 2, "H100-80GB"),
+        ("A100 80GB x 2", 2, "A100-80GB"),
+        ("MI300X x 8", 8, "MI300X"),
+        ("MI300X*8", 8, "MI300X"),
         ("8 x A100 80GB", 8, "A100-80GB"),
         ("2xa100-80", 2, "A100-80GB"),
         ("a100 80g", 1, "A100-80GB"),
