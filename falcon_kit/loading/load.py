@@ -95,7 +95,7 @@ def load(
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
     check_name(name)
-    check_names(others, signature(load).parameters)
+    check_names(others, [*signature(load).parameters][:-1])  # without **others
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )

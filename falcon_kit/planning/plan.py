@@ -152,7 +152,8 @@ class Plan:
 def _check_names(unknown: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `plan` does not have, with the one to give instead."""
     if unknown:
-        near = get_close_matches(next(iter(unknown)), signature(plan).parameters)
+        known = [*signature(plan).parameters][:-1]  # without **unknown
+        near = get_close_matches(next(iter(unknown)), known)
         hint = f": did you mean {near[0]}?" if near else ""
         hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else hint
         hint = ": it is one of fk.load" if "offload" in unknown else hint

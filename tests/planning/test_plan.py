@@ -464,6 +464,7 @@ def test_words_and_numbers_out_of_range_are_refused(arguments, message):
         ({"device": "L4"}, "plan has no argument device: did you mean devices?"),
         ({"offload": "cpu"}, "plan has no argument offload: it is one of fk.load"),
         ({"colour": 1}, "plan has no argument colour"),
+        ({"unknwn": 1}, "plan has no argument unknwn"),
     ],
 )
 def test_an_unknown_argument_is_refused_and_an_old_name_with_the_new_one(arguments, message):
