@@ -121,8 +121,11 @@ class Plan:
 
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
-        counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
-        devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+        counts = Counter((printable(device.name), format_bytes(device.free_bytes)) for device in self.devices)
+        devices = ", ".join(
+            f"{count} x {name} ({size} each)" if count > 1 else f"{name} {size}"
+            for (name, size), count in counts.items()
+        )
         fits = "may not fit into" if self.tight else "fits into" if self.fits else "does not fit into"
         reason = f": {self.tight}" if self.tight else ""
         disk = f". {self.disk.shortage}" if self.disk and self.disk.shortage else ""

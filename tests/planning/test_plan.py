@@ -395,8 +395,8 @@ def test_the_repr_says_what_is_needed_and_whether_it_fits():
     )
 
 
-def test_equal_devices_are_counted_once_in_words():
-    assert "into 4 x gpu 40.0 GiB)" in repr(
+def test_equal_devices_are_counted_once_in_words_with_the_memory_of_each():
+    assert "into 4 x gpu (40.0 GiB each))" in repr(
         fk.plan("falcon-40b", devices=[Device("gpu", key, 40 * GIB) for key in range(4)])
     )
 
