@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
-from falcon_kit.planning.environment import environment, find_accelerators, free_disk
+from falcon_kit.planning.environment import find_accelerators, free_disk, host_memory
 from falcon_kit.planning.machines import (
     GPUS,
     MACHINES,
@@ -56,11 +56,10 @@ class Device:
 def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...]:
     """The devices of the argument `devices` of `plan`. Raises ValueError for an unknown name."""
     if devices is None:
-        machine = environment()
-        host = machine.available_bytes
-        found = [each for each in machine.devices if each.kind == "cuda"]
+        _, host = host_memory()
+        found = [each for each in find_accelerators() if each.kind == "cuda"]
         gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host, here=True) for each in found)
-        return gpus or (Device("cpu", "cpu", machine.available_bytes, here=True),)
+        return gpus or (Device("cpu", "cpu", host, here=True),)
     if isinstance(devices, str):
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
@@ -133,7 +132,7 @@ def local_devices(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and devices[0].key != "cpu":
-        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True, here=True))
+        devices.append(Device("host memory", "cpu", host_memory()[1], offload_target=True, here=True))
     elif offload == "cpu":
         raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":

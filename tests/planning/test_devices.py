@@ -185,6 +185,11 @@ def test_without_words_it_is_this_machine():
     assert [device.name for device in devices] == expected
 
 
+def test_this_machine_is_found_without_the_versions_of_packages(monkeypatch):
+    monkeypatch.setattr("falcon_kit.planning.environment.version", None)
+    assert resolve_devices(None)
+
+
 def test_devices_of_ones_own_are_taken_as_they_are():
     own = [Device("mine", 0, 10), Device("yours", 1, 20)]
     assert resolve_devices(own) == tuple(own)
