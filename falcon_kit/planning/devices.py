@@ -13,7 +13,6 @@ from falcon_kit.planning.environment import find_accelerators, free_disk, host_m
 from falcon_kit.planning.machines import (
     GPUS,
     MACHINES,
-    MIB,
     Machine,
     count_and_kind,
     find_gpu,
@@ -95,7 +94,7 @@ def _named_devices(words: str) -> tuple[Device, ...]:
     if (size := _bytes(kind)) is not None:
         return _equal_devices(count, _size_name(kind), size)
     if gpu := find_gpu(kind) or find_gpu(kind.removesuffix("s")):
-        return _equal_devices(count, gpu, GPUS[gpu] * MIB)
+        return _equal_devices(count, gpu, GPUS[gpu])
     raise ValueError(unknown_device(words))
 
 
@@ -105,7 +104,7 @@ def _size_name(size: str) -> str:
 
 def devices_of(machine: Machine) -> tuple[Device, ...]:
     """The GPUs of a machine."""
-    gpus = _equal_devices(machine.count, machine.gpu, GPUS[machine.gpu] * MIB)
+    gpus = _equal_devices(machine.count, machine.gpu, GPUS[machine.gpu])
     return tuple(replace(each, host_bytes=machine.host_bytes, machine=machine.name) for each in gpus)
 
 

@@ -12,7 +12,7 @@ from falcon_kit.catalogue.names import catalogue
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.planning.devices import MARGIN, Device, devices_of
-from falcon_kit.planning.machines import ALL_MACHINES, published_report
+from falcon_kit.planning.machines import MACHINES, machines_of, published_report
 from falcon_kit.planning.placement import (
     CPU_OVERHEAD,
     Request,
@@ -146,8 +146,7 @@ def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Sugge
 
 def _larger_machine(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """The machine of the same provider with the least GPU memory in which the model fits."""
-    provider = next(each.provider for each in ALL_MACHINES if each.name == devices[0].machine)
-    offered = sorted((each for each in ALL_MACHINES if each.provider == provider), key=lambda each: each.gpu_bytes)
+    offered = machines_of(MACHINES[devices[0].machine].provider)
     if larger := next((each for each in offered if _fits(request, devices_of(each))), None):
         yield Suggestion(f"another machine: {larger.name}, {larger.count} x {larger.gpu}")
 

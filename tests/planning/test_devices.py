@@ -9,7 +9,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_devices, resolve_devices
 from falcon_kit.planning.environment import Accelerator, environment
-from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report, rental
+from falcon_kit.planning.machines import GPUS, MACHINES, published_report, rental
 
 HOST = Device("host memory", "cpu", 2**36, offload_target=True)
 
@@ -94,7 +94,7 @@ def test_words_stand_for_devices(words, count, size):
     ],
 )
 def test_a_gpu_is_found_by_the_words_that_people_type(words, count, gpu):
-    assert {(each.name, each.free_bytes) for each in resolve_devices(words)} == {(gpu, GPUS[gpu] * 2**20)}
+    assert {(each.name, each.free_bytes) for each in resolve_devices(words)} == {(gpu, GPUS[gpu])}
     assert len(resolve_devices(words)) == count
 
 
@@ -133,14 +133,14 @@ def test_a_plan_leaves_a_part_of_a_gpu_free_and_nothing_of_host_memory():
 
 
 def test_a_machine_tells_its_host_memory_where_a_figure_is_known():
-    hosts = {machine.name: machine.host_bytes for machine in ALL_MACHINES}
+    hosts = {name: machine.host_bytes for name, machine in MACHINES.items()}
     for name in ("colab-t4", "colab-l4", "ml.g5.12xlarge"):
         assert {device.host_bytes for device in resolve_devices(name)} == {hosts[name]}
     assert (hosts["colab-l4"], hosts["ml.g5.12xlarge"]) == (None, 192 * 2**30)
     assert {device.host_bytes for device in resolve_devices("4xA10G")} == {None}
 
 
-PRICED = [machine for machine in ALL_MACHINES if machine.price]
+PRICED = [machine for machine in MACHINES.values() if machine.price]
 
 
 @pytest.mark.parametrize("machine", PRICED, ids=lambda machine: machine.name)
@@ -173,9 +173,9 @@ def test_reports_are_found_by_the_size_of_a_model_and_its_dtype():
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_has_gpus_of_a_known_kind(name):
-    count, kind = MACHINES[name]
-    assert [device.name for device in resolve_devices(name)] == [kind] * count
-    assert kind in GPUS
+    machine = MACHINES[name]
+    assert [device.name for device in resolve_devices(name)] == [machine.gpu] * machine.count
+    assert machine.gpu in GPUS
 
 
 def test_without_words_it_is_this_machine():
