@@ -86,7 +86,7 @@ class Request:
         if self.trains and not self.gradient_checkpointing:
             parts["kept activations"] = (self._kept, "what each layer keeps for the backward pass")
         elif self.trains:
-            inputs = memory.checkpoint_bytes(*self._size) // self.spec.layers
+            inputs = memory.checkpoint_bytes(*self._size)
             parts["checkpoints"] = (inputs, "the input of each layer, for gradient checkpointing")
         return parts
 

@@ -48,9 +48,8 @@ class Requirements:
         return self.plan.disk.bytes if self.plan.disk else 0
 
     def _download(self) -> str:
-        if self.plan.disk is None or not self.download_bytes:
-            return "nothing"
-        return f"{format_bytes(self.download_bytes)}, {self.plan.disk.reason}"
+        disk = self.plan.disk
+        return f"{format_bytes(disk.bytes)}, {disk.reason}" if disk else "nothing"
 
 
 def _hourly(tier: Plan) -> str:
