@@ -6,12 +6,14 @@ Neither torch nor transformers is imported.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_kit.catalogue.gguf_header import Stored, read_header
+from falcon_kit.catalogue.memory import linear_shapes
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_number, is_whole, printable, require, shown
 from falcon_kit.display.reading import named_errors
@@ -50,10 +52,10 @@ class GGUFFile:
     @property
     def kinds(self) -> dict[str, int]:
         """The bytes of the weights in each kind, the most first: {"Q4_K": ..., "Q6_K": ..., "F32": ...}."""
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for each in self.tensors.values():
-            sizes[each.kind] = sizes.get(each.kind, 0) + each.bytes
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+            sizes[each.kind] += each.bytes
+        return dict(sizes.most_common())
 
     @property
     def bits_per_weight(self) -> float:
@@ -64,8 +66,8 @@ class GGUFFile:
         return f"GGUFFile({printable(self.spec.name)}, {self._size()}: {', '.join(self.kinds)})"
 
     def _repr_html_(self) -> str:
-        counts = [(kind, [each for each in self.tensors.values() if each.kind == kind]) for kind in self.kinds]
-        rows = [(kind, len(each), format_bytes(self.kinds[kind])) for kind, each in counts]
+        tensors = Counter(each.kind for each in self.tensors.values())
+        rows = [(kind, tensors[kind], format_bytes(size)) for kind, size in self.kinds.items()]
         title = f"{self.spec.name}, {self._size()}, {self.bits_per_weight:.2f} bits per weight"
         return html_table(title, ("kind", "tensors", "bytes"), rows)
 
@@ -131,16 +133,10 @@ def stored_names(spec: FalconSpec) -> dict[str, str]:
 
 def stored_shapes(spec: FalconSpec) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor by llama.cpp's name, as in torch."""
-    d, f = spec.d_model, spec.intermediate_size
-    matrices = {
-        "attn_qkv.weight": ((spec.query_heads + 2 * spec.kv_heads) * spec.head_dim, d),
-        "attn_output.weight": (d, d),
-        "ffn_up.weight": (f, d),
-        "ffn_down.weight": (d, f),
-        "token_embd.weight": (spec.vocabulary, d),
-        "output.weight": (spec.vocabulary, d),
-    }
-    return {name: matrices.get(re.sub(r"^blk\.\d+\.", "", name), (d,)) for name in stored_names(spec).values()}
+    matrices = dict(zip(_LINEAR.values(), linear_shapes(spec), strict=True))
+    matrices |= dict.fromkeys(("token_embd.weight", "output.weight"), (spec.vocabulary, spec.d_model))
+    vector = (spec.d_model,)
+    return {name: matrices.get(re.sub(r"^blk\.\d+\.", "", name), vector) for name in stored_names(spec).values()}
 
 
 # From llama.cpp's metadata
@@ -162,6 +158,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[
     norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
     require("token_embd.weight" in tensors, "it lacks the tensor token_embd.weight")
     vocabulary = tensors["token_embd.weight"].shape[0]
+    kinds = Counter(each.kind for each in tensors.values() if len(each.shape) > 1)
     return {
         **config,
         **_special_tokens(metadata, vocabulary),
@@ -177,7 +174,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[
         "layer_norm_epsilon": _number(metadata, "attention.layer_norm_epsilon", 1e-5),
         "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(metadata)},
         "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": _DTYPES.get(max(_matrix_kinds(tensors), default="", key=_matrix_kinds(tensors).count), "bfloat16"),
+        "dtype": _DTYPES.get(max(kinds, default="", key=kinds.__getitem__), "bfloat16"),
     }
 
 
@@ -189,10 +186,6 @@ def _special_tokens(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, i
             require(is_whole(id, 0, vocabulary - 1), f"its {theirs}_token_id is {shown(id)}, of {vocabulary} tokens")
             ids[f"{ours}_token_id"] = id
     return ids
-
-
-def _matrix_kinds(tensors: Mapping[str, Stored]) -> list[str]:
-    return [each.kind for each in tensors.values() if len(each.shape) > 1]
 
 
 def _rope_theta(metadata: Mapping[str, Any]) -> float:

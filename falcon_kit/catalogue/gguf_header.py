@@ -111,8 +111,8 @@ def _tensors(header: _Header, count: int, metadata: Mapping[str, Any]) -> dict[s
 def _stored(name: str, start: int, shape: tuple[int, ...], number: int, offset: int) -> Stored:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    kinds = {each.value: each for each in GGMLQuantizationType}
-    require(number in kinds, f"its tensor {name} has the unknown type {number}")
-    values, size = GGML_QUANT_SIZES[kinds[number]]
+    require(number in GGML_QUANT_SIZES, f"its tensor {name} has the unknown type {number}")
+    kind = GGMLQuantizationType(number)
+    values, size = GGML_QUANT_SIZES[kind]
     require(shape[-1] % values == 0, f"its tensor {name} has rows of {shape[-1]} values, in blocks of {values}")
-    return Stored(kinds[number].name, shape, start + offset, prod(shape) // values * size)
+    return Stored(kind.name, shape, start + offset, prod(shape) // values * size)

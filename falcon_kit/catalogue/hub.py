@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def fetch_config(repository: str, **hub: Any) -> Path:
-    """The path of a repository's config.json, downloaded unless it is cached. Raises the errors of `hub_errors`."""
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(repository):
-        return Path(hf_hub_download(repository, "config.json", **hub))
-
-
-def fetch_adapter_config(repository: str, **hub: Any) -> Path | None:
+def _adapter_config(repository: str, **hub: Any) -> Path | None:
     """The path of a repository's adapter_config.json; None where it holds no adapter or cannot be reached."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 
@@ -36,14 +28,17 @@ def fetch_configs(repository: str, **hub: Any) -> Path:
 
     Where the hub cannot be reached, huggingface_hub tries again for 24 seconds; the cache alone is asked then.
     """
+    from huggingface_hub import hf_hub_download
+
     try:
-        config = fetch_config(repository, **hub)
+        with hub_errors(repository):
+            config = Path(hf_hub_download(repository, "config.json", **hub))
     except (ConnectionError, FileNotFoundError) as error:  # an adapter's repository has no config.json
         cached_only = isinstance(error, ConnectionError) or hub.get("local_files_only", False)
-        if (adapter := fetch_adapter_config(repository, **{**hub, "local_files_only": cached_only})) is None:
+        if (adapter := _adapter_config(repository, **{**hub, "local_files_only": cached_only})) is None:
             raise
         return adapter.parent
-    fetch_adapter_config(repository, **{**hub, "revision": config.parent.name})  # of the same commit
+    _adapter_config(repository, **{**hub, "revision": config.parent.name})  # of the same commit
     return config.parent
 
 

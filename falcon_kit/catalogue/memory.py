@@ -184,8 +184,8 @@ def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
 
 
 def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
-    """The input of each layer, which gradient checkpointing keeps (Chen et al. 2016, arXiv 1604.06174)."""
-    return spec.layers * batch * context * spec.d_model * VALUE_BYTES[dtype]
+    """The input of one layer, which gradient checkpointing keeps (Chen et al. 2016, arXiv 1604.06174)."""
+    return batch * context * spec.d_model * VALUE_BYTES[dtype]
 
 
 def kept_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, adapters: bool) -> int:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return read_json(file)
 
 
+@cache
 def _embedded_specs() -> tuple[FalconSpec, ...]:
     """The specs of the models inside the package: the base, from its config.json, and the base with its adapter."""
     config = embedded_directory("falconet") / "config.json"

@@ -75,11 +75,11 @@ class FalconSpec:
         d, h, g = self.d_model, self.query_heads, self.kv_heads
         if d % h or h % g:
             raise ValueError(
-                f"{printable(self.name)}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads."
+                f"{printable(self.name)}: d_model {d} must be a multiple of {h} query heads, and those of {g} KV heads"
             )
         if self.norms_per_block > 2:
             raise ValueError(
-                f"{printable(self.name)}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}."
+                f"{printable(self.name)}: a Falcon's block has one or two LayerNorms, not {self.norms_per_block}"
             )
 
     @property
@@ -221,11 +221,9 @@ def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("model_type")
     if kind not in _LEGACY_TYPES:
-        raise ValueError(f"model_type is {kind!r}, but an old config has {' or '.join(_LEGACY_TYPES)}.")
+        raise ValueError(f"model_type is {kind!r}, but an old config has {' or '.join(_LEGACY_TYPES)}")
     if config.get("apply_residual_connection_post_layernorm"):
-        raise ValueError(
-            "apply_residual_connection_post_layernorm is true; transformers' Falcon does not support that."
-        )
+        raise ValueError("apply_residual_connection_post_layernorm is true; transformers' Falcon does not support that")
     dropped = {*_LEGACY_KEYS, "auto_map", "apply_residual_connection_post_layernorm"}
     return {
         "new_decoder_architecture": kind == "RefinedWeb" or config.get("n_head_kv") is not None,
@@ -247,14 +245,14 @@ def context_limit(config: Any) -> int:
     config = config if isinstance(config, Mapping) else vars(config)
     limit: int = config["max_position_embeddings"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object.")
+    require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object")
     factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
     if config.get("alibi") or kind not in _EXTENDING or not factor:
         return limit
     original = rope.get("original_max_position_embeddings") or limit
     for name, value in {"factor": factor, "original_max_position_embeddings": original}.items():
         numeric = isinstance(value, int | float) and math.isfinite(value)
-        require(numeric, f"{name} of the rotary embeddings is {value!r}, but it must be a number.")
+        require(numeric, f"{name} of the rotary embeddings is {value!r}, but it must be a number")
     return max(limit, int(original * factor))
 
 
@@ -265,11 +263,11 @@ def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         config = config_from_legacy(config)
     elif kind != "falcon":
         raise ValueError(
-            f"{name}: model_type is {kind!r}, not a Falcon's: falcon, or the old {' or '.join(_LEGACY_TYPES)}."
+            f"{name}: model_type is {kind!r}, not a Falcon's: falcon, or the old {' or '.join(_LEGACY_TYPES)}"
         )
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [key for key in required if config.get(key) is None]:
-        raise ValueError(f"{name}: the config lacks {', '.join(missing)}; required are {', '.join(required)}.")
+        raise ValueError(f"{name}: the config lacks {', '.join(missing)}; required are {', '.join(required)}")
     return config
 
 
@@ -291,7 +289,7 @@ def _positive_int(config: Mapping[str, Any], key: str, name: str, default: int =
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: {key} is {value!r}, but it must be a whole number, at least 1.")
+        raise ValueError(f"{name}: {key} is {value!r}, but it must be a whole number, at least 1")
     return value
 
 

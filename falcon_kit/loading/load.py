@@ -95,7 +95,7 @@ def load(
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
     check_name(name)
-    check_names(others, signature(load).parameters)
+    check_names(others, [*signature(load).parameters][:-1])  # without **others
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
@@ -151,7 +151,7 @@ def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tupl
         names |= {"dtype": "dtype", "tensor_parallel": "tensor_parallel"}
     if settings.max_memory is None and not settings.compile:
         names["offload"] = "offload"
-    return in_words_of(names, planned.suggestions)
+    return tuple(in_words_of(names, planned.suggestions))
 
 
 def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
-from falcon_kit.planning.environment import environment, find_accelerators, free_disk
+from falcon_kit.planning.environment import find_accelerators, free_disk, host_memory
 from falcon_kit.planning.machines import (
     GPUS,
     MACHINES,
-    MIB,
     Machine,
     count_and_kind,
     find_gpu,
@@ -56,11 +55,10 @@ class Device:
 def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...]:
     """The devices of the argument `devices` of `plan`. Raises ValueError for an unknown name."""
     if devices is None:
-        machine = environment()
-        host = machine.available_bytes
-        found = [each for each in machine.devices if each.kind == "cuda"]
+        _, host = host_memory()
+        found = [each for each in find_accelerators() if each.kind == "cuda"]
         gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host, here=True) for each in found)
-        return gpus or (Device("cpu", "cpu", machine.available_bytes, here=True),)
+        return gpus or (Device("cpu", "cpu", host, here=True),)
     if isinstance(devices, str):
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
@@ -96,7 +94,7 @@ def _named_devices(words: str) -> tuple[Device, ...]:
     if (size := _bytes(kind)) is not None:
         return _equal_devices(count, _size_name(kind), size)
     if gpu := find_gpu(kind) or find_gpu(kind.removesuffix("s")):
-        return _equal_devices(count, gpu, GPUS[gpu] * MIB)
+        return _equal_devices(count, gpu, GPUS[gpu])
     raise ValueError(unknown_device(words))
 
 
@@ -106,7 +104,7 @@ def _size_name(size: str) -> str:
 
 def devices_of(machine: Machine) -> tuple[Device, ...]:
     """The GPUs of a machine."""
-    gpus = _equal_devices(machine.count, machine.gpu, GPUS[machine.gpu] * MIB)
+    gpus = _equal_devices(machine.count, machine.gpu, GPUS[machine.gpu])
     return tuple(replace(each, host_bytes=machine.host_bytes, machine=machine.name) for each in gpus)
 
 
@@ -133,7 +131,7 @@ def local_devices(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and devices[0].key != "cpu":
-        devices.append(Device("host memory", "cpu", environment().available_bytes, offload_target=True, here=True))
+        devices.append(Device("host memory", "cpu", host_memory()[1], offload_target=True, here=True))
     elif offload == "cpu":
         raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":

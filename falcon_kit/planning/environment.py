@@ -151,15 +151,12 @@ def find_accelerators(torch: Any = None, only: int | None = None) -> tuple[Accel
     return ()
 
 
-def gpu_problem(torch: Any = None) -> str:
-    """Why torch cannot use an NVIDIA GPU that is there, and what to do; empty without such a problem, or without torch.
+def gpu_problem() -> str:
+    """Why torch cannot use an NVIDIA GPU that is there, and what to do; empty where it can, or without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return ""
+    import torch
 
-    torch: the module, imported if not given.
-    """
-    if torch is None:
-        if importlib.util.find_spec("torch") is None:
-            return ""
-        import torch
     if torch.version.cuda is None or torch.cuda.is_available():
         return ""
     try:

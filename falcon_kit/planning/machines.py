@@ -16,8 +16,8 @@ from falcon_kit.display.errors import unknown_name
 
 MIB, GIB = 2**20, 2**30
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
-GPUS: dict[str, int] = {name: int(gpu["gib"] * 1024) for name, gpu in _DATA["gpus"].items()}
-"""Memory in MiB that torch can allocate, from the "total capacity" in published out-of-memory errors, which is 0.5 to 5
+GPUS: dict[str, int] = {name: int(gpu["gib"] * 1024) * MIB for name, gpu in _DATA["gpus"].items()}
+"""Bytes that torch can allocate, from the "total capacity" in published out-of-memory errors, which is 0.5 to 5
 percent less than nvidia-smi prints. Of several published figures, the smallest that was found. The source of each is
 in devices.json; null where the errors are in public files without a lasting address."""
 _NOISE = re.compile(r"\b(?:standard|nvidia|amd|instinct|tesla|geforce|rtx)+|\b(?:sxm\d?|pcie|hbm\d?e?|gpus?)\b")
@@ -80,23 +80,26 @@ class Machine:
     @property
     def gpu_bytes(self) -> int:
         """Memory of all its GPUs together."""
-        return self.count * GPUS[self.gpu] * MIB
+        return self.count * GPUS[self.gpu]
 
 
-ALL_MACHINES = tuple(
-    Machine(name, provider, count, gpu, None if host is None else int(host * GIB), _PRICES.get(name))
+MACHINES = {
+    name: Machine(name, provider, count, gpu, None if host is None else int(host * GIB), _PRICES.get(name))
     for provider, group in _DATA["machines"].items()
     for name, (count, gpu, host) in group["types"].items()
-)
-"""The sources of each provider's figures are in devices.json."""
-MACHINES: dict[str, tuple[int, str]] = {machine.name: (machine.count, machine.gpu) for machine in ALL_MACHINES}
-"""Number and type of the GPUs of each machine, by its name."""
+}
+"""By name. The sources of each provider's figures are in devices.json."""
+
+
+def machines_of(provider: str) -> list[Machine]:
+    """A provider's machines, the one with the least GPU memory first."""
+    return sorted((each for each in MACHINES.values() if each.provider == provider), key=lambda each: each.gpu_bytes)
 
 
 def find_machine(words: str) -> Machine | None:
     """The machine that words name: "ml.g5.12xlarge", "g5.12xlarge", "Colab T4", "nc24ads-a100-v4"."""
     typed = _squeeze(words)
-    names = {_squeeze(each.name): each for each in ALL_MACHINES}
+    names = {_squeeze(name): each for name, each in MACHINES.items()}
     return names.get(typed) or names.get(f"ml.{typed}")
 
 
@@ -115,9 +118,10 @@ def find_gpu(words: str) -> str | None:
 def count_and_kind(words: str) -> tuple[int, str]:
     """The number of devices and their kind: 8 and "h100" for "8xH100", "8 x H100", "8 H100s" and "H100 x 8"."""
     word = words.strip().lower()
-    if match := re.fullmatch(r"(\d+)\s*[x*×]\s*(.+)|(.*[\dbgs])\s*[x*×]\s*(\d+)|(\d+)\s+([a-z].+)", word):
-        before, kind, kind_first, after, plain, plain_kind = match.groups()
-        return int(before or after or plain), kind or kind_first or plain_kind
+    kind_first = r"(.+)(?:(?<=[\dbgs\s])x|[*×])\s*(\d+)"  # an x right after another letter may be the kind's own
+    if match := re.fullmatch(rf"(\d+)\s*[x*×]\s*(.+)|{kind_first}|(\d+)\s+([a-z].+)", word):
+        before, kind, first_kind, after, plain, plain_kind = match.groups()
+        return int(before or after or plain), (kind or first_kind or plain_kind).strip()
     return 1, word
 
 

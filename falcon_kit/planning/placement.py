@@ -3,9 +3,9 @@
 Neither torch nor transformers is imported.
 """
 
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import Literal
 
 from falcon_kit.catalogue import memory
@@ -86,7 +86,7 @@ class Request:
         if self.trains and not self.gradient_checkpointing:
             parts["kept activations"] = (self._kept, "what each layer keeps for the backward pass")
         elif self.trains:
-            inputs = memory.checkpoint_bytes(*self._size) // self.spec.layers
+            inputs = memory.checkpoint_bytes(*self._size)
             parts["checkpoints"] = (inputs, "the input of each layer, for gradient checkpointing")
         return parts
 
@@ -145,40 +145,30 @@ def layers_per_device(request: Request, devices: Sequence[Device]) -> list[int]:
     """How many layers each device holds, with as few as possible offloaded; all zero if they do not fit."""
     computing = [device for device in devices if not device.offload_target]
     targets, layers = devices[len(computing) :], request.spec.layers
-    weights, _ = request.layer_parts()["weights"]
+    parts = request.layer_parts()
+    layer, (weights, _) = _total(parts), parts["weights"]
     capacities = [min(target.free_bytes // weights, layers) for target in targets]
     for offloaded in range(layers + 1) if targets else (0,):
-        counts = _balanced_layers(request, computing, offloaded)
+        free = _memory_for_layers(request, computing, offloaded)
+        counts = _balanced_layers(free, layer, layers - offloaded)
         # the first device holds the embedding, even if it holds no layers
-        first_fits = _memory_for_layers(request, computing, offloaded)[0] >= 0
-        if first_fits and sum(counts) == layers - offloaded and sum(capacities) >= offloaded:
+        if free[0] >= 0 and sum(counts) == layers - offloaded and sum(capacities) >= offloaded:
             left = [max(0, offloaded - sum(capacities[:index])) for index in range(len(targets))]
             return counts + [min(pair) for pair in zip(capacities, left, strict=True)]
     return [0] * len(devices)
 
 
-def _balanced_layers(request: Request, devices: Sequence[Device], offloaded: int) -> list[int]:
-    """How many layers each device holds so that the least free memory on any of them is as large as possible.
-
-    If the layers do not fit, the sum is smaller than their number. All layers have the same size, so this is a binary
-    search for the largest reserve per device with which the layers still fit.
-    """
-    layer, free = _total(request.layer_parts()), _memory_for_layers(request, devices, offloaded)
-    wanted = request.spec.layers - offloaded
-    if free[0] < 0:
-        return [0] * len(devices)
-
-    def capacities(reserve: int) -> list[int]:
-        return [max(0, (size - reserve) // layer) for size in free]
-
-    reserves = range(1, max(free) + 1)  # in bytes: index 0 is a reserve of 1 byte, so the index of the first reserve
-    # with which the layers do not fit is the last one with which they do; 0 if none of them fits
-    reserve = bisect(reserves, False, key=lambda each: sum(capacities(each)) < wanted)
-    counts = capacities(reserve)
-    used = [index for index, count in enumerate(counts) if count]
-    fullest_first = sorted(used, key=lambda index: free[index] - counts[index] * layer)
-    for index in fullest_first[: max(0, sum(counts) - wanted)]:
-        counts[index] -= 1  # several devices tie at this reserve: remove the surplus from the fullest
+def _balanced_layers(free: Sequence[int], layer: int, wanted: int) -> list[int]:
+    """Layers per device, each given to the last one with the most room left; fewer than `wanted` if they do not fit."""
+    counts = [0] * len(free)
+    room = [(-size, -index) for index, size in enumerate(free)]
+    heapify(room)
+    for _ in range(wanted):
+        size, index = room[0]
+        if -size < layer:
+            break
+        heapreplace(room, (size + layer, index))
+        counts[-index] += 1
     return counts
 
 

@@ -121,8 +121,11 @@ class Plan:
 
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""
-        counts = Counter(f"{printable(device.name)} {format_bytes(device.free_bytes)}" for device in self.devices)
-        devices = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+        counts = Counter((printable(device.name), format_bytes(device.free_bytes)) for device in self.devices)
+        devices = ", ".join(
+            f"{count} x {name} ({size} each)" if count > 1 else f"{name} {size}"
+            for (name, size), count in counts.items()
+        )
         fits = "may not fit into" if self.tight else "fits into" if self.fits else "does not fit into"
         reason = f": {self.tight}" if self.tight else ""
         disk = f". {self.disk.shortage}" if self.disk and self.disk.shortage else ""
@@ -152,7 +155,8 @@ class Plan:
 def _check_names(unknown: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `plan` does not have, with the one to give instead."""
     if unknown:
-        near = get_close_matches(next(iter(unknown)), signature(plan).parameters)
+        known = [*signature(plan).parameters][:-1]  # without **unknown
+        near = get_close_matches(next(iter(unknown)), known)
         hint = f": did you mean {near[0]}?" if near else ""
         hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else hint
         hint = ": it is one of fk.load" if "offload" in unknown else hint
@@ -210,43 +214,32 @@ def _dtype(dtype: Any, shape: FalconSpec, purpose: Purpose, devices: Sequence[De
 
 
 def _planned(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:
+    split, changes = _by_layers, suggestions
     if request.tensor_parallel != 1:
-        return _plan_tensor_parallel(request, tensor_parallel_devices(request, devices), disk)
-    counts = layers_per_device(request, without_margin(devices))
-    tight = report_doubt(request, devices)
-    if sum(counts) < request.spec.layers:
-        counts, tight = layers_per_device(request, devices), tight or margin_doubt()
-    fits = sum(counts) == request.spec.layers
-    counts = counts if fits else split_by_memory(request, devices)
-    rows = layer_split_parts(request, devices, counts)
-    if fits and not tight:
-        return _plan(request, devices, rows, device_map(devices, counts), disk)
-    modules = device_map(devices, counts) if fits else {}
-    return _plan(request, devices, rows, modules, disk, suggestions(request, devices), tight if fits else "")
-
-
-def _plan_tensor_parallel(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:
-    rows = list(tensor_parallel_parts(request, devices))
-    safe = fits_in_memory(without_margin(devices), rows)
+        split, changes, devices = _by_ranks, tensor_parallel_suggestions, tensor_parallel_devices(request, devices)
+    rows, modules, fits, safe = split(request, devices)
     tight = report_doubt(request, devices) or ("" if safe else margin_doubt())
-    if not tight:
-        return _plan(request, devices, rows, {}, disk)
-    fits = fits_in_memory(devices, rows)
-    changes = tensor_parallel_suggestions(request, devices)
-    return _plan(request, devices, rows, {}, disk, changes, tight if fits else "")
-
-
-def _plan(
-    request: Request,
-    devices: tuple[Device, ...],
-    rows: Iterable[Part],
-    modules: Mapping[str, int | str],
-    disk: Disk | None,
-    changes: Iterable[Suggestion] = (),
-    tight: str = "",
-) -> Plan:
+    advice = tuple(changes(request, devices)) if tight else ()
     arguments = request.spec, request.dtype, request.context, request.batch, request.purpose
-    return Plan(*arguments, devices, tuple(rows), modules, tuple(changes), tight, disk)
+    return Plan(*arguments, devices, tuple(rows), modules, advice, tight if fits else "", disk)
+
+
+_Split = tuple[Iterable[Part], dict[str, int | str], bool, bool]
+"""The rows, the device map, whether they fit, and whether they do so with the margin."""
+
+
+def _by_layers(request: Request, devices: Sequence[Device]) -> _Split:
+    counts = layers_per_device(request, without_margin(devices))
+    safe = sum(counts) == request.spec.layers
+    counts = counts if safe else layers_per_device(request, devices)
+    if sum(counts) == request.spec.layers:
+        return layer_split_parts(request, devices, counts), device_map(devices, counts), True, safe
+    return layer_split_parts(request, devices, split_by_memory(request, devices)), {}, False, False
+
+
+def _by_ranks(request: Request, devices: Sequence[Device]) -> _Split:
+    rows = list(tensor_parallel_parts(request, devices))
+    return rows, {}, fits_in_memory(devices, rows), fits_in_memory(without_margin(devices), rows)
 
 
 def _check(request: Request) -> None:

@@ -48,9 +48,8 @@ class Requirements:
         return self.plan.disk.bytes if self.plan.disk else 0
 
     def _download(self) -> str:
-        if self.plan.disk is None or not self.download_bytes:
-            return "nothing"
-        return f"{format_bytes(self.download_bytes)}, {self.plan.disk.reason}"
+        disk = self.plan.disk
+        return f"{format_bytes(disk.bytes)}, {disk.reason}" if disk else "nothing"
 
 
 def _hourly(tier: Plan) -> str:
@@ -69,10 +68,12 @@ def requirements(
 ) -> Requirements:
     """What a notebook takes with a model. Nothing is downloaded, except the config of a hub id outside the catalogue.
 
-    name, dtype, context, batch, purpose: as for `fk.plan`. minutes: the time on Falconet. Larger models are shown in
-    the usual dtype of the work, and running the 40B also in nf4; a model that no machine holds is left out.
+    name, dtype, context, batch, purpose: as for `fk.plan`, but without a dtype, it is the one that `fk.load` chooses,
+    or nf4-double for qlora. minutes: the time on Falconet. Larger models are shown in the usual dtype of the work, and
+    running the 40B also in nf4; a model that no machine holds is left out.
     """
     check_whole("minutes", minutes, 1)
+    dtype = "auto" if dtype is None and purpose != "qlora" else dtype
     own = plan(name, dtype, context, batch, purpose)
     larger = [(model, None) for model in _MODELS] + ([(_MODELS[-1], "nf4")] if purpose == "inference" else [])
     tiers = (_cheapest(model, usual, context, batch, purpose) for model, usual in larger)

@@ -32,7 +32,8 @@ class SageMakerPlace:
     @property
     def gpus(self) -> tuple[int, str] | None:
         """Number and type of the instance's GPUs; None for an instance type that `MACHINES` does not contain."""
-        return MACHINES.get(self.instance or "")
+        known = MACHINES.get(self.instance or "")
+        return (known.count, known.gpu) if known else None
 
     def _facts(self) -> dict[str, str]:
         count, kind = self.gpus or (0, "")

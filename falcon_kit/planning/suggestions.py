@@ -3,7 +3,7 @@
 Neither torch nor transformers is imported.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from falcon_kit.catalogue.names import catalogue
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.planning.devices import MARGIN, Device, devices_of
-from falcon_kit.planning.machines import ALL_MACHINES, published_report
+from falcon_kit.planning.machines import MACHINES, machines_of, published_report
 from falcon_kit.planning.placement import (
     CPU_OVERHEAD,
     Request,
@@ -43,18 +43,15 @@ class Suggestion(str):
 _ENDPOINT = Suggestion("an endpoint on another machine: fk.connect")
 
 
-def in_words_of(names: Mapping[str, str], changes: Sequence[Suggestion]) -> tuple[Suggestion, ...]:
+def in_words_of(names: Mapping[str, str], changes: Iterable[Suggestion]) -> Iterator[Suggestion]:
     """The changes as arguments of another function; those with an argument that it does not have are left out.
 
     names: its arguments by those of `plan`.
     """
-    known = [each for each in changes if each.changes.keys() <= names.keys()]
-    return tuple(
-        each
-        if all(names[name] == name for name in each.changes)
-        else Suggestion(**{names[name]: value for name, value in each.changes.items()})
-        for each in known
-    )
+    for each in changes:
+        if each.changes.keys() <= names.keys():
+            renamed = {names[name]: value for name, value in each.changes.items()}
+            yield each if renamed == each.changes else Suggestion(**renamed)
 
 
 def without_margin(devices: Sequence[Device]) -> tuple[Device, ...]:
@@ -64,11 +61,9 @@ def without_margin(devices: Sequence[Device]) -> tuple[Device, ...]:
 
 def report_doubt(request: Request, devices: Sequence[Device]) -> str:
     """What published reports say against a model that fits by arithmetic; empty where they say nothing."""
-    report = published_report(request.spec, request.dtype)
-    known = report is not None and request.purpose == "inference" and devices[0].key != "cpu"
-    if report is None or not known or any(device.offload_target for device in devices):
-        return ""
-    if sum(device.free_bytes for device in devices) >= report.bytes:
+    applies = not (request.trains or devices[0].key == "cpu" or any(device.offload_target for device in devices))
+    report = published_report(request.spec, request.dtype) if applies else None
+    if report is None or sum(device.free_bytes for device in devices) >= report.bytes:
         return ""
     return f"published reports needed {format_bytes(report.bytes)} ({report.source})"
 
@@ -146,8 +141,7 @@ def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Sugge
 
 def _larger_machine(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
     """The machine of the same provider with the least GPU memory in which the model fits."""
-    provider = next(each.provider for each in ALL_MACHINES if each.name == devices[0].machine)
-    offered = sorted((each for each in ALL_MACHINES if each.provider == provider), key=lambda each: each.gpu_bytes)
+    offered = machines_of(MACHINES[devices[0].machine].provider)
     if larger := next((each for each in offered if _fits(request, devices_of(each))), None):
         yield Suggestion(f"another machine: {larger.name}, {larger.count} x {larger.gpu}")
 

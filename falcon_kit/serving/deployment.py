@@ -14,7 +14,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.devices import resolve_devices
-from falcon_kit.planning.machines import GPUS, MACHINES, MIB, Price, find_machine
+from falcon_kit.planning.machines import MACHINES, Price, find_machine, machines_of
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
 
@@ -131,11 +131,11 @@ def deployment(name: str | FalconSpec, machine: str, dtype: Any = "bfloat16") ->
 
 
 def _suggestions(short: Plan) -> Iterator[Suggestion]:
-    """What would fit: the smallest instance type with enough memory, or a smaller model."""
-    by_memory = sorted(MACHINES.items(), key=lambda machine: machine[1][0] * GPUS[machine[1][1]])
-    for name, (count, gpu) in by_memory:
-        memory = count * GPUS[gpu] * MIB * MEMORY_SHARE
-        if name.startswith("ml.") and short.spec.kv_heads % count == 0 and memory >= short.total_bytes:
-            yield Suggestion(f"a larger machine: {name}, {count} x {gpu}")
+    """What would fit: the same provider's smallest machine with enough memory (of AWS for GPUs alone), or a smaller
+    model."""
+    given = MACHINES.get(short.devices[0].machine)
+    for each in machines_of(given.provider if given else "AWS"):
+        if short.spec.kv_heads % each.count == 0 and each.gpu_bytes * MEMORY_SHARE >= short.total_bytes:
+            yield Suggestion(f"a larger machine: {each.name}, {each.count} x {each.gpu}")
             break
     yield from (each for each in short.suggestions if "name" in each.changes)

@@ -17,7 +17,7 @@ from falcon_kit.generation.text import Generation
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
-from falcon_kit.planning.environment import environment, host_memory
+from falcon_kit.planning.environment import find_accelerators, host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
 from falcon_kit.serving.connection import Connection
@@ -320,7 +320,7 @@ def _job(
 
 def _free_share(gpus: int) -> float:
     """The share of each GPU's memory that is free on all of the first ones, rounded down."""
-    found = [each for each in environment().devices if each.kind == "cuda"][:gpus]
+    found = [each for each in find_accelerators() if each.kind == "cuda"][:gpus]
     least = min(each.free_bytes / each.total_bytes for each in found) * (1 - MARGIN)
     return min(MEMORY_SHARE, int(least * 100) / 100)
 

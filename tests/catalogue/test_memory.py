@@ -223,7 +223,7 @@ def test_a_training_step_of_lora_takes_what_layers_keep_and_the_larger_of_loss_a
         adapted(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
     size = spec, dtype, 128, 4
     layer, kept = memory.backward_bytes(*size, adapters=True), memory.kept_bytes(*size, adapters=True)
-    layers = memory.checkpoint_bytes(*size) if checkpointing else spec.layers * kept
+    layers = spec.layers * (memory.checkpoint_bytes(*size) if checkpointing else kept)
     busiest = max(memory.loss_bytes(*size), layer if checkpointing else layer - kept)
     expected = busiest + layers + 4 * memory.lora_parameters(spec, 2)
     assert expected == pytest.approx(measured.peak, rel=0.1)

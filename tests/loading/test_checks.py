@@ -84,6 +84,7 @@ def test_the_run_of_a_tuning_is_answered_with_its_adapter():
         ("cachedir", "did you mean cache_dir?"),
         ("tokens", "did you mean token?"),
         ("colour", "its arguments are in its documentation"),
+        ("other", "its arguments are in its documentation"),
     ],
 )
 def test_an_argument_that_load_has_not_is_answered_with_what_stands_for_it(other, instead):

@@ -9,7 +9,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.planning.devices import MARGIN, Device, identical_gpus, local_devices, resolve_devices
 from falcon_kit.planning.environment import Accelerator, environment
-from falcon_kit.planning.machines import ALL_MACHINES, GPUS, MACHINES, published_report, rental
+from falcon_kit.planning.machines import GPUS, MACHINES, published_report, rental
 
 HOST = Device("host memory", "cpu", 2**36, offload_target=True)
 
@@ -23,6 +23,8 @@ HOST = Device("host memory", "cpu", 2**36, offload_target=True)
         ("1.5TiB", 1, 1.5 * 2**40),
         ("80GB", 1, 80 * 10**9),
         ("4 x 40 GiB", 4, 40 * 2**30),
+        ("40 GiB x 4", 4, 40 * 2**30),
+        ("40GiBx4", 4, 40 * 2**30),
     ],
 )
 def test_words_stand_for_devices(words, count, size):
@@ -42,6 +44,12 @@ def test_words_stand_for_devices(words, count, size):
         ("8 H100s", 8, "H100-80GB"),
         ("H100 x 8", 8, "H100-80GB"),
         ("8*H100", 8, "H100-80GB"),
+        ("H100 SXM x 8", 8, "H100-80GB"),
+        ("NVIDIA H100 PCIe x 2", 2, "H100-80GB"),
+        ("NVIDIA H100 80GB HBM3e x2", 2, "H100-80GB"),
+        ("A100 80GB x 2", 2, "A100-80GB"),
+        ("MI300X x 8", 8, "MI300X"),
+        ("MI300X*8", 8, "MI300X"),
         ("8 x A100 80GB", 8, "A100-80GB"),
         ("2xa100-80", 2, "A100-80GB"),
         ("a100 80g", 1, "A100-80GB"),
@@ -86,7 +94,7 @@ def test_words_stand_for_devices(words, count, size):
     ],
 )
 def test_a_gpu_is_found_by_the_words_that_people_type(words, count, gpu):
-    assert {(each.name, each.free_bytes) for each in resolve_devices(words)} == {(gpu, GPUS[gpu] * 2**20)}
+    assert {(each.name, each.free_bytes) for each in resolve_devices(words)} == {(gpu, GPUS[gpu])}
     assert len(resolve_devices(words)) == count
 
 
@@ -125,14 +133,14 @@ def test_a_plan_leaves_a_part_of_a_gpu_free_and_nothing_of_host_memory():
 
 
 def test_a_machine_tells_its_host_memory_where_a_figure_is_known():
-    hosts = {machine.name: machine.host_bytes for machine in ALL_MACHINES}
+    hosts = {name: machine.host_bytes for name, machine in MACHINES.items()}
     for name in ("colab-t4", "colab-l4", "ml.g5.12xlarge"):
         assert {device.host_bytes for device in resolve_devices(name)} == {hosts[name]}
     assert (hosts["colab-l4"], hosts["ml.g5.12xlarge"]) == (None, 192 * 2**30)
     assert {device.host_bytes for device in resolve_devices("4xA10G")} == {None}
 
 
-PRICED = [machine for machine in ALL_MACHINES if machine.price]
+PRICED = [machine for machine in MACHINES.values() if machine.price]
 
 
 @pytest.mark.parametrize("machine", PRICED, ids=lambda machine: machine.name)
@@ -165,9 +173,9 @@ def test_reports_are_found_by_the_size_of_a_model_and_its_dtype():
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_has_gpus_of_a_known_kind(name):
-    count, kind = MACHINES[name]
-    assert [device.name for device in resolve_devices(name)] == [kind] * count
-    assert kind in GPUS
+    machine = MACHINES[name]
+    assert [device.name for device in resolve_devices(name)] == [machine.gpu] * machine.count
+    assert machine.gpu in GPUS
 
 
 def test_without_words_it_is_this_machine():
@@ -175,6 +183,11 @@ def test_without_words_it_is_this_machine():
     devices = resolve_devices(None)
     expected = [device.name for device in here.devices if device.kind == "cuda"] or ["cpu"]
     assert [device.name for device in devices] == expected
+
+
+def test_this_machine_is_found_without_the_versions_of_packages(monkeypatch):
+    monkeypatch.setattr("falcon_kit.planning.environment.version", None)
+    assert resolve_devices(None)
 
 
 def test_devices_of_ones_own_are_taken_as_they_are():

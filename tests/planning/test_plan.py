@@ -395,8 +395,8 @@ def test_the_repr_says_what_is_needed_and_whether_it_fits():
     )
 
 
-def test_equal_devices_are_counted_once_in_words():
-    assert "into 4 x gpu 40.0 GiB)" in repr(
+def test_equal_devices_are_counted_once_in_words_with_the_memory_of_each():
+    assert "into 4 x gpu (40.0 GiB each))" in repr(
         fk.plan("falcon-40b", devices=[Device("gpu", key, 40 * GIB) for key in range(4)])
     )
 
@@ -464,6 +464,7 @@ def test_words_and_numbers_out_of_range_are_refused(arguments, message):
         ({"device": "L4"}, "plan has no argument device: did you mean devices?"),
         ({"offload": "cpu"}, "plan has no argument offload: it is one of fk.load"),
         ({"colour": 1}, "plan has no argument colour"),
+        ({"unknwn": 1}, "plan has no argument unknwn"),
     ],
 )
 def test_an_unknown_argument_is_refused_and_an_old_name_with_the_new_one(arguments, message):

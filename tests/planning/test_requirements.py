@@ -48,6 +48,15 @@ def test_the_plan_takes_the_arguments_of_the_notebook(machine):
     assert taken.plan.context == 256
 
 
+def test_the_plan_is_for_the_dtype_in_which_load_has_the_model(machine, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert fk.requirements("falconet-instruct", minutes=5).plan.dtype == fk.load("falconet-instruct").dtype
+
+
+def test_for_qlora_the_plan_is_for_quantised_weights(machine):
+    assert fk.requirements("falconet", minutes=5, purpose="qlora").plan.dtype == "nf4-double"
+
+
 @pytest.mark.parametrize(
     ("purpose", "expected"),
     [

@@ -73,6 +73,12 @@ def test_a_machine_that_is_too_small_is_refused_with_what_would_help():
     assert smaller == "another model: falcon-7b-instruct"
 
 
+def test_the_larger_machine_that_is_suggested_is_of_the_same_provider():
+    with pytest.raises(fk.NotEnoughMemory) as short:
+        deployment("falcon-40b-instruct", "a2-highgpu-1g")
+    assert short.value.plan.suggestions[0] == "a larger machine: g2-standard-48, 4 x L4"
+
+
 def test_a_dtype_that_vllm_does_not_serve_is_refused():
     with pytest.raises(ValueError, match="dtype 'nf4' is not one of bfloat16, float16"):
         deployment("falcon-40b-instruct", "ml.g5.48xlarge", "nf4")
