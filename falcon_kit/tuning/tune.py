@@ -143,21 +143,22 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
 
 @contextmanager
 def _restored(falcon: Falcon) -> Iterator[None]:
-    """Turns gradients on; restores them, the random states, and the model's `use_cache` and modes after the block."""
+    """Turns gradients on; after the block, the random states, the model and its `use_cache` are as they were."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
-    use_cache = falcon.model.config.use_cache  # the Trainer sets it to False
+    use_cache, checkpointed = falcon.model.config.use_cache, falcon.model.is_activation_checkpointing
     with random_state_kept(falcon.model), torch.enable_grad(), unchanged(falcon.model):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-            falcon.model.config.use_cache = use_cache
+            falcon.model.config.use_cache = use_cache  # the Trainer sets it to False
+            if not checkpointed:
+                falcon.model.activation_checkpointing_disable()
 
 
-@contextmanager
-def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
-    """The model with a new adapter; after the block the model without it."""
+def _new_adapter(falcon: Falcon, settings: Tuning) -> PeftModel:
+    """The model with a new adapter."""
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.r,
@@ -166,26 +167,10 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
-    modules = [(each, dict(each._modules)) for each in falcon.model.modules()]
-    inputs_require_grads = bool(getattr(falcon.model, "_require_grads_hooks", None))
-    checkpointed = falcon.model.is_activation_checkpointing
-    try:
-        if settings.gradient_checkpointing and not inputs_require_grads:
-            falcon.model.enable_input_require_grads()  # or the adapters of the first layer would get no gradient
-        with quiet():
-            model: PeftModel = get_peft_model(falcon.model, config)
-        model.peft_config["default"].base_model_name_or_path = falcon.name
-        yield model
-    finally:
-        if not inputs_require_grads:
-            falcon.model.disable_input_require_grads()
-        if not checkpointed:
-            falcon.model.activation_checkpointing_disable()
-        for module, children in modules:  # PEFT's own `unload` needs all adapters, also after an error in between
-            module._modules.clear()
-            module._modules.update(children)
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            falcon.model.__dict__.pop(name, None)
+    with quiet():
+        model: PeftModel = get_peft_model(falcon.model, config)
+    model.peft_config["default"].base_model_name_or_path = falcon.name
+    return model
 
 
 @dataclass(frozen=True)
@@ -233,16 +218,16 @@ class _Run:
         if record := distributed.on_rank0(partial(read_record, self.directory), self.on_cpu):
             self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
             return self._result(record["history"], record["figures"])
-        with _new_adapter(self.falcon, self.settings) as model:
-            trainer = self._trainer(model)
-            self._train(trainer)
-            adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
-            figures = self._measure(trainer, model)
-            history = trainer.state.log_history
-            if distributed.is_rank0():
-                base = self._identity["base"]
-                write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
-            trainer.accelerator.wait_for_everyone()
+        model = _new_adapter(self.falcon, self.settings)
+        trainer = self._trainer(model)
+        self._train(trainer)
+        adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
+        figures = self._measure(trainer, model)
+        history = trainer.state.log_history
+        if distributed.is_rank0():
+            base = self._identity["base"]
+            write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
+        trainer.accelerator.wait_for_everyone()
         return self._result(history, figures)
 
     def _show_plan(self) -> None:
