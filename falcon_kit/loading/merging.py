@@ -99,10 +99,7 @@ def check_no_adapters(falcon: Falcon, another: str) -> None:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """After the block, removes all adapters and what makes embeddings require gradients, and restores the rest.
-
-    The rest is each parameter's `requires_grad`, each module's mode, and the user's own hooks on the embeddings.
-    """
+    """After the block there are no adapters, and parameters, modes and the hooks on the embeddings are as they were."""
     flags = [(each, each.requires_grad) for each in model.parameters()]
     modules = [(each, each.training, dict(each._modules)) for each in model.modules()]
     hooks = model.get_input_embeddings()._forward_hooks

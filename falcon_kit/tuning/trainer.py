@@ -267,6 +267,7 @@ def arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is not finite is an error instead
         seed=settings.seed,
+        data_seed=settings.seed,
         use_cpu=cpu,
         dataloader_pin_memory=not cpu,
         ddp_find_unused_parameters=False,
