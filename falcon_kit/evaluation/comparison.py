@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, log, nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from falcon_kit.display.errors import check_whole, require
 from falcon_kit.display.tables import html_table
@@ -16,10 +16,21 @@ from falcon_kit.evaluation.task_results import TaskResult
 if TYPE_CHECKING:
     import pandas as pd
 
-    from falcon_kit.evaluation.results import Evaluation
-
 LEVEL = 0.05
 """A difference is shown where the p-value is below it."""
+
+
+class Evaluated(Protocol):
+    """What is compared: an `Evaluation`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+    @property
+    def perplexities(self) -> tuple[Perplexity, ...]: ...
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Comparison:
         return html_table(title, ("", "metric", "first", "second", "difference", "p-value", "verdict"), cells)
 
 
-def compare(first: Evaluation, second: Evaluation, seed: int) -> Comparison:
+def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:
     """The paired tests of two evaluations; see `Evaluation.compare`."""
     check_whole("seed", seed, 0)
     _check_same("tasks", [each.task for each in first.tasks], [each.task for each in second.tasks])
@@ -111,7 +122,7 @@ def compare(first: Evaluation, second: Evaluation, seed: int) -> Comparison:
     return Comparison(first.model, second.model, tuple(differences), _other(first, second))
 
 
-def _other(first: Evaluation, second: Evaluation) -> dict[str, tuple[Any, Any]]:
+def _other(first: Evaluated, second: Evaluated) -> dict[str, tuple[Any, Any]]:
     """What is not the same. Two models have other weights, so only those of the same name are compared."""
     names = ("dtype", "chat format", *(("revision", "fingerprint") if first.model == second.model else ()))
     ours, theirs = (

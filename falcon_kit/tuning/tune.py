@@ -65,26 +65,22 @@ def tune(
     """Trains a LoRA adapter on documents; on a quantised model, this is QLoRA.
 
     data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`.
-    output_dir: the folder for checkpoints and the adapter; several machines have to share it. An interrupted run in it
-        is resumed, and its adapter is the same as without the interruption (up to rounding with more than two copies,
-        whose gradients DDP adds in another order after a start). Unset, it is a folder in ./runs whose name follows
-        from model, data and settings: the same call resumes or returns the finished run, another setting starts one.
+    output_dir: the folder for checkpoints and the adapter, which all machines share. An interrupted run is resumed to
+        the same adapter (up to rounding with more than two copies, whose gradients DDP adds in another order). Unset, a
+        folder in ./runs, named by model, data and settings: the same call resumes or returns the finished run.
     held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`.
         Stop rate and exact answers are measured unless it is packed or the weights are sharded.
     resume: False starts over.
     web_text: what shows that the model forgets, as in `data`; unset, 8 generated English texts about animals.
     force: train although the plan does not fit.
     quiet: no plan, progress bar, loss curve or verdict.
-    settings: the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r, learning_rate,
-        num_train_epochs, per_device_train_batch_size, seed, ...
+    settings: the fields of `falcon_kit.Tuning`, named as in LoraConfig and TrainingArguments: r, learning_rate, ...
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
     After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
-
     Raises, in all of several processes if it is before the training:
     TypeError: for an unknown setting.
-    ValueError: for data without anything to train on, a model that has adapters already, and settings that are out of
-        range, or differ from those of packed rows or of the run in output_dir.
+    ValueError: for nothing to train on, a model with adapters, settings out of range or unlike the rows' or the run's.
     NotEnoughMemory: where the plan does not fit.
     FloatingPointError: for a loss that is not finite.
     BlockingIOError: while another run writes in output_dir.
