@@ -242,11 +242,13 @@ class Trainers:
 
     def __init__(self, falcon: Any, home: Path, stack: ExitStack) -> None:
         import falcon_kit as fk
+        from falcon_kit.loading.merging import unchanged
         from falcon_kit.tuning import trainer, tune
 
         settings = fk.Tuning(r=2, max_steps=1, context=64).for_model(falcon.spec)
         packed = fk.pack(fk.dialogues([{"text": "Giraffes eat leaves. "}]), falcon, context=64)
-        model = stack.enter_context(tune._new_adapter(falcon, settings))
+        stack.enter_context(unchanged(falcon.model))
+        model = tune._new_adapter(falcon, settings)
         options = trainer.arguments(settings, home, falcon.model, len(packed), evaluated=False, cpu=True)
         self._trainer = trainer.AdapterTrainer(model, options, packed)
         self._trainer.create_optimizer_and_scheduler(1)

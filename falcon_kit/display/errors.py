@@ -1,6 +1,7 @@
 """Checks of values, how an error quotes what was given, and whether an error means that memory ran out."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -104,6 +105,20 @@ def shown(value: Any) -> str:
     except ValueError:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def differences(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    places: tuple[str, str] = ("there", "here"),
+    is_same: Callable[[Any, Any], bool] = operator.eq,
+) -> str:
+    """The names whose values differ, with both values, as an error lists them; empty where none does."""
+    return "; ".join(
+        f"{name}: {one.get(name)!r} {places[0]}, {other.get(name)!r} {places[1]}"
+        for name in sorted(one.keys() | other.keys())
+        if not is_same(one.get(name), other.get(name))
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """A model's answers to a task: the likeliest choice, or the generated text."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,8 @@ def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress,
     for item, prompt in zip(task.items, prompts, strict=True):
         pairs += [(prompt, _continuation(prompt, choice)) for choice in item.choices]
         where += [item.where] * len(item.choices)
-    inputs = model.prepare(pairs, where, truncate)
-    ends = np.cumsum([len(item.choices) for item in task.items])
-    by_item = [inputs[end - len(item.choices) : end] for item, end in zip(task.items, ends, strict=True)]
+    inputs = iter(model.prepare(pairs, where, truncate))
+    by_item = [list(islice(inputs, len(item.choices))) for item in task.items]
     found = progress.map(f"task {task.name}", by_item, lambda part: _totals(part, model))
     rows = [_chosen(item, totals) for item, totals in zip(task.items, found, strict=True)]
     metrics = {name: tuple(float(row[name]) for row in rows) for name in ("acc", "acc_norm")}

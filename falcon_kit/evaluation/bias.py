@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import check_whole, is_encodable, require, unknown_name
+from falcon_kit.display.errors import check_whole, require, unknown_name
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio, share
-from falcon_kit.evaluation.tasks import parsed
+from falcon_kit.evaluation.tasks import parsed, text_of
 from falcon_kit.tuning.files import rows as rows_of_files
 
 if TYPE_CHECKING:
@@ -151,10 +151,6 @@ def bias(
 def _pair(where: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Axis, stereotype and counterpart of a row."""
     named = {_CROWS.get(name, name): value for name, value in row.items()}
-    texts = [named.get(name) for name in _CROWS.values()]
-    for name, text in zip(_CROWS.values(), texts, strict=True):
-        require(isinstance(text, str) and text.strip() != "", f"its {name} is {text!r}, not a text")
-        require(is_encodable(str(text)), f"its {name} is not valid UTF-8")
-    axis, stereotype, counterpart = map(str, texts)
+    axis, stereotype, counterpart = (text_of(named, name) for name in _CROWS.values())
     require(stereotype != counterpart, "its two sentences are equal")
     return axis, stereotype, counterpart

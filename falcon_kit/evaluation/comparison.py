@@ -165,14 +165,14 @@ def _tasks(first: TaskResult, second: TaskResult, seed: int) -> Iterator[Differe
 
 
 def _metric(name: str, metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> Difference:
-    pairs = list(zip(first, second, strict=True))
-    difference = ratio([two - one for one, two in pairs], [1.0] * len(pairs))
-    values = sum(first) / len(first), sum(second) / len(second)
+    gains = [two - one for one, two in zip(first, second, strict=True)]
+    count = len(gains)
     if {*first, *second} <= {0.0, 1.0}:
-        p_value = mcnemar(sum(one > two for one, two in pairs), sum(one < two for one, two in pairs))
-        return Difference(name, metric, *values, difference, p_value, "McNemar, exact", len(pairs))
-    p_value = sign_flip([two - one for one, two in pairs], seed)
-    return Difference(name, metric, *values, difference, p_value, "sign flips", len(pairs))
+        test, p_value = "McNemar, exact", mcnemar(gains.count(-1), gains.count(1))
+    else:
+        test, p_value = "sign flips", sign_flip(gains, seed)
+    values = sum(first) / count, sum(second) / count
+    return Difference(name, metric, *values, ratio(gains, [1.0] * count), p_value, test, count)
 
 
 def _check_hash(name: str, first: str, second: str) -> None:

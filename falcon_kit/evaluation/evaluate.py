@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +18,12 @@ from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.remote import RemoteModel
 from falcon_kit.evaluation.results import PUBLISHED, Evaluation
 from falcon_kit.evaluation.task_results import TaskResult
-from falcon_kit.evaluation.tasks import SHIPPED, Task, first_items, read_task, shipped_task, split_names
+from falcon_kit.evaluation.tasks import SHIPPED, Task, read_task, shipped_task, split_names
 from falcon_kit.evaluation.texts import read_corpora
 from falcon_kit.serving.endpoint import Endpoint
+from falcon_kit.tuning.files import TABLES
 
 LEADERBOARD: dict[str, dict[str, Any]] = {each["name"]: each for each in PUBLISHED["tasks"]}
-_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _YAML = (".yaml", ".yml")
 _PREFIX = "lm_eval/"
 
@@ -50,7 +50,7 @@ def evaluate(
     "prompt": ..., "answer": ...}, for multiple choice with "choices": [...], where the answer is the index or the text
     of one; "leaderboard", the Open LLM Leaderboard of 2023, or one of its tasks "arc" (25-shot), "hellaswag" (10-shot),
     "mmlu" (5-shot) and "truthfulqa" (0-shot); "lm_eval/NAME" for another task of lm-eval, or the path of a YAML file of
-    its form. lm-eval's tasks need the extra falcon-kit[evaluation], and their data. text: a str, a pathlib.Path, a list
+    its form. lm-eval's tasks need `pip install "lm-eval>=0.4.12"`, and their data. text: a str, a pathlib.Path, a list
     of documents, fk.Documents, or texts by name, as `fk.sample_texts()`.
 
     chat: ask questions in the model's chat format; prompts are continued as they are. num_fewshot: examples before each
@@ -111,14 +111,16 @@ def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
     name = str(task)
     if name in LEADERBOARD:
         each = LEADERBOARD[name]
-        facts = {fact: each[fact] for fact in ("folder", "num_fewshot")}
-        shots, own = settings["num_fewshot"], settings["limit"] is None and not settings["chat"]
-        return _harness(name, each["task"], settings, **facts, leaderboard=own and shots in (None, each["num_fewshot"]))
+        own = {"limit": None, "chat": False, "num_fewshot": each["num_fewshot"]}
+        if settings["num_fewshot"] is None:
+            settings = {**settings, "num_fewshot": each["num_fewshot"]}
+        return _harness(name, each["task"], settings, each["folder"], leaderboard=own.items() <= settings.items())
     if name.startswith(_PREFIX):
         return _harness(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX), settings)
     if name.endswith(_YAML) and not isinstance(task, Task):
         return _harness(Path(name).stem, str(Path(name).expanduser()), settings)
-    found = first_items(_own_task(task), settings["limit"])
+    found = _own_task(task)
+    found = replace(found, items=found.items[: settings["limit"]])
     require(
         not settings["num_fewshot"],
         f"num_fewshot={settings['num_fewshot']} is for lm-eval's tasks, {found.name} has no examples: leave it out, or "
@@ -131,7 +133,7 @@ def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
 def _own_task(task: Any) -> Task:
     if isinstance(task, Task):
         return task
-    if isinstance(task, Path) or str(task).endswith(_FILES):
+    if isinstance(task, Path) or str(task).lower().endswith(TABLES):
         return read_task(task)
     known = [*SHIPPED, "leaderboard", *LEADERBOARD]
     if str(task) not in SHIPPED:
@@ -139,16 +141,18 @@ def _own_task(task: Any) -> Task:
     return shipped_task(str(task))
 
 
-def _harness(name: str, task: str, settings: Mapping[str, Any], **facts: Any) -> _Run:
-    """A task of lm-eval with its data. Raises ImportError, with what to install, if it is missing."""
+def _harness(
+    name: str, task: str, settings: Mapping[str, Any], folder: str | None = None, leaderboard: bool = False
+) -> _Run:
+    """A task of lm-eval with its data. Raises ImportError, with what to install, if it is missing or too old."""
     try:
         from falcon_kit.evaluation import harness
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{name} is a task of lm-eval ({error}): pip install lm-eval") from None
-    loaded = harness.load(harness.HarnessTask(name, task, **facts))
+    except ImportError as error:
+        raise ImportError(f'{name} is a task of lm-eval ({error}): pip install "lm-eval>=0.4.12"') from None
+    loaded = harness.load(name, task, folder)
     harness.check_examples(loaded, settings["num_fewshot"])
     chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
-    return _Run(name, None, partial(harness.run, loaded, **chosen))
+    return _Run(name, None, partial(harness.run, loaded, leaderboard=leaderboard, **chosen))
 
 
 def _check_names(names: list[str]) -> None:

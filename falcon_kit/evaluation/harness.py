@@ -1,6 +1,6 @@
 """EleutherAI's lm-eval, through its own library, on any model of the kit or behind an endpoint.
 
-The extra `falcon-kit[evaluation]` installs it. Its tasks, prompts, few-shot examples and metrics are used as they are:
+`pip install "lm-eval>=0.4.12"` installs it. Its tasks, prompts, few-shot examples and metrics are used as they are:
 `KitLM` only computes what they ask a model for.
 """
 
@@ -23,7 +23,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskManager
 
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.evaluation.models import Model
@@ -35,65 +35,52 @@ _TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of lm-eval."""
+    """A task of lm-eval with its data."""
 
     name: str
     """The name in the results."""
-    task: str
-    """lm-eval's name of it, or the path of a YAML file."""
-    folder: str | None = None
-    """The folder of lm-eval's tasks that it is in; None reads all of them, or only the YAML file."""
-    num_fewshot: int | None = None
-    """Examples before each item; None takes the task's own number."""
-    leaderboard: bool = False
-    """Whether it is a task of the leaderboard of 2023, with its settings."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A task with its data."""
-
-    task: HarnessTask
-    """What was asked for."""
     parts: Sequence[Any]
     """lm-eval's tasks: one, or those of a group."""
     manager: TaskManager
     """The index that they are from; without one, lm-eval reads all of its 14,000 tasks again."""
 
 
-def load(task: HarnessTask) -> Loaded:
+def load(name: str, task: str, folder: str | None = None) -> HarnessTask:
     """A task with its data, before anything is computed.
 
+    task: lm-eval's name of it, or the path of a YAML file. folder: that of lm-eval's tasks that it is in; None reads
+    all of them, or only the YAML file.
     Raises LookupError for an unknown task, with the nearest names, FileNotFoundError for a missing file, and
     ConnectionError that names the data set that is neither in the cache nor can be reached.
     """
-    is_file = task.task.endswith((".yaml", ".yml"))
-    require(not is_file or Path(task.task).is_file(), f"there is no file {task.task}")
+    is_file = task.endswith((".yaml", ".yml"))
+    if is_file and not Path(task).is_file():
+        raise FileNotFoundError(f"there is no file {task}")
     with _unnoticed():
-        folder = None if task.folder is None else str(_TASKS / task.folder)
-        manager = TaskManager(include_path=folder, include_defaults=folder is None and not is_file)
-        if not is_file and task.task not in manager.all_tasks:
-            raise LookupError(unknown_name("task of lm-eval", task.task, manager.all_tasks))
+        path = None if folder is None else str(_TASKS / folder)
+        manager = TaskManager(include_path=path, include_defaults=path is None and not is_file)
+        if not is_file and task not in manager.all_tasks:
+            raise LookupError(unknown_name("task of lm-eval", task, manager.all_tasks))
         try:
-            return Loaded(task, list(manager.load([task.task])["tasks"].values()), manager)
+            return HarnessTask(name, list(manager.load([task])["tasks"].values()), manager)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"the data of {task.name} is not there: {error}. Correct the path, or the data set's name, in the "
+                f"the data of {name} is not there: {error}. Correct the path, or the data set's name, in the "
                 "task's YAML file"
             ) from error
         except ConnectionError as error:
             raise ConnectionError(
-                f"the data of {task.name} is not here: {error}. Run the same call once with access to huggingface.co: "
+                f"the data of {name} is not here: {error}. Run the same call once with access to huggingface.co: "
                 "the data then stays in the cache"
             ) from error
 
 
-def check_examples(loaded: Loaded, num_fewshot: int | None) -> None:
+def check_examples(task: HarnessTask, num_fewshot: int | None) -> None:
     """Raises ValueError for examples that lm-eval would leave out: some tasks have none by their own config."""
-    fixed = [part for part in loaded.parts if part.get_config("num_fewshot") == 0]
+    fixed = [part for part in task.parts if part.get_config("num_fewshot") == 0]
     require(
         not (num_fewshot and fixed),
-        f"num_fewshot={num_fewshot} has no effect on {loaded.task.name}, which has 0 examples by its own config: "
+        f"num_fewshot={num_fewshot} has no effect on {task.name}, which has 0 examples by its own config: "
         "leave num_fewshot out for it",
     )
 
@@ -116,7 +103,7 @@ def _unnoticed() -> Iterator[None]:
 
 
 def run(
-    loaded: Loaded,
+    task: HarnessTask,
     model: Model,
     progress: Progress,
     *,
@@ -124,16 +111,20 @@ def run(
     num_fewshot: int | None,
     seed: int,
     chat: bool,
+    leaderboard: bool,
 ) -> TaskResult:
-    """The result of a task; the tasks of a group are taken together, each item with the same weight."""
-    fewshot = loaded.task.num_fewshot if num_fewshot is None else num_fewshot
-    lm, before = KitLM(model, progress, loaded.task.name), model.truncated
+    """The result of a task; the tasks of a group are taken together, each item with the same weight.
+
+    num_fewshot: examples before each item; None takes the task's own number. leaderboard: whether it is a task of the
+    leaderboard of 2023, with its settings.
+    """
+    lm, before = KitLM(model, progress, task.name), model.truncated
     with _unnoticed():
         results: Any = lm_eval.simple_evaluate(
             lm,
-            tasks=list(loaded.parts),
-            task_manager=loaded.manager,
-            num_fewshot=fewshot,
+            tasks=list(task.parts),
+            task_manager=task.manager,
+            num_fewshot=num_fewshot,
             limit=limit,
             bootstrap_iters=0,
             apply_chat_template=chat,
@@ -142,27 +133,26 @@ def run(
         )
     if truncated := model.truncated - before:
         warnings.warn(
-            f"{truncated} requests of {loaded.task.name} exceed the model's context: their beginning is left out, "
+            f"{truncated} requests of {task.name} exceed the model's context: their beginning is left out, "
             "as lm-eval does",
             stacklevel=2,
         )
-    return _result(loaded.task, results, truncated)
+    facts: dict[str, Any] = {"truncated": truncated} | ({"leaderboard": task.name} if leaderboard else {})
+    return _result(task.name, results, facts)
 
 
-def _result(task: HarnessTask, results: Mapping[str, Any], truncated: int) -> TaskResult:
-    samples = [{"subtask": name, **each} for name, part in results["samples"].items() for each in part]
+def _result(name: str, results: Mapping[str, Any], facts: Mapping[str, Any]) -> TaskResult:
+    samples = [{"subtask": subtask, **each} for subtask, part in results["samples"].items() for each in part]
     metrics, totals = _metrics(results)
-    hashes = [[each[name] for name in ("doc_hash", "prompt_hash", "target_hash")] for each in samples]
-    facts = {
+    hashes = [[each[kind] for kind in ("doc_hash", "prompt_hash", "target_hash")] for each in samples]
+    versions = {
         "lm_eval": version("lm_eval"),
-        "num_fewshot": {name: config.get("num_fewshot") for name, config in results["configs"].items()},
+        "num_fewshot": {subtask: config.get("num_fewshot") for subtask, config in results["configs"].items()},
         "versions": dict(results["versions"]),
-        "truncated": truncated,
     }
-    facts |= {"leaderboard": task.name} if task.leaderboard else {}
     digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     items = tuple(_item(each, [*metrics]) for each in samples)
-    return TaskResult(task.name, "lm-eval", digest, metrics, items, facts, totals)
+    return TaskResult(name, "lm-eval", digest, metrics, items, {**versions, **facts}, totals)
 
 
 def _metrics(results: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+OF_TEXTS = ("per_token", "per_byte", "per_word", "bits_per_byte")
+"""The measures of a text with an interval."""
 _ROW = 0.28  # inches
 _WIDTH = 4.2  # inches of a panel
 
@@ -24,7 +26,7 @@ def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: 
     """
     texts = [row for row in rows if row["metric"] == "bits_per_byte"]
     averages = [row for row in rows if row["metric"] == "percent"]
-    others = [row for row in rows if row["metric"] not in (*_OF_TEXTS, "percent")]
+    others = [row for row in rows if row["metric"] not in (*OF_TEXTS, "bytes_per_token", "percent")]
     tasks = [row for row in others if 0 <= row["value"] <= 1]
     panels: list[tuple[int, Callable[[Axes], None]]] = []
     if tasks:
@@ -43,9 +45,6 @@ def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: 
         axes.set_ylim(most - 0.4, -0.6)  # rows of the same height in all panels
     figure.suptitle(f"{model}: 95% intervals", fontsize=10)
     return figure
-
-
-_OF_TEXTS = ("per_token", "per_byte", "per_word", "bits_per_byte", "bytes_per_token")
 
 
 def intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], colour: str = BLUE) -> None:

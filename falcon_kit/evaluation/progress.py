@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import parse_json, read_json
 from falcon_kit.display.saving import check_folder, write_text
 
@@ -79,16 +79,8 @@ def _prepare(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _check_same(folder: Path, started: Any, record: Mapping[str, Any]) -> None:
-    there, here = dict(_flat(started)), dict(_flat(record))
-    differences = [
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if not _is_same(there.get(name), here.get(name)) and not {*name.split(".")} & _MAY_CHANGE
-    ]
-    if differences:
-        raise ValueError(
-            f"the run in {folder} is of something else ({'; '.join(differences)}): take the same, or another output_dir"
-        )
+    if found := differences(dict(_flat(started)), dict(_flat(record)), is_same=_is_same):
+        raise ValueError(f"the run in {folder} is of something else ({found}): take the same, or another output_dir")
 
 
 def _is_same(there: Any, here: Any) -> bool:
@@ -99,8 +91,10 @@ def _is_same(there: Any, here: Any) -> bool:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with the names that lead to it: "settings.chat"."""
+    """Every value that may not change, with the names that lead to it: "settings.chat"."""
     for name, value in values.items():
+        if name in _MAY_CHANGE:
+            continue
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{name}.")
         else:

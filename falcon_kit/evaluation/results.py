@@ -17,7 +17,7 @@ from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.comparison import Comparison, compare
-from falcon_kit.evaluation.perplexity import Part, Perplexity
+from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.statistics import Estimate
 from falcon_kit.evaluation.task_results import TaskResult
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 """The published averages of the leaderboard of 2023, in percent, what was measured, and where they are from."""
-METRICS = ("per_token", "per_byte", "per_word", "bits_per_byte")
-"""The measures of `Perplexity` with an interval."""
 _FORMAT = 1  # of the JSON file
 
 
@@ -90,7 +88,7 @@ class Evaluation:
         `chance` and `published` stand beside the values that have one.
         """
         for text in self.perplexities:
-            for metric in METRICS:
+            for metric in plots.OF_TEXTS:
                 yield _row(text.name, metric, getattr(text, metric), text.tokens)
             yield _row(text.name, "bytes_per_token", Estimate(text.bytes_per_token, math.nan, math.nan), text.tokens)
         for task in self.tasks:
@@ -119,20 +117,20 @@ class Evaluation:
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             content = read_json(Path(path).expanduser(), "it may be incomplete")
             require(content.pop("falcon_kit_evaluation") == _FORMAT, "another format")
-            texts = content["perplexities"]
-            found = cls(
-                str(content["model"]),
-                dict(content["record"]),
-                tuple(Perplexity(**each | {"parts": tuple(Part(**part) for part in each["parts"])}) for each in texts),
-                tuple(TaskResult(**each | _as_tuples(each)) for each in content["tasks"]),
-            )
+            found = TypeAdapter(cls).validate_python(content)
             found._repr_html_()  # computes all values
             return found
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         except (*UNEXPECTED, ArithmeticError) as error:
-            raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({error})") from None
+            problem = str(error)
+        raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({problem})")
 
     def __repr__(self) -> str:
         values = [f"{each.name}: {each.per_token} per token" for each in self.perplexities[:3]]
@@ -162,11 +160,3 @@ def _beside(row: Mapping[str, Any]) -> tuple[str]:
     if row.get("published"):
         return (f"published {row['published']}",)
     return (f"chance {row['chance']:.2g}" if row.get("chance") else "",)
-
-
-def _as_tuples(task: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a task that JSON has turned into lists."""
-    return {
-        "metrics": {name: tuple(map(float, values)) for name, values in task["metrics"].items()},
-        "items": tuple(map(dict, task["items"])),
-    }

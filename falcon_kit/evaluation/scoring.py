@@ -17,8 +17,7 @@ from falcon_kit.generation.prompts import check_tokens
 from falcon_kit.inspection.hooks import InspectedModel, evaluation_mode
 from falcon_kit.inspection.predictions import logits_in_chunks
 
-_TOKENS = {"cpu": 2048}
-_TOKENS_ELSEWHERE = 16384
+_TOKENS, _TOKENS_ON_A_CPU = 16384, 2048
 """Tokens of a batch, padding included. More are no faster: on a CPU, 2048 fit its caches."""
 
 
@@ -69,7 +68,8 @@ def _batches(
     inputs: list[tuple[int, ...]], inspected: InspectedModel, batch_size: int | None
 ) -> Iterator[list[tuple[int, ...]]]:
     """The inputs, longest first, in batches."""
-    limit = _TOKENS.get(inspected.decoder.get_input_embeddings().weight.device.type, _TOKENS_ELSEWHERE)
+    device = inspected.decoder.get_input_embeddings().weight.device
+    limit = _TOKENS_ON_A_CPU if device.type == "cpu" else _TOKENS
     start = 0
     while start < len(inputs):
         size = batch_size or max(1, limit // len(inputs[start]))

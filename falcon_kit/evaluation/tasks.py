@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from falcon_kit.display.errors import is_encodable, require, shown, unknown_name
+from falcon_kit.display.errors import is_encodable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
@@ -79,9 +79,7 @@ class Task:
 
 
 def shipped_task(name: str) -> Task:
-    """A task that the kit ships. Raises LookupError for another name."""
-    if name not in SHIPPED:
-        raise LookupError(unknown_name("task", name, SHIPPED))
+    """The task in `SHIPPED` with this name."""
     return read_task(_FOLDER / f"{name}.jsonl")
 
 
@@ -129,7 +127,7 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
     """A row as an item. Raises ValueError for what is wrong with it."""
     kinds = [name for name in ("question", "prompt") if name in row]
     require(len(kinds) == 1, f"it has {'both a question and a prompt' if kinds else 'no question and no prompt'}")
-    text = _text(row, kinds[0])
+    text = text_of(row, kinds[0])
     choices = _choices(row["choices"]) if "choices" in row else ()
     answer = _answer(row, choices)
     labels = {name: value for name, value in row.items() if name not in (kinds[0], "choices", "answer")}
@@ -138,7 +136,8 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
     return Item(where, text, kinds[0] == "question", choices, answer, labels)
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    """A field of a row. Raises ValueError unless it is a text."""
     value = row.get(name)
     require(isinstance(value, str) and value.strip() != "", f"its {name} is {value!r}, not a text")
     require(is_encodable(str(value)), f"its {name} is not valid UTF-8")
@@ -151,24 +150,19 @@ def _choices(given: Any) -> tuple[str, ...]:
         f"its choices are {given!r}, not two or more texts",
     )
     require(len({*given}) == len(given), f"two of its choices are equal: {given!r}")
-    return tuple(_text({"choice": each}, "choice") for each in given)
+    return tuple(text_of({"choice": each}, "choice") for each in given)
 
 
 def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
     require("answer" in row, "it has no answer")
     answer = row["answer"]
     if not choices:
-        return _text(row, "answer")
+        return text_of(row, "answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         require(0 <= answer < len(choices), f"its answer is {answer}, but its choices go from 0 to {len(choices) - 1}")
         return choices[answer]
     require(answer in choices, f"its answer {answer!r} is neither the index of a choice nor the text of one")
     return str(answer)
-
-
-def first_items(task: Task, limit: int | None) -> Task:
-    """The task with its first `limit` items; all, if `limit` is None."""
-    return Task(task.name, task.items[:limit])
 
 
 def split_names(tasks: Any) -> Iterator[Any]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.errors import check_encodable, require
-
-_TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+from falcon_kit.tuning.files import TABLES
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ def _documents(text: Any) -> Iterable[tuple[str, str]]:
 def _file(path: Path) -> Iterable[tuple[str, str]]:
     """A file of rows as documents, any other file as one text."""
     path = path.expanduser()
-    if path.suffix.lower() in _TABLES:
+    if path.suffix.lower() in TABLES:
         from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
 
         return [(each["where"], _plain(each)) for each in dialogues(path)]
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give a text file, or one of {', '.join(_TABLES)}")
+        raise FileNotFoundError(f"there is no file {path}: give a text file, or one of {', '.join(TABLES)}")
     try:
         return [(path.name, path.read_text(encoding="utf-8-sig"))]
     except UnicodeDecodeError as error:

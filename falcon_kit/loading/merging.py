@@ -39,6 +39,8 @@ _SAVED = re.compile(
     r"|chat_template\.jinja"
 )
 """The files of a checkpoint, which saving writes or replaces."""
+_HANDLES = ("_require_grads_hooks", "_require_grads_hook")
+"""Where transformers keeps what removes the hooks of `enable_input_require_grads`: the last call's only."""
 _ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
@@ -96,15 +98,20 @@ def check_no_adapters(falcon: Falcon, another: str) -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Removes all adapters after the block, and restores each parameter's `requires_grad` and each module's mode."""
+def unchanged(model: Any) -> Iterator[None]:
+    """After the block there are no adapters, and parameters, modes and the hooks on the embeddings are as they were."""
     flags = [(each, each.requires_grad) for each in model.parameters()]
     modules = [(each, each.training, dict(each._modules)) for each in model.modules()]
+    hooks = model.get_input_embeddings()._forward_hooks
+    own_hooks, handles = dict(hooks), {name: each for name, each in vars(model).items() if name in _HANDLES}
     try:
         yield
     finally:
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            model.__dict__.pop(name, None)
+        for name in ("peft_config", "_hf_peft_config_loaded", *_HANDLES):
+            vars(model).pop(name, None)
+        vars(model).update(handles)
+        hooks.clear()  # in place: handles refer to it
+        hooks.update(own_hooks)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode, children in modules:

@@ -31,7 +31,7 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
             "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
         )
-    check_vocabulary(falcon)
+    check_no_new_tokens(falcon)
     if settings.shard and is_quantised(falcon.model):
         raise ValueError(
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
@@ -58,7 +58,7 @@ def settings_of_rows(rows: Packed, settings: Mapping[str, Any]) -> dict[str, Any
     return {**settings, "context": rows.context, "packing": packing}
 
 
-def check_vocabularies(falcon: Falcon, *packed: Packed | None) -> None:
+def check_same_vocabulary(falcon: Falcon, *packed: Packed | None) -> None:
     """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's."""
     own = falcon.tokenizer.get_vocab()
     if any(each is not None and each.tokenizer.get_vocab() != own for each in packed):
@@ -68,7 +68,7 @@ def check_vocabularies(falcon: Falcon, *packed: Packed | None) -> None:
         )
 
 
-def check_vocabulary(falcon: Falcon) -> None:
+def check_no_new_tokens(falcon: Falcon) -> None:
     """Raises ValueError for tokens that were added after loading: an adapter contains neither tokens nor embeddings.
 
     Its base would be loaded without them, and would read other tokens than the adapter was trained on. A new padding

@@ -20,7 +20,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from falcon_kit.display.errors import check_whole, is_number, plain_scalar, shown
+from falcon_kit.display.errors import check_whole, is_number, shown
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
@@ -78,7 +78,7 @@ class Documents(Sequence[dict[str, Any]]):
 
         Raises ValueError for a share that is not between 0 and 1, and for fewer than two documents.
         """
-        _check_seed(seed)
+        check_whole("seed", seed, 0)
         if not (is_number(share, 0, 1) and 0 < share < 1) or len(self) < 2:
             raise ValueError(
                 f"share={shown(share)} of {len(self)} documents: give a share between 0 and 1, and two or more"
@@ -209,10 +209,6 @@ def _read(rows: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any] | Problem]
             yield {"text": None, "messages": [], "untrained": [], **usable, "where": where}
 
 
-def _check_seed(seed: int) -> None:
-    check_whole("seed", plain_scalar(seed), 0)
-
-
 def mix(
     dialogues: Documents,
     web_texts: Documents | str | Path | Iterable[str | Mapping[str, Any]] | pd.DataFrame,
@@ -230,7 +226,7 @@ def mix(
     Raises ValueError for a fraction out of range, or for too few web texts, and TypeError for other dialogues.
     """
     check_documents(dialogues, "fk.mix")
-    _check_seed(seed)
+    check_whole("seed", seed, 0)
     if not (is_number(web_fraction, 0, 1) and 0 < web_fraction < 1):
         raise ValueError(f"web_fraction={shown(web_fraction)} is not between 0 and 1: the model card's recipe is 0.05")
 

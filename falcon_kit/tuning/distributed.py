@@ -173,13 +173,3 @@ def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, directory: P
     set_state_dict(
         model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=_ADAPTERS
     )
-
-
-@contextmanager
-def without_reduction(model: Any) -> Iterator[None]:
-    """Within the block, gradients are accumulated in each process and not reduced."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)

@@ -14,7 +14,9 @@ from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import parse_json
 from falcon_kit.generation.chat import BAIZE
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+"""What the names of files with a row for each document end in."""
+SUFFIXES = (*TABLES, ".txt")
 BAIZE_MARK = re.compile(r"\[\|(Human|AI)\|\]")
 _BAIZE_LINE = re.compile(rf"^{BAIZE_MARK.pattern}", re.MULTILINE)
 _SPACE = re.compile(r"[ \t\r\n,]*")
@@ -77,11 +79,12 @@ def _rows_of_file(path: Path) -> Iterator[tuple[int, Any]]:
     """The rows of one file with the number of their line, read a part at a time."""
     # Bytes that are not UTF-8 become surrogates here, which no text may contain: their row is left out, not the file.
     suffix = path.suffix.lower()
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="" if suffix[2:] == "sv" else None) as file:
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(suffix)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="" if delimiter else None) as file:
         if suffix == ".txt":
             yield from _paragraphs(file)
-        elif suffix in (".csv", ".tsv"):
-            yield from _table(file, "," if suffix == ".csv" else "\t")
+        elif delimiter:
+            yield from _table(file, delimiter)
         else:
             head = file.read(_CHUNK).lstrip()
             file.seek(0)
@@ -143,10 +146,10 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             paragraph = []
 
 
-def _values(read: Callable[[], str], array: bool = True) -> Iterator[tuple[int, Any]]:
+def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
     """The values of a JSON array, or of a file of indented values, one at a time."""
     decoder, line = json.JSONDecoder(), 1
-    text = read().lstrip("\ufeff")
+    text = read()
     at = text.index("[") + 1 if array else 0
     line += text.count("\n", 0, at)
     while True:

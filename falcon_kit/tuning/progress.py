@@ -34,7 +34,7 @@ def show_plan(plan: Plan, shards: int = 1) -> None:
 class TuningProgress(TrainerCallback):
     """A progress bar with loss, tokens per second and remaining time; `draw` draws the losses that were logged."""
 
-    def __init__(self, trainer: AdapterTrainer, shown: bool, draw: Callable[..., None]) -> None:
+    def __init__(self, trainer: AdapterTrainer, shown: bool, draw: Callable[..., None] | None) -> None:
         self._trainer, self._shown, self._draw = trainer, shown, draw
         self._bar: Any = None
         self._started = self._tokens = 0.0
@@ -61,14 +61,14 @@ class TuningProgress(TrainerCallback):
         speed = tokens / (time.monotonic() - self._started)
         state.log_history[-1]["tokens_per_second"] = round(speed, 1)
         self._bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
-        if self._shown:
+        if self._draw:
             self._draw(state.log_history)
 
     def close(self) -> None:
         """Closes the bar and draws the last curve."""
         if self._bar is not None:
             self._bar.close()
-        if self._shown and self._trainer.state.log_history:
+        if self._draw and self._trainer.state.log_history:
             self._draw(self._trainer.state.log_history, last=True)
 
 

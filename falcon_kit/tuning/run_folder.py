@@ -8,7 +8,7 @@ adapter/         the adapter, its model card, and its record tuning.json, writte
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
@@ -76,17 +76,14 @@ def locked(directory: Path) -> Iterator[None]:
     check_folder(directory, "output_dir")
     directory.mkdir(parents=True, exist_ok=True)
     check_writable(directory, f"output_dir={str(directory)!r}")
-    lock = FileLock(directory / "run.lock", timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(directory / "run.lock", timeout=0).acquire()
     except Timeout as error:
         raise BlockingIOError(
             f"another run of fk.tune is writing in {directory}: wait until it has ended, or take another output_dir"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
@@ -120,29 +117,17 @@ def _check_same_run(file: Path, identity: Mapping[str, Any], results: Sequence[P
     lost = f"the run there cannot be resumed without it, and resume=False deletes its {names}: " if names else ""
     started = read_json(file, f"{lost}take {remedy}")
     may_change = _MAY_CHANGE_ON_RESUME - ({"eval_steps"} if identity["patience"] else set())
-    if differences := _differences(started, identity, may_change):
-        raise ValueError(f"the run in {file.parent} has other settings ({differences}): take the same, {remedy}")
-
-
-def _differences(
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
-    may_differ: Collection[str] = (),
-    places: tuple[str, str] = ("there", "here"),
-) -> str:
-    return "; ".join(
-        f"{name}: {there.get(name)!r} {places[0]}, {here.get(name)!r} {places[1]}"
-        for name in sorted((there.keys() | here.keys()) - set(may_differ))
-        if there.get(name) != here.get(name)
-    )
+    started |= {name: identity[name] for name in may_change}
+    if found := differences(started, identity):
+        raise ValueError(f"the run in {file.parent} has other settings ({found}): take the same, {remedy}")
 
 
 def check_same_everywhere(identities: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError unless all processes, in the order of their ranks, have the same model, data and settings."""
     for rank, each in enumerate(identities):
-        if differences := _differences(each, identities[0], places=(f"in process {rank}", "in process 0")):
+        if found := differences(each, identities[0], (f"in process {rank}", "in process 0")):
             raise ValueError(
-                f"the processes have different runs ({differences}): give all machines the same command, and the same "
+                f"the processes have different runs ({found}): give all machines the same command, and the same "
                 "files of model and data"
             )
 

@@ -123,7 +123,7 @@ class BeforeAfter:
 
 def model_card(base: str, name: str, packed: Packed, settings: Tuning, figures: Mapping[str, float]) -> str:
     """The model card of an adapter: data, figures, settings."""
-    form = packed.chat_format
+    form, given = packed.chat_format, "web-text loss after" in figures
     measured = [f"| {label} | {value:.4g} |" for label, value in figures.items()]
     chosen = [f"| {label} | {value} |" for label, value in asdict(settings).items()]
     return _CARD.format(
@@ -132,6 +132,8 @@ def model_card(base: str, name: str, packed: Packed, settings: Tuning, figures: 
         form=f"{form.name}, `{form.user_prefix}` / `{form.assistant_prefix}`" if form.assistant_prefix else form.name,
         data=repr(packed).removeprefix("Packed(").removesuffix(")"),
         figures="\n".join([*_HEAD, *measured]),
+        text="web-text" if given else "generated-text",
+        texts="the web text that was given" if given else "8 generated English texts about animals",
         settings="\n".join([*_HEAD, *chosen]),
     )
 

@@ -106,8 +106,9 @@ class Tuning:
         for field in fields(self):
             object.__setattr__(self, field.name, plain_scalar(getattr(self, field.name)))  # the dataclass is frozen
         self._check_numbers()
-        for name in ("packing", "gradient_checkpointing", "shard"):
-            check_flag(name, getattr(self, name), *(() if name == "packing" else (None,)))
+        check_flag("packing", self.packing)
+        for name in ("gradient_checkpointing", "shard"):
+            check_flag(name, getattr(self, name), None)
         kind = self.lr_scheduler_type
         require(kind in _SCHEDULES, f"lr_scheduler_type must be one of {', '.join(_SCHEDULES)}, got {kind!r}")
         self._check_target_modules()

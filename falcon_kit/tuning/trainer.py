@@ -133,8 +133,14 @@ class AdapterTrainer(Trainer):
         """Not counted: transformers would iterate over all parameters at every step."""
         return 0
 
-    def _defer_fsdp_gradient_reduction(self) -> Any:
-        return distributed.without_reduction(self.model)  # the Trainer's own needs config.distributed_config
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Within the block, shards accumulate gradients; the Trainer's own needs config.distributed_config."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     # Checkpoints
 
@@ -255,13 +261,9 @@ def arguments(
         activation_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if evaluated else "no",
         eval_steps=every,
-        save_strategy="steps",
         save_steps=every if settings.patience else settings.save_steps or max(1, steps // 10),
         restore_callback_states_from_checkpoint=True,  # patience counts on after a resume
-        save_total_limit=None,  # checkpoint_files.publish deletes old ones
         load_best_model_at_end=bool(settings.patience),
-        metric_for_best_model="eval_loss" if settings.patience else None,
-        greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is not finite is an error instead
         seed=settings.seed,

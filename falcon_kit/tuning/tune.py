@@ -29,7 +29,7 @@ from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed
-from falcon_kit.tuning.checks import check_model, check_vocabularies, settings_of_rows
+from falcon_kit.tuning.checks import check_model, check_same_vocabulary, settings_of_rows
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import GENERATED, answer_rates, short_rows
 from falcon_kit.tuning.memory_plan import out_of_memory, plan_training
@@ -64,26 +64,27 @@ def tune(
 ) -> TuningRun:
     """Trains a LoRA adapter on documents; on a quantised model, this is QLoRA.
 
-    data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`. output_dir: the folder
-    for checkpoints and the adapter; an interrupted run in it is resumed, and its adapter is the same as without the
-    interruption (up to rounding with more than two copies, whose gradients DDP adds in another order after a start).
-    Several machines have to share it. Unset, it is a folder in ./runs whose name follows from model, data and settings:
-    the same call resumes or returns the finished run, and a call with another setting starts a run of its own.
-    held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`;
-    stop rate and exact answers are measured unless it is packed or the weights are sharded. web_text: what shows that
-    the model forgets, as in `data`; unset, 8 generated English texts about animals. resume=False starts over. force:
-    train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
-    `settings` are the fields of `falcon_kit.Tuning`, with the names of LoraConfig and TrainingArguments: r,
-    learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
+    data: the result of `fk.dialogues`, `fk.mix` or `fk.pack`, or an argument of `fk.dialogues`.
+    output_dir: the folder for checkpoints and the adapter, which all machines share. An interrupted run is resumed to
+        the same adapter (up to rounding with more than two copies, whose gradients DDP adds in another order). Unset, a
+        folder in ./runs, named by model, data and settings: the same call resumes or returns the finished run.
+    held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`.
+        Stop rate and exact answers are measured unless it is packed or the weights are sharded.
+    resume: False starts over.
+    web_text: what shows that the model forgets, as in `data`; unset, 8 generated English texts about animals.
+    force: train although the plan does not fit.
+    quiet: no plan, progress bar, loss curve or verdict.
+    settings: the fields of `falcon_kit.Tuning`, named as in LoraConfig and TrainingArguments: r, learning_rate, ...
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
-    Raises TypeError for an unknown setting, ValueError for data without anything to train on, for a model that has
-    adapters already, and for settings that are out of range or differ from those of packed rows or of the run in
-    output_dir,
-    NotEnoughMemory, FloatingPointError for a loss that is not finite, BlockingIOError while another run writes in
-    output_dir, and OSError if a checkpoint cannot be saved or processes do not share output_dir; earlier checkpoints
-    stay complete. If one of several processes fails before the training, all raise. After Ctrl-C the step is finished
-    and saved first; a second Ctrl-C interrupts at once.
+    After Ctrl-C the step is finished and saved first; a second Ctrl-C interrupts at once.
+    Raises, in all of several processes if it is before the training:
+    TypeError: for an unknown setting.
+    ValueError: for nothing to train on, a model with adapters, settings out of range or unlike the rows' or the run's.
+    NotEnoughMemory: where the plan does not fit.
+    FloatingPointError: for a loss that is not finite.
+    BlockingIOError: while another run writes in output_dir.
+    OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
     if isinstance(held_out := plain_scalar(held_out), float | int):
@@ -108,7 +109,7 @@ def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: 
     train = documents if isinstance(documents, Packed) else packed(documents)
     test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
     web = None if web_text is None else short_rows(web_text, falcon)
-    check_vocabularies(falcon, train, test, web)
+    check_same_vocabulary(falcon, train, test, web)
     return {"train": train, "test": test, "test_documents": test_documents, "web_text": web}
 
 
@@ -116,8 +117,6 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
     """The documents to train on and the held-out ones."""
     data = data if isinstance(data, Packed) else dialogues(data)
     require(len(data) > 0, "there is nothing to train on: the data have no rows")
-    if not (held_out is None or isinstance(held_out, float | Packed)):
-        return data, dialogues(held_out)
     if isinstance(held_out, Packed):
         if settings.answers:
             warnings.warn(
@@ -125,39 +124,43 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
                 stacklevel=4,
             )
         return data, held_out
+    if held_out is not None and not isinstance(held_out, float):
+        return data, dialogues(held_out)
     if isinstance(data, Packed):
-        if settings.patience or held_out:
-            raise ValueError(
-                f"{'patience needs the held-out loss' if settings.patience else f'held_out={held_out}'}, and packed "
-                "rows are not split: give held_out=Documents, such as one part of documents.split(0.05), or the "
-                "documents themselves instead of fk.pack's rows"
-            )
-        return data, None
-    if settings.held_out and len(data) < 2:
-        raise ValueError(
-            "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on "
-            "this one"
+        wanted = "patience needs the held-out loss" if settings.patience else f"held_out={held_out}"
+        require(
+            not (settings.patience or held_out),
+            f"{wanted}, and packed rows are not split: give held_out=Documents, such as one part of "
+            "documents.split(0.05), or the documents themselves instead of fk.pack's rows",
         )
-    return data.split(settings.held_out, settings.seed) if settings.held_out else (data, None)
+        return data, None
+    if not settings.held_out:
+        return data, None
+    require(
+        len(data) > 1,
+        "there is one document, so none can be held out to measure with: give more, or held_out=0 to train on this one",
+    )
+    return data.split(settings.held_out, settings.seed)
 
 
 @contextmanager
 def _restored(falcon: Falcon) -> Iterator[None]:
-    """Turns gradients on; restores them, the random states, and the model's `use_cache` and modes after the block."""
+    """Turns gradients on; after the block, the random states, the model and its `use_cache` are as they were."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the Trainer seeds the old generator
-    use_cache = falcon.model.config.use_cache  # the Trainer sets it to False
+    use_cache, checkpointed = falcon.model.config.use_cache, falcon.model.is_activation_checkpointing
     with random_state_kept(falcon.model), torch.enable_grad(), unchanged(falcon.model):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
-            falcon.model.config.use_cache = use_cache
+            falcon.model.config.use_cache = use_cache  # the Trainer sets it to False
+            if not checkpointed:
+                falcon.model.activation_checkpointing_disable()
 
 
-@contextmanager
-def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
-    """The model with a new adapter; after the block the model without it."""
+def _new_adapter(falcon: Falcon, settings: Tuning) -> PeftModel:
+    """The model with a new adapter."""
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.r,
@@ -166,26 +169,10 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> Iterator[PeftModel]:
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
-    modules = [(each, dict(each._modules)) for each in falcon.model.modules()]
-    inputs_require_grads = bool(getattr(falcon.model, "_require_grads_hooks", None))
-    checkpointed = falcon.model.is_activation_checkpointing
-    try:
-        if settings.gradient_checkpointing and not inputs_require_grads:
-            falcon.model.enable_input_require_grads()  # or the adapters of the first layer would get no gradient
-        with quiet():
-            model: PeftModel = get_peft_model(falcon.model, config)
-        model.peft_config["default"].base_model_name_or_path = falcon.name
-        yield model
-    finally:
-        if not inputs_require_grads:
-            falcon.model.disable_input_require_grads()
-        if not checkpointed:
-            falcon.model.activation_checkpointing_disable()
-        for module, children in modules:  # PEFT's own `unload` needs all adapters, also after an error in between
-            module._modules.clear()
-            module._modules.update(children)
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            falcon.model.__dict__.pop(name, None)
+    with quiet():
+        model: PeftModel = get_peft_model(falcon.model, config)
+    model.peft_config["default"].base_model_name_or_path = falcon.name
+    return model
 
 
 @dataclass(frozen=True)
@@ -233,16 +220,16 @@ class _Run:
         if record := distributed.on_rank0(partial(read_record, self.directory), self.on_cpu):
             self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
             return self._result(record["history"], record["figures"])
-        with _new_adapter(self.falcon, self.settings) as model:
-            trainer = self._trainer(model)
-            self._train(trainer)
-            adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
-            figures = self._measure(trainer, model)
-            history = trainer.state.log_history
-            if distributed.is_rank0():
-                base = self._identity["base"]
-                write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
-            trainer.accelerator.wait_for_everyone()
+        model = _new_adapter(self.falcon, self.settings)
+        trainer = self._trainer(model)
+        self._train(trainer)
+        adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
+        figures = self._measure(trainer, model)
+        history = trainer.state.log_history
+        if distributed.is_rank0():
+            base = self._identity["base"]
+            write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
+        trainer.accelerator.wait_for_everyone()
         return self._result(history, figures)
 
     def _show_plan(self) -> None:
@@ -296,7 +283,7 @@ class _Run:
 
     def _train(self, trainer: AdapterTrainer) -> None:
         shown = distributed.is_rank0() and not self.quiet
-        progress = TuningProgress(trainer, shown, LiveLossCurve() if shown and in_notebook() else lambda *_, **__: None)
+        progress = TuningProgress(trainer, shown, LiveLossCurve() if shown and in_notebook() else None)
         trainer.add_callback(progress)
         try:
             trainer.train_or_resume()

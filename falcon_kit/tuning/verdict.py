@@ -29,21 +29,20 @@ def verdict(
 
 
 def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tuning, documents: int) -> str:
-    batches = _fall(*_ends(losses))
-    fall = _fall(*(figures.get(f"held-out loss {when}", 0.0) for when in ("before", "after")))
-    name = "loss of the batches" if fall is None else "held-out loss"
-    known = batches if fall is None else fall
+    names = ("held-out loss before", "held-out loss after")
+    batches, held_out = _fall(losses), _fall([figures[name] for name in names if name in figures])
+    name, fall = ("loss of the batches", batches) if held_out is None else ("held-out loss", held_out)
     steps = f"{counted(len(losses), 'step')} over {counted(documents, 'document')}"
-    if known is None:
+    if fall is None:
         return f"{steps}: the loss cannot be compared{_more_steps(len(losses), settings)}"
-    line = f"{steps}: the {name} {_change(known)}"
-    if known >= _LEAST_FALL:
+    line = f"{steps}: the {name} {_change(fall)}"
+    if fall >= _LEAST_FALL:
         few = figures.get("exact answers after") == 0 and len(losses) < _ENOUGH_STEPS
         return f"{line}, and no held-out answer is exact{_more_steps(len(losses), settings)}" if few else line
     before, after = (figures.get(f"exact answers {when}", 0.0) for when in ("before", "after"))
     if after - before >= _LEAST_FALL:
         return f"{line}, and {after:.0%} of the held-out answers are right, instead of {before:.0%}"
-    if fall is not None and batches is not None and batches >= _LEAST_FALL:
+    if held_out is not None and batches is not None and batches >= _LEAST_FALL:
         return (
             f"{line}, that of the batches {_change(batches)}: it learned these documents by heart, and nothing for "
             "others. Give more documents, fewer epochs, or patience=2"
@@ -77,15 +76,11 @@ def _forgotten(figures: Mapping[str, float], settings: Tuning) -> str:
     )
 
 
-def _ends(losses: Sequence[float]) -> tuple[float, float]:
-    """The mean of the first and of the last fifth of the losses; zeros for fewer than two."""
+def _fall(losses: Sequence[float]) -> float | None:
+    """The share of the loss that is gone from the first fifth to the last; None where nothing can be compared."""
     part = max(1, len(losses) // 5)
-    return (fmean(losses[:part]), fmean(losses[-part:])) if len(losses) > 1 else (0.0, 0.0)
-
-
-def _fall(before: float, after: float) -> float | None:
-    """The share of a loss that is gone; None where there is none."""
-    return 1 - after / before if before else None
+    before = fmean(losses[:part]) if len(losses) > 1 else 0.0
+    return 1 - fmean(losses[-part:]) / before if before else None
 
 
 def _change(fall: float) -> str:

@@ -202,11 +202,12 @@ def test_what_is_no_model_is_a_type_error():
         fk.evaluate("falconet", text="Lions sleep.")
 
 
-def test_without_lm_eval_the_extra_is_named(base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+@pytest.mark.parametrize("missing", ["lm_eval", "lm_eval.tasks.manager"], ids=["not installed", "before 0.4.12"])
+def test_without_lm_eval_or_with_an_older_one_the_error_says_what_to_install(base, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "falcon_kit.evaluation.harness", raising=False)
     monkeypatch.delattr("falcon_kit.evaluation.harness", raising=False)
-    with pytest.raises(ImportError, match=r"arc is a task of lm-eval .*: pip install lm-eval"):
+    with pytest.raises(ImportError, match=r'arc is a task of lm-eval .*: pip install "lm-eval>=0\.4\.12"'):
         fk.evaluate(base, "arc")
 
 
@@ -218,6 +219,11 @@ def test_a_name_is_not_given_twice(base, file):
 def test_a_missing_file_is_named(base, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.jsonl"):
         fk.evaluate(base, tmp_path / "none.jsonl")
+
+
+def test_the_case_of_a_suffix_does_not_count(base, file):
+    loud = file.rename(file.with_suffix(".JSONL"))
+    assert [task.task for task in fk.evaluate(base, str(loud)).tasks] == ["animals"]
 
 
 def test_the_world_is_answered_by_likelihood_too(instruct):

@@ -49,6 +49,13 @@ def test_another_file_is_no_evaluation(tmp_path, content):
         fk.Evaluation.load(tmp_path / "other.json")
 
 
+def test_a_damaged_field_is_named_in_one_line(tmp_path):
+    file = evaluation(task([1, 0]), text([12.0, 15.0])).save(tmp_path / "result.json")
+    file.write_text(file.read_text().replace('"nats": 15.0', '"nats": "many"'))
+    with pytest.raises(ValueError, match=r"damaged \(perplexities\.0\.parts\.1\.nats: [^\n]*\)$"):
+        fk.Evaluation.load(file)
+
+
 def test_the_table_has_a_row_for_each_value():
     frame = evaluation(task([1, 0, 1], chance=0.5), text([12.0, 15.0])).to_dataframe()
     assert list(frame["metric"]) == ["per_token", "per_byte", "per_word", "bits_per_byte", "bytes_per_token", "acc"]

@@ -276,7 +276,7 @@ def test_an_array_is_not_copied_once_for_each_row(monkeypatch):
             return Text(str.lstrip(self, *characters))
 
     read = iter([Text(json.dumps([1] * 1000)), ""])
-    assert len(list(files._values(lambda: next(read)))) == 1000
+    assert len(list(files._values(lambda: next(read), True))) == 1000
     assert len(copied) < 10
 
 

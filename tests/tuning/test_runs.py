@@ -60,6 +60,13 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
     assert [each for each in wanted if each not in text] == []
 
 
+@pytest.mark.parametrize(("kind", "other"), [("web-text", "generated-text"), ("generated-text", "web-text")])
+def test_the_card_explains_the_loss_on_other_texts_that_was_measured(instruct, kind, other):
+    text = model_card("falconet", "mine", fk.pack(fk.dialogues(TALK), instruct), fk.Tuning(), {f"{kind} loss after": 2})
+    assert f'"{kind} loss": the loss on ' in text
+    assert f"{other} loss" not in text
+
+
 def test_the_card_names_a_format_of_ones_own():
     template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     falcon = fk.load("falconet", chat=fk.ChatFormat("mine", template=template))

@@ -47,7 +47,20 @@ def test_the_falcon_is_afterwards_as_it_was(falcon, tmp_path):
     assert not falcon.model.training
     assert not falcon.model.is_activation_checkpointing
     assert not hasattr(falcon.model, "peft_config")
+    assert not any(each._forward_hooks for each in falcon.model.modules())
     assert falcon.model.config.use_cache
+
+
+def test_the_users_own_hooks_and_checkpointing_stay(falcon, tmp_path):
+    calls, embeddings = [], falcon.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda *_: calls.append(1))
+    falcon.model.activation_checkpointing_enable()  # it hooks the embeddings too
+    hooks = list(embeddings._forward_hooks)
+    fk.tune(falcon, ROWS, output_dir=tmp_path, gradient_checkpointing=True, **QUICK)
+    assert list(embeddings._forward_hooks) == hooks
+    assert falcon.model.is_activation_checkpointing
+    falcon.model.disable_input_require_grads()
+    assert list(embeddings._forward_hooks) == hooks[:1]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
