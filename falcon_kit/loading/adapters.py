@@ -29,6 +29,8 @@ KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
 """For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
 _EMBEDDING, _HEAD = "transformer.word_embeddings", "lm_head"
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+_IN_COMMON = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
+"""The dimension that a LoRA matrix and its layer's weight (out, in) have in common: its number in each."""
 _MERGEABLE_FIELDS = {
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "revision"),
     *("peft_type", "peft_version", "task_type"),
@@ -99,18 +101,18 @@ def check_base(adapter: Path, name: str, shapes: Mapping[str, tuple[int, ...]], 
 
 def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Why a tensor of an adapter does not fit a model with weights of these shapes; empty where it fits."""
-    layer, kind = key.split(".lora_") if ".lora_" in key else ("", "")
-    name = f"{layer}.weight" if kind else key
+    layer, lora, side = key.rpartition(".lora_")
+    name = f"{layer}.weight" if lora else key
     weight = shapes.get(name, shapes.get(f"{_EMBEDDING}.weight") if name == f"{_HEAD}.weight" else None)
     if weight is None:
-        return "no such layer" if kind or key.endswith((".weight", ".bias")) else ""
-    if not kind and shape != weight:
+        return "no such layer" if lora or key.endswith((".weight", ".bias")) else ""
+    if not lora and shape != weight:
         resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
         rows = f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
         return f"a weight of {weight} there{rows if name.startswith((_EMBEDDING, _HEAD)) else ''}"
-    sides = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
-    own, other = sides.get(kind, (0, 0))
-    return f"a weight of {weight} there" if kind in sides and shape[own] != weight[other] else ""
+    own, of_weight = _IN_COMMON.get(side, (0, 0))
+    fits = side not in _IN_COMMON or (len(shape) == 2 and shape[own] == weight[of_weight])
+    return "" if fits else f"a weight of {weight} there"
 
 
 def read_config(adapter: Path) -> Any:
