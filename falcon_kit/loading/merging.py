@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,10 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
     if is_quantised(base.model):
         return load(base.model.name_or_path or base.name, dtype="bfloat16", chat=base.chat_format)
     _check_room_for_a_copy(base)
-    return replace(base, model=copy.deepcopy(base.model))
+    model = copy.deepcopy(base.model)
+    # transformers' compiled forward pass is a plain function: the copy's would still compute with the base's weights.
+    vars(model).pop("_compiled_call", None)
+    return replace(base, model=model)
 
 
 def _check_room_for_a_copy(base: Falcon) -> None:
@@ -255,7 +258,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
             f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
             f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
         )
-    return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+    return Merged(**{**vars(falcon), "gap": gap})  # a merged Falcon has a gap already
 
 
 def _add(model: Any, adapter: Path) -> None:
