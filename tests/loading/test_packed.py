@@ -189,6 +189,13 @@ def test_int4_on_a_gpu_before_ampere_is_refused(monkeypatch):
     reader.validate_environment(device_map={"": "cpu"})
 
 
+def test_int4_without_a_device_map_is_computed_on_the_cpu_beside_any_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    PackedQuantizer(PackedConfig("int4")).validate_environment(device_map=None)
+
+
 def test_groups_of_another_size_are_refused():
     with pytest.raises(ValueError, match="dtype='int4' and group=32; this version of the kit reads"):
         PackedConfig("int4", group=32)
