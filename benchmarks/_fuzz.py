@@ -67,8 +67,8 @@ def main() -> None:
         "session.json": lambda: files.load(file),
         "config.json": lambda: (spec(file.parent), checkpoints.find(str(file.parent), {})),
         "model.safetensors.index.json": lambda: checkpoints._shards(file),
-        "adapter_config.json": lambda: adapters.read_config(file.parent),
-        "adapter_model.safetensors": lambda: adapters.check_contents(file.parent),
+        "adapter_config.json": lambda: adapters.Adapter(file.parent).config,
+        "adapter_model.safetensors": lambda: adapters.check_contents(adapters.Adapter(file.parent)),
     }.get(file.name, lambda: fk.dialogues(file))
     read()
 

@@ -28,7 +28,7 @@ from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.inspection.hooks import inspect_model
-from falcon_kit.loading.adapters import fingerprint, merged_adapters
+from falcon_kit.loading.adapters import model_fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -54,12 +54,12 @@ class LocalModel:
 
     def record(self) -> dict[str, Any]:
         """What identifies the model's weights."""
-        config, norm = self.inspected.decoder.config, self.inspected.decoder.ln_f
+        config = self.inspected.decoder.config
         ids = [prefix_token(self.tokenizer), *self.tokenizer(_PROBE)["input_ids"]]
         (probe,) = score(self.inspected, [Row(tuple(ids), len(ids) - 1)])
         return {
             "revision": getattr(config, "_commit_hash", None),
-            "fingerprint": fingerprint({"weight": norm.weight, "bias": norm.bias}, merged_adapters(config)),
+            "fingerprint": model_fingerprint(self.inspected.decoder),
             "dtype": stored_quantisation(config) or str(self.inspected.model.dtype).removeprefix("torch."),
             "probe": [round(float(each), 3) for each in probe.logprobs[:8]],
             "context": self.inspected.spec.context,

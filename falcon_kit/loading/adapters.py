@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,63 @@ KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
 """For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
 _EMBEDDING, _HEAD = "transformer.word_embeddings", "lm_head"
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-_MERGEABLE_FIELDS = {
-    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "revision"),
-    *("peft_type", "peft_version", "task_type"),
-    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
-    *("lora_alpha", "lora_dropout", "r", "use_rslora"),
-}
+_IN_COMMON = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
+"""The dimension that a LoRA matrix and its layer's weight (out, in) have in common: its number in each."""
+_MERGEABLE_FIELDS = frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying inference_mode revision peft_type peft_version task_type "
+    "exclude_modules layers_pattern layers_to_transform target_modules lora_alpha lora_dropout r use_rslora".split()
+)
 """LoraConfig fields that do not change the merged weight, W + scale * B A; any other needs PEFT."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk; each of its files is read once."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """Its PeftConfig. Raises FileNotFoundError where the folder holds no adapter."""
+        from peft import PeftConfig
+
+        file = self.folder / "adapter_config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{self} holds no adapter_config.json: give the folder of an adapter")
+        read_json(file)
+        with named_errors(file, "correct it, or save the adapter again"):
+            return PeftConfig.from_pretrained(str(self.folder))
+
+    @property
+    def base_name(self) -> str:
+        """The base model's name in its config."""
+        return str(self.config.base_model_name_or_path)
+
+    @cached_property
+    def matrices(self) -> dict[str, Tensor]:
+        """Its tensors, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
+        file = weights_file(self.folder)
+        stored = _load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+        names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
+        return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
+
+    @property
+    def full_weights(self) -> list[str]:
+        """The names of the base model's own weights that it replaces: saved embeddings, biases."""
+        return [key for key in self.matrices if ".lora_" not in key and key.endswith((".weight", ".bias"))]
+
+    @property
+    def lora_layers(self) -> set[str]:
+        """The names of the layers that it has LoRA matrices for."""
+        return {key.rpartition(".lora_")[0] for key in self.matrices if ".lora_" in key}
+
+    @property
+    def changes_tied_weight(self) -> bool:
+        """Whether it has LoRA on the embedding or the head: merged, they are no longer the same weight."""
+        return not self.lora_layers.isdisjoint((_EMBEDDING, _HEAD))
 
 
 def record(adapter: Path) -> dict[str, Any]:
@@ -81,16 +132,22 @@ def record_merged(model: Any, adapters: Iterable[Path]) -> None:
     model.config.merged_adapters = [*merged_adapters(model.config), *map(digest, adapters)]
 
 
-def check_base(adapter: Path, name: str, shapes: Mapping[str, tuple[int, ...]], base_fingerprint: str) -> None:
+def model_fingerprint(decoder: Any) -> str:
+    """A hash of a FalconModel that quantisation does not change; see `fingerprint`."""
+    norm = {"weight": decoder.ln_f.weight, "bias": decoder.ln_f.bias}
+    return fingerprint(norm, merged_adapters(decoder.config))
+
+
+def check_base(adapter: Adapter, name: str, shapes: Mapping[str, tuple[int, ...]], base_fingerprint: str) -> None:
     """Raises ValueError where an adapter was made for another model than the one called `name`.
 
     shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes.
     """
-    refused = f"the adapter in {adapter} was made for {base_name(adapter)}, not for {name}"
+    refused = f"the adapter in {adapter} was made for {adapter.base_name}, not for {name}"
     check_contents(adapter)
-    if record(adapter).get("base_fingerprint") not in (None, base_fingerprint):
+    if record(adapter.folder).get("base_fingerprint") not in (None, base_fingerprint):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
-    for key, matrix in read_matrices(adapter).items() if shapes else ():
+    for key, matrix in adapter.matrices.items() if shapes else ():
         if problem := _misfit(key, tuple(matrix.shape), shapes):
             raise ValueError(
                 f"{refused}: its base_model.model.{key} is {tuple(matrix.shape)}, but the model has {problem}"
@@ -99,72 +156,55 @@ def check_base(adapter: Path, name: str, shapes: Mapping[str, tuple[int, ...]], 
 
 def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Why a tensor of an adapter does not fit a model with weights of these shapes; empty where it fits."""
-    layer, kind = key.split(".lora_") if ".lora_" in key else ("", "")
-    name = f"{layer}.weight" if kind else key
+    layer, lora, side = key.rpartition(".lora_")
+    name = f"{layer}.weight" if lora else key
     weight = shapes.get(name, shapes.get(f"{_EMBEDDING}.weight") if name == f"{_HEAD}.weight" else None)
     if weight is None:
-        return "no such layer" if kind or key.endswith((".weight", ".bias")) else ""
-    if not kind and shape != weight:
+        return "no such layer" if lora or key.endswith((".weight", ".bias")) else ""
+    if not lora and shape != weight:
         resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
         rows = f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
         return f"a weight of {weight} there{rows if name.startswith((_EMBEDDING, _HEAD)) else ''}"
-    sides = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
-    own, other = sides.get(kind, (0, 0))
-    return f"a weight of {weight} there" if kind in sides and shape[own] != weight[other] else ""
+    own, of_weight = _IN_COMMON.get(side, (0, 0))
+    fits = side not in _IN_COMMON or (len(shape) == 2 and shape[own] == weight[of_weight])
+    return "" if fits else f"a weight of {weight} there"
 
 
-def read_config(adapter: Path) -> Any:
-    """The PeftConfig in an adapter's folder."""
-    from peft import PeftConfig
-
-    file = adapter / "adapter_config.json"
-    read_json(file)
-    with named_errors(file, "correct it, or save the adapter again"):
-        return PeftConfig.from_pretrained(str(adapter))
-
-
-def check_contents(adapter: Path) -> None:
+def check_contents(adapter: Adapter) -> None:
     """Raises ValueError for an adapter that cannot be added to weights: incomplete, or of another kind."""
-    config = read_config(adapter)
-    if config.is_prompt_learning:
+    if adapter.config.is_prompt_learning:
         raise ValueError(
-            f"the adapter in {adapter} is of the type {config.peft_type.value}: it adds virtual tokens to the "
+            f"the adapter in {adapter} is of the type {adapter.config.peft_type.value}: it adds virtual tokens to the "
             "text, which no weight can hold; attach it: peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
         )
-    if not (matrices := read_matrices(adapter)):
+    if not adapter.matrices:
         raise ValueError(
-            f"{weights_file(adapter)} holds no weights: the adapter was not saved completely, save it again"
+            f"{weights_file(adapter.folder)} holds no weights: the adapter was not saved completely, save it again"
         )
-    if config.peft_type == "LORA":
-        _check_lora(adapter, config, matrices)
+    if adapter.config.peft_type == "LORA":
+        _check_lora(adapter)
 
 
-def _check_lora(adapter: Path, config: Any, matrices: Mapping[str, Tensor]) -> None:
-    r, alpha = config.r, config.lora_alpha
+def _check_lora(adapter: Adapter) -> None:
+    matrices, file = adapter.matrices, adapter.folder / "adapter_config.json"
+    r, alpha = adapter.config.r, adapter.config.lora_alpha
     if not (isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha)):
         raise ValueError(
-            f"{adapter / 'adapter_config.json'} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
+            f"{file} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
             "least 1, and lora_alpha is finite: write the values of its training there"
         )
-    for layer in sorted({_layer(key) for key in matrices if ".lora_" in key}):
+    for layer in sorted(adapter.lora_layers):
         pair = next((each for each in _PAIRS if any(f"{layer}.{half}" in matrices for half in each)), _PAIRS[0])
         if lacking := [half for half in pair if f"{layer}.{half}" not in matrices]:
             raise ValueError(
-                f"{weights_file(adapter)} lacks {lacking[0]} of {layer}: the adapter was not saved completely, or not "
-                "by PEFT's save_pretrained; save it again"
+                f"{weights_file(adapter.folder)} lacks {lacking[0]} of {layer}: the adapter was not saved completely, "
+                "or not by PEFT's save_pretrained; save it again"
             )
-        if not config.rank_pattern and (stored := len(matrices[f"{layer}.{pair[0]}"])) != r:
+        if not adapter.config.rank_pattern and (stored := len(matrices[f"{layer}.{pair[0]}"])) != r:
             raise ValueError(
-                f"{adapter / 'adapter_config.json'} has r={r}, but {pair[0]} of {layer} has the rank {stored}: write "
-                "the value of its training there"
+                f"{file} has r={r}, but {pair[0]} of {layer} has the rank {stored}: write the value of its training "
+                "there"
             )
-
-
-def base_name(adapter: Path) -> str:
-    """The base model's name in an adapter's config; FileNotFoundError where there is no adapter."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter_config.json: give the folder of an adapter")
-    return str(read_config(adapter).base_model_name_or_path)
 
 
 def weights_file(adapter: Path) -> Path:
@@ -173,19 +213,6 @@ def weights_file(adapter: Path) -> Path:
         if (file := adapter / name).is_file():
             return file
     raise FileNotFoundError(f"{adapter} has no {WEIGHTS}: the adapter was not saved completely")
-
-
-def read_matrices(adapter: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
-    file = weights_file(adapter)
-    stored = _load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
-    names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
-    return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
-
-
-def full_weights(adapter: Path) -> list[str]:
-    """The names of the base model's own weights that an adapter replaces: saved embeddings, biases."""
-    return [key for key in read_matrices(adapter) if ".lora_" not in key and key.endswith((".weight", ".bias"))]
 
 
 def with_prefix(name: str) -> str:
@@ -219,7 +246,7 @@ def damaged(file: Path, cause: object) -> str:
     return f"{file} is cut off or damaged ({file.stat().st_size:,} bytes; {reason}): fetch it again"
 
 
-def refused_pickle(file: Path | str) -> str:
+def refused_pickle(file: Path) -> str:
     """The error text for a pickled file that holds more than tensors."""
     return (
         f"{file} is a pickle with other objects than tensors, which can run any code when they are read, so it is not "
@@ -227,39 +254,19 @@ def refused_pickle(file: Path | str) -> str:
     )
 
 
-def fields_beyond_lora(adapter: Path) -> list[str]:
+def fields_beyond_lora(adapter: Adapter) -> list[str]:
     """The fields of an adapter's config that only PEFT can merge: use_dora, bias, modules_to_save and others."""
     from peft import LoraConfig
 
-    config = read_config(adapter)
-    if not isinstance(config, LoraConfig):
-        return [str(config.peft_type)]
+    if not isinstance(adapter.config, LoraConfig):
+        return [str(adapter.config.peft_type)]
     defaults = vars(LoraConfig())
-    fields = {name: value for name, value in vars(config).items() if name not in _MERGEABLE_FIELDS}
+    fields = {name: value for name, value in vars(adapter.config).items() if name not in _MERGEABLE_FIELDS}
     if fields.get("init_lora_weights") in (True, False, "gaussian"):
         del fields["init_lora_weights"]  # these leave the base as it is; "pissa" and others change it
     beyond = [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
-    return beyond or _layers_beyond_lora(adapter)
-
-
-def _layers_beyond_lora(adapter: Path) -> list[str]:
-    """Saved weights, and LoRA on the embedding or the head, which are one weight where they are tied."""
-    lora = [f"LoRA on {name}" for name in (_EMBEDDING, _HEAD) if name in _lora_layers(adapter)]
-    return [*lora, *(f"saved {name}" for name in full_weights(adapter))]
-
-
-def _lora_layers(adapter: Path) -> set[str]:
-    return {_layer(key) for key in read_matrices(adapter) if ".lora_" in key}
-
-
-def changes_tied_weight(adapter: Path) -> bool:
-    """Whether an adapter has LoRA on the embedding or the head: merged, they are no longer the same weight."""
-    return bool({_EMBEDDING, _HEAD} & _lora_layers(adapter))
-
-
-def _layer(key: str) -> str:
-    """The name of the layer that a LoRA matrix belongs to."""
-    return key.rpartition(".lora_")[0]
+    on_ends = [name for name in (_EMBEDDING, _HEAD) if name in adapter.lora_layers]  # one weight where they are tied
+    return beyond or [*(f"LoRA on {name}" for name in on_ends), *(f"saved {name}" for name in adapter.full_weights)]
 
 
 # An adapter added to weights
@@ -291,16 +298,15 @@ class LazyMergedWeight:
         return "F32"
 
 
-def merged_weights(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyMergedWeight]:
+def merged_weights(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, LazyMergedWeight]:
     """The weights that a plain LoRA adapter changes, by name. Raises ValueError for more than plain LoRA."""
     if fields := fields_beyond_lora(adapter):
         raise ValueError(
             f"the adapter in {adapter} is more than plain LoRA ({', '.join(fields)}): fk.merge(adapter, base) merges "
             "it through PEFT"
         )
-    config = read_config(adapter)
+    config, matrices = adapter.config, adapter.matrices
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    matrices = read_matrices(adapter)
     return {
         f"{layer}.weight": LazyMergedWeight(
             weights[f"{layer}.weight"],
@@ -308,7 +314,7 @@ def merged_weights(weights: Mapping[str, Any], adapter: Path) -> dict[str, LazyM
             matrices[f"{layer}.lora_B.weight"],
             scale,
         )
-        for layer in {_layer(key) for key in matrices}
+        for layer in adapter.lora_layers
     }
 
 
@@ -330,12 +336,12 @@ def with_adapters(weights: dict[str, Any], adapters: Iterable[Path], name: str, 
     name, config: of the checkpoint. Raises ValueError for an adapter of another model and for more than plain LoRA.
     """
     merged = merged_adapters(config)
-    for adapter in adapters:
+    for adapter in map(Adapter, adapters):
         norm = {side: weights[f"transformer.ln_f.{side}"][...] for side in ("weight", "bias")}
         shapes = {key: _shape(weight) for key, weight in weights.items()}
         check_base(adapter, name, shapes, fingerprint(norm, merged))
         weights |= merged_weights(weights, adapter)
-        merged.append(digest(adapter))
+        merged.append(digest(adapter.folder))
     return weights
 
 

@@ -42,8 +42,11 @@ from falcon_kit.planning.environment import free_disk
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _READ_BY_TRANSFORMERS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 _ADAPTER_FILES = [*_TEXT_FILES, WEIGHTS, PICKLED_WEIGHTS, RECORD]
 

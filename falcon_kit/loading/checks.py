@@ -20,6 +20,7 @@ from falcon_kit.loading.compiling import compile_options
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
+from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import free_disk, gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
@@ -66,9 +67,8 @@ class LoadSettings:
     @property
     def one_device(self) -> int | str | None:
         """The device that `device_map` puts all layers on, as in a plan; None where there are several or none."""
-        asked = self.device_map
-        places = {str(each) for each in (asked.values() if isinstance(asked, Mapping) else [asked])}
-        kind, _, index = places.pop().partition(":") if len(places) == 1 else ("", "", "")
+        asked = set() if self.device_map is None else places(self.device_map)
+        kind, _, index = asked.pop().partition(":") if len(asked) == 1 else ("", "", "")
         if kind == "cuda":
             return int(index) if index else torch.cuda.current_device()
         return kind if kind == "cpu" else int(kind) if kind.isdigit() else None
@@ -84,20 +84,18 @@ class LoadSettings:
         return None if self.chat is None else chat_format(self.chat)
 
 
-def check_name(name: Any) -> None:
-    """Raises TypeError for a name that is neither a text nor a path; for the run of `tune`, with what to give."""
+def check_arguments(name: Any, others: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError for a name that is neither a text nor a path, and for arguments that `load` does not have.
+
+    others: those arguments. known: those that it has.
+    """
     if not isinstance(name, str | os.PathLike):
         instead = ": give its .adapter" if hasattr(name, "adapter") else ""
         raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
-
-
-def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises TypeError for arguments that `load` does not have, with the one to give instead; known: those it has."""
-    for name in arguments:
-        near = get_close_matches(name, known)
+    for other in others:
+        near = get_close_matches(other, known)
         nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"
-        replacement = _REPLACED_ARGUMENTS.get(name, nearest)
-        raise TypeError(f"load has no {name!r}: {replacement}")
+        raise TypeError(f"load has no {other!r}: {_REPLACED_ARGUMENTS.get(other, nearest)}")
 
 
 def _check_combinations(

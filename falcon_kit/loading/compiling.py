@@ -1,6 +1,5 @@
 """Decoding with a static cache and torch.compile, through transformers' `generate`: checked, and warmed up."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, Sto
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.generation.kept_cache import kept_cache
+from falcon_kit.planning.devices import places
 
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
@@ -31,7 +31,7 @@ def check_compilable(dtype: str, device_map: Any, on_cpu: bool = True) -> None:
     torch records no CUDA graph of several devices (torch._inductor.cudagraph_utils.check_multiple_devices_or_any_cpu_
     nodes). device_map: as in `from_pretrained`. on_cpu: whether a model on the CPU is compiled.
     """
-    devices = {str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+    devices = places(device_map)
     if devices == {"cpu"} and not on_cpu:
         raise ValueError("compile with device_map='cpu': transformers compiles on GPUs only: leave one of the two out")
     if len(devices - {"cpu", "disk"}) > 1:
@@ -53,9 +53,8 @@ def check_compilable(dtype: str, device_map: Any, on_cpu: bool = True) -> None:
 def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig) -> dict[str, Any]:
     """The arguments of `generate` for compiled decoding, after a warm-up that compiles."""
     check_compilable(dtype, getattr(model, "hf_device_map", {}))
-    decoding = {"cache_implementation": "static", "compile_config": options}
-    _warm_up(model, decoding)
-    return decoding
+    _warm_up(model, options)
+    return {"cache_implementation": "static", "compile_config": options}
 
 
 class _Progress(StoppingCriteria):
@@ -69,7 +68,7 @@ class _Progress(StoppingCriteria):
         return torch.full((len(input_ids),), self.bar.n >= self.bar.total, device=input_ids.device)
 
 
-def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
+def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
     """Generates four tokens: prefill, compilation, recording of the CUDA graph, one replay.
 
     The first text finds the cache of the warm-up, for which the CUDA graph was recorded.
@@ -84,5 +83,5 @@ def _warm_up(model: FalconForCausalLM, decoding: Mapping[str, Any]) -> None:
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
             past_key_values=cache,
-            compile_config=decoding["compile_config"],
+            compile_config=options,
         )

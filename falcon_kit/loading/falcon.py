@@ -153,12 +153,9 @@ class Falcon:
         are never quantised."""
         return stored_quantisation(self.model.config) or str(self.model.dtype).removeprefix("torch.")
 
-    @property
-    def _grouped(self) -> bool:
-        return isinstance(self.model, modeling.FalconForCausalLM)
-
     def _facts(self) -> dict[str, str]:
         places = {str(parameter.device) for parameter in self.model.parameters()}
+        grouped = isinstance(self.model, modeling.FalconForCausalLM)
         settings = [f"{name}={value!r}" for name, value in self.generation_settings.items()]
         devices = sorted("disk or host memory" if place == "meta" else place for place in places)
         return {
@@ -167,7 +164,7 @@ class Falcon:
             "dtype": f"{self.dtype} ({self.dtype_reason})",
             "devices": ", ".join(devices),
             "heads": f"{self.spec.query_heads} query, {self.spec.kv_heads} KV, head_dim {self.spec.head_dim}",
-            "attention": "keys and values kept per KV head" if self._grouped else "transformers' own",
+            "attention": "keys and values kept per KV head" if grouped else "transformers' own",
             "context": f"{context_limit(self.model.config)} tokens",
             "chat format": self.chat_format.name,
         } | ({"generation settings": ", ".join(settings)} if settings else {})

@@ -38,6 +38,7 @@ PRE_TOKENIZER = {
     ],
 }
 """How Falcon's tokenizer cuts a text before it merges bytes, which llama.cpp calls "falcon"; as in tokenizer.json."""
+_NAMED = ("bos", "eos", "pad")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
 
@@ -162,9 +163,6 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         require(template is None or isinstance(template, str), f"its chat template is {shown(template)}")
         tokenizer.chat_template = template
     return tokenizer
-
-
-_NAMED = ("bos", "eos", "pad")
 
 
 def _tokenizer_json(tokens: list[str], stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,9 +30,8 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import (
     LoadSettings,
     check_adapters,
+    check_arguments,
     check_disk,
-    check_name,
-    check_names,
     check_quantised_settings,
 )
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
@@ -94,8 +93,7 @@ def load(
     Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
-    check_name(name)
-    check_names(others, [*signature(load).parameters][:-1])  # without **others
+    check_arguments(name, others, [*signature(load).parameters][:-1])  # without **others
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
@@ -135,8 +133,8 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
-    divided = settings.device_map not in (None, "auto") and settings.one_device is None  # not as the plan has it
-    if not (planned.fits or settings.force or divided):
+    own_map = settings.device_map not in (None, "auto") and settings.one_device is None  # not the plan's
+    if not (planned.fits or settings.force or own_map):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
     if options := compile_options(settings.compile):
         device_map = choose_device_map(settings.device_map, planned)

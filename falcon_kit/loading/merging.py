@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,6 @@ class Merged(Falcon):
         return {**super()._facts(), "merged": f"logits differ by {self.gap:.0e} from those of base and adapter"}
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of a model that quantisation does not change; see `adapters.fingerprint`."""
-    norm = model.transformer.ln_f
-    return adapters.fingerprint({"weight": norm.weight, "bias": norm.bias}, adapters.merged_adapters(model.config))
-
-
 def is_quantised(model: Any) -> bool:
     """Whether a model has quantised weights."""
     return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
@@ -71,11 +65,14 @@ def is_quantised(model: Any) -> bool:
 def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     """The Falcon's own model with the adapter attached in a `with` block; afterwards the model is as it was.
 
-    Raises ValueError for an adapter that was made for another model, and for a model that has adapters already.
+    Raises FileNotFoundError where there is no adapter, ValueError for an adapter that was made for another model, and
+    for a model that has adapters already.
     """
     check_no_adapters(falcon, f"the adapter in {adapter}")
-    _check_base(adapter, falcon)
-    weights = {name: falcon.model.get_parameter(name) for name in adapters.full_weights(Path(adapter))}
+    found = adapters.Adapter(Path(adapter))
+    shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in _weights(falcon.model).items()}
+    adapters.check_base(found, falcon.name, shapes, adapters.model_fingerprint(falcon.model.transformer))
+    weights = {name: falcon.model.get_parameter(name) for name in found.full_weights}
     before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
         try:
@@ -142,19 +139,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def detach(model: PeftModel) -> None:
-    """Removes all adapters."""
-    base: Any = model.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(name, None)
-
-
-def _check_base(adapter: str | Path, falcon: Falcon) -> None:
-    """Raises FileNotFoundError where there is no adapter, and ValueError where it was made for another model."""
-    named = falcon.model.named_parameters()  # a deleted adapter leaves its wrappers, whose weight is in base_layer
-    sizes = {name.replace(".base_layer.", "."): tuple(each.shape) for name, each in named}
-    shapes = {} if is_quantised(falcon.model) else sizes
-    adapters.check_base(Path(adapter), falcon.name, shapes, fingerprint(falcon.model))
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a model by name: a deleted adapter leaves its wrappers, whose weight is in base_layer."""
+    return {name.replace(".base_layer.", "."): each for name, each in model.named_parameters()}
 
 
 # Merged
@@ -210,7 +197,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _base(adapter: Path) -> Falcon:
     """The base model that an adapter names."""
-    name = adapter_base(adapter) or adapters.base_name(adapter)
+    name = adapter_base(adapter) or adapters.Adapter(adapter).base_name  # which raises: there is none
     if holds_base(adapter, name):
         raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
     found = find(adapter, {})
@@ -227,7 +214,10 @@ def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
     if is_quantised(base.model):
         return load(base.model.name_or_path or base.name, dtype="bfloat16", chat=base.chat_format)
     _check_room_for_a_copy(base)
-    return replace(base, model=copy.deepcopy(base.model))
+    model = copy.deepcopy(base.model)
+    # transformers' compiled forward pass is a plain function: the copy's would still compute with the base's weights.
+    vars(model).pop("_compiled_call", None)
+    return replace(base, model=model)
 
 
 def _check_room_for_a_copy(base: Falcon) -> None:
@@ -262,7 +252,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
             f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
             f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
         )
-    return Merged(**{each.name: getattr(falcon, each.name) for each in fields(falcon)}, gap=gap)
+    return Merged(**{**vars(falcon), "gap": gap})  # a merged Falcon has a gap already
 
 
 def _add(model: Any, adapter: Path) -> None:
@@ -270,15 +260,15 @@ def _add(model: Any, adapter: Path) -> None:
 
     PEFT does it for more than plain LoRA, and for offloaded weights, which it moves to a device and back.
     """
-    parameters = {name.replace(".base_layer.", "."): each for name, each in model.named_parameters()}
-    if adapters.fields_beyond_lora(adapter) or any(each.is_meta for each in parameters.values()):
-        if adapters.changes_tied_weight(adapter):
+    parameters, found = _weights(model), adapters.Adapter(adapter)
+    if adapters.fields_beyond_lora(found) or any(each.is_meta for each in parameters.values()):
+        if found.changes_tied_weight:
             _untie(model)
         _attach(model, adapter).merge_and_unload(safe_merge=True)
         model.__dict__.pop("peft_config", None)
         return
     with torch.no_grad():
-        for name, weight in adapters.merged_weights(parameters, adapter).items():
+        for name, weight in adapters.merged_weights(parameters, found).items():
             parameters[name].copy_(weight[...])
 
 

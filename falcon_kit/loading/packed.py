@@ -38,9 +38,10 @@ from falcon_kit.model.products import by_threads, has_products, slabs
 GROUP = INT4_GROUP
 _PANEL = 64
 """Rows that the kernels' layouts keep together, a multiple of theirs."""
-_MANY_ROWS, _MANY_ON_GPU = {("int8", True): 14, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}, 64
-"""Rows from which unpacking the weights is faster than the kernels for few rows, on CPUs with and without instructions
-for bfloat16, and on GPUs."""
+_MANY_ROWS = {("int8", True): 14, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}
+"""Rows from which a CPU with (True) or without instructions for bfloat16 is faster with unpacked weights."""
+_MANY_ON_GPU = 64
+"""The same of a GPU."""
 _ALIGNMENT = 64
 """Bytes: torch._weight_int8pack_mm of torch 2.13 crashes on a CPU where its input or weight starts elsewhere."""
 _INNER_TILES = 4
@@ -58,6 +59,7 @@ def check_shape(out: int, into: int, name: str) -> None:
 class PackedLinear(nn.Linear):
     """A linear layer with weights in 8 or 4 bits, in memory as the kernel of their device needs them.
 
+    A forward pass changes nothing, so several threads may share the layer: it is packed when weights are read or moved.
     In a state dict, and before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits.
     int8's is (out, in, 1) there, a shape at which plain transformers stops: it would take (out, in) for the weight.
     """
@@ -66,7 +68,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = into, out, kind
         self.packed_for: str | None = None
-        """The kind of device that the weight is ready for; None as read from a checkpoint."""
+        """The kind of device whose kernel int4's weight has the layout of; None as read from a checkpoint."""
         if kind == "int4":
             weight = torch.empty(out, into // 2, dtype=torch.uint8, device=device)
             scales = torch.empty(into // GROUP, out, 2, dtype=torch.bfloat16, device=device)
@@ -78,8 +80,6 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the input."""
-        if self.packed_for != self.weight.device.type:
-            self.pack()
         rows = input.reshape(-1, self.in_features)
         product: Tensor = cast(Any, _Product).apply(rows, self) if rows.requires_grad else self.product(rows)
         product = product.reshape(*input.shape[:-1], self.out_features)
@@ -140,29 +140,29 @@ class PackedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
-        kind = self.weight.device.type
+        device = self.weight.device.type
         if self.kind == "int8":
             self.weight = frozen(self.weight.data.view(self.out_features, self.in_features))
-        if self.kind == "int4" and kind in ("cpu", "cuda"):
-            self.weight = frozen(_kernel_layout(halves(self.canonical())))
+        if self.kind == "int4" and device in ("cpu", "cuda"):
+            self.weight, self.packed_for = frozen(_kernel_layout(halves(self.canonical()))), device
         elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
             self.weight = frozen(self.weight.clone())
-        self.packed_for = kind
 
     def canonical(self) -> Tensor:
-        """An int4 weight as in a state dict, (out, in / 2)."""
-        if self.packed_for is None or self.kind == "int8":
+        """The weight as it was read, int4's as in a state dict: (out, in / 2)."""
+        if self.packed_for is None:
             return self.weight.data
-        where = _layout(self.in_features, self.weight.device.type, str(self.weight.device))
+        where = _layout(self.in_features, str(self.weight.device))
         nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _PANEL * self.in_features // 2))
         return joined(nibbles[:, where].reshape(self.out_features, self.in_features))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves the layer; on a device of another kind, the next forward pass packs it again."""
+        """Moves the layer, and packs it for its new device."""
         self.weight, self.packed_for = frozen(self.canonical()), None
         scales = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = frozen(scales.to(self.weight.device))  # a change of dtype is not theirs
+        self.pack()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -175,6 +175,7 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8" and (key := f"{prefix}weight") in state_dict:
             state_dict[key] = state_dict[key].flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pack()
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`, with the dtype."""
@@ -248,7 +249,7 @@ def _kernel_layout(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _layout(into: int, kind: str, device: str) -> Tensor:
+def _layout(into: int, device: str) -> Tensor:
     """Where the kernel's layout keeps each value of 64 rows of `into` inputs; the order of its values, flat.
 
     Each device and instruction set has its own order, which torch does not describe and cannot undo. It is found by
@@ -268,6 +269,6 @@ def block(into: int) -> int:
 
     64 with AVX-512, 32 with AVX2; 0 for a layout that is ordered in another way.
     """
-    found, order = _layout(into, "cpu", "cpu"), torch.arange(_PANEL * into)
+    found, order = _layout(into, "cpu"), torch.arange(_PANEL * into)
     blocks = {size: order.view(-1, into, size // 2, 2).permute(0, 3, 2, 1).flatten() for size in (64, 32)}
     return next((size for size, expected in blocks.items() if torch.equal(found, expected)), 0)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +30,15 @@ from falcon_kit.loading.quantizer import METHOD, PackedConfig
 from falcon_kit.model.products import has_products
 from falcon_kit.parallel.ranks import local_tensor
 
-# bitsandbytes remarks on its import that a faster kernel could be fetched from the hub. PEFT imports it too.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.msg)
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.msg
 
 
-def _bitsandbytes() -> Any:
-    """bitsandbytes, imported on first use, which takes a quarter of a second; None where it is not installed."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        return None
-    return bitsandbytes
+# bitsandbytes remarks on its import that a faster kernel could be fetched from the hub (PEFT imports it too), and at
+# each 8-bit product that it rounds bfloat16 to float16, which it always does.
+for _name, _text in (("backends.cpu.ops", "kernels-community"), ("autograd._functions", "inputs will be cast")):
+    logging.getLogger(f"bitsandbytes.{_name}").addFilter(partial(_lacks, _text))
 
 
 def _kinds() -> dict[type[nn.Module], str]:
@@ -62,11 +60,13 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
     Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32. Raises
     ImportError where bitsandbytes is missing.
     """
-    if _bitsandbytes() is None:
+    try:
+        import bitsandbytes  # noqa: F401  # on first use, since it takes a quarter of a second
+    except ImportError:
         raise ImportError(
             f"dtype={dtype!r} needs bitsandbytes, which is not installed here: pip install bitsandbytes, or use "
             "dtype='int4', which needs no other package"
-        )
+        ) from None
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     slow = not torch.cuda.is_available() and not has_products(torch.bfloat16)
@@ -76,15 +76,6 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=dtype == "nf4-double",
         bnb_4bit_compute_dtype=torch.float32 if slow else compute_dtype(),
     )
-
-
-def hide_cast_warnings() -> None:
-    """Hides bitsandbytes' warning, at each 8-bit product, that it rounds bfloat16 to float16, which it always does."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
-
-
-def _is_no_cast_warning(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.msg
 
 
 def stored_quantisation(config: Any) -> str | None:
@@ -183,16 +174,15 @@ class Weights:
 def weights(model: nn.Module) -> Weights:
     """The weights that a model has in memory, by part. Weights offloaded to disk count as zero bytes."""
     counted: set[int] = set()
-    modules = []
+    sizes: dict[str, dict[str, list[int]]] = {}  # by part and dtype, of each module
     for name, module in model.named_modules():
-        new = [each for each in tensors(module) if each.device.type != "meta" and each.data_ptr() not in counted]
         if next(module.parameters(recurse=False), None) is not None:
-            modules.append((name.rpartition(".")[2], kept_as(module), sum(each.nbytes for each in new)))
+            new = [each for each in tensors(module) if each.device.type != "meta" and each.data_ptr() not in counted]
+            part = sizes.setdefault(name.rpartition(".")[2], {})
+            part.setdefault(kept_as(module), []).append(sum(each.nbytes for each in new))
             counted |= {each.data_ptr() for each in new}
-    order = {part: index for index, (part, _, _) in reversed(list(enumerate(modules)))}
-    modules.sort(key=lambda each: (order[each[0]], each[1]))
-    grouped = ((key, list(rows)) for key, rows in groupby(modules, key=lambda each: each[:2]))
-    return Weights(tuple(Kept(part, len(rows), dtype, sum(row[2] for row in rows)) for (part, dtype), rows in grouped))
+    rows = ((part, *row) for part, dtypes in sizes.items() for row in sorted(dtypes.items()))
+    return Weights(tuple(Kept(part, len(modules), dtype, sum(modules)) for part, dtype, modules in rows))
 
 
 def check_quantised(model: nn.Module, dtype: str) -> None:
@@ -226,12 +216,12 @@ def _unpack(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     unless they are quantised too. Packing rounds the scales to bfloat16, in memory and so in what is saved.
     """
     weight: Any = module.weight
-    state = getattr(weight, "quant_state", None)
+    state: Any = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
-    weight.data, weight.quant_state = _bitsandbytes().functional._convert_weight_packed_for_cpu_inverse(
-        weight.data, state
-    )
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
     if not weight.quant_state.nested:
         weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
 

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from falcon_kit.loading.packed import GROUP, PackedLinear, check_shape, frozen, quantised4, quantised8
+from falcon_kit.planning.devices import places
 
 METHOD = "falcon-kit"
 """The `quant_method` in config.json."""
@@ -37,8 +38,6 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Makes the linear layers of the blocks packed layers, and quantises their weights as they are read."""
 
-    requires_calibration = False
-
     @property
     def _dtype(self) -> str:
         return cast(PackedConfig, self.quantization_config).dtype
@@ -50,8 +49,7 @@ class PackedQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for int4 on a GPU that has no kernel for it."""
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        if self._dtype == "int4" and torch.cuda.is_available() and {str(each) for each in places} != {"cpu"}:
+        if self._dtype == "int4" and torch.cuda.is_available() and places(device_map) != {"cpu"}:
             check_gpu()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import pickle
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,20 +16,20 @@ from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, refused_pickle, with_adapters
+from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
 from falcon_kit.loading.quantization import (
     check_quantised,
     compute_dtype,
-    hide_cast_warnings,
     make_savable,
     quantisation_config,
     stored_quantisation,
 )
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
+from falcon_kit.planning.devices import places
 from falcon_kit.planning.plan import Plan
 
 _SMALL = 2**30  # bytes of weights that are read before a progress bar is of use
@@ -46,10 +45,10 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
     options: dict[str, Any] = {"device_map": device_map}
     if settings.max_memory and device_map == "auto":  # the plan's own map keeps within max_memory
         options["max_memory"] = dict(settings.max_memory)
-    if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+    if "disk" in places(device_map):
         options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
-        options["quantization_config"] = quantisation_config(plan.dtype, _computes_on_cpu(device_map))
+        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu=places(device_map) <= {"cpu"})
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
         return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
 
@@ -72,27 +71,17 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
     return None if plan.devices[0].key == "cpu" else "auto"  # the plan does not fit: transformers' "auto" is used
 
 
-def _computes_on_cpu(device_map: Any) -> bool:
-    """Whether a device map puts all layers on the CPU; without one, that is where transformers puts them."""
-    places = device_map.values() if isinstance(device_map, dict) else [device_map]
-    return {str(each) for each in places} <= {"None", "cpu"}
-
-
 def _from_pretrained(
     kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
 ) -> FalconForCausalLM:
-    quantised = dtype in QUANTISED
-    named = named_errors(
-        found.directory / "config.json",
-        "correct it, or fetch the checkpoint again",
-        (TypeError, LookupError, AttributeError),
-    )
+    quantised, config = dtype in QUANTISED, found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
         computed = compute_dtype() if quantised else getattr(torch, dtype)
         if found.gguf or found.adapters:
             weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
-        with named:
+        unusable = TypeError, LookupError, AttributeError
+        with named_errors(config, "correct it, or fetch the checkpoint again", unusable):
             if "state_dict" in options:
                 options |= _generation_config(found.directory)
             model, report = cast(Any, kind).from_pretrained(
@@ -112,7 +101,6 @@ def _from_pretrained(
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)
-        hide_cast_warnings()
     if found.adapters:
         record_merged(model, found.adapters)
     if "state_dict" in options:
@@ -149,8 +137,6 @@ def _free_on_failure(directory: Path) -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if isinstance(error, pickle.UnpicklingError):
-            raise ValueError(refused_pickle(f"a weight file of {directory}")) from error
         if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
             raise FileNotFoundError(
                 f"a file of {directory} was removed while it was read ({error}): fetch the checkpoint again"

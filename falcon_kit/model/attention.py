@@ -182,7 +182,7 @@ def step_kernels(
         return without_cudnn_attention()
     if tokens is None or head.device.type != "cpu":
         return nullcontext()
-    return fastest_products(tokens.numel(), head, largest, single_rows_without_onednn)
+    return fastest_products(tokens.numel(), head, single_rows_without_onednn, largest)
 
 
 def alibi(spec: FalconSpec, positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,9 +31,8 @@ class FalconAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = spec.head_dim
-        self.num_key_value_groups = (
-            spec.queries_per_kv_head
-        )  # R, under the name that transformers' attention functions read
+        # R, under the name that transformers' attention functions read
+        self.num_key_value_groups = spec.queries_per_kv_head
         self.scaling = spec.head_dim**-0.5
         self.is_causal = True
         fused = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim

@@ -49,9 +49,8 @@ class _ChunkedSum(torch.autograd.Function):
             chunk = slice(start, start + LOSS_CHUNK)
             with torch.set_grad_enabled(with_gradients):
                 part = hidden[chunk].detach().requires_grad_(with_gradients)
-                loss = cross_entropy(
-                    head(part).float(), targets[chunk], reduction="sum"
-                )  # logits without a variable are freed
+                # logits without a variable are freed
+                loss = cross_entropy(head(part).float(), targets[chunk], reduction="sum")
             if with_gradients:
                 by_hidden, *by_weights = torch.autograd.grad(loss, (part, *weights))
                 gradients[0][chunk] = by_hidden

@@ -16,7 +16,6 @@ in transformers, so that a saved checkpoint is a plain Falcon.
 Shapes: B batch, T time (queries), K time (keys), H query heads, V vocabulary.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -61,19 +60,20 @@ def on_device_of(weight: Tensor, values: Tensor) -> Tensor:
     return values.to(weight.device) if is_elsewhere(weight, values) else values
 
 
-class _AttentionCanBeSet:
-    """Allows `set_attn_implementation`, whatever transformers has found and cached for its own Falcon."""
+class _Declared:
+    """What both classes tell transformers, whatever it has found and cached for its own Falcon."""
+
+    _supports_attention_backend = True
+    _skip_keys_device_placement: Any = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
 
-class FalconModel(_AttentionCanBeSet, stock.FalconModel):
+class FalconModel(_Declared, stock.FalconModel):
     """The decoder without the language-modelling head."""
 
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
     _can_record_outputs = {"hidden_states": FalconDecoderLayer, "attentions": FalconAttention}  # noqa: RUF012
     # The fused projection is split by rows, so that each rank has whole groups of heads.
     _tp_plan = {  # noqa: RUF012
@@ -156,7 +156,7 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}, not (rows, tokens): for one text give [ids]"
             )
-        if inputs_embeds is not None or input_ids is None:
+        if input_ids is None:
             return cast(Tensor, inputs_embeds)
         return self.word_embeddings(on_device_of(self.word_embeddings.weight, input_ids))
 
@@ -197,8 +197,8 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
             and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
             allow_is_causal_skip=plain,
         )
-        if self.tp_mesh is not None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
-            mask = mask[:, self._heads]  # a mask per query head: this rank's heads
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:  # a mask per query head
+            mask = mask[:, self._heads]
         if not self.config.alibi:
             return mask, None
         # A mask that is added to the scores is 0 for visible keys and a large negative number for others.
@@ -229,12 +229,10 @@ class FalconModel(_AttentionCanBeSet, stock.FalconModel):
         return torch.where(visible, bias, torch.finfo(dtype).min).masked_fill(unseeing, 0), unseeing
 
 
-class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.FalconForCausalLM):
+class FalconForCausalLM(_Declared, ReadsFilledSlots, MakesRoom, stock.FalconForCausalLM):
     """Falcon with its language-modelling head. All methods that are not here are those of transformers."""
 
     transformer: FalconModel
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     single_rows_without_onednn = False
@@ -265,7 +263,10 @@ class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.F
         `skip_logits`: returns only the loss and computes it in chunks, see `falcon_kit.model.losses`. Other arguments
         and errors are those of `FalconModel.forward`.
         """
-        with self._kernels(input_ids if inputs_embeds is None else inputs_embeds[..., 0], past_key_values):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        largest = self.transformer.spec.d_model * self.transformer.spec.intermediate_size
+        single = self.single_rows_without_onednn
+        with attention.step_kernels(self.lm_head.weight, tokens, past_key_values, single, largest):
             outputs = self.transformer(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
@@ -322,11 +323,6 @@ class FalconForCausalLM(_AttentionCanBeSet, ReadsFilledSlots, MakesRoom, stock.F
             tied = set(self._tied_weights_keys or ())
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         return super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *arguments, **more)
-
-    def _kernels(self, tokens: Tensor | None, past: Cache | None) -> AbstractContextManager[Any]:
-        spec, single = self.transformer.spec, self.single_rows_without_onednn
-        largest = spec.d_model * spec.intermediate_size
-        return attention.step_kernels(self.lm_head.weight, tokens, past, single, largest)
 
     def _get_static_cache_init_shape(self) -> None:
         """No shape: with one, chunked prefill would allocate a static cache for all query heads."""

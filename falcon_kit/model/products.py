@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -48,7 +49,7 @@ _MARGIN = 0.9  # torch's own kernel must be 10% faster, so that noise does not c
 
 
 def fastest_products(
-    rows: int, head: Tensor, largest: int, single_rows_without_onednn: bool
+    rows: int, head: Tensor, single_rows_without_onednn: bool, largest: int
 ) -> AbstractContextManager[Any]:
     """The context for a step of so many rows on a CPU. head: the output head, in the dtype of the step.
 
@@ -56,11 +57,17 @@ def fastest_products(
     """
     if rows == 1:
         return without_onednn() if single_rows_without_onednn and head.dtype.itemsize == 2 else nullcontext()
-    useful = largest > SLAB if head.dtype == torch.float32 else not has_products(head.dtype)
-    return ProductsInSlabs() if useful and rows >= _MANY_ROWS.get(head.dtype, 2**31) else nullcontext()
+    return ProductsInSlabs() if _gains_by_slabs(rows, largest, head.dtype) else nullcontext()
 
 
 # In slabs
+
+
+def _gains_by_slabs(rows: int, weights: int, dtype: torch.dtype) -> bool:
+    """Whether slabs are faster for so many rows and a matrix of so many weights on a CPU."""
+    if rows < _MANY_ROWS.get(dtype, 2**31):
+        return False
+    return weights > SLAB if dtype == torch.float32 else not has_products(dtype)
 
 
 class ProductsInSlabs(TorchFunctionMode):
@@ -81,10 +88,7 @@ def is_faster_in_slabs(input: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return False
-    many = input.numel() >= _MANY_ROWS.get(weight.dtype, 2**31) * input.shape[-1]
-    if weight.dtype == torch.float32:
-        return many and weight.numel() > SLAB
-    return many and not has_products(weight.dtype)
+    return _gains_by_slabs(input.shape[:-1].numel(), weight.numel(), weight.dtype)
 
 
 def linear_in_slabs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,34 +139,24 @@ class Switch:
         self._users = 0
         self._before = True
 
-    def enter(self) -> None:
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context with the setting off. Several threads may enter it at once."""
         with self._lock:
             if self._users == 0:
                 self._before = self._read()
                 self._write(False)
             self._users += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
-                self._write(self._before)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """A context with the setting off. Several threads may enter it at once."""
-        self.enter()
         try:
             yield
         finally:
-            self.leave()
+            with self._lock:
+                self._users -= 1
+                if self._users == 0 and not self._read():  # other code may have turned it on: then it stays on
+                    self._write(self._before)
 
 
-def _set_onednn(enabled: bool) -> None:
-    _MKLDNN.enabled = enabled
-
-
-_onednn = Switch(lambda: bool(_MKLDNN.enabled), _set_onednn)
+_onednn = Switch(lambda: bool(_MKLDNN.enabled), partial(setattr, _MKLDNN, "enabled"))
 
 
 def without_onednn() -> AbstractContextManager[None]:

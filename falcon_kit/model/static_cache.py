@@ -40,7 +40,7 @@ class ReadsFilledSlots(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; the mask of a static cache is as long as the slots that are read, see `slots_read`."""
-        read = self._slots_read(past_key_values, attention_mask)
+        read = self._slots_of_step(past_key_values, attention_mask)
         if read and attention_mask is not None and next_sequence_length == 1:
             # A new token sees all tokens before it; transformers' mask for any causal attention takes many kernels.
             attention_mask = pad(attention_mask.bool()[:, None, None], (0, read - attention_mask.shape[1]))
@@ -54,7 +54,7 @@ class ReadsFilledSlots(GenerationMixin):
             torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph for all lengths
         return inputs
 
-    def _slots_read(self, past: Cache | None, mask: Tensor | None) -> int:
+    def _slots_of_step(self, past: Cache | None, mask: Tensor | None) -> int:
         """The slots that a step reads; 0 without a static cache, and for masks of the caller or another backend."""
         if past is None or not past.is_compileable or self.config._attn_implementation not in ATTENTION:
             return 0

@@ -79,25 +79,26 @@ def _rank(falcon: Any, rank: int, cache_bytes: int) -> dict[str, Any]:
 class _CancelledCriteria(StoppingCriteria):
     """Stops all ranks at the same token once the request is cancelled."""
 
-    def __init__(self, link: Link, number: int, ranks: DeviceMesh) -> None:
-        self.link, self.number, self.ranks = link, number, ranks
+    def __init__(self, link: Link, number: int, mesh: DeviceMesh) -> None:
+        self.link, self.number, self.mesh = link, number, mesh
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        cancelled = any_rank(self.link.cancelled == self.number, self.ranks, input_ids.device)
+        cancelled = any_rank(self.link.cancelled == self.number, self.mesh, input_ids.device)
         return torch.full((len(input_ids),), cancelled, device=input_ids.device)
 
 
 def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, Any]:
     """This rank's answer to a request: the fields of its `Rank`, and from rank 0 the generated texts."""
-    prompt, settings, ranks = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
+    prompt, settings, mesh = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
+    rank = mesh.get_local_rank()
     if request["call"] == "stream":
-        generations = [_stream(falcon.stream(prompt, **settings), link, ranks.get_local_rank() == 0)]
+        generations = [_stream(falcon.stream(prompt, **settings), link, rank == 0)]
     else:
-        criteria = [_CancelledCriteria(link, request["number"], ranks)]
+        criteria = [_CancelledCriteria(link, request["number"], mesh)]
         result = getattr(falcon, request["call"])(prompt, stopping_criteria=criteria, **settings)
         generations = result if isinstance(result, list) else [result]
-    answer = _rank(falcon, ranks.get_local_rank(), generations[0].stats.cache_bytes or 0)
-    if ranks.get_local_rank() == 0:  # all ranks generate the same texts
+    answer = _rank(falcon, rank, generations[0].stats.cache_bytes or 0)
+    if rank == 0:  # all ranks generate the same texts
         answer |= {"generations": [asdict(each) for each in generations]}
     return answer
 

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
 Message = dict[str, Any]
-_Arrived = queue.SimpleQueue[tuple[int, Message | None]]
+_Queue = queue.SimpleQueue[tuple[int, Message | None]]
 
 _PARENT, _FOLDER = "FALCON_KIT_PARENT", "FALCON_KIT_FOLDER"  # environment variables of a worker: parent's pid, folder
 _MESSAGES_FD = "FALCON_KIT_MESSAGES_FD"  # set by the worker itself: the file descriptor for its messages
@@ -42,7 +42,7 @@ class Workers:
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
         # Only this user can read it.
         self._folder = TemporaryDirectory(prefix="falcon-kit-", ignore_cleanup_errors=True)
-        self._arrived: _Arrived = queue.SimpleQueue()
+        self._arrived: _Queue = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end, self.processes, self._folder)
@@ -115,7 +115,7 @@ class Workers:
         self._end()
 
 
-def _read(rank: int, process: subprocess.Popen[str], arrived: _Arrived, stderr: Path) -> None:
+def _read(rank: int, process: subprocess.Popen[str], arrived: _Queue, stderr: Path) -> None:
     """Puts a worker's messages into the queue, and None at their end. Other lines were printed before its code ran."""
     try:
         for line in cast(IO[str], process.stdout):

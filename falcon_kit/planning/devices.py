@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
 from falcon_kit.planning.environment import find_accelerators, free_disk, host_memory
@@ -116,6 +117,12 @@ def identical_gpus(index: int, count: int) -> tuple[Device, ...]:
     """
     (found,) = find_accelerators(only=index)
     return tuple(Device(found.name, key, found.free_bytes, here=True) for key in range(count))
+
+
+def places(device_map: Any) -> set[str]:
+    """The devices that a device map of `from_pretrained` names, as texts: None is the CPU."""
+    found = device_map.values() if isinstance(device_map, Mapping) else ["cpu" if device_map is None else device_map]
+    return {str(each) for each in found}
 
 
 def local_devices(

@@ -20,9 +20,8 @@ from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
-from falcon_kit.loading.adapters import RECORD
+from falcon_kit.loading.adapters import RECORD, model_fingerprint
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.packing import Packed, column
@@ -49,7 +48,7 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that determines the adapter and what is measured; computed before the model is sharded."""
     values = {
-        "base": fingerprint(falcon.model),
+        "base": model_fingerprint(falcon.model.transformer),
         "dtype": stored_quantisation(falcon.model.config) or str(falcon.model.dtype),
         "data": digest(train),
         "held-out data": held_out and digest(held_out),

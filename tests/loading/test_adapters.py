@@ -13,7 +13,6 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.loading import adapters
-from falcon_kit.loading.merging import fingerprint
 from tests.conftest import legacy, logits, small_model
 from tests.loading.test_checkpoints import cached
 
@@ -134,7 +133,7 @@ def test_an_adapter_has_the_generation_config_of_its_base_loaded_or_merged(of_40
 
 def test_falconet_instruct_is_an_adapter_of_falconet(instruct):
     shipped = embedded_directory("falconet-instruct")
-    assert (adapters.base_name(shipped), list(shipped.glob("model*.safetensors"))) == ("falconet", [])
+    assert (adapters.Adapter(shipped).base_name, list(shipped.glob("model*.safetensors"))) == ("falconet", [])
     torch.testing.assert_close(
         logits(instruct.model), logits(merged_by_peft(embedded_directory("falconet"), shipped)), rtol=1e-3, atol=1e-3
     )
@@ -233,7 +232,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(of_40b, of_its_
 
 
 def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
-    trained = {"base_fingerprint": fingerprint(fk.load(tmp_path / "base").model)}
+    trained = {"base_fingerprint": adapters.model_fingerprint(fk.load(tmp_path / "base").model.transformer)}
     (of_40b / adapters.RECORD).write_text(json.dumps(trained))
     loaded = fk.load(of_40b)
     with pytest.raises(ValueError, match=r"was made for .*, which has other weights"):
@@ -245,7 +244,7 @@ def test_a_saved_model_still_knows_what_was_merged_into_it(of_40b, tmp_path):
     loaded.model.save_pretrained(tmp_path / "saved")
     loaded.tokenizer.save_pretrained(tmp_path / "saved")
     again = fk.load(tmp_path / "saved")
-    assert fingerprint(again.model) == fingerprint(loaded.model)
+    assert adapters.model_fingerprint(again.model.transformer) == adapters.model_fingerprint(loaded.model.transformer)
     assert again.model.config.merged_adapters == [adapters.digest(of_40b)]
 
 

@@ -5,6 +5,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.loading.compiling import check_compilable
 
 
@@ -46,6 +47,13 @@ def test_two_streams_at_once_have_a_cache_each(falcon):
     streams = [falcon.stream(each, max_new_tokens=8, do_sample=False) for each in prompts]
     pieces = list(zip(*streams, strict=True))
     assert [tuple(piece.token_id for piece in each) for each in zip(*pieces, strict=True)] == expected
+
+
+def test_a_model_merged_from_a_compiled_one_decodes_with_its_own_weights(falcon):
+    expected = fk.load("falconet-instruct").generate(fk.CARD.prompt, max_new_tokens=12, do_sample=False)
+    falcon.generate("The", max_new_tokens=2, do_sample=False)
+    merged = fk.merge(embedded_directory("falconet-instruct"), falcon)
+    assert merged.generate(fk.CARD.prompt, max_new_tokens=12, do_sample=False).tokens == expected.tokens
 
 
 def test_compiled_decoding_leaves_other_modes_and_saved_checkpoints_alone(falcon, tmp_path):

@@ -195,6 +195,19 @@ def changed_weights(keep):
     return change
 
 
+def named_twice(adapter):
+    weights = load_file(adapter / adapters.WEIGHTS)
+    for side in "AB":
+        name = f"base_model.model.transformer.h.0.mlp.dense_h_to_4h.lora_{side}.weight"
+        weights[name.replace(".lora_", ".lora_A.lora_")] = weights[name].clone()
+    save_file(weights, adapter / adapters.WEIGHTS)
+
+
+def with_flat_matrices(adapter):
+    weights = load_file(adapter / adapters.WEIGHTS)
+    save_file({key: each[:, 0].clone() for key, each in weights.items()}, adapter / adapters.WEIGHTS)
+
+
 def with_code(adapter):
     (adapter / adapters.WEIGHTS).unlink()
     torch.save({"weight": re.compile("x")}, adapter / adapters.PICKLED_WEIGHTS)
@@ -208,6 +221,8 @@ BROKEN = {
     "no weight": (changed_weights(lambda key: False), "holds no weights: the adapter was not saved completely"),
     "no A": (changed_weights(lambda key: "lora_A" not in key), r"lacks lora_A\.weight of transformer\.h\.0"),
     "no B": (changed_weights(lambda key: "h.1.mlp.dense_h_to_4h.lora_B" not in key), r"lacks lora_B\.weight of tran"),
+    "two names of LoRA": (named_twice, r"wise was made .*\.lora_A\.lora_A\.weight is .* the model has no such layer"),
+    "flat matrices": (with_flat_matrices, r"wise was made .*\.lora_A\.weight is \(4,\), but the model has a weight of"),
     "r=-1": (changed_config(r=-1), r"r=-1 and lora_alpha=6, but r is a whole number, at least 1"),
     "r=8": (changed_config(r=8), r"has r=8, but lora_A\.weight of .* has the rank 4"),
     "NaN": (changed_config(lora_alpha=math.nan), r"lora_alpha=nan, but .* lora_alpha is finite"),

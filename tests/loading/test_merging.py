@@ -104,6 +104,14 @@ def test_a_quantised_base_is_read_again_from_where_it_was(tokenizer, tmp_path):
     assert fk.merge(adapter, base).dtype == "bfloat16"
 
 
+def test_an_adapter_is_merged_into_a_merged_model(base, adapter, tmp_path):
+    second = saved_adapter(base, tmp_path / "wiser", seed=2)
+    first = fk.merge(adapter, base)
+    merged = fk.merge(second, first)
+    torch.testing.assert_close(logits(merged.model), attached_by_peft(first.model, second), rtol=1e-4, atol=1e-4)
+    assert merged.gap != first.gap
+
+
 def test_merging_does_not_change_the_base(base, adapter):
     falcon = fk.load(base)
     before = {name: (each.clone(), each.requires_grad) for name, each in falcon.model.named_parameters()}

@@ -22,10 +22,11 @@ ROUNDING = 2**-8  # of bfloat16
 
 
 def layer(weight, kind):
-    """A packed layer of a weight, as a checkpoint leaves it."""
+    """A packed layer of a weight, as `fk.load` leaves it."""
     made = PackedLinear(*weight.shape, kind, None)
     values, scales = (quantised4 if kind == "int4" else quantised8)(weight)
     made.weight, made.scales = frozen(values), frozen(scales)
+    made.pack()
     return made
 
 
@@ -70,11 +71,10 @@ def test_a_product_is_within_the_quantisation_error_of_float32(kind, shape, rows
 
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_the_layout_of_a_kernel_is_undone_exactly(shape, seed):
-    made = layer(random(*shape, seed=seed), "int4")
-    before = made.weight.clone()
-    made.pack()
-    assert torch.equal(made.canonical(), before)
-    assert torch.equal(made.state_dict()["weight"], before)
+    weight = random(*shape, seed=seed)
+    made, (expected, _) = layer(weight, "int4"), quantised4(weight)
+    assert torch.equal(made.canonical(), expected)
+    assert torch.equal(made.state_dict()["weight"], expected)
 
 
 @each_kind
@@ -85,6 +85,24 @@ def test_a_layer_that_is_moved_or_cast_computes_the_same(kind):
         assert torch.equal(made.to("cpu").float()(x), before)
         assert torch.equal(made.half()(x), before)
     assert made.scales.dtype == torch.bfloat16
+
+
+@each_kind
+@pytest.mark.parametrize("change", ["moved", "loaded"])
+def test_a_layer_that_was_changed_is_packed_before_a_thread_computes_with_it(monkeypatch, kind, change):
+    made, x = layer(random(128, 64), kind), random(2, 64, seed=1)
+    expected = made(x)
+    made.to("cpu") if change == "moved" else made.load_state_dict(made.state_dict())
+    monkeypatch.setattr(PackedLinear, "pack", lambda _: pytest.fail("two threads may be here"))
+    assert torch.equal(made(x), expected)
+
+
+@each_kind
+def test_a_layer_without_weights_computes_once_it_is_given_some(kind):
+    made, x = layer(random(128, 64), kind), random(2, 64, seed=1)
+    expected, state = made(x), made.state_dict()
+    made.to("meta").load_state_dict(state, assign=True)
+    assert torch.equal(made(x), expected)
 
 
 @each_kind
@@ -102,12 +120,14 @@ def test_a_layer_computes_what_its_state_dict_loads_into_it(kind):
 def test_a_weight_that_starts_anywhere_in_memory_is_computed_with(kind):
     """As one in a file that is mapped into memory; torch's kernel for int8 crashes on it."""
     made = layer(random(128, 64), kind)
-    space = torch.empty(made.weight.numel() + 1, dtype=made.weight.dtype)
-    odd = space[1:].view(made.weight.shape).copy_(made.weight.data)
+    values = made.canonical()
+    space = torch.empty(values.numel() + 1, dtype=values.dtype)
+    odd = space[1:].view(values.shape).copy_(values)
     x = torch.empty(6 * 64 + 1, dtype=torch.bfloat16)[1:].view(6, 64).copy_(random(6, 64))
     with torch.inference_mode():
         expected = layer(random(128, 64), kind)(x.clone())
-        made.weight = frozen(odd)
+        made.weight, made.packed_for = frozen(odd), None
+        made.pack()
         assert torch.equal(made(x), expected)
 
 
@@ -122,7 +142,6 @@ def test_gradients_go_to_the_input_through_the_weight_that_computes(kind):
 
 def test_int4_is_compiled_in_one_graph():
     made, x = layer(random(128, 64), "int4"), random(2, 64, seed=1)
-    made.pack()
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
     check_compilable("int4", None)
@@ -168,6 +187,13 @@ def test_int4_on_a_gpu_before_ampere_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"capability 8\.0, such as an A100; Tesla T4 has 7\.5: use dtype='nf4'"):
         reader.validate_environment(device_map={"": 0})
     reader.validate_environment(device_map={"": "cpu"})
+
+
+def test_int4_without_a_device_map_is_computed_on_the_cpu_beside_any_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    PackedQuantizer(PackedConfig("int4")).validate_environment(device_map=None)
 
 
 def test_groups_of_another_size_are_refused():
