@@ -157,15 +157,19 @@ def gpu_problem() -> str:
         return ""
     import torch
 
-    if torch.version.cuda is None or torch.cuda.is_available():
+    if torch.cuda.is_available() or torch.version.hip is not None:
         return ""
+    remedy = "install torch for the driver's CUDA version, see pytorch.org"
+    if torch.version.cuda is None:  # the wheels of PyPI for Windows, and of pytorch.org for CPUs
+        driver = shutil.which("nvidia-smi")
+        return f"this torch was built without CUDA, so the NVIDIA GPU is not used: {remedy}" if driver else ""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # also for a machine without a GPU, which is no problem
         if "too old" in str(error):  # c10/cuda/CUDAFunctions.cpp; the number is its CUDA version, 11040 for 11.4
             return (
                 f"the NVIDIA driver is too old for this torch, built for CUDA {torch.version.cuda}, so the GPU is not "
-                "used: update the driver, or install torch for the driver's CUDA version, see pytorch.org"
+                f"used: update the driver, or {remedy}"
             )
     return ""
 

@@ -271,7 +271,7 @@ def test_memory_that_torch_keeps_in_store_is_free() -> None:
     assert [device.free_bytes for device in find_accelerators(torch)] == [8]
 
 
-# A driver that is too old
+# A GPU that torch cannot use
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,6 @@ def test_memory_that_torch_keeps_in_store_is_free() -> None:
     [
         ("13.0", RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "13.0"),
         ("13.0", RuntimeError("Found no NVIDIA driver on your system."), ""),
-        (None, AssertionError("Torch not compiled with CUDA enabled"), ""),
     ],
 )
 def test_a_driver_that_is_too_old_is_named_with_what_to_do(cuda, error, problem, monkeypatch):
@@ -296,6 +295,17 @@ def test_a_driver_that_is_too_old_is_named_with_what_to_do(cuda, error, problem,
             fk.load("falconet", device_map="cuda:0")
         with pytest.warns(UserWarning, match="the NVIDIA driver is too old"):
             fk.load("falconet")
+
+
+@pytest.mark.parametrize(
+    ("driver", "hip", "found"), [("nvidia-smi", None, True), (None, None, False), ("nvidia-smi", "6.2", False)]
+)
+def test_a_torch_without_cuda_beside_a_driver_is_named_with_what_to_do(driver, hip, found, monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("falcon_kit.planning.environment.shutil.which", lambda name: driver)
+    assert ("built without CUDA, so the NVIDIA GPU is not used: install torch" in gpu_problem()) == found
 
 
 def test_one_of_several_processes_finds_its_own_gpu(monkeypatch):
