@@ -77,8 +77,10 @@ class Guardrails:
             check_flag(name, getattr(self, name))
         for name in ("phone_regions", "blocked_words", "labels"):
             given = getattr(self, name)
-            require(isinstance(given, Iterable), f"{name}={shown(given)} must be a tuple of texts")
-            object.__setattr__(self, name, given if isinstance(given, str) else tuple(given))  # an iterator ends
+            several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+            texts = all(isinstance(each, str) for each in several)
+            require(texts, f"{name}={shown(given)} must be a tuple of texts, such as ('a', 'b')")
+            object.__setattr__(self, name, several)  # an iterator would end
         _ = self._checks  # raises for what cannot be checked
 
     @cached_property

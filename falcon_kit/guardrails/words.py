@@ -21,8 +21,7 @@ _LONGEST = 100
 
 
 def check_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The words, folded. Raises ValueError for one text instead of several, a word without letters, or a long one."""
-    require(not isinstance(words, str), f"blocked_words={words!r:.60} is one text: give a tuple of words")
+    """The words, folded. Raises ValueError for a word without letters, or a long one."""
     folded = tuple(" ".join(fold(word).split()) for word in words)
     for number, word in enumerate(folded, 1):
         require(any(map(str.isalnum, word)), f"blocked word {number} has no letter or digit")
