@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import regex
+
 from falcon_kit.display.errors import require
 from falcon_kit.guardrails.folding import fold
 from falcon_kit.guardrails.matching import Pattern
@@ -45,6 +47,4 @@ def _expression(word: str) -> str:
 
 def _needs_border(letter: str) -> bool:
     """Whether a word may not go on beside this letter: not for punctuation, nor in scripts without spaces."""
-    import regex
-
     return regex.match(rf"[^\W{UNSPACED}]", letter) is not None
