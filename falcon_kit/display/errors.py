@@ -1,5 +1,6 @@
-"""Checks of values, how an error quotes what was given, and whether an error means that memory ran out."""
+"""Checks of values, how an error quotes what was given, how a process ended, and whether memory ran out."""
 
+import signal
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -86,6 +87,14 @@ def shown(value: Any) -> str:
     except ValueError:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def exit_cause(code: int) -> str:
+    """How a process ended, by its exit code as `subprocess` reports it: below 0 for a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+    return f"was killed by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
