@@ -219,16 +219,19 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
         if (planned := counted(context, texts)).fits:
             break
     loading = loading_plan(source.model) if isinstance(source.model, Checkpoint) else None
-    if planned.fits and loading and source.loads(engine.reads_gguf) and not loading.fits:
-        advice = [_written_elsewhere(source, engine, dtype, loading), _ELSEWHERE]
-        raise NotEnoughMemory(
-            replace(loading, suggestions=tuple(map(Suggestion, advice))),
-            f"{engine.name} reads files that this process writes, for which it loads the model: {loading.verdict()}",
-        )
-    if not planned.fits:
-        advice = [*_advice(source, engine, counted, context, texts, loading), _ELSEWHERE]
-        raise NotEnoughMemory(replace(planned, suggestions=tuple(map(Suggestion, advice))), _shortage(source, planned))
-    return planned
+    unloadable = loading if loading and source.loads(engine.reads_gguf) and not loading.fits else None
+    if planned.fits and not unloadable:
+        return planned
+    if unloadable:
+        advice = [_prepared_files(source, engine, dtype if planned.fits else _SMALLER, unloadable)]
+    else:
+        advice = [*_advice(source, engine, counted, context, texts, loading)]
+    short = unloadable if unloadable and planned.fits else planned
+    written = f"{engine.name} reads files that this process writes, for which it loads the model: {short.verdict()}"
+    raise NotEnoughMemory(
+        replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))),
+        written if planned.fits else _shortage(source, planned),
+    )
 
 
 def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
@@ -250,9 +253,6 @@ def _advice(
 
     loading: the plan of loading the model in this process; None for a Falcon in memory.
     """
-    if loading and source.loads(engine.reads_gguf) and not loading.fits:
-        yield _written_elsewhere(source, engine, _SMALLER, loading)
-        return
     fewer = (texts >> times for times in range(1, texts.bit_length()))
     if fitting := next((each for each in fewer if counted(context, each).fits), None):
         yield f"texts={fitting}"
@@ -263,12 +263,12 @@ def _advice(
     devices = counted(context, texts).devices
     if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
         if source.file and loading:
-            yield _written_elsewhere(source, engine, _SMALLER, loading)
+            yield _prepared_files(source, engine, _SMALLER, loading)
         else:
             yield f"dtype={_SMALLER!r}"
 
 
-def _written_elsewhere(source: Source, engine: Engine, dtype: str, loading: Plan) -> str:
+def _prepared_files(source: Source, engine: Engine, dtype: str, loading: Plan) -> str:
     """The call that writes smaller or readable files, and where it can be made."""
     place = "" if loading.fits else f", on a machine with {format_bytes(loading.total_bytes)} free"
     if engine.reads_gguf:
