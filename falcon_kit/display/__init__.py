@@ -2,7 +2,7 @@
 
 The files, in the order of their imports:
 
-errors.py   checks of values, and how errors quote what was given
+errors.py   checks of values, how errors quote what was given, and how a process ended
 tables.py   byte counts as text, HTML tables
 reading.py  JSON files of other programs: read, or refused by name
 saving.py   atomic writes of files and folders

@@ -1,6 +1,7 @@
-"""Checks of values, how an error quotes what was given, and whether an error means that memory ran out."""
+"""Checks of values, how an error quotes what was given, how a process ended, and whether memory ran out."""
 
 import operator
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -119,6 +120,14 @@ def differences(
         for name in sorted(one.keys() | other.keys())
         if not is_same(one.get(name), other.get(name))
     )
+
+
+def exit_cause(code: int) -> str:
+    """How a process ended, by its exit code as `subprocess` reports it: below 0 for a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+    return f"was killed by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

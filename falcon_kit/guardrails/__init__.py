@@ -1,4 +1,4 @@
-"""Checks on prompts and outputs, before a model reads the ones and a person the others.
+"""Checks on prompts before a model reads them, and on outputs before a person does.
 
 The files, in the order of their imports:
 

@@ -6,11 +6,10 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from falcon_kit.display.errors import check_known, require
-from falcon_kit.guardrails.matching import Growing, Running
+from falcon_kit.guardrails.matching import Growing
 from falcon_kit.guardrails.verdict import Finding
 
 Judge = Callable[[str], Any]
@@ -19,46 +18,12 @@ Judge = Callable[[str], Any]
 _PASSAGE = re.compile(r"(?s).{0,398}?(?:[.!?…](?=\s)|[\n。！？؟।])|.{400}")
 
 
-@dataclass(frozen=True)
 class Custom:
-    """A check of your own. A prompt is read whole, an output sentence by sentence, before it is shown."""
+    """A check of your own. A prompt (`whole`) is read at once, an output sentence by sentence, before it is shown."""
 
-    name: str
-    """The check's name in a finding."""
-    judge: Judge
-    """The function."""
-    whole: bool
-    """Whether the text is read at once: a prompt."""
-
-    def running(self) -> Running:
-        """The check of one text."""
-        return _Reader(self)
-
-    def findings(self, passage: str, first: int) -> list[Finding]:
-        """What the function objects to in a passage that begins at character `first`; an error is a finding."""
-        try:
-            reason = _reason(self.judge(passage))
-        except Exception as error:  # noqa: BLE001  # its message may contain the text: only its type is reported
-            reason = f"the check {self.name} failed: {type(error).__name__}"
-            logging.getLogger(__name__).warning("%s; the text is blocked", reason)
-        if not reason:
-            return []
-        reason = reason if isinstance(reason, str) else f"the check {self.name} objects"
-        return [Finding((first, first + len(passage)), self.name, reason)]
-
-
-def _reason(returned: Any) -> str | bool | None:
-    """What a function returned. Raises TypeError for what is neither a reason nor a yes or no."""
-    if returned is None or isinstance(returned, str | bool):
-        return returned
-    raise TypeError(f"a custom check returns a reason, True, False or None, not a {type(returned).__name__}")
-
-
-class _Reader:
-    """The text that the function has not read yet."""
-
-    def __init__(self, custom: Custom) -> None:
-        self._custom, self._unread, self._first = custom, "", 0
+    def __init__(self, name: str, judge: Judge, whole: bool) -> None:
+        self._name, self._judge, self._whole = name, judge, whole
+        self._unread, self._first = "", 0
 
     def waiting(self, text: Growing) -> int:
         return self._first
@@ -67,18 +32,37 @@ class _Reader:
         self._unread += text.newest
         findings = []
         for passage in self._passages(text.ended):
-            findings += self._custom.findings(passage, self._first) if passage.strip() else []
+            findings += self._findings(passage) if passage.strip() else []
             self._first += len(passage)
         return findings
 
     def _passages(self, ended: bool) -> Iterator[str]:
         """The passages that are complete; they do not depend on the pieces in which the text arrived."""
-        while not self._custom.whole and (match := _PASSAGE.match(self._unread)):
+        while not self._whole and (match := _PASSAGE.match(self._unread)):
             self._unread = self._unread[match.end() :]
             yield match[0]
         if ended and self._unread:
             passage, self._unread = self._unread, ""
             yield passage
+
+    def _findings(self, passage: str) -> list[Finding]:
+        """What the function objects to in the next passage; an error is a finding."""
+        try:
+            reason = _reason(self._judge(passage))
+        except Exception as error:  # noqa: BLE001  # its message may contain the text: only its type is reported
+            reason = f"the check {self._name} failed: {type(error).__name__}"
+            logging.getLogger(__name__).warning("%s; the text is blocked", reason)
+        if not reason:
+            return []
+        reason = reason if isinstance(reason, str) else f"the check {self._name} objects"
+        return [Finding((self._first, self._first + len(passage)), self._name, reason)]
+
+
+def _reason(returned: Any) -> str | bool | None:
+    """What a function returned. Raises TypeError for what is neither a reason nor a yes or no."""
+    if returned is None or isinstance(returned, str | bool):
+        return returned
+    raise TypeError(f"a custom check returns a reason, True, False or None, not a {type(returned).__name__}")
 
 
 def classifier(pipeline: Any, labels: Sequence[str], threshold: float) -> Judge:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from falcon_kit.display.errors import check_flag, is_number, is_whole, require, shown
 from falcon_kit.display.tables import html_table
 from falcon_kit.guardrails.custom import Custom, Judge, named
 from falcon_kit.guardrails.injection import control_patterns, phrase_patterns
 from falcon_kit.guardrails.length import Length
-from falcon_kit.guardrails.matching import Running
+from falcon_kit.guardrails.matching import Pattern, Running
 from falcon_kit.guardrails.personal import check_regions, personal_patterns
 from falcon_kit.guardrails.repetition import Repetition
 from falcon_kit.guardrails.secrets import secret_patterns
@@ -22,13 +22,6 @@ from falcon_kit.guardrails.words import word_patterns
 
 Item = TypeVar("Item")
 _READ_AT_MOST = 100_000
-
-
-class Check(Protocol):
-    """What every check is: it starts anew for each text."""
-
-    def running(self) -> Running:
-        """The check of one text."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -77,40 +70,38 @@ class Guardrails:
             check_flag(name, getattr(self, name))
         for name in ("phone_regions", "blocked_words", "labels"):
             given = getattr(self, name)
-            require(isinstance(given, Iterable), f"{name}={shown(given)} must be a tuple of texts")
-            object.__setattr__(self, name, given if isinstance(given, str) else tuple(given))  # an iterator ends
-        _ = self._checks  # raises for what cannot be checked
+            several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+            texts = all(isinstance(each, str) for each in several)
+            require(texts, f"{name}={shown(given)} must be a tuple of texts, such as ('a', 'b')")
+            object.__setattr__(self, name, several)  # an iterator would end
+        _ = self._patterns, self._judges  # raises for what cannot be checked
 
     @cached_property
-    def _checks(self) -> dict[Where, list[Check]]:
-        """The checks of a prompt and of an output."""
-        custom = list(named(self.custom, self.labels, self.threshold))
-        return {
-            "prompt": [*self._shared(), *self._prompt(), *(Custom(*each, whole=True) for each in custom)],
-            "output": [*self._shared(), *self._output(), *(Custom(*each, whole=False) for each in custom)],
-        }
+    def _patterns(self) -> dict[Where, list[Pattern]]:
+        """The patterns of a prompt and of an output."""
+        shared = [
+            *(secret_patterns() if self.secrets else ()),
+            *(personal_patterns(check_regions(self.phone_regions)) if self.personal_data else ()),
+            *word_patterns(self.blocked_words),
+        ]
+        prompt = [*(control_patterns() if self.control_tokens else ()), *(phrase_patterns() if self.injection else ())]
+        return {"prompt": shared + prompt, "output": shared}
 
-    def _shared(self) -> Iterator[Check]:
-        """The checks of both."""
+    @cached_property
+    def _judges(self) -> list[tuple[str, Judge]]:
+        """The checks of your own, with their names."""
+        return list(named(self.custom, self.labels, self.threshold))
+
+    def _running(self, where: Where) -> Iterator[Running]:
+        """All checks of one text."""
         if self.max_characters is not None:
             yield Length(self.max_characters)
-        if self.secrets:
-            yield from secret_patterns()
-        if self.personal_data:
-            yield from personal_patterns(check_regions(self.phone_regions))
-        yield from word_patterns(self.blocked_words)
-
-    def _prompt(self) -> Iterator[Check]:
-        """The checks of a prompt only."""
-        if self.control_tokens:
-            yield from control_patterns()
-        if self.injection:
-            yield from phrase_patterns()
-
-    def _output(self) -> Iterator[Check]:
-        """The checks of an output only."""
-        if self.repetition:
+        for pattern in self._patterns[where]:
+            yield pattern.running()
+        if self.repetition and where == "output":
             yield Repetition()
+        for name, judge in self._judges:
+            yield Custom(name, judge, whole=where == "prompt")
 
     def check(self, text: str, where: Where = "prompt") -> Verdict:
         """What was found in a whole text, and why; false where nothing was.
@@ -148,14 +139,14 @@ class Guardrails:
                 close()
 
     def _begin(self, where: Where) -> StreamCheck[Any]:
-        return StreamCheck([check.running() for check in self._checks[where]], where)
+        return StreamCheck([*self._running(where)], where)
 
     def _facts(self) -> dict[str, object]:
         """The settings, for people to read: no blocked word is among them."""
         names = ("max_characters", "secrets", "personal_data", "control_tokens", "injection", "repetition")
         facts: dict[str, object] = {name: getattr(self, name) for name in names}
-        custom = [check.name for check in self._checks["prompt"] if isinstance(check, Custom)]
-        return {**facts, "blocked_words": len(self.blocked_words), "custom": ", ".join(custom) or None}
+        custom = ", ".join(name for name, _ in self._judges)
+        return {**facts, "blocked_words": len(self.blocked_words), "custom": custom or None}
 
     def __repr__(self) -> str:
         return f"Guardrails({', '.join(f'{name}={value!r}' for name, value in self._facts().items())})"

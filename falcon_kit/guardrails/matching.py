@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Protocol
+
+import regex
 
 from falcon_kit.guardrails.folding import View, folded, plain
 from falcon_kit.guardrails.verdict import Finding
@@ -66,23 +68,21 @@ class Pattern:
     valid: Callable[[str], bool] | None = None
     """Confirms the characters of a match. The expression must then match in one way only from a given place."""
 
+    @cached_property
+    def compiled(self) -> Any:
+        """The expression as an object of `regex`."""
+        return regex.compile(self.expression)
+
     def running(self) -> Running:
         """The search in one text."""
         return _Search(self)
-
-
-@lru_cache(maxsize=256)
-def _compiled(expression: str) -> Any:
-    import regex
-
-    return regex.compile(expression)
 
 
 class _Search:
     """One pattern in one text; no match begins before `_place`, except those that were found."""
 
     def __init__(self, pattern: Pattern) -> None:
-        self._pattern, self._expression, self._place = pattern, _compiled(pattern.expression), 0
+        self._pattern, self._expression, self._place = pattern, pattern.compiled, 0
 
     def waiting(self, text: Growing) -> int:
         return self._view(text).origin(min(self._place, self._view(text).end))

@@ -84,7 +84,6 @@ def check_regions(regions: Sequence[str]) -> tuple[str, ...]:
     """The two-letter codes in capitals. Raises ValueError for one without a numbering plan."""
     from phonenumbers import SUPPORTED_REGIONS
 
-    require(not isinstance(regions, str), f'phone_regions={regions!r} is one text: give a tuple, such as ("US", "DE")')
     codes = tuple(each.upper() for each in regions)
     unknown = [each for each in codes if each not in SUPPORTED_REGIONS]
     require(not unknown, f'phone_regions={regions!r}: there is no region {", ".join(unknown)}; an example is "US"')

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import regex
+
 from falcon_kit.display.errors import require
 from falcon_kit.guardrails.folding import fold
 from falcon_kit.guardrails.matching import Pattern
@@ -21,8 +23,7 @@ _LONGEST = 100
 
 
 def check_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The words, folded. Raises ValueError for one text instead of several, a word without letters, or a long one."""
-    require(not isinstance(words, str), f"blocked_words={words!r:.60} is one text: give a tuple of words")
+    """The words, folded. Raises ValueError for a word without letters, or a long one."""
     folded = tuple(" ".join(fold(word).split()) for word in words)
     for number, word in enumerate(folded, 1):
         require(any(map(str.isalnum, word)), f"blocked word {number} has no letter or digit")
@@ -46,6 +47,4 @@ def _expression(word: str) -> str:
 
 def _needs_border(letter: str) -> bool:
     """Whether a word may not go on beside this letter: not for punctuation, nor in scripts without spaces."""
-    import regex
-
     return regex.match(rf"[^\W{UNSPACED}]", letter) is not None

@@ -8,7 +8,6 @@ process that started them ends, even if it is killed.
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
+
+from falcon_kit.display.errors import exit_cause
 
 Message = dict[str, Any]
 _Queue = queue.SimpleQueue[tuple[int, Message | None]]
@@ -95,12 +96,10 @@ class Workers:
     def _death_message(self, rank: int) -> str:
         if self.closed:
             return "the workers were closed"
-        code = self.processes[rank].wait()
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = ": perhaps out of memory" if cause.endswith("SIGKILL") else ""  # Windows has no such signal
+        cause = exit_cause(self.processes[rank].wait())
         stderr = self._stderr(rank).read_text(errors="replace").strip()[-_STDERR_TAIL:]
         self.close()
-        return f"worker {rank} {cause}{hint}" + (f". The end of its stderr:\n{stderr}" if stderr else "")
+        return f"worker {rank} {cause}" + (f". The end of its stderr:\n{stderr}" if stderr else "")
 
     def _stderr(self, rank: int) -> Path:
         return self.folder / f"stderr-{rank}"

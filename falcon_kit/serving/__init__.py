@@ -1,4 +1,4 @@
-"""Falcon outside this process: endpoints, deployment settings, GGUF files.
+"""Falcon outside this process: endpoints, local servers, deployment settings, GGUF files.
 
 The files, in the order of their imports:
 

@@ -11,7 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import check_whole, is_number, is_whole, join_surrogates, require, shown
+from falcon_kit.display.errors import check_whole, is_number, join_surrogates, require, shown
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
@@ -72,27 +72,17 @@ class Connection:
     timeout_name: str = "timeout"
     """The argument that sets `timeout`, for errors."""
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of every request."""
-        plain = {"Accept-Encoding": "identity"}  # see `Oversized`
-        return plain | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
-
-    @property
-    def http_timeout(self) -> httpx2.Timeout:
-        """The timeout for httpx2; at most 10 seconds for the TCP connection."""
-        return httpx2.Timeout(self.timeout, connect=min(self.timeout, 10))
-
     def client(self) -> httpx2.AsyncClient:
         """An HTTP client with key, timeout and limit. It follows no redirect: prompt and key go to no other server.
 
         Raises ValueError for proxies and certificates of the environment that cannot be used, and ModuleNotFoundError
         for a SOCKS proxy without socksio.
         """
+        key = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
             return httpx2.AsyncClient(
-                headers=self.headers,
-                timeout=self.http_timeout,
+                headers={"Accept-Encoding": "identity"} | key,  # see `Oversized`
+                timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 10)),  # 10 seconds for TCP
                 follow_redirects=False,
                 trust_env=not self.direct,
                 event_hooks={"response": [_limit]},
@@ -116,22 +106,19 @@ class Connection:
     def scrub(self, text: str) -> str:
         """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters or a lone surrogate."""
         text = join_surrogates(text)
-        return self._replace(text) if self.token and len(self.token) >= SHORTEST_SECRET else text
+        if not self.token or len(self.token) < SHORTEST_SECRET:
+            return text
+        in_json = json.dumps(self.token)[1:-1]
+        # The key as it is, as a part of a URL, in JSON or in a `repr`.
+        forms = {self.token, quote(self.token, safe=""), in_json, repr(self.token)[1:-1], repr(in_json)[1:-1]}
+        for form in sorted(forms, key=len, reverse=True):
+            text = text.replace(form, "***")
+        return text
 
     def clean(self, error: BaseException) -> None:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
-        texts = [self.scrub(each) if isinstance(each, str) else each for each in error.args]
-        error.args = tuple(_shorten(each) if isinstance(each, str) else each for each in texts)
+        error.args = tuple(_shorten(self.scrub(each)) if isinstance(each, str) else each for each in error.args)
         error.__cause__ = error.__context__ = None
-
-    def _replace(self, text: str) -> str:
-        """The text without the key, as it is, as a part of a URL, in JSON or in a `repr`."""
-        if self.token:
-            in_json = json.dumps(self.token)[1:-1]
-            forms = {self.token, quote(self.token, safe=""), in_json, repr(self.token)[1:-1], repr(in_json)[1:-1]}
-            for form in sorted(forms, key=len, reverse=True):
-                text = text.replace(form, "***")
-        return text
 
 
 def _shorten(text: str) -> str:
@@ -177,11 +164,14 @@ def redact_url(url: str) -> str:
 def check_limits(timeout: float, deadline: float, retries: int, concurrency: int) -> None:
     """Raises ValueError for a limit of `connect` that is out of range."""
     check_whole("concurrency", concurrency, 1, 10_000)
-    require(
-        all(is_number(each, 0, 1e9) and each > 0 for each in (timeout, deadline)) and is_whole(retries, 0, 1000),
-        f"timeout={shown(timeout)} and deadline={shown(deadline)} must be above 0, and at most 1e9; "
-        f"retries={shown(retries)} from 0 to 1000",
-    )
+    check_whole("retries", retries, 0, 1000)
+    check_seconds(timeout=timeout, deadline=deadline)
+
+
+def check_seconds(**values: float) -> None:
+    """Raises ValueError for a time that is out of range."""
+    for name, value in values.items():
+        require(is_number(value, 0, 1e9) and value > 0, f"{name}={shown(value)} must be above 0, and at most 1e9")
 
 
 def check_urls(url: str | Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ async def prompt_logprobs(server: Server, prompt: str) -> list[PromptToken]:
     if not isinstance(server, OpenAIServer):
         raise ValueError(refused)
     content = {"model": server.facts.model, "prompt": prompt, **_FIELDS}
-    status, answer = await ask_json(f"{server.url}/completions", server.connection, content)
+    status, answer = await ask_json(f"{server.url}/completions", server.connection, content, server.client)
     if status != 200:
         raise http_error(status, error_message(answer), address, {})
     with reading(address):
@@ -60,4 +60,4 @@ def _read(completion: Mapping[str, Any], prompt: str) -> list[PromptToken]:
 
 def _is_greedy(logprob: float | None, top: Mapping[str, float] | None) -> bool:
     """Whether no token of the most likely ones is likelier."""
-    return logprob is not None and bool(top) and logprob >= max(dict(top or {}).values())
+    return bool(logprob is not None and top and logprob >= max(top.values()))

@@ -33,13 +33,12 @@ from falcon_kit.serving.connection import (
 from falcon_kit.serving.echo import PromptToken, prompt_logprobs
 from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
-from falcon_kit.serving.replicas import Replicas, one_of
+from falcon_kit.serving.replicas import Replicas
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for, with_shared_stats
 
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
-
 _SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
@@ -130,11 +129,11 @@ class Endpoint:
     def generate_each(
         self, prompts: Iterable[Prompt | Sequence[Message]], *, guardrails: Guard | None = None, **settings: Any
     ) -> Iterator[Generation]:
-        """Continues each prompt, or answers each conversation: any number of them, their results in their order.
+        """Continues any number of prompts, or answers conversations, and yields the results in the same order.
 
-        `concurrency` requests are in flight, and at most as many results wait for one before them. So a caller that
-        stores each result keeps all but these after an error or Ctrl-C, which close the connections, as closing the
-        iterator does. `settings` and errors are those of `generate`; a seed is the same for all.
+        `concurrency` requests are in flight, and at most as many results wait for an earlier one. Only these are lost
+        when an error, Ctrl-C or closing the iterator closes the connections. All prompts have the same seed. `settings`
+        and errors are those of `generate`.
         """
         require(not isinstance(prompts, str), _SEVERAL)
         sampling, options = split_settings(settings)
@@ -220,8 +219,9 @@ class Endpoint:
         return wait_for(gather(calls, self.concurrency))
 
     async def _prompt_logprobs(self, prompt: str) -> list[PromptToken]:
-        async with one_of(self._server) as server:
-            return await prompt_logprobs(server, prompt)
+        server = self._server
+        async with server.choose() if isinstance(server, Replicas) else nullcontext(server) as one:
+            return await prompt_logprobs(one, prompt)
 
     async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
@@ -322,7 +322,7 @@ async def _discover(url: str, model: str | None, api: Api | None, connection: Co
         return await sagemaker.discover(parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
-        with suppress(*([Redirected] if api is None else [])):  # a server of another kind may redirect an unknown path
+        with suppress(Redirected) if api is None else nullcontext():  # other servers may redirect an unknown path
             if server := await tgi.discover(base.geturl(), model, connection):
                 return server
         if api == "tgi":

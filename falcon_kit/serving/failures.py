@@ -67,7 +67,7 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
 
 def event_status(body: Any) -> int | None:
     """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
-    code = body.get("code") if isinstance(body, dict) else None
+    code = at(body, "code")
     return code if is_whole(code, 400, 599) else None
 
 
@@ -158,7 +158,7 @@ def reading(address: str) -> Iterator[None]:
         ) from None
 
 
-def parse_json(text: str) -> Any:
+def json_or_none(text: str) -> Any:
     """The content of a JSON text; None if the text is not JSON, or too deeply nested to be read."""
     try:
         return json.loads(text)
@@ -166,12 +166,19 @@ def parse_json(text: str) -> Any:
         return None
 
 
+def at(content: Any, *keys: str) -> Any:
+    """The value at nested keys of what a server sends; None where an object or a key is missing."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
 def error_message(content: Any) -> str:
     """The message in an error response: a text, or {"error": {"message": ...}}, {"error": ...}, {"detail": ...}."""
     inner: list[Any] = [content]
     while inner:
         (content, *_) = inner
-        content = parse_json(content) or content if isinstance(content, str) else content
+        content = json_or_none(content) or content if isinstance(content, str) else content
         keys = ("error", "detail", "message") if isinstance(content, Mapping) else ()
         inner = [content[key] for key in keys if content.get(key)]
     try:

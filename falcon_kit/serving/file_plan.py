@@ -1,14 +1,14 @@
 """The memory plan of llama.cpp: the bytes of the tensors in its file, and its KV cache."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
-from falcon_kit.catalogue.gguf import GGUFFile, stored_shapes
+from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import Part
 from falcon_kit.planning.plan import Plan, plan
-from falcon_kit.serving.gguf_kinds import ALIASES, tensor_bytes, tensor_kinds
+from falcon_kit.serving.gguf_kinds import ALIASES, tensor_kinds, tensor_sizes
 
 _STORED = {"layers": ("blk.",), "embedding and head": ("token_embd.", "output."), "last LayerNorm": ("output_norm.",)}
 """The first letters of llama.cpp's tensors, by the part of a plan that they are."""
@@ -43,8 +43,9 @@ def stored_tensors(file: GGUFFile) -> Tensors:
 
 def exported_tensors(spec: FalconSpec, dtype: str) -> Tensors:
     """The tensors of the file that `export_gguf` would write. dtype: a name of `FILE_TYPES`, or torch's."""
-    shapes, kinds = stored_shapes(spec), tensor_kinds(spec, ALIASES.get(dtype, dtype))
-    return {name: (kind.name, tensor_bytes(shapes[name], kind)) for name, kind in kinds.items()}
+    name = ALIASES.get(dtype, dtype)
+    sizes = tensor_sizes(spec, name)
+    return {tensor: (kind.name, sizes[tensor]) for tensor, kind in tensor_kinds(spec, name).items()}
 
 
 def plan_file(
@@ -54,7 +55,7 @@ def plan_file(
     planned = plan(spec, _COMPUTED, context, texts, devices=devices)
     rows = tuple(_stored(row, tensors) for row in planned.rows if row.part != "workspace")  # torch's, to copy weights
     changed = {"dtype": dtype, "rows": rows, "device_map": {}, "suggestions": (), "tight": ""}
-    return FilePlan(**{each.name: getattr(planned, each.name) for each in fields(planned)} | changed, tensors=tensors)
+    return FilePlan(**vars(planned) | changed, tensors=tensors)
 
 
 def _stored(row: Part, tensors: Tensors) -> Part:

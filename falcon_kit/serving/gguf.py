@@ -27,7 +27,7 @@ from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
-from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_bytes, tensor_bytes, tensor_kinds
+from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, tensor_kinds, tensor_sizes, unsupported
 
 _PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progress bar
 
@@ -60,15 +60,15 @@ def write_gguf(
     """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp accepts token ids only."""
     name = _file_type(model, dtype)
     _check(model, spec)
-    kinds = tensor_kinds(spec, name)
+    kinds, sizes = tensor_kinds(spec, name), tensor_sizes(spec, name)
     check_quantiser({*kinds.values()}, name)
-    with atomic_file(path, stored_bytes(spec, name)) as partial:
+    with atomic_file(path, sum(sizes.values())) as partial:
         writer = GGUFWriter(partial, "falcon")
         _add_shape(writer, model, spec)
         writer.add_file_type(FILE_TYPES[name][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer, spec.vocabulary)
-        _write_tensors(writer, model, spec, kinds)
+        _write_tensors(writer, model, spec, kinds, sizes)
     return path.expanduser()
 
 
@@ -83,14 +83,9 @@ def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> str:
 
 def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
     """Raises ValueError for a model that llama.cpp would refuse or compute wrongly."""
-    reasons = {
-        "positions by ALiBi": spec.positions == "alibi",
-        "a sequential block": not spec.parallel_block,
-        "biases in its linear layers": spec.bias,
-    }
-    if unsupported := [reason for reason, holds in reasons.items() if holds]:
+    if missing := unsupported(spec):
         raise ValueError(
-            f"{printable(spec.name)} has {', '.join(unsupported)}, which llama.cpp does not support for Falcon "
+            f"{printable(spec.name)} has {', '.join(missing)}, which llama.cpp does not support for Falcon "
             "(ggml-org/llama.cpp#2868): serve it with `transformers serve`, or export a 7B, 40B or 180B"
         )
     rope: Any = model.config.rope_parameters or {}
@@ -168,14 +163,17 @@ def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: Pr
 
 
 def _write_tensors(
-    writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, kinds: Mapping[str, GGMLQuantizationType]
+    writer: GGUFWriter,
+    model: FalconForCausalLM,
+    spec: FalconSpec,
+    kinds: Mapping[str, GGMLQuantizationType],
+    sizes: Mapping[str, int],
 ) -> None:
     """Writes the metadata of all tensors, then one tensor after the other, so that only one is in memory twice."""
     weights: dict[str, torch.Tensor] = model.state_dict()
     names = stored_names(spec)
-    sizes = {key: tensor_bytes(weights[key].shape, kinds[name]) for key, name in names.items()}
     for key, name in names.items():
-        writer.add_tensor_info(name, weights[key].shape, np.dtype(np.float32), sizes[key], raw_dtype=kinds[name])
+        writer.add_tensor_info(name, weights[key].shape, np.dtype(np.float32), sizes[name], raw_dtype=kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -63,6 +63,16 @@ _DOWN: dict[str, _Choice] = {
 """The second matrix of the MLP."""
 
 
+def unsupported(spec: FalconSpec) -> list[str]:
+    """What a layout has that llama.cpp does not support for Falcon (ggml-org/llama.cpp#2868)."""
+    reasons = {
+        "positions by ALiBi": spec.positions == "alibi",
+        "a sequential block": not spec.parallel_block,
+        "biases in its linear layers": spec.bias,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
 def tensor_kinds(spec: FalconSpec, name: str) -> dict[str, GGMLQuantizationType]:
     """The kind of each tensor, by llama.cpp's names. name: of `FILE_TYPES`. Vectors stay in float32."""
     return {
@@ -78,16 +88,11 @@ def stored_dtype(file: GGUFFile) -> str:
     return names.get(number if is_whole(number, 0) else -1) or next(iter(file.kinds)).lower()
 
 
-def stored_bytes(spec: FalconSpec, name: str) -> int:
-    """Bytes of all tensors in a file of this mixture."""
+def tensor_sizes(spec: FalconSpec, name: str) -> dict[str, int]:
+    """Bytes of each tensor in a file of this mixture."""
     shapes = stored_shapes(spec)
-    return sum(tensor_bytes(shapes[tensor], kind) for tensor, kind in tensor_kinds(spec, name).items())
-
-
-def tensor_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    """Bytes of one tensor."""
-    values, size = GGML_QUANT_SIZES[kind]
-    return prod(shape) // values * size
+    blocks = {tensor: GGML_QUANT_SIZES[kind] for tensor, kind in tensor_kinds(spec, name).items()}
+    return {tensor: prod(shapes[tensor]) // values * size for tensor, (values, size) in blocks.items()}
 
 
 def _wanted(tensor: str, spec: FalconSpec, name: str) -> GGMLQuantizationType:

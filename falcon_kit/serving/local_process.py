@@ -17,7 +17,7 @@ from typing import IO, cast
 
 import httpx2
 
-from falcon_kit.display.errors import check_whole, printable
+from falcon_kit.display.errors import check_whole, exit_cause, printable
 from falcon_kit.display.live import Waiting
 
 _PREFIX = "falcon-kit-"
@@ -72,7 +72,8 @@ class LocalProcess:
         if not self._end.alive:
             return "was closed"
         with suppress(OSError):
-            return _cause((self.folder / "ended").read_text())
+            text = (self.folder / "ended").read_text()
+            return exit_cause(int(text)) if text.lstrip("-").isdigit() else f"could not be started ({text})"
         return None if self._supervisor.poll() is None else "was ended together with its supervisor"
 
     def check(self) -> None:
@@ -129,17 +130,6 @@ def _responds(client: httpx2.Client, url: str) -> bool:
         return client.get(url).status_code == 200
     except httpx2.HTTPError:
         return False
-
-
-def _cause(ended: str) -> str:
-    """How a server ended, in words: an exit code, or why it could not be started."""
-    if not ended.lstrip("-").isdigit():
-        return f"could not be started ({ended})"
-    code = int(ended)
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", perhaps out of memory" if name == "SIGKILL" else "")
 
 
 def _end(supervisor: subprocess.Popen[str], folder: Path, owner: int) -> None:

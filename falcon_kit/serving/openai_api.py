@@ -16,11 +16,12 @@ from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import (
     Redirected,
+    at,
     count,
     error_message,
     event_status,
     http_error,
-    parse_json,
+    json_or_none,
     reading,
 )
 from falcon_kit.serving.protocol import (
@@ -108,17 +109,17 @@ class OpenAIServer:
         self._dialect, self.connection = dialect, connection
         self.url, self._root = url, url.removesuffix("/v1")
         self._control_tokens: dict[int | None, str] = {}
-        self._client = connection.client()
+        self.client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As the function `body`."""
-        return body(request, self.facts.model, self._dialect)
+        """As `request_body`."""
+        return request_body(request, self.facts.model, self._dialect)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the deltas of each chunk."""
         address, begun = self.facts.address, False
         url = f"{self.url}/{'chat/completions' if 'messages' in body else 'completions'}"
-        async with aclosing(stream_data(self._client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
+        async with aclosing(stream_data(self.client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
             async for event in events:
                 for delta in read_event(event, address, begun):
                     yield await self._name_control_tokens(delta)
@@ -138,7 +139,7 @@ class OpenAIServer:
         return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
-        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read, self._client)
+        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read, self.client)
 
     async def _name_control_tokens(self, delta: Delta) -> Delta:
         """The delta with the texts of control tokens among its alternatives, which llama.cpp leaves out."""
@@ -154,14 +155,12 @@ class OpenAIServer:
         """The text of a control token; empty if llama.cpp does not return it."""
         answer: Any = None
         with suppress(ConnectionError, TimeoutError, PermissionError):
-            _, answer = await ask_json(
-                f"{self._root}/detokenize", self.connection, {"tokens": [token_id]}, self._client
-            )
-        text = answer.get("content") if isinstance(answer, dict) else None
+            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]}, self.client)
+        text = at(answer, "content")
         return text if isinstance(text, str) else ""
 
 
-def body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
+def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
     """The fields of a completion, or of a chat completion."""
     sampling = request.sampling
     options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
@@ -190,7 +189,7 @@ def body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
 def read_event(event: str, address: str, begun: bool) -> Iterator[Delta]:
     """The deltas of an event. Raises for an error in it; a text that has begun was not refused, it broke off."""
     with reading(address):
-        chunk: Any = parse_json(event)
+        chunk: Any = json_or_none(event)
         error = chunk.get("error")
     if error:
         message, status = error_message(error), None if begun else event_status(error)
@@ -213,12 +212,9 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
 async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:
     """The server at `url`. Its list of models and its documented paths show which software it is."""
     status, listed = await ask_json(f"{url}/models", connection)
-    data = listed.get("data") if isinstance(listed, dict) else None
-    models = (
-        [each for each in data if isinstance(each, dict) and isinstance(each.get("id"), str) and each["id"]]
-        if isinstance(data, list)
-        else []
-    )
+    data = at(listed, "data")
+    entries = data if isinstance(data, list) else []
+    models = [each for each in entries if isinstance(at(each, "id"), str) and each["id"]]
     dialect = await _dialect(url, models, connection)
     if dialect is None:
         raise ConnectionError(
@@ -242,8 +238,7 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
     documented = None
     with suppress(Redirected):  # as some gateways answer an unknown path
         _, documented = await ask_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
-    paths = documented.get("paths") if isinstance(documented, dict) else None
-    if isinstance(paths, dict) and "/load_model" in paths:
+    if at(documented, "paths", "/load_model") is not None:
         return TRANSFORMERS
     return STANDARD if models else None
 
@@ -265,5 +260,4 @@ async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection
     if dialect is not LLAMA_CPP:
         return count(entry.get("max_model_len"))
     _, properties = await ask_json(f"{url.removesuffix('/v1')}/props", connection)
-    settings = properties.get("default_generation_settings") if isinstance(properties, dict) else None
-    return count(settings.get("n_ctx")) if isinstance(settings, dict) else None
+    return count(at(properties, "default_generation_settings", "n_ctx"))

@@ -23,7 +23,7 @@ from falcon_kit.serving.failures import (
     count,
     error_message,
     http_error,
-    parse_json,
+    json_or_none,
     within,
 )
 
@@ -232,7 +232,7 @@ async def ask_json(
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
         message = error_message(response.text)
         raise http_error(response.status_code, message, redact_url(url), response.headers)
-    return response.status_code, parse_json(response.text)
+    return response.status_code, json_or_none(response.text)
 
 
 async def stream_data(

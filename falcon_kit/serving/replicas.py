@@ -59,13 +59,3 @@ class Replicas:
             raise
         finally:
             self._in_flight[at] -= 1
-
-
-@asynccontextmanager
-async def one_of(server: Server) -> AsyncIterator[Server]:
-    """The server that a request is sent to: itself, or one of its replicas."""
-    if not isinstance(server, Replicas):
-        yield server
-        return
-    async with server.choose() as replica:
-        yield replica

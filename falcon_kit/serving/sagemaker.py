@@ -48,8 +48,8 @@ class SageMakerServer:
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
         if self._api == "tgi":
-            return {**tgi.body(request, self.facts.server), "stream": True}
-        body = openai_api.body(request, self.facts.model, _VLLM)
+            return {**tgi.request_body(request, self.facts.server), "stream": True}
+        body = openai_api.request_body(request, self.facts.model, _VLLM)
         return {name: value for name, value in body.items() if name != "model"}
 
     async def count(self, request: Request) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from falcon_kit.display.errors import check_whole, is_number, require, shown, unknown_name
+from falcon_kit.display.errors import check_whole, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.generation.text import Generation
@@ -20,7 +20,7 @@ from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
 from falcon_kit.planning.environment import find_accelerators, host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
-from falcon_kit.serving.connection import Connection
+from falcon_kit.serving.connection import Connection, check_seconds
 from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
 from falcon_kit.serving.echo import PromptToken
 from falcon_kit.serving.endpoint import Endpoint
@@ -117,24 +117,24 @@ def serve(
 ) -> Served:
     """Starts a server with a Falcon on this machine, waits until it is ready, and returns its endpoint.
 
-    model: a Falcon, with the weights that it has in memory; a run of `fk.tune`; or a name as for `fk.load`, which
-    needs no memory in this process except to merge an adapter or to export a GGUF file. A .gguf is read as it is.
+    model: a Falcon, with the weights it has in memory; a run of `fk.tune`; or a name as for `fk.load`. A name needs no
+    memory here, unless an adapter is merged or a GGUF file is exported. A .gguf is read as it is.
     engine: "vllm", "llama.cpp", "transformers", or the path of a program `vllm`, `llama-server` or `transformers` in
     another environment. "auto": the fastest one that is installed and supports the layout.
     dtype: unset, that of the Falcon or .gguf, or the one `fk.load` would choose; with llama.cpp also "q8_0", "q4_k_m".
-    context: tokens per text; unset, the model's. texts: texts at a time. gpus: for vLLM, the number of GPUs; unset, as
-    few as the plan needs. Each layer is divided among as many as its heads allow, and the layers among the rest.
-    port: unset, any free one. The server listens on 127.0.0.1 only, with a random key if it supports one
-    (`transformers serve` does not: each program of this machine may use it). arguments: more of them for the engine's
-    program, such as "--enforce-eager" for vLLM. chat: as in `connect`. timeout, request_timeout, deadline: seconds for
-    the start, without a byte until a request fails, and for a whole text. The checkpoint's own generation settings
-    apply with `transformers serve` only, where a call names no others.
+    context: tokens per text; unset, the model's. texts: texts at a time. chat: as in `connect`.
+    gpus: for vLLM; unset, as few as the plan needs. They divide each layer as far as its heads allow, then the layers.
+    port: unset, any free one. The server listens on 127.0.0.1 only, with a random key. `transformers serve` has no key:
+    each program of this machine may use it. It alone uses the checkpoint's settings where a call names none.
+    arguments: more for the engine's program, such as "--enforce-eager" for vLLM. timeout: seconds for the start.
+    request_timeout: seconds without a byte until a request fails. deadline: seconds for a whole text.
 
     Raises ModuleNotFoundError for an engine that is not installed, NotEnoughMemory if the server does not fit beside
     what is in memory, OSError for a port in use or too little disk, ServerDied, with its last words, if it ends while
     it loads, TimeoutError, and what `fk.load` raises for a name. Nothing is left running then.
     """
-    _check_limits(texts, timeout=timeout, request_timeout=request_timeout, deadline=deadline)
+    check_whole("texts", texts, 1, MAX_TEXTS)
+    check_seconds(timeout=timeout, request_timeout=request_timeout, deadline=deadline)
     given_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
     source = source_of(model)
     kind, program = _choose_engine(str(engine), source)
@@ -150,12 +150,6 @@ def serve(
         process.close()
         raise
     return _served(server, job, planned, source, files, given_format, process)
-
-
-def _check_limits(texts: int, **seconds: float) -> None:
-    check_whole("texts", texts, 1, MAX_TEXTS)
-    for name, value in seconds.items():
-        require(is_number(value, 0, 1e9) and value > 0, f"{name}={shown(value)} must be above 0, and at most 1e9")
 
 
 def _served(
@@ -226,16 +220,19 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
         if (planned := counted(context, texts)).fits:
             break
     loading = loading_plan(source.model) if isinstance(source.model, Checkpoint) else None
-    if planned.fits and loading and source.loads(engine.reads_gguf) and not loading.fits:
-        advice = [_written_elsewhere(source, engine, dtype, loading), _ELSEWHERE]
-        raise NotEnoughMemory(
-            replace(loading, suggestions=tuple(map(Suggestion, advice))),
-            f"{engine.name} reads files that this process writes, for which it loads the model: {loading.verdict()}",
-        )
-    if not planned.fits:
-        advice = [*_advice(source, engine, counted, context, texts, loading), _ELSEWHERE]
-        raise NotEnoughMemory(replace(planned, suggestions=tuple(map(Suggestion, advice))), _shortage(source, planned))
-    return planned
+    unloadable = loading if loading and source.loads(engine.reads_gguf) and not loading.fits else None
+    if planned.fits and not unloadable:
+        return planned
+    if unloadable:
+        advice = [_prepared_files(source, engine, dtype if planned.fits else _SMALLER, unloadable)]
+    else:
+        advice = [*_advice(source, engine, counted, context, texts, loading)]
+    short = unloadable if unloadable and planned.fits else planned
+    written = f"{engine.name} reads files that this process writes, for which it loads the model: {short.verdict()}"
+    raise NotEnoughMemory(
+        replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))),
+        written if planned.fits else _shortage(source, planned),
+    )
 
 
 def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
@@ -257,9 +254,6 @@ def _advice(
 
     loading: the plan of loading the model in this process; None for a Falcon in memory.
     """
-    if loading and source.loads(engine.reads_gguf) and not loading.fits:
-        yield _written_elsewhere(source, engine, _SMALLER, loading)
-        return
     fewer = (texts >> times for times in range(1, texts.bit_length()))
     if fitting := next((each for each in fewer if counted(context, each).fits), None):
         yield f"texts={fitting}"
@@ -270,12 +264,12 @@ def _advice(
     devices = counted(context, texts).devices
     if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
         if source.file and loading:
-            yield _written_elsewhere(source, engine, _SMALLER, loading)
+            yield _prepared_files(source, engine, _SMALLER, loading)
         else:
             yield f"dtype={_SMALLER!r}"
 
 
-def _written_elsewhere(source: Source, engine: Engine, dtype: str, loading: Plan) -> str:
+def _prepared_files(source: Source, engine: Engine, dtype: str, loading: Plan) -> str:
     """The call that writes smaller or readable files, and where it can be made."""
     place = "" if loading.fits else f", on a machine with {format_bytes(loading.total_bytes)} free"
     if engine.reads_gguf:

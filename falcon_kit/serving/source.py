@@ -55,7 +55,7 @@ class Source:
         return self.model.gguf if isinstance(self.model, Checkpoint) and not self.model.adapters else None
 
     def loads(self, gguf: bool) -> bool:
-        """Whether this process loads the weights to write the files, of a server that reads GGUF files or others."""
+        """Whether this process loads the weights to write the server's files. gguf: whether that reads GGUF files."""
         return isinstance(self.model, Checkpoint) and not self.file and (gguf or bool(self.model.adapters))
 
     @property

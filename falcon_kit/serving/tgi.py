@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import count, error_message, parse_json, reading
+from falcon_kit.serving.failures import at, count, error_message, json_or_none, reading
 from falcon_kit.serving.protocol import (
     FINISHED,
     Delta,
@@ -42,8 +42,8 @@ class TGIServer:
         self._client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As the function `body`."""
-        return body(request, self.facts.server, ("max_length",))
+        """As `request_body`."""
+        return request_body(request, self.facts.server, ("max_length",))
 
     async def count(self, request: Request) -> int:
         """The tokens of the prompt, by POST /tokenize, which lists them."""
@@ -62,7 +62,7 @@ class TGIServer:
                     yield delta
 
 
-def body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
+def request_body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
     """TGI's GenerateRequest: the prompt and its GenerateParameters. more: as in `map_settings`."""
     sampling = request.sampling
     options = map_settings(request, server, _NAMES, ("alternatives", *more))
@@ -103,10 +103,10 @@ def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
     line = line.removeprefix("data:").strip()
     if not line or line.startswith((":", "event:")) or line == "[DONE]":
         return None
-    event = parse_json(line)
-    if isinstance(event, dict) and event.get("error"):
+    event = json_or_none(line)
+    if at(event, "error"):
         raise ConnectionError(f"{address} reports: {error_message(event)}")
-    if not isinstance(event, dict) or not isinstance(event.get("token"), dict):
+    if not isinstance(at(event, "token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
     token, details = event["token"], event.get("details") or {}
     text = "" if token.get("special") else token.get("text") or ""
@@ -131,7 +131,7 @@ def _logprob(token: Mapping[str, Any], unknown: float) -> float:
 async def discover(url: str, model: str | None, connection: Connection) -> TGIServer | None:
     """The TGI server at `url`; None if there is another server."""
     _, info = await ask_json(f"{url}/info", connection)
-    if not isinstance(info, dict) or not isinstance(info.get("model_id"), str):
+    if not isinstance(at(info, "model_id"), str):
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))

@@ -13,7 +13,9 @@ from typing import Any, Self
 from falcon_kit.loading.falcon import Falcon
 
 _LARGEST_REQUEST = 1 << 20  # bytes
-_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+_SETTINGS = (
+    *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "seed"),
+)
 
 
 class TgiServer:
@@ -51,16 +53,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """POST /generate_stream or /tokenize."""
         length = int(self.headers.get("content-length", 0))
-        if self.path == "/tokenize" and length <= _LARGEST_REQUEST:
-            self._json(200, tokenize(self.falcon, json.loads(self.rfile.read(length) or b"{}")))
+        if length > _LARGEST_REQUEST:
+            self._json(413, {"error": "too long"})
             return
-        if self.path != "/generate_stream" or length > _LARGEST_REQUEST:
-            self._json(404 if length <= _LARGEST_REQUEST else 413, {"error": "not found, or too long"})
+        if self.path not in ("/generate_stream", "/tokenize"):
+            self._json(404, {"error": "not found"})
             return
         body = json.loads(self.rfile.read(length) or b"{}")
-        if wrong := refusal(self.falcon, body):
+        if self.path == "/tokenize":
+            self._json(200, tokenize(self.falcon, body))
+        elif wrong := refusal(self.falcon, body):
             self._json(422, {"error": f"Input validation error: {wrong}", "error_type": "validation"})
-            return
+        else:
+            self._stream(body)
+
+    def _stream(self, body: Mapping[str, Any]) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
@@ -98,6 +105,9 @@ def refusal(falcon: Falcon, body: Mapping[str, Any]) -> str | None:
     rules = {
         "`temperature` must be strictly positive": parameters.get("temperature", 1) > 0,
         "`top_p` must be > 0.0 and < 1.0": 0 < parameters.get("top_p", 0.5) < 1,
+        "`typical_p` must be > 0.0 and < 1.0": 0 < parameters.get("typical_p", 0.5) < 1,
+        "`typical_p` needs `do_sample`": "typical_p" not in parameters or parameters.get("do_sample"),
+        "`repetition_penalty` must be strictly positive": parameters.get("repetition_penalty", 1) > 0,
         "`stop` supports up to 4 stop sequences": len(parameters.get("stop", [])) <= 4,
         total: length + wanted <= context,
     }

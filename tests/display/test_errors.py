@@ -1,8 +1,8 @@
-"""Errors about unknown names, and checks."""
+"""Errors about unknown names, checks, and how a process ended."""
 
 import pytest
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import exit_cause, require, unknown_name
 
 MODELS = ("falcon-40b", "falcon-7b")
 
@@ -22,3 +22,16 @@ def test_a_check_raises_its_message_only_when_it_fails():
     require(True, "not raised")
     with pytest.raises(ValueError, match="batch=0: give at least 1"):
         require(False, "batch=0: give at least 1")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (3, "ended with exit code 3"),
+        (-9, "was killed by SIGKILL, perhaps out of memory"),
+        (-11, "was killed by SIGSEGV"),
+        (-35, "was killed by signal 35"),  # a real-time signal has no name
+    ],
+)
+def test_the_end_of_a_process_is_named_by_its_exit_code_or_signal(code, expected):
+    assert exit_cause(code) == expected

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.serving.connection import Connection
 from tests.serving.servers import Reply, answering, as_reply, chunk, scripted
 
 ROWS = [
@@ -70,6 +71,13 @@ def test_the_greedy_continuation_is_recognised(base):
     ids = base.tokenizer(prompt)["input_ids"]
     assert [each.greedy for each in tokens] == [False, *(greedy[at - 1] == ids[at] for at in range(1, len(ids)))]
     assert "".join(each.text for each in tokens) == prompt
+
+
+def test_the_log_probabilities_of_prompts_need_no_further_http_client(base, monkeypatch):
+    with scripted(echoing(base)) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        monkeypatch.delattr(Connection, "client")
+        assert len(endpoint.prompt_logprobs(["Lions eat", "Seals eat"])) == 2
 
 
 @pytest.mark.parametrize("choice", [{"text": "!"}, {"text": "Giraffes eat fish.!", "logprobs": None}])

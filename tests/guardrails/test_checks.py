@@ -10,7 +10,7 @@ from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.generation.chat import FORMATS, render
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.guardrails.matching import Growing, Pattern
-from falcon_kit.guardrails.repetition import Repetition
+from falcon_kit.guardrails.repetition import LIMITS
 
 GUARD = Guardrails(phone_regions=("US", "DE", "GB"))
 
@@ -172,9 +172,8 @@ def test_the_end_of_the_copy_that_is_one_too_many_is_blocked():
     assert text[slice(*finding.span)] == "."
 
 
-def test_the_limits_are_those_of_the_settings():
-    repetition = Repetition(copies=3, items=10)
-    assert [repetition.limit(period) for period in (1, 2, 4)] == [9, 8, 12]
+def test_a_short_refrain_may_be_repeated_more_often():
+    assert [LIMITS[period - 1] for period in (1, 2, 4, 5, 32)] == [23, 22, 20, 25, 160]
 
 
 # Patterns

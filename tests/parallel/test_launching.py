@@ -427,7 +427,7 @@ def test_a_process_that_dies_takes_the_others_along_and_is_named():
     stream = falcon.stream("The giraffe", **LONG)
     next(stream)
     falcon._workers.processes[1].kill()
-    with pytest.raises(WorkerDied, match="worker 1 was killed by SIGKILL: perhaps out of memory"):
+    with pytest.raises(WorkerDied, match="worker 1 was killed by SIGKILL, perhaps out of memory"):
         list(stream)
     assert [process.poll() for process in falcon._workers.processes] == [-9, -9]
     with pytest.raises(RuntimeError, match="the processes of this model have ended: load it again"):

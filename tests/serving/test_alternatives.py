@@ -98,8 +98,7 @@ def test_tgi_reports_no_probabilities_that_the_settings_have_changed(tgi_endpoin
     with pytest.raises(ValueError, match=r"after temperature, top_k.*alternatives=3 means those before: leave it out"):
         tgi_endpoint.generate("Once", alternatives=3, **settings)
     assert tgi_endpoint.generate("Once", alternatives=3, max_new_tokens=2, do_sample=False).alternatives
-    if "repetition_penalty" not in settings:  # which the script does not imitate
-        assert all(math.isnan(piece.logprob) for piece in tgi_endpoint.stream("Once", max_new_tokens=2, **settings))
+    assert all(math.isnan(piece.logprob) for piece in tgi_endpoint.stream("Once", max_new_tokens=2, **settings))
 
 
 def test_an_infinite_log_probability_comes_last():

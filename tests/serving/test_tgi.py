@@ -70,3 +70,14 @@ def test_the_server_of_the_kit_streams_the_local_text_and_frees_its_port(instruc
             served.generate("word " * 3000, max_new_tokens=5)
     with pytest.raises(ConnectionError, match="nothing answers"):
         fk.connect(server.address, retries=0)
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"typical_p": 0.2, "do_sample": True, "seed": 1}])
+def test_the_server_of_the_kit_ignores_no_setting(tgi_endpoint, instruct, settings):
+    local, remote = (each.generate("The giraffe", max_new_tokens=12, **settings) for each in (instruct, tgi_endpoint))
+    assert remote.text == local.text
+
+
+def test_the_server_of_the_kit_refuses_typical_p_without_sampling(tgi_endpoint):
+    with pytest.raises(ValueError, match=r"refused the request .*`typical_p` needs `do_sample`"):
+        tgi_endpoint.generate("Wow", typical_p=0.2)
