@@ -180,8 +180,8 @@ def test_a_prefill_in_slabs_takes_no_more_than_its_workspace(monkeypatch, tmp_pa
         model.to(getattr(torch, dtype)).eval()
     with torch.inference_mode():
         model(torch.zeros(1, 1, dtype=torch.long))  # finds the layout of the kernel, which is kept
-        model.transformer.h[0].mlp.dense_h_to_4h._apply(lambda each: each)  # int4 is packed again, as at its first use
         with PeakBytes([*model.parameters(), *model.buffers()]) as measured:
+            model.transformer.h[0].mlp.dense_h_to_4h._apply(lambda each: each)  # int4 is packed, as by a load
             model(torch.zeros(batch, context, dtype=torch.long), logits_to_keep=1)
     expected = memory.prefill_bytes(spec, dtype, context, batch)
     expected += spec.layers * memory.layer_kv_bytes(spec, dtype, context, batch)
