@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from falcon_kit.display.figure import GREY, PALETTE, drawable, drawing, legend_label, new_figure
@@ -35,7 +36,7 @@ def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Fi
     axes.set_yticks(range(len(used)), [drawable(str(key)) for key in used])
     axes.invert_yaxis()
     axes.set(
-        title=title,
+        title=fill(title, 80),
         xlabel="GiB (thick line: memory of the device, hatched: free)",
         ylabel="device",
     )

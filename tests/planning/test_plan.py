@@ -420,6 +420,14 @@ def test_the_picture_has_a_bar_for_every_device():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("devices", ["4xA100-40GB", "A100-80GB"])
+def test_the_verdict_above_the_picture_is_not_cut_off(devices):
+    figure = fk.plan("falcon-40b-instruct", devices=devices).plot()
+    figure.draw_without_rendering()
+    text = figure.axes[0].title.get_window_extent()
+    assert figure.bbox.x0 <= text.x0 < text.x1 <= figure.bbox.x1
+
+
 def test_what_has_no_memory_at_all_does_not_fit():
     assert not fk.plan("falcon-7b", devices=[Device("full", 0, 0), Device("full", 1, 0)]).fits
 
