@@ -127,7 +127,7 @@ def scripted(script: Script) -> Iterator[Scripted]:
     """A scripted server on loopback."""
     with _HTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server.scripted
         server.shutdown()
 
