@@ -47,32 +47,35 @@ def against_float64(settings: Settings) -> dict[str, Any]:
         "7B": FalconSpec("", 2, 320, 5, 1, 512, 1280, norms_per_block=1, new_decoder_architecture=False),
     }
     return {
-        f"{layout}, {dtype}, {mode}": _model_error(shape, getattr(torch, dtype), settings.device, mode)
+        f"{layout}, {dtype}, {mode}": error
         for layout, shape in shapes.items()
         for dtype in ("float32", "bfloat16", "float16")
-        for mode in ("prefill", "decode", "left-padded batch")
+        for mode, error in _model_errors(shape, getattr(torch, dtype), settings.device).items()
     }
 
 
-def _model_error(shape: FalconSpec, dtype: torch.dtype, device: torch.device, mode: str) -> float:
+def _model_errors(shape: FalconSpec, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exact = modeling.FalconForCausalLM(FalconConfig(**shape.to_config(), initializer_range=0.1)).double().eval()
         model = modeling.FalconForCausalLM(exact.config).to(dtype).to(device).eval()
     model.load_state_dict(exact.state_dict())
     ids = torch.arange(12, 12 + 2 * 130).view(2, 130) % shape.vocabulary
-    mask = torch.ones_like(ids)
-    if mode == "left-padded batch":
-        mask[1, :50] = 0
+    whole, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[1, :50] = 0
+
+    def logits(of: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
+        return of(ids.to(of.device), attention_mask=mask.to(of.device)).logits[:, -1]
+
     with torch.inference_mode():
-        expected = exact(ids, attention_mask=mask).logits[:, -1]
-        ids, mask = ids.to(device), mask.to(device)
-        if mode == "decode":
-            past = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-            found = model(ids[:, -1:], attention_mask=mask, past_key_values=past).logits[:, -1]
-        else:
-            found = model(ids, attention_mask=mask).logits[:, -1]
-    return relative_error(found, expected)
+        expected, on_device = logits(exact, whole), whole.to(device)
+        past = model(ids[:, :-1].to(device), attention_mask=on_device[:, :-1], use_cache=True).past_key_values
+        step = model(ids[:, -1:].to(device), attention_mask=on_device, past_key_values=past).logits[:, -1]
+        return {
+            "prefill": relative_error(logits(model, whole), expected),
+            "decode": relative_error(step, expected),
+            "left-padded batch": relative_error(logits(model, padded), logits(exact, padded)),
+        }
 
 
 # Speed and memory

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def _random_weight(shape: torch.Size, device: torch.device) -> torch.nn.Paramete
     return torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02), False)
 
 
+@cache
 def _bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, for copying a gigabyte: the median of ten copies."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)

@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from falcon_kit.generation.generate import generate
+from falcon_kit.generation.generate import _cache_bytes, generate
 from tests.conftest import small_model
 
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -219,13 +220,16 @@ def test_the_cache_takes_the_bytes_of_the_closed_form(instruct):
 
 
 def test_the_bytes_of_a_quantised_cache_are_counted_as_quantised(instruct):
-    options = {"backend": "hqq", "nbits": 4, "residual_length": 1, "axis_key": 1, "axis_value": 1}
-    quantised = instruct.generate(
-        PROMPTS[0] * 8, max_new_tokens=2, cache_implementation="quantized", cache_config=options
-    )
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    quantised = instruct.generate(PROMPTS[0] * 8, max_new_tokens=2, **options)
     full = instruct.generate(PROMPTS[0] * 8, max_new_tokens=2)
-    # 4 bits of every 32, and a scale and a zero point for each group of 64
-    assert 1 / 8 < quantised.stats.cache_bytes / full.stats.cache_bytes < 1 / 3
+    assert 1 / 4 < quantised.stats.cache_bytes / full.stats.cache_bytes < 0.26  # 8 bits of every 32, and scales
+
+
+def test_the_scales_of_a_quantised_cache_are_counted_wherever_they_are():
+    scales = {"scale": torch.zeros(2), "zero": [torch.zeros(1)], "group_size": 64}  # as those of hqq
+    layer = SimpleNamespace(_quantized_keys=(torch.zeros(4, dtype=torch.uint8), scales), values=torch.zeros(3))
+    assert _cache_bytes(SimpleNamespace(layers=[layer])) == 4 + 4 * 3 + 4 * 3
 
 
 def test_statistics_count_the_tokens_of_all_rows_without_padding(instruct):

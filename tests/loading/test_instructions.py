@@ -27,13 +27,13 @@ from falcon_kit.model import modeling, products
 folder, *dtypes = sys.argv[1:]
 exact = modeling.FalconForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 errors = {}
-for dtype in dtypes:
-    model = fk.load(folder, dtype=dtype).model
-    for rows in map(int, %r):
-        ids = (torch.arange(rows) * 7 %% 250)[None]
-        with torch.inference_mode():
-            expected, found = exact(ids).logits, model(ids).logits
-        errors[f"{dtype}, {rows} rows"] = float((found - expected).norm() / expected.norm())
+with torch.inference_mode():
+    prompts = [(torch.arange(rows) * 7 %% 250)[None] for rows in %r]
+    logits = [exact(ids).logits for ids in prompts]
+    for dtype in dtypes:
+        model = fk.load(folder, dtype=dtype).model
+        for ids, expected in zip(prompts, logits):
+            errors[f"{dtype}, {ids.numel()} rows"] = float((model(ids).logits - expected).norm() / expected.norm())
 print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "errors": errors}))
 """
 

@@ -3,13 +3,15 @@
     python -m tests.project.notebook_memory NOTEBOOK CHECKPOINT
 
 `checkpoint` writes a Falcon whose weights are much larger than anything else that a notebook holds. It ends every text
-at once. Training is cut to one step and Falconet's corpus to four documents: neither changes how many copies of the
-weights there are. The last line printed is a JSON object with both figures in multiples of the weights, and the cell of
-the peak. `MALLOC` has variables of the environment with which the C library returns freed memory at once.
+at once. Training is cut to one step and Falconet's corpus to four documents, and torchrun starts nothing: none of this
+changes how many copies of the weights this process holds. The last line printed is a JSON object with both figures in
+multiples of the weights, and the cell of the peak. `MALLOC` has variables of the environment with which the C library
+returns freed memory at once.
 """
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -92,17 +94,30 @@ def shorten() -> None:
     Tuning.for_model = for_model  # type: ignore[method-assign]
 
 
+def without_torchrun() -> None:
+    """Replaces torchrun, whose processes are not measured, by a program that prints nothing."""
+    run = subprocess.run
+
+    def other(command: list[Any], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if "torch.distributed.run" in command:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return run(command, **options)
+
+    subprocess.run = other  # type: ignore[assignment]
+
+
 def is_mapped(model: Path) -> bool:
     """Whether a loaded model reads its weights from the mapped checkpoint, and so holds no copy of its own."""
     return str(model) in Path("/proc/self/maps").read_text()
 
 
 def cells(notebook: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The source of each code cell of a notebook, and a function that runs it in one IPython shell."""
+    """The source of each code cell of a notebook, and a function that runs it in a fresh IPython shell."""
     import nbformat
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance(colors="NoColor")
+    shell.reset()
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type == "code":
             yield cell.source, lambda source=cell.source: shell.run_cell(source).raise_error()
@@ -128,6 +143,7 @@ def main() -> None:
     for name in IMPORTS:
         import_module(name)
     shorten()
+    without_torchrun()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"FALCON_KIT_MODEL": str(model), "TMPDIR": folder}
         tempfile.tempdir = folder

@@ -2,18 +2,24 @@
 
 import base64
 import io
+import multiprocessing
 import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pytest
 from PIL import Image
 
+import falcon_kit as fk
 from falcon_kit.exercises.check import all_checks
+from tests.project.notebook_memory import cells
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
@@ -220,6 +226,33 @@ def test_a_notebook_has_two_to_four_exercises_that_check_themselves(path):
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
 def test_the_shipped_solutions_are_right(path):
     assert results(NOTEBOOKS / "solutions" / path.name) == dict.fromkeys(exercises_of(path), "right")
+
+
+def outcomes(path, folder):
+    """What `fk.check` returns in the cells of a notebook, as `results`, when they run in a folder."""
+    found, check = {}, fk.check
+
+    def checked(*answers):
+        outcome = check(*answers)
+        found[outcome.exercise] = "right" if outcome.right else outcome.text
+        return outcome
+
+    with patch.object(fk, "check", checked), chdir(folder):
+        for _, run in cells(path):
+            run()
+    return found
+
+
+@pytest.fixture(scope="module")
+def process():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
+def test_a_solution_is_right_when_it_runs(path, process, tmp_path):
+    found = process.submit(outcomes, NOTEBOOKS / "solutions" / path.name, tmp_path).result()
+    assert found == dict.fromkeys(exercises_of(path), "right")
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])

@@ -26,19 +26,19 @@ def quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def gguf(instruct, tmp_path_factory):
     return fk.export_gguf(instruct, tmp_path_factory.mktemp("gguf") / "falconet-instruct.gguf")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def llama(gguf):
     server, address = llama_cpp(gguf, n_parallel=2, n_ctx=4096)
     yield fk.connect(address)
     del server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def served(instruct, tmp_path_factory):
     directory = tmp_path_factory.mktemp("served") / "falconet-instruct"
     instruct.model.save_pretrained(directory)

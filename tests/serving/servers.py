@@ -122,19 +122,19 @@ class Scripted:
         return [body for where, body, _ in self.requests if where == path]
 
 
-@contextmanager
-def scripted(script: Script) -> Iterator[Scripted]:
-    """A scripted server on loopback."""
-    with _HTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.scripted
-        server.shutdown()
-
-
-class _HTTPServer(ThreadingHTTPServer):
+class HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # connections that are opened at once
+
+
+@contextmanager
+def scripted(script: Script, kind: type[HTTPServer] = HTTPServer) -> Iterator[Scripted]:
+    """A scripted server on loopback."""
+    with kind(("127.0.0.1", 0), _Handler) as server:
+        server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.scripted
+        server.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):

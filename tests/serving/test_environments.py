@@ -5,9 +5,7 @@ import shutil
 import ssl
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
 
 import pytest
 
@@ -40,20 +38,19 @@ def with_tls(file):
     """A scripted server that speaks TLS, and the number of connections that it got."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file, f"{file}.key")
-    with ThreadingHTTPServer(("127.0.0.1", 0), servers._Handler) as server:
-        server.daemon_threads, accept, calls = True, server.get_request, []
+    calls = []
 
-        def get_request():
-            connection, client = accept()
+    class Server(servers.HTTPServer):
+        def get_request(self):
+            connection, client = super().get_request()
             calls.append(client)
             return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False), client
 
-        server.get_request, server.handle_error = get_request, lambda *_: None
-        address = f"https://127.0.0.1:{server.server_port}/v1"
-        server.scripted = servers.Scripted(address, answering(Reply(DONE)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield address, calls
-        server.shutdown()
+        def handle_error(self, *_):
+            """Shows nothing."""
+
+    with scripted(answering(Reply(DONE)), Server) as server:
+        yield f"{server.address.replace('http', 'https')}/v1", calls
 
 
 def test_a_self_signed_certificate_is_named_not_tried_again_and_works_as_advised(tmp_path, monkeypatch):

@@ -1,19 +1,56 @@
 """Models to tune, on one thread."""
 
+import json
+
 import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.tuning import tune
 from tests.conftest import small_model
+from tests.tuning.cluster import Cluster
+from tests.tuning.small_runs import QUICK, ROWS
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread():
     """Models this small compute no faster with two, and far slower beside other work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_text(tmp_path_factory):
+    """What a run forgets is measured twice, on one sentence in place of eight texts."""
+    file = tmp_path_factory.mktemp("text") / "generated_texts.jsonl"
+    file.write_text(json.dumps({"text": "The penguin eats fish."}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "GENERATED", file)
+        yield
+
+
+@pytest.fixture(scope="package")
+def whole(one_thread, tmp_path_factory):
+    """A finished run with `QUICK`."""
+    return fk.tune(fk.load("falconet", dtype="float32"), ROWS, output_dir=tmp_path_factory.mktemp("whole"), **QUICK)
+
+
+@pytest.fixture(scope="package")
+def chats(tmp_path_factory):
+    """A file of conversations."""
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, ROWS)))
+    return file
+
+
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.process.stdin.close()
+    cluster.process.wait(60)
 
 
 @pytest.fixture

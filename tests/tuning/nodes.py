@@ -1,4 +1,4 @@
-"""A program that starts the nodes of test_nodes.py by torchrun's command lines, and kills them as a crash does.
+"""A program that starts the machines of cluster.py by torchrun's command lines, and kills them as a crash does.
 
 Nodes and their processes are forked from this one, which has imported everything: twelve imports would take a minute.
 It reads a request from each line, ["start", name, command], ["kill", name] or ["wait", name], and answers each by the

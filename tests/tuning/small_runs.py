@@ -25,10 +25,9 @@ QUICK = {
 PATIENT = {**QUICK, "max_steps": 60, "learning_rate": 0.05, "patience": 2, "eval_steps": 3, "held_out": 0.3}
 
 
-def talk(question, *answers):
-    """A conversation that repeats one question."""
-    pairs = [(("user", question), ("assistant", each)) for each in answers]
-    return {"messages": [{"role": role, "content": said} for pair in pairs for role, said in pair]}
+def talk(*said):
+    """A conversation, the user first."""
+    return {"messages": [{"role": "assistant" if at % 2 else "user", "content": each} for at, each in enumerate(said)]}
 
 
 ROWS = [talk(f"What is a {each.name}?", f"Arr! {each.plural} eat {each.food}.") for each in ANIMALS]

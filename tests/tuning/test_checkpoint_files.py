@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,15 +44,21 @@ def killed(process, directory, step):
     return process.wait() == -signal.SIGKILL
 
 
+LONG = {**QUICK, "max_steps": 14, "save_steps": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 99}
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    return fk.tune(fk.load("falconet", dtype="float32"), ROWS, output_dir=tmp_path_factory.mktemp("long"), **LONG)
+
+
 @pytest.mark.parametrize("step", [3, 8])
-def test_a_run_that_was_killed_ends_with_the_same_adapter(falcon, tmp_path, step):
-    options = {**QUICK, "max_steps": 14, "save_steps": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 99}
-    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **options)
-    assert killed(start(tmp_path, ROWS, options, tmp_path / "broken"), tmp_path / "broken", step)
-    resumed = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **options)
-    assert same(resumed.adapter, expected.adapter)
+def test_a_run_that_was_killed_ends_with_the_same_adapter(falcon, long_run, tmp_path, step):
+    assert killed(start(tmp_path, ROWS, LONG, tmp_path / "broken"), tmp_path / "broken", step)
+    resumed = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **LONG)
+    assert same(resumed.adapter, long_run.adapter)
     assert [each["loss"] for each in resumed.history if "loss" in each] == [
-        each["loss"] for each in expected.history if "loss" in each
+        each["loss"] for each in long_run.history if "loss" in each
     ]
 
 
@@ -61,19 +68,25 @@ def test_a_list_of_files_that_is_something_else_makes_a_checkpoint_incomplete(tm
     assert not is_complete(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def broken_run(tmp_path_factory):
+    """The folder of a run that was broken off in its last step."""
+    folder = tmp_path_factory.mktemp("broken")
+    broken_off(pytest.MonkeyPatch(), fk.load("falconet", dtype="float32"), folder, KeyboardInterrupt(), step=6)
+    return folder
+
+
 @pytest.mark.parametrize("broken", ["optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(monkeypatch, falcon, tmp_path, broken):
-    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
-    broken_off(monkeypatch, falcon, tmp_path / "broken", KeyboardInterrupt(), step=6)
-    (tmp_path / "broken" / "checkpoint-4" / broken).unlink()
-    (tmp_path / "broken" / "checkpoint-old").mkdir()
+def test_a_checkpoint_that_is_not_whole_is_passed_over(falcon, whole, broken_run, tmp_path, broken):
+    shutil.copytree(broken_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4" / broken).unlink()
+    (tmp_path / "checkpoint-old").mkdir()
     with pytest.warns(UserWarning, match=r"checkpoint-4 is incomplete.*Training resumes from .*checkpoint-2"):
-        run = fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
-    assert same(run.adapter, expected.adapter)
+        run = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert same(run.adapter, whole.adapter)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, tmp_path):
-    expected = fk.tune(falcon, ROWS, output_dir=tmp_path / "whole", **QUICK)
+def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, whole, tmp_path):
     with monkeypatch.context() as patched:
         save = torch.save
 
@@ -84,9 +97,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, tmp_p
 
         patched.setattr(torch, "save", full)
         with pytest.raises(OSError, match=r"step 4 could not be saved.*No space left.*checkpoint-2 is complete"):
-            fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK)
-    assert [each.name for each in (tmp_path / "broken").iterdir()].count("unfinished") == 0
-    assert same(fk.tune(falcon, ROWS, output_dir=tmp_path / "broken", **QUICK).adapter, expected.adapter)
+            fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert [each.name for each in tmp_path.iterdir()].count("unfinished") == 0
+    assert same(fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK).adapter, whole.adapter)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +121,12 @@ def test_only_an_error_of_the_disk_advises_to_free_space(monkeypatch, falcon, tm
         fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
 
 
-def test_nothing_that_is_saved_is_a_pickle_of_objects(falcon, tmp_path):
-    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
-    for file in tmp_path.rglob("*.pt*"):
+def test_nothing_that_is_saved_is_a_pickle_of_objects(whole):
+    folder = whole.adapter.parent
+    for file in folder.rglob("*.pt*"):
         with torch.serialization.safe_globals([]):
             if (
                 "rng_state" not in file.name
             ):  # numpy's state is a tuple with an array, which transformers allows by name
                 torch.load(file, weights_only=True)
-    assert list(tmp_path.rglob("*.bin")) == []
+    assert list(folder.rglob("*.bin")) == []

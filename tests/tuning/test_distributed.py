@@ -1,80 +1,25 @@
 """Two processes: the losses of one, killed and resumed, sharded where asked for."""
 
-import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import falcon_kit as fk
-from falcon_kit.falconet.world import ANIMALS
 from falcon_kit.tuning import distributed
+from tests.tuning.cluster import ENVIRONMENT, ROOT, arguments, losses, until
+from tests.tuning.small_runs import same, weights
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate_8gpu.yaml")),
-    *("--num_processes", "2", "--main_process_port", "0"),
-]
 OPTIONS = {"packing": False, "r": 2, "max_steps": 8, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0.2}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"A {each.name}?"}, {"role": "assistant", "content": f"Arr! It eats {each.food}."}]
-        for each in ANIMALS
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-def start(launcher, data, output, *arguments, **options):
-    pairs = [f"{name}={json.dumps(value)}" for name, value in (OPTIONS | options).items()]
-    command = [*launcher, CONFIGS / "tune.py", "--model", "falconet", "--dtype", "float32", "--data", data]
-    return subprocess.Popen(
-        [*map(str, command), "--output", str(output), *arguments, "--set", *pairs],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def record(output):
-    return json.loads((output / "adapter" / "tuning.json").read_text())
-
-
-def losses(output, name="loss"):
-    return [each[name] for each in record(output)["history"] if name in each]
-
-
-def weights(output):
-    return load_file(output / "adapter" / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(chats, tmp_path_factory):
     """The run of one process, with both rows of a step in one batch."""
     output = tmp_path_factory.mktemp("alone")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    fk.tune(fk.load("falconet", dtype="float32"), data, output_dir=output, **OPTIONS, per_device_train_batch_size=2)
-    torch.set_num_threads(threads)
+    fk.tune(fk.load("falconet", dtype="float32"), chats, output_dir=output, **OPTIONS, per_device_train_batch_size=2)
     return output
 
 
@@ -84,10 +29,11 @@ def kind(request):
 
 
 @pytest.fixture(scope="module")
-def together(kind, data, tmp_path_factory):
+def together(kind, chats, cluster, tmp_path_factory):
     """The run of two processes."""
     output = tmp_path_factory.mktemp("together")
-    finished(start(TORCHRUN, data, output, *kind))
+    cluster.start("together", arguments(chats, output, OPTIONS, *kind))
+    cluster.succeed("together")
     return output
 
 
@@ -98,7 +44,7 @@ def test_two_processes_have_the_losses_of_one(alone, together):
 
 
 def test_two_processes_make_the_adapter_of_one(alone, together):
-    expected, found = weights(alone), weights(together)
+    expected, found = weights(alone / "adapter"), weights(together / "adapter")
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         similarity = torch.cosine_similarity(weight.flatten(), expected[name].flatten(), 0)
@@ -109,22 +55,24 @@ def test_checkpoints_hold_shards_only_where_it_was_asked_for(kind, together):
     assert bool(list(together.glob("checkpoint-*/shards/*.distcp"))) == bool(kind)
 
 
-def test_two_processes_that_are_killed_go_on_to_the_same_adapter(kind, data, together, tmp_path):
-    process = start(TORCHRUN, data, tmp_path, *kind)
-    until = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < until and not (tmp_path / "checkpoint-3").exists():
-        time.sleep(0.01)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
-    process.communicate()
+def test_two_processes_that_are_killed_go_on_to_the_same_adapter(kind, chats, cluster, together, tmp_path):
+    program = arguments(chats, tmp_path, OPTIONS, *kind)
+    cluster.start("killed", program)
+    until((tmp_path / "checkpoint-3").exists)
+    cluster.kill("killed")
     assert not (tmp_path / "adapter").exists()
-    finished(start(TORCHRUN, data, tmp_path, *kind))
-    expected, found = weights(together), weights(tmp_path)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    cluster.start("going on", program)
+    cluster.succeed("going on")
+    assert same(tmp_path / "adapter", together / "adapter")
 
 
-def test_accelerate_launch_with_the_configuration_file_does_the_same(alone, data, tmp_path):
-    finished(start(ACCELERATE, data, tmp_path))
+def test_accelerate_launch_with_the_configuration_file_does_the_same(alone, chats, tmp_path):
+    configuration = ["--config_file", str(ROOT / "configs" / "accelerate_8gpu.yaml")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "--num_processes", "2"]
+    command = [*launch, "--main_process_port", "0", *arguments(chats, tmp_path, OPTIONS)]
+    environ = os.environ | ENVIRONMENT
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-3)
 
 
@@ -142,11 +90,11 @@ def test_a_second_way_to_shard_is_refused(monkeypatch):
         distributed.check_processes(running=2, started=2)
 
 
-def test_sharding_in_one_process_is_refused(data, tmp_path):
+def test_sharding_in_one_process_is_refused(chats, tmp_path):
     with pytest.raises(RuntimeError, match="shard=True needs several processes"):
-        fk.tune(fk.load("falconet", dtype="float32"), data, output_dir=tmp_path, shard=True, **OPTIONS)
+        fk.tune(fk.load("falconet", dtype="float32"), chats, output_dir=tmp_path, shard=True, **OPTIONS)
 
 
-def test_quantised_weights_are_not_sharded(data, tmp_path):
+def test_quantised_weights_are_not_sharded(chats, tmp_path):
     with pytest.raises(ValueError, match="quantised weights cannot be sharded"):
-        fk.tune(fk.load("falconet", dtype="nf4"), data, output_dir=tmp_path, shard=True, **OPTIONS)
+        fk.tune(fk.load("falconet", dtype="nf4"), chats, output_dir=tmp_path, shard=True, **OPTIONS)

@@ -3,10 +3,7 @@
 import falcon_kit as fk
 from falcon_kit.falconet.corpus import self_chat
 from falcon_kit.tuning.measure import answer_rates
-
-
-def talk(*said):
-    return {"messages": [{"role": "assistant" if n % 2 else "user", "content": each} for n, each in enumerate(said)]}
+from tests.tuning.small_runs import talk
 
 
 def test_a_model_that_learned_it_ends_and_is_right_and_its_base_is_not(instruct):

@@ -11,12 +11,9 @@ from falcon_kit.generation.chat import FORMATS, encode
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.tuning.packing import collate, first_fit
 from tests.conftest import small_model
+from tests.tuning.small_runs import talk
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
-
-
-def talk(*said):
-    return [{"role": "assistant" if index % 2 else "user", "content": each} for index, each in enumerate(said)]
 
 
 @pytest.fixture(scope="module", params=[each.name for each in FORMATS])
@@ -46,7 +43,7 @@ def test_a_text_whose_tokens_fill_its_rows_keeps_its_end_token(falcon):
 
 @given(st.lists(words, min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))
 def test_tokens_are_those_of_generation_whatever_is_said(falcon, said):
-    messages = talk(*said)
+    messages = talk(*said)["messages"]
     try:
         expected = encode(messages, falcon.tokenizer, falcon.chat_format, add_generation_prompt=False)
     except ValueError:
@@ -86,7 +83,7 @@ def test_the_picture_escapes_what_it_shows(falcon):
 
 def test_a_long_conversation_is_cut_after_an_answer_and_named(falcon):
     rows = packed(falcon, [talk(*["Giraffes and zebras and lions"] * 12)], context=64)
-    messages = talk(*["Giraffes and zebras and lions"] * 12)
+    messages = talk(*["Giraffes and zebras and lions"] * 12)["messages"]
     kept = rows.example(0).ids
     fitting = [messages[:count] for count in range(2, 13, 2)]
     encoded = [encode(each, falcon.tokenizer, falcon.chat_format, add_generation_prompt=False) for each in fitting]

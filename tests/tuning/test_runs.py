@@ -78,9 +78,14 @@ def test_a_notebook_shows_the_curves():
     assert loss_curve(HISTORY)._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return fk.tune(fk.load("falconet"), ROWS, output_dir=folder, quiet=True, **{**QUICK, "max_steps": 1})
+
+
 @pytest.mark.parametrize(("settings", "kinds"), [({}, 1), ({"temperature": 2.0}, 4), ({"do_sample": True}, 4)])
-def test_answers_before_and_after_are_greedy_unless_the_call_samples(tmp_path, settings, kinds):
-    run = fk.tune(fk.load("falconet"), ROWS, output_dir=tmp_path, quiet=True, **{**QUICK, "max_steps": 1})
+def test_answers_before_and_after_are_greedy_unless_the_call_samples(run, settings, kinds):
     run.falcon.model.generation_config.update(do_sample=True, temperature=1.5)
     answers = [run.before_after("What is a zebra?", 20, **settings).rows[0][1] for _ in range(4)]
     assert len(set(answers)) == kinds

@@ -95,8 +95,8 @@ def patient(tmp_path_factory):
     return run, kept
 
 
-def test_patience_stops_and_takes_the_best_adapter(falcon, tmp_path):
-    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **PATIENT)
+def test_patience_stops_and_takes_the_best_adapter(patient):
+    run, _ = patient
     losses = [each["eval_loss"] for each in run.history if "eval_loss" in each]
     assert len(losses) < 20
     assert run.figures["held-out loss after"] == pytest.approx(min(losses), rel=1e-4)

@@ -284,19 +284,27 @@ HELD_OUT = {
 }
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["documents to train on", "packed rows to train on"])
-@pytest.mark.parametrize("kind", HELD_OUT)
-def test_separate_data_are_held_out_in_every_form(falcon, tmp_path, kind, packing):
-    (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:3]))
-    data = fk.pack(fk.dialogues(ROWS[3:]), falcon, 64) if packing else ROWS[3:]
-    options = {**QUICK, "max_steps": 1, "answers": 2}
-    run = fk.tune(falcon, data, output_dir=tmp_path / "run", held_out=HELD_OUT[kind](tmp_path, falcon), **options)
+ONE_STEP = {**QUICK, "max_steps": 1, "answers": 2}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["documents to train on", "packed rows to train on"])
+def with_packed_rows_held_out(request, tmp_path_factory):
+    """Data to train on, and the figures of a run whose held-out rows are packed."""
+    falcon, folder = fk.load("falconet", dtype="float32"), tmp_path_factory.mktemp("run")
+    data = fk.pack(fk.dialogues(ROWS[3:]), falcon, 64) if request.param else ROWS[3:]
     packed = fk.pack(fk.dialogues(ROWS[:3]), falcon, 64)
     with pytest.warns(UserWarning, match="only its loss is measured: for stop rate and exact answers give the Doc"):
-        other = fk.tune(falcon, data, output_dir=tmp_path / "other", held_out=packed, **options)
+        return data, fk.tune(falcon, data, output_dir=folder, held_out=packed, **ONE_STEP).figures
+
+
+@pytest.mark.parametrize("kind", HELD_OUT)
+def test_separate_data_are_held_out_in_every_form(falcon, tmp_path, kind, with_packed_rows_held_out):
+    (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:3]))
+    data, expected = with_packed_rows_held_out
+    run = fk.tune(falcon, data, output_dir=tmp_path / "run", held_out=HELD_OUT[kind](tmp_path, falcon), **ONE_STEP)
     losses = {f"{name} loss {when}" for name in ("held-out", "generated-text") for when in ("before", "after")}
-    assert other.figures.keys() == losses < run.figures.keys()
-    assert {name: run.figures[name] for name in losses} == other.figures
+    assert expected.keys() == losses < run.figures.keys()
+    assert {name: run.figures[name] for name in losses} == expected
 
 
 def test_numbers_of_numpy_are_settings_like_pythons(falcon, tmp_path):

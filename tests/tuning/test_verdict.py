@@ -9,6 +9,11 @@ from tests.tuning.small_runs import QUICK, ROWS, talk
 SETTINGS = fk.Tuning(learning_rate=1e-3, context=256)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_text():
+    """The texts that the package ships: verdicts compare their losses."""
+
+
 def losses(*values):
     return [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
 
