@@ -23,8 +23,8 @@ _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-l
 INT4_GROUP = 64
 """Values per scale and zero of int4: it divides the channels of every published Falcon."""
 
-SLAB = 2**20
-"""Weights that a CPU multiplies at once, see `model/products.py`: 4 MiB in float32, which stay in a core's cache."""
+SLAB = 2**22
+"""Bytes of weights that a CPU multiplies at once, see `model/products.py`: they stay in the cache of a core."""
 
 
 def linear_shapes(spec: FalconSpec) -> tuple[tuple[int, int], ...]:
@@ -151,10 +151,11 @@ def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, native: 
     input of the MLP's down projection in float32, as far as `prefill_bytes` does not count it."""
     if native and dtype not in QUANTISED:
         return 0
-    slab = max(SLAB, 64 * spec.intermediate_size)
+    value_bytes = 2 if native and dtype == "int8" else 4
+    slab = max(SLAB // value_bytes, 64 * spec.intermediate_size)
     products = 4 * batch * context * min(spec.intermediate_size, slab // spec.d_model)
     inputs = 0 if native else 2 * batch * context * spec.intermediate_size
-    bytes_a_weight = {"int4": 5 if native else 9}.get(dtype, 4)
+    bytes_a_weight = {"int4": 5 if native else 9}.get(dtype, value_bytes)
     return slab * bytes_a_weight + products + inputs
 
 

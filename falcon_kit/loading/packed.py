@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
-from falcon_kit.model.products import by_threads, has_products, slabs
+from falcon_kit.model.products import by_threads, has_products, slabs, slabs_of
 
 GROUP = INT4_GROUP
 _PANEL = 64
@@ -113,12 +113,12 @@ class PackedLinear(nn.Linear):
         dtype = products_dtype(rows)
         multiply = by_threads if dtype == torch.float32 else functional.linear
         product, rows = rows.new_empty(len(rows), self.out_features), rows.to(dtype)
-        for outputs in slabs(self.out_features, self.in_features):
-            if self.kind == "int8":  # the values are exact in bfloat16
-                part = multiply(rows, self.weight[outputs].to(dtype)) * self.scales[outputs].to(dtype)
-            else:
-                part = torch.mm(rows, self._columns(outputs, dtype))
-            product[:, outputs] = part
+        if self.kind == "int8":  # the values are exact in bfloat16
+            for outputs, values in slabs_of(self.weight, dtype):
+                product[:, outputs] = multiply(rows, values) * self.scales[outputs].to(dtype)
+            return product
+        for outputs in slabs(self.out_features, self.in_features, torch.float32):
+            product[:, outputs] = torch.mm(rows, self._columns(outputs, dtype))
         return product
 
     def _columns(self, outputs: slice, dtype: torch.dtype) -> Tensor:

@@ -11,11 +11,11 @@ bfloat16, torch's own       1.9    7.2   13.2   25.0   49.2    181
 AVX2: bfloat16              1.8    7.5   13.4   24.4   47.4    182
 AVX2: bfloat16 in slabs     4.5    7.9    9.2   13.2   17.4   48.3
 
-**In slabs.** Outputs are computed 2**20 weights at a time, which stay in the cache of a core. float32 gains by that
+**In slabs.** Outputs are computed 4 MiB of weights at a time, which stay in the cache of a core. float32 gains by that
 alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
 of the whole matrix takes 35 ms, nearly all for new pages of memory; a slab's memory is used again, and takes 2 ms.
-Each thread has its share of a slab's outputs, since torch divides a product of few rows badly: with two threads,
-8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
+With less than 128 rows each thread has its share of a slab's outputs, since torch divides such a product badly: with two
+threads, 8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
 
 **Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
 default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
@@ -42,6 +42,8 @@ from falcon_kit.catalogue.memory import SLAB
 
 _MANY_ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
 """Rows from which slabs are faster; 16 bits only without instructions for their products."""
+_DIVIDED_WELL = 128
+"""Rows from which torch itself divides a product well among threads; it needs no second copy of the product."""
 _MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
 _SAMPLE = 128 * 2**20  # bytes of weights to time: more than the caches of a CPU hold
 _ROUNDS = 5
@@ -67,7 +69,7 @@ def _gains_by_slabs(rows: int, weights: int, dtype: torch.dtype) -> bool:
     """Whether slabs are faster for so many rows and a matrix of so many weights on a CPU."""
     if rows < _MANY_ROWS.get(dtype, 2**31):
         return False
-    return weights > SLAB if dtype == torch.float32 else not has_products(dtype)
+    return 4 * weights > SLAB if dtype == torch.float32 else not has_products(dtype)
 
 
 class ProductsInSlabs(TorchFunctionMode):
@@ -95,22 +97,36 @@ def linear_in_slabs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """`functional.linear` with products in float32, rounded once."""
     rows = input.reshape(-1, input.shape[-1]).float()
     product = input.new_empty(len(rows), len(weight))
-    for outputs in slabs(*weight.shape):
-        part = by_threads(rows, weight[outputs].float())
+    for outputs, values in slabs_of(weight, torch.float32):
+        part = by_threads(rows, values)
         product[:, outputs] = part if bias is None else part + bias[outputs].float()
     return product.view(*input.shape[:-1], len(weight))
 
 
 def by_threads(rows: Tensor, weight: Tensor) -> Tensor:
-    """`functional.linear` in float32, as a batch of products with a share of the outputs for each thread."""
+    """`functional.linear` in float32; for few rows as a batch of products, a share of the outputs for each thread."""
+    if len(rows) >= _DIVIDED_WELL:
+        return functional.linear(rows, weight)
     shares = gcd(len(weight), 1 << (torch.get_num_threads() - 1).bit_length())
     product = torch.bmm(rows.expand(shares, *rows.shape), weight.view(shares, -1, weight.shape[1]).mT)
     return product.transpose(0, 1).reshape(len(rows), len(weight))
 
 
-def slabs(out: int, into: int) -> Iterator[slice]:
-    """The outputs of a matrix (out, in) in multiples of 64, at most `SLAB` weights at a time."""
-    step = max(1, SLAB // into // 64) * 64
+def slabs_of(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The slabs of a weight (out, in): outputs, and their values in a dtype. Each uses the memory of the one before."""
+    copy: Tensor | None = None
+    out, into = weight.shape
+    for outputs in slabs(out, into, dtype):
+        part = weight[outputs]
+        if weight.dtype != dtype:
+            copy = torch.empty_like(part, dtype=dtype) if copy is None else copy[: len(part)]
+            part = copy.copy_(part)
+        yield outputs, part
+
+
+def slabs(out: int, into: int, dtype: torch.dtype) -> Iterator[slice]:
+    """The outputs of a matrix (out, in) in multiples of 64, at most `SLAB` bytes in a dtype at a time."""
+    step = max(1, SLAB // dtype.itemsize // into // 64) * 64
     return (slice(first, min(out, first + step)) for first in range(0, out, step))
 
 

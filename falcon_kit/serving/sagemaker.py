@@ -4,9 +4,11 @@ A streamed response may take longer than the 60 seconds of InvokeEndpoint. boto3
 """
 
 import asyncio
+import concurrent.futures
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -29,9 +31,9 @@ REFUSED = (
 
 async def discover(name: str, api: str, model: str | None, connection: Connection, session: Any) -> "SageMakerServer":
     """The endpoint of that name, in service. boto3 blocks, so it runs in a thread."""
-    server = await asyncio.to_thread(SageMakerServer, name, api, model, connection, session)
+    server = await _in_thread(SageMakerServer, name, api, model, connection, session)
     async with within(connection.timeout, server.facts.address, connection.timeout_name):
-        await asyncio.to_thread(server.check)
+        await _in_thread(server.check)
     return server
 
 
@@ -79,12 +81,12 @@ class SageMakerServer:
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the deltas of each line; boto3 blocks, so it runs in a thread."""
-        stream = await asyncio.to_thread(self._invoke, body)
+        stream = await _in_thread(self._invoke, body)
         events = iter(stream)
         begun, left = False, MOST_BYTES  # until the next event
         unfinished = b""  # a PayloadPart may end in the middle of a line, even of a character
         try:
-            while (event := await asyncio.to_thread(self._next, events)) is not None:
+            while (event := await _in_thread(self._next, events)) is not None:
                 received = event.get("PayloadPart", {}).get("Bytes", b"")
                 left -= len(received)
                 if left < 0:
@@ -160,6 +162,21 @@ class SageMakerServer:
         if isinstance(error, ReadTimeoutError):
             return self._silent()
         return ConnectionError(f"{address} failed. AWS reports: {message}")
+
+
+def _in_thread(function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
+    """As `asyncio.to_thread`, in a daemon thread, for which Python does not wait: a server may never answer."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # noqa: BLE001  # raised where it is awaited
+                future.set_exception(error)
+
+    threading.Thread(target=run, name="falcon-kit-sagemaker", daemon=True).start()
+    return asyncio.wrap_future(future)
 
 
 def _code(error: Exception) -> str:

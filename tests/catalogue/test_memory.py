@@ -153,8 +153,17 @@ def test_the_published_caches_come_out(name, mebibytes):
     assert spec.layers * memory.layer_kv_bytes(spec, "bfloat16", 2048, 1) == mebibytes * 2**20
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "context"), [(1, 200), (3, 64)])
+@pytest.mark.usefixtures("threads")
 def test_the_prefill_takes_its_activations_and_the_cache(layout, dtype, batch, context):
     model, spec = sized(layout)
     model.to(DTYPES[dtype]).eval()

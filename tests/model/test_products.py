@@ -153,7 +153,7 @@ def no_instructions(monkeypatch):
 @each_dtype
 @given(
     out=st.sampled_from([1, 64, 130, 600]),
-    into=st.sampled_from([1, 64, 5000, SLAB // 64 + 1]),
+    into=st.sampled_from([1, 64, 5000, SLAB // 256 + 1]),
     leading=st.sampled_from([(3,), (1, 2), (2, 3, 2), (0,)]),
     bias=st.booleans(),
 )
@@ -168,11 +168,24 @@ def test_a_product_in_slabs_is_the_exact_one_rounded_once(dtype, out, into, lead
     assert ((product.double() - exact).abs() <= allowed).all()
 
 
+@each_dtype
 @pytest.mark.parametrize(("out", "into"), [(1, 1), (65024, 2048), (130, 2**20), (4672, 18176), (600, 5000)])
-def test_slabs_cover_every_output_once(out, into):
-    parts = list(products.slabs(out, into))
+def test_slabs_cover_every_output_once(out, into, dtype):
+    parts = list(products.slabs(out, into, dtype))
     assert [each for part in parts for each in range(out)[part]] == list(range(out))
-    assert all((part.stop - part.start) * into <= max(SLAB, 64 * into) for part in parts)
+    assert all(
+        (part.stop - part.start) * into * dtype.itemsize <= max(SLAB, 64 * into * dtype.itemsize) for part in parts
+    )
+
+
+@pytest.mark.parametrize(("dtype", "own"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_only_a_weight_in_another_dtype_is_copied(dtype, own):
+    weight = random(2500, 600).to(dtype)
+    found = list(products.slabs_of(weight, torch.float32))
+    assert len(found) > 1
+    assert [values.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() for _, values in found] == [
+        own
+    ] * len(found)
 
 
 @pytest.mark.parametrize(("rows", "in_slabs"), [(3, False), (4, True), (64, True)])

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import logging
+import threading
 import time
 
 import pytest
@@ -160,13 +161,20 @@ def test_a_stream_that_does_not_end_is_ended_and_its_text_kept(protocol, connect
     )
 
 
+def waited_for():
+    """The threads for which Python waits when a program ends."""
+    return {thread for thread in threading.enumerate() if not thread.daemon}
+
+
 def given_up(protocol, connected, reply, found, caplog):
-    """Asserts that a call fails with a named error, which does not contain the key."""
+    """Asserts that a call fails with a named error without the key in it, and leaves no thread to wait for."""
     caplog.set_level(logging.INFO)
+    before = waited_for()
     with scripted(script(protocol, reply, found)) as server:
         with pytest.raises(BROKEN) as error:
             connected(server, deadline=1).generate("Hi", max_new_tokens=5)
         assert not isinstance(error.value, fk.IncompleteAnswer)
+        assert waited_for() == before
     assert_hidden([*chain(error.value), caplog.text])
 
 
