@@ -14,8 +14,8 @@ AVX2: bfloat16 in slabs     4.5    7.9    9.2   13.2   17.4   48.3
 **In slabs.** Outputs are computed 4 MiB of weights at a time, which stay in the cache of a core. float32 gains by that
 alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
 of the whole matrix takes 35 ms, nearly all for new pages of memory; a slab's memory is used again, and takes 2 ms.
-With less than 128 rows each thread has its share of a slab's outputs, since torch divides such a product badly: with two
-threads, 8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
+With less than 128 rows each thread has its share of a slab's outputs, since torch divides such a product badly: with
+two threads, 8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
 
 **Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
 default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
