@@ -1,9 +1,12 @@
 """python -m tests.browser.picture: draws the pictures of the README that need a browser, into docs/.
 
-02_playground.png is the playground as JupyterLab shows it; explanation.gif goes through layers and heads of a text.
+02_playground.png is the playground as JupyterLab shows it, and stands in notebook 02 for readers without a kernel;
+explanation.gif goes through layers and heads of a text.
 """
 
+import base64
 import io
+import json
 import tempfile
 from pathlib import Path
 
@@ -43,7 +46,15 @@ def draw_playground(browser: Browser, file: Path) -> None:
             pad = notebook.start(CELL).locator(".fk-playground")
             pad.locator(".fk-history li").wait_for(timeout=60_000)
             pad.locator(".fk-token.fk-p4").last.focus()  # hovering fails after the page has scrolled
-            pad.screenshot(path=file)
+            Image.open(io.BytesIO(pad.screenshot())).convert("RGB").quantize(256).save(file, optimize=True)
+
+
+def attach(file: Path, notebook: Path) -> None:
+    """Puts a picture in the place of the notebook's attachment."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    (attached,) = (cell["attachments"] for cell in content["cells"] if "attachments" in cell)
+    attached["playground.png"]["image/png"] = base64.b64encode(file.read_bytes()).decode()
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw_explanation(browser: Browser, file: Path) -> None:
@@ -78,6 +89,7 @@ def main() -> None:
     with chromium(path) as browser:
         draw_explanation(browser, ROOT / "docs" / "explanation.gif")
         draw_playground(browser, ROOT / "docs" / "02_playground.png")
+    attach(ROOT / "docs" / "02_playground.png", ROOT / "notebooks" / "02_playground.ipynb")
 
 
 if __name__ == "__main__":

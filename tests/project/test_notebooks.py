@@ -114,6 +114,14 @@ def test_the_picture_in_the_readme_is_the_notebooks():
     assert [(NOTEBOOKS.parent / "docs" / "01_inference.png").read_bytes()] == pictures
 
 
+def test_the_playground_in_the_readme_is_that_of_its_notebook():
+    cells = nbformat.read(NOTEBOOKS / "02_playground.ipynb", as_version=4).cells
+    attached = [
+        base64.b64decode(cell.attachments["playground.png"]["image/png"]) for cell in cells if "attachments" in cell
+    ]
+    assert [(NOTEBOOKS.parent / "docs" / "02_playground.png").read_bytes()] == attached
+
+
 def pictures(notebook):
     found = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
     return [(base64.b64decode(output.data["image/png"]), output.metadata) for output in found]
