@@ -49,7 +49,8 @@ def _labels(rows: list[Any], falcon: Any) -> list[int]:
 
 
 def _in_a_playground(falcon: Any, mode: Any) -> list[str]:
-    session = Session(falcon, mode=mode)
+    session = Session(falcon)
+    session.switch(mode)
     session.set(**DRAWN)
     return [session.generate(text).answers[0].text for text in (SLY, "And lions?")]
 

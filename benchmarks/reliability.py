@@ -94,11 +94,7 @@ def table(figures: dict[str, Any]) -> str:
     kills, writes = (sum(each[kind] for each in writers) for kind in ("kills", "writes that fail"))
     disks = sum(each["full disks"] for each in writers)
     rows = [
-        (
-            "After an error or a kill, a file is complete: the old or the new one",
-            "project/test_writers.py",
-            f"{kills:,} kills",
-        ),
+        ("After a kill, a file is complete: the old or the new one", "project/test_writers.py", f"{kills:,} kills"),
         ("A failing write costs nothing and leaves nothing", "project/test_writers.py", f"{writes:,} writes cut off"),
         ("A full disk is noticed, and the older version stays", "project/test_writers.py", f"{disks:,} full disks"),
         (
