@@ -15,11 +15,11 @@ matrix of 8192 x 2048 in milliseconds of one thread, with AVX512-BF16, and with 
                           1      8     16     32    128 rows
 bfloat16                1.9    3.7    4.9    7.2   21.0
 int8, kernel            2.1    5.2    9.5   18.2   63.9
-int8 in slabs           4.8    5.7    7.5   10.0   23.8
+int8 in slabs           4.4    5.1    6.0    8.5   23.2
 int4, kernel            1.1    3.4    6.6   12.8   49.8
 int4 in slabs          13.5   14.9   15.7   18.1   33.1
 AVX2: int8, kernel      2.2    6.3   11.9   21.8   82.8
-AVX2: int8 in slabs     3.9    8.2   12.3   17.8   50.4
+AVX2: int8 in slabs     2.7    8.0   10.5   15.9   49.5
 AVX2: int4, kernel      2.3    5.2   10.2   21.2   79.1
 AVX2: int4 in slabs    13.8   18.8   19.2   27.0   65.6
 """
