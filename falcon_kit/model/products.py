@@ -5,16 +5,16 @@ AVX512-BF16, and on the same CPU with its instructions limited to AVX2:
 
                               1      4      8     16     32    128 rows
 float32                     3.7    9.5   11.4   14.6   20.6   52.6
-float32 in slabs            4.2    7.0    8.4   11.5   16.3   46.9
+float32 in slabs            4.1    6.8    8.4   10.8   16.1   48.9
 bfloat16, oneDNN            3.3    3.0    3.7    4.9    7.2   21.0
 bfloat16, torch's own       1.9    7.2   13.2   25.0   49.2    181
 AVX2: bfloat16              1.8    7.5   13.4   24.4   47.4    182
-AVX2: bfloat16 in slabs     4.5    7.9    9.2   13.2   17.4   48.3
+AVX2: bfloat16 in slabs     4.2    7.6    8.8   11.6   16.9   51.8
 
 **In slabs.** Outputs are computed 4 MiB of weights at a time, which stay in the cache of a core. float32 gains by that
 alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
 of the whole matrix takes 35 ms, nearly all for new pages of memory; a slab's memory is used again, and takes 2 ms.
-With less than 128 rows each thread has its share of a slab's outputs, since torch divides such a product badly: with
+With fewer than 128 rows, each thread has its share of a slab's outputs, since torch divides such a product badly: with
 two threads, 8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
 
 **Single rows.** A decoding step of one text reads every weight once, and reading limits its speed. oneDNN, torch's
