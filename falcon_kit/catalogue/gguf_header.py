@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from falcon_kit.display.errors import require
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _VERSIONS = (2, 3)
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -102,10 +105,10 @@ def _tensors(header: _Header, count: int, metadata: Mapping[str, Any]) -> dict[s
     alignment = metadata.get("general.alignment", 32)
     require(isinstance(alignment, int) and alignment > 0, f"its alignment is {alignment!r}")
     start = -(-header.position // alignment) * alignment
-    stored = {name: _stored(name, start, *each) for name, each in described.items()}
-    for name, each in stored.items():
+    tensors = {name: _stored(name, start, *each) for name, each in described.items()}
+    for name, each in tensors.items():
         require(each.offset + each.bytes <= header.size, f"it ends before its tensor {name} does")
-    return stored
+    return tensors
 
 
 def _stored(name: str, start: int, shape: tuple[int, ...], number: int, offset: int) -> Stored:
@@ -113,6 +116,14 @@ def _stored(name: str, start: int, shape: tuple[int, ...], number: int, offset: 
 
     require(number in GGML_QUANT_SIZES, f"its tensor {name} has the unknown type {number}")
     kind = GGMLQuantizationType(number)
-    values, size = GGML_QUANT_SIZES[kind]
+    values, _ = GGML_QUANT_SIZES[kind]
     require(shape[-1] % values == 0, f"its tensor {name} has rows of {shape[-1]} values, in blocks of {values}")
-    return Stored(kind.name, shape, start + offset, prod(shape) // values * size)
+    return stored(kind, shape, start + offset)
+
+
+def stored(kind: "GGMLQuantizationType", shape: tuple[int, ...], offset: int = 0) -> Stored:
+    """A tensor of a kind, with its bytes. offset: 0 where the file is not written yet."""
+    from gguf import GGML_QUANT_SIZES
+
+    values, size = GGML_QUANT_SIZES[kind]
+    return Stored(kind.name, shape, offset, prod(shape) // values * size)

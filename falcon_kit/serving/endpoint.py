@@ -88,11 +88,8 @@ class Endpoint:
             f"num_return_sequences={copies} without sampling would give {copies} equal texts: set do_sample=True",
         )
         seeds = [None if sampling.seed is None else sampling.seed + copy for copy in range(copies)]
-        requests = [
-            _plain_request(each, replace(sampling, seed=seed, num_return_sequences=1), options)
-            for each in prompts
-            for seed in seeds
-        ]
+        variants = [replace(sampling, seed=seed, num_return_sequences=1) for seed in seeds]
+        requests = [_plain_request(each, variant, options) for each in prompts for variant in variants]
         generations = checked(guardrails, lambda: self._generate_all(requests, strip=False))
         return generations[0] if single and copies == 1 else generations
 
@@ -181,7 +178,11 @@ class Endpoint:
         stop = tuple(dict.fromkeys((*self.chat_format.stop, *sampling.stop_strings)))
         return Request(rendered if self.own_format else None, checked, sampling, options, stop)
 
+    def _check(self) -> None:
+        """Called before a request: raises if the server is known to have ended."""
+
     def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
+        self._check()
         self._server.body(request)  # raises before anything is sent
         answer = _answer(request, strip)
 
@@ -195,6 +196,7 @@ class Endpoint:
 
     def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
         """All texts, `concurrency` at a time; the first error cancels the others."""
+        self._check()
         for each in requests:
             self._server.body(each)  # raises before anything is sent
         answers = [_answer(each, strip) for each in requests]
@@ -213,6 +215,7 @@ class Endpoint:
         Raises ValueError for a server that does not return them; vLLM does.
         """
         require(not isinstance(prompts, str), _SEVERAL)
+        self._check()
         checked = [check_prompt(prompt)[0][0] for prompt in prompts]
         asks = [partial(self._prompt_logprobs, each) for each in checked]
         calls = [partial(retry, ask, self._server.connection) for ask in asks]
@@ -229,15 +232,10 @@ class Endpoint:
         return [self._server.body(each) for each in limited]
 
     def _facts(self) -> dict[str, str]:
-        return {
-            "model": self.model,
-            "server": self.server,
-            "address": self.address,
-            "context": f"{self.context} tokens" if self.context else "not reported",
-            "chat": f"the kit's {self.chat_format.name} format"
-            if self.own_format
-            else "the endpoint's own chat template",
-        }
+        context = f"{self.context} tokens" if self.context else "not reported"
+        chat = f"the kit's {self.chat_format.name} format" if self.own_format else "the endpoint's own chat template"
+        facts = {"model": self.model, "server": self.server, "address": self.address}
+        return facts | {"context": context, "chat": chat}
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""

@@ -3,32 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from falcon_kit.catalogue.gguf import GGUFFile
+from falcon_kit.catalogue.gguf_header import Stored
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import Part
 from falcon_kit.planning.plan import Plan, plan
-from falcon_kit.serving.gguf_kinds import ALIASES, tensor_kinds, tensor_sizes
 
 _STORED = {"layers": ("blk.",), "embedding and head": ("token_embd.", "output."), "last LayerNorm": ("output_norm.",)}
 """The first letters of llama.cpp's tensors, by the part of a plan that they are."""
 _COMPUTED = "float16"
 """llama.cpp's dtype of keys and values, whatever the file has."""
-Tensors = Mapping[str, tuple[str, int]]
-"""The kind and the bytes of each tensor, by llama.cpp's names."""
 
 
 @dataclass(frozen=True, repr=False)
 class FilePlan(Plan):
     """A memory plan by the bytes of a GGUF file."""
 
-    tensors: Tensors = field(kw_only=True)
-    """The tensors of the file."""
+    tensors: Mapping[str, Stored] = field(kw_only=True)
+    """The tensors of the file, by llama.cpp's names."""
 
     @property
     def weight_bytes(self) -> int:
         """The tensors of the file."""
-        return sum(size for _, size in self.tensors.values())
+        return sum(each.bytes for each in self.tensors.values())
 
     @property
     def advice(self) -> str:
@@ -36,20 +33,8 @@ class FilePlan(Plan):
         return ""
 
 
-def stored_tensors(file: GGUFFile) -> Tensors:
-    """The tensors of a file."""
-    return {name: (each.kind, each.bytes) for name, each in file.tensors.items()}
-
-
-def exported_tensors(spec: FalconSpec, dtype: str) -> Tensors:
-    """The tensors of the file that `export_gguf` would write. dtype: a name of `FILE_TYPES`, or torch's."""
-    name = ALIASES.get(dtype, dtype)
-    sizes = tensor_sizes(spec, name)
-    return {tensor: (kind.name, sizes[tensor]) for tensor, kind in tensor_kinds(spec, name).items()}
-
-
 def plan_file(
-    spec: FalconSpec, dtype: str, tensors: Tensors, context: int, texts: int, devices: Sequence[Device]
+    spec: FalconSpec, dtype: str, tensors: Mapping[str, Stored], context: int, texts: int, devices: Sequence[Device]
 ) -> FilePlan:
     """The plan of a llama.cpp server on a file. Raises ValueError for a context out of the model's range."""
     planned = plan(spec, _COMPUTED, context, texts, devices=devices)
@@ -58,11 +43,11 @@ def plan_file(
     return FilePlan(**vars(planned) | changed, tensors=tensors)
 
 
-def _stored(row: Part, tensors: Tensors) -> Part:
+def _stored(row: Part, tensors: Mapping[str, Stored]) -> Part:
     """A row of a plan, with the bytes of the file where it counts weights."""
     prefix = next((each for part, each in _STORED.items() if row.part.startswith(part)), None)
     if prefix is None:
         return row
     part = [each for name, each in tensors.items() if name.startswith(prefix)]
-    kinds = ", ".join(sorted({kind for kind, _ in part}))
-    return replace(row, bytes=sum(size for _, size in part), reason=f"{kinds}, as in the file")
+    kinds = ", ".join(sorted({each.kind for each in part}))
+    return replace(row, bytes=sum(each.bytes for each in part), reason=f"{kinds}, as in the file")

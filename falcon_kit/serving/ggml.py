@@ -22,9 +22,9 @@ _IN_GGUF = ("F32", "F16", "Q4_0", "Q5_0", "Q5_1", "Q8_0")
 """Kinds that the package gguf quantises too, to the same bytes; others need llama.cpp."""
 
 
-def check_quantiser(kinds: set[GGMLQuantizationType], dtype: str) -> None:
-    """Raises ImportError where a kind needs llama.cpp, and it is not installed."""
-    needed = sorted(kind.name for kind in kinds if kind.name not in (*_IN_GGUF, "BF16"))
+def check_quantiser(kinds: set[str], dtype: str) -> None:
+    """Raises ImportError where a kind, by ggml's name, needs llama.cpp, and it is not installed."""
+    needed = sorted(kinds - {*_IN_GGUF, "BF16"})
     if needed and _quantise_chunk() is None:
         raise ImportError(
             f"dtype={dtype!r} needs llama.cpp's quantiser for {', '.join(needed)}, which is not installed here: pip "

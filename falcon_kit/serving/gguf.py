@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import stored_names
+from falcon_kit.catalogue.gguf_header import Stored
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.saving import atomic_file
@@ -27,7 +28,7 @@ from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
-from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, tensor_kinds, tensor_sizes, unsupported
+from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, planned_tensors, unsupported
 
 _PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progress bar
 
@@ -60,15 +61,15 @@ def write_gguf(
     """As `export_gguf`, from a plain model; without a tokenizer, llama.cpp accepts token ids only."""
     name = _file_type(model, dtype)
     _check(model, spec)
-    kinds, sizes = tensor_kinds(spec, name), tensor_sizes(spec, name)
-    check_quantiser({*kinds.values()}, name)
-    with atomic_file(path, sum(sizes.values())) as partial:
+    tensors = planned_tensors(spec, name)
+    check_quantiser({each.kind for each in tensors.values()}, name)
+    with atomic_file(path, sum(each.bytes for each in tensors.values())) as partial:
         writer = GGUFWriter(partial, "falcon")
         _add_shape(writer, model, spec)
         writer.add_file_type(FILE_TYPES[name][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer, spec.vocabulary)
-        _write_tensors(writer, model, spec, kinds, sizes)
+        _write_tensors(writer, model, spec, tensors)
     return path.expanduser()
 
 
@@ -163,22 +164,21 @@ def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: Pr
 
 
 def _write_tensors(
-    writer: GGUFWriter,
-    model: FalconForCausalLM,
-    spec: FalconSpec,
-    kinds: Mapping[str, GGMLQuantizationType],
-    sizes: Mapping[str, int],
+    writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, tensors: Mapping[str, Stored]
 ) -> None:
     """Writes the metadata of all tensors, then one tensor after the other, so that only one is in memory twice."""
     weights: dict[str, torch.Tensor] = model.state_dict()
     names = stored_names(spec)
+    kinds = {name: GGMLQuantizationType[each.kind] for name, each in tensors.items()}
+    large = sum(each.bytes for each in tensors.values()) >= _PROGRESS_BAR_BYTES
     for key, name in names.items():
-        writer.add_tensor_info(name, weights[key].shape, np.dtype(np.float32), sizes[name], raw_dtype=kinds[name])
+        size = tensors[name].bytes
+        writer.add_tensor_info(name, weights[key].shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key in tqdm(names, desc="Writing", unit="tensor", disable=sum(sizes.values()) < _PROGRESS_BAR_BYTES):
+        for key in tqdm(names, desc="Writing", unit="tensor", disable=not large):
             weight = ungrouped(weights[key], spec) if "query_key_value" in key else weights[key]
             writer.write_tensor_data(_to_bytes(weight.detach().cpu(), kinds[names[key]]))
     finally:

@@ -5,12 +5,12 @@ is no multiple of 256: there the older kind with the next more bits takes its pl
 """
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from falcon_kit.catalogue.gguf import GGUFFile, stored_shapes
+from falcon_kit.catalogue.gguf_header import Stored, stored
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole
 
@@ -73,10 +73,14 @@ def unsupported(spec: FalconSpec) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def tensor_kinds(spec: FalconSpec, name: str) -> dict[str, GGMLQuantizationType]:
-    """The kind of each tensor, by llama.cpp's names. name: of `FILE_TYPES`. Vectors stay in float32."""
+def planned_tensors(spec: FalconSpec, dtype: str) -> dict[str, Stored]:
+    """The tensors of the file that `export_gguf` would write, by llama.cpp's names. Vectors stay in float32.
+
+    dtype: a name of `FILE_TYPES`, or torch's.
+    """
+    name = ALIASES.get(dtype, dtype)
     return {
-        tensor: F32 if len(shape) == 1 else _fitting(_wanted(tensor, spec, name), shape[-1])
+        tensor: stored(F32 if len(shape) == 1 else _fitting(_wanted(tensor, spec, name), shape[-1]), shape)
         for tensor, shape in stored_shapes(spec).items()
     }
 
@@ -86,13 +90,6 @@ def stored_dtype(file: GGUFFile) -> str:
     number: Any = file.metadata.get("general.file_type")
     names = {each.value: each.name.lower().partition("_")[2] for each in LlamaFileType}
     return names.get(number if is_whole(number, 0) else -1) or next(iter(file.kinds)).lower()
-
-
-def tensor_sizes(spec: FalconSpec, name: str) -> dict[str, int]:
-    """Bytes of each tensor in a file of this mixture."""
-    shapes = stored_shapes(spec)
-    blocks = {tensor: GGML_QUANT_SIZES[kind] for tensor, kind in tensor_kinds(spec, name).items()}
-    return {tensor: prod(shapes[tensor]) // values * size for tensor, (values, size) in blocks.items()}
 
 
 def _wanted(tensor: str, spec: FalconSpec, name: str) -> GGMLQuantizationType:

@@ -1,6 +1,5 @@
 """`serve`: a Falcon on a server of this machine, in a process of its own, until it is closed."""
 
-import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ import torch
 from falcon_kit.display.errors import check_whole, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
-from falcon_kit.generation.text import Generation
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
@@ -22,7 +20,6 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
 from falcon_kit.serving.connection import Connection, check_seconds
 from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
-from falcon_kit.serving.echo import PromptToken
 from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.engines import (
     LLAMA_CPP,
@@ -34,13 +31,13 @@ from falcon_kit.serving.engines import (
     choose_engine,
     splits,
 )
-from falcon_kit.serving.file_plan import exported_tensors, plan_file, stored_tensors
-from falcon_kit.serving.gguf_kinds import ALIASES
+from falcon_kit.serving.file_plan import plan_file
+from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
-from falcon_kit.serving.protocol import Request, retry
+from falcon_kit.serving.protocol import retry
 from falcon_kit.serving.source import Files, Source, files_for, loading_plan, source_of
-from falcon_kit.serving.stream import RemoteStream, wait_for
+from falcon_kit.serving.stream import wait_for
 
 _SHORTEST = 64  # tokens: a shorter context is no use
 _SMALLER = "q4_k_m"
@@ -76,18 +73,8 @@ class Served(Endpoint):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def prompt_logprobs(self, prompts: Sequence[str]) -> list[list[PromptToken]]:
-        """As `Endpoint.prompt_logprobs`."""
+    def _check(self) -> None:
         self._process.check()
-        return super().prompt_logprobs(prompts)
-
-    def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
-        self._process.check()
-        return super()._stream(request, strip, turns)
-
-    def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
-        self._process.check()
-        return super()._generate_all(requests, strip)
 
     def __repr__(self) -> str:
         ended = self._process.ended
@@ -238,7 +225,7 @@ def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, 
 def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
     if not engine.reads_gguf:
         return plan(source.spec, dtype, context, texts, devices=devices)
-    tensors = stored_tensors(source.file) if source.file else exported_tensors(source.spec, dtype)
+    tensors = source.file.tensors if source.file else planned_tensors(source.spec, dtype)
     return plan_file(source.spec, dtype, tensors, context, texts, devices)
 
 
@@ -260,7 +247,7 @@ def _advice(
     shorter = (context >> times for times in range(1, context.bit_length()) if context >> times >= _SHORTEST)
     if fitting := next((each for each in shorter if counted(each, texts).fits), None):
         yield f"context={fitting}"
-    smaller = exported_tensors(source.spec, _SMALLER)
+    smaller = planned_tensors(source.spec, _SMALLER)
     devices = counted(context, texts).devices
     if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
         if source.file and loading:

@@ -21,7 +21,7 @@ from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.serving import ggml
 from falcon_kit.serving import gguf as export
 from falcon_kit.serving.gguf import export_gguf, write_gguf
-from falcon_kit.serving.gguf_kinds import FILE_TYPES, tensor_kinds, tensor_sizes
+from falcon_kit.serving.gguf_kinds import FILE_TYPES, planned_tensors
 from tests.conftest import LAYOUTS, small_model
 from tests.serving.servers import llama_cpp
 
@@ -192,9 +192,9 @@ def test_each_tensor_has_the_kind_that_llama_quantize_chooses(case):
 def chosen(spec, kind):
     """The kinds of the matrices, as in `CHOSEN`."""
     parts = {}
-    for name, each in tensor_kinds(spec, kind).items():
-        if each.name != "F32":
-            parts.setdefault(name.split(".")[-2], []).append(CODES[each.name])
+    for name, each in planned_tensors(spec, kind).items():
+        if each.kind != "F32":
+            parts.setdefault(name.split(".")[-2], []).append(CODES[each.kind])
     return {part: codes[0] if len({*codes}) == 1 else "".join(codes) for part, codes in parts.items()}
 
 
@@ -202,10 +202,10 @@ def chosen(spec, kind):
 def test_the_file_has_the_bytes_that_were_planned(kind, tmp_path):
     model = small_model("7b", hidden_size=192, num_attention_heads=3)
     file = fk.gguf_file(write_gguf(model, spec_of(model), tmp_path / "a.gguf", kind))
-    assert sum(file.kinds.values()) == sum(tensor_sizes(spec_of(model), kind).values())
+    assert sum(file.kinds.values()) == sum(each.bytes for each in planned_tensors(spec_of(model), kind).values())
     end = max(each.offset + each.bytes for each in file.tensors.values())
     assert end <= file.path.stat().st_size < end + 32  # padded
-    assert file.kinds.keys() == {each.name for each in tensor_kinds(spec_of(model), kind).values()}
+    assert file.kinds.keys() == {each.kind for each in planned_tensors(spec_of(model), kind).values()}
 
 
 def test_a_head_of_its_own_is_written(instruct, tmp_path):

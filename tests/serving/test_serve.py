@@ -28,7 +28,7 @@ from falcon_kit.serving import local_process
 from falcon_kit.serving import serve as serving
 from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM, Job, choose_engine, splits
 from falcon_kit.serving.failures import connection_error
-from falcon_kit.serving.file_plan import plan_file, stored_tensors
+from falcon_kit.serving.file_plan import plan_file
 from falcon_kit.serving.gguf import write_gguf
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_dtype
 from falcon_kit.serving.local_process import ServerDied
@@ -740,7 +740,7 @@ def test_a_file_that_names_no_mixture_is_called_after_the_kind_of_most_bytes(num
 
 def test_a_gguf_file_is_planned_by_its_bytes_and_16_bits_of_keys_and_values(instruct, tmp_path):
     file = fk.gguf_file(fk.export_gguf(instruct, tmp_path / "mine.gguf", "q4_k_m"))
-    planned = plan_file(file.spec, "q4_k_m", stored_tensors(file), 512, 3, [Device("cpu", "cpu", 2**40)])
+    planned = plan_file(file.spec, "q4_k_m", file.tensors, 512, 3, [Device("cpu", "cpu", 2**40)])
     rest = ("KV cache", "logits", "activations", "overhead")
     assert sum(row.bytes for row in planned.rows if row.part not in rest) == planned.weight_bytes
     assert planned.weight_bytes == sum(file.kinds.values())
