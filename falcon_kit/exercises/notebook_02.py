@@ -5,7 +5,9 @@ from typing import Any
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.exercises.outcome import Hint, expect
+from falcon_kit.playground.state import PRESETS
 
+_ASKED = PRESETS["creative"] | {"seed": 1}
 _SEEDS = 10
 
 
@@ -13,7 +15,12 @@ def exercise_1(token: str, session: Any) -> str:
     """The text of a token, and the session that generated it: fk.check("02.1", token_text, session)."""
     expect(isinstance(token, str), "Give the text of the token as a string, with its space.")
     expect(session.turns, "Your session has no turn yet: call session.generate(fk.CARD.prompt) first.")
-    tokens = [each for span in session.turns[-1].answers[0].spans for each in span.tokens]
+    answer = session.turns[-1].answers[0]
+    expect(
+        answer.prompt == CARD.prompt and all(answer.settings.get(key) == value for key, value in _ASKED.items()),
+        "Your last answer is another one: set the creative preset and seed 1, then generate from fk.CARD.prompt.",
+    )
+    tokens = [each for span in answer.spans for each in span.tokens]
     lowest, highest = (choose(tokens, key=lambda each: each.logprob) for choose in (min, max))
     if token != lowest.text:
         expect(token != lowest.text.strip(), "Almost: the space before a word is part of its token.")

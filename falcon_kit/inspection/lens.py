@@ -3,9 +3,9 @@
 The logit lens applies the last LayerNorm and the language-modelling head to the hidden state after every layer:
 softmax(W_U ln_f(h)) (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
-In Falcon's parallel block, attention and MLP both add to the same hidden state, so a logit is a sum of contributions
-(direct logit attribution): one of the embedding, and one of each layer's attention and MLP. The last LayerNorm is
-applied once, with the deviation of the last hidden state, so that the contributions add up exactly to the logit.
+Attention and MLP only add to the hidden state, and the last LayerNorm is applied with the deviation of the last hidden
+state. So a logit is exactly the sum of contributions (direct logit attribution): one of the embedding, and one of each
+layer's attention and MLP.
 (`hidden_states[-1]` of transformers is already after `ln_f`.)
 
 The text goes through the model twice: first for the predictions, then for the layers. Logits are computed for a few

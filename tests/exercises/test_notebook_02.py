@@ -42,6 +42,19 @@ def test_other_tokens_get_their_hint(session, tokens, instruct):
     assert "no turn yet" in hint("02.1", " I", fk.playground(instruct).session)
 
 
+@pytest.mark.parametrize(
+    ("preset", "seed", "prompt"),
+    [("card", 1, fk.CARD.prompt), ("creative", 2, fk.CARD.prompt), ("creative", 1, "The giraffe")],
+)
+def test_the_least_probable_token_of_another_answer_gets_a_hint(instruct, preset, seed, prompt):
+    other = fk.playground(instruct).session
+    other.preset(preset)
+    other.set(seed=seed, max_new_tokens=5)
+    other.generate(prompt)
+    tokens = [token for span in other.turns[-1].answers[0].spans for token in span.tokens]
+    assert "creative preset and seed 1" in hint("02.1", min(tokens, key=lambda each: each.logprob).text, other)
+
+
 def test_a_guardrail_that_counts_passes():
     assert fk.check("02.2", once)
 

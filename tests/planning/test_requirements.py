@@ -42,6 +42,20 @@ def test_a_directory_needs_no_download(machine, checkpoint):
     assert fk.requirements(checkpoint, minutes=5).download_bytes == 0
 
 
+def test_the_tokenizer_alone_needs_no_download_of_weights_and_no_other_machine(machine):
+    taken = fk.requirements("tiiuae/falcon-40b-instruct", minutes=1, weights=False)
+    assert (taken.download_bytes, taken.tiers) == (0, ())
+    assert repr(taken).splitlines()[:2] == [
+        "memory: 440 MiB, Python with torch and transformers",
+        "download: the files of the tokenizer, a few MiB, once",
+    ]
+    assert taken._repr_html_().count("<table>") == 1
+
+
+def test_the_tokenizer_of_an_embedded_model_needs_no_download(machine):
+    assert "download: nothing" in repr(fk.requirements("falconet", minutes=1, weights=False))
+
+
 def test_the_plan_takes_the_arguments_of_the_notebook(machine):
     taken = fk.requirements("falconet", minutes=5, purpose="lora", context=256)
     assert {each.purpose for each in (taken.plan, *taken.tiers)} == {"lora"}
