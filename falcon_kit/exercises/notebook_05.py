@@ -30,10 +30,9 @@ def exercise_2(bits: float, falcon: Any) -> str:
     heads = _induction_heads(falcon)
     with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
     right, zero, before = (each[_SECOND_COPY] for each in (with_mean.after, with_zero.after, with_mean.before))
-    expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
-    expect(
-        near(bits, right.mean(), 0.002) or not near(bits, zero.mean(), 0.002), "That is with zero: use replace='mean'."
-    )
+    if not near(bits, right.mean(), 0.002):  # where the heads matter little, a mistake is near the right answer too
+        expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
+        expect(not near(bits, zero.mean(), 0.002), "That is with zero: use replace='mean'.")
     expect(near(bits, right.mean(), 0.01), "Take the mean of `after[51:]` with all induction heads ablated.")
     bits_of = f"{right.mean():.2f} bits, {zero.mean():.2f} with zero and {before.mean():.2f} with the heads"
     if right.mean() < (zero.mean() + before.mean()) / 2:
@@ -47,8 +46,10 @@ def exercise_3(lowest_bits: float, falcon: Any) -> str:
     rest = [[head for head in heads if head != kept] for kept in heads]
     only_one = [float(_without(falcon, others).after[_SECOND_COPY].mean()) for others in rest]
     without_one = [float(_without(falcon, [head]).after[_SECOND_COPY].mean()) for head in heads]
-    expect(not any(near(lowest_bits, each, 0.01) for each in without_one), "That is without one head: keep only one.")
-    expect(not near(lowest_bits, max(only_one), 0.002), "That is the highest of the results: take the lowest.")
+    if not near(lowest_bits, min(only_one), 0.002):  # of two heads, without one is with only the other
+        mistaken = any(near(lowest_bits, each, 0.01) for each in without_one)
+        expect(not mistaken, "That is without one head: keep only one.")
+        expect(not near(lowest_bits, max(only_one), 0.002), "That is the highest of the results: take the lowest.")
     expect(near(lowest_bits, min(only_one), 0.01), "For each head, ablate all the others, and average `after[51:]`.")
     none = _without(falcon, heads)
     with_all, with_none = (float(each[_SECOND_COPY].mean()) for each in (none.before, none.after))

@@ -1,8 +1,12 @@
 """The checks of notebook 05 from both sides: right answers pass, typical mistakes get their hint."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.exercises import notebook_05
 from falcon_kit.exercises.notebook_05 import _induction_heads, _without
 
 
@@ -49,3 +53,20 @@ def test_the_bits_with_one_head_pass_and_others_get_their_hint(falconet, heads, 
     assert "keep only one" in hint("05.3", _without(falconet, heads[:1]).after[51:].mean(), falconet)
     assert "take the lowest" in hint("05.3", max(one_head), falconet)
     assert "ablate all the others" in hint("05.3", 1.0, falconet)
+
+
+def test_a_model_with_two_induction_heads_has_a_right_answer(falconet, heads, monkeypatch):
+    pair = heads[:2]
+    monkeypatch.setattr(notebook_05, "_induction_heads", lambda _: pair)
+    alone = [_without(falconet, [head]).after[51:].mean() for head in pair]
+    assert fk.check("05.3", min(alone), falconet)
+    assert not fk.check("05.3", max(alone), falconet)
+
+
+def test_heads_that_change_little_leave_a_right_answer(falconet, monkeypatch):
+    def without(_, __, replace="zero"):
+        return SimpleNamespace(before=np.full(99, 1.00), after=np.full(99, 1.01 if replace == "mean" else 1.50))
+
+    monkeypatch.setattr(notebook_05, "_without", without)
+    assert fk.check("05.2", 1.01, falconet)
+    assert not fk.check("05.2", 1.00, falconet)
