@@ -37,12 +37,8 @@ def serve(load: Callable[..., Any]) -> None:
             request = link.receive()
             try:
                 link.send(done=_answer(falcon, request, link))
-            except EOFError:
-                raise
             except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
                 link.send(error=_named(error))
-    except EOFError:
-        return
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
         link.send(error=_named(error))
         link.receive()

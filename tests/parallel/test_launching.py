@@ -437,6 +437,14 @@ def test_a_process_that_dies_takes_the_others_along_and_is_named():
 # A rank that fails while the others wait for it
 
 
+def test_an_end_of_file_while_a_rank_loads_is_reported_as_its_error():
+    code = "from falcon_kit.parallel.worker import serve\ndef load(name, **_): raise EOFError(name)\n"
+    workers = Workers(code + "serve(load)", [{"RANK": "0", "WORLD_SIZE": "1"}])
+    workers.send({"directory": "cut off", "settings": {"chat": "falcon"}})
+    assert workers.receive(120) == (0, {"error": ["EOFError", "cut off"]})
+    workers.close()
+
+
 class Answers:
     """Workers that have sent these messages, and of which one then dies or all wait."""
 
