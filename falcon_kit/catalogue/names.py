@@ -120,7 +120,12 @@ def _hub_spec(name: str, seen: tuple[str, ...], revision: str | None) -> FalconS
     """The spec of a hub id, an adapter's too."""
     with hub_id_errors(name):
         folder = fetch_configs(name, revision=revision)
-    return replace(_directory_spec(folder, seen, name), name=name, source=f"https://huggingface.co/{name}")
+    return on_hub(_directory_spec(folder, seen, name), name)
+
+
+def on_hub(spec: FalconSpec, repository: str) -> FalconSpec:
+    """The spec under the id of its repository."""
+    return replace(spec, name=repository, source=f"https://huggingface.co/{repository}")
 
 
 def check_directory(name: str) -> None:

@@ -84,8 +84,10 @@ class FalconSpec:
 
     @property
     def hub_id(self) -> str | None:
-        """The id on the Hugging Face hub; None if it is not published there."""
-        return f"tiiuae/{self.name}" if self.published else None
+        """The id on the Hugging Face hub; None for a model that is not from there."""
+        if self.published:
+            return f"tiiuae/{self.name}"
+        return self.name if self.source == f"https://huggingface.co/{self.name}" else None
 
     @property
     def head_dim(self) -> int:

@@ -24,7 +24,7 @@ def plain_text(template: str, name: str, **variables: Any) -> str:
     name: the template in the error. Raises ValueError where the template refuses the conversation.
     """
     with _refusals(name):
-        return _compiled(template).render(**variables)
+        return _compiled(template).render(tools=None, documents=None, **variables)  # as transformers gives them
 
 
 def transformers_text(

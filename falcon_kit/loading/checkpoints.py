@@ -31,6 +31,7 @@ from falcon_kit.catalogue.names import (
     is_here,
     known_name,
     local_path,
+    on_hub,
     spec,
 )
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
@@ -151,7 +152,9 @@ def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) ->
         folder = fetch_configs(repository, **hub)
     shape = next((each for each in catalogue() if each.hub_id == repository), None)
     found = _from_directory(folder, hub, shape, seen, repository)
-    named = replace(found.spec, name=repository) if shape is None else shape  # a snapshot is named after a commit
+    named = shape or replace(found.spec, name=repository)  # a snapshot is named after a commit
+    if not shape and hub.get("revision") is None:  # with a revision, the id alone would load another commit
+        named = on_hub(found.spec, repository)
     base = named if not found.adapters or folder == found.directory else found.base
     return replace(found, spec=named, base=base, repositories={**found.repositories, folder: repository})
 

@@ -37,7 +37,7 @@ from falcon_kit.loading.checks import (
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.quantization import compute_dtype, stored_quantisation
+from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
 from falcon_kit.model.products import faster_without_onednn
@@ -46,7 +46,7 @@ from falcon_kit.planning.devices import Device, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
-from falcon_kit.planning.processor import cpu_dtype
+from falcon_kit.planning.processor import cpu_dtype, gpu_dtype
 from falcon_kit.planning.suggestions import Suggestion, in_words_of
 
 _WRONG_IN_2023 = (1, 2)
@@ -162,9 +162,7 @@ def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:
         return wanted, "as asked"
     stored, reason = _stored_dtype(found)
     if torch.cuda.is_available():
-        if stored == "bfloat16" and compute_dtype() == torch.float16:
-            return "float16", "the checkpoint's bfloat16 is not native to this GPU"
-        return stored, reason
+        return gpu_dtype(stored, reason)
     return cpu_dtype(stored, found.spec, host_memory()[1], reason)
 
 

@@ -29,6 +29,7 @@ from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantizer import METHOD, PackedConfig
 from falcon_kit.model.products import has_products
 from falcon_kit.parallel.ranks import local_tensor
+from falcon_kit.planning.environment import native_bfloat16
 
 
 def _lacks(text: str, record: logging.LogRecord) -> bool:
@@ -102,9 +103,7 @@ def stored_quantisation(config: Any) -> str | None:
 
 def compute_dtype() -> torch.dtype:
     """The dtype of the weights that are not quantised, and on GPUs of the products with those that are."""
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    return torch.bfloat16 if native_bfloat16() else torch.float16
 
 
 def kept_as(module: nn.Module) -> str:

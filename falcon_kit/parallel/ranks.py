@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
@@ -91,8 +91,3 @@ def placement(ranks: int | None) -> Iterator[dict[str, Any]]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a divided tensor; a tensor that is not divided, as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in this process; tied ones count once."""
-    return sum(local_tensor(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))

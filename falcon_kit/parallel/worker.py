@@ -18,7 +18,7 @@ from falcon_kit.generation.own_format import stored_format
 from falcon_kit.generation.ranks import any_rank
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
-from falcon_kit.parallel.ranks import Rank, local_bytes, local_tensor
+from falcon_kit.parallel.ranks import Rank, local_tensor
 from falcon_kit.parallel.workers import Link
 
 _READER_TIMEOUT = timedelta(days=7)
@@ -37,12 +37,8 @@ def serve(load: Callable[..., Any]) -> None:
             request = link.receive()
             try:
                 link.send(done=_answer(falcon, request, link))
-            except EOFError:
-                raise
             except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
                 link.send(error=_named(error))
-    except EOFError:
-        return
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
         link.send(error=_named(error))
         link.receive()
@@ -73,7 +69,7 @@ def _init_process_group(folder: Path) -> int:
 def _rank(falcon: Any, rank: int, cache_bytes: int) -> dict[str, Any]:
     """The fields of this process's `Rank`."""
     device = str(local_tensor(falcon.model.lm_head.weight).device)
-    return asdict(Rank(rank, device, local_bytes(falcon.model), cache_bytes))
+    return asdict(Rank(rank, device, falcon.weight_bytes, cache_bytes))
 
 
 class _CancelledCriteria(StoppingCriteria):

@@ -149,7 +149,7 @@ class Link:
 
     def __init__(self) -> None:
         self._out = os.fdopen(int(os.environ[_MESSAGES_FD]), "w")
-        self._arrived: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.cancelled: int | None = None
         """The number of the last cancelled request."""
         threading.Thread(target=self._read, daemon=True).start()
@@ -162,7 +162,7 @@ class Link:
                 self.cancelled = message["cancel"]
             else:
                 self._arrived.put(message)
-        self._arrived.put(None)
+        os._exit(1)  # the parent has ended
 
     @property
     def folder(self) -> Path:
@@ -175,15 +175,12 @@ class Link:
         self._out.flush()
 
     def receive(self) -> Message:
-        """The next message. Raises EOFError when the parent has ended."""
-        message = self._arrived.get()
-        if message is None:
-            raise EOFError("the process that started this worker has ended")
-        return message
+        """The next message."""
+        return self._arrived.get()
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has ended.
+    """Ends this process when its parent has ended, also where a child of the parent keeps its stdin open.
 
     Linux's own signal for that (PR_SET_PDEATHSIG) is sent when the thread that started the worker ends, which is too
     early.

@@ -59,10 +59,8 @@ def disk_for(shape: FalconSpec, here: bool) -> Disk | None:
 
 def _repository(shape: FalconSpec) -> str | None:
     """The repository of the hub with the weights, which for an adapter there is that of its base; else None."""
-    if shape.hub_id or not shape.source.startswith("https://huggingface.co/"):
+    if shape.published or not (shape.hub_id and shape.fine_tuned_from):
         return shape.hub_id
-    if shape.fine_tuned_from is None:
-        return shape.name
     known = {each.name: each.hub_id for each in catalogue()}
     return known.get(shape.fine_tuned_from, shape.fine_tuned_from)
 

@@ -174,6 +174,13 @@ def gpu_problem() -> str:
     return ""
 
 
+def native_bfloat16() -> bool:
+    """Whether torch's GPU computes bfloat16 in instructions of its own; True without a GPU."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def own_gpu(count: int) -> int | None:
     """The index of this process's GPU, of `count`, if a launcher started several processes; None in a single process.
 

@@ -35,7 +35,7 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
-from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, has_instructions_for
+from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, gpu_dtype, has_instructions_for
 from falcon_kit.planning.suggestions import (
     Suggestion,
     margin_doubt,
@@ -210,7 +210,7 @@ def _dtype(dtype: Any, shape: FalconSpec, purpose: Purpose, devices: Sequence[De
         return dtype_name(dtype)
     if devices[0].key == "cpu":
         return cpu_dtype(shape.stored_dtype, shape, devices[0].free_bytes)[0]
-    return shape.stored_dtype
+    return gpu_dtype(shape.stored_dtype)[0] if devices[0].here else shape.stored_dtype
 
 
 def _planned(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:

@@ -1,6 +1,6 @@
-"""What the CPU of this machine multiplies in instructions of its own, and which dtype is fast for that reason.
+"""What the processors of this machine multiply in instructions of their own, and which dtype is fast for that reason.
 
-torch is not imported: its own answer is `falcon_kit.model.products.has_products`.
+torch is imported for a GPU only; its own answer for the CPU is `falcon_kit.model.products.has_products`.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning.environment import native_bfloat16
 from falcon_kit.planning.places import read_text
 
 _FLAGS = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
@@ -39,6 +40,13 @@ def cpu_dtype(stored: str, spec: FalconSpec, available: int, reason: str = "as i
         return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
     if stored == "float16":
         return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
+    return stored, reason
+
+
+def gpu_dtype(stored: str, reason: str = "as in the checkpoint") -> tuple[str, str]:
+    """As `cpu_dtype`, on this machine's GPU."""
+    if stored == "bfloat16" and not native_bfloat16():
+        return "float16", "the checkpoint's bfloat16 is not native to this GPU"
     return stored, reason
 
 

@@ -163,7 +163,7 @@ def test_instruct_models_name_the_model_they_come_from() -> None:
     assert all(spec(each.fine_tuned_from).fine_tuned_from is None for each in catalogue() if each.fine_tuned_from)
 
 
-def test_only_published_models_have_a_hub_id() -> None:
+def test_an_embedded_model_has_no_hub_id() -> None:
     assert ("tiiuae/falcon-7b", None) == (spec("falcon-7b").hub_id, spec("falconet").hub_id)
 
 

@@ -456,7 +456,12 @@ def test_the_assistant_is_not_asked_to_answer_itself() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ strftime_now('%Y') }}", "{{ messages | tojson }}", "{{ messages | tojson(indent=2, ensure_ascii=true) }}"],
+    [
+        "{{ strftime_now('%Y') }}",
+        "{{ messages | tojson }}",
+        "{{ messages | tojson(indent=2, ensure_ascii=true) }}",
+        "{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ documents }}",
+    ],
 )
 def test_plain_jinja_renders_the_functions_and_filters_of_transformers(template: str) -> None:
     messages = [{"role": "user", "content": "<é> & 'so'"}]

@@ -35,6 +35,22 @@ def test_a_hub_id_that_is_cached_loads_without_network(tokenizer, tmp_path):
     assert falcon.plan.disk is None  # nothing is to be downloaded any more
 
 
+def test_a_model_of_the_hub_is_named_by_its_id(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved")
+    falcon = fk.load("somebody/my-falcon", cache_dir=tmp_path, local_files_only=True)
+    assert (falcon.name, falcon.spec.hub_id) == ("somebody/my-falcon", "somebody/my-falcon")
+
+
+def test_a_revision_of_the_hub_is_named_by_its_folder(tokenizer, tmp_path):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved", "v2", "2" * 40)
+    falcon = fk.load("somebody/my-falcon", revision="v2", cache_dir=tmp_path, local_files_only=True)
+    assert falcon.name == str(tmp_path / "models--somebody--my-falcon" / "snapshots" / ("2" * 40))
+
+
 def test_a_cached_hub_id_with_pickled_weights_only_loads_too(tokenizer, tmp_path):
     cached(tmp_path, "somebody/old-falcon", legacy(tmp_path / "old", "40b", tokenizer))
     falcon = fk.load("somebody/old-falcon", cache_dir=tmp_path, local_files_only=True, dtype="float32")

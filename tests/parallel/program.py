@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import falcon_kit as fk
-from falcon_kit.parallel.ranks import local_bytes
 from tests.conftest import logits
 
 IDS = torch.tensor([[23, 900, 77, 1500, 42], [11, 11, 77, 1500, 42]])
@@ -61,7 +60,7 @@ def report(directory: Path) -> None:
     taken = [piece.token_id for piece, _ in zip(cut, range(3), strict=False)] if rank == 0 else [*cut]
     cut.close()
     facts = {
-        "weights": local_bytes(model),
+        "weights": falcon.weight_bytes,
         "caches": caches,
         "drawn": [drawn.tokens, apart.tokens],
         "cut": [len(taken), len(cut.generation.tokens), cut.generation.finish_reason],

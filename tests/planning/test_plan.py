@@ -12,6 +12,8 @@ from transformers import FalconConfig
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.loading.checkpoints import find
+from falcon_kit.loading.load import choose_dtype
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.machines import MACHINES
 
@@ -113,6 +115,13 @@ def test_the_dtype_auto_is_that_of_the_checkpoint_as_load_chooses_it(tmp_path, m
 
 def test_the_dtype_auto_of_a_model_that_is_not_here_is_the_published_one():
     assert fk.plan("falcon-7b", "auto", devices="T4").dtype == "bfloat16"
+
+
+def test_the_dtype_auto_on_a_gpu_without_bfloat16_is_the_one_that_load_chooses(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    planned = fk.plan("falconet", "auto", devices=[Device("T4", 0, 2**34, here=True)])
+    assert planned.dtype == choose_dtype(None, find("falconet", {}))[0] == "float16"
 
 
 # What is published
