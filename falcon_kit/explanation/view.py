@@ -153,7 +153,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def _commands(self) -> dict[str, Callable[..., None]]:
         return {
-            "hello": lambda _: self.send({"type": "start", **self._start()}),
+            "hello": lambda key: self.send({"type": "start", "key": key, **self._start()}),
             "take": lambda _, id: self.take(id),
             "layer": lambda key, **what: self._answer(key, self._layer(**what)),
             "head": lambda key, **what: self._answer(key, self._head(**what)),

@@ -228,25 +228,61 @@ def test_a_page_stays_at_the_last_token_whatever_key_or_button_is_pressed(browse
 
 
 @pytest.fixture
-def live(browser: Browser, falcon):
-    """A view whose kernel is this test: `sent` are its requests, `answer(message)` answers them."""
+def unanswered(browser: Browser, falcon):
+    """A view whose kernel is this test, before the first answer: `sent` are its requests."""
     data = fk.explain(falcon, TEXT).page([0, 1]).data
+    source = _SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100").replace("HELLO_AGAIN = 2000", "HELLO_AGAIN = 40")
     page = browser.new_page()
     page.set_content("<body></body>")
     page.evaluate(
-        f"""(data) => {{ {_SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100")}
+        f"""(data) => {{ {source}
         window.sent = [];
         window.start = data.start;
+        window.hello = () => answer({{ type: "start", key: "hello", ...start }});
         window.part = (key) => answer({{ type: "part", key, part: key === "route" ? data.route : data.parts[key] }});
         const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => sent.push(message) }};
-        render({{ model, el: document.body }});
-        answer({{ type: "start", ...data.start }});
-        ["layer 0 5", "head 0 5 0 "].forEach(part); }}""",
+        render({{ model, el: document.body }}); }}""",
         data,
     )
-    page.wait_for_selector("[data-drawn]")
     yield page
     page.close()
+
+
+@pytest.fixture
+def live(unanswered: Page):
+    """The same after the first drawing."""
+    unanswered.evaluate("hello(); ['layer 0 5', 'head 0 5 0 '].forEach(part)")
+    unanswered.wait_for_selector("[data-drawn]")
+    return unanswered
+
+
+def test_a_view_that_is_not_greeted_back_says_so(unanswered: Page):
+    expect(unanswered.locator(".fk-notice")).to_contain_text("No answer from the kernel")
+
+
+def test_a_greeting_that_was_lost_is_repeated_until_the_kernel_answers(unanswered: Page):
+    unanswered.wait_for_function("sent.filter(message => message.do === 'hello').length > 5")
+    unanswered.evaluate("hello(); ['layer 0 5', 'head 0 5 0 '].forEach(part)")
+    expect(unanswered.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("Head 0 of layer 0")
+    expect(unanswered.locator(".fk-notice")).to_be_hidden()
+    unanswered.evaluate("sent.length = 0")
+    unanswered.wait_for_timeout(200)
+    assert unanswered.evaluate("sent") == []
+
+
+def test_an_error_is_not_asked_for_again(unanswered: Page):
+    unanswered.evaluate("answer({ type: 'error', key: 'hello', text: 'out of memory' }); sent.length = 0")
+    unanswered.wait_for_timeout(200)
+    assert unanswered.evaluate("sent") == []
+    expect(unanswered.locator(".fk-notice")).to_have_text("out of memory")
+
+
+def test_an_answer_to_a_repeated_greeting_leaves_what_was_chosen(live: Page):
+    live.get_by_role("combobox", name="Layer").select_option("1")
+    live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part); hello()")
+    live.wait_for_timeout(200)
+    assert live.evaluate("sent.filter(message => message.do === 'layer').length") == 2
+    expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("of layer 1")
 
 
 def test_a_part_is_asked_for_once_however_often_it_is_wanted(live: Page):

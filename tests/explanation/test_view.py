@@ -43,7 +43,9 @@ def test_an_answer_carries_the_key_of_its_request(instruct, sent):
     ask(view, "layer", key="a", layer=5, position=2)
     ask(view, "head", key="b", layer=5, position=2, head=3)
     ask(view, "route", key="c")
-    assert [(message["type"], message["key"]) for message in sent] == [("part", key) for key in "abc"]
+    ask(view, "hello", key="d")
+    answers = [*(("part", key) for key in "abc"), ("start", "d")]
+    assert [(message["type"], message["key"]) for message in sent] == answers
     assert sent[0]["part"]["probabilities"]["shape"] == [4, 3]
 
 

@@ -1,7 +1,8 @@
 // The view: it asks the model for parts, in the kernel or stored in the page, and draws the stages from them.
 
 const NO_ANSWER = 5000; // milliseconds after which a missing answer is reported
-const SILENT = "No answer from the kernel. If it was restarted, run the cell again.";
+const HELLO_AGAIN = 2000; // milliseconds after which "hello" is sent again
+const SILENT = "No answer from the kernel. If it was restarted, run the cell again. If no cell is running, reload the page.";
 const NOT_STORED = "This page has no kernel and does not hold this part: run fk.explain in a notebook.";
 
 /** The parts that are stored in a page, behind the interface of a widget's model. */
@@ -26,6 +27,7 @@ function render({ model, el }) {
   const parts = new Map(); // what was received, by request
   const waiting = new Map(); // {promise, resolve, reject, late} of what was asked for, by request
   let text = null;
+  let helloTimer = null;
   let drawn = { ...state }; // what is on the screen
   let drawing = 0; // the number of the drawing that is newest
 
@@ -122,7 +124,8 @@ function render({ model, el }) {
     const asked = waiting.get(key);
     clearTimeout(asked?.late);
     waiting.delete(key);
-    if (type === "start") start(message);
+    if (key === "hello" || type === "start") clearTimeout(helloTimer);
+    if (type === "start" && !(key === "hello" && text)) start(message); // "hello" may be answered more than once
     if (type === "error") {
       say(message.text);
       asked?.reject(new Error(message.text));
@@ -133,7 +136,17 @@ function render({ model, el }) {
     asked?.resolve(message.part);
   }
 
+  // A reloaded page may not be connected to the kernel yet.
+  function sayHello(times) {
+    if (times === 3) say(SILENT);
+    helloTimer = setTimeout(sayHello, HELLO_AGAIN, times + 1);
+    model.send({ do: "hello", key: "hello" });
+  }
+
   model.on("msg:custom", receive);
-  model.send({ do: "hello" });
-  return () => model.off("msg:custom", receive);
+  sayHello(0);
+  return () => {
+    clearTimeout(helloTimer);
+    model.off("msg:custom", receive);
+  };
 }
