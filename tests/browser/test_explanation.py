@@ -1,5 +1,6 @@
 """The view of `fk.explain`: every number on the screen is the model's, in a page and as a widget in JupyterLab."""
 
+import re
 import unicodedata
 from importlib.resources import files
 
@@ -15,6 +16,8 @@ from falcon_kit.explanation.record import record
 from falcon_kit.explanation.route import attention_rows
 from falcon_kit.explanation.view import _SOURCE
 from falcon_kit.inspection.hooks import inspect_model
+from tests.conftest import LAYOUTS
+from tests.inspection.models import model
 
 from .lab import Notebook
 
@@ -45,9 +48,11 @@ def scheme(request):
     return request.param
 
 
-def opened(browser: Browser, file, **options) -> Page:
+def opened(browser: Browser, file, errors=None, **options) -> Page:
+    """A page of its own; the errors of its scripts are added to `errors`."""
     page = browser.new_context(**{"viewport": {"width": 1100, "height": 900}} | options).new_page()
     page.set_default_timeout(20_000)
+    page.on("pageerror", lambda error: errors is None or errors.append(str(error)))
     page.goto(file.as_uri())
     page.wait_for_selector("[data-drawn]")
     return page
@@ -73,6 +78,13 @@ def distribution(page: Page, **settings: float) -> list[float]:
             "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
         )
     return numbers(page, "prediction", 6)
+
+
+def violations(page: Page) -> list[tuple]:
+    """What axe-core finds in the view."""
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("async () => (await axe.run('.fk-explanation')).violations")
+    return [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found]
 
 
 # Numbers
@@ -165,9 +177,7 @@ def test_the_page_asks_for_nothing_and_no_script_fails(browser, file):
 def test_axe_finds_no_violation(browser, file, scheme, width):
     page = opened(browser, file, color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
     page.get_by_role("button", name="Start the tour").click()
-    page.evaluate(AXE.read_text())
-    found = page.evaluate("async () => (await axe.run('.fk-explanation')).violations")
-    assert [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found] == []
+    assert violations(page) == []
     page.context.close()
 
 
@@ -191,9 +201,81 @@ def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
     page.context.close()
 
 
-def test_a_box_of_the_diagram_leads_to_its_stage(page):
-    page.locator("[data-to=mlp]").press("Enter")
-    expect(page.locator("[data-stage=mlp] h3")).to_be_focused()
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout_page(request, browser: Browser, falcon, tmp_path_factory):
+    """The layout, a page of a model of it, and the errors of its script."""
+    errors: list[str] = []
+    view = fk.explain((model(request.param), falcon.tokenizer), TEXT)
+    page = opened(browser, view.to_html(tmp_path_factory.mktemp("page") / "page.html"), bypass_csp=True, errors=errors)
+    yield request.param, page, errors
+    page.context.close()
+
+
+def test_every_layout_is_drawn_for_everybody_and_each_box_leads_to_its_stage(layout_page):
+    _, page, errors = layout_page
+    names = set()
+    for box in page.locator("[data-to]").all():
+        names.add(name := box.get_attribute("data-to"))
+        box.press("Enter")
+        expect(page.locator(f"[data-stage={name}] h3")).to_be_focused()
+    assert len(names) == 10
+    assert violations(page) == []
+    assert errors == []
+
+
+BEHIND_A_BOX = """() => {
+    const boxes = [...document.querySelectorAll(".fk-flow g:not([data-to=residual])")];
+    const [path, label] = [".fk-flow path", ".fk-flow .fk-times"].map((name) => document.querySelector(name));
+    const points = [...Array(Math.ceil(path.getTotalLength())).keys()].map((at) => path.getPointAtLength(at));
+    const { x, y, width, height } = label.getBBox();
+    points.push({ x, y }, { x, y: y + height }, { x: x + width, y }, { x: x + width, y: y + height });
+    const between = (at, start, size) => at > start + 1 && at < start + size - 1;
+    const inside = ({ x, y }, box) => between(x, box.x, box.width) && between(y, box.y, box.height);
+    return boxes.filter((box) => points.some((point) => inside(point, box.getBBox()))).map((box) => box.dataset.to);
+}"""
+
+
+def test_nothing_of_the_diagram_is_behind_a_box(layout_page):
+    assert layout_page[1].evaluate(BEHIND_A_BOX) == []
+
+
+def test_a_key_is_described_with_the_queries_that_read_it(layout_page):
+    layout, page, _ = layout_page
+    stage = page.locator("[data-stage=projection]")
+    stage.locator(".fk-cell.fk-key").hover()
+    shared = {"7b": "shared by query heads 0 to 3", "40b": "shared by query heads 0 to 1"}
+    shared |= {"180b": "shared by query heads 0 to 2", "rw": "read by query head 0"}
+    expect(stage.locator(".fk-info")).to_have_text(f"key head 0, {shared[layout]}")
+
+
+def test_the_tour_tells_what_the_model_has(layout_page):
+    layout, page, _ = layout_page
+    page.get_by_role("button", name="Start the tour").click()
+    told = {}
+    for _ in range(10):
+        stage = page.locator("section.fk-toured").get_attribute("data-stage")
+        told[stage] = page.locator(".fk-tour p").inner_text()
+        page.locator(".fk-tour button", has_text=re.compile("Next|Done")).click()
+    expected = {
+        "7b": {"norms": "in parallel, and both read the result of one", "projection": "All query heads share one key"},
+        "40b": {
+            "norms": "in parallel, and each has a LayerNorm of its own",
+            "projection": "Several query heads share one key",
+        },
+        "180b": {
+            "norms": "in parallel, and each has a LayerNorm of its own",
+            "projection": "Several query heads share one key",
+        },
+        "rw": {
+            "norms": "after attention, and each has a LayerNorm of its own",
+            "projection": "has its own key and value",
+        },
+    }
+    for stage, words in expected[layout].items():
+        assert words in told[stage]
+    rotary = page.locator("[data-stage=rotary] input").count() == 1
+    assert ("slider" in told["rotary"], "turned by an angle" in told["rotary"]) == (rotary, rotary)
+    assert told["mlp"].startswith("After" if layout == "rw" else "Beside")
 
 
 def test_another_head_and_layer_are_drawn(browser, file, falcon):

@@ -114,6 +114,7 @@ function render({ model, el }) {
     options(selects[1].select, [...Array(heads).keys()], heads);
     if (first) Object.assign(state, { layer: message.layer, head: message.head });
     diagram.update(text);
+    guide.update(text);
     title.textContent = `${text.model}, from a text to the next token`;
     say("");
     choose({ position: text.tokens.length - 1 });
