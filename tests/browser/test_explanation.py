@@ -151,6 +151,21 @@ def test_temperature_zero_is_the_likeliest_token(page):
     assert distribution(page, temperature=0)[:2] == [1, 0]
 
 
+def test_the_map_shows_the_models_probabilities(page, found):
+    rows = attention_rows(found.layer.heads, None, 0, 6)[HEAD]
+    map = page.locator(".fk-map")
+    alphas = map.evaluate(
+        "map => [...map.getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, at) => at % 4 === 3)"
+    )
+    expected = (255 * rows.sqrt()).round() + 28 * torch.ones(6, 6).triu(1)
+    np.testing.assert_allclose(np.reshape(alphas, (6, 6)), expected, atol=1)
+    cell = map.bounding_box()["width"] / 6
+    map.hover(position={"x": 1.5 * cell, "y": 4.5 * cell})
+    written = page.locator("[data-stage=attention] .fk-info").inner_text()
+    assert written.startswith("query 4, key 1: ")
+    assert float(written.split()[-1][:-1]) == pytest.approx(100 * float(rows[4, 1]), abs=0.051)
+
+
 def test_moving_both_tokens_leaves_the_score(page):
     stage = page.locator("[data-stage=rotary]")
     before = stage.locator("output").inner_text().split()[-1]

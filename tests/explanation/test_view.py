@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.explanation.parts import layer_bytes, text_bytes
-from tests.conftest import small_model
+from falcon_kit.model.modeling import FalconForCausalLM
+from tests.conftest import small_config, small_model
 from tests.inspection.models import model
 
 TEXT = "The giraffe eats the leaves"
@@ -160,6 +161,13 @@ def test_what_is_no_falcon_is_refused():
 def test_a_page_of_forty_tokens_is_under_a_megabyte_and_a_half(instruct, tmp_path):
     file = fk.explain(instruct, list(range(100, 140))).to_html(tmp_path / "page.html")
     assert file.stat().st_size < 1_500_000
+
+
+def test_a_layer_of_the_40b_fits_into_a_page_of_forty_tokens(tokenizer):
+    config = small_config("40b", vocab_size=65024, hidden_size=8192, num_attention_heads=128, num_kv_heads=8)
+    with torch.device("meta"):
+        large = FalconForCausalLM(config)
+    assert fk.explain((large, tokenizer), list(range(100, 140)))._fitting(1) == 1
 
 
 def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):
