@@ -486,6 +486,20 @@ def test_a_kernel_that_does_not_answer_is_named(notebook: Notebook):
     expect(view.locator(".fk-notice")).to_contain_text("If it was restarted, run the cell again")
 
 
+@pytest.mark.parametrize(("theme", "light"), [("JupyterLab Light", "true"), ("JupyterLab Dark", "false")])
+def test_axe_finds_no_violation_in_a_widget_with_a_route_and_a_notice(notebook: Notebook, theme, light):
+    notebook.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    notebook.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{light}'")
+    view = notebook.start(f"view = fk.explain(falcon, {TEXT!r}); view").locator(".fk-explanation")
+    view.get_by_role("button", name="Follow it back").click()
+    expect(view.locator(".fk-steps li")).to_have_count(6)
+    view.get_by_role("button", name="Start the tour").click()
+    notebook.python("view.send({'type': 'error', 'key': '', 'text': 'out of memory'})")
+    expect(view.locator(".fk-notice")).to_have_text("out of memory")
+    assert view.evaluate("view => getComputedStyle(view).colorScheme") == ("light" if light == "true" else "dark")
+    assert violations(notebook.page) == []
+
+
 def test_a_token_that_is_chosen_shows_its_own_row(notebook: Notebook):
     view = notebook.start(f"fk.explain(falcon, {TEXT!r})").locator(".fk-explanation")
     view.locator(".fk-tokens button").nth(3).click()

@@ -41,7 +41,7 @@ function render({ model, el }) {
     return { name, select, label: h("label", { for: select.id }, name[0].toUpperCase() + name.slice(1), " ", select) };
   });
   const title = h("h2", {}, "…");
-  const head = h("header", {}, title, ...selects.map((each) => each.label), guide.start);
+  const head = h("div", { class: "fk-row" }, title, ...selects.map((each) => each.label), guide.start);
   const root = h("div", { class: "fk-widget fk-explanation", "data-lm-suppress-shortcuts": "true" }, head, notice, diagram.node, guide.card, h("div", { class: "fk-stages" }, ...stages.map((each) => each.node)));
   root.classList.add("fk-empty");
   el.querySelector(".fk-summary")?.remove(); // what is shown without JavaScript
