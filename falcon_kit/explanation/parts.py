@@ -109,11 +109,14 @@ def _scores(found: LayerRecord, position: int) -> Tensor:
 
 
 def _map(found: LayerRecord, head: int, group: int) -> Tensor:
-    """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64."""
+    """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64, without the zeros above
+    the diagonal: row by row.
+    """
     heads, bias = found.heads, found.bias
     one = Heads(heads.query[head, None], heads.key[group, None], heads.value[group, None])
     rows = attention_rows(one, None if bias is None else bias[head, None], 0, heads.query.shape[1])
-    return torch.from_numpy(pool(rows[0].numpy(), _SIDE))
+    cells = pool(rows[0].numpy(), _SIDE)
+    return torch.from_numpy(cells[np.tril_indices(len(cells))])
 
 
 def text_bytes(inspected: InspectedModel, ids: list[int]) -> int:
@@ -125,7 +128,7 @@ def text_bytes(inspected: InspectedModel, ids: list[int]) -> int:
 def layer_bytes(spec: FalconSpec, time: int) -> int:
     """The same for a layer's part and those of its heads, at the last of `time` tokens."""
     side = -(-time // -(-time // _SIDE))
-    head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side**2) + 250
+    head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side * (side + 1) // 2) + 250
     vectors = (4 + spec.norms_per_block) * (_packed_bytes(SHOWN) + 150)
     return spec.query_heads * head + _packed_bytes(spec.query_heads * time) + vectors + 1000
 

@@ -68,7 +68,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
     def page(self, layers: int | Iterable[int] | None = None) -> Page:
         """The view without a kernel, at the last token. layers: those that it holds, by default as many as fit.
 
-        A page has at most 1.4 MB: of the 40B, whose layers have 128 heads, one layer of a text of about 30 tokens.
+        A page has at most 1.4 MB: of the 40B, whose layers have 128 heads, one layer of a text of about 40 tokens.
         Raises ValueError, before the model runs, if the layers take more.
         """
         return self._page(layers, has_route=True)
@@ -153,7 +153,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def _commands(self) -> dict[str, Callable[..., None]]:
         return {
-            "hello": lambda _: self.send({"type": "start", **self._start()}),
+            "hello": lambda key: self.send({"type": "start", "key": key, **self._start()}),
             "take": lambda _, id: self.take(id),
             "layer": lambda key, **what: self._answer(key, self._layer(**what)),
             "head": lambda key, **what: self._answer(key, self._head(**what)),

@@ -1,5 +1,6 @@
 """The view of `fk.explain`: every number on the screen is the model's, in a page and as a widget in JupyterLab."""
 
+import re
 import unicodedata
 from importlib.resources import files
 
@@ -15,6 +16,8 @@ from falcon_kit.explanation.record import record
 from falcon_kit.explanation.route import attention_rows
 from falcon_kit.explanation.view import _SOURCE
 from falcon_kit.inspection.hooks import inspect_model
+from tests.conftest import LAYOUTS
+from tests.inspection.models import model
 
 from .lab import Notebook
 
@@ -45,9 +48,11 @@ def scheme(request):
     return request.param
 
 
-def opened(browser: Browser, file, **options) -> Page:
+def opened(browser: Browser, file, errors=None, **options) -> Page:
+    """A page of its own; the errors of its scripts are added to `errors`."""
     page = browser.new_context(**{"viewport": {"width": 1100, "height": 900}} | options).new_page()
     page.set_default_timeout(20_000)
+    page.on("pageerror", lambda error: errors is None or errors.append(str(error)))
     page.goto(file.as_uri())
     page.wait_for_selector("[data-drawn]")
     return page
@@ -73,6 +78,13 @@ def distribution(page: Page, **settings: float) -> list[float]:
             "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
         )
     return numbers(page, "prediction", 6)
+
+
+def violations(page: Page) -> list[tuple]:
+    """What axe-core finds in the view."""
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("async () => (await axe.run('.fk-explanation')).violations")
+    return [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found]
 
 
 # Numbers
@@ -139,6 +151,21 @@ def test_temperature_zero_is_the_likeliest_token(page):
     assert distribution(page, temperature=0)[:2] == [1, 0]
 
 
+def test_the_map_shows_the_models_probabilities(page, found):
+    rows = attention_rows(found.layer.heads, None, 0, 6)[HEAD]
+    map = page.locator(".fk-map")
+    alphas = map.evaluate(
+        "map => [...map.getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, at) => at % 4 === 3)"
+    )
+    expected = (255 * rows.sqrt()).round() + 28 * torch.ones(6, 6).triu(1)
+    np.testing.assert_allclose(np.reshape(alphas, (6, 6)), expected, atol=1)
+    cell = map.bounding_box()["width"] / 6
+    map.hover(position={"x": 1.5 * cell, "y": 4.5 * cell})
+    written = page.locator("[data-stage=attention] .fk-info").inner_text()
+    assert written.startswith("query 4, key 1: ")
+    assert float(written.split()[-1][:-1]) == pytest.approx(100 * float(rows[4, 1]), abs=0.051)
+
+
 def test_moving_both_tokens_leaves_the_score(page):
     stage = page.locator("[data-stage=rotary]")
     before = stage.locator("output").inner_text().split()[-1]
@@ -165,9 +192,7 @@ def test_the_page_asks_for_nothing_and_no_script_fails(browser, file):
 def test_axe_finds_no_violation(browser, file, scheme, width):
     page = opened(browser, file, color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
     page.get_by_role("button", name="Start the tour").click()
-    page.evaluate(AXE.read_text())
-    found = page.evaluate("async () => (await axe.run('.fk-explanation')).violations")
-    assert [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found] == []
+    assert violations(page) == []
     page.context.close()
 
 
@@ -191,9 +216,81 @@ def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
     page.context.close()
 
 
-def test_a_box_of_the_diagram_leads_to_its_stage(page):
-    page.locator("[data-to=mlp]").press("Enter")
-    expect(page.locator("[data-stage=mlp] h3")).to_be_focused()
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout_page(request, browser: Browser, falcon, tmp_path_factory):
+    """The layout, a page of a model of it, and the errors of its script."""
+    errors: list[str] = []
+    view = fk.explain((model(request.param), falcon.tokenizer), TEXT)
+    page = opened(browser, view.to_html(tmp_path_factory.mktemp("page") / "page.html"), bypass_csp=True, errors=errors)
+    yield request.param, page, errors
+    page.context.close()
+
+
+def test_every_layout_is_drawn_for_everybody_and_each_box_leads_to_its_stage(layout_page):
+    _, page, errors = layout_page
+    names = set()
+    for box in page.locator("[data-to]").all():
+        names.add(name := box.get_attribute("data-to"))
+        box.press("Enter")
+        expect(page.locator(f"[data-stage={name}] h3")).to_be_focused()
+    assert len(names) == 10
+    assert violations(page) == []
+    assert errors == []
+
+
+BEHIND_A_BOX = """() => {
+    const boxes = [...document.querySelectorAll(".fk-flow g:not([data-to=residual])")];
+    const [path, label] = [".fk-flow path", ".fk-flow .fk-times"].map((name) => document.querySelector(name));
+    const points = [...Array(Math.ceil(path.getTotalLength())).keys()].map((at) => path.getPointAtLength(at));
+    const { x, y, width, height } = label.getBBox();
+    points.push({ x, y }, { x, y: y + height }, { x: x + width, y }, { x: x + width, y: y + height });
+    const between = (at, start, size) => at > start + 1 && at < start + size - 1;
+    const inside = ({ x, y }, box) => between(x, box.x, box.width) && between(y, box.y, box.height);
+    return boxes.filter((box) => points.some((point) => inside(point, box.getBBox()))).map((box) => box.dataset.to);
+}"""
+
+
+def test_nothing_of_the_diagram_is_behind_a_box(layout_page):
+    assert layout_page[1].evaluate(BEHIND_A_BOX) == []
+
+
+def test_a_key_is_described_with_the_queries_that_read_it(layout_page):
+    layout, page, _ = layout_page
+    stage = page.locator("[data-stage=projection]")
+    stage.locator(".fk-cell.fk-key").hover()
+    shared = {"7b": "shared by query heads 0 to 3", "40b": "shared by query heads 0 to 1"}
+    shared |= {"180b": "shared by query heads 0 to 2", "rw": "read by query head 0"}
+    expect(stage.locator(".fk-info")).to_have_text(f"key head 0, {shared[layout]}")
+
+
+def test_the_tour_tells_what_the_model_has(layout_page):
+    layout, page, _ = layout_page
+    page.get_by_role("button", name="Start the tour").click()
+    told = {}
+    for _ in range(10):
+        stage = page.locator("section.fk-toured").get_attribute("data-stage")
+        told[stage] = page.locator(".fk-tour p").inner_text()
+        page.locator(".fk-tour button", has_text=re.compile("Next|Done")).click()
+    expected = {
+        "7b": {"norms": "in parallel, and both read the result of one", "projection": "All query heads share one key"},
+        "40b": {
+            "norms": "in parallel, and each has a LayerNorm of its own",
+            "projection": "Several query heads share one key",
+        },
+        "180b": {
+            "norms": "in parallel, and each has a LayerNorm of its own",
+            "projection": "Several query heads share one key",
+        },
+        "rw": {
+            "norms": "after attention, and each has a LayerNorm of its own",
+            "projection": "has its own key and value",
+        },
+    }
+    for stage, words in expected[layout].items():
+        assert words in told[stage]
+    rotary = page.locator("[data-stage=rotary] input").count() == 1
+    assert ("slider" in told["rotary"], "turned by an angle" in told["rotary"]) == (rotary, rotary)
+    assert told["mlp"].startswith("After" if layout == "rw" else "Beside")
 
 
 def test_another_head_and_layer_are_drawn(browser, file, falcon):
@@ -228,25 +325,61 @@ def test_a_page_stays_at_the_last_token_whatever_key_or_button_is_pressed(browse
 
 
 @pytest.fixture
-def live(browser: Browser, falcon):
-    """A view whose kernel is this test: `sent` are its requests, `answer(message)` answers them."""
+def unanswered(browser: Browser, falcon):
+    """A view whose kernel is this test, before the first answer: `sent` are its requests."""
     data = fk.explain(falcon, TEXT).page([0, 1]).data
+    source = _SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100").replace("HELLO_AGAIN = 2000", "HELLO_AGAIN = 40")
     page = browser.new_page()
     page.set_content("<body></body>")
     page.evaluate(
-        f"""(data) => {{ {_SOURCE.replace("NO_ANSWER = 5000", "NO_ANSWER = 100")}
+        f"""(data) => {{ {source}
         window.sent = [];
         window.start = data.start;
+        window.hello = () => answer({{ type: "start", key: "hello", ...start }});
         window.part = (key) => answer({{ type: "part", key, part: key === "route" ? data.route : data.parts[key] }});
         const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => sent.push(message) }};
-        render({{ model, el: document.body }});
-        answer({{ type: "start", ...data.start }});
-        ["layer 0 5", "head 0 5 0 "].forEach(part); }}""",
+        render({{ model, el: document.body }}); }}""",
         data,
     )
-    page.wait_for_selector("[data-drawn]")
     yield page
     page.close()
+
+
+@pytest.fixture
+def live(unanswered: Page):
+    """The same after the first drawing."""
+    unanswered.evaluate("hello(); ['layer 0 5', 'head 0 5 0 '].forEach(part)")
+    unanswered.wait_for_selector("[data-drawn]")
+    return unanswered
+
+
+def test_a_view_that_is_not_greeted_back_says_so(unanswered: Page):
+    expect(unanswered.locator(".fk-notice")).to_contain_text("No answer from the kernel")
+
+
+def test_a_greeting_that_was_lost_is_repeated_until_the_kernel_answers(unanswered: Page):
+    unanswered.wait_for_function("sent.filter(message => message.do === 'hello').length > 5")
+    unanswered.evaluate("hello(); ['layer 0 5', 'head 0 5 0 '].forEach(part)")
+    expect(unanswered.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("Head 0 of layer 0")
+    expect(unanswered.locator(".fk-notice")).to_be_hidden()
+    unanswered.evaluate("sent.length = 0")
+    unanswered.wait_for_timeout(200)
+    assert unanswered.evaluate("sent") == []
+
+
+def test_an_error_is_not_asked_for_again(unanswered: Page):
+    unanswered.evaluate("answer({ type: 'error', key: 'hello', text: 'out of memory' }); sent.length = 0")
+    unanswered.wait_for_timeout(200)
+    assert unanswered.evaluate("sent") == []
+    expect(unanswered.locator(".fk-notice")).to_have_text("out of memory")
+
+
+def test_an_answer_to_a_repeated_greeting_leaves_what_was_chosen(live: Page):
+    live.get_by_role("combobox", name="Layer").select_option("1")
+    live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part); hello()")
+    live.wait_for_timeout(200)
+    assert live.evaluate("sent.filter(message => message.do === 'layer').length") == 2
+    expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("of layer 1")
 
 
 def test_a_part_is_asked_for_once_however_often_it_is_wanted(live: Page):
@@ -351,6 +484,20 @@ def test_a_kernel_that_does_not_answer_is_named(notebook: Notebook):
     notebook.python("view._msg_callbacks.callbacks.clear()")
     view.get_by_role("combobox", name="Layer").select_option("2")
     expect(view.locator(".fk-notice")).to_contain_text("If it was restarted, run the cell again")
+
+
+@pytest.mark.parametrize(("theme", "light"), [("JupyterLab Light", "true"), ("JupyterLab Dark", "false")])
+def test_axe_finds_no_violation_in_a_widget_with_a_route_and_a_notice(notebook: Notebook, theme, light):
+    notebook.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    notebook.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{light}'")
+    view = notebook.start(f"view = fk.explain(falcon, {TEXT!r}); view").locator(".fk-explanation")
+    view.get_by_role("button", name="Follow it back").click()
+    expect(view.locator(".fk-steps li")).to_have_count(6)
+    view.get_by_role("button", name="Start the tour").click()
+    notebook.python("view.send({'type': 'error', 'key': '', 'text': 'out of memory'})")
+    expect(view.locator(".fk-notice")).to_have_text("out of memory")
+    assert view.evaluate("view => getComputedStyle(view).colorScheme") == ("light" if light == "true" else "dark")
+    assert violations(notebook.page) == []
 
 
 def test_a_token_that_is_chosen_shows_its_own_row(notebook: Notebook):

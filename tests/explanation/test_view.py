@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.explanation.parts import layer_bytes, text_bytes
-from tests.conftest import small_model
+from falcon_kit.model.modeling import FalconForCausalLM
+from tests.conftest import small_config, small_model
 from tests.inspection.models import model
 
 TEXT = "The giraffe eats the leaves"
@@ -43,7 +44,9 @@ def test_an_answer_carries_the_key_of_its_request(instruct, sent):
     ask(view, "layer", key="a", layer=5, position=2)
     ask(view, "head", key="b", layer=5, position=2, head=3)
     ask(view, "route", key="c")
-    assert [(message["type"], message["key"]) for message in sent] == [("part", key) for key in "abc"]
+    ask(view, "hello", key="d")
+    answers = [*(("part", key) for key in "abc"), ("start", "d")]
+    assert [(message["type"], message["key"]) for message in sent] == answers
     assert sent[0]["part"]["probabilities"]["shape"] == [4, 3]
 
 
@@ -158,6 +161,13 @@ def test_what_is_no_falcon_is_refused():
 def test_a_page_of_forty_tokens_is_under_a_megabyte_and_a_half(instruct, tmp_path):
     file = fk.explain(instruct, list(range(100, 140))).to_html(tmp_path / "page.html")
     assert file.stat().st_size < 1_500_000
+
+
+def test_a_layer_of_the_40b_fits_into_a_page_of_forty_tokens(tokenizer):
+    config = small_config("40b", vocab_size=65024, hidden_size=8192, num_attention_heads=128, num_kv_heads=8)
+    with torch.device("meta"):
+        large = FalconForCausalLM(config)
+    assert fk.explain((large, tokenizer), list(range(100, 140)))._fitting(1) == 1
 
 
 def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):

@@ -1,7 +1,8 @@
 // The view: it asks the model for parts, in the kernel or stored in the page, and draws the stages from them.
 
 const NO_ANSWER = 5000; // milliseconds after which a missing answer is reported
-const SILENT = "No answer from the kernel. If it was restarted, run the cell again.";
+const HELLO_AGAIN = 2000; // milliseconds after which "hello" is sent again
+const SILENT = "No answer from the kernel. If it was restarted, run the cell again. If no cell is running, reload the page.";
 const NOT_STORED = "This page has no kernel and does not hold this part: run fk.explain in a notebook.";
 
 /** The parts that are stored in a page, behind the interface of a widget's model. */
@@ -26,6 +27,7 @@ function render({ model, el }) {
   const parts = new Map(); // what was received, by request
   const waiting = new Map(); // {promise, resolve, reject, late} of what was asked for, by request
   let text = null;
+  let helloTimer = null;
   let drawn = { ...state }; // what is on the screen
   let drawing = 0; // the number of the drawing that is newest
 
@@ -39,7 +41,7 @@ function render({ model, el }) {
     return { name, select, label: h("label", { for: select.id }, name[0].toUpperCase() + name.slice(1), " ", select) };
   });
   const title = h("h2", {}, "…");
-  const head = h("header", {}, title, ...selects.map((each) => each.label), guide.start);
+  const head = h("div", { class: "fk-row" }, title, ...selects.map((each) => each.label), guide.start);
   const root = h("div", { class: "fk-widget fk-explanation", "data-lm-suppress-shortcuts": "true" }, head, notice, diagram.node, guide.card, h("div", { class: "fk-stages" }, ...stages.map((each) => each.node)));
   root.classList.add("fk-empty");
   el.querySelector(".fk-summary")?.remove(); // what is shown without JavaScript
@@ -112,6 +114,7 @@ function render({ model, el }) {
     options(selects[1].select, [...Array(heads).keys()], heads);
     if (first) Object.assign(state, { layer: message.layer, head: message.head });
     diagram.update(text);
+    guide.update(text);
     title.textContent = `${text.model}, from a text to the next token`;
     say("");
     choose({ position: text.tokens.length - 1 });
@@ -122,7 +125,8 @@ function render({ model, el }) {
     const asked = waiting.get(key);
     clearTimeout(asked?.late);
     waiting.delete(key);
-    if (type === "start") start(message);
+    if (key === "hello" || type === "start") clearTimeout(helloTimer);
+    if (type === "start" && !(key === "hello" && text)) start(message); // "hello" may be answered more than once
     if (type === "error") {
       say(message.text);
       asked?.reject(new Error(message.text));
@@ -133,7 +137,17 @@ function render({ model, el }) {
     asked?.resolve(message.part);
   }
 
+  // A reloaded page may not be connected to the kernel yet.
+  function sayHello(times) {
+    if (times === 3) say(SILENT);
+    helloTimer = setTimeout(sayHello, HELLO_AGAIN, times + 1);
+    model.send({ do: "hello", key: "hello" });
+  }
+
   model.on("msg:custom", receive);
-  model.send({ do: "hello" });
-  return () => model.off("msg:custom", receive);
+  sayHello(0);
+  return () => {
+    clearTimeout(helloTimer);
+    model.off("msg:custom", receive);
+  };
 }

@@ -76,22 +76,24 @@ function rotaryStage() {
 
 /** The attention probabilities of a head for the whole text. The chosen token's row is framed. */
 function attentionMap({ head, text, state }) {
-  const values = unpack(head.map);
-  const side = values.shape[0];
+  const values = unpack(head.map); // the lower triangle, row by row
+  const side = Math.floor(Math.sqrt(2 * values.length));
+  const probability = (row, column) => values[(row * (row + 1)) / 2 + column];
   const step = Math.ceil(text.tokens.length / side);
   const canvas = h("canvas", { width: side, height: side, class: "fk-map", role: "img", "aria-label": `Attention of head ${state.head} in layer ${state.layer}: rows are queries, columns are keys` });
   const context = canvas.getContext("2d");
   const picture = context.createImageData(side, side);
-  values.forEach((value, at) => {
-    const future = at % side > Math.floor(at / side);
-    picture.data.set(future ? [128, 128, 128, 28] : [230, 159, 0, Math.round(255 * Math.sqrt(value))], 4 * at);
-  });
+  for (let row = 0; row < side; row++)
+    for (let column = 0; column < side; column++) {
+      const colour = column > row ? [128, 128, 128, 28] : [230, 159, 0, Math.round(255 * Math.sqrt(probability(row, column)))];
+      picture.data.set(colour, 4 * (row * side + column));
+    }
   context.putImageData(picture, 0, 0);
   const frame = h("i", { class: "fk-frame", style: `top:${(100 * Math.floor(state.position / step)) / side}%;height:${100 / side}%` });
   canvas.addEventListener("mousemove", (event) => {
     const [row, column] = [event.offsetY / canvas.clientHeight, event.offsetX / canvas.clientWidth].map((at) => Math.min(side - 1, Math.max(0, Math.floor(at * side))));
     const span = (at) => (step === 1 ? `${at}` : `${at * step} to ${Math.min((at + 1) * step, text.tokens.length) - 1}`);
-    canvas.dataset.info = column > row ? `query ${span(row)}, key ${span(column)}: masked, because it comes later` : `query ${span(row)}, key ${span(column)}: ${share(values[row * side + column])}`;
+    canvas.dataset.info = column > row ? `query ${span(row)}, key ${span(column)}: masked, because it comes later` : `query ${span(row)}, key ${span(column)}: ${share(probability(row, column))}`;
     showInfo(canvas);
   });
   return h("div", { class: "fk-mapbox" }, canvas, frame);

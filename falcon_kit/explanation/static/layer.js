@@ -104,10 +104,10 @@ function projectionStage(act) {
 
   function buttons(spec, group, head) {
     const size = spec.queries_per_kv_head;
-    const shared = `shared by query heads ${group * size} to ${(group + 1) * size - 1}`;
+    const readers = size === 1 ? `read by query head ${group}` : `shared by query heads ${group * size} to ${(group + 1) * size - 1}`;
     return parts(spec, group).map(([kind, number]) => {
       const [label, name] = [`${kind[0].toUpperCase()}${number}`, `${kind} head ${number}`];
-      const cell = { class: `fk-cell fk-${kind}`, "data-info": kind === "query" ? `${name}: choose it` : `${name}, ${shared}` };
+      const cell = { class: `fk-cell fk-${kind}`, "data-info": kind === "query" ? `${name}: choose it` : `${name}, ${readers}` };
       if (kind !== "query") return h("span", cell, label);
       const choose = () => act.choose({ head: number });
       return h("button", { ...cell, type: "button", "aria-pressed": String(number === head), "aria-label": name, onclick: choose }, label);
@@ -119,7 +119,7 @@ function projectionStage(act) {
     const rows = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim;
     const cells = buttons(spec, head.group, state.head);
     const chosen = h("div", { class: "fk-cells", role: "group", "aria-label": `Group ${head.group}` }, ...cells);
-    const shape = `[${spec.queries_per_kv_head} queries, key, value] × ${spec.kv_heads} groups × ${spec.head_dim}`;
+    const shape = `[${plural(spec.queries_per_kv_head, "query", "queries")}, key, value] × ${plural(spec.kv_heads, "group")} × ${spec.head_dim}`;
     const formula = `one matrix (${count(rows)} × ${count(spec.d_model)}): ${shape} · ${text.code.projection}`;
     view.show([memory(spec, head.group), chosen], sentences[spec.layout](spec), formula);
   };

@@ -20,7 +20,8 @@ function distribution(logits, order, { temperature, topK, topP }) {
     left += result[at];
     before += probability;
   }
-  return result.map((value) => value / left);
+  for (let at = 0; at < kept; at++) result[at] /= left;
+  return result;
 }
 
 function predictionStage(act) {
