@@ -31,6 +31,9 @@ DIRECT = [Requirement(line) for group in [PROJECT["dependencies"], *EXTRAS.value
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 MAKEFILE = (ROOT / "Makefile").read_text()
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+# What a kernel of Colab (its image of August 2026) has imported when a notebook starts. If pip replaces one of these,
+# the runtime has to be restarted, and with another IPython it does not start again.
+COLAB = {"ipython": "7.34.0", "ipywidgets": "7.7.1", "numpy": "2.1.3", "pandas": "2.2.3", "psutil": "5.9.5"}
 CHECKPOINT_FILES = [
     "README.md",
     "chat_template.jinja",
@@ -91,6 +94,12 @@ def test_a_direct_dependency_is_pinned_once_and_within_its_range(requirement):
     (exact,) = versions[0]
     assert exact.operator == "=="
     assert requirement.specifier.contains(exact.version)
+
+
+@pytest.mark.parametrize("name", COLAB)
+def test_a_package_that_colab_has_imported_is_new_enough(name):
+    (requirement,) = [each for each in map(Requirement, PROJECT["dependencies"]) if each.name == name]
+    assert requirement.specifier.contains(COLAB[name])
 
 
 def test_only_direct_dependencies_are_pinned():
