@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # Before anything imports transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The user's choice of model must not affect the tests and the notebooks that run with them.
-os.environ.pop("FALCON_KIT_MODEL", None)
+# The user's model, rows and account must not affect the tests and the notebooks that run with them.
+for _name in ("FALCON_KIT_MODEL", "FALCON_KIT_SOURCE", "FALCON_KIT_DATA", "FALCON_KIT_AWS"):
+    os.environ.pop(_name, None)
 
 # A shell that starts the tests in the background makes them ignore SIGINT, but some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
