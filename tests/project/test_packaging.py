@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -135,18 +136,53 @@ def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
     assert told == []
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+
+
+def environment_in(folder, program):
+    """Puts the Makefile into a folder, with a shell script as the Python of its environment."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+
+
+@needs_make
 @pytest.mark.parametrize(
     ("present", "refused"), [("9.9", True), (f"{sys.version_info[0]}.{sys.version_info[1]}", False)]
 )
 def test_make_refuses_another_python_than_that_of_the_environment_that_is_there(tmp_path, present, refused):
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho {present}\n")
-    python.chmod(0o755)
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    environment_in(tmp_path, f"echo {present}")
     ended = subprocess.run(["make", "help", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
     assert ("and .venv has Python 9.9: remove .venv first" in ended.stderr, ended.returncode != 0) == (refused, refused)
+
+
+@needs_make
+def test_make_installs_into_the_environment_that_is_there_without_another_python(tmp_path):
+    environment_in(tmp_path, 'echo "$@" > asked')
+    environ = os.environ | {"PYTHON": "/bin/false"}
+    subprocess.run(["make", ".venv/.demo"], cwd=tmp_path, env=environ, capture_output=True, check=True)
+    assert (tmp_path / "asked").read_text() == "-m pip install -c constraints.txt -e .[demo]\n"
+
+
+@needs_make
+def test_make_creates_an_environment_again_that_was_not_finished(tmp_path):
+    environment_in(tmp_path, "exit 1")  # without pip
+    environ = os.environ | {"PYTHON": "echo"}
+    ended = subprocess.run(["make", ".venv/.demo"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert "-m venv .venv" in ended.stdout.splitlines()
+
+
+@needs_make
+def test_make_clean_leaves_the_environments_alone(tmp_path):
+    environment_in(tmp_path, "")
+    folders = [tmp_path / name / "__pycache__" for name in (".venv", ".engines", "falcon_kit")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
+    assert [folder.exists() for folder in folders] == [True, True, False]
 
 
 def test_the_makefile_installs_extras_that_exist():
