@@ -69,18 +69,19 @@ falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 
 	$(RUN) -m falcon_kit.falconet.finetune
 	$(RUN) -m falcon_kit.falconet.evaluate
 
-clean:  ## remove caches and build products; .venv, runs/ and .falconet/ stay
+clean:  ## remove caches and build products; .venv, .engines, runs/ and .falconet/ stay
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./.engines \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
+HAS_PIP := $(RUN) -c 'import pip' 2> /dev/null
 .venv/.demo: EXTRAS := demo
 .venv/.lab: EXTRAS := demo lab serving
 .venv/.dev: EXTRAS := demo evaluation lab serving dev
 
 .venv/.%: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(HAS_PIP) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'Falcon Kit needs Python 3.11 or newer; "$(PYTHON)" is older. Name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(HAS_PIP) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install -c constraints.txt -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
 	@touch $(EXTRAS:%=.venv/.%)
 

@@ -44,10 +44,6 @@ TEXTS: Calls = {
 }
 
 
-def _labels(rows: list[Any], falcon: Any) -> list[int]:
-    return fk.pack(fk.dialogues(rows), falcon)[0]["labels"].tolist()
-
-
 def _in_a_playground(falcon: Any, mode: Any) -> list[str]:
     session = Session(falcon)
     session.switch(mode)

@@ -18,11 +18,12 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-ru
 """
 
 import argparse
-import shlex
 from typing import Any
 
 CODE, DATA, CHECKPOINTS = "/opt/ml/input/data/code", "/opt/ml/input/data/training", "/opt/ml/checkpoints"
 SHARED = "/opt/ml/input/data/shared"
+DOWNLOADS = "/tmp/huggingface"  # noqa: S108  # on the volume for the weights; the home directory is on a smaller one
+INSTALL = f"cd {CODE} && pip install -c constraints.txt ."
 _FIRST_HOST = (
     """$(python -c 'import json; print(json.load(open("/opt/ml/input/config/resourceconfig.json"))["hosts"][0])')"""
 )
@@ -34,8 +35,10 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
     options = ["--model", args.model, "--data", DATA, "--output", output, "--dtype", args.dtype]
     options += ["--shard"] if args.shard else []
     options += ["--set", *args.set] if args.set else []
-    together = f"--nnodes {args.instances} --rdzv-id tune --rdzv-backend c10d --rdzv-endpoint {_FIRST_HOST}:29500 "
-    start = f"torchrun {together if args.instances > 1 else ''}--nproc-per-node {args.gpus} configs/tune.py "
+    start, together = "torchrun", []
+    if args.instances > 1:
+        start += f" --rdzv-endpoint {_FIRST_HOST}:29500"
+        together = ["--nnodes", str(args.instances), "--rdzv-id", "tune", "--rdzv-backend", "c10d"]
     seconds = 3600 * args.hours
     waiting = {"MaxWaitTimeInSeconds": 2 * seconds} if args.spot else {}
     return {
@@ -44,9 +47,11 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
         "AlgorithmSpecification": {
             "TrainingImage": args.image,
             "TrainingInputMode": "File",
-            "ContainerEntrypoint": ["bash", "-c"],
-            "ContainerArguments": [f"cd {CODE} && pip install -c constraints.txt . && {start}{shlex.join(options)}"],
+            # No string may be longer than 256 characters here, so the shell reads only what it has to.
+            "ContainerEntrypoint": ["bash", "-c", f'{INSTALL} && {start} "$@"', "tune"],
+            "ContainerArguments": [*together, "--nproc-per-node", str(args.gpus), "configs/tune.py", *options],
         },
+        "Environment": {"HF_HOME": DOWNLOADS},
         "InputDataConfig": [_channel("code", args.code), _channel("training", args.data), *_shared(args.shared)],
         **(_network(args) if args.shared else {"CheckpointConfig": {"S3Uri": args.output, "LocalPath": CHECKPOINTS}}),
         "OutputDataConfig": {"S3OutputPath": args.output},
@@ -97,7 +102,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subnets", nargs="+", help="subnets of that file system")
     parser.add_argument("--security-groups", nargs="+", help="security groups that reach it")
     parser.add_argument("--gpus", type=int, default=8, help="processes on each instance, one for a GPU")
-    parser.add_argument("--disk", type=int, default=300, help="GB, for the weights")
+    parser.add_argument(
+        "--disk", type=int, default=300, help="GB for the weights, unless the instance has its own disks"
+    )
     parser.add_argument("--hours", type=int, default=24, help="maximum duration")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shard", action="store_true", help="a part of the weights in each process")

@@ -1,6 +1,7 @@
 """`explain`: what it sends, what it refuses, and the page without a kernel."""
 
 import json
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -176,6 +177,11 @@ def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):
     last = len(page.data["start"]["text"]["tokens"]) - 1
     names = {f"layer {layer} {last}" for layer in (1, 4)}
     assert {*page.data["parts"]} == names | {f"head {layer} {last} {head} " for layer in (1, 4) for head in range(4)}
+
+
+def test_a_file_holds_the_chosen_layers(instruct, tmp_path):
+    file = fk.explain(instruct, TEXT).to_html(tmp_path / "page.html", layers=[2])
+    assert {*re.findall(r'"layer (\d) ', file.read_text(encoding="utf-8"))} == {"2"}
 
 
 def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):

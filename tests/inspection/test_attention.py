@@ -218,6 +218,11 @@ def test_falconet_has_induction_heads(instruct):
     assert best == view.statistics["induction"][layer, head] > 0.5 > 10 * view.chance["induction"]
 
 
+def test_the_repeated_tokens_are_those_that_were_asked_for(instruct):
+    view = fk.induction(instruct, period=10, copies=3, seed=5)
+    assert view.ids == tuple(fk.repeated_tokens(instruct, period=10, copies=3, seed=5))
+
+
 def test_repeated_tokens_are_plain_and_all_different(instruct):
     tokens = fk.repeated_tokens(instruct, period=30, copies=3, seed=5)
     assert tokens[:30] == tokens[30:60] == tokens[60:]

@@ -16,9 +16,9 @@ def model(layout):
         return FalconForCausalLM(small_config(layout, initializer_range=0.1))
 
 
-def labelled(trained=0.5, rows=2, length=40):
+def labelled(trained=0.5):
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 2048, (rows, length), generator=generator)
+    ids = torch.randint(0, 2048, (2, 40), generator=generator)
     return ids, ids.masked_fill(torch.rand(ids.shape, generator=generator) > trained, -100)
 
 

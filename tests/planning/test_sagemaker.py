@@ -1,14 +1,22 @@
 """SageMaker's metadata, with stand-ins for its file and for AWS."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import boto3
+import moto
+import nbformat
 import pytest
+from botocore.stub import Stubber
 
 from falcon_kit.planning.sagemaker import sagemaker_place
 
+NOTEBOOK = Path(__file__).parents[2] / "notebooks/10_serving.ipynb"
 ROLE = "arn:aws:iam::123456789012:role/service-role/AmazonSageMaker-ExecutionRole"
 SPACE = {  # the metadata file of a JupyterLab space in Studio
     "AppType": "JupyterLab",
@@ -65,9 +73,6 @@ def test_the_instance_of_a_space_is_asked_of_aws(tmp_path):
 
 
 def test_those_are_arguments_that_aws_takes(tmp_path):
-    boto3 = pytest.importorskip("boto3")
-    from botocore.stub import Stubber
-
     client = boto3.client("sagemaker", region_name="eu-west-1", aws_access_key_id="a", aws_secret_access_key="b")
     expected = {"DomainId": "d-1a2b3c", "AppType": "JupyterLab", "AppName": "default", "SpaceName": "mine"}
     with Stubber(client) as stub:
@@ -76,7 +81,6 @@ def test_those_are_arguments_that_aws_takes(tmp_path):
 
 
 def test_role_and_instance_of_a_notebook_instance_are_asked_of_aws(tmp_path):
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
     with moto.mock_aws():
         keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
         client = boto3.client("sagemaker", region_name="eu-west-1", **keys)
@@ -90,6 +94,33 @@ def test_the_region_of_the_environment_counts(tmp_path):
     assert (
         sagemaker_place(environ={"AWS_REGION": "us-west-2"}, metadata=metadata(tmp_path, SPACE)).region == "us-west-2"
     )
+
+
+def role_in_the_notebook(monkeypatch, tmp_path, content, real):
+    """What the cell of notebook 10 that looks for a role and a region finds, with this metadata file."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    place = partial(sagemaker_place, metadata=metadata(tmp_path, content))
+    monkeypatch.setattr("falcon_kit.planning.sagemaker.sagemaker_place", place)
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.cell_type == "code" and "sagemaker_place" in cell.source]
+    names = {"os": os, "REAL": real}
+    exec(source, names)  # noqa: S102  # our own notebook
+    return names["role"], names["region"]
+
+
+@pytest.mark.parametrize(("content", "region"), [(KERNEL, "us-east-2"), (INSTANCE, "eu-west-1")])
+def test_the_notebook_takes_the_role_of_the_environment_where_the_file_has_none(monkeypatch, tmp_path, content, region):
+    monkeypatch.setenv("SAGEMAKER_ROLE", ROLE)
+    assert role_in_the_notebook(monkeypatch, tmp_path, content, real=True) == (ROLE, region)
+
+
+def test_the_notebook_asks_aws_for_the_role_of_a_notebook_instance(monkeypatch, tmp_path):
+    monkeypatch.delenv("SAGEMAKER_ROLE", raising=False)
+    with moto.mock_aws():
+        client = boto3.client("sagemaker", region_name="eu-west-1")
+        client.create_notebook_instance(NotebookInstanceName="mine", InstanceType="ml.p3.8xlarge", RoleArn=ROLE)
+        assert role_in_the_notebook(monkeypatch, tmp_path, INSTANCE, real=True) == (ROLE, "eu-west-1")
 
 
 @pytest.mark.parametrize("content", [SPACE, KERNEL, INSTANCE])

@@ -3,6 +3,7 @@
 import base64
 import io
 import multiprocessing
+import os
 import re
 import statistics
 import subprocess
@@ -105,6 +106,25 @@ def test_a_notebook_shows_no_warnings(notebook):
 def test_the_outputs_belong_to_the_source(notebook):
     stamped = notebook.metadata.get("falcon_kit", {}).get("source_sha256")
     assert stamped == source_hash(notebook), "the source changed after the outputs were made: run `make notebooks`"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import tests.conftest",
+        "import stamp, sys; stamp.stamp = print; sys.argv[1:] = ['a']; stamp.main()",
+    ],
+    ids=["tests", "stamp"],
+)
+def test_the_variables_of_a_reader_change_neither_the_tests_nor_the_committed_outputs(start):
+    sources = [cell.source for path in ALL for cell in code_cells(nbformat.read(path, as_version=4))]
+    names = {name for source in sources for name in re.findall(r'environ.*"(FALCON_KIT_\w+)"', source)}
+    assert {"FALCON_KIT_MODEL", "FALCON_KIT_DATA", "FALCON_KIT_AWS"} <= names
+    program = f"{start}\nimport os\nprint({{*os.environ}} & {names})"
+    environ = os.environ | dict.fromkeys(names, "yes") | {"PYTHONPATH": str(NOTEBOOKS)}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=NOTEBOOKS.parent, env=environ, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_picture_in_the_readme_is_the_notebooks():

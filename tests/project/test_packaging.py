@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,9 @@ DIRECT = [Requirement(line) for group in [PROJECT["dependencies"], *EXTRAS.value
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 MAKEFILE = (ROOT / "Makefile").read_text()
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+# What a kernel of Colab (its image of August 2026) has imported when a notebook starts. If pip replaces one of these,
+# the runtime has to be restarted, and with another IPython it does not start again.
+COLAB = {"ipython": "7.34.0", "ipywidgets": "7.7.1", "numpy": "2.1.3", "pandas": "2.2.3", "psutil": "5.9.5"}
 CHECKPOINT_FILES = [
     "README.md",
     "chat_template.jinja",
@@ -93,6 +97,12 @@ def test_a_direct_dependency_is_pinned_once_and_within_its_range(requirement):
     assert requirement.specifier.contains(exact.version)
 
 
+@pytest.mark.parametrize("name", COLAB)
+def test_a_package_that_colab_has_imported_is_new_enough(name):
+    (requirement,) = [each for each in map(Requirement, PROJECT["dependencies"]) if each.name == name]
+    assert requirement.specifier.contains(COLAB[name])
+
+
 def test_only_direct_dependencies_are_pinned():
     assert {pin.name for pin in PINS} == {requirement.name for requirement in DIRECT}
 
@@ -126,18 +136,53 @@ def test_nobody_is_told_to_install_a_name_that_this_project_does_not_own():
     assert told == []
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="the machine has no make")
+
+
+def environment_in(folder, program):
+    """Puts the Makefile into a folder, with a shell script as the Python of its environment."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+
+
+@needs_make
 @pytest.mark.parametrize(
     ("present", "refused"), [("9.9", True), (f"{sys.version_info[0]}.{sys.version_info[1]}", False)]
 )
 def test_make_refuses_another_python_than_that_of_the_environment_that_is_there(tmp_path, present, refused):
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho {present}\n")
-    python.chmod(0o755)
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    environment_in(tmp_path, f"echo {present}")
     ended = subprocess.run(["make", "help", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
     assert ("and .venv has Python 9.9: remove .venv first" in ended.stderr, ended.returncode != 0) == (refused, refused)
+
+
+@needs_make
+def test_make_installs_into_the_environment_that_is_there_without_another_python(tmp_path):
+    environment_in(tmp_path, 'echo "$@" > asked')
+    environ = os.environ | {"PYTHON": "/bin/false"}
+    subprocess.run(["make", ".venv/.demo"], cwd=tmp_path, env=environ, capture_output=True, check=True)
+    assert (tmp_path / "asked").read_text() == "-m pip install -c constraints.txt -e .[demo]\n"
+
+
+@needs_make
+def test_make_creates_an_environment_again_that_was_not_finished(tmp_path):
+    environment_in(tmp_path, "exit 1")  # without pip
+    environ = os.environ | {"PYTHON": "echo"}
+    ended = subprocess.run(["make", ".venv/.demo"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert "-m venv .venv" in ended.stdout.splitlines()
+
+
+@needs_make
+def test_make_clean_leaves_the_environments_alone(tmp_path):
+    environment_in(tmp_path, "")
+    folders = [tmp_path / name / "__pycache__" for name in (".venv", ".engines", "falcon_kit")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
+    assert [folder.exists() for folder in folders] == [True, True, False]
 
 
 def test_the_makefile_installs_extras_that_exist():

@@ -62,7 +62,6 @@ def vllm_endpoint(instruct):
 @pytest.fixture(scope="package")
 def sagemaker_service(instruct):
     """moto's control plane with an endpoint in service, and a runtime that streams TGI's events over it."""
-    pytest.importorskip("moto.server")
     from moto.server import ThreadedMotoServer
 
     def runtime(path, body, _):

@@ -61,9 +61,9 @@ def transformers_serve(directory: Path) -> Iterator[str]:
             process.kill()
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: float = 90) -> None:
-    """Returns when `url` responds with HTTP 200."""
-    for _ in range(int(seconds * 5)):
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Returns when `url` responds with HTTP 200, within 90 s."""
+    for _ in range(450):
         assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
             if httpx2.get(url, timeout=1).status_code == 200:
@@ -71,15 +71,15 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], seconds: floa
         except httpx2.HTTPError:
             pass
         time.sleep(0.2)
-    raise TimeoutError(f"{url} was not up after {seconds} s")
+    raise TimeoutError(f"{url} was not up after 90 s")
 
 
-def llama_cpp(path: Path, context: int = 2048, **settings: Any) -> tuple[xllamacpp.Server, str]:
+def llama_cpp(path: Path, **settings: Any) -> tuple[xllamacpp.Server, str]:
     """llama.cpp's server on a GGUF file: the server, which ends when it is garbage-collected, and its address."""
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(path), [path.stem]
     params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 0  # port 0: any free port
-    params.n_ctx, params.cpuparams.n_threads, params.n_parallel, params.warmup = context, 2, 1, False
+    params.n_ctx, params.cpuparams.n_threads, params.n_parallel, params.warmup = 2048, 2, 1, False
     for name, value in settings.items():
         setattr(params, name, value)
     server = xllamacpp.Server(params)

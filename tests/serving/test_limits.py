@@ -125,7 +125,6 @@ def connected(protocol, monkeypatch):
         settings = {"retries": 0, "timeout": 1.5} | settings
         if protocol != "sagemaker":
             return fk.connect(server.address + ("/v1" if protocol == "openai" else ""), **settings)
-        pytest.importorskip("boto3")
         variables = {"REGION": "eu-west-1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
         variables |= {"ENDPOINT_URL_SAGEMAKER": server.address, "ENDPOINT_URL_SAGEMAKER_RUNTIME": server.address}
         for name, value in variables.items():

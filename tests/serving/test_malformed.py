@@ -70,7 +70,6 @@ def protocol(request):
     is_openai = request.param == "openai"
     first = chunk("Half") if is_openai else event({"token": TOKEN})
     if request.param == "sagemaker":
-        pytest.importorskip("boto3")
         session = SageMaker()
         endpoint = fk.connect("sagemaker://falcon", "falcon", session=session)
         yield lambda line: (setattr(session, "body", first + line), endpoint)[1], TGI

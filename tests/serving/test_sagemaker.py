@@ -64,7 +64,6 @@ def test_a_vllm_container_on_sagemaker_speaks_openai(sagemaker_service, monkeypa
     ],
 )
 def test_an_error_of_a_vllm_container_is_quoted(events, error, message):
-    pytest.importorskip("boto3")
     session = SageMaker()
     session.body = b"".join(events)
     endpoint = fk.connect("sagemaker://falcon", "falcon", session=session, api="openai")

@@ -3,8 +3,10 @@
 from falcon_kit.generation.chat import render
 from tests.serving.servers import Reply, as_reply, event
 
+MOST = 20
 
-def vllm(falcon, most=20):
+
+def vllm(falcon):
     """A script with vLLM's responses, by its protocol.py: the generated token stands first among the likeliest."""
 
     def script(path, body, _):
@@ -16,8 +18,8 @@ def vllm(falcon, most=20):
             tokens = given["input_ids"]
             return as_reply({"count": len(tokens), "max_model_len": 2048, "tokens": tokens, "token_strs": None})
         wanted = body["top_logprobs"] if chat else body["logprobs"]
-        if wanted > most:
-            wrong = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {most}"
+        if wanted > MOST:
+            wrong = f"Requested sample logprobs of {wanted}, which is greater than max allowed: {MOST}"
             error = {"message": wrong, "type": "BadRequestError", "param": "logprobs", "code": 400}
             return Reply([event({"error": error}), b"data: [DONE]\n\n"])  # with HTTP 200
         return Reply(list(events(chat, wanted, body)))

@@ -49,9 +49,8 @@ def test_sagemaker_accepts_the_job(monkeypatch):
     script, client = load_script("sagemaker"), boto3.client("sagemaker", region_name="us-east-1")
     client.create_training_job(**script.job(script.parse([*JOB, "--spot", "--set", "num_train_epochs=1"])))
     made = client.describe_training_job(TrainingJobName="falcon-kit-tune")
-    (command,) = made["AlgorithmSpecification"]["ContainerArguments"]
-    assert command.endswith(
-        "torchrun --nproc-per-node 8 configs/tune.py --model falcon --data /opt/ml/input/data/training "
+    assert " ".join(made["AlgorithmSpecification"]["ContainerArguments"]) == (
+        "--nproc-per-node 8 configs/tune.py --model falcon --data /opt/ml/input/data/training "
         "--output /opt/ml/checkpoints --dtype bfloat16 --shard --set num_train_epochs=1"
     )
     assert made["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"
@@ -70,17 +69,35 @@ def test_sagemaker_accepts_a_job_on_two_instances_and_its_output_is_shared(monke
     client.create_training_job(**job)
     (*_, channel) = job["InputDataConfig"]
     assert (channel["ChannelName"], "CheckpointConfig" in job) == ("shared", False)
-    (command,) = job["AlgorithmSpecification"]["ContainerArguments"]
-    assert "--output /opt/ml/input/data/shared " in command
+    assert "--output /opt/ml/input/data/shared " in " ".join(job["AlgorithmSpecification"]["ContainerArguments"])
 
 
 def test_the_instances_of_sagemaker_meet_at_the_first(tmp_path):
     script = load_script("sagemaker")
-    job = script.job(script.parse([*JOB, "--instances", "2", *SHARED, *NETWORK]))
-    start = job["AlgorithmSpecification"]["ContainerArguments"][0].rpartition("&& ")[2]
+    job = script.job(script.parse([*JOB, "--instances", "2", *SHARED, *NETWORK, "--set", "optim=adamw_torch fused"]))
+    container = job["AlgorithmSpecification"]
+    command = [*container["ContainerEntrypoint"], *container["ContainerArguments"]]
+    for theirs, ours in (("/opt/ml/input/config", str(tmp_path)), (script.CODE, str(CONFIGS.parent))):
+        command = [each.replace(theirs, ours) for each in command]
     (tmp_path / "resourceconfig.json").write_text('{"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}')
-    (run,) = started(["bash", "-c", start.replace("/opt/ml/input/config", str(tmp_path))], tmp_path)
+    (run,) = started(command, tmp_path)
     assert (run.nnodes, run.nproc_per_node, run.rdzv_endpoint) == ("2", "8", "algo-1:29500")
+    assert run.training_script_args[-3:] == ["--shard", "--set", "optim=adamw_torch fused"]
+
+
+@pytest.mark.parametrize("instances", [[], ["--instances", "2", *SHARED, *NETWORK]], ids=["one", "two"])
+def test_sagemaker_starts_a_container_with_strings_of_at_most_256_characters(instances):
+    script, client = load_script("sagemaker"), boto3.client("sagemaker", region_name="us-east-1")
+    changed = ["r=64", "lora_alpha=16", "learning_rate=2e-4", "num_train_epochs=1", "lr_scheduler_type=linear"]
+    container = script.job(script.parse([*JOB, *instances, "--set", *changed]))["AlgorithmSpecification"]
+    for field, shape in (("Entrypoint", "EntrypointString"), ("Arguments", "Argument")):
+        limit = client.meta.service_model.shape_for(f"TrainingContainer{shape}").metadata["max"]
+        assert [each for each in container[f"Container{field}"] if len(each) > limit] == []
+
+
+def test_sagemaker_downloads_the_weights_to_the_volume_for_them():
+    script = load_script("sagemaker")
+    assert Path(script.job(script.parse(JOB))["Environment"]["HF_HOME"]).parts[:2] == ("/", "tmp")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +116,7 @@ def test_instances_without_a_common_directory_are_refused(capsys, options, probl
 def started(command, folder, **environ):
     """What torchrun is called with, as it parses it. Programs of clusters are replaced by ones that run it here."""
     programs = {
+        "pip": "true",
         "torchrun": 'printf "%s\\0" "$@" > "$STARTED/$$"',
         "ssh": 'while [ $# -gt 1 ]; do shift; done; exec bash -c "$1"',
         "scontrol": 'printf "node7\\nnode8\\n"',
