@@ -16,7 +16,7 @@ from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Piece
-from falcon_kit.playground.records import Token
+from falcon_kit.playground.records import MOST_LOGPROB, Token
 
 Prompt = str | list[Message]
 
@@ -121,14 +121,18 @@ class Column:
 
     def token(self, piece: Piece) -> Token:
         """The record of a piece."""
-        alternatives = tuple((each.text, round(each.logprob, 4)) for each in piece.alternatives)
+        likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
+        alternatives = tuple((text, logprob) for text, logprob in likely if logprob is not None)
         same = (each.text for each in piece.alternatives if each.token_id == piece.token_id is not None)
         text = next(same, None)
         if text is None and self.local and piece.token_id is not None:
             text = self.falcon.tokenizer.decode([piece.token_id])
-        logprob = piece.logprob
-        known = logprob is not None and not math.isnan(logprob)
-        return Token(piece.text if text is None else text, round(logprob, 4) if known else None, alternatives)
+        return Token(piece.text if text is None else text, _stored(piece.logprob), alternatives)
+
+
+def _stored(logprob: float) -> float | None:
+    """A log-probability as it is saved; None for nan, and for what is none, of any model with a `stream`."""
+    return round(logprob, 4) if -math.inf < logprob <= MOST_LOGPROB else None
 
 
 class Reader(threading.Thread):

@@ -189,4 +189,4 @@ def error_message(content: Any) -> str:
 
 def count(value: Any) -> int | None:
     """A number of tokens that a server reports; None for anything else than a positive integer."""
-    return value if type(value) is int and value > 0 else None
+    return value if is_whole(value, 1) else None

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -98,8 +99,9 @@ def likeliest(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
 
 
 def logprob_or(unknown: float, value: Any) -> float:
-    """A log-probability that a server sends, or `unknown` for null: JSON cannot write -inf."""
-    return unknown if value is None else value
+    """A log-probability that a server sends, or `unknown` for null (JSON cannot write -inf) and for what is none."""
+    known = value is not None and -sys.float_info.max <= value <= 1e-3  # rounding may leave it a little above 0
+    return float(value) if known else unknown
 
 
 @dataclass(frozen=True)

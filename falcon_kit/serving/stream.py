@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text
-from falcon_kit.serving.failures import within
+from falcon_kit.serving.failures import count, within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
@@ -97,8 +97,8 @@ class Answer:
 
     def count(self, delta: Delta) -> None:
         """Stores the endpoint's token counts."""
-        self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
-        self._new_tokens = delta.new_tokens or self._new_tokens
+        self.prompt_tokens = count(delta.prompt_tokens) or self.prompt_tokens
+        self._new_tokens = count(delta.new_tokens) or self._new_tokens
 
     def generation(self) -> Generation:
         """The text so far; its finish_reason is "cancelled" unless the text has ended."""

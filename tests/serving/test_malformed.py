@@ -1,12 +1,14 @@
 """Events of other types than the protocol's: the text so far is kept, and the error has a name."""
 
 import json
+import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.playground import files
 from tests.serving.servers import Reply, answering, as_reply, chunk, event, scripted
 
 TOKEN = {"id": 5, "text": "Half", "logprob": -0.1, "special": False}
@@ -103,6 +105,29 @@ def test_whatever_an_event_contains_the_text_so_far_is_kept(protocol, data):
     sending, valid = protocol
     path = data.draw(st.sampled_from(list(places(valid))))
     keeps_the_text(sending(event(with_value(valid, path, data.draw(VALUES)))))
+
+
+ENTRY = {"token": "a", "id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "id": 5, "logprob": -0.5}]}
+WHOLE = {
+    "choices": [{"index": 0, "text": "a", "finish_reason": "stop", "logprobs": {"content": [ENTRY]}}],
+    "usage": {"prompt_tokens": 4, "completion_tokens": 1},
+}
+LOGPROBS, COUNTS = (None, 0.5, 1e999, -1e999, math.nan, 10**400, -(10**400)), (None, -1, 10**400)
+NUMBERS = {"logprob": LOGPROBS, "prompt_tokens": COUNTS, "completion_tokens": COUNTS}
+ODD = [
+    pytest.param(path, number, id=f"{'.'.join(map(str, path))}={number!s:.5}")
+    for path in places(WHOLE)
+    for number in NUMBERS.get(path[-1] if path else "", ())
+]
+
+
+@pytest.mark.parametrize(("path", "number"), ODD)
+def test_a_session_with_odd_numbers_of_a_server_loads_as_it_was(path, number, tmp_path):
+    with scripted(answering(Reply([event(with_value(WHOLE, path, number))]), owner="llamacpp")) as server:
+        session = fk.playground(fk.connect(f"{server.address}/v1")).session
+        assert session.generate("Hi").answers[0].text == "a"
+    file = session.save(tmp_path / "session.json")
+    assert files.load(file)[0] == session.history
 
 
 BAD_LINES = {
