@@ -3,7 +3,6 @@
 import asyncio
 import math
 import random
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -100,7 +99,7 @@ def likeliest(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
 
 def logprob_or(unknown: float, value: Any) -> float:
     """A log-probability that a server sends, or `unknown` for null (JSON cannot write -inf) and for what is none."""
-    known = value is not None and -sys.float_info.max <= value <= 1e-3  # rounding may leave it a little above 0
+    known = value is not None and -1e300 <= value <= 1e-3  # sums are finite; rounding may leave it above 0
     return float(value) if known else unknown
 
 
