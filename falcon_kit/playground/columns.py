@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
@@ -44,6 +45,8 @@ class Column:
     @property
     def context(self) -> int | None:
         """The limit for tokens of prompt and answer together; None if an endpoint does not report it."""
+        if hasattr(model := getattr(self.falcon, "model", None), "config"):
+            return context_limit(model.config)  # as it is now; `spec` is what was loaded
         context = self.falcon.spec.context if self.local else getattr(self.falcon, "context", None)
         return None if context is None else int(context)
 
