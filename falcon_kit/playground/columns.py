@@ -45,7 +45,8 @@ class Column:
     @property
     def context(self) -> int | None:
         """The limit for tokens of prompt and answer together; None if an endpoint does not report it."""
-        if hasattr(model := getattr(self.falcon, "model", None), "config"):
+        model: Any = getattr(self.falcon, "model", None)  # a name for an endpoint
+        if hasattr(model, "config"):
             return context_limit(model.config)  # as it is now; `spec` is what was loaded
         context = self.falcon.spec.context if self.local else getattr(self.falcon, "context", None)
         return None if context is None else int(context)
