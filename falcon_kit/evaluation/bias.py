@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import check_whole, require, unknown_name
+from falcon_kit.display.errors import check_whole, printable, require, unknown_name
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.local import LocalModel
@@ -110,7 +110,7 @@ class BiasReport:
     def __repr__(self) -> str:
         shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)
         pairs = counted(len(self.pairs), "pair")
-        return f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares})"
+        return printable(f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares})")
 
     def _repr_html_(self) -> str:
         rows = [self._row(axis) for axis in self.axes]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isnan, log, nan
 from typing import TYPE_CHECKING, Any, Protocol
 
-from falcon_kit.display.errors import check_whole, require
+from falcon_kit.display.errors import check_whole, printable, require
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.statistics import Estimate, mcnemar, ratio, sign_flip
@@ -90,7 +90,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         verdicts = "; ".join(f"{each.name} {each.metric}: {each.verdict}" for each in self.differences)
-        return f"Comparison({self.first} and {self.second}{self._other()}: {verdicts})"
+        return printable(f"Comparison({self.first} and {self.second}{self._other()}: {verdicts})")
 
     def _other(self) -> str:
         """What is not the same, in words."""

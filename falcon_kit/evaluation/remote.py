@@ -48,9 +48,14 @@ class RemoteModel:
         """As `Model.run`: a token that reaches beyond the context belongs to the continuation."""
         echoed = self._endpoint.prompt_logprobs([context + continuation for context, continuation in inputs])
         found = []
-        for (context, _), tokens in zip(inputs, echoed, strict=True):
+        for (context, continuation), tokens in zip(inputs, echoed, strict=True):
             end = len(context.rstrip())
             scored = [each for each in tokens if each.start + len(each.text) > end]
+            require(
+                bool(scored or not continuation) and not any(math.isnan(each.logprob) for each in scored),
+                f"{self.name} returns no log-probabilities for {continuation!r:.60} after {context!r:.60}: give a "
+                "longer context, or load the model here",
+            )
             found.append((math.fsum(each.logprob for each in scored), all(each.greedy for each in scored)))
         return found
 

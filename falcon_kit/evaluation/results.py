@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
@@ -130,12 +130,12 @@ class Evaluation:
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         except (*UNEXPECTED, ArithmeticError) as error:
             problem = str(error)
-        raise ValueError(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({problem})")
+        raise ValueError(printable(f"{path} is no evaluation that Evaluation.save wrote, or is damaged ({problem})"))
 
     def __repr__(self) -> str:
         values = [f"{each.name}: {each.per_token} per token" for each in self.perplexities[:3]]
         values += [f"{each.task} {name} {each.estimate(name)}" for each in self.tasks for name in each.names[:1]]
-        return f"Evaluation({self.model}; {'; '.join(values[:6])})"
+        return printable(f"Evaluation({self.model}; {'; '.join(values[:6])})")
 
     def _repr_html_(self) -> str:
         cells = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import printable, unknown_name
 from falcon_kit.display.tables import counted
 from falcon_kit.evaluation.statistics import Estimate, mean
 
@@ -58,4 +58,4 @@ class TaskResult:
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} {self.estimate(name)}" for name in self.names)
-        return f"TaskResult({self.task}, {counted(len(self.items), 'item')}: {values})"
+        return printable(f"TaskResult({self.task}, {counted(len(self.items), 'item')}: {values})")

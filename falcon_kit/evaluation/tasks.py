@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from falcon_kit.display.errors import is_encodable, require, shown
+from falcon_kit.display.errors import is_encodable, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
@@ -75,7 +75,7 @@ class Task:
 
     def __repr__(self) -> str:
         kind = "multiple-choice item" if self.is_choice else "generation item"
-        return f"Task({self.name}, {counted(len(self.items), kind)})"
+        return f"Task({printable(self.name)}, {counted(len(self.items), kind)})"
 
 
 def shipped_task(name: str) -> Task:

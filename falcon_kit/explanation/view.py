@@ -7,7 +7,7 @@ from typing import Any
 
 import anywidget
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import printable, require
 from falcon_kit.display.page import DOM_SCRIPT, WIDGET_STYLE, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
 from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, text_bytes, text_part
@@ -45,7 +45,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         self.on_msg(self._on_message)
 
     def __repr__(self) -> str:
-        return f"Explanation({self._inspected.spec.name}, {counted(len(self.ids), 'token')})"
+        return f"Explanation({printable(self._inspected.spec.name)}, {counted(len(self.ids), 'token')})"
 
     @property
     def text(self) -> str:

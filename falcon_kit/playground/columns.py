@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
@@ -16,7 +17,7 @@ from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 from falcon_kit.generation.text import Piece
-from falcon_kit.playground.records import Token
+from falcon_kit.playground.records import MOST_LOGPROB, Token
 
 Prompt = str | list[Message]
 
@@ -44,6 +45,9 @@ class Column:
     @property
     def context(self) -> int | None:
         """The limit for tokens of prompt and answer together; None if an endpoint does not report it."""
+        model: Any = getattr(self.falcon, "model", None)  # a name for an endpoint
+        if hasattr(model, "config"):
+            return context_limit(model.config)  # as it is now; `spec` is what was loaded
         context = self.falcon.spec.context if self.local else getattr(self.falcon, "context", None)
         return None if context is None else int(context)
 
@@ -121,14 +125,18 @@ class Column:
 
     def token(self, piece: Piece) -> Token:
         """The record of a piece."""
-        alternatives = tuple((each.text, round(each.logprob, 4)) for each in piece.alternatives)
+        likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
+        alternatives = tuple((text, logprob) for text, logprob in likely if logprob is not None)
         same = (each.text for each in piece.alternatives if each.token_id == piece.token_id is not None)
         text = next(same, None)
         if text is None and self.local and piece.token_id is not None:
             text = self.falcon.tokenizer.decode([piece.token_id])
-        logprob = piece.logprob
-        known = logprob is not None and not math.isnan(logprob)
-        return Token(piece.text if text is None else text, round(logprob, 4) if known else None, alternatives)
+        return Token(piece.text if text is None else text, _stored(piece.logprob), alternatives)
+
+
+def _stored(logprob: float) -> float | None:
+    """A log-probability as it is saved; None for nan, and for what is none, of any model with a `stream`."""
+    return round(logprob, 4) if -math.inf < logprob <= MOST_LOGPROB else None
 
 
 class Reader(threading.Thread):

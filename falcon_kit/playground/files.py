@@ -16,7 +16,7 @@ from falcon_kit.display.errors import require
 from falcon_kit.display.saving import write_text
 from falcon_kit.generation.chat import Message, Role
 from falcon_kit.generation.sampling import Sampling
-from falcon_kit.playground.records import Answer, Ending, Mode, Span, Token, Turn
+from falcon_kit.playground.records import MOST_LOGPROB, Answer, Ending, Mode, Span, Token, Turn
 
 _FORMAT = {"format": "falcon-kit playground", "version": 1}
 
@@ -52,7 +52,7 @@ def _check_call(node: ast.expr, *functions: str) -> None:
             ast.literal_eval(each)
 
 
-_Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]  # rounding may leave it a little above 0
+_Logprob = Annotated[float, Field(le=MOST_LOGPROB, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Alternatives = tuple[tuple[str, _Logprob], ...]

@@ -14,6 +14,8 @@ Mode = Literal["prompt", "chat"]
 Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "error"]
 """How an answer ended: the finish_reason of a `Generation`, "refused" by the guardrails, or an "error"."""
 MODES: tuple[Mode, ...] = get_args(Mode)
+MOST_LOGPROB = 1e-3
+"""The largest log-probability of a token: rounding may leave it a little above 0."""
 
 
 class Token(NamedTuple):

@@ -1,6 +1,5 @@
 """A turn while its answers are generated: pieces of all models are added to their answers, until the end or a stop."""
 
-import math
 import queue
 import threading
 import time
@@ -147,5 +146,5 @@ class AnswerWriter:
         """Replaces the measured statistics by the model's own, if it has them."""
         for name in ("prompt_tokens", "new_tokens", "first_token_seconds", "seconds", "cache_bytes"):
             value = getattr(stats, name, None)
-            if value and not math.isnan(value):  # 0: the endpoint does not report it
+            if value is not None and value > 0:  # 0: the endpoint does not report it
                 setattr(self.answer, name, value)

@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -106,14 +107,18 @@ class Connection:
     def scrub(self, text: str) -> str:
         """A text from a server or a URL, without a key of at least `SHORTEST_SECRET` characters or a lone surrogate."""
         text = join_surrogates(text)
-        if not self.token or len(self.token) < SHORTEST_SECRET:
-            return text
-        in_json = json.dumps(self.token)[1:-1]
-        # The key as it is, as a part of a URL, in JSON or in a `repr`.
-        forms = {self.token, quote(self.token, safe=""), in_json, repr(self.token)[1:-1], repr(in_json)[1:-1]}
-        for form in sorted(forms, key=len, reverse=True):
+        for form in self.secrets:
             text = text.replace(form, "***")
         return text
+
+    @cached_property
+    def secrets(self) -> tuple[str, ...]:
+        """What `scrub` replaces: the key as it is, as a part of a URL, in JSON or in a `repr`, the longest first."""
+        if not self.token or len(self.token) < SHORTEST_SECRET:
+            return ()
+        in_json = json.dumps(self.token)[1:-1]
+        forms = {self.token, quote(self.token, safe=""), in_json, repr(self.token)[1:-1], repr(in_json)[1:-1]}
+        return tuple(sorted(forms, key=len, reverse=True))
 
     def clean(self, error: BaseException) -> None:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""

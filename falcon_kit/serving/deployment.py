@@ -89,8 +89,8 @@ class Deployment:
     def __repr__(self) -> str:
         kind = self.plan.devices[0].name
         return (
-            f"Deployment({printable(self.plan.spec.name)} on {self.machine}, {self.gpus} x {kind}, "
-            f"{self.texts} x {self.plan.context} tokens)"
+            f"Deployment({printable(self.plan.spec.name)} on {printable(self.machine)}, {self.gpus} x "
+            f"{printable(kind)}, {self.texts} x {self.plan.context} tokens)"
         )
 
     def _repr_html_(self) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import is_whole, require
 from falcon_kit.serving.failures import error_message, http_error, reading
 from falcon_kit.serving.openai_api import OpenAIServer
-from falcon_kit.serving.protocol import Server, ask_json
+from falcon_kit.serving.protocol import Server, ask_json, logprob_or
 
 _FIELDS = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
 
@@ -51,11 +51,15 @@ def _read(completion: Mapping[str, Any], prompt: str) -> list[PromptToken]:
         return []
     names = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
     rows = zip(*(found[name] for name in names), strict=True)
-    return [
-        PromptToken(start, text, math.nan if logprob is None else float(logprob), _is_greedy(logprob, top))
-        for start, text, logprob, top in rows
-        if start < len(prompt)
-    ]
+    return [_token(*row) for row in rows if row[0] < len(prompt)]
+
+
+def _token(start: int, text: str, logprob: float | None, top: Mapping[str, float] | None) -> PromptToken:
+    """A token. Raises TypeError for values that are none of a token; only the first has no log-probability."""
+    value = logprob_or(math.nan, logprob)
+    if not (is_whole(start, 0) and isinstance(text, str) and (start == 0 or not math.isnan(value))):
+        raise TypeError(f"no token: {text!r} at {start!r} with {logprob!r}")
+    return PromptToken(start, text, value, _is_greedy(logprob, top))
 
 
 def _is_greedy(logprob: float | None, top: Mapping[str, float] | None) -> bool:

@@ -12,6 +12,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 
 from falcon_kit.display.errors import is_whole, printable
+from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.serving.connection import Connection, Oversized, proxy_for, redact_url
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
@@ -151,7 +152,7 @@ def reading(address: str) -> Iterator[None]:
     """Reads events of a server: raises ConnectionError for those with wrong types, invalid UTF-8 or deep nesting."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (*UNEXPECTED, OverflowError) as error:
         raise ConnectionError(
             f"{address} sent an event that is not of its protocol ({type(error).__name__}): check the URL and the "
             "server's version"
@@ -189,4 +190,4 @@ def error_message(content: Any) -> str:
 
 def count(value: Any) -> int | None:
     """A number of tokens that a server reports; None for anything else than a positive integer."""
-    return value if type(value) is int and value > 0 else None
+    return value if is_whole(value, 1) else None

@@ -246,8 +246,10 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
 def _find_model(models: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
     """The entry of that model, or of the only one."""
     names = [str(each["id"]) for each in models]
-    if model is None and len(names) > 1:
-        raise ValueError(f"the endpoint serves several models, pass model=, one of: {', '.join(names)}")
+    require(
+        model is not None or len(names) <= 1,
+        f"the endpoint serves several models, pass model=, one of: {', '.join(names)}",
+    )
     for each in models:
         aliases = each.get("aliases")
         if model in (None, each["id"]) or (isinstance(aliases, list) and model in aliases):

@@ -98,8 +98,9 @@ def likeliest(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
 
 
 def logprob_or(unknown: float, value: Any) -> float:
-    """A log-probability that a server sends, or `unknown` for null: JSON cannot write -inf."""
-    return unknown if value is None else value
+    """A log-probability that a server sends, or `unknown` for null (JSON cannot write -inf) and for what is none."""
+    known = value is not None and -1e300 <= value <= 1e-3  # sums are finite; rounding may leave it above 0
+    return float(value) if known else unknown
 
 
 @dataclass(frozen=True)

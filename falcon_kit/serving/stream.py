@@ -12,8 +12,9 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from falcon_kit.display.errors import require
-from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text
-from falcon_kit.serving.failures import within
+from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
+from falcon_kit.serving.connection import Connection
+from falcon_kit.serving.failures import count, within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
 T = TypeVar("T")
@@ -95,10 +96,15 @@ class Answer:
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
 
+    def add_rest(self, characters: str) -> None:
+        """Adds what no piece has shown to a text that has not ended: it broke off, or was cancelled."""
+        if not self.finish:
+            self._text.add(characters)
+
     def count(self, delta: Delta) -> None:
         """Stores the endpoint's token counts."""
-        self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
-        self._new_tokens = delta.new_tokens or self._new_tokens
+        self.prompt_tokens = count(delta.prompt_tokens) or self.prompt_tokens
+        self._new_tokens = count(delta.new_tokens) or self._new_tokens
 
     def generation(self) -> Generation:
         """The text so far; its finish_reason is "cancelled" unless the text has ended."""
@@ -160,19 +166,33 @@ async def request_answer(
 
 async def _receive(deltas: AsyncIterator[Delta], server: Server, answer: Answer, emit: Callable[[Piece], None]) -> None:
     """Fills `answer` until it ends. Raises ConnectionError if it does not end where it should."""
-    async for delta in deltas:
-        if piece := answer.push(_scrub(delta, server.connection.scrub)):
-            emit(piece)
-        if answer.finish:
-            return
-        if answer.too_long:
-            raise ConnectionError(f"{server.facts.address} sends more new tokens than were asked for")
+    scrubber = _Scrubber(server.connection)
+    try:
+        async for delta in deltas:
+            if piece := answer.push(scrubber(delta)):
+                emit(piece)
+            if answer.finish:
+                return
+            if answer.too_long:
+                raise ConnectionError(f"{server.facts.address} sends more new tokens than were asked for")
+    finally:
+        answer.add_rest(scrubber.waiting)
 
 
-def _scrub(delta: Delta, scrub: Callable[[str], str]) -> Delta:
-    """The event with `scrub` applied to each text in it."""
-    alternatives = tuple(replace(each, text=scrub(each.text)) for each in delta.alternatives)
-    return replace(delta, text=scrub(delta.text), alternatives=alternatives)
+class _Scrubber:
+    """Removes the key from the events of a response. What may be the beginning of a key waits for the next event."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self.waiting = connection, ""
+
+    def __call__(self, delta: Delta) -> Delta:
+        """The event without the key; the last one has all that waited."""
+        scrub = self._connection.scrub
+        text = scrub(self.waiting + delta.text)
+        ready = len(text) - (0 if delta.finish else overlap(text, self._connection.secrets))
+        self.waiting = text[ready:]
+        alternatives = tuple(replace(each, text=scrub(each.text)) for each in delta.alternatives)
+        return replace(delta, text=text[:ready], alternatives=alternatives)
 
 
 def _incomplete(answer: Answer, message: str) -> IncompleteAnswer:

@@ -96,7 +96,7 @@ class TuningRun:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"TuningRun({printable(self.falcon.name)}, r={self.settings.r}; {figures}; {self.adapter})"
+        return printable(f"TuningRun({self.falcon.name}, r={self.settings.r}; {figures}; {self.adapter})")
 
     def _repr_html_(self) -> str:
         return html_table(f"Tuned {printable(self.falcon.name)}", (), self._facts().items())

@@ -1,24 +1,40 @@
 """Control and direction characters, and HTML, in names and texts from outside: in every repr, error and HTML view."""
 
+import ast
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.page import HasPage, Page, text_html
 from falcon_kit.display.tables import html_table
+from falcon_kit.evaluation.bias import BiasReport, PairResult
+from falcon_kit.evaluation.comparison import Comparison, Difference
+from falcon_kit.evaluation.perplexity import Part, Perplexity
+from falcon_kit.evaluation.results import Evaluation
+from falcon_kit.evaluation.statistics import Estimate
+from falcon_kit.evaluation.task_results import TaskResult
+from falcon_kit.evaluation.tasks import Item, Task
 from falcon_kit.generation.text import Alternative, Generation, Piece, Stats
 from falcon_kit.guardrails import Finding, Verdict
 from falcon_kit.planning.devices import Device
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.widget import Playground
+from falcon_kit.serving.deployment import Deployment
+from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.failures import error_message, http_error
-from falcon_kit.tuning.runs import BeforeAfter
+from falcon_kit.serving.openai_api import _find_model
+from falcon_kit.tuning.packing import Example
+from falcon_kit.tuning.runs import BeforeAfter, TuningRun
+from falcon_kit.tuning.settings import Tuning
 from tests.playground.typist import Typist
 
 HIDDEN = "a\x00\x1b[31m\u202eb\u2066\u200b\x85"
@@ -44,6 +60,35 @@ def session(text=NASTY):
     return opened
 
 
+class Folder(type(Path())):
+    """An empty folder under any name."""
+
+    def iterdir(self):
+        return iter(())
+
+
+def task_result(text):
+    return TaskResult(text, text, text, {text: (1.0, 0.0)}, ({text: text},) * 2, {}, {text: 1.0})
+
+
+def perplexity(text):
+    return Perplexity(text, (Part(text, 1, 1, 1, 1.0),) * 2, text, 2)
+
+
+def comparison(text):
+    estimate = Estimate(1.0, 0.5, 1.5)
+    return Comparison(text, text, (Difference(text, text, 1, 2, estimate, 0.5, text, 2),), {text: (text, text)})
+
+
+def tuning_run(falcon, text):
+    plan, packed = fk.plan(falcon.spec), fk.pack(documents(text), falcon)
+    return TuningRun(Folder(text), falcon, Tuning(), plan, packed, (), {text: 1.0})
+
+
+def gguf_file(falcon, text):
+    return GGUFFile(Path(__file__), falcon.spec, {}, {}, {text: SimpleNamespace(kind="F32", bytes=4, shape=(1,))})
+
+
 RESULTS = {
     "Generation": lambda _, text: Generation(text, text, (1,), (-1.0,), "eos", STATS),
     "Piece": lambda _, text: Piece(text, 1, -1.0, (Alternative(text, 1, -1.0),)),
@@ -64,11 +109,29 @@ RESULTS = {
     "Verdict": lambda _, text: Verdict((Finding((0, 1), text, text),), "prompt"),
     "Blocked": lambda _, text: fk.Blocked(Verdict((Finding((0, 1), text, text),), "prompt")),
     "Guardrails": lambda _, text: fk.guardrails(custom={text: lambda _: None}, blocked_words=["a" + text[-20:]]),
+    "Answer": lambda _, text: turn(text).answers[0],
     "Turn": lambda _, text: turn(text),
     "Session": lambda _, text: session(text),
     "Playground": lambda _, text: Playground(session(text)),
+    "Evaluation": lambda _, text: Evaluation(text, {text: text}, (perplexity(text),), (task_result(text),)),
+    "TaskResult": lambda _, text: task_result(text),
+    "Perplexity": lambda _, text: perplexity(text),
+    "Comparison": lambda _, text: comparison(text),
+    "BiasReport": lambda _, text: BiasReport(text, (PairResult(text, text, text, 1.0),)),
+    "Task": lambda _, text: Task(text, (Item(text, text, False, (text,), text, {text: text}),)),
+    "TuningRun": lambda falcon, text: tuning_run(falcon, text),
+    "Example": lambda falcon, text: Example((1,), (True,), text, falcon.tokenizer),
+    "Explanation": lambda falcon, text: fk.explain(falcon, text),
+    "GGUFFile": lambda falcon, text: gguf_file(falcon, text),
+    "Deployment": lambda falcon, text: Deployment(text, fk.plan(falcon.spec, devices=[Device(text, text, 2**34)]), 1),
+    "Endpoint": lambda falcon, text: Endpoint(text, "vLLM", text, 9, falcon.spec, falcon.chat_format, False, 1, None),
     "Page": lambda _, text: Page(text, text_html(text), data=[text]),
     "table": lambda _, text: type("Table", (), {"_repr_html_": lambda _: html_table(text, (text,), [(text, text)])})(),
+}
+WITHOUT_FOREIGN_TEXT = {
+    *("Catalogue", "Environment", "ModelCard", "Outcome", "Requirements", "SageMakerPlace", "Weights"),
+    *("GuardedStream", "RemoteStream", "Stream"),
+    *("ParallelFalcon", "Served"),  # which need processes; they show what Falcon and Endpoint do
 }
 ERRORS = {
     "a name": lambda: unknown_name("model", NASTY, [NASTY]),
@@ -85,6 +148,7 @@ ERRORS = {
     "a preset": lambda: Session(Typist()).preset(NASTY),
     "guardrails": lambda: fk.guardrails(custom={NASTY: 5}),
     "labels": lambda: fk.guardrails(labels=[NASTY]),
+    "models of a server": lambda: _find_model([{"id": NASTY}, {"id": "b"}], None),
     "dialogues": lambda: fk.dialogues(HIDDEN + ".jsonl"),
 }
 
@@ -102,6 +166,15 @@ class Elements(HTMLParser):
         self.found.add((tag, *(name for name, _ in attributes)))
 
 
+def classes_with_a_repr():
+    """The names of the package's classes that define `__repr__` themselves."""
+    for file in Path(fk.__file__).parent.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for each in ast.walk(ast.parse(text)) if "def __repr__" in text else ():
+            if isinstance(each, ast.ClassDef) and "__repr__" in (getattr(one, "name", "") for one in each.body):
+                yield each.name
+
+
 def named(falcon, text):
     return replace(falcon, spec=replace(falcon.spec, name=text))
 
@@ -114,6 +187,11 @@ def views(result):
         yield result._repr_html_()
     if isinstance(result, HasPage):
         yield result.page().document()
+
+
+def test_every_class_with_a_repr_is_in_this_test():
+    assert WITHOUT_FOREIGN_TEXT.isdisjoint(RESULTS)
+    assert {*classes_with_a_repr()} - {*RESULTS} == WITHOUT_FOREIGN_TEXT
 
 
 @pytest.mark.parametrize("make", RESULTS.values(), ids=RESULTS)

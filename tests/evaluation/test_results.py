@@ -56,6 +56,15 @@ def test_a_damaged_field_is_named_in_one_line(tmp_path):
         fk.Evaluation.load(file)
 
 
+def test_a_damaged_field_is_named_without_control_characters(tmp_path):
+    file = evaluation(task([1, 0])).save(tmp_path / "result.json")
+    content = json.loads(file.read_text())
+    content["tasks"][0]["metrics"] = {"\x1b[2J": 7}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"damaged \(tasks\.0\.metrics\.\\x1b\[2J: "):
+        fk.Evaluation.load(file)
+
+
 def test_the_table_has_a_row_for_each_value():
     frame = evaluation(task([1, 0, 1], chance=0.5), text([12.0, 15.0])).to_dataframe()
     assert list(frame["metric"]) == ["per_token", "per_byte", "per_word", "bits_per_byte", "bytes_per_token", "acc"]

@@ -1,5 +1,6 @@
 """Models side by side, and the code that makes each."""
 
+import math
 import shutil
 import threading
 import time
@@ -11,7 +12,9 @@ import pytest
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.playground.columns import connect_source, load_source
+from falcon_kit.generation.text import Alternative, Piece
+from falcon_kit.playground.columns import Column, connect_source, load_source
+from falcon_kit.playground.records import Token
 from falcon_kit.playground.state import Session
 from tests.playground.typist import Typist, chatting, failing, text_of
 from tests.serving.servers import answering, scripted
@@ -74,6 +77,12 @@ def test_a_compiled_model_writes_one_text_at_a_time():
     compiled = Compiled(before=lambda number: number != 3 or working.pop())
     Session(compiled, {"temperature": 0}).generate("go")
     assert most == [1, 1]
+
+
+def test_a_probability_that_is_not_known_is_not_recorded():
+    alternatives = [Alternative(text, None, value) for text, value in (("b", -0.5), ("c", -math.inf), ("d", math.nan))]
+    token = Column("typist", Typist()).token(Piece("a", None, math.nan, tuple(alternatives)))
+    assert token == Token("a", None, (("b", -0.5),))
 
 
 # The code that makes a model

@@ -284,6 +284,11 @@ def test_the_meter_counts_what_the_next_answer_would_read(instruct):
     assert session.meter().context == 2048
 
 
+def test_the_meter_has_the_context_of_the_live_config(instruct, monkeypatch):
+    monkeypatch.setattr(instruct.model.config, "max_position_embeddings", 4096)
+    assert Session(instruct).meter().context == 4096
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{{ messages[0].content + 1 }}"])
 def test_a_conversation_that_the_template_refuses_is_not_counted_and_its_answer_says_why(instruct, template):
     session = chatting(replace(instruct, loaded_format=fk.ChatFormat("strict", template=template)))

@@ -4,7 +4,9 @@ Each call gives the value of an untouched Falcon with the same weights, or is re
 user's change is still there afterwards.
 """
 
+import base64
 import copy
+import inspect
 import traceback
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,11 +21,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 import falcon_kit as fk
+from falcon_kit.evaluation.tasks import make_task
 from tests.conftest import small_model
 from tests.tuning.small_runs import QUICK, talk
 
 TEXT = "The giraffe eats the leaves of trees"
 ROWS = [talk("What is a giraffe?", "A tall animal."), talk("What is a lion?", "A large cat.")]
+CHOICE = ("row", {"prompt": "Giraffes eat", "choices": ["fish.", "acacia leaves."], "answer": 1})
+PAIRS = [{"axis": "age", "stereotype": "The old lion sleeps.", "counterpart": "The young lion sleeps."}] * 2
 TUNE = {**QUICK, "max_steps": 1, "held_out": 0, "lora_dropout": 0.0, "quiet": True}
 LORA = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
 TEMPLATE = (
@@ -188,18 +193,40 @@ def export_gguf(falcon, places):
     return np.fromfile(fk.export_gguf(falcon, places.empty / "falcon.gguf"), np.uint8)
 
 
-def plan(falcon, places):
-    return [fk.plan(falcon.spec, context=64, devices="1x40GiB").fits]
-
-
 def evaluate(falcon, places):
     return [part.nats for part in fk.evaluate(falcon, text=[TEXT, "Lions eat zebras"], stride=2).perplexity.parts]
 
 
+def choices(falcon, places):
+    return [item["loglikelihoods"] for item in fk.evaluate(falcon, make_task("food", [CHOICE])).tasks[0].items]
+
+
+def bias(falcon, places):
+    return [pair.difference for pair in fk.bias(falcon, PAIRS).pairs]
+
+
+def induction(falcon, places):
+    return fk.induction(falcon, period=8).statistics["entropy"]
+
+
+def explain(falcon, places):
+    logits = fk.explain(falcon, text(falcon)).page([0]).data["start"]["text"]["logits"]["f32"]
+    return np.frombuffer(base64.b64decode(logits), np.float32)
+
+
+def playground(falcon, places):
+    session = fk.playground(falcon).session
+    session.set(temperature=None, top_k=None, do_sample=False, max_new_tokens=4)
+    spans = session.generate(TEXT).answers[0].spans
+    return [token.logprob for span in spans for token in span.tokens]
+
+
 FUNCTIONS = [
-    *(generate, batch, stream, chat, attention, lens, ablate, attribute, tokens, pack, tune, merge, export_gguf, plan),
-    evaluate,
+    *(generate, batch, stream, chat, attention, lens, ablate, attribute, tokens, pack, tune, merge, export_gguf),
+    *(evaluate, choices, bias, induction, explain, playground),
 ]
+WITHIN = {"ablated", "repeated_tokens"}
+"""What ablate and induction call."""
 
 
 REFUSED = {(change, function) for change in (add_adapter, wrap_in_peft) for function in (tune, merge, export_gguf)}
@@ -277,6 +304,12 @@ def copied(falcon):
     return replace(falcon, model=copy.deepcopy(falcon.model), tokenizer=copy.deepcopy(falcon.tokenizer))
 
 
+def test_every_function_that_takes_a_falcon_is_in_this_table():
+    functions = {name: each for name in fk.__all__ if inspect.isfunction(each := getattr(fk, name))}
+    taking = {name for name, each in functions.items() if "falcon" in inspect.signature(each).parameters}
+    assert taking - {each.__name__ for each in FUNCTIONS} == WITHIN
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda each: each.__name__)
 def test_a_touched_object_gives_the_right_value_or_a_refusal_and_stays_touched(
@@ -296,6 +329,6 @@ def test_a_touched_object_gives_the_right_value_or_a_refusal_and_stays_touched(
         actual = function(falcon, replace(places, empty=tmp_path))
         assert still_there()
         torch.set_grad_enabled(True)
-        exact = function in (generate, batch, stream, chat, tokens, pack, export_gguf, plan)
+        exact = function in (generate, batch, stream, chat, tokens, pack, export_gguf)
         tolerance = 0 if exact else 1e-4 if falcon.model.dtype == torch.float32 else 0.05
         np.testing.assert_allclose(np.asarray(actual), expected(change, function), rtol=tolerance, atol=tolerance)

@@ -1,12 +1,15 @@
 """Events of other types than the protocol's: the text so far is kept, and the error has a name."""
 
 import json
+import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.evaluation.remote import RemoteModel
+from falcon_kit.playground import files
 from tests.serving.servers import Reply, answering, as_reply, chunk, event, scripted
 
 TOKEN = {"id": 5, "text": "Half", "logprob": -0.1, "special": False}
@@ -102,6 +105,94 @@ def test_whatever_an_event_contains_the_text_so_far_is_kept(protocol, data):
     sending, valid = protocol
     path = data.draw(st.sampled_from(list(places(valid))))
     keeps_the_text(sending(event(with_value(valid, path, data.draw(VALUES)))))
+
+
+ENTRY = {"token": "a", "id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "id": 5, "logprob": -0.5}]}
+WHOLE = {
+    "choices": [{"index": 0, "text": "a", "finish_reason": "stop", "logprobs": {"content": [ENTRY]}}],
+    "usage": {"prompt_tokens": 4, "completion_tokens": 1},
+}
+LOGPROBS, COUNTS = (None, 0.5, 1e999, -1e999, math.nan, 10**400, -(10**400)), (None, -1, 10**400)
+NUMBERS = {"logprob": LOGPROBS, "prompt_tokens": COUNTS, "completion_tokens": COUNTS}
+ODD = [
+    pytest.param(path, number, id=f"{'.'.join(map(str, path))}={number!s:.5}")
+    for path in places(WHOLE)
+    for number in NUMBERS.get(path[-1] if path else "", ())
+]
+
+
+@pytest.mark.parametrize(("path", "number"), ODD)
+def test_a_session_with_odd_numbers_of_a_server_loads_as_it_was(path, number, tmp_path):
+    with scripted(answering(Reply([event(with_value(WHOLE, path, number))]), owner="llamacpp")) as server:
+        session = fk.playground(fk.connect(f"{server.address}/v1")).session
+        assert session.generate("Hi").answers[0].text == "a"
+    file = session.save(tmp_path / "session.json")
+    assert files.load(file)[0] == session.history
+
+
+ECHO = {
+    "choices": [
+        {
+            "text": "Hi you!",
+            "logprobs": {
+                "text_offset": [0, 2, 6],
+                "tokens": ["Hi", " you", "!"],
+                "token_logprobs": [None, -0.5, -0.1],
+                "top_logprobs": [None, {" you": -0.5}, {"!": -0.1}],
+            },
+        }
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def echoing():
+    """A function from the echo of "Hi you" to the endpoint that sends it."""
+    sent = [ECHO]
+    models = answering(b"", owner="vllm")
+    with scripted(lambda path, *rest: as_reply(sent[0]) if "completions" in path else models(path, *rest)) as server:
+        endpoint = fk.connect(f"{server.address}/v1", retries=0)
+        yield lambda content: (sent.__setitem__(0, content), endpoint)[1]
+
+
+def scores(endpoint):
+    """The log-probability of " you" after "Hi", or what its error is."""
+    try:
+        return RemoteModel(endpoint).run([["Hi", " you"]])[0][0]
+    except (ConnectionError, ValueError) as error:
+        return str(error)
+
+
+def test_an_echo_has_the_score_of_the_continuation(echoing):
+    assert scores(echoing(ECHO)) == -0.5
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_the_lists_of_an_echo_contain_it_has_a_score_or_is_refused_by_name(echoing, data):
+    path = data.draw(st.sampled_from([path for path in places(ECHO) if len(path) > 3]))
+    score = scores(echoing(with_value(ECHO, path, data.draw(VALUES))))
+    named = isinstance(score, str) and ("http://" in score or "no log-probabilities" in score)
+    assert named or -math.inf < score <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", 5), ("tokens", None), ("text_offset", 2.5), ("text_offset", True), ("token_logprobs", None)]
+    + [("token_logprobs", number) for number in (math.nan, 0.5, 1e999, 10**400)],
+)
+def test_an_echo_with_another_value_than_a_token_has_is_refused(echoing, name, value):
+    endpoint = echoing(with_value(ECHO, ("choices", 0, "logprobs", name, 1), value))
+    with pytest.raises(ConnectionError, match="sent an event that is not of its protocol"):
+        endpoint.prompt_logprobs(["Hi you"])
+
+
+@pytest.mark.parametrize(("context", "tokens"), [("H", 3), ("Hi", 1)], ids=["the first token", "a token is missing"])
+def test_a_continuation_without_a_log_probability_is_refused(echoing, context, tokens):
+    found = ECHO["choices"][0]["logprobs"]
+    endpoint = echoing(with_value(ECHO, ("choices", 0, "logprobs"), {name: found[name][:tokens] for name in found}))
+    with pytest.raises(ValueError, match=f"no log-probabilities for .* after {context!r}: give a longer context, or"):
+        RemoteModel(endpoint).run([[context, "Hi you"[len(context) :]]])
 
 
 BAD_LINES = {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 
 import pytest
 
@@ -21,6 +22,8 @@ def tgi_repeating(*lines, model="falcon", status=200):
 
 
 TOKEN = {"token": {"id": 5, "text": " a", "logprob": -0.1, "special": False}}
+TEXT = f"The key is {KEY}."
+CUT = {size: [TEXT[at : at + size] for at in range(0, len(TEXT), size)] for size in (1, 5)}
 LEAKS = {
     "TGI, an error event": tgi_repeating(TOKEN, {"error": f"wrong key {KEY}"}),
     "TGI, an event of another kind": tgi_repeating({"given": KEY}),
@@ -33,6 +36,14 @@ LEAKS = {
     "OpenAI, the model's name": answering(Reply([chunk("Hi", "stop")]), models=(KEY,)),
     "OpenAI, the names of other models": answering(Reply([chunk("Hi", "stop")]), models=(KEY, "b")),
     "OpenAI, the text": answering(Reply([chunk(f"The key is {KEY}.", "stop")])),
+    **{
+        f"TGI, the text in pieces of {size}": tgi_repeating(*({"token": TOKEN["token"] | {"text": x}} for x in parts))
+        for size, parts in CUT.items()
+    },
+    **{
+        f"OpenAI, the text in pieces of {size}": answering(Reply([*map(chunk, parts), chunk("", "stop")]))
+        for size, parts in CUT.items()
+    },
     "OpenAI, the context": answering(Reply([chunk("Hi", "stop")]), owner="vllm", max_model_len=KEY),
     "OpenAI, a broken connection": answering(Reply([chunk("Hi")], cut=True)),
     "OpenAI, no response": answering(Reply(dropped=True)),
@@ -70,12 +81,25 @@ def test_a_key_that_a_server_repeats_stands_nowhere(script, tmp_path, caplog):
             pieces, texts = shown_of(lambda: list(endpoint.stream("Hi")))
             shown += [repr(pieces), *texts]
             session = fk.playground(endpoint).session
-            _, texts = shown_of(lambda: session.generate("Hi"))
-            saved = [session.save(tmp_path / name).read_text() for name in ("session.json", "session.html")]
-            shown += [*texts, repr(session), *saved]
+            turn, texts = shown_of(lambda: session.generate("Hi"))
+            saved = session.save(tmp_path / "session.json").read_text()
+            shown += [*texts, repr(session), repr(turn), turn._repr_html_() if turn else "", saved]
         assert server.requests[-1][2]["authorization"] == f"Bearer {KEY}"
     forms = (KEY, json.dumps(KEY)[1:-1], repr(KEY)[1:-1], "very/secret")
     assert [text for text in [*shown, caplog.text] if any(form in text for form in forms)] == []
+
+
+@pytest.mark.parametrize("finish", ["stop", None])
+def test_a_text_that_begins_like_the_key_is_whole(finish):
+    chunks = [*map(chunk, f"sk-vast skies, {KEY}, sk-sk-very"), *([chunk("", finish)] if finish else [])]
+    pieces = []
+    with scripted(answering(Reply(chunks))) as server:
+        stream = fk.connect(f"{server.address}/v1", token=KEY).stream("Hi")
+        with suppress(fk.IncompleteAnswer):
+            pieces += (piece.text for piece in stream)
+    text = "sk-vast skies, ***, sk-sk-very"
+    assert stream.generation.text == text
+    assert "".join(pieces) == (text if finish else text.removesuffix("sk-very"))
 
 
 @pytest.mark.parametrize(
