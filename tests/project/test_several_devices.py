@@ -119,8 +119,8 @@ def playground(falcon, places):
 
 
 def loss(falcon, places):
-    """As users compute it: with tokens on the CPU, and the gradient of each layer's norm. And as the Trainer does, which
-    counts labels on the first device."""
+    """As users compute it: with tokens on the CPU, and the gradient of each layer's norm. And with a count of labels on
+    the first device, as the Trainer's."""
     ids = torch.tensor([falcon.tokenizer(TEXT)["input_ids"]])
     norms = [getattr(each, each.norms[0]).weight for each in falcon.model.transformer.h]
     for each in norms:
