@@ -75,9 +75,10 @@ def _rounded(weight: Any, levels: Any, block: int = 64) -> Any:
     """A weight rounded to the nearest level, with a scale for each block."""
     import torch
 
-    blocks = weight.detach().reshape(-1, block)
+    blocks = weight.detach().to(levels.device).reshape(-1, block)
     scales = blocks.abs().amax(dim=1, keepdim=True)
-    return (levels[torch.bucketize(blocks / scales, (levels[1:] + levels[:-1]) / 2)] * scales).view_as(weight)
+    nearest = torch.bucketize(blocks / scales, (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * scales).view_as(weight).to(weight.device)
 
 
 @cache

@@ -9,7 +9,10 @@ from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, Sto
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.generation.kept_cache import kept_cache
+from falcon_kit.model.static_cache import slots_read
 from falcon_kit.planning.devices import places
+
+_STEPS = 4
 
 
 def compile_options(compile: bool | CompileConfig) -> CompileConfig | None:
@@ -58,30 +61,37 @@ def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig) -> di
 
 
 class _Progress(StoppingCriteria):
-    """Advances a progress bar by one with each token, and stops generation when it is full."""
+    """Advances a progress bar by one with each token."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.bar.update()
-        return torch.full((len(input_ids),), self.bar.n >= self.bar.total, device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
-    """Generates four tokens: prefill, compilation, recording of the CUDA graph, one replay.
+    """Generates tokens with each number of slots that a step reads: prefill, compilation, recording of the CUDA graph,
+    one replay.
 
-    The first text finds the cache of the warm-up, for which the CUDA graph was recorded.
+    Texts find the cache of the warm-up, for which the graphs were recorded, and need not wait for a recording. Before
+    torch 2.13 they could not record either: only the thread that recorded first can (pytorch#123177).
     """
-    start = torch.full((1, 1), model.generation_config.eos_token_id, device=model.device)
-    with tqdm(total=4, desc="Compiling", unit="step") as bar, kept_cache(model, 1) as cache:
-        model.generate(  # type: ignore[misc]  # its self is misdeclared
-            start,
-            attention_mask=torch.ones_like(start),
-            max_length=context_limit(model.config),
-            min_new_tokens=bar.total,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-            past_key_values=cache,
-            compile_config=options,
-        )
+    prompts, context = [1], context_limit(model.config)
+    while (longer := slots_read(prompts[-1] + 1, context)) + _STEPS <= context:
+        prompts.append(longer)
+    with tqdm(total=_STEPS * len(prompts), desc="Compiling", unit="step") as bar:
+        for tokens in prompts:
+            start = torch.full((1, tokens), model.generation_config.eos_token_id, device=model.device)
+            with kept_cache(model, 1) as cache:
+                model.generate(  # type: ignore[misc]  # its self is misdeclared
+                    start,
+                    attention_mask=torch.ones_like(start),
+                    max_new_tokens=_STEPS,
+                    min_new_tokens=_STEPS,
+                    do_sample=False,
+                    stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
+                    past_key_values=cache,
+                    compile_config=options,
+                )

@@ -91,7 +91,7 @@ class PackedLinear(nn.Linear):
         many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
         if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
             return self.in_slabs(rows)
-        if many and not on_cpu:
+        if not on_cpu and (many or self.kind == "int8"):  # torch has had a kernel for int8 on GPUs only since 2.9
             dtype = products_dtype(rows)
             return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
         return self.by_kernel(rows)
@@ -133,7 +133,7 @@ class PackedLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
         if self.kind == "int8":
-            return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
+            return self.weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
         values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
         return ((values - 8) * scale + zero).view(self.out_features, self.in_features)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 from transformers import Cache
 from transformers.models.falcon import modeling_falcon as stock
 
@@ -102,6 +103,14 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.float() @ columns.float()
 
 
+def has_products(version: TorchVersion) -> bool:
+    """Whether this torch multiplies 16 bits into float32: `out_dtype` came with 2.8, and 2.9.0 does not compile it."""
+    return version >= "2.8" and not "2.9" <= version < "2.9.1"
+
+
+_HAS_PRODUCTS = has_products(torch.__version__)
+
+
 def _takes_products(query: Tensor) -> bool:
     """Whether one token's masked attention is computed as products: in 16 bits on CUDA, without gradients.
 
@@ -110,7 +119,7 @@ def _takes_products(query: Tensor) -> bool:
     blocks, and takes no mask.
     """
     in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and in_16_bits and not torch.is_grad_enabled()
+    return _HAS_PRODUCTS and query.device.type == "cuda" and in_16_bits and not torch.is_grad_enabled()
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:

@@ -122,6 +122,17 @@ class FalconMLP(nn.Module):
         return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose output has the dtype of its input.
+
+    CUDA's autocast returns float32, and quantised layers the dtype of their input: in QLoRA all hidden states after the
+    first LayerNorm would have 32 bits, twice the memory, and torch's kernel for packed documents takes 16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(input.dtype)
+
+
 class FalconDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, in parallel (40B: one LayerNorm each, 7B: one for both) or one after the other (rw)."""
 
@@ -135,7 +146,7 @@ class FalconDecoderLayer(GradientCheckpointingLayer):
         pair = ("ln_attn", "ln_mlp") if spec.parallel_block else ("input_layernorm", "post_attention_layernorm")
         self.norms = pair if spec.norms_per_block == 2 else ("input_layernorm",)  # the names in the checkpoint
         for name in self.norms:
-            self.add_module(name, nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon)))
+            self.add_module(name, LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon)))
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Hidden states (B, T, d_model) after the layer; `kwargs` are those of `FalconAttention.forward`."""

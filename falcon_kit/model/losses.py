@@ -33,6 +33,8 @@ def language_model_loss(
     picked, targets = hidden_states[:, :-1][labelled], next_tokens[labelled]  # (N, d), (N)
     weights = [each for each in head.parameters() if each.requires_grad]
     total: Tensor = _ChunkedSum.apply(picked, targets, head, *weights)
+    if isinstance(count, Tensor):
+        count = count.to(total.device)  # the Trainer counts on its own device
     return total / (max(1, len(targets)) if count is None else count)
 
 

@@ -37,7 +37,7 @@ from falcon_kit.model import attention, packed_documents
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.cache import MakesRoom, with_room
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions
-from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding
+from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding, LayerNorm
 from falcon_kit.model.losses import language_model_loss
 from falcon_kit.model.static_cache import ReadsFilledSlots
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
@@ -94,7 +94,7 @@ class FalconModel(_Declared, stock.FalconModel):
             config.num_key_value_heads = _KVHeads(spec.kv_heads)
         self.word_embeddings = nn.Embedding(spec.vocabulary, spec.d_model)
         self.h = nn.ModuleList(FalconDecoderLayer(config, spec, index) for index in range(spec.layers))
-        self.ln_f = nn.LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon))
+        self.ln_f = LayerNorm(spec.d_model, eps=cast(float, config.layer_norm_epsilon))
         self.rotary_emb = FalconRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

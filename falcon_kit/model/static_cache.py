@@ -54,6 +54,20 @@ class ReadsFilledSlots(GenerationMixin):
             torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph for all lengths
         return inputs
 
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *first: Any, **more: Any
+    ) -> Any:
+        """As in transformers, which drops a mask of ones before: the steps after the prompt have it again.
+
+        Its length says how many slots are filled; the cache knows that on the GPU only.
+        """
+        stock: Any = super()
+        outputs = stock._prefill(input_ids, generation_config, model_kwargs, *first, **more)
+        length, past = getattr(generation_config, "_mask_length", None), model_kwargs.get("past_key_values")
+        if length and model_kwargs.get("attention_mask") is None and past is not None and past.is_compileable:
+            model_kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
+        return outputs
+
     def _slots_of_step(self, past: Cache | None, mask: Tensor | None) -> int:
         """The slots that a step reads; 0 without a static cache, and for masks of the caller or another backend."""
         if past is None or not past.is_compileable or self.config._attn_implementation not in ATTENTION:

@@ -26,6 +26,7 @@ from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats
 from falcon_kit.parallel.ranks import Rank
 from falcon_kit.parallel.workers import WorkerDied, Workers
+from falcon_kit.planning.environment import empty_gpu_cache
 from falcon_kit.planning.plan import Plan
 
 _ERROR_TIMEOUT = 10.0  # seconds to wait for the other ranks after the error of one
@@ -41,6 +42,7 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, **parts: An
     """
     code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.worker import serve; serve(load)"
     ranks = settings["tensor_parallel"]
+    empty_gpu_cache()  # the plan counts it as free
     workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
     falcon = ParallelFalcon(workers, directory, **parts)
     try:

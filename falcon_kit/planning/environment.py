@@ -4,6 +4,7 @@ Importing has no effects, nothing is sent anywhere, and values of environment va
 of a variable that identifies the notebook service.
 """
 
+import gc
 import importlib.util
 import math
 import os
@@ -195,6 +196,14 @@ def _cuda_device(torch: Any, index: int) -> Accelerator:
     free, total = torch.cuda.mem_get_info(index)
     cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     return Accelerator(torch.cuda.get_device_name(index), "cuda", index, total, free + cached)
+
+
+def empty_gpu_cache() -> None:
+    """Gives the memory of deleted tensors, which torch keeps for this process, back to the GPUs for other processes."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _accelerator_text(each: Accelerator) -> str:

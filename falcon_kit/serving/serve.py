@@ -15,7 +15,7 @@ from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
-from falcon_kit.planning.environment import find_accelerators, host_memory
+from falcon_kit.planning.environment import empty_gpu_cache, find_accelerators, host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
 from falcon_kit.serving.connection import Connection, check_seconds
@@ -197,6 +197,7 @@ def _check_dtype(engine: Engine, source: Source, dtype: str | torch.dtype) -> st
 def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, gpus: int | None) -> Plan:
     """The memory plan of the server beside what is in memory now. Raises NotEnoughMemory if it does not fit, or if the
     weights cannot be loaded here, where the server's files are written from them."""
+    empty_gpu_cache()
     devices = _devices(engine)
     if gpus is not None:
         reason = "uses no GPU here" if devices[0].key == "cpu" else "has no such argument: set CUDA_VISIBLE_DEVICES"

@@ -1,20 +1,28 @@
 """Compiled decoding: the same text, nothing compiled twice, and an error where transformers would not compile."""
 
+import functools
+
 import pytest
 import torch
 from transformers import CompileConfig, StaticCache
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.loading.compiling import check_compilable
+from falcon_kit.loading.compiling import check_compilable, compiled
+from falcon_kit.model.modeling import FalconForCausalLM
+from falcon_kit.model.static_cache import slots_read
+
+
+def aot_eager():
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    return options
 
 
 @pytest.fixture(scope="module")
 def falcon():
     """Falconet decoding compiled, traced in full; without inductor, which takes a minute on two cores."""
-    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    options._compile_all_devices = True  # transformers compiles on a CPU only when told so
-    return fk.load("falconet", compile=options)
+    return fk.load("falconet", compile=aot_eager())
 
 
 def test_compiled_decoding_writes_the_same_text(falcon):
@@ -27,6 +35,24 @@ def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(falcon):
     falcon.generate("The", max_new_tokens=5, do_sample=False)
     falcon.generate(fk.CARD.prompt, max_new_tokens=40, do_sample=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_the_warm_up_decodes_with_each_number_of_slots(falcon, monkeypatch):
+    """CUDA graphs are recorded for each; before torch 2.13, threads of others cannot record (pytorch#123177)."""
+    read, prepare = set(), FalconForCausalLM.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepared(model, *given, **options):
+        inputs = prepare(model, *given, **options)
+        if not options.get("is_first_iteration"):
+            read.add(inputs["attention_mask"].shape[-1])
+        return inputs
+
+    monkeypatch.setattr(FalconForCausalLM, "prepare_inputs_for_generation", prepared)
+    compiled(falcon.model, "float32", aot_eager())
+    context = falcon.spec.context
+    assert read == {slots_read(length, context + 1) for length in range(1, context + 1)}
+    assert len(read) > 1
 
 
 def test_the_cache_of_compiled_decoding_is_kept_and_emptied(falcon, monkeypatch):

@@ -179,6 +179,13 @@ def test_int4_of_a_matrix_that_is_no_multiple_of_64_is_refused(tokenizer, tmp_pa
     assert fk.load(tmp_path, dtype="int8").weights.quantised == 8
 
 
+def test_int8_on_a_gpu_needs_no_kernel(monkeypatch):
+    """torch has one for GPUs since 2.9 only. The meta device stands for a GPU."""
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)
+    on_gpu = layer(random(64, 128), "int8").to("meta")
+    assert on_gpu(torch.empty(1, 128, device="meta", dtype=torch.bfloat16)).shape == (1, 64)
+
+
 def test_int4_on_a_gpu_before_ampere_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.torch_version import TorchVersion
 from transformers import CompileConfig, StaticCache
 
 from falcon_kit.model import attention
@@ -53,11 +54,14 @@ def test_a_step_of_any_length_gives_the_tokens_of_a_dynamic_cache(layout, backen
         kit.set_attn_implementation("sdpa")
 
 
-def test_a_step_reads_at_most_twice_the_keys_there_are(layout, small_steps, lengths):
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(IDS)], ids=["padded", "not padded"])
+def test_a_step_reads_at_most_twice_the_keys_there_are(layout, mask, small_steps, lengths):
     cache = StaticCache(pair(layout)[1].config, max_cache_len=100)
-    greedy(pair(layout)[1], IDS, 50, attention_mask=MASK, past_key_values=cache)
+    greedy(pair(layout)[1], IDS, 50, attention_mask=mask, past_key_values=cache)
     steps = lengths[:: len(cache.layers)]
-    assert steps == [32] * 9 + [64] * 32 + [100] * 9  # of the prompt, and of the 25th to the 73rd token
+    if not mask.all():
+        assert steps[0] == 32  # of the prompt
+    assert steps[1:] == [32] * 8 + [64] * 32 + [100] * 9  # of the 25th to the 73rd token
 
 
 def test_a_prompt_in_a_static_cache_is_continued_with_the_rest_of_it(layout, small_steps):
@@ -101,6 +105,24 @@ def test_products_are_for_16_bits_on_cuda_without_gradients(kind, dtype, expecte
     with torch.no_grad():
         assert attention._takes_products(query) == expected
     assert not attention._takes_products(query)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.6.0", False),
+        ("2.7.1+cu118", False),
+        ("2.8.0", True),
+        ("2.9.0+cu128", False),
+        ("2.9.1", True),
+        ("2.10", True),
+    ],
+)
+def test_products_are_for_versions_of_torch_that_have_and_compile_them(version, expected, monkeypatch):
+    """pytorch#150812 and pytorch#165892."""
+    monkeypatch.setattr(attention, "_HAS_PRODUCTS", attention.has_products(TorchVersion(version)))
+    with torch.no_grad():
+        assert attention._takes_products(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)) == expected
 
 
 @pytest.mark.parametrize("layout", ["7b", "40b", "rw"])

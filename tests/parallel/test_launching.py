@@ -533,3 +533,13 @@ def test_a_reader_may_pause_longer_than_torchs_timeout(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     _init_process_group(tmp_path)
     assert given["timeout"] > 100 * dist.default_pg_timeout
+
+
+def test_the_memory_of_deleted_tensors_is_free_for_the_ranks_before_they_start(monkeypatch):
+    """torch's cache is free for this process only."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(launching, "Workers", lambda *_: seen.append("started") or sys.exit())
+    with pytest.raises(SystemExit):
+        launching.launch("falconet", {"tensor_parallel": 2}, progress=False)
+    assert seen == ["emptied", "started"]

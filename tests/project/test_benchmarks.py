@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import falcon_kit as fk
 from benchmarks import __main__ as command
-from benchmarks import cpu, full_size, gpu, inspection, reliability
+from benchmarks import _gpu_parts, cpu, full_size, gpu, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue.names import embedded_directory
@@ -134,6 +136,26 @@ def test_every_form_of_a_steps_attention_computes_the_same(on_a_cpu):
 
 def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):
     assert 1 < on_a_cpu[-1]["slice of the 40B, bfloat16"]["layers"] < 60
+
+
+def test_a_prefill_is_measured_with_one_cache_in_memory(monkeypatch):
+    living, caches = [], []
+
+    def model(ids, **options):
+        living.append(sum(each() is not None for each in caches))
+        cache = DynamicCache()
+        caches.append(weakref.ref(cache))
+        return SimpleNamespace(past_key_values=cache)
+
+    monkeypatch.setattr(_gpu_parts, "cache_bytes", lambda _: 0)
+    spec = fk.spec("falconet")
+    _gpu_parts._prefill(model, spec, "bfloat16", gpu.Settings(spec, spec, torch.device("cpu"), context=8))
+    assert living == [0] * 4
+
+
+def test_the_speed_of_training_is_that_of_the_steps():
+    history = [{"loss": 3.0}, {"train_runtime": 4.0}]
+    assert _gpu_parts._speed(history, 8, 100) == {"steps": 8, "seconds": 4.0, "tokens/s": 200.0}
 
 
 @pytest.mark.parametrize(

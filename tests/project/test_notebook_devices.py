@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests import devices
-from tests.project.notebook_devices import placed, start
+from tests.project.notebook_devices import checked, placed, start
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOT_RUN = {
-    "06_lora": "trains for minutes; `tune` and `merge` on several devices are in test_several_devices.py",
-    "07_quantization": "compares layers with those of bitsandbytes, which has no kernels for simulated devices",
     "10_serving": "its servers are other processes and load the model themselves",
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
@@ -29,6 +27,11 @@ def test_a_notebook_runs_with_the_layers_on_several_devices(name, process):
     found = process.submit(placed, FOLDER / f"{name}.ipynb").result()
     assert found
     assert {tuple(each) for each in found} == {tuple(f"{devices.NAME}:{index}" for index in range(devices.COUNT))}
+
+
+def test_the_solutions_of_quantization_are_right_on_several_devices(process):
+    outcomes = process.submit(checked, FOLDER / "solutions" / "07_quantization.ipynb").result()
+    assert [": right." in each for each in outcomes] == [True] * 3, outcomes
 
 
 def test_the_notebooks_that_are_not_run_are_there():

@@ -119,13 +119,16 @@ def playground(falcon, places):
 
 
 def loss(falcon, places):
-    """As users compute it: with tokens on the CPU, and the gradient of each layer's norm."""
+    """As users compute it: with tokens on the CPU, and the gradient of each layer's norm. And with a count of labels on
+    the first device, as the Trainer's."""
     ids = torch.tensor([falcon.tokenizer(TEXT)["input_ids"]])
     norms = [getattr(each, each.norms[0]).weight for each in falcon.model.transformer.h]
     for each in norms:
         each.requires_grad_()
     try:
+        count = torch.tensor(5, device="sim:0")
         losses = [falcon.model(ids, labels=ids, skip_logits=skip).loss for skip in (False, True)]
+        losses.append(falcon.model(ids, labels=ids, skip_logits=True, num_items_in_batch=count).loss)
         gradients = torch.autograd.grad(losses[0] + losses[1], norms)
         return [*(float(each) for each in losses), *(float(each.norm()) for each in gradients)]
     finally:

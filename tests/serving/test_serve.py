@@ -441,6 +441,16 @@ def test_a_setting_out_of_range_is_refused_before_anything_starts(engine, settin
     assert not stand_in.program.with_suffix(".seen").exists()
 
 
+def test_the_memory_of_deleted_tensors_is_free_for_the_server_before_it_is_planned(engine, monkeypatch):
+    """torch's cache is free for this process only."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(serving, "_devices", lambda _: seen.append("planned") or sys.exit())
+    with pytest.raises(SystemExit):
+        fk.serve("falconet", engine().program)
+    assert seen == ["emptied", "planned"]
+
+
 def test_no_memory_for_a_second_copy_is_refused_with_the_way_out(engine, instruct, monkeypatch):
     monkeypatch.setattr(serving, "resolve_devices", lambda _: (Device("cpu", "cpu", 2**28),))
     with pytest.raises(fk.NotEnoughMemory, match=r"beside the Falcon .*fk.serve\('falconet-instruct'\)") as refused:
