@@ -2,7 +2,7 @@
 
 All score the same items of "falconet-choices" with Falconet in float32: the log-likelihood of each choice, from texts.
 The bare loop encodes, sorts by length, pads and takes all logits, with nothing around it. The libraries take turns.
-Seconds are those of the processor.
+Seconds are those of the processor, of one thread. The checks of guardrails are measured on a stream of tokens.
 """
 
 import statistics
@@ -18,6 +18,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.evaluation.tasks import Item, shipped_task
+from falcon_kit.guardrails.measure import measured_guardrails, sample_tokens, seconds_per_token
 
 ITEMS = 500
 ROUNDS = 3
@@ -26,7 +27,8 @@ KIT, LOOP, HARNESS = "kit", "bare batched loop", "lm-eval, HFLM with batch_size=
 
 
 def run() -> dict[str, Any]:
-    """Median seconds of each, and the ratios."""
+    """Median seconds of each, the ratios, and what guardrails cost."""
+    torch.set_num_threads(1)  # a second one, waiting for rows of one, would count as work
     items = shipped_task("falconet-choices").items[:ITEMS]
     falcon = fk.load("falconet", dtype="float32")
     stock = FalconForCausalLM.from_pretrained(embedded_directory("falconet"), dtype=torch.float32).eval()
@@ -49,6 +51,7 @@ def run() -> dict[str, Any]:
         "kit takes, of the bare loop": round(median[KIT] / median[LOOP], 2),
         "lm-eval takes so many times the kit's time": round(median[HARNESS] / median[KIT], 1),
         "largest difference of a log-likelihood, nats": float(f"{max(differences):.1e}"),
+        "guardrails, microseconds a token": round(1e6 * guarding()),
     }
 
 
@@ -63,6 +66,12 @@ def measure(calls: dict[str, Callable[[], list[float]]]) -> tuple[dict[str, list
             seconds[name].append(time.process_time() - start)
             print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
     return seconds, scores
+
+
+def guarding() -> float:
+    """Median seconds that all checks of guardrails take for a token of a stream."""
+    guard, tokens = measured_guardrails(), sample_tokens(1000)
+    return statistics.median(seconds_per_token(guard, tokens) for _ in range(ROUNDS))
 
 
 def kit(falcon: fk.Falcon) -> list[float]:

@@ -32,6 +32,8 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 
 HELD_OUT_SEED = 1
+TEXTS_SEED = 9
+"""Neither training used it: the base model read documents of seed 0, the adapter those of 0 and 1."""
 QUESTIONS = 200
 CONTINUATIONS = 20
 PERIOD = 64
@@ -70,10 +72,14 @@ def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Q
     return found[task.name].estimate("exact_match").value
 
 
+def held_out_texts(count: int) -> list[str]:
+    """`count` base documents of a seed that no training used; short ones, such as counts, may repeat a trained text."""
+    return list(corpus.documents("base", count, TEXTS_SEED))
+
+
 def perplexity(falcon: Falcon, documents: int = 300) -> float:
-    """exp of the mean loss per token over base documents of another seed than the training corpus."""
-    texts = corpus.documents("base", documents, seed=HELD_OUT_SEED)
-    rows = [Row(tuple(ids), len(ids) - 1) for ids in falcon.tokenizer(list(texts))["input_ids"]]
+    """exp of the mean loss per token over `held_out_texts`."""
+    rows = [Row(tuple(ids), len(ids) - 1) for ids in falcon.tokenizer(held_out_texts(documents))["input_ids"]]
     scores = score(inspect_model(falcon), rows)
     return math.exp(-sum(each.total for each in scores) / sum(row.scored for row in rows))
 

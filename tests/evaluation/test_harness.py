@@ -42,6 +42,8 @@ KINDS = {
     "metric_list: [{metric: exact_match}]",
     "loglikelihood_rolling": "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]",
 }
+CLOSE = {"abs": 1e-5, "rel": 1e-6}
+"""Nats, or the share of a long sum: a few steps of float32."""
 LONG = "Lions eat zebras and antelopes. They live in the grassland. " * 250
 ROWS = {
     "multiple_choice": CHOICES,
@@ -101,7 +103,7 @@ def test_choices_have_the_scores_of_lm_eval_on_transformers(base, peer, yaml, nu
     expected = theirs(peer, task, num_fewshot=num_fewshot, fewshot_random_seed=1234)
     found = fk.evaluate(base, task, num_fewshot=num_fewshot)[task.stem]
     ours = [float(each[0]) for item in found.items for each in item["responses"]]
-    assert ours == pytest.approx(answers(expected), abs=1e-4, rel=1e-5)
+    assert ours == pytest.approx(answers(expected), **CLOSE)
     assert [item["prompt_hash"] for item in found.items] == [each["prompt_hash"] for each in expected]
     for metric in ("acc", "acc_norm"):
         assert list(found.metrics[metric]) == [each[metric] for each in expected]
@@ -114,7 +116,7 @@ def test_the_kits_own_choices_have_the_same_scores(base, peer, yaml, tmp_path):
     found = fk.evaluate(base, file)["mine"]
     expected = theirs(peer, yaml("multiple_choice"))
     ours = [each for item in found.items for each in item["loglikelihoods"]]
-    assert ours == pytest.approx(answers(expected), abs=1e-4, rel=1e-5)
+    assert ours == pytest.approx(answers(expected), **CLOSE)
     assert list(found.metrics["acc_norm"]) == [each["acc_norm"] for each in expected]
 
 

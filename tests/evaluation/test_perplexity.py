@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
+from peft import LoraConfig, get_peft_model
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
@@ -52,7 +53,7 @@ def plain_loop(model, tokenizer, text, context, stride):
         end = min(len(ids), done + (context if done == 1 else stride))
         window = ids[max(0, end - context - 1) : end]
         with torch.inference_mode():
-            logits = model(torch.tensor([window[:-1]])).logits[0].log_softmax(-1)
+            logits = model(torch.tensor([window[:-1]])).logits[0].float().log_softmax(-1)
         nats -= sum(float(logits[place, window[place + 1]]) for place in range(len(window) - 1)[done - end :])
         done = end
     return nats
@@ -84,6 +85,18 @@ def test_documents_are_read_on_their_own(inspected, stock):
     expected = [plain_loop(stock, inspected.tokenizer, text, 2048, 2048) for text in texts]
     assert [part.nats for part in found.parts] == pytest.approx(expected, rel=1e-5)
     assert [part.where for part in found.parts] == ["document 1", "document 2", "document 3"]
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), [("int8", False), ("int4", False), ("nf4", False), ("nf4", True)])
+def test_a_quantised_or_tuned_model_is_measured_as_it_computes(inspected, dtype, adapter):
+    falcon = fk.load("falconet", dtype=dtype)
+    model, text = falcon.model, TEXT[:72]
+    if adapter:
+        options = LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+        model = get_peft_model(model, options).eval()
+    found = fk.evaluate((model, falcon.tokenizer), text=text).perplexity
+    assert found.nats == pytest.approx(plain_loop(model, falcon.tokenizer, text, 2048, 2048), rel=1e-5)
+    assert found.nats != pytest.approx(perplexity(inspected, text).nats, rel=1e-4)
 
 
 def test_the_interval_is_that_of_the_documents(inspected):

@@ -138,6 +138,11 @@ def test_about_a_twentieth_of_the_tokens_is_web_text(packed):
     assert 0.04 < sum(web) / packed.tokens <= 0.05
 
 
+def test_no_held_out_text_is_among_the_web_texts_of_the_adapter():
+    web = {text + corpus.END for seed in (0, 1) for text in finetune._web_texts(seed)}
+    assert web.intersection(evaluate.held_out_texts(300)) == set()
+
+
 def test_only_the_adapter_is_shipped_and_not_its_curve(tmp_path, base):
     rows = list(corpus.self_chat(30, seed=3))
     run = fk.tune(base, rows, output_dir=tmp_path / "run", max_steps=1, context=256, held_out=0, quiet=True)

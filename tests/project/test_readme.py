@@ -221,3 +221,12 @@ def test_the_page_states_the_ratios_of_evaluation():
     of_the_loop, harness = figures["kit takes, of the bare loop"], "lm-eval takes so many times the kit's time"
     assert f"takes {of_the_loop:.2f} times as long as a bare loop" in sentence("evaluation")
     assert f"takes {figures[harness]:.1f} times as long as the kit" in sentence("evaluation")
+    assert (figures["threads"], "one thread of the processor" in sentence("evaluation")) == (1, True)
+
+
+def test_the_page_states_what_guardrails_take_of_a_stream():
+    cost = figures_of("evaluation")["guardrails, microseconds a token"]
+    speed = figures_of("playground")["tokens per second"]["falconet"]["bare loop"]
+    slow, fast = (f"{cost * pace / 1e6:.1%} of a stream of" for pace in (50, speed))
+    stated = f"take {cost} microseconds a token: {slow} 50 tokens/s, and {fast} Falconet's {speed:.0f} tokens/s"
+    assert stated in sentence("evaluation")
