@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,22 @@ from safetensors.torch import load_file, save_file
 
 import falcon_kit as fk
 from benchmarks.planning import LAYOUTS, checkpoint
+from falcon_kit.evaluation.bias import _pair
 from falcon_kit.evaluation.perplexity import Part, Perplexity
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.task_results import TaskResult
+from falcon_kit.evaluation.tasks import parsed, read_task
 from falcon_kit.playground import files as playground_files
 from falcon_kit.playground.records import Answer, Span, Token, Turn
+from falcon_kit.tuning import run_folder
+from falcon_kit.tuning.files import rows as rows_of_files
+from falcon_kit.tuning.verdict import verdict
 
 NAMED = (ValueError, FileNotFoundError, NotADirectoryError, OSError, LookupError, fk.NotEnoughMemory)
 """The kinds of errors that readers raise, and not their subclasses, which libraries raise."""
 VALUES = [None, True, False, 0, -1, 1, 2, 7, 2**31, 10**30, 0.5, -1e308, "", "x", "no", "../x", "\ud800", [], {}, [1]]
 VALUES += [[[]], {"a": 1}, "[" * 100, float("nan"), float("inf")]
+_TEMPLATE = "{% for each in messages %}### {{ each['role'] }}: {{ each['content'] }}\n{% endfor %}### assistant:"
 TALK = [{"role": "user", "content": "What do giraffes eat?"}, {"role": "assistant", "content": "Leaves."}]
 
 
@@ -76,7 +82,9 @@ def _run(folder: Path) -> list[Any]:
 
 def _checkpoint(folder: Path, **saving: Any) -> Path:
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_kv_heads": 1, "num_hidden_layers": 1}
-    return checkpoint(folder, LAYOUTS["40B"] | sizes | {"vocab_size": 2048}, **saving)
+    checkpoint(folder, LAYOUTS["40B"] | sizes | {"vocab_size": 2048}, **saving)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
+    return folder
 
 
 def _pickled(folder: Path) -> None:
@@ -93,7 +101,39 @@ def _adapter(folder: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["dense"], "task_type": "CAUSAL_LM"}
     config |= {"base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "tuning.json").write_text(json.dumps({"chat_format": "falcon", "base_fingerprint": None}))
+    format = asdict(fk.ChatFormat("mine", template=_TEMPLATE, stop=("###",)))
+    (folder / "tuning.json").write_text(json.dumps({"chat_format": format, "base_fingerprint": None}))
+
+
+def _finished_run(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    figures = {
+        f"{name} {when}": 2.0 for name in ("held-out loss", "generated-text loss") for when in ("before", "after")
+    }
+    record = {"history": [{"loss": 2.5, "step": 1}, {"loss": 2.0, "step": 2}], "figures": figures}
+    (folder / "adapter/tuning.json").write_text(json.dumps(record))
+
+
+def _read_finished_run(folder: Path) -> str:
+    record = run_folder.read_record(folder) or {}
+    return verdict(tuple(record["history"]), record["figures"], fk.Tuning(learning_rate=1e-4), 1)
+
+
+def _tasks(folder: Path) -> None:
+    rows: list[Any] = [{"question": "What do owls eat?", "choices": ["mice", "grass"], "answer": 0, "level": 1}]
+    rows += [{"question": "What do lions eat?", "choices": ["meat", "grass"], "answer": "meat"}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def _pairs(folder: Path) -> None:
+    rows = [{"axis": "age", "stereotype": "Old owls sleep.", "counterpart": "Young owls sleep."}]
+    rows += [{"bias_type": "age", "sent_more": "Old cats sleep.", "sent_less": "Young cats sleep."}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def _named(folder: Path) -> Path:
+    """The rows in a file with the name of the folder: errors about a row name its file without the folder."""
+    return Path(shutil.copy(folder / "rows.jsonl", folder / f"{folder.name}.jsonl"))
 
 
 def _gguf(folder: Path) -> None:
@@ -102,7 +142,7 @@ def _gguf(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoint")
 
 
-_CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 READERS = {
     **{
         f"dialogues, {suffix}": Reader(
@@ -117,6 +157,11 @@ READERS = {
         _evaluation, ("evaluation.json",), lambda folder: repr(fk.Evaluation.load(folder / "evaluation.json"))
     ),
     "run of fk.evaluate": Reader(_run, ("run.json", "parts/task-000000-3a316d6d3226.json"), _run),
+    "tasks": Reader(_tasks, ("rows.jsonl",), lambda folder: repr(read_task(_named(folder)))),
+    "pairs of fk.bias": Reader(
+        _pairs, ("rows.jsonl",), lambda folder: parsed(rows_of_files(_named(folder)), _pair, str(folder), "{}")
+    ),
+    "finished run of fk.tune": Reader(_finished_run, ("adapter/tuning.json",), _read_finished_run),
     "config": Reader(_checkpoint, _CONFIGS, fk.load),
     "weights": Reader(_checkpoint, ("model.safetensors",), fk.load),
     "shards": Reader(

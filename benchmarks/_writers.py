@@ -223,11 +223,21 @@ def _writers(stack: ExitStack) -> dict[str, Writer]:
         "page": Writer("page.html", lambda path, version: Page(str(version), "x" * 99_999).write(path), False),
         "session": Writer("session.json", lambda path, version: files.save([turns[version]], path), False),
         "run.json": Writer("run.json", start, False),
+        "evaluation": Writer("evaluation.json", lambda path, version: _evaluation(version).save(path), False),
         "GGUF file": Writer("a.gguf", lambda path, version: fk.export_gguf(base, path, kinds[version]), False),
         "merged model": Writer("merged", lambda path, version: fk.merge(adapters[version], base, output_dir=path)),
         "adapter": Writer("adapter", save.adapter),
+        "tuning.json": Writer("tuning.json", save.record, False),
         "checkpoint": Writer("checkpoint-1", save.checkpoint),
     }
+
+
+def _evaluation(version: int) -> Any:
+    import falcon_kit as fk
+    from falcon_kit.evaluation.perplexity import Part, Perplexity
+
+    parts = tuple(Part(f"document {number}", 10, 40, 8, 12.0 + version) for number in range(500))
+    return fk.Evaluation("falconet", {"settings": {"chat": False}}, (Perplexity("lions", parts, "hash", 2),), ())
 
 
 def _turn(version: int) -> Any:
@@ -247,6 +257,7 @@ class Trainers:
 
         settings = fk.Tuning(r=2, max_steps=1, context=64).for_model(falcon.spec)
         packed = fk.pack(fk.dialogues([{"text": "Giraffes eat leaves. "}]), falcon, context=64)
+        self._run = falcon, settings, "hash", packed
         stack.enter_context(unchanged(falcon.model))
         model = tune._new_adapter(falcon, settings)
         options = trainer.arguments(settings, home, falcon.model, len(packed), evaluated=False, cpu=True)
@@ -270,6 +281,13 @@ class Trainers:
 
         self._set(version)
         return run_folder.save_adapter(self._trainer, path.parent)
+
+    def record(self, path: Path, version: int) -> None:
+        """Writes the record of a finished run, beside its model card."""
+        from falcon_kit.tuning import run_folder
+
+        history = [{"loss": 2.5 + version, "step": step} for step in range(500)]
+        run_folder.write_record(path.parent, *self._run, history, {"held-out loss after": 2.5 + version})
 
     def checkpoint(self, path: Path, version: int) -> None:
         """Saves the checkpoint of step 1."""

@@ -56,7 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-SKIPPED_IN_CI = ("FALCON_TOKENIZER", "refuses system messages", "without a GPU", "no AVX-512")
+SKIPPED_IN_CI = (
+    "FALCON_TOKENIZER",
+    "refuses system messages",
+    "without a GPU",
+    "no AVX-512",
+    "no disk of a limited size",
+)
 """Parts of the reasons for which a test may be skipped in CI. What all other tests need is installed there."""
 
 

@@ -15,7 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import check_encodable, unknown_name
+from falcon_kit.display.errors import check_encodable, require, shown, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.rendering import plain_text, transformers_text
 
@@ -60,6 +60,9 @@ class ChatFormat:
     def __post_init__(self) -> None:
         stop: Any = self.stop  # a caller may give one text or a list
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        fields = (self.name, self.user_prefix, self.assistant_prefix, *self.stop, self.source, self.template)
+        for each in fields:
+            require(isinstance(each, str), f"a chat format is made of texts; {shown(self.name)} has {shown(each)}")
 
     def __repr__(self) -> str:
         prefixes = f", {self.user_prefix!r} / {self.assistant_prefix!r}" if self.assistant_prefix else ""

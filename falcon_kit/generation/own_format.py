@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.errors import printable, require, shown
 from falcon_kit.generation.chat import FORMATS, ChatFormat, chat_format, render_prompt
 from falcon_kit.generation.control_tokens import control_tokens
 
@@ -24,15 +25,22 @@ _WHITE_SPACE = [{**each, "content": f" \n{each['content']}\r\n\n\n\nmore \n"} fo
 def own_format(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatFormat:
     """The format of a tokenizer's own template: one of `FORMATS` if it renders the same prompts, else a new one.
 
-    source: where the template is from. Raises ValueError for several named templates without a default.
+    source: where the template is from. Raises ValueError for several named templates without a default, and for a
+    template that is no text.
     """
     named: Any = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
+        names = ", ".join(sorted(printable(str(each)) for each in named))
         raise ValueError(
-            f"{source} has several chat templates and no default: {', '.join(sorted(named))}. Give one of them as "
+            f"{source} has several chat templates and no default: {names}. Give one of them as "
             "chat=fk.ChatFormat('mine', template=...)"
         )
     template = named["default"] if isinstance(named, dict) else named
+    require(
+        isinstance(template, str),
+        f"{source} has the chat template {shown(template)}, which is no text: correct it, or give chat='falcon', "
+        "'hub' or 'baize'",
+    )
     own = ChatFormat("own", source=source, template=template, stop=end_of_turn(tokenizer, template))
     probes = [_PROBE, *([{"role": "system", "content": text}, *_WHITE_SPACE] for text in ("S s", " S\n\ns "))]
     for each in FORMATS:

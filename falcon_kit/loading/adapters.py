@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import UNEXPECTED, named_errors, read_json
 
 RECORD = "tuning.json"
@@ -143,15 +144,14 @@ def check_base(adapter: Adapter, name: str, shapes: Mapping[str, tuple[int, ...]
 
     shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes.
     """
-    refused = f"the adapter in {adapter} was made for {adapter.base_name}, not for {name}"
+    refused = f"the adapter in {adapter} was made for {printable(adapter.base_name)}, not for {name}"
     check_contents(adapter)
     if record(adapter.folder).get("base_fingerprint") not in (None, base_fingerprint):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
     for key, matrix in adapter.matrices.items() if shapes else ():
         if problem := _misfit(key, tuple(matrix.shape), shapes):
-            raise ValueError(
-                f"{refused}: its base_model.model.{key} is {tuple(matrix.shape)}, but the model has {problem}"
-            )
+            weight = f"base_model.model.{printable(key)}"
+            raise ValueError(f"{refused}: its {weight} is {tuple(matrix.shape)}, but the model has {problem}")
 
 
 def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str:

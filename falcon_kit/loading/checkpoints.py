@@ -35,6 +35,7 @@ from falcon_kit.catalogue.names import (
     spec,
 )
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import INCOMPLETE, named_errors, read_json
 from falcon_kit.loading.adapters import PICKLED_WEIGHTS, RECORD, WEIGHTS, damaged, load_pickled, weights_file
 from falcon_kit.loading.gguf import check_kinds
@@ -249,7 +250,7 @@ def _shards(index: Path) -> list[Path]:
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
             f"{index.parent} lacks {len(missing)} of the {len(names)} shards that {index.name} names: "
-            f"{', '.join(missing[:3])}; fetch them again"
+            f"{', '.join(map(printable, missing[:3]))}; fetch them again"
         )
     if not isinstance(content.get("metadata"), dict):
         raise ValueError(f'{index} has no object "metadata", which transformers reads: write "metadata": {{}} there.')

@@ -154,6 +154,7 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         special |= {f"{name}_token": tokens[ids[f"{name}_token_id"]] for name in _NAMED if f"{name}_token_id" in ids}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
+            name_or_path=str(file.path),
             model_input_names=["input_ids", "attention_mask"],
             model_max_length=file.spec.context,
             clean_up_tokenization_spaces=False,

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from falcon_kit.catalogue.memory import FLOAT_DTYPES
+from falcon_kit.display.errors import is_whole, require, shown
 from falcon_kit.display.reading import named_errors
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
@@ -184,6 +185,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
         check_disk(settings.folder, planned.weight_bytes)
     tokenizer, format = tokenizer_and_format(found, settings.chat_format)
+    generation = _generation_config(found.directory, tokenizer)
     parts: dict[str, Any] = {"tokenizer": tokenizer, "spec": found.spec, "plan": planned, "dtype_reason": reason}
     if ranks.needs_launch(settings.tensor_parallel):
         from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
@@ -194,6 +196,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         return cast(Falcon, launching.launch(found.name, request, is_large(files), **parts, chat_format=format))
     model = read_model(found, files, planned, settings)
     set_special_tokens(model.generation_config, tokenizer)
+    model.generation_config = generation or GenerationConfig.from_model_config(model.generation_config.to_dict())
     if isinstance(model, modeling.FalconForCausalLM):
         linears = [ranks.local_tensor(module.weight) for module in model.modules() if type(module) is nn.Linear]
         model.single_rows_without_onednn = faster_without_onednn(linears)
@@ -258,6 +261,24 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
     if tokenizer.chat_template is None:
         return default_format(found.base)
     return own_format(tokenizer, str(tokenizer.name_or_path or found.directory))
+
+
+def _generation_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
+    """The generation config in a checkpoint's folder, with its special tokens; None where there is none.
+
+    They are set while it is read. A config that was changed afterwards is saved by transformers only if each of its
+    settings has an effect, and those of published checkpoints often have none.
+    """
+    if not (file := directory / "generation_config.json").is_file():
+        return None
+    with named_errors(file, "correct it, or fetch the checkpoint again"):
+        config = GenerationConfig.from_pretrained(directory)
+        set_special_tokens(config, tokenizer)
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, value in tokens.items():
+            ids = value if isinstance(value, list) else [value]
+            require(all(is_whole(each, -1) for each in ids), f"its {name} is {shown(value)}, not the number of a token")
+        return GenerationConfig.from_pretrained(directory, **tokens)
 
 
 def set_special_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import FalconForCausalLM, GenerationConfig
+from transformers import FalconForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
@@ -82,8 +82,6 @@ def _from_pretrained(
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
         unusable = TypeError, LookupError, AttributeError
         with named_errors(config, "correct it, or fetch the checkpoint again", unusable):
-            if "state_dict" in options:
-                options |= _generation_config(found.directory)
             model, report = cast(Any, kind).from_pretrained(
                 None if "state_dict" in options else found.directory,
                 config=found.config,
@@ -108,13 +106,6 @@ def _from_pretrained(
     _remove_needless_hooks(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    """The generation config beside the weights, as an argument: transformers does not look for it with a state dict."""
-    if not (directory / "generation_config.json").is_file():
-        return {}
-    return {"generation_config": GenerationConfig.from_pretrained(directory)}
 
 
 def _remove_needless_hooks(model: nn.Module) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
+from falcon_kit.catalogue.gguf import gguf_file
 from falcon_kit.display.errors import printable, shown
 from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
 from falcon_kit.tuning.packing import Packed
@@ -74,16 +76,23 @@ def check_no_new_tokens(falcon: Falcon) -> None:
     Its base would be loaded without them, and would read other tokens than the adapter was trained on. A new padding
     token is no problem, because the model does not read it.
     """
-    tokenizer, directory = falcon.tokenizer, Path(falcon.tokenizer.name_or_path)
-    if not (directory / "tokenizer.json").is_file():
-        return
-    stored = PreTrainedTokenizerFast.from_pretrained(directory)
-    changed = dict(tokenizer.get_vocab().items() ^ stored.get_vocab().items())
+    tokenizer, stored = falcon.tokenizer, _stored_tokenizer(falcon.tokenizer.name_or_path)
+    own = tokenizer.get_vocab()
+    known = stored.get_vocab() if stored else {token: id for token, id in own.items() if id < falcon.spec.vocabulary}
+    changed = dict(own.items() ^ known.items())
     changed.pop(str(tokenizer.pad_token), None)
-    if stored.eos_token not in (None, tokenizer.eos_token):
+    if stored and stored.eos_token not in (None, tokenizer.eos_token):
         changed[str(tokenizer.eos_token)] = tokenizer.eos_token_id
     if changed:
         raise ValueError(
             f"the token {next(iter(changed))!r} is not as in {falcon.name}, with which the adapter would be loaded: "
             "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune fk.load(folder)"
         )
+
+
+def _stored_tokenizer(place: str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in the folder or GGUF file that one was loaded from; None where it is no longer there."""
+    if Path(place).suffix.lower() == ".gguf" and Path(place).is_file():
+        return gguf_tokenizer(gguf_file(place))
+    there = place and Path(place, "tokenizer.json").is_file()
+    return PreTrainedTokenizerFast.from_pretrained(place) if there else None

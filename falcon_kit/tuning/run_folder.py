@@ -138,8 +138,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     remedy = "delete it, and the same call measures and writes it again"
     record = read_json(file, remedy)
-    require({"history", "figures"} <= record.keys(), f"{file} has no history or figures: {remedy}")
+    history, figures = record.get("history"), record.get("figures")
+    whole = isinstance(history, list) and all(map(_are_numbers, [*history, figures]))
+    require(whole, f"{file} has no history or figures: {remedy}")
     return record
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(each, int | float) for each in values.values())
 
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:

@@ -63,7 +63,9 @@ def _more_steps(steps: int, settings: Tuning) -> str:
 
 
 def _forgotten(figures: Mapping[str, float], settings: Tuning) -> str:
-    name = next((name for name in _OTHER_TEXTS if f"{name} loss after" in figures), None)
+    name = next(
+        (name for name in _OTHER_TEXTS if {f"{name} loss before", f"{name} loss after"} <= figures.keys()), None
+    )
     if name is None:
         return ""
     before, after = (figures[f"{name} loss {when}"] for when in ("before", "after"))

@@ -1,10 +1,14 @@
 """A checkpoint's own chat template is the one that is used; transformers' apply_chat_template is the oracle."""
 
+import json
+import shutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.generation.chat import FORMATS, encode, encode_answers
 from falcon_kit.generation.own_format import own_format
 from tests.generation.test_chat import CLOSED, PUBLISHED_HUB, SYSTEM, TALK
@@ -175,6 +179,46 @@ def test_a_checkpoint_with_several_templates_uses_the_default_and_keeps_all(inst
     with pytest.raises(ValueError, match=r"several chat templates and no default: rag, tool_use"):
         fk.load(with_template(instruct, {"rag": LINES, "tool_use": LINES}, tmp_path / "other"))
     assert fk.load(tmp_path / "other", chat=fk.ChatFormat("mine", template=LINES)).chat_format.template == LINES
+
+
+def with_config(directory, template):
+    """Falconet with this value as its chat template."""
+    shutil.copytree(embedded_directory("falconet"), directory)
+    (directory / "chat_template.jinja").unlink()
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return directory
+
+
+BROKEN = {
+    "a sum of text and number": "{{ messages[0]['content'] + 1 }}",
+    "a division by zero": "{{ 1 // 0 }}",
+    "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a range too long": "{% for each in range(10**9) %}{% endfor %}",
+    "loops too deep": "{% for each in messages %}" * 30 + "{% endfor %}" * 30,
+}
+
+
+@pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
+def test_a_model_with_a_broken_template_loads_and_its_chat_says_what_is_broken(tmp_path, template):
+    falcon = fk.load(with_config(tmp_path / "base", template))
+    assert falcon.generate("Hello", max_new_tokens=1).tokens
+    with pytest.raises(ValueError, match=r"^The chat template 'own' fails on this conversation \(\w+Error: .+\)"):
+        falcon.chat(TALK)
+
+
+@pytest.mark.parametrize("template", [7, [{"name": "default", "template": 7}]], ids=str)
+def test_a_template_that_is_no_text_is_refused_with_the_folder_and_the_advice_works(tmp_path, template):
+    directory = with_config(tmp_path / "base", template)
+    with pytest.raises(ValueError, match=r"base has the chat template 7, which is no text: .*chat='falcon'"):
+        fk.load(directory)
+    assert fk.load(directory, chat="falcon").chat(TALK, max_new_tokens=1).tokens
+
+
+@pytest.mark.parametrize("fields", [{"template": 7}, {"template": "a", "stop": [7]}, {"template": "a", "source": 7}])
+def test_a_format_whose_fields_are_no_texts_is_refused(fields):
+    with pytest.raises(ValueError, match=r"^a chat format is made of texts; 'mine' has 7$"):
+        fk.ChatFormat("mine", **fields)
 
 
 # A template that is set after loading

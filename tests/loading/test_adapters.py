@@ -239,6 +239,13 @@ def test_a_model_with_an_adapter_in_it_is_told_from_its_base(of_40b, tmp_path):
         fk.merge(of_40b, loaded)
 
 
+def test_control_characters_in_the_name_of_a_base_are_written_out(of_40b, tmp_path):
+    (of_40b / adapters.RECORD).write_text(json.dumps({"base_fingerprint": "another"}))
+    renamed(of_40b, "\x1b[2Jbase")
+    with pytest.raises(ValueError, match=r"was made for \\x1b\[2Jbase, not for"):
+        fk.merge(of_40b, fk.load(tmp_path / "base"))
+
+
 def test_a_saved_model_still_knows_what_was_merged_into_it(of_40b, tmp_path):
     loaded = fk.load(of_40b)
     loaded.model.save_pretrained(tmp_path / "saved")

@@ -10,6 +10,7 @@ from transformers import FalconForCausalLM, GenerationConfig
 import falcon_kit as fk
 from tests.conftest import logits, small_model
 from tests.generation.test_generate import CHAT, QUESTION
+from tests.loading.test_adapters import saved_adapter
 
 # generation_config.json
 
@@ -128,12 +129,65 @@ def test_no_stop_string_may_be_written_as_none(falcon, method):
 
 
 def test_a_generation_config_is_read_from_the_checkpoint(tokenizer, tmp_path):
-    small_model("40b").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [11, 900], "top_p": 0.5, "max_new_tokens": 3}')
-    loaded = fk.load(tmp_path)
+    loaded = fk.load(saved(tokenizer, tmp_path, {"eos_token_id": [11, 900], "top_p": 0.5, "max_new_tokens": 3}))
     assert loaded.generation_settings == {"top_p": 0.5, "max_new_tokens": 3}
     assert (loaded.model.generation_config.eos_token_id, len(loaded.generate("Hello").tokens)) == ([11, 900], 3)
+
+
+@pytest.mark.parametrize("fields", GENERATION.values(), ids=GENERATION)
+def test_a_generation_config_is_saved_as_it_was_read(tokenizer, tmp_path, fields):
+    base = saved(tokenizer, tmp_path / "base", {"eos_token_id": 11} | fields)
+    fk.load(base).model.save_pretrained(tmp_path / "again")
+    expected = {"eos_token_id": 11, "bos_token_id": 11, "pad_token_id": 12} | fields
+    assert stored(tmp_path / "again") == expected
+
+
+def test_a_merged_model_is_saved_with_the_generation_config_of_its_base(tokenizer, tmp_path):
+    base = saved(tokenizer, tmp_path / "base", {"eos_token_id": 11, "top_p": 0.01})
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    expected = {"eos_token_id": 11, "bos_token_id": 11, "pad_token_id": 12, "top_p": 0.01}
+    fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    fk.load(adapter).model.save_pretrained(tmp_path / "loaded")
+    assert [stored(tmp_path / "merged"), stored(tmp_path / "loaded")] == [expected, expected]
+
+
+def test_settings_of_generation_in_the_config_of_a_model_are_saved_as_they_were_read(tokenizer, tmp_path):
+    base = saved(tokenizer, tmp_path / "base", {})
+    (base / "generation_config.json").unlink()
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"top_p": 0.01}))
+    fk.load(base).model.save_pretrained(tmp_path / "again")
+    assert stored(tmp_path / "again")["top_p"] == 0.01
+
+
+def test_a_setting_of_the_user_that_does_nothing_is_still_refused_when_it_is_saved(tokenizer, tmp_path):
+    falcon = fk.load(saved(tokenizer, tmp_path / "base", {"top_p": 0.01}))
+    falcon.model.generation_config.temperature = 0.3
+    with pytest.raises(ValueError, match="`temperature`: `do_sample` is not set"):
+        falcon.model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eos_token_id", "x"), ("eos_token_id", [11, None]), ("bos_token_id", 0.5)]
+)
+def test_a_special_token_that_is_no_token_is_refused_by_file_and_name(tokenizer, tmp_path, name, value):
+    base = saved(tokenizer, tmp_path, {name: value})
+    with pytest.raises(ValueError, match=rf"generation_config.json cannot be used .*its {name} is .*not the number"):
+        fk.load(base)
+
+
+def saved(tokenizer, directory, generation):
+    """A checkpoint with this generation_config.json."""
+    small_model("40b").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def stored(directory):
+    """The content of a generation_config.json."""
+    content = json.loads((directory / "generation_config.json").read_text())
+    return {name: value for name, value in content.items() if name != "transformers_version"}
 
 
 # config.json

@@ -217,6 +217,14 @@ def test_a_pickled_file_of_torch_before_1_6_is_read_and_one_that_was_cut_off_ref
         fk.load(file.parent)
 
 
+def test_control_characters_in_the_names_of_shards_are_written_out(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "\x1b[2J.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"names: \\x1b\[2J\.safetensors; fetch"):
+        fk.load(checkpoint)
+
+
 def test_a_missing_shard_is_named(tokenizer, tmp_path):
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks._hostile import READERS, Reader, outcome, spoiled
 
-QUICK = [
-    name for name in READERS if name.startswith("dialogues") or name in ("session", "evaluation", "run of fk.evaluate")
-]
+FILES = ("session", "evaluation", "run of fk.evaluate", "tasks", "pairs of fk.bias", "finished run of fk.tune")
+QUICK = [name for name in READERS if name.startswith("dialogues") or name in FILES]
 WHOLE = {
     "nothing": b"",
     "too deep": b"[" * 100_000,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WRITERS = ["page", "session", "run.json", "GGUF file", "merged model", "adapter", "checkpoint"]
+WRITERS = ["page", "session", "run.json", "evaluation", "GGUF file", "merged model", "adapter", "tuning.json"]
+WRITERS += ["checkpoint"]
 IN_PLACE = """
 import json, random
 from benchmarks._writers import Writer, _attack
@@ -39,6 +40,14 @@ def attacked():
 def test_a_writer_loses_nothing_whatever_happens_while_it_writes(attacked, name):
     assert [*attacked] == WRITERS
     assert (attacked[name]["kills"], attacked[name]["faults"]) == (4, [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the attacks use calls of Linux")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_notices_a_full_disk_and_keeps_the_older_version(attacked, name):
+    if not any(each["full disks"] for each in attacked.values()):
+        pytest.skip("no disk of a limited size can be mounted here")
+    assert (attacked[name]["full disks"], attacked[name]["faults"]) == (1, [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the attacks use calls of Linux")

@@ -202,9 +202,10 @@ def test_an_adapter_is_saved_before_it_is_measured(monkeypatch, falcon, tmp_path
 def test_a_record_without_figures_is_refused_with_what_to_do(falcon, tmp_path):
     options = {**QUICK, "max_steps": 1}
     run = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
-    (run.adapter / "tuning.json").write_text('{"history": []}')
-    with pytest.raises(ValueError, match=r"tuning\.json has no history or figures: delete it, and the same call"):
-        fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    for record in ('{"history": []}', '{"history": 7, "figures": {}}', '{"history": [], "figures": {"loss": "low"}}'):
+        (run.adapter / "tuning.json").write_text(record)
+        with pytest.raises(ValueError, match=r"tuning\.json has no history or figures: delete it, and the same call"):
+            fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
 
 
 def test_an_empty_output_dir_is_refused(falcon):

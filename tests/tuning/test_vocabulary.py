@@ -1,13 +1,28 @@
 """Tokens that are added to a vocabulary reach the adapter's base, or training is refused."""
 
+import shutil
+
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
 from tests.tuning.small_runs import QUICK, ROWS, talk
 
 TOOL = "<tool>"
 TALKS = [*ROWS[:8], talk("Use a tool", f"{TOOL} giraffe"), talk("Use it", f"{TOOL} owl")]
 SHORT = {**QUICK, "max_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """A GGUF file of falconet."""
+    return fk.export_gguf(fk.load("falconet"), tmp_path_factory.mktemp("gguf") / "falconet.gguf")
+
+
+@pytest.fixture(params=["folder", "GGUF file"])
+def stored(request):
+    """A Falcon from each kind of place that holds a tokenizer."""
+    return fk.load(request.getfixturevalue("gguf") if request.param == "GGUF file" else "falconet", dtype="float32")
 
 
 def add_tool(falcon):
@@ -29,11 +44,29 @@ def end_otherwise(falcon):
 
 
 @pytest.mark.parametrize("change", [add_tool, end_with_tool, add_special, end_otherwise])
-def test_a_vocabulary_that_was_changed_after_loading_is_refused(falcon, tmp_path, change):
-    change(falcon)
+def test_a_vocabulary_that_was_changed_after_loading_is_refused(stored, tmp_path, change):
+    change(stored)
     with pytest.raises(ValueError, match=r"the token '(<tool>|>>ANSWER<<)' is not as in .*save_pretrained"):
-        fk.tune(falcon, TALKS, output_dir=tmp_path, **SHORT)
+        fk.tune(stored, TALKS, output_dir=tmp_path, **SHORT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_in_the_current_folder_is_not_taken_for_that_of_a_gguf_file(gguf, tmp_path, monkeypatch):
+    other = fk.load("falconet")
+    add_tool(other)
+    other.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert fk.tune(fk.load(gguf, dtype="float32"), TALKS, output_dir=tmp_path / "run", **SHORT).history
+
+
+@pytest.mark.parametrize("change", [add_tool, add_special])
+def test_a_new_token_is_refused_where_the_base_was_deleted(tmp_path, change):
+    shutil.copytree(embedded_directory("falconet"), tmp_path / "base")
+    falcon = fk.load(tmp_path / "base", dtype="float32")
+    shutil.rmtree(tmp_path / "base")
+    change(falcon)
+    with pytest.raises(ValueError, match=r"the token '<tool>' is not as in .*save_pretrained"):
+        fk.tune(falcon, TALKS, output_dir=tmp_path / "run", **SHORT)
 
 
 def test_following_the_advice_gives_an_adapter_that_reads_the_new_token(falcon, tmp_path):
@@ -47,10 +80,10 @@ def test_following_the_advice_gives_an_adapter_that_reads_the_new_token(falcon, 
 
 
 @pytest.mark.parametrize("resized", [True, False])
-def test_a_new_padding_token_is_no_obstacle(falcon, tmp_path, resized):
-    falcon.tokenizer.add_special_tokens({"pad_token": "<padding>"})
+def test_a_new_padding_token_is_no_obstacle(stored, tmp_path, resized):
+    stored.tokenizer.add_special_tokens({"pad_token": "<padding>"})
     if resized:
-        falcon.model.resize_token_embeddings(len(falcon.tokenizer))
-    run = fk.tune(falcon, TALKS, output_dir=tmp_path, **SHORT)
+        stored.model.resize_token_embeddings(len(stored.tokenizer))
+    run = fk.tune(stored, TALKS, output_dir=tmp_path, **SHORT)
     assert fk.load(run.adapter).generate("Hello", max_new_tokens=1).tokens
-    assert falcon.tokenizer.pad_token == "<padding>"
+    assert stored.tokenizer.pad_token == "<padding>"
