@@ -215,9 +215,11 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
 
     Raises for a refused key, a redirect, a busy endpoint.
     """
+    # A server that does not know a GET may close the connection, as uvicorn does: the next request needs another one.
+    method, headers = ("GET", {"Connection": "close"}) if content is None else ("POST", {})
     try:
         async with within(connection.timeout, redact_url(url), connection.timeout_name):
-            response = await connection.client.request("GET" if content is None else "POST", url, json=content)
+            response = await connection.client.request(method, url, json=content, headers=headers)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
