@@ -73,8 +73,11 @@ class Connection:
     timeout_name: str = "timeout"
     """The argument that sets `timeout`, for errors."""
 
+    @cached_property
     def client(self) -> httpx2.AsyncClient:
-        """An HTTP client with key, timeout and limit. It follows no redirect: prompt and key go to no other server.
+        """The HTTP client, with key, timeout and limit. It follows no redirect: prompt and key go to no other server.
+
+        Callers limit the requests in flight, so it does not.
 
         Raises ValueError for proxies and certificates of the environment that cannot be used, and ModuleNotFoundError
         for a SOCKS proxy without socksio.
@@ -84,6 +87,7 @@ class Connection:
             return httpx2.AsyncClient(
                 headers={"Accept-Encoding": "identity"} | key,  # see `Oversized`
                 timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 10)),  # 10 seconds for TCP
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20),
                 follow_redirects=False,
                 trust_env=not self.direct,
                 event_hooks={"response": [_limit]},

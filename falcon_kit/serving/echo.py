@@ -34,7 +34,7 @@ async def prompt_logprobs(server: Server, prompt: str) -> list[PromptToken]:
     if not isinstance(server, OpenAIServer):
         raise ValueError(refused)
     content = {"model": server.facts.model, "prompt": prompt, **_FIELDS}
-    status, answer = await ask_json(f"{server.url}/completions", server.connection, content, server.client)
+    status, answer = await ask_json(f"{server.url}/completions", server.connection, content)
     if status != 200:
         raise http_error(status, error_message(answer), address, {})
     with reading(address):

@@ -109,7 +109,6 @@ class OpenAIServer:
         self._dialect, self.connection = dialect, connection
         self.url, self._root = url, url.removesuffix("/v1")
         self._control_tokens: dict[int | None, str] = {}
-        self.client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
         """As `request_body`."""
@@ -119,7 +118,7 @@ class OpenAIServer:
         """Sends the request and yields the deltas of each chunk."""
         address, begun = self.facts.address, False
         url = f"{self.url}/{'chat/completions' if 'messages' in body else 'completions'}"
-        async with aclosing(stream_data(self.client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
+        async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
             async for event in events:
                 for delta in read_event(event, address, begun):
                     yield await self._name_control_tokens(delta)
@@ -139,7 +138,7 @@ class OpenAIServer:
         return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[Any], T | None]) -> Awaitable[T]:
-        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read, self.client)
+        return ask_about_prompt(f"{self._root}/{path}", self.connection, content, read)
 
     async def _name_control_tokens(self, delta: Delta) -> Delta:
         """The delta with the texts of control tokens among its alternatives, which llama.cpp leaves out."""
@@ -155,7 +154,7 @@ class OpenAIServer:
         """The text of a control token; empty if llama.cpp does not return it."""
         answer: Any = None
         with suppress(ConnectionError, TimeoutError, PermissionError):
-            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]}, self.client)
+            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
         text = at(answer, "content")
         return text if isinstance(text, str) else ""
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -210,24 +210,16 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
     return {names[name]: value for name, value in request.options.items()}
 
 
-async def ask_json(
-    url: str,
-    connection: Connection,
-    content: Mapping[str, Any] | None = None,
-    client: httpx2.AsyncClient | None = None,
-) -> tuple[int, Any]:
+async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> tuple[int, Any]:
     """The status of a GET, or of a POST of `content`, and what is returned if that is JSON.
-
-    client: one of this connection that stays open; by default a new one, which takes some hundredths of a second.
 
     Raises for a refused key, a redirect, a busy endpoint.
     """
+    # A server that does not know a GET may close the connection, as uvicorn does: the next request needs another one.
+    method, headers = ("GET", {"Connection": "close"}) if content is None else ("POST", {})
     try:
-        async with (
-            within(connection.timeout, redact_url(url), connection.timeout_name),
-            nullcontext(client) if client else connection.client() as open_client,
-        ):
-            response = await open_client.request("GET" if content is None else "POST", url, json=content)
+        async with within(connection.timeout, redact_url(url), connection.timeout_name):
+            response = await connection.client.request(method, url, json=content, headers=headers)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
@@ -236,12 +228,10 @@ async def ask_json(
     return response.status_code, json_or_none(response.text)
 
 
-async def stream_data(
-    client: httpx2.AsyncClient, url: str, body: dict[str, Any], connection: Connection, address: str
-) -> AsyncIterator[str]:
+async def stream_data(url: str, body: dict[str, Any], connection: Connection, address: str) -> AsyncIterator[str]:
     """The data of the server-sent events in the response to a POST, until "[DONE]"."""
     try:
-        async with client.stream("POST", url, json=body) as response:
+        async with connection.client.stream("POST", url, json=body) as response:
             if not response.is_success:
                 text = (await response.aread()).decode(errors="replace")
                 message = error_message(text)
@@ -281,14 +271,10 @@ async def limit_tokens(
 
 
 async def ask_about_prompt(
-    url: str,
-    connection: Connection,
-    content: Mapping[str, Any],
-    read: Callable[[Any], T | None],
-    client: httpx2.AsyncClient,
+    url: str, connection: Connection, content: Mapping[str, Any], read: Callable[[Any], T | None]
 ) -> T:
     """What `read` finds in the response to a POST. Raises ValueError if there is nothing."""
-    status, answer = await ask_json(url, connection, content, client)
+    status, answer = await ask_json(url, connection, content)
     with suppress(TypeError, LookupError):
         if status == 200 and (found := read(answer)) is not None:
             return found

@@ -39,7 +39,6 @@ class TGIServer:
 
     def __init__(self, url: str, facts: Facts, connection: Connection) -> None:
         self.facts, self._url, self.connection = facts, url, connection
-        self._client = connection.client()
 
     def body(self, request: Request) -> dict[str, Any]:
         """As `request_body`."""
@@ -48,13 +47,13 @@ class TGIServer:
     async def count(self, request: Request) -> int:
         """The tokens of the prompt, by POST /tokenize, which lists them."""
         url, content = f"{self._url}/tokenize", {"inputs": request.prompt}
-        return await ask_about_prompt(url, self.connection, content, length, self._client)
+        return await ask_about_prompt(url, self.connection, content, length)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the delta of each event."""
         address, reshaped = self.facts.address, reshapes(body["parameters"])
         url = f"{self._url}/generate_stream"
-        async with aclosing(stream_data(self._client, url, body, self.connection, address)) as events:  # type: ignore[type-var]
+        async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
             async for event in events:
                 with reading(address):
                     delta = read_event(event, address, reshaped)

@@ -74,6 +74,13 @@ def test_as_many_requests_are_in_flight_as_allowed_and_texts_come_in_order(ask, 
     assert script.most == concurrency
 
 
+def test_more_than_a_hundred_requests_are_in_flight_at_once():
+    script, prompts = Busy(120), [f"number {each}" for each in range(120)]
+    with replicas(script) as (_, urls):
+        texts = fk.connect(urls[0], concurrency=120, timeout=10).generate(prompts)
+    assert (len(texts), script.most) == (120, 120)
+
+
 def test_replicas_share_the_requests():
     scripts = [Busy(2), Busy(2), Busy(2)]
     with replicas(*scripts) as (servers, urls):
