@@ -3,18 +3,17 @@
 python notebooks/demo.py     # `make demo` runs this
 """
 
-import gc
 import os
 import warnings
 from pathlib import Path
 
 import nbformat
-import torch
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 import falcon_kit as fk
 from falcon_kit.display.saving import write_text
+from falcon_kit.planning.environment import empty_gpu_cache
 
 NOTEBOOK = Path(__file__).with_name("01_inference.ipynb")
 PAGE = Path("runs/01_inference.html")
@@ -47,8 +46,7 @@ def execute(notebook: Path, page: Path) -> None:
 def main() -> None:
     """Command line: both parts of the demo."""
     answer_the_card(os.environ.get("FALCON_KIT_MODEL", "falconet-instruct"))
-    gc.collect()
-    torch.cuda.empty_cache()  # the notebook loads the model again, in a process of its own
+    empty_gpu_cache()  # the notebook loads the model again, in a process of its own
     print(f"Executing {NOTEBOOK.name} ...", flush=True)
     execute(NOTEBOOK, PAGE)
     print(f"Done. The executed notebook: {PAGE}\nTo open the notebooks yourself: make lab")

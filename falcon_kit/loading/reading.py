@@ -1,6 +1,5 @@
 """The weights of a checkpoint read into a model: on their devices, with adapters added, quantised, complete."""
 
-import gc
 import hashlib
 import traceback
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from falcon_kit.loading.quantization import (
 from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
+from falcon_kit.planning.environment import empty_gpu_cache
 from falcon_kit.planning.plan import Plan
 
 _SMALL = 2**30  # bytes of weights that are read before a progress bar is of use
@@ -125,9 +125,7 @@ def _free_on_failure(directory: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_gpu_cache()
         if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
             raise FileNotFoundError(
                 f"a file of {directory} was removed while it was read ({error}): fetch the checkpoint again"

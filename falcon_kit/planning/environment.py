@@ -200,10 +200,9 @@ def _cuda_device(torch: Any, index: int) -> Accelerator:
 
 def empty_gpu_cache() -> None:
     """Gives the memory of deleted tensors, which torch keeps for this process, back to the GPUs for other processes."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
+    if torch := sys.modules.get("torch"):  # otherwise nothing is kept
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _accelerator_text(each: Accelerator) -> str:

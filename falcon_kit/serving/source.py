@@ -5,13 +5,11 @@ checkpoint in safetensors and a GGUF file are read where they are; an adapter is
 adds one to Falcon.
 """
 
-import gc
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
@@ -29,6 +27,7 @@ from falcon_kit.loading.merging import merge
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.environment import empty_gpu_cache
 from falcon_kit.planning.plan import Plan, plan
 from falcon_kit.serving.gguf import check_writable, export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
@@ -136,9 +135,7 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
     try:
         return _write(source, folder, dtype, gguf)
     finally:  # the weights are no longer needed
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_gpu_cache()
 
 
 def _where_it_is(found: Checkpoint, path: Path, note: str, tokenizer: PreTrainedTokenizerBase) -> Files:

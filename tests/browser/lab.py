@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -106,6 +107,13 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
 
 
+def violations(page: Page, view: str) -> list[tuple[str, list[str]]]:
+    """What axe-core finds in a view, given by its CSS selector."""
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+    found = page.evaluate("async (view) => (await axe.run(view)).violations", view)
+    return [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found]
+
+
 class Notebook:
     """An open notebook in JupyterLab, used like a person would, with access to its kernel."""
 
@@ -134,6 +142,12 @@ class Notebook:
             }""",
             timeout=60_000,
         )
+
+    def change_theme(self, dark: bool) -> None:
+        """JupyterLab's dark or light theme."""
+        theme = f"JupyterLab {'Dark' if dark else 'Light'}"
+        self.page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        self.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str(not dark).lower()}'")
 
     def run_until(self, source: str) -> Locator:
         """Runs all cells up to the first that contains `source`, and returns the outputs of that cell."""

@@ -18,7 +18,7 @@ function render({ model, el }) {
   const guarded = h("input", { type: "checkbox", role: "switch", id: unique("guardrails"), onchange: () => act("guard", { on: guarded.checked }) });
   const guardedLabel = h("label", { class: "fk-switch", for: guarded.id, title: "Check each prompt before the model reads it, and each answer before it is shown" }, guarded, "Guardrails");
   const fold = h("button", { type: "button", class: "fk-fold", "aria-expanded": "false" }, "Settings and history");
-  const head = h("header", {}, title, modes.node, probabilitiesLabel, guardedLabel, fold);
+  const head = h("div", { class: "fk-head" }, title, modes.node, probabilitiesLabel, guardedLabel, fold);
 
   // The text.
   const empty = h("p", { class: "fk-empty" }, "No text yet. Choose an example or type a prompt, then press Ctrl+Enter.");
@@ -57,11 +57,11 @@ function render({ model, el }) {
 
   const settings = settingsView(act);
   const history = historyView(act);
-  const side = h("aside", { id: unique("side") }, settings.node, history.node);
+  const side = h("div", { class: "fk-side", id: unique("side") }, settings.node, history.node);
   const card = probabilityCard(root);
   fold.setAttribute("aria-controls", side.id);
   fold.addEventListener("click", () => fold.setAttribute("aria-expanded", String(root.classList.toggle("fk-open"))));
-  root.append(head, h("div", { class: "fk-columns" }, h("main", {}, log, notice, composer), side), card.node);
+  root.append(head, h("div", { class: "fk-columns" }, h("div", { class: "fk-main" }, log, notice, composer), side), card.node);
   el.append(root);
 
   function setDraft(text) {
