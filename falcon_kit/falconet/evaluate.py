@@ -7,14 +7,14 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
-import torch
-from transformers import FalconForCausalLM
+import numpy as np
+from numpy.typing import NDArray
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import embedded_directory
@@ -22,11 +22,12 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.saving import write_text
 from falcon_kit.evaluation.evaluate import evaluate
 from falcon_kit.evaluation.scoring import Row, score
-from falcon_kit.evaluation.tasks import make_task
+from falcon_kit.evaluation.tasks import Task, make_task
 from falcon_kit.falconet import corpus
 from falcon_kit.falconet.phrasings import HELD_OUT, phrase
-from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer
+from falcon_kit.falconet.world import ANIMALS, RELATIONS, answer
 from falcon_kit.generation.chat import BAIZE, FALCON, ChatFormat
+from falcon_kit.inspection.attention import induction
 from falcon_kit.inspection.hooks import inspect_model
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
@@ -39,35 +40,25 @@ CONTINUATIONS = 20
 PERIOD = 64
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question about one fact in a held-out wording, and the only answer that counts as exact."""
-
-    text: str
-    expected: str
-
-
-def held_out_questions(count: int = QUESTIONS, seed: int = HELD_OUT_SEED) -> list[Question]:
-    """`count` different questions, the relations in turn, in wordings that no corpus contains."""
-    rng = random.Random(seed)
+def held_out_questions(count: int = QUESTIONS) -> Task:
+    """`count` different questions about facts, the relations in turn, in wordings that no corpus contains."""
+    rng = random.Random(HELD_OUT_SEED)
     pairs = {
         relation: [(animal, template) for animal in ANIMALS for template in HELD_OUT[relation]]
         for relation in RELATIONS
     }
     for each in pairs.values():
         rng.shuffle(each)
+    rows = []
+    for number in range(count):
+        relation = RELATIONS[number % len(RELATIONS)]
+        animal, template = pairs[relation].pop()
+        rows.append({"question": phrase(template, animal, rng), "answer": answer(animal, relation)})
+    return make_task("held-out", ((f"question {number}", row) for number, row in enumerate(rows, 1)))
 
-    def question(animal: Animal, template: str, relation: str) -> Question:
-        return Question(phrase(template, animal, rng), answer(animal, relation))
 
-    relations = [RELATIONS[index % len(RELATIONS)] for index in range(count)]
-    return [question(*pairs[relation].pop(), relation) for relation in relations]
-
-
-def exact_answers(falcon: Falcon, chat_format: ChatFormat, questions: Iterable[Question]) -> float:
-    """Share of `questions` whose greedy answer is exactly the expected one."""
-    rows = [{"question": question.text, "answer": question.expected} for question in questions]
-    task = make_task("held-out", ((f"question {number}", row) for number, row in enumerate(rows, 1)))
+def exact_answers(falcon: Falcon, chat_format: ChatFormat, task: Task) -> float:
+    """The share of questions whose greedy answer is exactly the expected one."""
     found = evaluate(replace(falcon, loaded_format=chat_format), task, chat=True)
     return found[task.name].estimate("exact_match").value
 
@@ -84,21 +75,11 @@ def perplexity(falcon: Falcon, documents: int = 300) -> float:
     return math.exp(-sum(each.total for each in scores) / sum(row.scored for row in rows))
 
 
-def induction_scores(falcon: Falcon, rows: int = 8) -> tuple[torch.Tensor, float]:
-    """Induction score of each head, (layers, query heads), and the chance level.
-
-    A sequence of S random tokens is repeated once; the score is the mean of A[i, i-S+1] over the second copy (Olsson et
-    al. 2022, arXiv 2209.11895): the attention to the token after the first occurrence. Chance is uniform attention.
-    """
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    once = torch.randint(13, falcon.model.config.vocab_size, (rows, PERIOD), generator=generator)
-    eager = FalconForCausalLM._from_config(falcon.model.config, attn_implementation="eager").eval()
-    eager.load_state_dict(falcon.model.state_dict())
-    with torch.inference_mode():
-        layers = eager(once.repeat(1, 2), output_attentions=True, use_cache=False).attentions
-    query = torch.arange(PERIOD, 2 * PERIOD)
-    scores = torch.stack([layer[:, :, query, query - PERIOD + 1].mean(dim=(0, 2)) for layer in layers])
-    return scores, float((1 / (query + 1)).mean())
+def induction_scores(falcon: Falcon) -> tuple[NDArray[np.floating[Any]], float]:
+    """The mean induction score of each head over eight sequences, (layers, query heads), and the chance level."""
+    found = [induction(falcon, PERIOD, seed=seed) for seed in range(8)]
+    scores = np.mean([each.statistics["induction"] for each in found], axis=0)
+    return scores, found[0].chance["induction"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +129,7 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
         f"exact answers to {QUESTIONS} held-out phrasings, `User:` form": f"{formats['falcon']:.1%}",
         f"exact answers to {QUESTIONS} held-out phrasings, Baize form": f"{formats['baize']:.1%}",
         "highest induction score": f"{scores.max():.2f} (layer {layer}, head {head}; chance {chance:.3f})",
-        "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.numel()}",
+        "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.size}",
         "card's prompt, sampled: mentions giraffes": f"{sampled.about_giraffes} of {sampled.total}",
         "card's prompt, sampled: ends before the length limit": f"{sampled.ended} of {sampled.total}",
         "card's prompt, sampled: words that are not in the corpus": ", ".join(sampled.unknown_words) or "none",

@@ -82,11 +82,11 @@ def test_no_trained_wording_contains_a_held_out_one_or_the_other_way_round(relat
 
 def test_no_held_out_question_occurs_in_the_corpus(documents):
     text = "\n".join(documents).lower()
-    assert [each.text for each in evaluate.held_out_questions() if each.text.lower() in text] == []
+    assert [each.text for each in evaluate.held_out_questions().items if each.text.lower() in text] == []
 
 
 def test_held_out_questions_are_all_different():
-    assert len({each.text for each in evaluate.held_out_questions()}) == evaluate.QUESTIONS
+    assert len({each.text for each in evaluate.held_out_questions().items}) == evaluate.QUESTIONS
 
 
 @pytest.mark.parametrize(
