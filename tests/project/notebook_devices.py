@@ -55,6 +55,7 @@ def start() -> None:
 def placed(notebook: Path) -> list[list[str]]:
     """Runs a notebook: the devices of every model that it loaded."""
     PLACED.clear()
+    torch.set_grad_enabled(True)  # the notebook before may have turned gradients off
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, chdir(folder):
         for source, run in cells(notebook):
             if any(each in source for each in LAST):
