@@ -209,6 +209,14 @@ def test_the_page_states_how_far_plans_were_off():
     assert figures["off by, at most"]["cache"] == 0
 
 
+def test_the_page_states_the_size_and_the_frames_of_the_view_of_explain():
+    figures = figures_of("explanation")
+    slowest = max(each["slowest"] for each in figures["ms of a frame while dragging"].values())
+    text = " ".join(section("explanation").split())
+    assert f"takes {figures['kB of a page of 40 tokens']} kB" in text
+    assert f"the slowest frame takes {slowest} ms" in text
+
+
 def test_the_page_states_how_the_playground_keeps_up():
     speeds = figures_of("playground")["tokens per second"]
     assert all(speeds[f"paced at {pace}"]["ratio"] > 0.99 for pace in (50, 100))
