@@ -109,8 +109,9 @@ def _scores(found: LayerRecord, position: int) -> Tensor:
 
 
 def _map(found: LayerRecord, head: int, group: int) -> Tensor:
-    """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64, without the zeros above
-    the diagonal: row by row.
+    """The attention probabilities of a head for the whole text, max-pooled to at most 64 x 64.
+
+    Only the lower triangle, row by row: all values above the diagonal are zero.
     """
     heads, bias = found.heads, found.bias
     one = Heads(heads.query[head, None], heads.key[group, None], heads.value[group, None])

@@ -72,11 +72,10 @@ class _Progress(StoppingCriteria):
 
 
 def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
-    """Generates tokens with each number of slots that a step reads: prefill, compilation, recording of the CUDA graph,
-    one replay.
+    """Generates four tokens for each number of slots that a step reads: prefill, compilation, CUDA graph, one replay.
 
-    Texts find the cache of the warm-up, for which the graphs were recorded, and need not wait for a recording. Before
-    torch 2.13 they could not record either: only the thread that recorded first can (pytorch#123177).
+    Later texts use the cache of the warm-up, for which the graphs were recorded, and wait for no recording. Before
+    torch 2.13, only the thread that recorded the first graph can record others (pytorch#123177).
     """
     prompts, context = [1], context_limit(model.config)
     while (longer := slots_read(prompts[-1] + 1, context)) + _STEPS <= context:
