@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_MOST_SECONDS = 120
 Snapshot = dict[str, str]
 """The hash of each file by its path; a symbolic link by what it leads to."""
 
@@ -116,6 +118,7 @@ def _cut(writer: Writer, target: Path, chance: random.Random) -> str:
     status = os.waitpid(_fork(write), 0)[1]
     if status:
         ending = {2: "a write that failed was not noticed", 3: "another error than OSError"}
+        ending[-signal.SIGALRM] = f"no end within {_MOST_SECONDS} seconds"
         return f"at byte {limit}: {ending.get(os.waitstatus_to_exitcode(status), status)}"
     left = [each.name for each in target.parent.rglob(".*partial")]
     return (
@@ -129,6 +132,7 @@ def _fork(work: Callable[[], Any]) -> int:
     """The process id of a child that does some work; it ends with 3, and the traceback, on any error."""
     if child := os.fork():
         return child
+    signal.alarm(_MOST_SECONDS)  # ends a child that waits for ever
     try:
         work()
         os._exit(0)
@@ -200,6 +204,7 @@ def _full(writer: Writer, folder: Path) -> str | None:
 def _writers(stack: ExitStack) -> dict[str, Writer]:
     """All writers, on a small model that exists as long as the stack."""
     import torch
+    from tqdm import tqdm
 
     import falcon_kit as fk
     from benchmarks.planning import LAYOUTS, checkpoint
@@ -208,6 +213,9 @@ def _writers(stack: ExitStack) -> dict[str, Writer]:
     from falcon_kit.tuning import run_folder
 
     torch.set_num_threads(1)
+    # Of every fork: a killed one may not keep a lock that all share, and none may copy a lock that a thread holds.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_kv_heads": 2, "num_hidden_layers": 2}
     directory = checkpoint(home / "base", LAYOUTS["40B"] | sizes | {"vocab_size": 2048})

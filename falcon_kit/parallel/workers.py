@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
 from falcon_kit.display.errors import exit_cause
+from falcon_kit.generation.waiting import next_item
 
 Message = dict[str, Any]
 _Queue = queue.SimpleQueue[tuple[int, Message | None]]
@@ -88,7 +89,7 @@ class Workers:
 
         Raises WorkerDied, after it has ended all workers, when one has ended.
         """
-        rank, message = self._arrived.get(timeout=seconds)
+        rank, message = next_item(self._arrived) if seconds is None else self._arrived.get(timeout=seconds)
         if message is None:
             raise WorkerDied(self._death_message(rank))
         return rank, message

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from falcon_kit.generation.text import Piece
+from falcon_kit.generation.waiting import next_item
 from falcon_kit.guardrails import Blocked
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.guardrails.stream import StreamCheck
@@ -43,7 +44,7 @@ class TurnWriter:
         try:
             readers.extend(map(self._read, self._writers))
             while not self._stopped.is_set() and self._open():
-                self._take(self._events.get())
+                self._take(next_item(self._events))
                 for writer, reader in zip(self._writers, readers, strict=True):
                     if writer.answer.ending is not None:  # for example refused by the guardrails
                         reader.end()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
+from falcon_kit.generation.waiting import next_item, result
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import count, within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
@@ -218,9 +219,17 @@ async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
                 answer.count(delta)
 
 
-@cache
+_STARTING = threading.RLock()
+
+
 def background_loop() -> asyncio.AbstractEventLoop:
     """An event loop in its own thread, shared by all endpoints: a notebook's loop is blocked while a cell runs."""
+    with _STARTING:  # or two threads that ask first would get a loop each
+        return _start_loop()
+
+
+@cache
+def _start_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="falcon-remote", daemon=True).start()
     return loop
@@ -230,7 +239,7 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
     """Runs `work` in the background loop and returns its result; Ctrl-C cancels it."""
     future = asyncio.run_coroutine_threadsafe(work, background_loop())
     try:
-        return future.result()
+        return result(future)
     finally:
         future.cancel()
 
@@ -269,7 +278,7 @@ class RemoteStream(Iterator[Piece]):
         if self._ended:
             raise StopIteration
         try:
-            item = self._queue.get()
+            item = next_item(self._queue)
         except BaseException:  # Ctrl-C
             self.close()
             raise
@@ -283,8 +292,14 @@ class RemoteStream(Iterator[Piece]):
         return f"RemoteStream({'ended' if self._ended else 'iterate over it'})"
 
     def close(self) -> None:
-        """Closes the connection and waits until it is closed."""
-        wait_for(_stop(self._task))
+        """Closes the connection and waits until it is closed.
+
+        Garbage is collected in any thread: where the event loop itself runs, waiting for it would never end.
+        """
+        if self._task.get_loop() is asyncio._get_running_loop():
+            self._task.cancel()
+        else:
+            wait_for(_stop(self._task))
         self._ended = True
 
     def wait(self) -> Generation:
@@ -318,7 +333,7 @@ async def _start_task(work: Work, put: Callable[[Any], None]) -> "asyncio.Task[N
 
 
 def _cancel(task: "asyncio.Task[None]") -> None:
-    background_loop().call_soon_threadsafe(task.cancel)
+    task.get_loop().call_soon_threadsafe(task.cancel)
 
 
 async def _stop(task: "asyncio.Task[None]") -> None:

@@ -1,5 +1,6 @@
 """A response while it is received: closing it, responses that break, and where a text is cut."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import httpx2
 import pytest
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.generation.text import cut
+from falcon_kit.serving import stream as remote
 from falcon_kit.serving.protocol import Delta
-from falcon_kit.serving.stream import Answer
+from falcon_kit.serving.stream import Answer, background_loop
 from tests.serving.servers import Reply, answering, chunk, event, scripted
 
 # Closing
@@ -43,6 +46,20 @@ def test_a_stream_that_is_dropped_closes_the_connection(endless):
     next(stream)
     del stream
     gc.collect()
+    assert endless.hung_up.wait(5)
+
+
+def test_a_stream_that_the_thread_of_the_connections_finds_as_garbage_holds_up_no_other(endless):
+    stream = fk.connect(f"{endless.address}/v1").stream("Hello", guardrails=fk.guardrails())
+    next(stream)
+    stream.cycle = stream
+    gc.collect()
+    del stream
+
+    async def collect():
+        gc.collect()
+
+    asyncio.run_coroutine_threadsafe(collect(), background_loop()).result(10)
     assert endless.hung_up.wait(5)
 
 
@@ -100,6 +117,18 @@ def test_a_stream_ends_for_each_thread_that_reads_it():
             each.join(10)
     assert sorted(piece.text for pieces in read for piece in pieces) == ["a", "b", "c"]
     assert len(read) == 3
+
+
+def test_threads_that_ask_first_at_once_get_the_same_loop(monkeypatch):
+    monkeypatch.setattr(remote, "_start_loop", cache(remote._start_loop.__wrapped__))
+    new_loop, made = asyncio.new_event_loop, []
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: (time.sleep(0.2), made.append(new_loop()), made[-1])[-1])
+    threads = [threading.Thread(target=background_loop) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(10)
+    assert made == [background_loop()]
 
 
 def test_a_stop_string_hangs_up_on_a_server_that_would_go_on(endless):

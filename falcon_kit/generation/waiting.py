@@ -1,0 +1,28 @@
+"""Waiting for another thread so that Ctrl-C is always noticed.
+
+CPython ends the wait of its main thread when a signal interrupts that wait. A signal that comes just before the wait
+begins, or that the system gives to another thread, is noticed when the wait is over. So no wait here is long.
+"""
+
+import concurrent.futures
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+_SECONDS = 0.2  # until Ctrl-C is noticed at the latest
+
+
+def next_item(items: SimpleQueue[T]) -> T:
+    """As `items.get()`."""
+    while True:
+        try:
+            return items.get(timeout=_SECONDS)
+        except Empty:
+            continue
+
+
+def result(future: concurrent.futures.Future[T]) -> T:
+    """As `future.result()`."""
+    while not concurrent.futures.wait([future], timeout=_SECONDS).done:
+        continue
+    return future.result()
