@@ -137,7 +137,8 @@ def bias(
     """
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
-    rows = parsed(rows_of_files(pairs), _pair, "pairs", _FORM)
+    source = Path(pairs).name if isinstance(pairs, (str, Path)) else "the list of pairs"
+    rows = parsed(rows_of_files(pairs), _pair, source, _FORM)
     model = LocalModel(falcon, batch_size)
     prefix = prefix_token(model.tokenizer)
     sentences = [sentence for _, *both in rows for sentence in both]

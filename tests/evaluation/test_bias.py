@@ -78,6 +78,13 @@ def test_a_malformed_pair_is_named_by_file_and_line(instruct, tmp_path, row, pro
     assert fk.bias(instruct, [form | {"counterpart": "other"}]).pairs
 
 
+def test_pairs_without_a_row_are_named_by_their_file(instruct, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    for pairs, name in ((tmp_path / "empty.jsonl", r"empty\.jsonl"), ([], "the list of pairs")):
+        with pytest.raises(ValueError, match=f"^{name} has no rows"):
+            fk.bias(instruct, pairs)
+
+
 def test_bytes_that_are_not_utf_8_are_named(instruct, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_bytes("sent_more,sent_less,bias_type\nJosé slept.,Pat slept.,race\n".encode("latin-1"))
