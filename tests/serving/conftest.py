@@ -5,7 +5,8 @@ import json
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.serving import protocol, tgi_server
+from falcon_kit.serving import local_process, protocol, tgi_server
+from tests.serving.engine import Engine, make_folder
 from tests.serving.servers import (
     Reply,
     container_error,
@@ -24,6 +25,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(protocol, "FIRST_PAUSE", 0.01)
     for name in ("FALCON_KIT_TOKEN", "HF_TOKEN", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """A function that makes a stand-in; afterwards no folder of a server is left."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(folders, prefix))
+    yield lambda **plan: Engine(tmp_path, **plan)
+    assert [*folders.iterdir()] == []
 
 
 @pytest.fixture(scope="session")
