@@ -2,6 +2,7 @@
 # needs: .venv/.demo, .venv/.lab and .venv/.dev are stamps of what is installed.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 RUN := .venv/bin/python
 VLLM := 0.32.0
 
@@ -30,9 +31,9 @@ lab: .venv/.lab  ## open the notebooks in JupyterLab (ARGS="--no-browser" and th
 quick: lint  ## lint, types, and the tests that are not slow: under two minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not engines" tests $(ARGS)
 
-# Two files at a time with one thread each: on two cores this is faster than one with two threads.
+# As many files at a time as WORKERS, with one thread each: on two cores this is faster than one with two threads.
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=600 \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=600 \
 	  tests notebooks/*.ipynb $(ARGS)
 
 # Installs Chromium with the system's package manager where it can. Without Chromium the tests in a browser are skipped.

@@ -1,4 +1,4 @@
-"""The model card's example on the embedded model, then the notebook that explains it: about a minute.
+"""The model card's example on the embedded model, then the notebook that explains it, in a minute.
 
 python notebooks/demo.py     # `make demo` runs this
 """
@@ -32,8 +32,9 @@ def answer_the_card(model: str) -> None:
 def execute(notebook: Path, page: Path) -> None:
     """Executes a notebook and writes it as one HTML page; the notebook file does not change."""
     content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(content, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}})
-    client.extra_arguments = ["--log-level=ERROR"]  # hides the kernel's warnings about its transport
+    resources = {"metadata": {"path": str(notebook.parent)}}
+    client = NotebookClient(content, kernel_name="python3", resources=resources)
+    client.extra_arguments = ["--log-level=ERROR"]  # hides warnings of the kernel's transport
     client.coalesce_streams = True  # one output per stream, however the text is split on arrival
     client.execute()
     with warnings.catch_warnings():

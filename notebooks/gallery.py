@@ -1,10 +1,10 @@
-"""Writes the executed notebooks and their solutions as HTML pages, with an index that has a picture of each.
+"""Writes the executed notebooks and solutions as HTML pages, with an index of pictures.
 
     python notebooks/gallery.py              # runs/gallery/index.html
     python notebooks/gallery.py FOLDER       # FOLDER/index.html
 
-Nothing is executed: the pages show the committed outputs. They load no script from a network, so formulas and widgets
-stay text.
+Nothing is executed: the pages show the committed outputs. They load no script from a network, so
+formulas and widgets stay text.
 """
 
 import html
@@ -17,14 +17,15 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
-OFFLINE = dict.fromkeys(
-    ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "jupyter_widgets_base_url"), ""
-)
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<title>Falcon Kit: the notebooks</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+SCRIPTS = ("mathjax", "require_js", "jquery", "mermaid_js", "jupyter_widgets_base")
+OFFLINE = {f"{name}_url": "" for name in SCRIPTS}
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="color-scheme" content="light dark"><title>Falcon Kit: the notebooks</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
+body {{ padding: 0 1rem; }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; }}
-a.card {{ border: 1px solid #7777; border-radius: 6px; padding: 1rem; color: inherit; text-decoration: none; }}
+a.card {{ border: 1px solid #7777; border-radius: 6px; padding: 1rem; }}
+a.card {{ color: inherit; text-decoration: none; }}
 img {{ width: 100%; height: 9rem; object-fit: contain; }}
 </style><h1>Falcon Kit: the notebooks</h1><main>{cards}</main></html>
 """
@@ -43,8 +44,10 @@ def introduction(notebook: NotebookNode) -> tuple[str, str]:
 def thumbnail(notebook: NotebookNode) -> str:
     """The last picture among the outputs as an <img>; empty if there is none."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    return f'<img alt="" src="data:image/png;base64,{html.escape(pictures[-1].strip())}">' if pictures else ""
+    pictures = [each.data["image/png"] for each in outputs if "image/png" in each.get("data", {})]
+    if not pictures:
+        return ""
+    return f'<img alt="" src="data:image/png;base64,{html.escape(pictures[-1].strip())}">'
 
 
 def page(notebook: NotebookNode) -> str:
@@ -57,16 +60,19 @@ def write_gallery(notebooks: Path, folder: Path) -> Path:
     """Writes a page for every notebook and the index; returns the index."""
     (folder / "solutions").mkdir(parents=True, exist_ok=True)
     cards = []
-    for path in [*sorted(notebooks.glob("[0-9]*.ipynb")), *sorted(notebooks.glob("solutions/*.ipynb"))]:
+    paths = [*sorted(notebooks.glob("[0-9]*.ipynb")), *sorted(notebooks.glob("solutions/*.ipynb"))]
+    for path in paths:
         notebook = nbformat.read(path, as_version=4)
         link = path.relative_to(notebooks).with_suffix(".html")
         (folder / link).write_text(page(notebook), encoding="utf-8")
         title, text = (html.escape(each) for each in introduction(notebook))
-        cards.append(CARD.format(link=link.as_posix(), picture=thumbnail(notebook), title=title, text=text))
+        picture = thumbnail(notebook)
+        cards.append(CARD.format(link=link.as_posix(), picture=picture, title=title, text=text))
     index = folder / "index.html"
     index.write_text(PAGE.format(cards="\n".join(cards)), encoding="utf-8")
     return index
 
 
 if __name__ == "__main__":
-    print(write_gallery(HERE, Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent / "runs" / "gallery")))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "runs" / "gallery"
+    print(write_gallery(HERE, folder))

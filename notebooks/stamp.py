@@ -1,10 +1,10 @@
-"""Executes notebooks in place, on the embedded model, and stamps them with the hash of their source.
+"""Executes notebooks in place on the embedded model, and stamps them with their source's hash.
 
     python notebooks/stamp.py              # every notebook and every solution
     python notebooks/stamp.py PATH ...     # only these
 
-The stamp shows that the committed outputs belong to the committed source: tests/project/test_notebooks.py compares the
-two.
+The stamp shows that the committed outputs belong to the committed source:
+tests/project/test_notebooks.py compares the two.
 """
 
 import base64
@@ -48,7 +48,7 @@ except ImportError:
 
 
 def set_first_cell(notebook: NotebookNode) -> None:
-    """Makes the first code cell the same in all notebooks: it finds or installs the kit, and names the model."""
+    """Makes the first code cell `FIRST_CELL`: it finds or installs the kit, and names the model."""
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if "FALCON_KIT_MODEL" in first.source:
         first.source = FIRST_CELL
@@ -62,8 +62,8 @@ def source_hash(notebook: NotebookNode) -> str:
 
 def tidy(notebook: NotebookNode) -> None:
     """Keeps only metadata that is the same on every machine and in every run."""
-    kept = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
-    kept["language_info"] = {"name": "python"}
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    kept = {"kernelspec": kernel, "language_info": {"name": "python"}}
     widgets = notebook.metadata.get("widgets")
     if widgets and len(json.dumps(widgets)) <= LARGEST_WIDGET_STATE:
         kept["widgets"] = widgets
@@ -73,7 +73,7 @@ def tidy(notebook: NotebookNode) -> None:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps
-        # Ids from content: a cell keeps its id when other cells change, so a diff shows only changed cells.
+        # Ids from content: when other cells change, an id stays, and no diff shows it.
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
         seen[digest] += 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
@@ -83,10 +83,11 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def save_picture(notebook: NotebookNode, path: Path) -> None:
-    """Writes the picture of the cell tagged "readme", if there is one, to docs/<name of the notebook>.png."""
+    """Writes the picture of the cell tagged "readme", if any, to docs/<name of notebook>.png."""
     for cell in notebook.cells:
         if "readme" in cell.metadata.get("tags", []):
-            encoded = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+            shown = (each.get("data", {}).get("image/png") for each in cell.outputs)
+            encoded = next(filter(None, shown))
             (HERE.parent / "docs" / f"{path.stem}.png").write_bytes(base64.b64decode(encoded))
 
 
@@ -98,7 +99,7 @@ def stamp(path: Path) -> None:
     client = NotebookClient(notebook, kernel_name="python3", timeout=600, resources=resources)
     client.record_timing = False
     client.coalesce_streams = True  # one output per stream, however the text is split on arrival
-    # Hides the kernel's warnings about its transport, and bitsandbytes' about a kernel that it cannot download.
+    # Hides the kernel's warnings about its transport, and bitsandbytes' about a missing kernel.
     quiet = "import logging; logging.getLogger('bitsandbytes').setLevel('ERROR')"
     client.extra_arguments = ["--log-level=ERROR", f"--IPKernelApp.exec_lines={quiet}"]
     client.execute()
