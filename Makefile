@@ -33,8 +33,8 @@ quick: lint  ## lint, types, and the tests that are not slow: under two minutes
 
 # As many files at a time as WORKERS, with one thread each: on two cores this is faster than one with two threads.
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=600 \
-	  tests notebooks/*.ipynb $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=1 \
+	  --nbmake --nbmake-timeout=600 tests notebooks/*.ipynb $(ARGS)
 
 # Installs Chromium with the system's package manager where it can. Without Chromium the tests in a browser are skipped.
 browser: .venv/.dev

@@ -54,7 +54,7 @@ def _in_a_playground(falcon: Any, mode: Any) -> list[str]:
 def by_eight_threads(falcon: Any, calls: Calls, rounds: int) -> list[tuple[str, Any]]:
     """The results that differ from those of one thread, by name."""
     expected = {name: call(falcon) for name, call in calls.items()}
-    start, names = threading.Barrier(8), list(calls)
+    start, names = threading.Barrier(8, timeout=60), list(calls)
 
     def work(first: int) -> list[tuple[str, Any]]:
         start.wait()

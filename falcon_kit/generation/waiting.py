@@ -5,6 +5,7 @@ begins, or that the system gives to another thread, is noticed when the wait is 
 """
 
 import concurrent.futures
+import time
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -23,6 +24,14 @@ def next_item(items: SimpleQueue[T]) -> T:
 
 def result(future: concurrent.futures.Future[T]) -> T:
     """As `future.result()`."""
-    while not concurrent.futures.wait([future], timeout=_SECONDS).done:
-        continue
+    while not future.done():
+        concurrent.futures.wait([future], timeout=_SECONDS)
     return future.result()
+
+
+def is_done(future: concurrent.futures.Future[T], seconds: float) -> bool:
+    """Whether a future is done after at most some seconds."""
+    end = time.monotonic() + seconds
+    while not future.done() and time.monotonic() < end:
+        concurrent.futures.wait([future], timeout=_SECONDS)
+    return future.done()

@@ -160,7 +160,8 @@ class Reader(threading.Thread):
         """Puts each piece into the queue, and returns the `Generation`."""
         self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
-            for piece in self._stream:
+            # `end` found no stream to close if it was called before there was one.
+            for piece in () if self._ended.is_set() else self._stream:
                 if self._ended.is_set():
                     break
                 self._put(piece)

@@ -2,6 +2,7 @@
 
 The files, in the order of their imports:
 
+background.py  the thread in which all requests run (no torch)
 connection.py  the address, the key and the HTTP client (no torch)
 failures.py    the exception for each failure, and safe reading (no torch)
 protocol.py    what all protocols share: requests, responses, retries (no torch)

@@ -73,9 +73,17 @@ class Connection:
     timeout_name: str = "timeout"
     """The argument that sets `timeout`, for errors."""
 
-    @cached_property
+    @property
     def client(self) -> httpx2.AsyncClient:
-        """The HTTP client, with key, timeout and limit. It follows no redirect: prompt and key go to no other server.
+        """The HTTP client of this process: a fork that used its parent's would write into the same connections."""
+        return self._clients.get(os.getpid()) or self._clients.setdefault(os.getpid(), self._new_client())
+
+    @cached_property
+    def _clients(self) -> dict[int, httpx2.AsyncClient]:
+        return {}
+
+    def _new_client(self) -> httpx2.AsyncClient:
+        """With key, timeout and limit. It follows no redirect: prompt and key go to no other server.
 
         Callers limit the requests in flight, so it does not.
 

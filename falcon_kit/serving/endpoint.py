@@ -21,6 +21,7 @@ from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
+from falcon_kit.serving.background import wait_for
 from falcon_kit.serving.connection import (
     Connection,
     check_credentials,
@@ -34,7 +35,7 @@ from falcon_kit.serving.echo import PromptToken, prompt_logprobs
 from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
 from falcon_kit.serving.replicas import Replicas
-from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, wait_for, with_shared_stats
+from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with_shared_stats
 
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary

@@ -98,8 +98,8 @@ class SageMakerServer:
                         yield delta
             for delta in self._read(unfinished, body, begun):
                 yield delta
-        finally:
-            _close(stream)
+        finally:  # with urllib3 before 2.3, closing waits while a thread reads
+            threading.Thread(target=_close, args=(stream,), name="falcon-kit-sagemaker", daemon=True).start()
 
     def _invoke(self, body: dict[str, Any]) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -185,7 +185,7 @@ def _code(error: Exception) -> str:
 
 
 def _close(stream: Any) -> None:
-    """Closes a response. Its socket ends first: otherwise closing waits while a thread reads."""
+    """Closes a response. Its socket ends first, so that a thread that reads ends too."""
     with suppress(AttributeError, ValueError, RuntimeError, OSError):
         stream._raw_stream.shutdown()  # an urllib3.HTTPResponse
     stream.close()

@@ -18,6 +18,7 @@ from falcon_kit.planning.devices import MARGIN, Device, resolve_devices
 from falcon_kit.planning.environment import empty_gpu_cache, find_accelerators, host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion
+from falcon_kit.serving.background import wait_for
 from falcon_kit.serving.connection import Connection, check_seconds
 from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
 from falcon_kit.serving.endpoint import Endpoint
@@ -37,7 +38,6 @@ from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
 from falcon_kit.serving.source import Files, Source, files_for, loading_plan, source_of
-from falcon_kit.serving.stream import wait_for
 
 _SHORTEST = 64  # tokens: a shorter context is no use
 _SMALLER = "q4_k_m"

@@ -1,19 +1,20 @@
 """One response while it is received: events become pieces, the text is cut at stop strings."""
 
 import asyncio
-import threading
+import os
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
-from falcon_kit.generation.waiting import next_item, result
+from falcon_kit.generation.waiting import is_done, next_item, result
+from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import count, within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
@@ -21,6 +22,7 @@ from falcon_kit.serving.protocol import Delta, Server, retry_stream
 T = TypeVar("T")
 Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
 """A coroutine function that calls its argument with each piece."""
+_CLOSE_SECONDS = 5.0
 _USAGE_TIMEOUT = 1.0  # seconds to wait for the token counts, which some endpoints send after the text
 
 
@@ -219,31 +221,6 @@ async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
                 answer.count(delta)
 
 
-_STARTING = threading.RLock()
-
-
-def background_loop() -> asyncio.AbstractEventLoop:
-    """An event loop in its own thread, shared by all endpoints: a notebook's loop is blocked while a cell runs."""
-    with _STARTING:  # or two threads that ask first would get a loop each
-        return _start_loop()
-
-
-@cache
-def _start_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="falcon-remote", daemon=True).start()
-    return loop
-
-
-def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work` in the background loop and returns its result; Ctrl-C cancels it."""
-    future = asyncio.run_coroutine_threadsafe(work, background_loop())
-    try:
-        return result(future)
-    finally:
-        future.cancel()
-
-
 def with_shared_stats(generations: list[Generation]) -> list[Generation]:
     """The generations, each with the statistics of the whole call, as for a local batch."""
     if len(generations) == 1:
@@ -271,7 +248,13 @@ class RemoteStream(Iterator[Piece]):
         self._queue: SimpleQueue[Piece | BaseException | None] = SimpleQueue()
         self._ended = False
         self._error: BaseException | None = None
-        self._task = wait_for(_start_task(work, self._queue.put))
+        start = asyncio.run_coroutine_threadsafe(_start_task(work, self._queue.put), background_loop())
+        try:
+            self._task = result(start)
+        except BaseException:  # Ctrl-C; the request begins all the same, and then ends
+            start.add_done_callback(lambda started: _cancel(started.result()))
+            raise
+        self._process = os.getpid()
         weakref.finalize(self, _cancel, self._task)
 
     def __next__(self) -> Piece:
@@ -292,14 +275,16 @@ class RemoteStream(Iterator[Piece]):
         return f"RemoteStream({'ended' if self._ended else 'iterate over it'})"
 
     def close(self) -> None:
-        """Closes the connection and waits until it is closed.
+        """Closes the connection and waits until it is closed, for five seconds at most.
 
-        Garbage is collected in any thread: where the event loop itself runs, waiting for it would never end.
+        Waiting can be in vain, because generators that are garbage call this too: in any thread, also the connections'
+        own or one with a lock that they need, in a fork, which has no thread for them, and while Python ends.
         """
-        if self._task.get_loop() is asyncio._get_running_loop():
+        loop = self._task.get_loop()
+        if loop is asyncio._get_running_loop():
             self._task.cancel()
-        else:
-            wait_for(_stop(self._task))
+        elif self._process == os.getpid() and not sys.is_finalizing():
+            is_done(asyncio.run_coroutine_threadsafe(_stop(self._task), loop), _CLOSE_SECONDS)
         self._ended = True
 
     def wait(self) -> Generation:

@@ -9,7 +9,7 @@ adapter/         the adapter, its model card, and its record tuning.json, writte
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,14 @@ def _are_numbers(values: Any) -> bool:
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
     """Saves the adapter, completely or not at all; returns its folder. Every process has to call it."""
-    adapter = directory / "adapter"
-    with atomic_folder(adapter, trainer.adapter_bytes) if distributed.is_rank0() else nullcontext(adapter) as folder:
-        trainer.save_model(str(folder))
+    adapter, on_cpu = directory / "adapter", trainer.args.use_cpu
+    with ExitStack() as stack:
+        with distributed.together(on_cpu):
+            unfinished = atomic_folder(adapter, trainer.adapter_bytes)
+            folder = stack.enter_context(unfinished) if distributed.is_rank0() else adapter
+        with distributed.together(on_cpu):
+            trainer.save_model(str(folder))
+            stack.close()
     return adapter
 
 

@@ -159,25 +159,24 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint in the folder `unfinished`, then moves it: it is complete or absent."""
         unfinished, is_writer = self._run / checkpoint_files.UNFINISHED, self.args.should_save
-        if is_writer:
-            remove(unfinished)
-        self.accelerator.wait_for_everyone()
+        with distributed.together(self.args.use_cpu):
+            if is_writer:
+                remove(unfinished)
         self.args.output_dir = str(unfinished)
         try:
-            with self._named_failure():
+            with distributed.together(self.args.use_cpu), self._named_failure():
                 check_disk_space(unfinished, 3 * self.adapter_bytes)  # with the two moments of the optimizer
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self._run)
-        self.accelerator.wait_for_everyone()
         if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(self._run / Path(best).name)
-        if is_writer:
-            checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
-            with self._named_failure():
-                self.state.save_to_json(str(checkpoint / "trainer_state.json"))
-                checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        with distributed.together(self.args.use_cpu):
+            if is_writer:
+                checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
+                with self._named_failure():
+                    self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+                    checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
 
     @contextmanager
     def _named_failure(self) -> Iterator[None]:

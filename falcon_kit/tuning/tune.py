@@ -225,11 +225,9 @@ class _Run:
         self._train(trainer)
         adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
         figures = self._measure(trainer, model)
-        history = trainer.state.log_history
-        if distributed.is_rank0():
-            base = self._identity["base"]
-            write_record(adapter, self.falcon, self.settings, base, self.train, history, figures)
-        trainer.accelerator.wait_for_everyone()
+        history, base = trainer.state.log_history, self._identity["base"]
+        write = partial(write_record, adapter, self.falcon, self.settings, base, self.train, history, figures)
+        distributed.on_rank0(write, self.on_cpu)
         return self._result(history, figures)
 
     def _show_plan(self) -> None:
@@ -321,6 +319,8 @@ class _Run:
             return {}
         figures = {"held-out loss": trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]}
         documents = self.test_documents
-        if isinstance(documents, Documents) and distributed.is_rank0() and not distributed.is_sharded(model):
-            figures |= answer_rates(self.falcon, documents, self.settings.answers, self.settings.context or 0)
+        if isinstance(documents, Documents) and not distributed.is_sharded(model):
+            answers, context = self.settings.answers, self.settings.context or 0
+            rates = partial(answer_rates, self.falcon, documents, answers, context)
+            figures |= distributed.on_rank0(rates, self.on_cpu)
         return figures

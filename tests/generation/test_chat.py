@@ -503,11 +503,11 @@ def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruc
     def work():
         found.extend(tuple(encode(sly, instruct.tokenizer, instruct.chat_format)) for _ in range(5))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(found) == 20
     assert len(set(found)) == 1
     assert instruct.tokenizer("<|endoftext|>")["input_ids"] == [11]

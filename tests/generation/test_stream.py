@@ -26,9 +26,9 @@ def test_a_stream_computes_in_the_thread_that_reads_it(instruct):
     before = threading.enumerate()
     stream = instruct.stream(QUESTION, max_new_tokens=4)
     next(stream)
-    reader = threading.Thread(target=list, args=[stream])
+    reader = threading.Thread(target=list, args=[stream], daemon=True)
     reader.start()
-    reader.join()
+    reader.join(60)
     handle.remove()
     assert threads == [threading.current_thread(), *[reader] * 3]
     assert [each for each in threading.enumerate() if each not in before] == []
@@ -103,11 +103,11 @@ def test_a_stream_can_be_closed_while_another_thread_waits_for_its_next_piece(in
     waits, read = threading.Event(), []
     handle = instruct.model.register_forward_hook(lambda *_: waits.set() or time.sleep(0.05))
     answers = long(instruct)
-    reader = threading.Thread(target=lambda: read.extend(answers))
+    reader = threading.Thread(target=lambda: read.extend(answers), daemon=True)
     reader.start()
-    waits.wait()
+    assert waits.wait(60)
     answers.close()
-    reader.join()
+    reader.join(60)
     handle.remove()
     assert (answers.generation.finish_reason, len(read) < 500) == ("cancelled", True)
 

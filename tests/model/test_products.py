@@ -76,15 +76,15 @@ def test_threads_may_overlap(off, is_on):
     def other():
         with off():
             entered.set()
-            leave.wait()
+            leave.wait(20)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     with off():
         thread.start()
-        entered.wait()
+        assert entered.wait(20)
     between = is_on()
     leave.set()
-    thread.join()
+    thread.join(20)
     assert (between, is_on()) == (False, True)
 
 

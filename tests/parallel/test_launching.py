@@ -5,10 +5,8 @@ import json
 import logging
 import os
 import queue
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +30,7 @@ from falcon_kit.parallel.worker import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
+from tests.waiting import interrupted
 
 DIVIDED = [layout for layout in LAYOUTS if layout != "7b"]
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -329,8 +328,7 @@ def test_after_a_stream_was_left_the_processes_answer_again(together, instruct):
 
 
 def test_ctrl_c_stops_all_processes_and_leaves_them_usable(together, instruct):
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(0.5):
         together.generate(QUESTION, **LONG)
     assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
 

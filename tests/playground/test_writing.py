@@ -11,6 +11,7 @@ import falcon_kit as fk
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.writing import TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
+from tests.waiting import until
 
 # Stop
 
@@ -37,6 +38,21 @@ def test_stop_closes_the_connection_to_an_endpoint():
     assert typist.closed.wait(5)
     gate.opened.set()
     writing.join(5)
+
+
+def test_stop_reaches_an_endpoint_whose_stream_is_only_just_beginning():
+    class Slow(Typist):
+        def stream(self, prompt, **settings):
+            session.stop()
+            until(lambda: session.running is None)
+            return super().stream(prompt, **settings)
+
+    gate = Gate(words=0)
+    typist = Slow(before=gate)
+    session = Session(typist)
+    session.generate("go")
+    assert typist.closed.wait(5)
+    gate.opened.set()
 
 
 def test_a_stopped_model_keeps_its_statistics(instruct):

@@ -14,6 +14,7 @@ from falcon_kit.parallel.workers import Workers
 from falcon_kit.playground.state import Session
 from tests.playground.typist import Typist
 from tests.serving.servers import Reply, answering, chunk, scripted
+from tests.waiting import interrupted
 
 SILENCE = 20  # seconds; far more than a wait takes to notice Ctrl-C
 
@@ -53,13 +54,9 @@ def processes():
 @pytest.mark.parametrize("name", ["generate", "stream", "playground", "processes"])
 def test_ctrl_c_ends_a_wait_that_it_does_not_interrupt(name, request):
     wait, too_late = request.getfixturevalue(name), threading.Event()
-    timers = [
-        threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)),
-        threading.Timer(SILENCE / 2, too_late.set),
-    ]
-    for each in timers:
-        each.start()
-    with pytest.raises(KeyboardInterrupt):
+    late = threading.Timer(SILENCE / 2, too_late.set)
+    late.start()
+    with interrupted(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)):
         wait()
     assert not too_late.is_set()
-    timers[1].cancel()
+    late.cancel()

@@ -133,8 +133,10 @@ def scripted(script: Script, kind: type[HTTPServer] = HTTPServer) -> Iterator[Sc
     with kind(("127.0.0.1", 0), _Handler) as server:
         server.scripted = Scripted(f"http://127.0.0.1:{server.server_port}", script)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server.scripted
-        server.shutdown()
+        try:
+            yield server.scripted
+        finally:  # a thread that went on would ask a closed socket again and again
+            server.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -14,6 +13,7 @@ import falcon_kit as fk
 from falcon_kit.serving import local_process
 from falcon_kit.serving.local_process import ServerDied
 from tests.serving.engine import Engine, make_folder
+from tests.waiting import interrupt, interrupted, until
 
 # While it loads
 
@@ -64,13 +64,11 @@ def test_a_server_that_is_not_ready_in_time_is_ended(engine):
 def test_ctrl_c_ends_a_server_that_loads(engine):
     stand_in = engine(loads=60)
 
-    def interrupt():
-        while not stand_in.program.with_suffix(".seen").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+    def once_it_loads():
+        until(stand_in.program.with_suffix(".seen").exists)
+        interrupt()
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(0.0, once_it_loads):
         fk.serve("falconet", stand_in.program)
     assert stand_in.is_gone()
 
@@ -113,14 +111,18 @@ def test_a_server_whose_supervisor_was_killed_is_ended(engine):
 def fork(work):
     """The id of a fork of this process, which does the work and ends."""
     if not (child := os.fork()):
-        work()
-        os._exit(0)
+        signal.alarm(60)  # ends a child that waits for ever
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)  # no error may return into pytest's code
     return child
 
 
 def test_a_fork_of_this_process_does_not_end_the_server(engine):
     with fk.serve("falconet", engine().program) as served:
-        os.waitpid(fork(served.close), 0)
+        assert os.waitpid(fork(served.close), 0)[1] == 0
         assert served.generate("Hi", max_new_tokens=1).text == "Hello"
 
 
@@ -154,26 +156,20 @@ def test_nothing_survives_the_notebook(tmp_path, end):
         [sys.executable, "-c", code, stand_in.program], stdout=subprocess.PIPE, env=environment
     ) as kernel:
         if "loads" in end:
-            while not stand_in.program.with_suffix(".seen").exists():
-                time.sleep(0.1)
+            until(stand_in.program.with_suffix(".seen").exists)
         else:
             assert kernel.stdout.readline() == b"up\n"
         if end != "left open":
             kernel.kill()
         kernel.wait(60)
     assert stand_in.is_gone()
-    for _ in range(100):
-        if not (left := [*tmp_path.glob("falcon-kit-*")]):
-            break
-        time.sleep(0.1)
-    assert left == []
+    until(lambda: not [*tmp_path.glob("falcon-kit-*")])
 
 
 def test_the_folder_of_a_server_that_was_killed_with_its_supervisor_is_removed_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(tmp_path, prefix))
     alive, killed = (local_process.LocalProcess("key-0123456789") for _ in range(2))
-    while not all((each.folder / "lock").exists() for each in (alive, killed)):
-        time.sleep(0.05)
+    until(lambda: all((each.folder / "lock").exists() for each in (alive, killed)))
     killed._supervisor.kill()
     killed._supervisor.wait()
     later = local_process.LocalProcess("key-0123456789")

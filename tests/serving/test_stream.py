@@ -2,13 +2,10 @@
 
 import asyncio
 import gc
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from functools import cache
 
 import httpx2
 import pytest
@@ -17,10 +14,13 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.generation.text import cut
+from falcon_kit.serving import background
 from falcon_kit.serving import stream as remote
+from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.protocol import Delta
-from falcon_kit.serving.stream import Answer, background_loop
+from falcon_kit.serving.stream import Answer
 from tests.serving.servers import Reply, answering, chunk, event, scripted
+from tests.waiting import interrupted
 
 # Closing
 
@@ -66,18 +66,62 @@ def test_a_stream_that_the_thread_of_the_connections_finds_as_garbage_holds_up_n
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_ctrl_c_closes_the_connection(endless, how):
     endpoint = fk.connect(f"{endless.address}/v1")
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(0.5):
         list(getattr(endpoint, how)("Hi"))
     assert endless.hung_up.wait(5)
 
 
-def test_an_interpreter_that_ends_does_not_wait_for_a_stream(endless):
-    code = (
-        f"import falcon_kit as fk; stream = fk.connect({endless.address + '/v1'!r}).stream('Hi'); print(next(stream))"
-    )
+def test_ctrl_c_while_a_stream_begins_closes_the_connection(endless, monkeypatch):
+    endpoint = fk.connect(f"{endless.address}/v1")
+
+    def too_late(future):
+        future.result(10)
+        while not endless.asked("/v1/completions"):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote, "result", too_late)
+    with pytest.raises(KeyboardInterrupt):
+        endpoint.stream("Hi")
+    assert endless.hung_up.wait(5)
+
+
+LEFT_OPEN = {
+    "a stream": "stream = endpoint.stream('Hi')",
+    "a guarded stream": "stream = endpoint.stream('Hi', guardrails=fk.guardrails())",
+    "many prompts": "stream = endpoint.generate_each(['short', 'endless', 'endless'])",
+}
+
+
+def run(code, address):
+    """What a program prints that has an endpoint."""
+    code = f"import falcon_kit as fk; endpoint = fk.connect({address + '/v1'!r}, concurrency=1)\n{code}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ("Piece" in ended.stdout, ended.stderr) == (True, "")
+    assert ended.stderr == ""
+    return ended.stdout
+
+
+@pytest.mark.parametrize("how", LEFT_OPEN)
+def test_an_interpreter_that_ends_does_not_wait_for_what_is_left_open(endless, how):
+    goes_on, ends = endless.script, answering(Reply([chunk("Hello", "stop")]))
+    endless.script = lambda path, body, *rest: (ends if body.get("prompt") == "short" else goes_on)(path, body, *rest)
+    assert run(f"{LEFT_OPEN[how]}; print(next(stream).text)", endless.address).strip() in ("Hello", "word")
+
+
+FORK = """
+import multiprocessing
+def ask(answer): answer.put(endpoint.generate("Hi").text)
+stream = endpoint.stream("Hi", guardrails=fk.guardrails()); stream.cycle = stream
+answer = multiprocessing.get_context("fork").SimpleQueue()
+child = multiprocessing.get_context("fork").Process(target=ask, args=[answer]); child.start(); child.join(20)
+print(child.exitcode, answer.get() if child.exitcode == 0 else child.kill())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")
+def test_an_endpoint_works_in_a_fork():
+    with scripted(answering(Reply([chunk("Hello"), chunk(" there", "stop")]))) as server:
+        assert run(FORK, server.address) == "0 Hello there\n"
 
 
 def test_closing_a_stream_frees_llama_cpp(llama):
@@ -120,7 +164,7 @@ def test_a_stream_ends_for_each_thread_that_reads_it():
 
 
 def test_threads_that_ask_first_at_once_get_the_same_loop(monkeypatch):
-    monkeypatch.setattr(remote, "_start_loop", cache(remote._start_loop.__wrapped__))
+    monkeypatch.setattr(background, "_LOOPS", {})
     new_loop, made = asyncio.new_event_loop, []
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: (time.sleep(0.2), made.append(new_loop()), made[-1])[-1])
     threads = [threading.Thread(target=background_loop) for _ in range(3)]

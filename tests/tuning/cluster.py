@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,13 +52,6 @@ class Cluster:
         """Ends all processes of a machine as a crash does."""
         self.ask("kill", name)
         self.ask("wait", name)
-
-
-def until(condition):
-    end = time.monotonic() + 200
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def losses(output, name="loss"):

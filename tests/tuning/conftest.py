@@ -50,7 +50,10 @@ def cluster(tmp_path_factory):
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.process.stdin.close()
-    cluster.process.wait(60)
+    try:
+        cluster.process.wait(60)
+    finally:
+        cluster.process.kill()
 
 
 @pytest.fixture

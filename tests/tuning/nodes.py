@@ -18,6 +18,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 import falcon_kit as fk
 
+_MOST_SECONDS = 240
 FORK = multiprocessing.get_context("fork")
 
 
@@ -49,7 +50,10 @@ def main():
         elif action == "kill":
             os.killpg(nodes[name].pid, signal.SIGKILL)
         else:
-            nodes[name].join()
+            nodes[name].join(_MOST_SECONDS)
+            if nodes[name].exitcode is None:  # the test fails, and the next ones can go on
+                os.killpg(nodes[name].pid, signal.SIGKILL)
+                nodes[name].join()
         sys.stdout.write(json.dumps(nodes[name].exitcode) + "\n")
         sys.stdout.flush()
 

@@ -9,8 +9,9 @@ import torch
 
 import falcon_kit as fk
 from falcon_kit.tuning import distributed
-from tests.tuning.cluster import ENVIRONMENT, ROOT, arguments, losses, until
+from tests.tuning.cluster import ENVIRONMENT, ROOT, arguments, losses
 from tests.tuning.small_runs import same, weights
+from tests.waiting import until
 
 OPTIONS = {"packing": False, "r": 2, "max_steps": 8, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0.2}
 

@@ -7,8 +7,9 @@ import torch
 
 import falcon_kit as fk
 from tests.serving.servers import free_port
-from tests.tuning.cluster import arguments, losses, until
+from tests.tuning.cluster import arguments, losses
 from tests.tuning.small_runs import weights
+from tests.waiting import until
 
 OPTIONS = {"packing": False, "r": 2, "max_steps": 5, "context": 64, "answers": 0, "save_steps": 1, "held_out": 0}
 
@@ -74,6 +75,17 @@ def test_machines_without_a_common_folder_are_refused(cluster, chats, tmp_path):
     log = log_of_failure(cluster, (chats, tmp_path / "one"), (chats, tmp_path / "two"))
     assert log.count("is not one folder for all processes") >= 2  # both machines report it
     assert "give the absolute path of a folder that all machines share" in log
+
+
+def test_what_rank_0_cannot_write_ends_the_run_on_all(cluster, chats, tmp_path):
+    port, run = free_port(), tmp_path / "run"
+    for name in ("writing", "waiting"):
+        start(cluster, name, port, chats, run, restarts=0)
+    until((run / "checkpoint-1").exists)
+    (run / "adapter").touch()  # a file where a folder belongs
+    codes, log = cluster.finish("writing", "waiting")
+    assert 0 not in codes
+    assert "process 0 of 4 failed, so that all end. " in log
 
 
 def test_machines_with_different_data_are_refused(cluster, chats, tmp_path):
