@@ -29,13 +29,14 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 def main(folder: Path) -> None:
     """Runs the server that the first line of stdin names, until stdin closes."""
-    parent, closed = os.getppid(), threading.Event()
-    lock = _lock(folder)
-    signal.signal(signal.SIGTERM, lambda *_: closed.set())
+    parent, closed, lock = os.getppid(), threading.Event(), _lock(folder)
+    received: list[int] = []
+    # Not closed.set(), which needs a lock that the main thread itself may hold.
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     first = sys.stdin.readline()
     threading.Thread(target=_wait_for_end, args=(closed,), daemon=True).start()
     server = _start(json.loads(first), folder, lock) if first else None
-    while not closed.wait(POLL_SECONDS) and os.getppid() == parent:
+    while not received and not closed.wait(POLL_SECONDS) and os.getppid() == parent:
         if server and server.poll() is not None and not (folder / "ended").exists():
             _write_end(folder, str(server.returncode))
     if server:

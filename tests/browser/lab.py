@@ -1,6 +1,5 @@
 """A separate JupyterLab and Chromium for tests and benchmarks: the user's settings are neither read nor changed."""
 
-import ctypes
 import json
 import os
 import secrets
@@ -18,6 +17,8 @@ from urllib.parse import urlparse
 
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
+from tests.children import ends_with_parent
+
 ROOT = Path(__file__).parents[2]
 FLAGS = [
     "--no-sandbox",
@@ -28,7 +29,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -72,9 +72,8 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     }
     command += [f"--{name}={value}" for name, value in options.items()]
     log = (home / "lab.log").open("w")
-    process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
-    )
+    command = ends_with_parent(command, signal.SIGTERM)
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api?token={token}", process, home / "lab.log")
         yield f"http://127.0.0.1:{port}/{{}}?token={token}"
@@ -89,10 +88,6 @@ def jupyterlab(folder: Path) -> Iterator[str]:
 def _write(file: Path, content: object) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:

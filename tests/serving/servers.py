@@ -1,9 +1,7 @@
 """Servers on loopback for tests: they listen on free ports and end with the tests."""
 
-import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ import httpx2
 import xllamacpp
 
 from falcon_kit.serving import tgi_server
+from tests.children import ends_with_parent
 
 QUESTION = [{"role": "user", "content": "What do giraffes eat?"}]
 
@@ -30,12 +29,6 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def die_with_parent() -> None:
-    """In a child process: the kernel ends it when the tests end or crash (PR_SET_PDEATHSIG of Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @contextmanager
@@ -53,7 +46,7 @@ def transformers_serve(directory: Path) -> Iterator[str]:
     ]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}  # the tests need the other cores
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environ, preexec_fn=die_with_parent, **silent) as process:
+    with subprocess.Popen(ends_with_parent(command), env=environ, **silent) as process:
         try:
             wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
             yield f"http://127.0.0.1:{port}/v1"
