@@ -76,7 +76,7 @@ def test_the_greedy_continuation_is_recognised(base):
 def test_the_log_probabilities_of_prompts_need_no_further_http_client(base, monkeypatch):
     with scripted(echoing(base)) as server:
         endpoint = fk.connect(f"{server.address}/v1")
-        monkeypatch.delattr(Connection, "client")
+        monkeypatch.delattr(Connection, "_new_client")
         assert len(endpoint.prompt_logprobs(["Lions eat", "Seals eat"])) == 2
 
 
