@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MOST_SECONDS = 120
+_MOST_SECONDS = 120  # for a fork
 Snapshot = dict[str, str]
 """The hash of each file by its path; a symbolic link by what it leads to."""
 
@@ -213,7 +213,7 @@ def _writers(stack: ExitStack) -> dict[str, Writer]:
     from falcon_kit.tuning import run_folder
 
     torch.set_num_threads(1)
-    # Of every fork: a killed one may not keep a lock that all share, and none may copy a lock that a thread holds.
+    # All forks share tqdm's own lock, which a killed one would keep; and its thread could hold a lock during a fork.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
     home = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,4 +1,4 @@
-"""The model card's example on the embedded model, then the notebook that explains it, in a minute.
+"""The model card's example on the embedded model, then the notebook that explains it: about a minute.
 
 python notebooks/demo.py     # `make demo` runs this
 """

@@ -1,4 +1,4 @@
-"""Writes the executed notebooks and solutions as HTML pages, with an index of pictures.
+"""Writes the executed notebooks and solutions as HTML pages, with an index that has a picture of each.
 
     python notebooks/gallery.py              # runs/gallery/index.html
     python notebooks/gallery.py FOLDER       # FOLDER/index.html
@@ -21,11 +21,10 @@ SCRIPTS = ("mathjax", "require_js", "jquery", "mermaid_js", "jupyter_widgets_bas
 OFFLINE = {f"{name}_url": "" for name in SCRIPTS}
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="color-scheme" content="light dark"><title>Falcon Kit: the notebooks</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
-body {{ padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; }}
-a.card {{ border: 1px solid #7777; border-radius: 6px; padding: 1rem; }}
-a.card {{ color: inherit; text-decoration: none; }}
+a.card {{ border: 1px solid #7777; border-radius: 6px; padding: 1rem;
+  color: inherit; text-decoration: none; }}
 img {{ width: 100%; height: 9rem; object-fit: contain; }}
 </style><h1>Falcon Kit: the notebooks</h1><main>{cards}</main></html>
 """

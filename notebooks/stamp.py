@@ -1,4 +1,4 @@
-"""Executes notebooks in place on the embedded model, and stamps them with their source's hash.
+"""Executes notebooks in place, on the embedded model, and stamps them with the hash of their source.
 
     python notebooks/stamp.py              # every notebook and every solution
     python notebooks/stamp.py PATH ...     # only these
@@ -73,7 +73,8 @@ def tidy(notebook: NotebookNode) -> None:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps
-        # Ids from content: when other cells change, an id stays, and no diff shows it.
+        # Ids from content: a cell keeps its id when other cells change, so that a diff shows only the
+        # cells that changed.
         digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
         seen[digest] += 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"

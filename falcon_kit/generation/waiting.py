@@ -5,9 +5,10 @@ begins, or that the system gives to another thread, is noticed when the wait is 
 """
 
 import concurrent.futures
+import math
 import time
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _SECONDS = 0.2  # until Ctrl-C is noticed at the latest
@@ -24,14 +25,12 @@ def next_item(items: SimpleQueue[T]) -> T:
 
 def result(future: concurrent.futures.Future[T]) -> T:
     """As `future.result()`."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=_SECONDS)
+    wait(future)
     return future.result()
 
 
-def is_done(future: concurrent.futures.Future[T], seconds: float) -> bool:
-    """Whether a future is done after at most some seconds."""
+def wait(future: concurrent.futures.Future[Any], seconds: float = math.inf) -> None:
+    """Waits until a future is done, for some seconds at most."""
     end = time.monotonic() + seconds
     while not future.done() and time.monotonic() < end:
         concurrent.futures.wait([future], timeout=_SECONDS)
-    return future.done()

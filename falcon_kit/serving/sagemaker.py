@@ -98,8 +98,8 @@ class SageMakerServer:
                         yield delta
             for delta in self._read(unfinished, body, begun):
                 yield delta
-        finally:  # with urllib3 before 2.3, closing waits while a thread reads
-            threading.Thread(target=_close, args=(stream,), name="falcon-kit-sagemaker", daemon=True).start()
+        finally:  # not awaited: with urllib3 before 2.3, closing waits while a thread reads
+            _in_thread(_close, stream)
 
     def _invoke(self, body: dict[str, Any]) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError

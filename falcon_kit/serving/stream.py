@@ -9,17 +9,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
-from falcon_kit.generation.waiting import is_done, next_item, result
+from falcon_kit.generation.waiting import next_item, result, wait
 from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import count, within
 from falcon_kit.serving.protocol import Delta, Server, retry_stream
 
-T = TypeVar("T")
 Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
 """A coroutine function that calls its argument with each piece."""
 _CLOSE_SECONDS = 5.0
@@ -284,7 +283,7 @@ class RemoteStream(Iterator[Piece]):
         if loop is asyncio._get_running_loop():
             self._task.cancel()
         elif self._process == os.getpid() and not sys.is_finalizing():
-            is_done(asyncio.run_coroutine_threadsafe(_stop(self._task), loop), _CLOSE_SECONDS)
+            wait(asyncio.run_coroutine_threadsafe(_stop(self._task), loop), _CLOSE_SECONDS)
         self._ended = True
 
     def wait(self) -> Generation:

@@ -74,9 +74,10 @@ def broadcast_from_rank0(value: T, cpu: bool) -> T:
 
 @contextmanager
 def together(cpu: bool) -> Iterator[None]:
-    """At the end of the block, in which no process waits for another, an error of one process is raised in all.
+    """An error of one process in the block is raised in all at its end.
 
-    Raises RuntimeError with the rank and machine of the process that failed.
+    Whoever waits for the failed process within the block learns of it only after `_TIMEOUT`, as where shards are
+    gathered. Raises RuntimeError with the rank and machine of the process that failed.
     """
     failure: Exception | None = None
     try:

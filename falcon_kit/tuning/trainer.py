@@ -159,13 +159,13 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint in the folder `unfinished`, then moves it: it is complete or absent."""
         unfinished, is_writer = self._run / checkpoint_files.UNFINISHED, self.args.should_save
-        with distributed.together(self.args.use_cpu):
+        with distributed.together(self.args.use_cpu), self._named_failure():
             if is_writer:
                 remove(unfinished)
+            check_disk_space(unfinished, 3 * self.adapter_bytes)  # with the two moments of the optimizer
         self.args.output_dir = str(unfinished)
         try:
             with distributed.together(self.args.use_cpu), self._named_failure():
-                check_disk_space(unfinished, 3 * self.adapter_bytes)  # with the two moments of the optimizer
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self._run)

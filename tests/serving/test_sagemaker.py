@@ -1,10 +1,13 @@
 """SageMaker endpoints: moto's control plane, and a runtime that streams a container's events."""
 
 import sys
+import threading
+import time
 
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.serving import sagemaker
 from tests.serving.servers import DONE, QUESTION, Reply, as_reply, chunk, container_error, event, frame, part
 from tests.serving.test_malformed import SageMaker
 
@@ -43,6 +46,17 @@ def test_a_sagemaker_answer_that_breaks_off_keeps_its_text(sagemaker_service, mo
     with pytest.raises(fk.IncompleteAnswer, match="worker died") as broken:
         fk.connect("sagemaker://falcon").generate("Hi")
     assert broken.value.generation.text == "Half"
+
+
+def test_a_sagemaker_response_that_is_slow_to_close_holds_up_nothing(sagemaker_service, monkeypatch):
+    closing, closed = threading.Event(), threading.Event()
+    monkeypatch.setattr(sagemaker, "_close", lambda _: (closing.set(), closed.wait(20)))
+    fk.connect("sagemaker://falcon").generate("Once", max_new_tokens=3)
+    assert closing.wait(5)
+    started = time.monotonic()
+    assert fk.connect("sagemaker://falcon").generate("Once", max_new_tokens=3).stats.new_tokens == 3
+    assert time.monotonic() - started < 10  # closing takes twenty seconds
+    closed.set()
 
 
 def test_a_vllm_container_on_sagemaker_speaks_openai(sagemaker_service, monkeypatch):
