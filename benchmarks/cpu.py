@@ -1,4 +1,4 @@
-"""A Falcon on a CPU: every dtype of the kit, transformers and llama.cpp, with and without instructions for 16 bits.
+"""A Falcon on a CPU: every dtype of the kit, transformers and llama.cpp, with the instructions of several CPUs.
 
 A process for each instruction set, since torch reads the limits ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA when it
 starts. llama.cpp is compiled for this processor and has no such limit, so it is measured with all instructions only.
@@ -36,8 +36,10 @@ CONTEXT, PROMPT = 512, 512
 BATCHES = (1, 8, 16)
 INSTRUCTIONS: dict[str, dict[str, str]] = {
     "all": {},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"},
+    "AVX2 and VNNI": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
+"""All of this CPU, and those of laptops since 2021 and before, which have none for 16 bits."""
 KIT = ("float32", "bfloat16", "int8", "int4")
 PEERS = {"bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's dtype for each of the kit's."""
@@ -116,6 +118,7 @@ def measure(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": products.has_products(torch.bfloat16),
+        "integer products": products.has_integer_products(),
         "threads": torch.get_num_threads(),
         "ms": found,
         "one layer, ms by rows": layer,
@@ -159,6 +162,8 @@ def _layer() -> dict[str, dict[str, float]]:
         layer.pack()
         ways[f"{kind}, kernel"] = torch.bfloat16, layer.by_kernel
         ways[f"{kind} in slabs"] = torch.bfloat16, layer.in_slabs
+        if kind == "int8" and products.has_integer_products():
+            ways["int8 in integers"] = torch.bfloat16, layer.in_integers
     found: dict[str, dict[str, float]] = {name: {} for name in ways}
     for rows in ROWS:
         x = torch.randn(rows, LAYER[1])

@@ -33,13 +33,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
-from falcon_kit.model.products import by_threads, has_products, slabs, slabs_of
+from falcon_kit.model.products import by_threads, has_integer_products, has_products, integer_product, slabs, slabs_of
 
 GROUP = INT4_GROUP
 _PANEL = 64
 """Rows that the kernels' layouts keep together, a multiple of theirs."""
 _MANY_ROWS = {("int8", True): 14, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}
-"""Rows from which a CPU with (True) or without instructions for bfloat16 is faster with unpacked weights."""
+"""Rows from which a CPU with (True) or without instructions for bfloat16 is faster with unpacked weights than with the
+kernel."""
+_INTEGER_ROWS = {True: (12, 64), False: (12, 2**31)}
+"""From and below how many rows of int8 the same CPUs are fastest in integers, if they have instructions for those."""
 _MANY_ON_GPU = 64
 """The same of a GPU."""
 _ALIGNMENT = 64
@@ -87,14 +90,22 @@ class PackedLinear(nn.Linear):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) to (rows, out), without the bias."""
-        on_cpu = rows.device.type == "cpu"
-        many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
-        if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
-            return self.in_slabs(rows)
-        if not on_cpu and (many or self.kind == "int8"):  # torch has had a kernel for int8 on GPUs only since 2.9
-            dtype = products_dtype(rows)
-            return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
-        return self.by_kernel(rows)
+        if rows.device.type == "cpu":
+            return self._way_on_cpu(len(rows))(rows)
+        if len(rows) < _MANY_ON_GPU and self.kind == "int4":  # torch has had a kernel for int8 on GPUs only since 2.9
+            return self.by_kernel(rows)
+        dtype = products_dtype(rows)
+        return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+
+    def _way_on_cpu(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """What multiplies so many rows fastest on this CPU."""
+        native = has_products(torch.bfloat16)
+        least, end = _INTEGER_ROWS[native]
+        if self.kind == "int8" and least <= rows < end and has_integer_products():
+            return self.in_integers
+        if rows >= _MANY_ROWS[self.kind, native] and (self.kind == "int8" or block(self.in_features)):
+            return self.in_slabs
+        return self.by_kernel
 
     def by_kernel(self, rows: Tensor) -> Tensor:
         """The product by torch's kernel for few rows, which reads the small weights and little else."""
@@ -108,6 +119,10 @@ class PackedLinear(nn.Linear):
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.weight, GROUP, self.scales)
         return product.to(rows.dtype)
 
+    def in_integers(self, rows: Tensor) -> Tensor:
+        """int8's product with rows of two bytes a value."""
+        return integer_product(rows, self.weight, self.scales)
+
     def in_slabs(self, rows: Tensor) -> Tensor:
         """The product with weights that are unpacked a slab at a time."""
         dtype = products_dtype(rows)
@@ -117,18 +132,22 @@ class PackedLinear(nn.Linear):
             for outputs, values in slabs_of(self.weight, dtype):
                 product[:, outputs] = multiply(rows, values) * self.scales[outputs].to(dtype)
             return product
+        memory: Tensor | None = None  # of the largest slab, which all use
         for outputs in slabs(self.out_features, self.in_features, torch.float32):
-            product[:, outputs] = torch.mm(rows, self._columns(outputs, dtype))
+            if memory is None:
+                memory = rows.new_empty(self.in_features * (outputs.stop - outputs.start))
+            product[:, outputs] = torch.mm(rows, self._columns(outputs, memory))
         return product
 
-    def _columns(self, outputs: slice, dtype: torch.dtype) -> Tensor:
-        """int4's weights (in, outputs), from the layout of the kernel."""
+    def _columns(self, outputs: slice, memory: Tensor) -> Tensor:
+        """int4's weights (in, outputs), from the layout of the kernel, in memory of the dtype of the product."""
         width = block(self.in_features)
         packed = self.weight.data.view(torch.uint8)[outputs].view(-1, self.in_features, width // 2).transpose(0, 1)
-        values = torch.cat([packed & 15, packed >> 4], -1).view(torch.int8).sub_(8).to(dtype)
-        scale, zero = self.scales[:, None, outputs].to(dtype).movedim(-1, 0).contiguous()
-        values = values.view(-1, GROUP, outputs.stop - outputs.start)
-        return torch.addcmul(zero, values, scale).view(self.in_features, -1)  # computed in float32, rounded once
+        nibbles = torch.cat([packed & 15, packed >> 4], -1).view(torch.int8).sub_(8)
+        values = memory[: nibbles.numel()].copy_(nibbles.flatten()).view(-1, GROUP, outputs.stop - outputs.start)
+        scale, zero = self.scales[:, None, outputs].to(memory.dtype).movedim(-1, 0).contiguous()
+        torch.addcmul(zero, values, scale, out=values)  # computed in float32, rounded once
+        return values.view(self.in_features, -1)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
@@ -263,12 +282,17 @@ def _layout(into: int, device: str) -> Tensor:
     return found.argsort()
 
 
-@lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile looks through a cache
 def block(into: int) -> int:
     """The outputs that the CPU kernel's layout keeps together for each input, a half of them in the low bits.
 
     64 with AVX-512, 32 with AVX2; 0 for a layout that is ordered in another way.
     """
+    return _block(into)
+
+
+@lru_cache(maxsize=16)
+def _block(into: int) -> int:
     found, order = _layout(into, "cpu"), torch.arange(_PANEL * into)
     blocks = {size: order.view(-1, into, size // 2, 2).permute(0, 3, 2, 1).flatten() for size in (64, 32)}
     return next((size for size, expected in blocks.items() if torch.equal(found, expected)), 0)

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from math import gcd
 from typing import Any
 
@@ -42,6 +42,8 @@ from falcon_kit.catalogue.memory import SLAB
 
 _MANY_ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
 """Rows from which slabs are faster; 16 bits only without instructions for their products."""
+_AT_ONCE_IN_INTEGERS = 128
+"""Rows that are multiplied in integers at once: a slab of products has a place for all."""
 _DIVIDED_WELL = 128
 """Rows from which torch itself divides a product well among threads; it needs no second copy of the product."""
 _MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
@@ -143,6 +145,57 @@ def has_products(dtype: torch.dtype) -> bool:
     return bool(supported()) if supported else True
 
 
+# In integers
+
+
+def integer_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """rows (n, in) times int8 weights (out, in), whose outputs have scales (out,): (n, out) in the dtype of the rows.
+
+    Exact but for the rows, see `two_bytes`. Needs `has_integer_products`, and two inputs or more: for one, torch 2.13
+    gives a wrong product.
+    """
+    product = rows.new_empty(len(rows), len(weight))
+    for part, into in zip(rows.split(_AT_ONCE_IN_INTEGERS), product.split(_AT_ONCE_IN_INTEGERS), strict=True):
+        halves, unit = two_bytes(part)
+        for outputs in slabs(len(weight), len(halves), torch.int32):
+            high, low = torch._int_mm(halves, weight[outputs].T).float().view(2, len(part), -1)
+            into[:, outputs] = low.add_(high, alpha=254).mul_(unit).mul_(scales[outputs])
+    return product
+
+
+def two_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, in) as high and low bytes (2 n, in), and the unit (n, 1) of each: row = (254 high + low) unit.
+
+    The error of a value is at most 1/64,516 of the largest in its row, where bfloat16's is 1/256 of the value.
+    """
+    largest = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30)
+    scaled = rows * (127 / largest)
+    halves = torch.empty(2, *rows.shape, dtype=torch.int8)
+    halves[0] = high = scaled.round()
+    halves[1] = scaled.sub_(high).mul_(254).round_()
+    return halves.flatten(0, 1), largest / (127 * 254)
+
+
+@torch.compiler.assume_constant_result
+def has_integer_products() -> bool:
+    """Whether oneDNN multiplies 8-bit integers by VNNI, the instructions for them: exactly, and fast.
+
+    Without them, oneDNN adds pairs of products in 16 bits, which large ones exceed. That is what is tested: torch tells
+    which instructions the CPU has, and not which ones oneDNN is limited to.
+    """
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or not _MKLDNN.is_available():
+        return False
+    return _sums_are_exact()
+
+
+@cache
+def _sums_are_exact() -> bool:
+    """Whether oneDNN adds the largest products exactly."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    with nullcontext() if torch.backends.flags_frozen() else _onednn.on():
+        return bool((torch._int_mm(largest, largest) == 64 * 127**2).all())
+
+
 # A single row
 
 
@@ -154,6 +207,17 @@ class Switch:
         self._lock = threading.Lock()
         self._users = 0
         self._before = True
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """A short context with the setting on, which `off` waits for."""
+        with self._lock:
+            before = self._read()
+            self._write(True)
+            try:
+                yield
+            finally:
+                self._write(before)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -175,9 +175,14 @@ def test_the_prefill_takes_its_activations_and_the_cache(layout, dtype, batch, c
 
 
 @pytest.mark.parametrize("multiplies", [True, False])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "integers"), [("bfloat16", False), ("float16", False), ("int8", False), ("int8", True), ("int4", False)]
+)
 @pytest.mark.parametrize(("batch", "context"), [(1, 200), (3, 64)])
-def test_a_prefill_in_slabs_takes_no_more_than_its_workspace(monkeypatch, tmp_path, dtype, multiplies, batch, context):
+def test_a_prefill_in_parts_takes_no_more_than_its_workspace(
+    monkeypatch, tmp_path, dtype, integers, multiplies, batch, context
+):
+    monkeypatch.setattr("falcon_kit.loading.packed.has_integer_products", lambda: integers)
     monkeypatch.setattr("falcon_kit.model.products.has_products", lambda dtype: multiplies)
     monkeypatch.setattr("falcon_kit.loading.packed.has_products", lambda dtype: multiplies)
     model, spec = sized("40b")

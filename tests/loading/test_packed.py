@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.loading import packed
 from falcon_kit.loading.compiling import check_compilable
 from falcon_kit.loading.packed import GROUP, PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantizer import PackedConfig, PackedQuantizer
@@ -56,7 +57,7 @@ def test_each_weight_is_as_near_as_its_bits_allow(kind, shape, scale, seed):
 @each_kind
 @given(
     shape=shapes,
-    rows=st.sampled_from([1, 9, 10, 23, 24, 95, 96, 200]),
+    rows=st.sampled_from([1, 11, 12, 13, 14, 23, 24, 63, 64, 95, 96, 200]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
 def test_a_product_is_within_the_quantisation_error_of_float32(kind, shape, rows, dtype):
@@ -140,10 +141,15 @@ def test_gradients_go_to_the_input_through_the_weight_that_computes(kind):
     assert not any(parameter.requires_grad for parameter in made.parameters())
 
 
-def test_int4_is_compiled_in_one_graph():
-    made, x = layer(random(128, 64), "int4"), random(2, 64, seed=1)
+@each_kind
+@pytest.mark.parametrize("rows", [2, 40, 200])
+def test_every_way_is_compiled_in_one_graph(kind, rows):
+    made, x = layer(random(128, 64), kind), random(rows, 64, seed=1)
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
+
+
+def test_int4_may_be_compiled():
     check_compilable("int4", None)
 
 
@@ -158,14 +164,41 @@ def test_a_bias_is_added(kind, tokenizer, tmp_path):
     assert float((logits(falcon.model).float() - exact).norm() / exact.norm()) < {"int8": 0.05, "int4": 0.3}[kind]
 
 
-def test_both_kinds_compute_the_same_without_avx512():
-    """The same tests under the instruction set of an ordinary laptop."""
-    isa = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+@pytest.mark.parametrize("isa", ["AVX2", "AVX2_VNNI"])
+def test_both_kinds_compute_the_same_without_avx512(isa):
+    """The same tests under the instruction sets of ordinary laptops, the second since 2021."""
+    isa = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
     wanted = "product or layout or gradients or anywhere"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", wanted, __file__]
     root = Path(__file__).parents[2]
     ended = subprocess.run(command, env=os.environ | isa, cwd=root, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout
+
+
+WAYS = [
+    ("int8", 11, True, True, "by_kernel"),
+    ("int8", 12, True, True, "in_integers"),
+    ("int8", 63, True, True, "in_integers"),
+    ("int8", 64, True, True, "in_slabs"),
+    ("int8", 12, False, True, "in_integers"),
+    ("int8", 4096, False, True, "in_integers"),
+    ("int8", 13, True, False, "by_kernel"),
+    ("int8", 14, True, False, "in_slabs"),
+    ("int8", 23, False, False, "by_kernel"),
+    ("int8", 24, False, False, "in_slabs"),
+    ("int4", 95, True, True, "by_kernel"),
+    ("int4", 96, True, True, "in_slabs"),
+]
+
+
+@pytest.mark.parametrize(("kind", "rows", "for_bfloat16", "for_integers", "way"), WAYS)
+def test_a_cpu_multiplies_in_the_way_that_is_fastest_for_its_instructions(
+    monkeypatch, kind, rows, for_bfloat16, for_integers, way
+):
+    monkeypatch.setattr(packed, "has_products", lambda dtype: for_bfloat16)
+    monkeypatch.setattr(packed, "has_integer_products", lambda: for_integers)
+    monkeypatch.setattr(PackedLinear, way, lambda self, rows: rows.new_full((len(rows), self.out_features), 7))
+    assert (layer(random(128, 64), kind)(random(rows, 64)) == 7).all()
 
 
 # Refused

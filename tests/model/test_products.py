@@ -1,12 +1,17 @@
 """How a CPU multiplies: in slabs, and a single row without oneDNN, with the setting behind it."""
 
 import copy
+import math
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -185,6 +190,71 @@ def test_a_weight_in_another_dtype_is_copied_slab_by_slab_into_one_place(dtype, 
     assert len(storages) > 1
     assert len(set(storages)) == 1
     assert (storages[0] == weight.untyped_storage().data_ptr()) is own
+
+
+VNNI = {"avx_vnni", "avx512_vnni"} & set(Path("/proc/cpuinfo").read_text().split())
+
+
+def limited_to(isa):
+    """What a process whose oneDNN is limited to an instruction set says of products in integers."""
+    code = "from falcon_kit.model.products import has_integer_products; print(has_integer_products())"
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
+    return subprocess.check_output([sys.executable, "-c", code], env=os.environ | limits, text=True).strip()
+
+
+@pytest.mark.parametrize(("isa", "has"), [("AVX2", False), ("AVX2_VNNI", bool(VNNI)), ("DEFAULT", bool(VNNI))])
+def test_integers_are_multiplied_where_the_cpu_has_instructions_for_them(isa, has):
+    """`/proc/cpuinfo` names them."""
+    assert limited_to(isa) == str(has)
+
+
+@pytest.fixture
+def exact_sums(monkeypatch):
+    """Products of integers that are exact, also on a CPU without instructions for them."""
+    if not VNNI:
+        monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.double() @ y.double()).int())
+
+
+@each_dtype
+@given(
+    shape=st.tuples(st.sampled_from([12, 130, 300]), st.sampled_from([64, 130, 600]), st.sampled_from([2, 64, 5000])),
+    outlier=st.sampled_from([0.0, 1.0, 100.0]),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_product_in_integers_is_exact_but_for_its_rows(exact_sums, dtype, shape, outlier, scale):
+    rows, out, into = shape
+    x = (scale * random(rows, into)).to(dtype)
+    x[:, 0] += outlier
+    weight = torch.randint(-127, 128, (out, into), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    scales = random(out, seed=2).abs().bfloat16() / into
+    product = products.integer_product(x, weight, scales)
+    exact = x.double() @ weight.double().T * scales.double()
+    of_rows = x.double().abs().amax(1, keepdim=True) / (2 * 127 * 254) * weight.double().abs().sum(1) * scales.double()
+    of_float32 = 1e-6 * (x.double().abs() @ weight.double().abs().T * scales.double())
+    assert (product.dtype, product.shape) == (dtype, exact.shape)
+    assert (
+        (product.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + of_rows + of_float32 + 1e-7
+    ).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
+def test_a_row_that_is_zero_or_not_finite_is_so_in_its_product_and_in_no_other(exact_sums, dtype, value):
+    x, weight = random(3, 64).to(dtype), torch.ones(64, 64, dtype=torch.int8)
+    x[1] = 0
+    x[1, 5] = value
+    product = products.integer_product(x, weight, torch.ones(64))
+    assert product[[0, 2]].isfinite().all()
+    assert (product[1] == 0).all() if value == 0 else not product[1].isfinite().any()
+
+
+def test_the_setting_is_on_for_a_check_while_other_threads_have_it_off():
+    with products.without_onednn():
+        with products._onednn.on():
+            assert on()
+        assert not on()
+    assert on()
 
 
 @pytest.mark.parametrize(("rows", "in_slabs"), [(3, False), (4, True), (64, True)])
