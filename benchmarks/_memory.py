@@ -56,7 +56,8 @@ def mapped_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of those tensors that are in a memory-mapped file, as weights in their stored dtype are on a CPU."""
     files = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     spans = [tuple(int(address, 16) for address in line[0].split("-")) for line in files]
-    mapped = {each.data_ptr(): each.nbytes for each in tensors if any(a <= each.data_ptr() < b for a, b in spans)}
+    own = [each for each in tensors if not each.is_mkldnn]  # oneDNN's layout is a copy
+    mapped = {each.data_ptr(): each.nbytes for each in own if any(a <= each.data_ptr() < b for a, b in spans)}
     return sum(mapped.values())
 
 

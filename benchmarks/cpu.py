@@ -118,7 +118,7 @@ def measure(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": products.has_products(torch.bfloat16),
-        "integer products": products.has_integer_products(),
+        "integer products": products.multiplies_in_integers(LAYER[1]),
         "threads": torch.get_num_threads(),
         "ms": found,
         "one layer, ms by rows": layer,
@@ -159,11 +159,13 @@ def _layer() -> dict[str, dict[str, float]]:
     for kind, quantise in (("int8", quantised8), ("int4", quantised4)):
         layer = PackedLinear(*LAYER, kind, None)
         layer.weight, layer.scales = (frozen(each) for each in quantise(weight))
-        layer.pack()
+        if kind == "int4":
+            layer.pack()
         ways[f"{kind}, kernel"] = torch.bfloat16, layer.by_kernel
         ways[f"{kind} in slabs"] = torch.bfloat16, layer.in_slabs
-        if kind == "int8" and products.has_integer_products():
-            ways["int8 in integers"] = torch.bfloat16, layer.in_integers
+        if kind == "int8" and products.multiplies_in_integers(LAYER[1]):
+            packed = products.packed_for_integers(layer.weight)
+            ways["int8 in integers"] = torch.bfloat16, partial(_in_integers, packed, layer.scales)
     found: dict[str, dict[str, float]] = {name: {} for name in ways}
     for rows in ROWS:
         x = torch.randn(rows, LAYER[1])
@@ -172,6 +174,10 @@ def _layer() -> dict[str, dict[str, float]]:
             for name, ms in decode.least(calls, 4).items():
                 found[name][str(rows)] = round(ms, 2)
     return found
+
+
+def _in_integers(weight: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return products.integer_product(x, weight, scales)
 
 
 def _without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
-from falcon_kit.model.products import by_threads, has_integer_products, has_products, integer_product, slabs, slabs_of
+from falcon_kit.model.products import (
+    by_threads,
+    has_products,
+    integer_product,
+    multiplies_in_integers,
+    packed_for_integers,
+    slabs,
+    slabs_of,
+    unpacked,
+)
 
 GROUP = INT4_GROUP
 _PANEL = 64
@@ -41,8 +50,6 @@ _PANEL = 64
 _MANY_ROWS = {("int8", True): 14, ("int8", False): 24, ("int4", True): 96, ("int4", False): 96}
 """Rows from which a CPU with (True) or without instructions for bfloat16 is faster with unpacked weights than with the
 kernel."""
-_INTEGER_ROWS = {True: (12, 64), False: (12, 2**31)}
-"""From and below how many rows of int8 the same CPUs are fastest in integers, if they have instructions for those."""
 _MANY_ON_GPU = 64
 """The same of a GPU."""
 _ALIGNMENT = 64
@@ -90,22 +97,16 @@ class PackedLinear(nn.Linear):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) to (rows, out), without the bias."""
-        if rows.device.type == "cpu":
-            return self._way_on_cpu(len(rows))(rows)
-        if len(rows) < _MANY_ON_GPU and self.kind == "int4":  # torch has had a kernel for int8 on GPUs only since 2.9
-            return self.by_kernel(rows)
-        dtype = products_dtype(rows)
-        return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
-
-    def _way_on_cpu(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """What multiplies so many rows fastest on this CPU."""
-        native = has_products(torch.bfloat16)
-        least, end = _INTEGER_ROWS[native]
-        if self.kind == "int8" and least <= rows < end and has_integer_products():
-            return self.in_integers
-        if rows >= _MANY_ROWS[self.kind, native] and (self.kind == "int8" or block(self.in_features)):
-            return self.in_slabs
-        return self.by_kernel
+        if self.weight.is_mkldnn:
+            return integer_product(rows, self.weight, self.scales)
+        on_cpu = rows.device.type == "cpu"
+        many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
+        if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
+            return self.in_slabs(rows)
+        if not on_cpu and (many or self.kind == "int8"):  # torch has had a kernel for int8 on GPUs only since 2.9
+            dtype = products_dtype(rows)
+            return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        return self.by_kernel(rows)
 
     def by_kernel(self, rows: Tensor) -> Tensor:
         """The product by torch's kernel for few rows, which reads the small weights and little else."""
@@ -118,10 +119,6 @@ class PackedLinear(nn.Linear):
         else:
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.weight, GROUP, self.scales)
         return product.to(rows.dtype)
-
-    def in_integers(self, rows: Tensor) -> Tensor:
-        """int8's product with rows of two bytes a value."""
-        return integer_product(rows, self.weight, self.scales)
 
     def in_slabs(self, rows: Tensor) -> Tensor:
         """The product with weights that are unpacked a slab at a time."""
@@ -152,7 +149,7 @@ class PackedLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
         if self.kind == "int8":
-            return self.weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
+            return self.canonical().to(dtype).mul_(self.scales.to(dtype)[:, None])
         values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
         return ((values - 8) * scale + zero).view(self.out_features, self.in_features)
@@ -161,14 +158,18 @@ class PackedLinear(nn.Linear):
         """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
         device = self.weight.device.type
         if self.kind == "int8":
-            self.weight = frozen(self.weight.data.view(self.out_features, self.in_features))
-        if self.kind == "int4" and device in ("cpu", "cuda"):
+            self.weight = frozen(self.canonical().view(self.out_features, self.in_features))
+        if self.kind == "int8" and device == "cpu" and multiplies_in_integers(self.in_features):
+            self.weight = frozen(packed_for_integers(self.weight.data))
+        elif self.kind == "int4" and device in ("cpu", "cuda"):
             self.weight, self.packed_for = frozen(_kernel_layout(halves(self.canonical()))), device
         elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
             self.weight = frozen(self.weight.clone())
 
     def canonical(self) -> Tensor:
         """The weight as it was read, int4's as in a state dict: (out, in / 2)."""
+        if self.weight.is_mkldnn:
+            return unpacked(self.weight.data)
         if self.packed_for is None:
             return self.weight.data
         where = _layout(self.in_features, str(self.weight.device))
@@ -194,6 +195,17 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8" and (key := f"{prefix}weight") in state_dict:
             state_dict[key] = state_dict[key].flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: oneDNN's layout cannot be."""
+        return self.__dict__ | {
+            "_parameters": self._parameters | {"weight": frozen(self.canonical())},
+            "packed_for": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.pack()
 
     def extra_repr(self) -> str:

@@ -176,12 +176,17 @@ def weights(model: nn.Module) -> Weights:
     sizes: dict[str, dict[str, list[int]]] = {}  # by part and dtype, of each module
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            new = [each for each in tensors(module) if each.device.type != "meta" and each.data_ptr() not in counted]
+            new = [each for each in tensors(module) if each.device.type != "meta" and _address(each) not in counted]
             part = sizes.setdefault(name.rpartition(".")[2], {})
             part.setdefault(kept_as(module), []).append(sum(each.nbytes for each in new))
-            counted |= {each.data_ptr() for each in new}
+            counted |= {_address(each) for each in new}
     rows = ((part, *row) for part, dtypes in sizes.items() for row in sorted(dtypes.items()))
     return Weights(tuple(Kept(part, len(modules), dtype, sum(modules)) for part, dtype, modules in rows))
+
+
+def _address(tensor: Tensor) -> int:
+    """What tied weights share. A tensor in oneDNN's layout, which is never tied, has no address."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 def check_quantised(model: nn.Module, dtype: str) -> None:

@@ -43,7 +43,9 @@ from falcon_kit.catalogue.memory import SLAB
 _MANY_ROWS = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
 """Rows from which slabs are faster; 16 bits only without instructions for their products."""
 _AT_ONCE_IN_INTEGERS = 128
-"""Rows that are multiplied in integers at once: a slab of products has a place for all."""
+"""Rows that are multiplied in integers at once, so that their bytes and products take little memory."""
+_ZERO, _UNITS = 128, 32512
+"""The byte that stands for zero, and the units of a row's largest value: 127 of the high byte."""
 _DIVIDED_WELL = 128
 """Rows from which torch itself divides a product well among threads; it needs no second copy of the product."""
 _MKLDNN: Any = torch.backends.mkldnn  # the old name of oneDNN; torch does not type its properties
@@ -149,51 +151,66 @@ def has_products(dtype: torch.dtype) -> bool:
 
 
 def integer_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """rows (n, in) times int8 weights (out, in), whose outputs have scales (out,): (n, out) in the dtype of the rows.
+    """rows (n, in) times int8 weights from `packed_for_integers`, whose outputs have scales (out,): (n, out).
 
-    Exact but for the rows, see `two_bytes`. Needs `has_integer_products`, and two inputs or more: for one, torch 2.13
-    gives a wrong product.
+    Exact but for the rows, see `two_bytes`, and in their dtype.
     """
-    product = rows.new_empty(len(rows), len(weight))
+    none = torch.zeros(1, dtype=torch.int64)
+    product = rows.new_empty(len(rows), len(scales))
     for part, into in zip(rows.split(_AT_ONCE_IN_INTEGERS), product.split(_AT_ONCE_IN_INTEGERS), strict=True):
         halves, unit = two_bytes(part)
-        for outputs in slabs(len(weight), len(halves), torch.int32):
-            high, low = torch._int_mm(halves, weight[outputs].T).float().view(2, len(part), -1)
-            into[:, outputs] = low.add_(high, alpha=254).mul_(unit).mul_(scales[outputs])
+        arguments: Any = halves, 1.0, _ZERO, weight, scales.float(), none, None, 1.0, 0, torch.float32, "none", [], ""
+        high, low = torch.ops.onednn.qlinear_pointwise(*arguments).view(2, len(part), -1)
+        torch.mul(low.add_(high, alpha=256), unit, out=into)
     return product
 
 
 def two_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, in) as high and low bytes (2 n, in), and the unit (n, 1) of each: row = (254 high + low) unit.
+    """Rows (n, in) as high and low bytes (2 n, in), and the unit (n, 1) of each.
 
-    The error of a value is at most 1/64,516 of the largest in its row, where bfloat16's is 1/256 of the value.
+    A row is (256 (high - 128) + low - 128) unit. The error is at most half a unit, 1/65,024 of the row's largest value,
+    where bfloat16's is up to 1/512 of each value.
     """
-    largest = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30)
-    scaled = rows * (127 / largest)
-    halves = torch.empty(2, *rows.shape, dtype=torch.int8)
-    halves[0] = high = scaled.round()
-    halves[1] = scaled.sub_(high).mul_(254).round_()
-    return halves.flatten(0, 1), largest / (127 * 254)
+    unit = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / _UNITS
+    units = (rows / unit).add_(257 * _ZERO + 0.5).to(torch.int32)
+    halves = torch.empty(2, *rows.shape, dtype=torch.uint8)
+    halves[1] = units  # takes the lowest bits
+    halves[0] = units.bitwise_right_shift_(8)
+    return halves.flatten(0, 1), unit
 
 
-@torch.compiler.assume_constant_result
-def has_integer_products() -> bool:
-    """Whether oneDNN multiplies 8-bit integers by VNNI, the instructions for them: exactly, and fast.
+def packed_for_integers(weight: Tensor) -> Tensor:
+    """int8 weights (out, in) in oneDNN's layout, which only oneDNN reads; `unpacked` undoes it."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
 
-    Without them, oneDNN adds pairs of products in 16 bits, which large ones exceed. That is what is tested: torch tells
-    which instructions the CPU has, and not which ones oneDNN is limited to.
-    """
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or not _MKLDNN.is_available():
-        return False
-    return _sums_are_exact()
+
+def unpacked(weight: Tensor) -> Tensor:
+    """The weights (out, in) that `packed_for_integers` was given."""
+    return weight.to_dense().T.contiguous()
+
+
+def multiplies_in_integers(into: int) -> bool:
+    """Whether the CPU multiplies rows of so many inputs by `integer_product`: their sum must fit into 32 bits."""
+    return into * 255 * 127 < 2**31 and _has_integer_products(torch.backends.cpu.get_cpu_capability())
 
 
 @cache
-def _sums_are_exact() -> bool:
-    """Whether oneDNN adds the largest products exactly."""
-    largest = torch.full((64, 64), 127, dtype=torch.int8)
-    with nullcontext() if torch.backends.flags_frozen() else _onednn.on():
-        return bool((torch._int_mm(largest, largest) == 64 * 127**2).all())
+def _has_integer_products(capability: str) -> bool:
+    """Whether oneDNN has instructions for integers, VNNI, and torch this operator.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which large ones exceed. That is what is tested: torch tells
+    which instructions the CPU has, and not which ones oneDNN is limited to.
+    """
+    if capability not in ("AVX2", "AVX512"):
+        return False
+    row, weight = torch.ones(1, 64), torch.full((64, 64), 127, dtype=torch.int8)
+    try:
+        return bool((integer_product(row, packed_for_integers(weight), torch.ones(64)) == 64 * 127).all())
+    except (
+        AttributeError,
+        RuntimeError,
+    ):  # torch without oneDNN, or an older one, whose operator takes other arguments
+        return False
 
 
 # A single row
@@ -207,17 +224,6 @@ class Switch:
         self._lock = threading.Lock()
         self._users = 0
         self._before = True
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """A short context with the setting on, which `off` waits for."""
-        with self._lock:
-            before = self._read()
-            self._write(True)
-            try:
-                yield
-            finally:
-                self._write(before)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -193,55 +193,75 @@ def test_a_weight_in_another_dtype_is_copied_slab_by_slab_into_one_place(dtype, 
 
 
 VNNI = {"avx_vnni", "avx512_vnni"} & set(Path("/proc/cpuinfo").read_text().split())
-
-
-def limited_to(isa):
-    """What a process whose oneDNN is limited to an instruction set says of products in integers."""
-    code = "from falcon_kit.model.products import has_integer_products; print(has_integer_products())"
-    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
-    return subprocess.check_output([sys.executable, "-c", code], env=os.environ | limits, text=True).strip()
+"""Names that Linux has for the instructions."""
+needs_vnni = pytest.mark.skipif(not VNNI, reason="this CPU has no instructions for products of integers")
 
 
 @pytest.mark.parametrize(("isa", "has"), [("AVX2", False), ("AVX2_VNNI", bool(VNNI)), ("DEFAULT", bool(VNNI))])
 def test_integers_are_multiplied_where_the_cpu_has_instructions_for_them(isa, has):
-    """`/proc/cpuinfo` names them."""
-    assert limited_to(isa) == str(has)
+    code = "from falcon_kit.model.products import multiplies_in_integers; print(multiplies_in_integers(64))"
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
+    said = subprocess.check_output([sys.executable, "-c", code], env=os.environ | limits, text=True).strip()
+    assert said == str(has)
 
 
-@pytest.fixture
-def exact_sums(monkeypatch):
-    """Products of integers that are exact, also on a CPU without instructions for them."""
-    if not VNNI:
-        monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.double() @ y.double()).int())
+def test_sums_that_exceed_32_bits_are_not_multiplied_in_integers(monkeypatch):
+    monkeypatch.setattr(products, "_has_integer_products", lambda capability: True)
+    assert products.multiplies_in_integers(59392)  # of the 180B's MLP, the widest published
+    assert not products.multiplies_in_integers(2**17)
+
+
+def test_a_torch_whose_operator_differs_multiplies_in_other_ways(monkeypatch):
+    monkeypatch.setattr(products, "packed_for_integers", lambda weight: torch.ops.onednn.no_such_operator(weight))
+    products._has_integer_products.cache_clear()
+    assert not products._has_integer_products("AVX512")
+    products._has_integer_products.cache_clear()
 
 
 @each_dtype
 @given(
-    shape=st.tuples(st.sampled_from([12, 130, 300]), st.sampled_from([64, 130, 600]), st.sampled_from([2, 64, 5000])),
+    rows=st.sampled_from([1, 2, 130, 300]),
+    into=st.sampled_from([1, 64, 5000]),
     outlier=st.sampled_from([0.0, 1.0, 100.0]),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_product_in_integers_is_exact_but_for_its_rows(exact_sums, dtype, shape, outlier, scale):
-    rows, out, into = shape
+def test_two_bytes_are_as_near_as_their_bits_allow(dtype, rows, into, outlier, scale):
     x = (scale * random(rows, into)).to(dtype)
+    x[:, 0] += outlier
+    halves, unit = products.two_bytes(x)
+    high, low = (halves.double() - 128).view(2, rows, into)
+    error = ((256 * high + low) * unit - x.double()).abs()
+    assert (error <= x.double().abs().amax(1, keepdim=True) / 65024 * 1.02).all()  # 2% for float32
+
+
+@needs_vnni
+@each_dtype
+@given(
+    shape=st.tuples(st.sampled_from([1, 2, 130]), st.sampled_from([1, 64, 600]), st.sampled_from([1, 2, 64, 5000])),
+    outlier=st.sampled_from([0.0, 1.0, 100.0]),
+)
+def test_a_product_in_integers_is_exact_but_for_its_rows(dtype, shape, outlier):
+    rows, out, into = shape
+    x = random(rows, into).to(dtype)
     x[:, 0] += outlier
     weight = torch.randint(-127, 128, (out, into), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     scales = random(out, seed=2).abs().bfloat16() / into
-    product = products.integer_product(x, weight, scales)
-    exact = x.double() @ weight.double().T * scales.double()
-    of_rows = x.double().abs().amax(1, keepdim=True) / (2 * 127 * 254) * weight.double().abs().sum(1) * scales.double()
-    of_float32 = 1e-6 * (x.double().abs() @ weight.double().abs().T * scales.double())
+    product = products.integer_product(x, products.packed_for_integers(weight), scales)
+    halves, unit = products.two_bytes(x)
+    high, low = (halves.double() - 128).view(2, rows, into)
+    exact = (256 * high + low) * unit @ weight.double().T * scales.double()
+    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * (
+        x.double().abs() @ weight.double().abs().T * scales.double()
+    )
     assert (product.dtype, product.shape) == (dtype, exact.shape)
-    assert (
-        (product.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + of_rows + of_float32 + 1e-7
-    ).all()
+    assert ((product.double() - exact).abs() <= allowed + 1e-7).all()
 
 
+@needs_vnni
 @each_dtype
 @pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
-def test_a_row_that_is_zero_or_not_finite_is_so_in_its_product_and_in_no_other(exact_sums, dtype, value):
-    x, weight = random(3, 64).to(dtype), torch.ones(64, 64, dtype=torch.int8)
+def test_a_row_that_is_zero_or_not_finite_is_so_in_its_product_and_in_no_other(dtype, value):
+    x, weight = random(3, 64).to(dtype), products.packed_for_integers(torch.ones(64, 64, dtype=torch.int8))
     x[1] = 0
     x[1, 5] = value
     product = products.integer_product(x, weight, torch.ones(64))
@@ -249,12 +269,11 @@ def test_a_row_that_is_zero_or_not_finite_is_so_in_its_product_and_in_no_other(e
     assert (product[1] == 0).all() if value == 0 else not product[1].isfinite().any()
 
 
-def test_the_setting_is_on_for_a_check_while_other_threads_have_it_off():
-    with products.without_onednn():
-        with products._onednn.on():
-            assert on()
-        assert not on()
-    assert on()
+@needs_vnni
+@pytest.mark.parametrize(("out", "into"), [(1, 1), (64, 64), (70, 130), (600, 5000)])
+def test_the_layout_of_onednn_is_undone_exactly(out, into):
+    weight = torch.randint(-127, 128, (out, into), dtype=torch.int8)
+    assert torch.equal(products.unpacked(products.packed_for_integers(weight)), weight)
 
 
 @pytest.mark.parametrize(("rows", "in_slabs"), [(3, False), (4, True), (64, True)])
