@@ -39,7 +39,7 @@ INSTRUCTIONS: dict[str, dict[str, str]] = {
     "AVX2 and VNNI": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
-"""All of this CPU, and those of laptops since 2021 and before, which have none for 16 bits."""
+"""All of this CPU, and those of laptops with and without instructions for integers, which have none for 16 bits."""
 KIT = ("float32", "bfloat16", "int8", "int4")
 PEERS = {"bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"}
 """llama.cpp's dtype for each of the kit's."""

@@ -1,16 +1,16 @@
-"""Linear layers with 8-bit and 4-bit weights on torch's own kernels, which are fast for few rows.
+"""Linear layers with 8-bit and 4-bit weights on torch's own kernels.
 
 bitsandbytes is built for GPUs and for training: on CPUs its 8 and 4 bits take several times as long as 16. These layers
 call `torch._weight_int8pack_mm` and `torch._weight_int4pack_mm`, which read the small weights and little else, and
 which torch.compile understands. torchao's int4 on CUDA calls the same kernel; its layer for CPUs is a prototype, and
-what it saves on one kind of device does not load on another. One row times a layer of 2048 x 4096 on one thread, in
-milliseconds: bfloat16 2.1, int8 1.2, int4 0.6; without AVX-512 2.3, 1.2, 1.2.
+what it saves on one kind of device does not load on another.
 
 int8: W = q s, with one scale for each output. int4: W = (q - 8) s + z, with a scale and a zero for each group of 64
 inputs of an output; q is from 0 to 15.
 
-From some number of rows on a CPU, the weights are unpacked and multiplied in slabs, as in `model/products.py`. The same
-matrix of 8192 x 2048 in milliseconds of one thread, with AVX512-BF16, and with AVX2 alone:
+Where a CPU has instructions for integers, int8 is in oneDNN's layout and multiplied in integers, see
+`model/products.py`. Otherwise, from some number of rows, the weights are unpacked and multiplied in slabs. A matrix of
+8192 x 2048 in milliseconds of one thread, with AVX512-BF16 and VNNI, and on the same CPU limited to AVX2:
 
                           1      8     16     32    128 rows
 bfloat16                1.9    3.7    4.9    7.2   21.0
@@ -72,6 +72,7 @@ class PackedLinear(nn.Linear):
     A forward pass changes nothing, so several threads may share the layer: it is packed when weights are read or moved.
     In a state dict, and before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits.
     int8's is (out, in, 1) there, a shape at which plain transformers stops: it would take (out, in) for the weight.
+    int8's parameter in oneDNN's layout has no storage: torch reads it by `to_dense`, which is (in, out).
     """
 
     def __init__(self, out: int, into: int, kind: str, bias: Tensor | None, device: Any = None) -> None:
@@ -149,7 +150,8 @@ class PackedLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
         if self.kind == "int8":
-            return self.canonical().to(dtype).mul_(self.scales.to(dtype)[:, None])
+            weight = unpacked(self.weight.data) if self.weight.is_mkldnn else self.weight
+            return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
         values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
         return ((values - 8) * scale + zero).view(self.out_features, self.in_features)
@@ -169,7 +171,7 @@ class PackedLinear(nn.Linear):
     def canonical(self) -> Tensor:
         """The weight as it was read, int4's as in a state dict: (out, in / 2)."""
         if self.weight.is_mkldnn:
-            return unpacked(self.weight.data)
+            return unpacked(self.weight.data).contiguous()
         if self.packed_for is None:
             return self.weight.data
         where = _layout(self.in_features, str(self.weight.device))

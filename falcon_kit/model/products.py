@@ -21,7 +21,9 @@ two threads, 8 rows of float32 take 10.2 ms by torch and 5.5 in slabs.
 default, is optimised for many rows. On some CPUs torch's own kernel reads 16-bit weights faster for a single row.
 `faster_without_onednn` measures both.
 
-`packed.py` in `loading/` has the ways of weights in 8 and 4 bits.
+**In integers.** Where the CPU has VNNI, instructions for integers (Intel's Cascade Lake of 2019 and Alder Lake of 2021,
+AMD's Zen 4 of 2022), oneDNN multiplies weights of 8 bits by rows of two bytes a value, which lose next to nothing.
+`packed.py` in `loading/` has the times, and the other ways of weights in 8 and 4 bits.
 """
 
 import statistics
@@ -155,12 +157,12 @@ def integer_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
     Exact but for the rows, see `two_bytes`, and in their dtype.
     """
-    none = torch.zeros(1, dtype=torch.int64)
+    middle = torch.zeros(1, dtype=torch.int64)  # the weights' zero
     product = rows.new_empty(len(rows), len(scales))
     for part, into in zip(rows.split(_AT_ONCE_IN_INTEGERS), product.split(_AT_ONCE_IN_INTEGERS), strict=True):
         halves, unit = two_bytes(part)
-        arguments: Any = halves, 1.0, _ZERO, weight, scales.float(), none, None, 1.0, 0, torch.float32, "none", [], ""
-        high, low = torch.ops.onednn.qlinear_pointwise(*arguments).view(2, len(part), -1)
+        arguments: Any = halves, 1.0, _ZERO, weight, scales.float(), middle, None, 1.0, 0, torch.float32, "none", [], ""
+        high, low = torch.ops.onednn.qlinear_pointwise(*arguments).view(2, *into.shape)
         torch.mul(low.add_(high, alpha=256), unit, out=into)
     return product
 
@@ -185,8 +187,8 @@ def packed_for_integers(weight: Tensor) -> Tensor:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """The weights (out, in) that `packed_for_integers` was given."""
-    return weight.to_dense().T.contiguous()
+    """The weights (out, in) that `packed_for_integers` was given; their inputs are not contiguous."""
+    return weight.to_dense().T
 
 
 def multiplies_in_integers(into: int) -> bool:
@@ -206,10 +208,7 @@ def _has_integer_products(capability: str) -> bool:
     row, weight = torch.ones(1, 64), torch.full((64, 64), 127, dtype=torch.int8)
     try:
         return bool((integer_product(row, packed_for_integers(weight), torch.ones(64)) == 64 * 127).all())
-    except (
-        AttributeError,
-        RuntimeError,
-    ):  # torch without oneDNN, or an older one, whose operator takes other arguments
+    except (AttributeError, RuntimeError):  # torch without oneDNN, or with an operator that takes other arguments
         return False
 
 

@@ -35,7 +35,7 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 from falcon_kit.planning.plots import draw_plan
-from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, gpu_dtype, has_instructions_for
+from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, gpu_dtype, has_instructions_for, has_vnni
 from falcon_kit.planning.suggestions import (
     Suggestion,
     margin_doubt,
@@ -117,7 +117,7 @@ class Plan:
         """Which dtypes are fast on the CPU of this machine, why, and the bytes of their weights; else empty."""
         if self.devices[0].key != "cpu" or not self.devices[0].here or self.purpose != "inference":
             return ""
-        return fast_dtypes(self.spec, has_instructions_for("bfloat16"))
+        return fast_dtypes(self.spec, has_instructions_for("bfloat16"), has_vnni())
 
     def verdict(self) -> str:
         """One sentence: the memory that is needed, the devices, and whether the model fits."""

@@ -1,6 +1,7 @@
 """What the processors of this machine multiply in instructions of their own, and which dtype is fast for that reason.
 
-torch is imported for a GPU only; its own answer for the CPU is `falcon_kit.model.products.has_products`.
+torch is imported for a GPU only; its own answers for the CPU are `has_products` and `multiplies_in_integers` of
+`falcon_kit.model.products`.
 """
 
 import os
@@ -15,6 +16,7 @@ from falcon_kit.planning.places import read_text
 
 _FLAGS = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
 """The names that Linux has for the instructions that torch uses."""
+_VNNI = {"avx_vnni", "avx512_vnni"}
 
 
 def has_instructions_for(dtype: str, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
@@ -28,6 +30,12 @@ def has_instructions_for(dtype: str, environ: Mapping[str, str] = os.environ, ro
     if environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
         return False
     return _FLAGS.get(dtype, _FLAGS["bfloat16"]) in read_text(root / "proc/cpuinfo").split()
+
+
+def has_vnni(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
+    """Whether the CPU has instructions for products of 8-bit integers, in which int8 is multiplied; as above."""
+    limited = environ.get("ATEN_CPU_CAPABILITY", "").lower() == "default"
+    return not limited and not _VNNI.isdisjoint(read_text(root / "proc/cpuinfo").split())
 
 
 def cpu_dtype(stored: str, spec: FalconSpec, available: int, reason: str = "as in the checkpoint") -> tuple[str, str]:
@@ -50,16 +58,22 @@ def gpu_dtype(stored: str, reason: str = "as in the checkpoint") -> tuple[str, s
     return stored, reason
 
 
-def fast_dtypes(spec: FalconSpec, has_bfloat16: bool) -> str:
-    """One sentence: which dtypes are fast for this model on a CPU with or without bfloat16, why, and their weights."""
+def fast_dtypes(spec: FalconSpec, has_bfloat16: bool, has_integers: bool) -> str:
+    """One sentence: which dtypes are fast for this model on a CPU with or without instructions for bfloat16 and for
+    integers, why, and their weights."""
     float32, bfloat16, int8, int4 = (
         f"{dtype} ({format_bytes(memory.weight_bytes(spec, dtype))})"
         for dtype in ("float32", "bfloat16", "int8", "int4")
     )
     if has_bfloat16:
         return (
-            f"this CPU has instructions for bfloat16 (AVX512-BF16): {bfloat16} and {int8} read a prompt fastest, "
-            f"{int4} writes a single text fastest, and {float32} takes more than twice as long for both"
+            f"this CPU has instructions for bfloat16 (AVX512-BF16): {bfloat16} and {int8} read a prompt fastest, int8 "
+            f"writes several texts at once fastest, {int4} a single text, and {float32} takes more than twice as long"
+        )
+    if has_integers:
+        return (
+            f"this CPU has instructions for integers (VNNI) and none for bfloat16 (AVX512-BF16): {int8} reads a prompt "
+            f"about twice as fast as {float32}, {bfloat16} and {int4}, and writes texts fastest"
         )
     return (
         f"this CPU has no instructions for bfloat16 (AVX512-BF16) and multiplies in float32: {float32}, {bfloat16} and "

@@ -178,7 +178,7 @@ def test_a_bias_is_added(kind, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX2_VNNI"])
 def test_both_kinds_compute_the_same_without_avx512(isa):
-    """The same tests under the instruction sets of ordinary laptops, the second since 2021."""
+    """The same tests under the instruction sets of ordinary laptops."""
     isa = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
     wanted = "product or layout or gradients or anywhere"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", wanted, __file__]

@@ -237,7 +237,7 @@ def test_two_bytes_are_as_near_as_their_bits_allow(dtype, rows, into, outlier, s
 @needs_vnni
 @each_dtype
 @given(
-    shape=st.tuples(st.sampled_from([1, 2, 130]), st.sampled_from([1, 64, 600]), st.sampled_from([1, 2, 64, 5000])),
+    shape=st.tuples(st.sampled_from([0, 1, 2, 130]), st.sampled_from([1, 64, 600]), st.sampled_from([1, 2, 64, 5000])),
     outlier=st.sampled_from([0.0, 1.0, 100.0]),
 )
 def test_a_product_in_integers_is_exact_but_for_its_rows(dtype, shape, outlier):

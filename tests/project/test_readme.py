@@ -137,7 +137,7 @@ def test_the_page_states_the_times_of_each_dtype_on_a_cpu():
     peers = ["llama.cpp bfloat16", "llama.cpp q8_0", "llama.cpp q4_0"]
     names = ["transformers bfloat16", "kit bfloat16", "kit int8", "kit int4", *peers]
     expected = {}
-    for instructions, label in {"all": "", "AVX2": " (AVX2)"}.items():
+    for instructions, label in {"all": "", "AVX2 and VNNI": " (AVX2 and VNNI)", "AVX2": " (AVX2)"}.items():
         for work, ms in figures_of("cpu")["ms by instructions"][instructions]["ms"].items():
             row = work.removeprefix("one step of ").replace(" x 512", " x 512 tokens") + label
             times = [ms.get(name) for name in names]
