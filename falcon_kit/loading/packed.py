@@ -12,16 +12,18 @@ Where a CPU has instructions for integers, int8 is in oneDNN's layout and multip
 `model/products.py`. Otherwise, from some number of rows, the weights are unpacked and multiplied in slabs. A matrix of
 8192 x 2048 in milliseconds of one thread, with AVX512-BF16 and VNNI, and on the same CPU limited to AVX2:
 
-                          1      8     16     32    128 rows
-bfloat16                1.9    3.7    4.9    7.2   21.0
-int8, kernel            2.1    5.2    9.5   18.2   63.9
-int8 in slabs           4.4    5.1    6.0    8.5   23.2
-int4, kernel            1.1    3.4    6.6   12.8   49.8
-int4 in slabs          13.5   14.9   15.7   18.1   33.1
-AVX2: int8, kernel      2.2    6.3   11.9   21.8   82.8
-AVX2: int8 in slabs     2.7    8.0   10.5   15.9   49.5
-AVX2: int4, kernel      2.3    5.2   10.2   21.2   79.1
-AVX2: int4 in slabs    13.8   18.8   19.2   27.0   65.6
+                           1      8     16     32    128 rows
+bfloat16                 2.3    2.5    3.0    4.1   10.6
+int8 in integers         1.2    1.7    2.4    3.6   10.5
+int4, kernel             0.6    1.9    3.4    6.8   25.3
+int4 in slabs           10.1   11.0   11.1   12.6   19.7
+AVX2: bfloat16           1.4   11.3   20.3   39.0    148
+AVX2: bfloat16 in slabs  3.1    5.8    8.4   13.9   46.5
+and VNNI: int8           1.6    2.7    4.1    7.0   22.2
+AVX2: int8, kernel       1.4    5.1    9.2   19.6   73.8
+AVX2: int8 in slabs      2.5    5.9    8.0   14.0   46.3
+AVX2: int4, kernel       1.9    3.9    7.2   14.7   57.5
+AVX2: int4 in slabs      8.1   11.6   14.1   19.8   55.1
 """
 
 from collections.abc import Callable

@@ -4,12 +4,12 @@
 AVX512-BF16, and on the same CPU with its instructions limited to AVX2:
 
                               1      4      8     16     32    128 rows
-float32                     3.7    9.5   11.4   14.6   20.6   52.6
-float32 in slabs            4.1    6.8    8.4   10.8   16.1   48.9
-bfloat16, oneDNN            3.3    3.0    3.7    4.9    7.2   21.0
-bfloat16, torch's own       1.9    7.2   13.2   25.0   49.2    181
-AVX2: bfloat16              1.8    7.5   13.4   24.4   47.4    182
-AVX2: bfloat16 in slabs     4.2    7.6    8.8   11.6   16.9   51.8
+float32                     3.4    7.4    7.7   10.7   20.1   53.4
+float32 in slabs            3.5    6.3    7.2    9.8   15.1   47.0
+bfloat16, oneDNN            2.3    2.1    2.5    3.0    4.1   10.6
+bfloat16, torch's own       1.6    5.8   11.8   20.9   39.0    147
+AVX2: bfloat16              1.4    5.6   11.3   20.3   39.0    148
+AVX2: bfloat16 in slabs     3.1    4.8    5.8    8.4   13.9   46.5
 
 **In slabs.** Outputs are computed 4 MiB of weights at a time, which stay in the cache of a core. float32 gains by that
 alone. Where the CPU has no instruction for 16-bit products, a slab is first copied to float32, which is exact. A copy
