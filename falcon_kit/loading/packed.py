@@ -81,7 +81,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = into, out, kind
         self.packed_for: str | None = None
-        """The kind of device whose kernel int4's weight has the layout of; None as read from a checkpoint."""
+        """Whose layout the weight has: int4 of a kind of device, int8 "onednn"; None as read from a checkpoint."""
         if kind == "int4":
             weight = torch.empty(out, into // 2, dtype=torch.uint8, device=device)
             scales = torch.empty(into // GROUP, out, 2, dtype=torch.bfloat16, device=device)
@@ -100,8 +100,8 @@ class PackedLinear(nn.Linear):
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) to (rows, out), without the bias."""
-        if self.weight.is_mkldnn:
-            return integer_product(rows, self.weight, self.scales)
+        if self.packed_for == "onednn":
+            return self.in_integers(rows)
         on_cpu = rows.device.type == "cpu"
         many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
         if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
@@ -110,6 +110,11 @@ class PackedLinear(nn.Linear):
             dtype = products_dtype(rows)
             return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
         return self.by_kernel(rows)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a weight in oneDNN's layout cannot be traced
+    def in_integers(self, rows: Tensor) -> Tensor:
+        """int8's product by instructions for integers."""
+        return integer_product(rows, self.weight, self.scales)
 
     def by_kernel(self, rows: Tensor) -> Tensor:
         """The product by torch's kernel for few rows, which reads the small weights and little else."""
@@ -152,7 +157,7 @@ class PackedLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
         if self.kind == "int8":
-            weight = unpacked(self.weight.data) if self.weight.is_mkldnn else self.weight
+            weight = unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
             return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
         values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
@@ -163,8 +168,9 @@ class PackedLinear(nn.Linear):
         device = self.weight.device.type
         if self.kind == "int8":
             self.weight = frozen(self.canonical().view(self.out_features, self.in_features))
+            self.packed_for = None
         if self.kind == "int8" and device == "cpu" and multiplies_in_integers(self.in_features):
-            self.weight = frozen(packed_for_integers(self.weight.data))
+            self.weight, self.packed_for = frozen(packed_for_integers(self.weight.data)), "onednn"
         elif self.kind == "int4" and device in ("cpu", "cuda"):
             self.weight, self.packed_for = frozen(_kernel_layout(halves(self.canonical()))), device
         elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
@@ -172,7 +178,7 @@ class PackedLinear(nn.Linear):
 
     def canonical(self) -> Tensor:
         """The weight as it was read, int4's as in a state dict: (out, in / 2)."""
-        if self.weight.is_mkldnn:
+        if self.packed_for == "onednn":
             return unpacked(self.weight.data).contiguous()
         if self.packed_for is None:
             return self.weight.data

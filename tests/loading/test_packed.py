@@ -150,6 +150,14 @@ def test_int4_is_compiled_in_one_graph(rows):
     check_compilable("int4", None)
 
 
+@pytest.mark.parametrize("rows", [2, 40, 200])
+def test_int8_is_computed_between_what_is_compiled(rows):
+    made, x = layer(random(128, 64), "int8"), random(rows, 64, seed=1)
+    model = torch.nn.Sequential(torch.nn.GELU(), made, torch.nn.GELU())
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
 @each_kind
 @pytest.mark.parametrize(
     "how",
