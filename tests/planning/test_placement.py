@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import check_device_map
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import FalconConfig
 
@@ -137,7 +137,9 @@ def test_places_that_keep_are_filled_within_their_size(gpu, host, disk):
 
 
 @given(gpu=st.integers(0, 8), host=st.integers(0, 120), name=st.sampled_from(["falcon-40b", "falcon-7b"]))
-def test_there_is_a_device_map_exactly_where_it_fits(gpu, host, name):
+@example(gpu=6, host=74, name="falcon-40b")  # tight
+def test_there_is_a_device_map_exactly_where_it_fits_or_is_tight(gpu, host, name):
     devices = gpu_and(Device("host memory", "cpu", host * GIB, offload_target=True), gib=gpu)
     plan = fk.plan(name, devices=devices)
-    assert bool(plan.device_map) == plan.fits == (not plan.suggestions)
+    assert bool(plan.device_map) == (plan.fits or bool(plan.tight))
+    assert plan.fits == (not plan.suggestions)
