@@ -19,7 +19,7 @@ int4, kernel             0.6    1.9    3.4    6.8   25.3
 int4 in slabs           10.1   11.0   11.1   12.6   19.7
 AVX2: bfloat16           1.4   11.3   20.3   39.0    148
 AVX2: bfloat16 in slabs  3.1    5.8    8.4   13.9   46.5
-and VNNI: int8           1.6    2.7    4.1    7.0   22.2
+AVX2 and VNNI: int8      1.6    2.7    4.1    7.0   22.2
 AVX2: int8, kernel       1.4    5.1    9.2   19.6   73.8
 AVX2: int8 in slabs      2.5    5.9    8.0   14.0   46.3
 AVX2: int4, kernel       1.9    3.9    7.2   14.7   57.5
@@ -137,10 +137,9 @@ class PackedLinear(nn.Linear):
             for outputs, values in slabs_of(self.weight, dtype):
                 product[:, outputs] = multiply(rows, values) * self.scales[outputs].to(dtype)
             return product
-        memory: Tensor | None = None  # of the largest slab, which all use
-        for outputs in slabs(self.out_features, self.in_features, torch.float32):
-            if memory is None:
-                memory = rows.new_empty(self.in_features * (outputs.stop - outputs.start))
+        parts = list(slabs(self.out_features, self.in_features, torch.float32))
+        memory = rows.new_empty(self.in_features * parts[0].stop)  # of the first slab, the largest; all use it
+        for outputs in parts:
             product[:, outputs] = torch.mm(rows, self._columns(outputs, memory))
         return product
 

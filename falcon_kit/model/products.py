@@ -155,7 +155,7 @@ def has_products(dtype: torch.dtype) -> bool:
 def integer_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """rows (n, in) times int8 weights from `packed_for_integers`, whose outputs have scales (out,): (n, out).
 
-    Exact but for the rows, see `two_bytes`, and in their dtype.
+    The product has the dtype of the rows. It is exact, but for the error of `two_bytes` and the rounding to that dtype.
     """
     middle = torch.zeros(1, dtype=torch.int64)  # the weights' zero
     product = rows.new_empty(len(rows), len(scales))

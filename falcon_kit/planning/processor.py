@@ -33,7 +33,10 @@ def has_instructions_for(dtype: str, environ: Mapping[str, str] = os.environ, ro
 
 
 def has_vnni(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
-    """Whether the CPU has instructions for products of 8-bit integers, in which int8 is multiplied; as above."""
+    """Whether the CPU has instructions for products of 8-bit integers, by which int8 is multiplied.
+
+    Linux on x86 and ATEN_CPU_CAPABILITY count as in `has_instructions_for`.
+    """
     limited = environ.get("ATEN_CPU_CAPABILITY", "").lower() == "default"
     return not limited and not _VNNI.isdisjoint(read_text(root / "proc/cpuinfo").split())
 
@@ -67,7 +70,7 @@ def fast_dtypes(spec: FalconSpec, has_bfloat16: bool, has_integers: bool) -> str
     )
     if has_bfloat16:
         return (
-            f"this CPU has instructions for bfloat16 (AVX512-BF16): {bfloat16} and {int8} read a prompt fastest, int8 "
+            f"this CPU has instructions for bfloat16 (AVX512-BF16): {bfloat16} reads a long prompt fastest, {int8} "
             f"writes several texts at once fastest, {int4} a single text, and {float32} takes more than twice as long"
         )
     if has_integers:
