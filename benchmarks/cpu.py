@@ -118,7 +118,7 @@ def measure(folder: Path, with_llama_cpp: bool) -> dict[str, Any]:
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 products": products.has_products(torch.bfloat16),
-        "integer products": products.multiplies_in_integers(LAYER[1]),
+        "integer products": products.multiplies_in_integers(*LAYER),
         "threads": torch.get_num_threads(),
         "ms": found,
         "one layer, ms by rows": layer,
@@ -163,7 +163,7 @@ def _layer() -> dict[str, dict[str, float]]:
             layer.pack()
         ways[f"{kind}, kernel"] = torch.bfloat16, layer.by_kernel
         ways[f"{kind} in slabs"] = torch.bfloat16, layer.in_slabs
-        if kind == "int8" and products.multiplies_in_integers(LAYER[1]):
+        if kind == "int8" and products.multiplies_in_integers(*LAYER):
             packed = products.packed_for_integers(layer.weight)
             ways["int8 in integers"] = torch.bfloat16, partial(_in_integers, packed, layer.scales)
     found: dict[str, dict[str, float]] = {name: {} for name in ways}

@@ -8,7 +8,7 @@ what it saves on one kind of device does not load on another.
 int8: W = q s, with one scale for each output. int4: W = (q - 8) s + z, with a scale and a zero for each group of 64
 inputs of an output; q is from 0 to 15.
 
-Where a CPU has instructions for integers, int8 is in oneDNN's layout and multiplied in integers, see
+Where a CPU has instructions for integers, a large layer of int8 is in oneDNN's layout and multiplied in integers, see
 `model/products.py`. Otherwise, from some number of rows, the weights are unpacked and multiplied in slabs. A matrix of
 8192 x 2048 in milliseconds of one thread, with AVX512-BF16 and VNNI, and on the same CPU limited to AVX2:
 
@@ -168,7 +168,7 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8":
             self.weight = frozen(self.canonical().view(self.out_features, self.in_features))
             self.packed_for = None
-        if self.kind == "int8" and device == "cpu" and multiplies_in_integers(self.in_features):
+        if self.kind == "int8" and device == "cpu" and multiplies_in_integers(self.out_features, self.in_features):
             self.weight, self.packed_for = frozen(packed_for_integers(self.weight.data)), "onednn"
         elif self.kind == "int4" and device in ("cpu", "cuda"):
             self.weight, self.packed_for = frozen(_kernel_layout(halves(self.canonical()))), device

@@ -1,5 +1,6 @@
 """The closed forms of memory, compared with bytes measured on small models of every layout."""
 
+import math
 import weakref
 
 import pytest
@@ -182,8 +183,7 @@ def test_the_prefill_takes_its_activations_and_the_cache(layout, dtype, batch, c
 def test_a_prefill_in_parts_takes_no_more_than_its_workspace(
     monkeypatch, tmp_path, dtype, integers, multiplies, batch, context
 ):
-    if not integers:
-        monkeypatch.setattr("falcon_kit.loading.packed.multiplies_in_integers", lambda into: False)
+    monkeypatch.setattr("falcon_kit.model.products._LEAST_IN_INTEGERS", 0 if integers else math.inf)
     monkeypatch.setattr("falcon_kit.model.products.has_products", lambda dtype: multiplies)
     monkeypatch.setattr("falcon_kit.loading.packed.has_products", lambda dtype: multiplies)
     model, spec = sized("40b")

@@ -42,8 +42,8 @@ print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "errors
 @pytest.fixture
 def wide(tokenizer, tmp_path):
     """A checkpoint whose layers have more weights than a slab."""
-    model = small_model("40b", hidden_size=768, num_attention_heads=12)
-    assert memory.SLAB < model.transformer.h[0].mlp.dense_h_to_4h.weight.nbytes
+    model = small_model("40b", hidden_size=1024, num_attention_heads=16)
+    assert memory.SLAB <= model.transformer.h[0].mlp.dense_h_to_4h.weight.numel()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path

@@ -16,7 +16,17 @@ import falcon_kit as fk
 from falcon_kit.loading.compiling import check_compilable
 from falcon_kit.loading.packed import GROUP, PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantizer import PackedConfig, PackedQuantizer
+from falcon_kit.model import products
 from tests.conftest import logits, small_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def layers_of_any_size_are_multiplied_in_integers():
+    """The way of large layers is tested on small ones; test_instructions.py has both sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_LEAST_IN_INTEGERS", 0)
+        yield
+
 
 each_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
 shapes = st.tuples(st.sampled_from([64, 128, 192, 320]), st.sampled_from([64, 128, 576]))

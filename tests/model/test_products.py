@@ -201,7 +201,7 @@ needs_vnni = pytest.mark.skipif(not VNNI, reason="this CPU has no instructions f
 @pytest.mark.skipif(sys.platform != "linux", reason="the flags of other systems are not read")
 @pytest.mark.parametrize(("isa", "has"), [("AVX2", False), ("AVX2_VNNI", "avx_vnni" in VNNI), ("DEFAULT", bool(VNNI))])
 def test_integers_are_multiplied_where_the_cpu_has_instructions_for_them(isa, has):
-    code = "from falcon_kit.model.products import multiplies_in_integers; print(multiplies_in_integers(64))"
+    code = "from falcon_kit.model.products import multiplies_in_integers; print(multiplies_in_integers(2048, 2048))"
     limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": isa}
     said = subprocess.check_output([sys.executable, "-c", code], env=os.environ | limits, text=True).strip()
     assert said == str(has)
@@ -209,8 +209,14 @@ def test_integers_are_multiplied_where_the_cpu_has_instructions_for_them(isa, ha
 
 def test_sums_that_exceed_32_bits_are_not_multiplied_in_integers(monkeypatch):
     monkeypatch.setattr(products, "_has_integer_products", lambda capability: True)
-    assert products.multiplies_in_integers(59392)  # of the 180B's MLP, the widest published
-    assert not products.multiplies_in_integers(2**17)
+    assert products.multiplies_in_integers(14848, 59392)  # the 180B's MLP, the widest published
+    assert not products.multiplies_in_integers(14848, 2**17)
+
+
+def test_small_layers_are_not_multiplied_in_integers(monkeypatch):
+    monkeypatch.setattr(products, "_has_integer_products", lambda capability: True)
+    assert products.multiplies_in_integers(2048, 2048)
+    assert not products.multiplies_in_integers(2048, 2047)
 
 
 def test_a_torch_whose_operator_differs_multiplies_in_other_ways(monkeypatch):

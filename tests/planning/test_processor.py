@@ -63,7 +63,7 @@ def test_the_flags_of_instructions_for_integers_are_read(tmp_path, cpuinfo, expe
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the flags of other systems are not read")
 def test_the_answer_for_integers_is_what_the_layers_do():
-    assert has_vnni() == multiplies_in_integers(64)
+    assert has_vnni() == multiplies_in_integers(2048, 2048)
 
 
 def test_the_sentence_names_what_is_fast_and_its_bytes():
