@@ -12,7 +12,7 @@ Shapes: B batch, T time, L layers, H query heads, D head_dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,15 @@ from torch import Tensor
 from falcon_kit.display.errors import check_known, require
 from falcon_kit.display.page import percent
 from falcon_kit.display.tables import counted, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
+from falcon_kit.inspection.hooks import (
+    Hook,
+    InspectedModel,
+    TextOrIds,
+    TextResult,
+    forward_hooks,
+    inspect_model,
+    of_this_thread,
+)
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, mean_surprisal, predict
 
@@ -119,7 +127,7 @@ def ablated(
     )
     inspected = inspect_model(falcon)
     pairs, values = _query_heads(inspected, heads, kv_heads), _values(inspected, replace)
-    with _ablation_hooks(inspected, pairs, values):
+    with _ablation_hooks(inspected, pairs, values, lambda hook: hook):
         yield
 
 
@@ -156,7 +164,7 @@ def ablate(
     check_top_k(inspected, top_k)
     values = _values(inspected, replace, ids)
     before = predict(inspected, ids, top_k)
-    with _ablation_hooks(inspected, pairs, values):
+    with _ablation_hooks(inspected, pairs, values, of_this_thread):
         after = predict(inspected, ids, top_k)
     return Ablation(
         spec=inspected.spec,
@@ -206,12 +214,14 @@ def _query_heads(inspected: InspectedModel, heads: Pairs, kv_heads: Pairs) -> li
 
 
 @contextmanager
-def _ablation_hooks(inspected: InspectedModel, pairs: list[tuple[int, int]], values: Tensor) -> Iterator[None]:
-    """Sets the outputs of the heads in `pairs` to their `values` (L, H, D)."""
+def _ablation_hooks(
+    inspected: InspectedModel, pairs: list[tuple[int, int]], values: Tensor, scope: Callable[[Hook], Hook]
+) -> Iterator[None]:
+    """Sets the outputs of the heads in `pairs` to their `values` (L, H, D). scope: limits a hook to some threads."""
     with ExitStack() as undo:
         for index, layer in enumerate(inspected.layers):
             if heads := [head for at, head in pairs if at == index]:
-                hook = partial(_ablate_heads, heads, values[index, heads])
+                hook = scope(partial(_ablate_heads, heads, values[index, heads]))
                 undo.callback(layer.self_attention.dense.register_forward_pre_hook(hook).remove)
         yield
 

@@ -1,5 +1,6 @@
 """The Falcon model that is inspected, its token ids, and forward hooks that are always removed."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -138,12 +139,18 @@ def check_indices(given: int | Iterable[int] | None, count: int, kind: str) -> l
 
 @contextmanager
 def forward_hooks(inspected: InspectedModel, hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Registers forward hooks and sets evaluation mode. Undoes both at the end, after an exception or Ctrl-C too."""
+    """Registers forward hooks of this thread and sets evaluation mode. Undoes both, after an exception or Ctrl-C too."""
     with ExitStack() as undo:
         undo.enter_context(evaluation_mode(inspected.model))
         for module, hook in hooks:
-            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(of_this_thread(hook), with_kwargs=True).remove)
         yield
+
+
+def of_this_thread(hook: Hook) -> Hook:
+    """The hook, without effect in other threads: a playground may generate with the model that is inspected."""
+    owner = threading.get_ident()
+    return lambda *arguments: hook(*arguments) if threading.get_ident() == owner else None
 
 
 @contextmanager

@@ -109,7 +109,10 @@ class Falcon:
         return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way."""
+        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way.
+
+        A compiled step runs no hook that was added later, such as an ablation: with hooks, nothing is compiled.
+        """
         settings = arguments.expand_generation_config(settings)
         if isinstance(draft := settings.get("assistant_model"), Falcon):
             settings["assistant_model"] = draft.model
@@ -118,7 +121,8 @@ class Falcon:
         usual = {"use_cache": (None, True), "num_beams": (None, 1)}
         names = ("past_key_values", "cache_implementation", *usual, *arguments.ASSISTED)
         other = any(settings.get(name) not in usual.get(name, (None,)) for name in names)
-        return settings if other else {**self.decoding, **settings}
+        hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
+        return settings if other or hooked else {**self.decoding, **settings}
 
     @property
     def chat_format(self) -> ChatFormat:

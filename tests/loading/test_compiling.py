@@ -30,6 +30,15 @@ def test_compiled_decoding_writes_the_same_text(falcon):
     assert falcon.generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False).tokens == expected.tokens
 
 
+def test_an_ablation_affects_compiled_decoding_too(falcon):
+    """torch.compile does not notice a hook that was added after the compilation."""
+    texts = []
+    for each in (falcon, fk.load("falconet")):
+        with fk.ablated(each, kv_heads=[(layer, 0) for layer in range(each.spec.layers)]):
+            texts.append(each.generate(fk.CARD.prompt, max_new_tokens=20, do_sample=False).tokens)
+    assert texts[0] == texts[1]
+
+
 def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(falcon):
     torch._dynamo.utils.counters.clear()
     falcon.generate("The", max_new_tokens=5, do_sample=False)
