@@ -139,7 +139,7 @@ def check_indices(given: int | Iterable[int] | None, count: int, kind: str) -> l
 
 @contextmanager
 def forward_hooks(inspected: InspectedModel, hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Registers forward hooks of this thread and sets evaluation mode. Undoes both, after an exception or Ctrl-C too."""
+    """Registers forward hooks of this thread and sets evaluation mode. Undoes both, also after an error or Ctrl-C."""
     with ExitStack() as undo:
         undo.enter_context(evaluation_mode(inspected.model))
         for module, hook in hooks:
