@@ -273,6 +273,22 @@ def encode_answers(
     return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
 
 
+def answer_texts(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, format: ChatFormat
+) -> list[str]:
+    """The assistant's messages as the template writes them, which may change them: "hub" drops blank lines.
+
+    Without the white space around them and what ends them. Raises ValueError as `encode` does.
+    """
+    checked = _check_turn(messages, add_generation_prompt=False)
+    text, spans = _render_marked(checked, Marks((), ()), tokenizer, format, add_generation_prompt=False, answers=True)
+    given = [each["content"].strip() for each in checked if each["role"] == "assistant"]
+    written = [text[first:last].removesuffix(tokenizer.eos_token or "").strip() for first, last in spans]
+    if len(given) != len(written):
+        return given  # the template marks other messages too, so it is not clear which is which
+    return [content if content in each else each for content, each in zip(given, written, strict=True)]
+
+
 def render_prompt(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,

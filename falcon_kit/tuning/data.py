@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
+from pyarrow import ArrowException
 
 from falcon_kit.display.errors import check_whole, is_number, shown
 from falcon_kit.display.tables import counted, html_table
@@ -122,8 +123,9 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     (ShareGPT), "instruction", "input" and "output" (Alpaca), "prompt" and "completion" (texts, or lists of messages as
     in TRL), "question" and "answer" (as for `fk.evaluate`), "input" (Baize: `[|Human|]` and `[|AI|]`), or "text" or
     "content"; the first that it has is taken. Its "system" becomes the system message, the pairs of "history" the
-    earlier turns, and an answer with "weight" 0 is only read. A row with tools, images, reasoning, choices or another
-    weight is left out, as is a node of a tree (OASST). A last message of the user without an answer is dropped.
+    earlier turns, and an answer with "weight" 0 is only read. A row with tools, images, reasoning, choices, a context
+    or another weight is left out, as is a node of a tree (OASST). A last message of the user without an answer is
+    dropped.
     `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the first line. `.txt`:
     documents between blank lines, in Baize form or plain.
 
@@ -136,12 +138,12 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     problems: list[Problem] = []
     stored = store(_documents(path, problems), FEATURES)
     if stored is None:
-        reasons = _left_out(problems) or ": it is empty"
+        reasons = first_problems(problems) or ": it is empty"
         forms = "" if FORMS in reasons else f". A row has {FORMS}"
         raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
         which = f"{counted(len(problems), 'row')} of {_name(path)} {'is' if len(problems) == 1 else 'are'}"
-        warnings.warn(f"{which} left out{_left_out(problems)}", stacklevel=2)
+        warnings.warn(f"{which} left out{first_problems(problems)}", stacklevel=2)
     table, folder = stored
     return Documents(table, problems, [folder])
 
@@ -180,8 +182,16 @@ def _as_rows(given: Any, function: str) -> Any:
         what = "one row: put it into a list" if given else "nothing: give a file, a folder, or a list of rows"
         raise TypeError(f"{function} got {what}. A row has {FORMS}")
     if isinstance(given, pd.DataFrame):
-        return Dataset.from_pandas(given, preserve_index=False)
+        return _frame_rows(given)
     return given
+
+
+def _frame_rows(frame: pd.DataFrame) -> Any:
+    """The rows of a frame. Arrow has no column of texts and numbers: then they are dictionaries."""
+    try:
+        return Dataset.from_pandas(frame, preserve_index=False)
+    except ArrowException:
+        return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def _documents(path: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
@@ -249,11 +259,11 @@ def mix(
         raise ValueError(
             f"{web_fraction:.1%} of web text beside {chat:,} {unit} of dialogues takes {wanted:,.0f} {unit}, but the "
             f"web texts have {have:,}: give more web text, or a web_fraction of at most {have / (have + chat):.3f}"
-            f"{_left_out(problems)}"
+            f"{first_problems(problems)}"
         )
     if problems and not isinstance(web, Documents):
         which = f"{counted(len(problems), 'web text')} {'is' if len(problems) == 1 else 'are'}"
-        warnings.warn(f"{which} left out{_left_out(problems)}", stacklevel=2)
+        warnings.warn(f"{which} left out{first_problems(problems)}", stacklevel=2)
     both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
     order = random.Random(operator.index(seed)).sample(range(len(both)), len(both))
     return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._folders)
@@ -284,10 +294,10 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
             usable += 1
             yield each
         if not usable and len(problems) == 100 and not isinstance(given, Sized):
-            raise ValueError(f"the first {len(problems)} rows have no web text{_left_out(problems)}")
+            raise ValueError(f"the first {len(problems)} rows have no web text{first_problems(problems)}")
 
 
-def _left_out(problems: Sequence[Problem]) -> str:
+def first_problems(problems: Sequence[Problem]) -> str:
     """The first problems, as the end of an error or a warning: each reason once, after its places."""
     places: dict[str, list[str]] = {}
     for each in problems[:3]:

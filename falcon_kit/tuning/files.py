@@ -92,7 +92,9 @@ def _rows_of_file(path: Path) -> Iterator[tuple[int, Any]]:
             if _is_indented(head) or (array and suffix == ".json"):
                 yield from _values(lambda: file.read(_CHUNK), array)
             else:
-                yield from ((number, _json(line)) for number, line in enumerate(file, 1) if line.strip())
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield from ((number, row) for row in _rows_of_line(_json(line)))
 
 
 def _is_indented(head: str) -> bool:
@@ -127,6 +129,13 @@ def _table(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
         csv.field_size_limit(before)
 
 
+def _rows_of_line(value: Any) -> list[Any]:
+    """A line's row, or the rows of an array of them; a list of messages is one row."""
+    rows = isinstance(value, list) and bool(value)
+    rows = rows and all(isinstance(each, dict) and not each.keys() & {"role", "from"} for each in value)
+    return value if rows else [value]
+
+
 def _json(line: str) -> Any:
     try:
         return parse_json(line)
@@ -147,8 +156,8 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON array, or of a file of indented values, one at a time."""
-    decoder, line = json.JSONDecoder(), 1
+    """The values of a JSON array and of those after it, or of a file of indented values, one at a time."""
+    decoder, line, arrays = json.JSONDecoder(), 1, array
     text = read()
     at = text.index("[") + 1 if array else 0
     line += text.count("\n", 0, at)
@@ -156,6 +165,9 @@ def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
         start = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # an empty match is a match
         line += text.count("\n", at, start)
         at = start
+        if arrays and not array and text.startswith("[", at):
+            array, at = True, at + 1
+            continue
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -163,7 +175,8 @@ def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
                 yield line, ValueError("a value is nested too deeply: the rest of the file is not read")
                 return
             if array and text.startswith("]", at):
-                return
+                array, at = False, at + 1
+                continue
             if more := read() if len(text) - at < _LARGEST else "":
                 text, at = text[at:] + more, 0  # the only copy, once for many rows
                 continue

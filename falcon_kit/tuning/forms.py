@@ -29,11 +29,11 @@ _REFUSED = {
     "chat_template_kwargs": "the chat formats of Falcon take no arguments",
 }
 """Keys of a row or of a message that change what it means, and why no form here can keep that meaning."""
-_BESIDE_A_QUESTION = {
+_BESIDE_A_PAIR = {
     "choices": "training has no choices: write them into the question, and the right one as the answer",
     "context": "write it into the question",
 }
-"""Keys beside a question that change it."""
+"""Keys beside a question and its answer that change the question."""
 
 
 def document(row: Any) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def document(row: Any) -> dict[str, Any]:
     turns = _turns(row)
     if turns is None:
         return {"text": _text(row)}
+    if not (row.get("messages") or row.get("conversations")):
+        _check_keys(row, _BESIDE_A_PAIR)
     if str(row.get("label")).strip().lower() == "false":  # in a CSV file it is a text
         raise ValueError('its "label" is false: it is an example of a bad answer')
     turns = [*_system(row, turns), *_history(row.get("history") or []), *turns[_has_system(turns) :]]
@@ -121,7 +123,6 @@ def _turns(row: Mapping[str, Any]) -> list[Any] | None:
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple) and completion:
         return [*map(_only_read, prompt), *map(_turn, completion)]
     if isinstance(row.get("question"), str) and row.get("answer") is not None:
-        _check_keys(row, _BESIDE_A_QUESTION)
         return _pair(row["question"], row["answer"])
     if isinstance(row.get("input"), str) and BAIZE_MARK.search(row["input"]):
         return _baize(row["input"])
@@ -159,8 +160,9 @@ def _only_read(turn: Any) -> Any:
 def _share_gpt(turn: Any) -> Any:
     if not isinstance(_turn(turn), Mapping):
         return turn
-    role = str(turn.get("from", turn.get("role")))
-    return {**turn, "role": _ROLES.get(role, role), "content": turn.get("value", turn.get("content"))}
+    role = str(turn.get("from") or turn.get("role"))
+    content = turn.get("content") if turn.get("value") is None else turn["value"]
+    return {**turn, "role": _ROLES.get(role, role), "content": content}
 
 
 def _history(given: Any) -> list[Any]:

@@ -4,26 +4,37 @@ generated_texts.jsonl: 8 pages, stories and dialogues about animals in plain Eng
 Falconet with another seed. A model reads them before and after a run: a higher loss shows that it forgets.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.generation.chat import encode, render_prompt
+from falcon_kit.generation.chat import answer_texts, encode, render_prompt
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
-from falcon_kit.generation.text import Generation
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.tuning.data import dialogues
 from falcon_kit.tuning.packing import Packed, pack
 
 _BATCH = 16
-_MAX_NEW_TOKENS = 256
+_BEYOND = 16
+"""Tokens that an answer may be longer than the one that is expected."""
 GENERATED = Path(__file__).with_name("generated_texts.jsonl")
 
-Messages = Sequence[Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class _Question:
+    """A conversation without its last answer."""
+
+    prompt: str
+    tokens: int
+    """Of the prompt."""
+    answer: str
+    """The last answer, as the model is trained to write it."""
+    answer_tokens: int
 
 
 def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: int, context: int) -> dict[str, float]:
@@ -32,17 +43,19 @@ def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: 
     documents: of `fk.dialogues`; the first `count` conversations of at most `context` tokens are used. Empty if there
     are none.
     """
-    conversations = list(islice(_fitting(falcon, documents, context), count))
-    if not conversations:
+    questions = list(islice(_questions(falcon, documents, context), count))
+    if not questions:
         return {}
-    expected = [messages[-1]["content"].strip() for messages in conversations]
-    longest = max(len(encode_prompt(text, falcon.tokenizer)) for text in expected)
-    answers = _answers(falcon, conversations, min(_MAX_NEW_TOKENS, longest + 16))
-    exact = [str(answer) == text for answer, text in zip(answers, expected, strict=True)]
-    return {
-        "stop rate": sum(each.finish_reason == "eos" for each in answers) / len(answers),
-        "exact answers": sum(exact) / len(answers),
-    }
+    ended = exact = 0
+    ends = [falcon.tokenizer.eos_token_id, *end_tokens(falcon.tokenizer, falcon.chat_format)]
+    settings: Any = {"do_sample": False, "strip": True, "eos_token_id": ends}
+    limit = context_limit(falcon.model.config)
+    for batch in _batches(questions, limit):
+        settings["max_new_tokens"] = min(max(each.answer_tokens for each in batch) + _BEYOND, limit - batch[-1].tokens)
+        answers: Any = generate(falcon.model, falcon.tokenizer, [each.prompt for each in batch], **settings)
+        ended += sum(each.finish_reason == "eos" for each in answers)
+        exact += sum(str(answer) == each.answer for answer, each in zip(answers, batch, strict=True))
+    return {"stop rate": ended / len(questions), "exact answers": exact / len(questions)}
 
 
 def short_rows(data: Any, falcon: Falcon) -> Packed:
@@ -54,23 +67,27 @@ def short_rows(data: Any, falcon: Falcon) -> Packed:
     )
 
 
-def _fitting(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[Messages]:
+def _questions(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[_Question]:
     """The conversations that fit into `context` tokens: a longer one is cut for training, before its last answer."""
+    tokenizer, form = falcon.tokenizer, falcon.chat_format
     for document in documents:
         messages = document["messages"]
         if not messages or len(messages) - 1 in document.get("untrained", ()):
             continue
-        if len(encode(messages, falcon.tokenizer, falcon.chat_format, add_generation_prompt=False)) <= context:
-            yield messages
+        whole = len(encode(messages, tokenizer, form, add_generation_prompt=False))
+        if whole <= context:
+            prompt, answer = render_prompt(messages[:-1], tokenizer, form), answer_texts(messages, tokenizer, form)[-1]
+            tokens = len(encode_prompt(prompt, tokenizer))
+            yield _Question(prompt, tokens, answer, whole - tokens)
 
 
-def _answers(falcon: Falcon, conversations: Sequence[Messages], max_new_tokens: int) -> list[Generation]:
-    """The generated last answer of each conversation."""
-    answers: list[Generation] = []
-    for start in range(0, len(conversations), _BATCH):
-        batch = conversations[start : start + _BATCH]
-        prompts = [render_prompt(messages[:-1], falcon.tokenizer, falcon.chat_format) for messages in batch]
-        ends = [falcon.tokenizer.eos_token_id, *end_tokens(falcon.tokenizer, falcon.chat_format)]
-        settings: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "strip": True, "eos_token_id": ends}
-        answers += generate(falcon.model, falcon.tokenizer, prompts, **settings)  # type: ignore[arg-type]  # a list for a list
-    return answers
+def _batches(questions: Iterable[_Question], limit: int) -> Iterator[list[_Question]]:
+    """The questions by length, no more to a batch than leave room for the longest of its answers."""
+    batch: list[_Question] = []
+    for each in sorted(questions, key=lambda question: question.tokens):
+        longest = max([each.answer_tokens, *(other.answer_tokens for other in batch)])
+        if len(batch) == _BATCH or (batch and each.tokens + longest > limit):
+            yield batch
+            batch = []
+        batch.append(each)
+    yield batch

@@ -11,7 +11,8 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.model.checks import live_spec
-from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.devices import Device, resolve_devices
+from falcon_kit.planning.environment import host_memory
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.suggestions import Suggestion, in_words_of
 from falcon_kit.tuning import distributed
@@ -27,9 +28,13 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     for each in falcon.model.parameters():
         key = str(each.device.index) if each.device.type == "cuda" else "cpu"
         used[key] = used.get(key, 0) + each.nbytes
-    free = resolve_devices(None)
-    devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in free]
     quantised = stored_quantisation(falcon.model.config)
+    shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
+    here = resolve_devices(None)
+    if not shards:  # the GPUs of the machine, or the CPU, on which the model is
+        found = {str(each.key): each for each in (Device("cpu", "cpu", host_memory()[1], here=True), *here)}
+        here = tuple(found[key] for key in used)
+    devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in here]
     make = partial(
         plan,
         live_spec(falcon.spec, falcon.model),
@@ -42,7 +47,6 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     )
     checkpointing = settings.gradient_checkpointing is not False
     planned = make(gradient_checkpointing=checkpointing)
-    shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
     if not (planned.fits or force or shards):
         recomputing = [] if checkpointing or not make().fits else [Suggestion(gradient_checkpointing=True)]
         raise NotEnoughMemory(replace(planned, suggestions=(*recomputing, *_advice(planned, falcon))))

@@ -9,6 +9,7 @@ before it.
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,12 +21,12 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import is_whole, plain_scalar, printable, shown
 from falcon_kit.display.tables import counted
-from falcon_kit.generation.chat import ChatFormat, encode_answers
+from falcon_kit.generation.chat import ChatFormat, answer_texts, encode_answers
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.parallel.launching import ParallelFalcon
-from falcon_kit.tuning.data import Documents, Problem, check_documents, store
+from falcon_kit.tuning.data import Documents, Problem, check_documents, first_problems, store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ class Packed(Sequence[dict[str, Any]]):
         self.chat_format = chat_format
         """The chat format of the conversations; of joined rows, that of the first."""
         self.problems = tuple(problems)
-        """Conversations that were cut or left out, and why."""
+        """Conversations that were cut, changed by the chat format or left out, and why."""
         self.lengths = lengths(examples)
         """The number of tokens of each document."""
         self.trained_tokens = sum(part.flatten().true_count for part in column(examples, "trained"))
@@ -161,7 +162,7 @@ class Packed(Sequence[dict[str, Any]]):
         return 1 - self.tokens / max(1, len(self.lengths) * self.context)
 
     def __repr__(self) -> str:
-        left = f"; {len(self.problems)} cut or left out, see .problems" if self.problems else ""
+        left = f"; {len(self.problems)} cut, changed or left out, see .problems" if self.problems else ""
         share = self.trained_tokens / max(1, self.tokens)
         return (
             f"Packed({counted(len(self.lengths), 'document')} of {counted(self.tokens, 'token')}, "
@@ -181,8 +182,9 @@ def pack(
     """Rows of at most `context` tokens (by default the model's context), with several documents to a row.
 
     Conversations are rendered in the Falcon's chat format. A text longer than a row is continued in another one. A
-    longer conversation is cut after an answer, or left out if its first answer does not fit; `Packed.problems` names
-    both. `together=False`: one document to a row. Rows are filled first-fit, the longest documents first.
+    longer conversation is cut after an answer, or left out if its first answer does not fit; a chat format may change
+    an answer, as "hub" drops blank lines. Warns of these, and lists them in `Packed.problems`. `together=False`: one
+    document to a row. Rows are filled first-fit, the longest documents first.
     Raises ValueError for a context out of range, a tokenizer without an eos_token, or nothing to train on, and
     TypeError for other documents than those of `dialogues`.
     """
@@ -204,6 +206,10 @@ def pack(
     if stored is None:
         reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
         raise ValueError(f"no document has anything to train on within {context} tokens: {reasons}")
+    if problems:
+        count = len({each.where for each in problems})
+        which = f"{counted(count, 'conversation')} {'is' if count == 1 else 'are'} cut, changed or left out"
+        warnings.warn(f"{which}{first_problems(problems)}", stacklevel=2)
     examples, folder = stored
     rows = first_fit(lengths(examples), context) if together else [[index] for index in range(len(examples))]
     return Packed(examples, rows, context, falcon.tokenizer, falcon.chat_format, problems, [folder])
@@ -276,7 +282,15 @@ class _Encoder:
         if len(kept) < len(messages):
             exchanges = counted((len(messages) - len(kept)) // 2, "exchange")
             self.problems.append(Problem(where, f"longer than {self.context} tokens: without the last {exchanges}"))
+        if self._changes(kept):
+            changed = f"the chat format {self.format.name!r} changes an answer, such as its blank lines"
+            self.problems.append(Problem(where, f"{changed}: fk.load(..., chat='falcon') keeps it"))
         yield ids, trained
+
+    def _changes(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the format writes an answer in other characters than it was given in."""
+        given = [each["content"].strip() for each in messages if each["role"] == "assistant"]
+        return answer_texts(messages, self.tokenizer, self.format) != given
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

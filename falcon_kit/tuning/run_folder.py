@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from falcon_kit.display.errors import differences, require
@@ -49,6 +50,7 @@ def identity(
     """Everything that determines the adapter and what is measured; computed before the model is sharded."""
     values = {
         "base": model_fingerprint(falcon.model.transformer),
+        "first layer": _first_layer(falcon),
         "dtype": stored_quantisation(falcon.model.config) or str(falcon.model.dtype),
         "data": digest(train),
         "held-out data": held_out and digest(held_out),
@@ -57,6 +59,15 @@ def identity(
         **asdict(settings),
     }
     return dict(json.loads(json.dumps(values)))
+
+
+def _first_layer(falcon: Falcon) -> str:
+    """A hash of the attention of the first layer: an adapter that was merged elsewhere changes weights alone."""
+    sha = hashlib.sha256()
+    for each in falcon.model.transformer.h[0].self_attention.state_dict().values():
+        if isinstance(each, torch.Tensor):
+            sha.update(each.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
 
 
 def default_output_dir(name: str, identity: Mapping[str, Any]) -> Path:
@@ -179,6 +190,5 @@ def write_record(
         "figures": dict(figures),
         "history": history,
     }
-    name = adapter.parent.resolve().name
-    write_text(adapter / "README.md", model_card(falcon.name, name, packed, settings, figures))
+    write_text(adapter / "README.md", model_card(falcon.name, adapter, packed, settings, figures))
     write_text(adapter / RECORD, json.dumps(record, indent=2) + "\n")

@@ -193,6 +193,36 @@ def test_an_array_that_is_nested_too_deeply_gives_the_rows_before_and_says_where
     assert found == [("rows.json:2", "a value is nested too deeply: the rest of the file is not read")]
 
 
+def test_an_array_after_an_array_is_read_too(tmp_path):
+    text = json.dumps([{"messages": HI}]) + "\n" + json.dumps([{"messages": HI}, {"text": "Lions roar."}], indent=1)
+    for chunk in (7, 2**20):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("falcon_kit.tuning.files._CHUNK", chunk)
+            read = fk.dialogues(written(tmp_path / "rows.json", text))
+        assert [each["text"] for each in read] == [None, None, "Lions roar."]
+
+
+def test_what_follows_an_array_and_is_no_row_is_named(tmp_path):
+    ((where, reason),) = problems(written(tmp_path / "rows.json", json.dumps([{"messages": HI}]) + "\nand so on"))
+    assert (where, "broken from here on" in reason) == ("rows.json:2", True)
+
+
+def test_an_array_of_rows_on_one_line_is_read_and_a_list_of_messages_is_one_row(tmp_path):
+    rows = json.dumps([{"messages": HI}, {"text": "Lions roar."}])
+    read = fk.dialogues(written(tmp_path / "rows.jsonl", f"{rows}\n{json.dumps(HI)}\n"))
+    assert [(len(each["messages"]), each["where"]) for each in read] == [
+        (2, "rows.jsonl:1"),
+        (0, "rows.jsonl:1"),
+        (2, "rows.jsonl:2"),
+    ]
+
+
+def test_a_frame_with_a_column_of_texts_and_numbers_is_read():
+    frame = pd.DataFrame({"prompt": ["Hi", "Bye", None], "completion": ["Hello.", "Bye.", "?"], "id": ["1", 2, None]})
+    with pytest.warns(UserWarning, match="row 3"):
+        assert len(fk.dialogues(frame)) == 2
+
+
 @pytest.mark.parametrize("text", ["", "[]", "\n\n"])
 def test_nothing_to_read_is_an_error(tmp_path, text):
     with pytest.raises(ValueError, match=r"nothing to fine-tune on in .*rows\.json"):

@@ -299,10 +299,16 @@ def test_a_text_file_in_capitals_is_read_as_text(tmp_path):
 @pytest.mark.parametrize(
     ("beside", "named"), [({"choices": ["Hello.", "Bye."]}, "choices"), ({"context": "A farm."}, "context")]
 )
-def test_a_question_with_what_training_would_drop_is_refused_by_name(beside, named):
-    row = FORMS["a question and its answer"]
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if {"prompt", "instruction", "question"} & row.keys()])
+def test_a_question_with_what_training_would_drop_is_refused_by_name(row, beside, named):
     assert f"it has {named!r}" in outcome({**row, **beside})
     assert outcome({**row, named: None}) == outcome(row)
+
+
+def test_a_key_that_is_none_counts_as_absent_in_a_message_too():
+    """As in tables whose rows had several forms."""
+    turns = [{"from": None, "value": None, **each} for each in HI]
+    assert outcome({"conversations": turns}) == outcome({"messages": HI})
 
 
 def test_a_table_of_questions_and_answers_is_read_before_its_text(tmp_path):

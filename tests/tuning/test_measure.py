@@ -1,5 +1,9 @@
 """Rates of answers to held-out conversations."""
 
+from types import SimpleNamespace
+
+import pytest
+
 import falcon_kit as fk
 from falcon_kit.falconet.corpus import self_chat
 from falcon_kit.tuning.measure import answer_rates
@@ -26,3 +30,52 @@ def test_no_more_are_asked_than_wanted_and_texts_not_at_all(instruct):
 
 def test_conversations_that_do_not_fit_are_not_asked(instruct):
     assert answer_rates(instruct, fk.dialogues([talk("Tell me all. " * 200, "No.")]), 5, 512) == {}
+
+
+def test_a_long_conversation_takes_no_room_from_the_answers_of_others(instruct):
+    right = talk("What do giraffes eat?", "Giraffes eat acacia leaves.")
+    each = len(instruct.tokenizer("lions " * 100)["input_ids"]) / 100
+    long = talk("lions " * int(2030 / each), "Lions.")
+    assert answer_rates(instruct, fk.dialogues([right, right, long, right]), 4, 2048)["exact answers"] >= 0.75
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The settings of each batch; each answer is that of `answers`, and ends."""
+    seen, answers = [], []
+
+    def generate(model, tokenizer, prompts, **settings):
+        seen.append((len(prompts), settings["max_new_tokens"]))
+        return [_Answer(answers.pop(0)) for _ in prompts]
+
+    monkeypatch.setattr("falcon_kit.tuning.measure.generate", generate)
+    return SimpleNamespace(seen=seen, answers=answers)
+
+
+class _Answer(str):
+    finish_reason = "eos"
+
+
+def test_a_long_answer_has_room(instruct, asked):
+    text = " ".join(["Lions roar."] * 300)
+    asked.answers += [text]
+    assert answer_rates(instruct, fk.dialogues([talk("Hi", text)]), 1, 2048)["exact answers"] == 1
+    assert asked.seen[0][1] >= len(instruct.tokenizer(text)["input_ids"])
+
+
+def test_no_batch_leaves_less_room_than_its_longest_answer(instruct, asked):
+    short, long = "lions " * 100, "lions " * 600
+    rows = [talk(long, "Yes."), talk("Hi", long), *[talk("Hi", "Yes.")] * 20, talk(short, long)]
+    asked.answers += ["Yes."] * len(rows)
+    answer_rates(instruct, fk.dialogues(rows), len(rows), 2048)
+    longest = len(instruct.tokenizer(long)["input_ids"])
+    assert sum(count for count, _ in asked.seen) == len(rows)
+    assert sum(room >= longest for _, room in asked.seen) >= 1
+    assert all(count <= 16 for count, _ in asked.seen)
+
+
+def test_an_answer_is_exact_as_the_chat_format_writes_it(asked):
+    asked.answers += ["Leaves.\nOf acacias."]
+    hub = fk.load("falconet-instruct", chat="hub")
+    rates = answer_rates(hub, fk.dialogues([talk("What do giraffes eat?", "Leaves.\n\nOf acacias.")]), 1, 512)
+    assert rates["exact answers"] == 1

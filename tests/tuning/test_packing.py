@@ -97,6 +97,20 @@ def test_a_first_answer_that_does_not_fit_is_left_out_and_named(falcon):
     assert [each.reason for each in rows.problems] == ["the first answer does not end within 32 tokens: left out"]
 
 
+def test_what_is_cut_or_left_out_is_warned_of(falcon):
+    with pytest.warns(
+        UserWarning, match=r"2 conversations are cut, changed or left out: row 1: longer than 64 .*row 2"
+    ):
+        packed(falcon, [talk(*["Giraffes and zebras and lions"] * 12), talk("Hi", "lions " * 100)], context=64)
+
+
+@pytest.mark.parametrize("answer", ["Leaves.\n\nOf acacias.", "Leaves.\r\nOf acacias."])
+def test_an_answer_that_the_chat_format_changes_is_named(falcon, answer):
+    found = [each.reason for each in packed(falcon, [talk("What do giraffes eat?", answer)]).problems]
+    changed = "the chat format 'hub' changes an answer, such as its blank lines: fk.load(..., chat='falcon') keeps it"
+    assert found == ([changed] if falcon.chat_format.name == "hub" else [])
+
+
 def test_a_long_text_is_cut_into_pieces_that_join_to_the_whole(falcon):
     text = "One giraffe, two giraffes. " * 20
     rows = packed(falcon, [{"text": text}], context=32)

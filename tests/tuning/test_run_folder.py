@@ -230,6 +230,16 @@ def test_the_adapter_has_a_card_and_a_record(falcon, tmp_path):
     assert config["base_model_name_or_path"] == "falconet"
 
 
+def test_another_base_with_the_same_norms_is_another_run(falcon, tmp_path):
+    """Such as one that another library has merged an adapter into, which no LayerNorm and no record shows."""
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    other = fk.load("falconet")
+    with torch.no_grad():
+        other.model.transformer.h[0].self_attention.query_key_value.weight[0, 0] += 0.01
+    with pytest.raises(ValueError, match=r"the run in .* has other settings \(first layer"):
+        fk.tune(other, ROWS, output_dir=tmp_path, **QUICK)
+
+
 # Without an output_dir
 
 
@@ -245,6 +255,8 @@ def test_the_same_call_returns_the_finished_run_and_another_setting_starts_its_o
     assert "This run is finished" in capsys.readouterr().out
     assert (again.adapter, again.figures) == (first.adapter, first.figures)
     assert [first.adapter.exists(), other.adapter.exists(), first.adapter != other.adapter] == [True, True, True]
+    line = next(each for each in (first.adapter / "README.md").read_text().splitlines() if "fk.merge(" in each)
+    assert eval(line.partition("= ")[2]).gap < 1e-3  # noqa: S307  # our own line
     assert [each.name for each in tmp_path.iterdir()] == ["runs"]
 
 

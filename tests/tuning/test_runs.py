@@ -1,5 +1,7 @@
 """What a run hands out: tables that escape, curves that show what was logged, a card that says what it is."""
 
+from pathlib import Path
+
 import pytest
 
 import falcon_kit as fk
@@ -48,7 +50,7 @@ def test_a_run_is_a_table_and_a_data_frame(instruct, tmp_path):
 
 def test_the_card_names_base_data_settings_and_figures(instruct):
     packed = fk.pack(fk.dialogues(TALK), instruct)
-    text = model_card("falconet", "mine", packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
+    text = model_card("falconet", Path("runs/mine/adapter"), packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
     wanted = (
         "base_model: falconet",
         "# mine",
@@ -62,7 +64,13 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
 
 @pytest.mark.parametrize(("kind", "other"), [("web-text", "generated-text"), ("generated-text", "web-text")])
 def test_the_card_explains_the_loss_on_other_texts_that_was_measured(instruct, kind, other):
-    text = model_card("falconet", "mine", fk.pack(fk.dialogues(TALK), instruct), fk.Tuning(), {f"{kind} loss after": 2})
+    text = model_card(
+        "falconet",
+        Path("runs/mine/adapter"),
+        fk.pack(fk.dialogues(TALK), instruct),
+        fk.Tuning(),
+        {f"{kind} loss after": 2},
+    )
     assert f'"{kind} loss": the loss on ' in text
     assert f"{other} loss" not in text
 
@@ -71,7 +79,7 @@ def test_the_card_names_a_format_of_ones_own():
     template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     falcon = fk.load("falconet", chat=fk.ChatFormat("mine", template=template))
     packed = fk.pack(fk.dialogues(TALK), falcon)
-    assert "Chat format: mine.\n" in model_card("falconet", "mine", packed, fk.Tuning(), {})
+    assert "Chat format: mine.\n" in model_card("falconet", Path("runs/mine/adapter"), packed, fk.Tuning(), {})
 
 
 def test_a_notebook_shows_the_curves():

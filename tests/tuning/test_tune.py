@@ -149,6 +149,19 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_plan_counts_the_devices_of_the_model_alone(monkeypatch, falcon, gpus):
+    """The model is in host memory, beside GPUs that are too small or that nothing uses."""
+    small = tuple(Device("T4", key, 10_000) for key in range(gpus))
+    monkeypatch.setattr("falcon_kit.tuning.memory_plan.resolve_devices", lambda _: small)
+    planned = plan_training(falcon, fk.Tuning(context=64), force=False)
+    assert [each.key for each in planned.devices] == ["cpu"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("falcon_kit.tuning.memory_plan.host_memory", lambda: (0, 0))
+        with pytest.raises(fk.NotEnoughMemory, match="does not fit into cpu"):
+            plan_training(falcon, fk.Tuning(context=64), force=False)
+
+
 def test_what_is_advised_is_an_argument_of_tune_or_a_whole_call_and_makes_it_fit(monkeypatch, falcon):
     settings = {"context": 512, "per_device_train_batch_size": 8}
     free = plan_training(falcon, fk.Tuning(**settings), force=True).total_bytes - 10 * 2**20
