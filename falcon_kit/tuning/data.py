@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from pyarrow import ArrowException
 
 from falcon_kit.display.errors import check_whole, is_number, shown
 from falcon_kit.display.tables import counted, html_table
@@ -190,7 +189,7 @@ def _frame_rows(frame: pd.DataFrame) -> Any:
     """The rows of a frame. Arrow has no column of texts and numbers: then they are dictionaries."""
     try:
         return Dataset.from_pandas(frame, preserve_index=False)
-    except ArrowException:
+    except (TypeError, ValueError):
         return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -63,10 +63,10 @@ def identity(
 
 def _first_layer(falcon: Falcon) -> str:
     """A hash of the attention of the first layer: an adapter that was merged elsewhere changes weights alone."""
-    sha = hashlib.sha256()
-    for each in falcon.model.transformer.h[0].self_attention.state_dict().values():
+    sha, layer = hashlib.sha256(), cast(Any, falcon.model.transformer.h[0])
+    for each in layer.self_attention.state_dict().values():
         if isinstance(each, torch.Tensor):
-            sha.update(each.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+            sha.update(each.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

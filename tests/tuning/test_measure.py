@@ -1,11 +1,13 @@
 """Rates of answers to held-out conversations."""
 
+from bisect import bisect_right
 from types import SimpleNamespace
 
 import pytest
 
 import falcon_kit as fk
 from falcon_kit.falconet.corpus import self_chat
+from falcon_kit.generation.chat import encode
 from falcon_kit.tuning.measure import answer_rates
 from tests.tuning.small_runs import talk
 
@@ -34,9 +36,16 @@ def test_conversations_that_do_not_fit_are_not_asked(instruct):
 
 def test_a_long_conversation_takes_no_room_from_the_answers_of_others(instruct):
     right = talk("What do giraffes eat?", "Giraffes eat acacia leaves.")
-    each = len(instruct.tokenizer("lions " * 100)["input_ids"]) / 100
-    long = talk("lions " * int(2030 / each), "Lions.")
+    long = talk("a" * _longest(instruct), "No.")
     assert answer_rates(instruct, fk.dialogues([right, right, long, right]), 4, 2048)["exact answers"] >= 0.75
+
+
+def _longest(falcon):
+    """The most letters of a question for which a short answer fits into the context."""
+    length = lambda count: len(  # noqa: E731
+        encode(talk("a" * count, "No.")["messages"], falcon.tokenizer, falcon.chat_format, False)
+    )
+    return bisect_right(range(8192), 2048, key=length) - 1
 
 
 @pytest.fixture
