@@ -124,7 +124,8 @@ def test_persona_and_stopping_are_learned(falcon, tmp_path):
 
 def test_held_out_conversations_that_do_not_fit_are_not_asked(falcon, tmp_path):
     held_out = fk.dialogues([talk("Tell me all. " * 900, "No."), talk("What is a cow?", "Arr! Cows eat grass.")])
-    run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=held_out, **{**QUICK, "max_steps": 1, "answers": 2})
+    with pytest.warns(UserWarning, match="row 1: the first answer does not end within 64 tokens: left out"):
+        run = fk.tune(falcon, ROWS, output_dir=tmp_path, held_out=held_out, **{**QUICK, "max_steps": 1, "answers": 2})
     assert run.figures["stop rate before"] in (0, 1)  # of one
 
 
