@@ -70,7 +70,7 @@ class RemoteModel:
 
     def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
         """Greedy answers, several at a time."""
-        longest = max(len(item.answer) for item in task.items)  # characters: an answer has fewer tokens
+        longest = max(len(item.answer.encode()) for item in task.items)  # a token has a byte or more
         settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
         settings |= {"truncate": "left"} if truncate else {}
         if not (is_chat := chat and task.is_question):

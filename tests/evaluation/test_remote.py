@@ -100,6 +100,16 @@ def test_answers_are_generated_by_the_endpoint(tmp_path):
     assert prompts == ["Question: What do giraffes eat?\nAnswer:"] * 3
 
 
+@pytest.mark.parametrize("answer", ["金合欢树的叶子", "أوراق السنط", "🦒🍃🌍🦁", "Acacia leaves."])
+def test_an_endpoint_may_write_all_tokens_of_an_answer_in_any_script(base, tmp_path, answer):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"question": "What do giraffes eat?", "answer": answer * 6}))
+    with scripted(answering(Reply([chunk("Leaves.", "stop"), b"data: [DONE]\n\n"]))) as server:
+        fk.evaluate(fk.connect(f"{server.address}/v1"), file)
+        (body,) = server.asked("/v1/completions")
+    assert body["max_tokens"] >= len(base.tokenizer(answer * 6)["input_ids"])
+
+
 CHOICES = """
 task: animals
 dataset_path: json
