@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, log, nan
@@ -79,7 +81,8 @@ class Comparison:
     differences: tuple[Difference, ...]
     """A test for each metric."""
     settings: Mapping[str, tuple[Any, Any]]
-    """What is not the same in both evaluations: settings, dtype, chat format, and the weights of one name."""
+    """What is not the same in both evaluations: settings, dtype, chat format, the weights of one name, and the prompts
+    of lm-eval's tasks (a hash of them)."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each metric."""
@@ -126,10 +129,17 @@ def _other(first: Evaluated, second: Evaluated) -> dict[str, tuple[Any, Any]]:
     """What is not the same. Two models have other weights, so only those of the same name are compared."""
     names = ("dtype", "chat format", *(("revision", "fingerprint") if first.model == second.model else ()))
     ours, theirs = (
-        {name: each.record.get(name) for name in names} | each.record.get("settings", {}) for each in (first, second)
+        {name: each.record.get(name) for name in names} | each.record.get("settings", {}) | _prompts(each)
+        for each in (first, second)
     )
     pairs = {name: (ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _prompts(evaluated: Evaluated) -> dict[str, str]:
+    """A hash of the prompts of each task of lm-eval; those of the kit's own follow from their items and settings."""
+    hashes = {each.task: json.dumps([item.get("prompt_hash") for item in each.items]) for each in evaluated.tasks}
+    return {f"prompts of {name}": hashlib.sha256(each.encode()).hexdigest()[:8] for name, each in hashes.items()}
 
 
 def _check_same(kind: str, first: Sequence[str], second: Sequence[str]) -> None:

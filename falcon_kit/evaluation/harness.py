@@ -144,7 +144,7 @@ def run(
 def _result(name: str, results: Mapping[str, Any], facts: Mapping[str, Any]) -> TaskResult:
     samples = [{"subtask": subtask, **each} for subtask, part in results["samples"].items() for each in part]
     metrics, totals = _metrics(results)
-    hashes = [[each[kind] for kind in ("doc_hash", "prompt_hash", "target_hash")] for each in samples]
+    hashes = [[each[kind] for kind in ("doc_hash", "target_hash")] for each in samples]  # models have other prompts
     versions = {
         "lm_eval": version("lm_eval"),
         "num_fewshot": {subtask: config.get("num_fewshot") for subtask, config in results["configs"].items()},

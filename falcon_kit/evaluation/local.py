@@ -27,7 +27,7 @@ from falcon_kit.generation.chat import ChatFormat, encode, render_prompt
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
-from falcon_kit.inspection.hooks import inspect_model
+from falcon_kit.inspection.hooks import evaluation_mode, inspect_model
 from falcon_kit.loading.adapters import model_fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.parallel.launching import ParallelFalcon
@@ -160,13 +160,14 @@ class LocalModel:
         call: Any = getattr(self._falcon, "generate", partial(generate, model, tokenizer))
         size = self._batch_size or BATCH
         found = []
-        for is_asked, group in groupby(prompts, self._asked.__contains__):
-            texts = list(group)
-            if is_asked:
-                found += [call(self._asked[each], **settings) for each in texts]
-            else:
-                for start in range(0, len(texts), size):
-                    found += call(texts[start : start + size], **settings)
+        with evaluation_mode(self.inspected.model):
+            for is_asked, group in groupby(prompts, self._asked.__contains__):
+                texts = list(group)
+                if is_asked:
+                    found += [call(self._asked[each], **settings) for each in texts]
+                else:
+                    for start in range(0, len(texts), size):
+                        found += call(texts[start : start + size], **settings)
         return found
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:

@@ -1,7 +1,9 @@
 """A model behind an endpoint. It scores choices only where the server returns the log-probabilities of a prompt."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from falcon_kit.display.errors import require
@@ -19,6 +21,9 @@ from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
 from falcon_kit.generation.chat import render
 from falcon_kit.serving.endpoint import Endpoint
+from falcon_kit.serving.serve import Served
+
+_BLOCK, _BLOCKS = 2**16, 2**12  # bytes; blocks that are read of a file, so that 80 GB take seconds
 
 
 class RemoteModel:
@@ -29,10 +34,15 @@ class RemoteModel:
         self.part_size = 4 * endpoint.concurrency
 
     def record(self) -> dict[str, Any]:
-        """What the endpoint reports about itself."""
+        """What the endpoint reports about itself; of one of `fk.serve`, not its random port but its weights."""
         endpoint = self._endpoint
         chat_format = endpoint.chat_format.name if endpoint.own_format else "the endpoint's own"
-        return {"server": endpoint.server, "address": endpoint.address, "chat format": chat_format}
+        record = {"server": endpoint.server, "chat format": chat_format}
+        if not isinstance(endpoint, Served):
+            return record | {"address": endpoint.address}
+        require(endpoint.files.path.exists(), f"{endpoint!r}: start it again with fk.serve")
+        weights = _digest(endpoint.files.path)
+        return record | {"dtype": endpoint.plan.dtype, "context": endpoint.context, "weights": weights}
 
     def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> NoReturn:
         """Raises ValueError: windows need the model's tokens."""
@@ -70,7 +80,7 @@ class RemoteModel:
 
     def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
         """Greedy answers, several at a time."""
-        longest = max(len(item.answer) for item in task.items)  # characters: an answer has fewer tokens
+        longest = max(len(item.answer.encode()) for item in task.items)  # a token has a byte or more
         settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
         settings |= {"truncate": "left"} if truncate else {}
         if not (is_chat := chat and task.is_question):
@@ -99,3 +109,17 @@ class RemoteModel:
         )
         text = render(messages, self._endpoint.chat_format, add_generation_prompt, "<|endoftext|>")
         return text if add_generation_prompt else going_on(text, messages)
+
+
+def _digest(path: Path) -> str:
+    """The start of a SHA-256 of the weights in a folder or a GGUF file: of all bytes up to 256 MiB, of evenly spaced
+    blocks of a larger file."""
+    sha = hashlib.sha256()
+    for each in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        size = each.stat().st_size
+        sha.update(f"{size} ".encode())
+        with each.open("rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                sha.update(file.read(_BLOCK))
+    return sha.hexdigest()[:16]

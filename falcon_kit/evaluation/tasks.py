@@ -2,8 +2,8 @@
 
 A row is {"question" or "prompt": ..., "choices": [...], "answer": ...} for multiple choice, where the answer is the
 index of the right choice or its text, or {"question" or "prompt": ..., "answer": ...} for generation. A prompt is
-continued as it is; a question is asked in the model's chat format, or as "Question: ...\\nAnswer:". Whatever else a row
-has stays with its results.
+continued as it is; a question is asked in the model's chat format, or as "Question: ...\\nAnswer:". A key that is None
+counts as absent. Whatever else a row has stays with its results.
 """
 
 from __future__ import annotations
@@ -104,14 +104,17 @@ def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the row
 def parsed(
     rows: Iterable[tuple[str, Any]], parse: Callable[[str, Mapping[str, Any]], Parsed], source: str, form: str
 ) -> list[Parsed]:
-    """Each row as `parse` reads it. Raises ValueError that names malformed rows by file and line, or for no rows."""
+    """Each row as `parse` reads it; a key that is None counts as absent.
+
+    Raises ValueError that names malformed rows by file and line, or for no rows.
+    """
     found, problems = [], []
     for where, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
             require(isinstance(row, Mapping), f"it is {type(row).__name__}, not an object")
-            found.append(parse(where, row))
+            found.append(parse(where, {name: value for name, value in row.items() if value is not None}))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     require(

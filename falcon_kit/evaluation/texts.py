@@ -1,4 +1,4 @@
-"""What `evaluate` takes as `text`: a text, a file, several documents, or texts by name."""
+"""What `evaluate` takes as `text`: a text, a file, several documents or rows, or texts by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.errors import check_encodable, require
-from falcon_kit.tuning.files import TABLES
+from falcon_kit.tuning.files import TABLES, check_no_utf16
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,41 @@ def _documents(text: Any) -> Iterable[tuple[str, str]]:
         return [("text", text)]
     if isinstance(text, Path):
         return _file(text)
-    if hasattr(text, "problems"):
-        return [(each["where"], _plain(each)) for each in text]
-    if isinstance(text, Iterable):
-        return [(f"document {number}", each) for number, each in enumerate(text, 1)]
-    raise TypeError(f"a text is a str, a pathlib.Path, a list of str, or fk.Documents; got {type(text).__name__}")
+    if hasattr(text, "problems") or hasattr(text, "iterrows"):  # fk.Documents, or a pandas DataFrame
+        return _rows(text)
+    if isinstance(text, Iterable) and not isinstance(text, Mapping):
+        documents = list(text)
+        if documents and all(isinstance(each, Mapping) for each in documents):
+            return _rows(documents)
+        return [(f"document {number}", each) for number, each in enumerate(documents, 1)]
+    raise TypeError(
+        "a text is a str, a pathlib.Path, a list of str, rows in a list or a pandas DataFrame, or fk.Documents; got "
+        f"{type(text).__name__}"
+    )
 
 
 def _file(path: Path) -> Iterable[tuple[str, str]]:
     """A file of rows as documents, any other file as one text."""
     path = path.expanduser()
     if path.suffix.lower() in TABLES:
-        from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
-
-        return [(each["where"], _plain(each)) for each in dialogues(path)]
+        return _rows(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give a text file, or one of {', '.join(TABLES)}")
+    check_no_utf16(path)
     try:
         return [(path.name, path.read_text(encoding="utf-8-sig"))]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): convert it first, `iconv -t UTF-8`") from None
+        raise ValueError(
+            f"{path} is not UTF-8 ({error}): convert it first, `iconv -f LATIN1 -t UTF-8`, with the encoding that it "
+            "has after -f"
+        ) from None
+
+
+def _rows(given: Any) -> list[tuple[str, str]]:
+    """The text of each row of a file, a list or a table, and where it is from."""
+    from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
+
+    return [(each["where"], _plain(each)) for each in dialogues(given)]
 
 
 def _plain(document: Mapping[str, Any]) -> str:

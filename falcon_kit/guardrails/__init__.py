@@ -37,10 +37,11 @@ def guardrails(**settings: Any) -> Guardrails:
     blocked_words, control_tokens, injection, repetition, custom, labels and threshold. Without settings, all checks run
     but those of blocked words and of your own.
 
-    What is not covered: names, postal addresses and other personal data in free words; keys of unknown forms; blocked
-    words that are spelled with digits or gaps, inflected, or replaced by others; injection in other words than the
-    listed phrases, or in documents that are not passed in; errors, bias and harm in what a model generates. The checks
-    are one precaution of several. They do not prove that a text is safe.
+    What is not covered: names, postal addresses and other personal data in free words; telephone numbers of regions
+    that are not given, or of a landline without gaps, if they have no "+"; keys of unknown forms; blocked words that
+    are spelled with digits or gaps, inflected, or replaced by others; injection in other words than the listed phrases,
+    or in documents that are not passed in; errors, bias and harm in what a model generates. The checks are one
+    precaution of several. They do not prove that a text is safe.
     """
     from falcon_kit.guardrails.guard import Guardrails
 

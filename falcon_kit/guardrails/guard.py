@@ -39,7 +39,9 @@ class Guardrails:
     personal_data: bool = True
     """Email addresses, payment cards, IBANs, US social security numbers, and telephone numbers."""
     phone_regions: Sequence[str] = ("US",)
-    """Regions whose telephone numbers are found without "+" and country code too."""
+    """Regions whose telephone numbers are found without "+" and country code too, from seven digits on: in the groups
+    in which a region writes them; mobile numbers, and numbers with a first 0, also in others. Digits without a gap are
+    found only where they can be nothing but a mobile number, as 9876543210 in "IN"; in "US" never."""
     blocked_words: Sequence[str] = ()
     """Whole words and phrases, in any spelling of case, accents, width, invisible and look-alike letters."""
     control_tokens: bool = True

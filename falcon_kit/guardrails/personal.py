@@ -6,6 +6,10 @@ Check digits, the structure of account numbers and the numbering plans come from
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import regex
 
 from falcon_kit.display.errors import require
 from falcon_kit.guardrails.matching import Pattern
@@ -23,8 +27,22 @@ _CARD = (  # 4-4-4-4 and 4-6-5 in one spelling of the gaps, or all digits togeth
 _IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}" + _run(r" ?[A-Z0-9]", 11, 30, r"[^A-Z0-9 ]| [^A-Z0-9]")
 _SSN = r"(?<![\d-])\d{3}-\d{2}-\d{4}(?=[^\d-]|-\D)"
 _INTERNATIONAL = r"(?<![\w+])\+\d" + _run(r"[ ().-]{0,3}\d", 6, 15, r"[^\d ().-]|[ ().-]{1,3}[^\d ().-]|[ ().-]{4}")
-_UNITED_STATES = r"(?<![\w+(.,/-])(?<!\d )(?:\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}([.-])\d{3}\1\d{4})(?=[^\d/.,-]|[/.,-]\D)"
-_NATIONAL = r"(?<![\w+(.,/-])(?<!\d )\(?0\d{1,4}\)?[ /-]\d" + _run(r"[ -]?\d", 3, 10, r"[^\d /.,-]|[ /.,-]\D")
+_SHORTEST = 7  # digits: fewer are as likely a price
+_NATIONAL = (  # digits with single gaps, which are no part of an identifier, a decimal or an amount of money
+    r"(?<![\w+(.,/$€£¥-])(?<!\d[ :]|[$€£¥] )\(?\d"
+    + _run(
+        r"(?:[ -]?\(|\) ?|[ ./-])?\d",
+        *(_SHORTEST - 1, 15),
+        r"[^\d ()./,%$€£¥-]|[ -](?:[^\d(%$€£¥]|[%$€£¥]\d|\(\D)|[./,]\D|\)(?: \D|[^\d ])|\(\D",
+    )
+)
+_OTHER_NUMBER = regex.compile(
+    r"(?:19|20)\d\d([ .-])[01]\d\1[0-3]\d|[0-3]\d([ .-])[01]\d\2(?:19|20)\d\d"  # a date
+    r"|(?:(?:[1-9]?\d|[12]\d\d)(?:\.|$)){4}"  # an address of the internet
+    r"|\d+\.\d+|0[ .-].*|(?=.*\.).*-.*"  # a decimal, a range from 0, the number of a clause
+)
+_AMOUNT = regex.compile(r"[1-9]\d{0,2}(?: \d{3})+|.*\..*")
+"""An amount or a version, unless its groups are those of a telephone number."""
 _ISSUERS = {  # first digits, and the lengths of a card's number
     ("4",): (13, 16, 19),
     (*map(str, range(51, 56)), *map(str, range(2221, 2721))): (16,),
@@ -59,17 +77,49 @@ def is_social_security_number(value: str) -> bool:
     return bool(ssn.is_valid(value))
 
 
-def is_phone_number(value: str, regions: Sequence[str | None]) -> bool:
-    """Whether the text begins with a number of the numbering plan of a region; None stands for numbers with "+"."""
+def is_international_number(value: str) -> bool:
+    """Whether the text begins with "+", a country code and a number of its numbering plan."""
+    return any(_is_valid(number, None) for number in _beginnings(value))
+
+
+def _is_valid(number: str, region: str | None) -> bool:
+    """Whether the digits are those of a numbering plan: of a region, or of the country whose code they begin with."""
     import phonenumbers
 
-    def valid(number: str, region: str | None) -> bool:
-        try:
-            return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
-        except phonenumbers.NumberParseException:
-            return False
+    try:
+        return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
+    except phonenumbers.NumberParseException:
+        return False
 
-    return any(valid(number, region) for number in _beginnings(value) for region in regions)
+
+def is_national_number(value: str, regions: Sequence[str]) -> bool:
+    """Whether the text is a telephone number of a region: its digits, and the groups that they are written in.
+
+    The groups are those of the region. A mobile number, or one with a first 0, may have others, unless they look like
+    an amount, a date or a version. Without groups only a mobile number counts: ten other digits are as likely an order
+    number. What follows after a space is left aside if the number itself has a first 0 or other signs than spaces.
+    """
+    value = value if ")" in value else value.removeprefix("(")
+    heads = [value[:place] for place, each in enumerate(value) if each == " " and place >= _SHORTEST]
+    heads = [each for each in heads if each[0] == "0" or not each.replace(" ", "").isdigit()]
+    return any(_is_of_region(number, region) for number in (value, *heads) for region in regions)
+
+
+def _is_of_region(number: str, region: str) -> bool:
+    from phonenumbers import Leniency, PhoneNumberMatcher, PhoneNumberType, number_type
+
+    def match(leniency: int) -> Any:
+        found = next(iter(PhoneNumberMatcher(number, region, leniency)), None)
+        return found.number if found and found.raw_string == number else None
+
+    if _OTHER_NUMBER.fullmatch(number) or not _is_valid(number, region) or not (found := match(Leniency.VALID)):
+        return False
+    is_mobile = number_type(found) == PhoneNumberType.MOBILE
+    if number.isdigit():
+        return is_mobile
+    if (is_mobile or regex.match(r"\(?0\d", number)) and not _AMOUNT.fullmatch(number):
+        return True
+    return match(Leniency.STRICT_GROUPING) is not None
 
 
 def _beginnings(value: str) -> Iterator[str]:
@@ -96,10 +146,7 @@ def personal_patterns(regions: Sequence[str]) -> Iterator[Pattern]:
     yield Pattern("personal_data", "a payment card number", _CARD, valid=is_card)
     yield Pattern("personal_data", "a bank account number (IBAN)", _IBAN, valid=is_iban)
     yield Pattern("personal_data", "a US social security number", _SSN, valid=is_social_security_number)
-    yield Pattern(
-        "personal_data", "a telephone number", _INTERNATIONAL, valid=lambda text: is_phone_number(text, [None])
-    )
-    for expression in (_UNITED_STATES, _NATIONAL) if regions else ():
-        yield Pattern(
-            "personal_data", "a telephone number", expression, valid=lambda text: is_phone_number(text, regions)
-        )
+    yield Pattern("personal_data", "a telephone number", _INTERNATIONAL, valid=is_international_number)
+    if regions:
+        national = partial(is_national_number, regions=regions)
+        yield Pattern("personal_data", "a telephone number", _NATIONAL, valid=national)

@@ -70,6 +70,11 @@ def _check_file(path: Path) -> None:
             f"{path.name} ends in {path.suffix or 'nothing'}, but only files that end in {', '.join(SUFFIXES)} are "
             "read: others as a datasets.Dataset or a pandas DataFrame"
         )
+    check_no_utf16(path)
+
+
+def check_no_utf16(path: Path) -> None:
+    """Raises ValueError for a file that begins as UTF-16 does."""
     with path.open("rb") as raw:
         if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path} is UTF-16: convert it first, `iconv -f UTF-16 -t UTF-8`")

@@ -62,6 +62,15 @@ def test_the_csv_of_crows_pairs_is_read(instruct, tmp_path):
     assert (pair.axis, pair.stereotype, pair.counterpart) == ("gender", "He is tall.", "She is tall.")
 
 
+def test_a_key_that_is_none_counts_as_absent_as_tables_export_mixed_rows(instruct):
+    rows = [
+        {"axis": "age", "stereotype": "He is old.", "counterpart": "He is young."},
+        {"bias_type": "age", "sent_more": "He is old.", "sent_less": "He is young."},
+    ]
+    mixed = [dict.fromkeys([*rows[0], *rows[1]]) | row for row in rows]
+    assert fk.bias(instruct, mixed).pairs == fk.bias(instruct, rows).pairs
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

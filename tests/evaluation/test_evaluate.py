@@ -105,6 +105,17 @@ def test_a_pair_of_model_and_tokenizer_is_evaluated(stock, base, file):
     assert pair["animals"].metrics == kit["animals"].metrics
 
 
+def test_answers_are_written_without_dropout_and_the_model_goes_on_training(base, tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"prompt": "Tom: What do lions eat?\\nAda:", "answer": "They eat zebras and antelopes."}\n')
+    training = FalconForCausalLM.from_pretrained(
+        embedded_directory("falconet"), dtype=torch.float32, attention_dropout=0.5, hidden_dropout=0.5
+    ).train()
+    found = fk.evaluate((training, base.tokenizer), file)["lines"]
+    assert [item["text"] for item in found.items] == [item["text"] for item in fk.evaluate(base, file)["lines"].items]
+    assert all(module.training for module in training.modules())
+
+
 def test_a_run_goes_on_where_it_was(base, file, tmp_path, monkeypatch):
     expected = fk.evaluate(base, file, text="Lions sleep in the grassland.", output_dir=tmp_path / "run")
     assert fk.Evaluation.load(tmp_path / "run" / "evaluation.json") == expected

@@ -220,6 +220,28 @@ def test_a_chat_is_rendered_in_the_models_format(instruct, yaml):
     assert found.items[0]["prompt_hash"] != plain.items[0]["prompt_hash"]
 
 
+def test_models_with_other_chat_formats_or_examples_are_paired_and_the_comparison_says_so(instruct, yaml):
+    task, other = yaml("multiple_choice"), fk.load("falconet-instruct", chat="baize")
+    one, two, three = (
+        fk.evaluate(each, task, chat=True, num_fewshot=shots)
+        for each, shots in ((instruct, 0), (other, 0), (instruct, 2))
+    )
+    assert one.compare(one).settings == {}
+    for second, difference in ((two, {"chat format": ("falcon", "baize")}), (three, {"num_fewshot": (0, 2)})):
+        found = one.compare(second)
+        assert found.settings.keys() == {*difference, "prompts of my_multiple_choice"}
+        assert difference.items() <= found.settings.items()
+        assert [each.count for each in found.differences] == [len(CHOICES)] * 2
+
+
+def test_other_items_of_lm_eval_are_not_paired(base, yaml):
+    one = fk.evaluate(base, yaml("multiple_choice"))
+    for changed in ({"text": "Giraffes like"}, {"target": 0}):
+        two = fk.evaluate(base, yaml("multiple_choice", rows=[{**CHOICES[0], **changed}, *CHOICES[1:]]))
+        with pytest.raises(ValueError, match="the items of 'my_multiple_choice' differ"):
+            one.compare(two)
+
+
 def test_the_users_random_generators_stay_as_they_are(base, yaml):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002  # what lm-eval would seed
     expected = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002

@@ -2,11 +2,14 @@
 
 import math
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
@@ -140,6 +143,19 @@ def test_a_file_of_rows_is_read_as_documents(inspected, tmp_path):
     assert perplexity(inspected, fk.dialogues(file)).nats == perplexity(inspected, file).nats
 
 
+ROWS = [{"text": "Lions sleep.", "label": 1}, {"text": "Zebras eat dry grass.", "label": None}]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [ROWS, pd.DataFrame(ROWS), pd.DataFrame(ROWS)["text"], Dataset.from_list(ROWS), Dataset.from_list(ROWS)["text"]],
+    ids=["rows", "frame", "column of a frame", "dataset", "column of a dataset"],
+)
+def test_the_rows_of_a_table_are_documents_and_not_its_columns(table):
+    texts = ("Lions sleep.", "Zebras eat dry grass.")
+    assert [corpus.documents for corpus in (*read_corpora(table), *read_corpora({"one": table}))] == [texts, texts]
+
+
 # Bad input
 
 
@@ -160,9 +176,11 @@ def test_an_unusable_text_is_refused(inspected, text, problem):
         perplexity(inspected, text)
 
 
-@pytest.mark.parametrize("text", [7, ["Lions sleep.", 7], None])
+@pytest.mark.parametrize(
+    "text", [7, ["Lions sleep.", 7], None, ["Lions sleep.", {"text": "Zebras."}], {"a": {"text": "Zebras."}}]
+)
 def test_what_is_no_text_is_a_type_error(inspected, text):
-    with pytest.raises(TypeError, match=r"int|NoneType"):
+    with pytest.raises(TypeError, match=r"int|NoneType|dict"):
         perplexity(inspected, text)
 
 
@@ -181,11 +199,19 @@ def test_a_path_below_the_home_folder_is_read(inspected, tmp_path, monkeypatch):
     assert perplexity(inspected, Path("~/lions.txt")).bytes == 23
 
 
-def test_bytes_that_are_not_utf_8_are_named(inspected, tmp_path):
+@pytest.mark.parametrize(
+    ("encoding", "problem"),
+    [("latin-1", r"latin\.txt is not UTF-8 .*position 1.* after -f"), ("utf-16", r"latin\.txt is UTF-16")],
+)
+def test_bytes_that_are_not_utf_8_are_named_with_a_command_that_converts_them(tmp_path, encoding, problem):
     file = tmp_path / "latin.txt"
-    file.write_bytes("Löwen".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 .*position 1"):
-        perplexity(inspected, file)
+    file.write_bytes("Löwen schlafen.".encode(encoding))
+    with pytest.raises(ValueError, match=problem) as caught:
+        read_corpora(file)
+    (command,) = re.findall("`(.*)`", str(caught.value))
+    converted = tmp_path / "converted.txt"
+    converted.write_bytes(subprocess.run([*command.split(), str(file)], capture_output=True, check=True).stdout)
+    assert read_corpora(converted)[0].documents == ("Löwen schlafen.",)
 
 
 def test_a_missing_file_is_named(inspected, tmp_path):

@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.evaluation import remote
 from falcon_kit.serving.connection import Connection
+from tests.serving.engine import Engine
 from tests.serving.servers import Reply, answering, as_reply, chunk, scripted
 
 ROWS = [
@@ -98,6 +101,67 @@ def test_answers_are_generated_by_the_endpoint(tmp_path):
         prompts = [body["prompt"] for body in server.asked("/v1/completions")]
     assert (found.metrics["exact_match"], "sureness" in found.metrics) == ((1.0, 1.0, 1.0), False)
     assert prompts == ["Question: What do giraffes eat?\nAnswer:"] * 3
+
+
+@pytest.mark.parametrize("answer", ["金合欢树的叶子", "أوراق السنط", "🦒🍃🌍🦁", "Acacia leaves."])
+def test_an_endpoint_may_write_all_tokens_of_an_answer_in_any_script(base, tmp_path, answer):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"question": "What do giraffes eat?", "answer": answer * 6}))
+    with scripted(answering(Reply([chunk("Leaves.", "stop"), b"data: [DONE]\n\n"]))) as server:
+        fk.evaluate(fk.connect(f"{server.address}/v1"), file)
+        (body,) = server.asked("/v1/completions")
+    assert body["max_tokens"] >= len(base.tokenizer(answer * 6)["input_ids"])
+
+
+# Servers of fk.serve
+
+
+@pytest.fixture
+def answers(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": "Giraffes say", "answer": "Hello"}\n')
+    return file
+
+
+def test_the_same_call_goes_on_with_another_server_of_the_same_model(answers, tmp_path, monkeypatch):
+    program, settings = Engine(tmp_path).program, {"output_dir": tmp_path / "run"}
+    with fk.serve("falconet", program) as served, fk.serve("falconet", program) as again:  # each has a port of its own
+        expected = fk.evaluate(served, answers, **settings)
+        monkeypatch.setattr(fk.Endpoint, "generate_each", lambda *_: 1 / 0)  # nothing is asked again
+        assert fk.evaluate(again, answers, **settings) == expected
+    with pytest.raises(ValueError, match=r"Served\(falconet .* was closed: start it again"):
+        fk.evaluate(replace(served, files=replace(served.files, path=tmp_path / "gone")), answers)
+
+
+def test_a_server_of_other_weights_is_another_run(base, answers, tmp_path):
+    program, settings = Engine(tmp_path).program, {"output_dir": tmp_path / "run"}
+    with fk.serve(base, program) as served:
+        fk.evaluate(served, answers, **settings)
+    changed = fk.load("falconet", dtype="float32")
+    changed.model.transformer.h[0].mlp.dense_h_to_4h.weight.data[0, 0] += 0.01
+    with fk.serve(changed, program) as served, pytest.raises(ValueError, match=r"something else \(weights: '"):
+        fk.evaluate(served, answers, **settings)
+
+
+def test_another_address_is_another_run_if_the_kit_did_not_start_the_server(answers, tmp_path):
+    reply = Reply([chunk("Hello", "stop"), b"data: [DONE]\n\n"])
+    with scripted(answering(reply)) as one, scripted(answering(reply)) as two:
+        fk.evaluate(fk.connect(f"{one.address}/v1"), answers, output_dir=tmp_path / "run")
+        with pytest.raises(ValueError, match=r"something else \(address: 'http"):
+            fk.evaluate(fk.connect(f"{two.address}/v1"), answers, output_dir=tmp_path / "run")
+
+
+def test_the_digest_of_a_large_file_reads_blocks_of_all_of_it(tmp_path, monkeypatch):
+    file, found = tmp_path / "large.gguf", set()
+    monkeypatch.setattr(remote, "_BLOCK", 4)
+    monkeypatch.setattr(remote, "_BLOCKS", 8)
+    for change in [None, *range(0, 256, 32), 255 - 28]:
+        content = bytearray(256)
+        if change is not None:
+            content[change] = 1
+        file.write_bytes(content)
+        found.add(remote._digest(file))
+    assert len(found) == 10
 
 
 CHOICES = """

@@ -37,6 +37,12 @@ def test_what_else_a_row_has_stays_with_it(file):
     assert read_task(file(ANSWER | {"source": "zoo"})).items[0].labels == {"source": "zoo"}
 
 
+def test_a_key_that_is_none_counts_as_absent_as_tables_export_mixed_rows(file):
+    empty = dict.fromkeys(["question", "prompt", "choices", "answer", "source", "where"])
+    for row in (ANSWER, CHOICE):
+        assert read_task(file(empty | row)).items == read_task(file(row)).items
+
+
 def test_the_hash_is_of_the_items_and_not_of_labels_or_places(file):
     plain, moved = read_task(file(ANSWER)).sha256, read_task(file("", ANSWER | {"source": "zoo"})).sha256
     assert plain == moved != read_task(file(ANSWER | {"answer": "Leaves."})).sha256
@@ -52,7 +58,8 @@ def test_the_hash_is_of_the_items_and_not_of_labels_or_places(file):
         (ANSWER | {"question": " "}, "its question is ' ', not a text"),
         (ANSWER | {"question": 7}, "its question is 7, not a text"),
         ({"question": "a?"}, "it has no answer"),
-        (ANSWER | {"answer": None}, "its answer is None, not a text"),
+        (ANSWER | {"answer": None}, "it has no answer"),
+        (ANSWER | {"question": None}, "it has no question and no prompt"),
         (CHOICE | {"answer": 2}, "its answer is 2, but its choices go from 0 to 1"),
         (CHOICE | {"answer": -1}, "its answer is -1, but its choices go from 0 to 1"),
         (CHOICE | {"answer": True}, "its answer True is neither the index of a choice nor the text of one"),

@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import phonenumbers
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from phonenumbers import PhoneNumberFormat, PhoneNumberType
 
 import falcon_kit
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS
@@ -100,6 +104,72 @@ def test_without_regions_only_numbers_with_a_country_code_are_found():
     guard = Guardrails(phone_regions=())
     assert reasons("(202) 555-0143", guard=guard) == []
     assert reasons("+1 202-555-0143", guard=guard) == ["a telephone number"]
+
+
+# Telephone numbers without a country code
+
+
+def finds(text, *regions):
+    return bool(Guardrails(phone_regions=regions).check(text))
+
+
+def test_a_number_of_any_region_is_found_in_the_groups_of_its_region():
+    missed = []
+    for region in phonenumbers.SUPPORTED_REGIONS:
+        for kind in (PhoneNumberType.FIXED_LINE, PhoneNumberType.MOBILE):
+            if example := phonenumbers.example_number_for_type(region, kind):
+                number = phonenumbers.format_number(example, PhoneNumberFormat.NATIONAL)
+                if sum(map(str.isdigit, number)) >= 7 and not finds(f"Call me at {number}, please.", region):
+                    missed.append((region, number))
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("region", "numbers"),
+    {
+        "US": [
+            "202 555 0143",
+            "1-202-555-0143",
+            "1 (202) 555-0143",
+            "202.555.0143",
+            "(202) 555-0143 12:30",
+            "#202-555-0143 $5",
+        ],
+        "ES": ["612 345 678", "612 34 56 78", "612-345-678", "612345678"],
+        "DE": ["030 23 12 50 14", "0151/12345678", "(030) 23125-017", "0171 123 45 67 ab 9", "015112345678"],
+        "GB": ["0207 946 0958", "020 7946 0958 3pm", "07400 123 456"],
+        "NO": ["412 34 567", "41 23 45 67", "41234567"],
+        "IN": ["98765 43210", "98765-43210", "9876543210"],
+        "CN": ["138 0013 8000", "13800138000"],
+        "BR": ["(11) 91234-5678", "11 91234-5678", "11912345678"],
+        "IT": ["347 123 4567", "3471234567"],
+        "SG": ["9123 4567", "91234567"],
+    }.items(),
+)
+def test_a_number_is_found_in_the_usual_spellings_of_its_region(region, numbers):
+    assert [each for each in numbers if not finds(f"Call {each}.", region)] == []
+
+
+REGIONS = ["US", "DE", "GB", "FR", "ES", "IT", "NO", "DK", "PL", "SE", "IN", "CN", "SG", "JP", "AU"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024-05-17", "17.05.2024", "05/17/2024", "2024 05 17", "20240517", "20240517 1030", "from 1914-1918"),
+        *("192.168.100.201", "61.234.56.78", "version 10.0.22631.3447", "0.334814816713333", "252.227-7013"),
+        *("$612,345,678", "612 345 678 €", "41 234 567 kr", "612 345 678,50", "€612 345 678", "1 000 000 000"),
+        *("555 + 0143 = 698", "1024 * 2048", "0-4194303", "12 / 345 = 678", "ISBN 0-13-110362-8", "ISO 8601:2004"),
+        *("1700000000", "1700000000123", "A-202-555-0143", "128 256 512 1024 2048"),
+    ],
+)
+def test_dates_amounts_addresses_and_sums_are_no_telephone_numbers_of_any_region(text):
+    assert [each for each in REGIONS if finds(f"It is {text} here.", each)] == []
+
+
+@given(st.integers(10**9, 10**10 - 1))
+def test_ten_digits_without_a_gap_are_an_order_number_in_the_us(number):
+    assert not finds(f"Order {number} has shipped.", "US")
 
 
 # Blocked words

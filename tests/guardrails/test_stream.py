@@ -13,7 +13,7 @@ from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.guardrails.measure import BLOCKED_WORDS, lines, measured_guardrails, sample_tokens
 
 GUARD = measured_guardrails()
-SHORT = Guardrails(blocked_words=BLOCKED_WORDS, phone_regions=("US", "DE"), max_characters=60)
+SHORT = Guardrails(blocked_words=BLOCKED_WORDS, phone_regions=("US", "DE", "ES", "NO"), max_characters=60)
 KEY = "AKIAIOSFODNN7EXAMPLE"
 FRAGMENTS = [
     *"aA1 .\n-@:/+(\"'_,é炸สא",
@@ -32,6 +32,10 @@ FRAGMENTS = [
     "+49 30 23125 014",
     "(202) 555-",
     "0143",
+    "1-202 555 ",
+    "612 345 678",
+    "0151/",
+    "41234567",
     "DE89 3704 0044 0532 0130 00",
     "DE89 3704 ",
     "536-90-4399",
@@ -56,6 +60,7 @@ TEXTS = st.one_of(
     st.tuples(st.sampled_from(FRAGMENTS), st.integers(5, 60)).map(lambda pair: pair[0] * pair[1]),
     st.sampled_from([line.text for line in lines()]),
     st.text(max_size=80),
+    st.text("0123456789 ()./-,:$+a", max_size=50),
 )
 
 
