@@ -158,11 +158,13 @@ def _devices() -> list[str | int]:
 
 
 def check_adapters(found: Checkpoint) -> None:
-    """Raises ValueError for adapters of quantised weights."""
+    """Raises ValueError for adapters of weights that are stored quantised."""
     if found.adapters and (quantised := stored_quantisation(found.config)):
+        adapter, base = str(found.adapters[0]), str(found.directory)
         raise ValueError(
-            f"{found.spec.name} is an adapter for {found.directory}, whose weights are stored in {quantised}: added to "
-            "these, it would be lost in rounding. Use fk.merge(adapter, base) with the unquantised base"
+            f"{adapter} is to be added to {base}, whose weights are stored in {quantised}: added to these, it would be "
+            f"lost in rounding. Give the original that was quantised, fk.merge({adapter!r}, original), or attach the "
+            f"adapter to these, peft.PeftModel.from_pretrained(fk.load({base!r}).model, {adapter!r})"
         )
 
 
