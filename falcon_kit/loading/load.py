@@ -124,7 +124,7 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found)
     dtype, reason = choose_dtype(settings.dtype_name, found, on_cpu=devices[0].key == "cpu")
-    check_quantised_settings(dtype, settings.attention, settings.offload)
+    check_quantised_settings(dtype, settings.attention, settings.offload, settings.device_map)
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,

@@ -201,6 +201,7 @@ def test_int8_as_it_was_saved_before_is_read(directory, tmp_path):
     [
         ({"attention": "transformers"}, r"dtype='nf4' has no effect on transformers' own Falcon"),
         ({"offload": "disk"}, r"dtype='nf4' with offload='disk': quantised layers compute where their weights are"),
+        ({"device_map": {"transformer": "cpu", "lm_head": "disk"}}, r"dtype='nf4' with device_map\['lm_head'\]='disk'"),
     ],
 )
 def test_a_quantised_checkpoint_is_under_the_rules_of_its_dtype(directory, tmp_path, settings, message):
