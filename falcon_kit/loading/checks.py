@@ -107,27 +107,38 @@ def _check_combinations(
             f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}; choose sdpa, eager or flash-attention "
             "with model.set_attn_implementation"
         )
-    check_quantised_settings(dtype, attention, offload)
+    check_quantised_settings(dtype, attention, offload, device_map)
     if offload and device_map not in (None, "auto"):
         raise ValueError(f"offload={offload!r} chooses the device of each layer: leave device_map={device_map!r} out")
     if max_memory is not None and device_map not in (None, "auto"):
         raise ValueError(f"max_memory limits the plan's own device map: leave it or device_map={device_map!r} out")
     if device_map is not None:
         _check_device_map(device_map)
+        _check_embedding(device_map)
 
 
-def check_quantised_settings(dtype: str | None, attention: str, offload: str | None) -> None:
+def check_quantised_settings(dtype: str | None, attention: str, offload: str | None, device_map: Any) -> None:
     """Raises ValueError for settings that quantised weights exclude; dtype: the one asked for, or the checkpoint's."""
     if dtype in QUANTISED and attention != "grouped":
         raise ValueError(
             f"dtype={dtype!r} has no effect on transformers' own Falcon, whose linear layers are of another class: "
             "leave attention at 'grouped'"
         )
-    if dtype in QUANTISED and offload:
+    stored = _offloaded(device_map)
+    if dtype in QUANTISED and (offload or stored):
+        given = f"offload={offload!r}" if offload else f"device_map[{stored[0]!r}]={str(device_map[stored[0]])!r}"
         raise ValueError(
-            f"dtype={dtype!r} with offload={offload!r}: quantised layers compute where their weights are, so they "
-            "cannot be offloaded: use max_memory and more devices, or offload the original weights in bfloat16"
+            f"dtype={dtype!r} with {given}: quantised layers compute where their weights are, so they cannot be "
+            "offloaded: use max_memory and more devices, or offload the original weights in bfloat16"
         )
+
+
+def _offloaded(device_map: Any) -> list[str]:
+    """The modules that a device map of `from_pretrained` keeps on disk, or in host memory beside another device."""
+    if not isinstance(device_map, Mapping):
+        return []
+    on = {"disk"} if places(device_map) <= {"cpu", "disk"} else {"cpu", "disk"}
+    return [name for name, device in device_map.items() if str(device) in on]
 
 
 def _check_device_map(device_map: Any) -> None:
@@ -146,6 +157,18 @@ def _check_device_map(device_map: Any) -> None:
     raise ValueError(unknown_name("device_map", str(absent), [str(each) for each in known]))
 
 
+def _check_embedding(device_map: Any) -> None:
+    """Raises ValueError for an embedding that is offloaded: its device is that of the model, to which inputs go."""
+    for name in _offloaded(device_map):
+        if "transformer.word_embeddings.weight".startswith(name):
+            computing = min(places(device_map) - {"cpu", "disk"}, default="cpu")
+            raise ValueError(
+                f"device_map[{name!r}]={str(device_map[name])!r} offloads the embedding, where no input can go: give "
+                "'transformer.word_embeddings', 'transformer.h', 'transformer.ln_f' and 'lm_head' an entry each, the "
+                f"embedding with {computing!r}"
+            )
+
+
 def _devices() -> list[str | int]:
     """The GPUs as a device map names them: "cuda", "cuda:0", 0 and so on; none without a GPU."""
     if torch.cuda.is_available():
@@ -158,11 +181,13 @@ def _devices() -> list[str | int]:
 
 
 def check_adapters(found: Checkpoint) -> None:
-    """Raises ValueError for adapters of quantised weights."""
+    """Raises ValueError for adapters of weights that are stored quantised."""
     if found.adapters and (quantised := stored_quantisation(found.config)):
+        adapter, base = str(found.adapters[0]), str(found.directory)
         raise ValueError(
-            f"{found.spec.name} is an adapter for {found.directory}, whose weights are stored in {quantised}: added to "
-            "these, it would be lost in rounding. Use fk.merge(adapter, base) with the unquantised base"
+            f"{adapter} is to be added to {base}, whose weights are stored in {quantised}: added to these, it would be "
+            f"lost in rounding. Give the original that was quantised, fk.merge({adapter!r}, original), or attach the "
+            f"adapter to these, peft.PeftModel.from_pretrained(fk.load({base!r}).model, {adapter!r})"
         )
 
 

@@ -82,7 +82,7 @@ def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
         prompts.append(longer)
     with tqdm(total=_STEPS * len(prompts), desc="Compiling", unit="step") as bar:
         for tokens in prompts:
-            start = torch.full((1, tokens), model.generation_config.eos_token_id, device=model.device)
+            start = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
             with kept_cache(model, 1) as cache:
                 model.generate(  # type: ignore[misc]  # its self is misdeclared
                     start,

@@ -123,8 +123,8 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
     check_adapters(found)
-    dtype, reason = choose_dtype(settings.dtype_name, found)
-    check_quantised_settings(dtype, settings.attention, settings.offload)
+    dtype, reason = choose_dtype(settings.dtype_name, found, on_cpu=devices[0].key == "cpu")
+    check_quantised_settings(dtype, settings.attention, settings.offload, settings.device_map)
     cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
     planned = plan(
         found.spec,
@@ -153,8 +153,8 @@ def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tupl
     return tuple(in_words_of(names, planned.suggestions))
 
 
-def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:
-    """The name of the dtype to load in, and the reason."""
+def choose_dtype(wanted: str | None, found: Checkpoint, on_cpu: bool) -> tuple[str, str]:
+    """The name of the dtype to load in, and the reason; on_cpu: whether the layers are computed on a CPU."""
     if quantised := stored_quantisation(found.config):
         if wanted not in (None, quantised):
             raise ValueError(f"the checkpoint is already quantised to {quantised}: dtype={wanted!r} needs the original")
@@ -162,9 +162,7 @@ def choose_dtype(wanted: str | None, found: Checkpoint) -> tuple[str, str]:
     if wanted is not None:
         return wanted, "as asked"
     stored, reason = _stored_dtype(found)
-    if torch.cuda.is_available():
-        return gpu_dtype(stored, reason)
-    return cpu_dtype(stored, found.spec, host_memory()[1], reason)
+    return cpu_dtype(stored, found.spec, host_memory()[1], reason) if on_cpu else gpu_dtype(stored, reason)
 
 
 def _stored_dtype(found: Checkpoint) -> tuple[str, str]:

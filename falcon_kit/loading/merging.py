@@ -27,6 +27,7 @@ from falcon_kit.generation.chat import save_tokenizer
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.checkpoints import find
+from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.reading import progress_bar
@@ -155,9 +156,9 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     unquantised, since 4-bit weights would round the adapter away.
     output_dir: a new folder to save the model in, or one with a checkpoint, which the model replaces once it is saved.
 
-    Raises ValueError for an adapter of another base and for a Falcon with adapters attached, RuntimeError where the
-    merged model's logits are not those of base and adapter, and NotADirectoryError, FileExistsError or OSError where
-    `output_dir` cannot be written.
+    Raises ValueError for an adapter of another base, a base that is stored quantised, and a Falcon that is offloaded or
+    has adapters attached; RuntimeError where the merged model's logits are not those of base and adapter; and
+    NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
     """
     adapter = getattr(adapter, "adapter", adapter)
     if not isinstance(adapter, str | Path):
@@ -167,13 +168,14 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
         )
     if output_dir is not None:
         _check_replaceable(Path(output_dir).expanduser())
+    adapter = Path(adapter).expanduser()
     if isinstance(base, Falcon):
         check_no_adapters(base, "the merged one")
-    falcon = _base(Path(adapter)) if base is None else _unquantised_copy(base)
+    falcon = _base(adapter) if base is None else _unquantised_copy(base, adapter)
     if output_dir is None:
-        return _merge(falcon, Path(adapter))
+        return _merge(falcon, adapter)
     with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
-        merged = _merge(falcon, Path(adapter))
+        merged = _merge(falcon, adapter)
         with adapters.write_errors():
             merged.model.save_pretrained(folder)
         save_tokenizer(merged.tokenizer, folder)
@@ -201,23 +203,40 @@ def _base(adapter: Path) -> Falcon:
     if holds_base(adapter, name):
         raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
     found = find(adapter, {})
+    check_adapters(found)
     with base_errors(adapter, name):
         falcon = load(name, revision=None if is_here(name) else base_revision(adapter))
     tokenizer, format = tokenizer_and_format(found, None)
     return replace(falcon, tokenizer=tokenizer, loaded_format=format, loaded_template=None)
 
 
-def _unquantised_copy(base: Falcon | str | Path) -> Falcon:
-    """A Falcon whose weights may be changed."""
+def _unquantised_copy(base: Falcon | str | Path, adapter: Path) -> Falcon:
+    """A Falcon whose weights may be changed, for an adapter to be added to them."""
     if not isinstance(base, Falcon):
+        _check_stored(base, adapter)
         return load(base)
     if is_quantised(base.model):
-        return load(base.model.name_or_path or base.name, dtype="bfloat16", chat=base.chat_format)
+        name = base.model.name_or_path or base.name
+        _check_stored(name, adapter)
+        return load(name, dtype="bfloat16", chat=base.chat_format)
+    if any(each.is_meta for each in base.model.parameters()):
+        raise ValueError(
+            f"a part of the model is offloaded to host memory or disk, where nothing can be added to it: "
+            f"fk.merge({str(adapter)!r}, {base.name!r}) loads it completely, and fk.load({str(adapter)!r}, "
+            "offload='disk') adds the adapter while weights are read"
+        )
     _check_room_for_a_copy(base)
     model = copy.deepcopy(base.model)
     # transformers' compiled forward pass is a plain function: the copy's would still compute with the base's weights.
     vars(model).pop("_compiled_call", None)
     return replace(base, model=model)
+
+
+def _check_stored(name: str | Path, adapter: Path) -> None:
+    """Raises TypeError for no name, and ValueError for that of a checkpoint whose weights are stored quantised."""
+    check_arguments(name, {}, ())
+    found = find(name, {})
+    check_adapters(replace(found, adapters=(*found.adapters, adapter)))
 
 
 def _check_room_for_a_copy(base: Falcon) -> None:
@@ -256,12 +275,9 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
 
 
 def _add(model: Any, adapter: Path) -> None:
-    """Adds an adapter to a model's weights in place.
-
-    PEFT does it for more than plain LoRA, and for offloaded weights, which it moves to a device and back.
-    """
+    """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA."""
     parameters, found = _weights(model), adapters.Adapter(adapter)
-    if adapters.fields_beyond_lora(found) or any(each.is_meta for each in parameters.values()):
+    if adapters.fields_beyond_lora(found):
         if found.changes_tied_weight:
             _untie(model)
         _attach(model, adapter).merge_and_unload(safe_merge=True)

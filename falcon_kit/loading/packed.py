@@ -99,7 +99,12 @@ class PackedLinear(nn.Linear):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def product(self, rows: Tensor) -> Tensor:
-        """(rows, in) to (rows, out), without the bias."""
+        """(rows, in) to (rows, out), without the bias. Raises RuntimeError for a layer that was left unpacked."""
+        if self.kind == "int4" and self.packed_for is None:  # the kernel would read the values in another order
+            raise RuntimeError(
+                f"an int4 layer on {self.weight.device} is in the layout of no kernel (of CPUs or of CUDA), as after "
+                "a move that was interrupted: move the model again, falcon.model.to('cpu') or .to('cuda')"
+            )
         if self.packed_for == "onednn":
             return self.in_integers(rows)
         on_cpu = rows.device.type == "cpu"

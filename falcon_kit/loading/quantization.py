@@ -52,11 +52,11 @@ def quantisation_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig | Packed
     """The settings for `from_pretrained`; on_cpu: whether the layers are computed on a CPU."""
     if dtype == "int4" or (dtype == "int8" and on_cpu):
         return PackedConfig(dtype)
-    return bitsandbytes_config(dtype)
+    return bitsandbytes_config(dtype, on_cpu)
 
 
-def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
-    """The settings for "int8", "nf4" or "nf4-double".
+def bitsandbytes_config(dtype: str, on_cpu: bool) -> BitsAndBytesConfig:
+    """The settings for "int8", "nf4" or "nf4-double"; on_cpu: whether the layers are computed on a CPU.
 
     Products are in the dtype of the other weights; on CPUs without instructions for bfloat16 in float32. Raises
     ImportError where bitsandbytes is missing.
@@ -70,12 +70,12 @@ def bitsandbytes_config(dtype: str) -> BitsAndBytesConfig:
         ) from None
     if dtype == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    slow = not torch.cuda.is_available() and not has_products(torch.bfloat16)
+    slow = on_cpu and not has_products(torch.bfloat16)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=dtype == "nf4-double",
-        bnb_4bit_compute_dtype=torch.float32 if slow else compute_dtype(),
+        bnb_4bit_compute_dtype=torch.float32 if slow else compute_dtype(on_cpu),
     )
 
 
@@ -101,9 +101,9 @@ def stored_quantisation(config: Any) -> str | None:
     )
 
 
-def compute_dtype() -> torch.dtype:
+def compute_dtype(on_cpu: bool) -> torch.dtype:
     """The dtype of the weights that are not quantised, and on GPUs of the products with those that are."""
-    return torch.bfloat16 if native_bfloat16() else torch.float16
+    return torch.bfloat16 if on_cpu or native_bfloat16() else torch.float16
 
 
 def kept_as(module: nn.Module) -> str:

@@ -76,7 +76,8 @@ def _from_pretrained(
 ) -> FalconForCausalLM:
     quantised, config = dtype in QUANTISED, found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
-        computed = compute_dtype() if quantised else getattr(torch, dtype)
+        on_cpu = places(options.get("device_map")) <= {"cpu"}
+        computed = compute_dtype(on_cpu) if quantised else getattr(torch, dtype)
         if found.gguf or found.adapters:
             weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)

@@ -96,7 +96,7 @@ def source_of(model: Any) -> Source:
         )
     found = find(model, _HUB)
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
-    return Source(str(model), found.spec, own or choose_dtype(None, found)[0], found)
+    return Source(str(model), found.spec, own or _loaded_dtype(found), found)
 
 
 def _check_savable(falcon: Falcon) -> None:
@@ -108,8 +108,12 @@ def _check_savable(falcon: Falcon) -> None:
 
 def loading_plan(found: Checkpoint) -> Plan:
     """The memory plan of `fk.load` for a checkpoint, without its adapters."""
-    dtype, _ = choose_dtype(None, found)
-    return plan(found.spec, dtype, found.spec.context, devices=resolve_devices(None))
+    return plan(found.spec, _loaded_dtype(found), found.spec.context, devices=resolve_devices(None))
+
+
+def _loaded_dtype(found: Checkpoint) -> str:
+    """The dtype in which `fk.load` would have a checkpoint here."""
+    return choose_dtype(None, found, on_cpu=resolve_devices(None)[0].key == "cpu")[0]
 
 
 def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:

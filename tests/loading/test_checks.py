@@ -41,6 +41,11 @@ def test_an_unknown_chat_format_is_refused_before_anything_is_loaded():
         ({"offload": "cpu"}, r"offload='cpu' moves layers from a GPU to host memory, but there is no GPU here"),
         ({"offload": "disk", "dtype": "nf4"}, r"quantised layers compute where their weights are"),
         ({"offload": "disk", "device_map": "cpu"}, r"offload='disk' chooses the device of each layer"),
+        (
+            {"dtype": "int8", "device_map": {"transformer.h.4": "cpu", "transformer.h.5": "disk"}},
+            r"dtype='int8' with device_map\['transformer.h.5'\]='disk': quantised layers compute where",
+        ),
+        ({"device_map": {"": "disk"}}, r"device_map\[''\]='disk' offloads the embedding.* the embedding with 'cpu'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_looked_for(settings, message):
@@ -56,6 +61,34 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(device_map, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"Unknown device_map '(cuda:)?2'\. .*(cuda:0.* cuda:1|cuda:1.* cuda:0)"):
         fk.load("no/such/model", device_map=device_map)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"dtype": "int4", "device_map": {"transformer.h.4": 0, "transformer.h.5": "cpu"}},
+            r"dtype='int4' with device_map\['transformer.h.5'\]='cpu': quantised layers compute where",
+        ),
+        (
+            {"device_map": {"transformer.word_embeddings": torch.device("cpu"), "transformer.h": "cuda:1"}},
+            r"device_map\['transformer.word_embeddings'\]='cpu' offloads the embedding.* the embedding with 'cuda:1'",
+        ),
+    ],
+)
+def test_beside_a_gpu_the_cpu_only_stores(settings, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        fk.load("no/such/model", **settings)
+
+
+def test_an_embedding_in_memory_takes_inputs_for_layers_on_disk(checkpoint, tmp_path):
+    """What the error for an offloaded embedding advises."""
+    parts = {"transformer.word_embeddings": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    offloaded = fk.load(checkpoint, dtype="float32", device_map=parts, offload_folder=tmp_path / "offload")
+    expected = fk.load(checkpoint, dtype="float32").generate("The", max_new_tokens=2).tokens
+    assert offloaded.generate("The", max_new_tokens=2).tokens == expected
 
 
 @pytest.mark.parametrize("name", [None, 40, b"falconet", ["falconet"]])

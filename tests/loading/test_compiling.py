@@ -11,6 +11,7 @@ from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.loading.compiling import check_compilable, compiled
 from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.model.static_cache import slots_read
+from tests.conftest import small_model
 
 
 def aot_eager():
@@ -28,6 +29,15 @@ def falcon():
 def test_compiled_decoding_writes_the_same_text(falcon):
     expected = fk.load("falconet").generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False)
     assert falcon.generate(fk.CARD.prompt, max_new_tokens=30, do_sample=False).tokens == expected.tokens
+
+
+def test_a_checkpoint_with_several_end_tokens_is_compiled(tokenizer, tmp_path):
+    model = small_model("40b", max_position_embeddings=128)
+    model.generation_config.eos_token_id = [11, 900]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    falcon = fk.load(tmp_path, compile=aot_eager())
+    assert falcon.generate("The", max_new_tokens=3).tokens == fk.load(tmp_path).generate("The", max_new_tokens=3).tokens
 
 
 def test_an_ablation_affects_compiled_decoding_too(falcon):

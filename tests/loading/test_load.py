@@ -127,6 +127,16 @@ def test_the_reason_of_a_dtype_is_what_the_config_says(checkpoint, monkeypatch, 
     assert (falcon.dtype, falcon.dtype_reason) == ("bfloat16", reason)
 
 
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_has_the_dtype_of_a_cpu(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = fk.load(tmp_path)
+    simulated_gpus(monkeypatch, [2**34])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    falcon = fk.load(tmp_path, device_map="cpu")
+    assert (falcon.dtype, falcon.dtype_reason) == (expected.dtype, expected.dtype_reason)
+
+
 # Decoding: kernels and compilation
 
 

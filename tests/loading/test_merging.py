@@ -15,7 +15,7 @@ from falcon_kit.loading.adapters import LazyMergedWeight
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_model
-from tests.loading.test_adapters import TARGETS, saved_adapter
+from tests.loading.test_adapters import TARGETS, renamed, saved_adapter
 from tests.loading.test_checkpoints import cached
 
 
@@ -102,6 +102,50 @@ def test_a_quantised_base_is_read_again_from_where_it_was(tokenizer, tmp_path):
     base = fk.load("falcon-40b", dtype="int8", cache_dir=tmp_path, local_files_only=True, force=True)
     adapter = saved_adapter(tmp_path / "base", tmp_path / "wise")
     assert fk.merge(adapter, base).dtype == "bfloat16"
+
+
+@pytest.fixture
+def stored(base, tmp_path):
+    """The base saved in int8, in which it is stored then."""
+    quantised = fk.load(base, dtype="int8")
+    quantised.model.save_pretrained(tmp_path / "int8")
+    quantised.tokenizer.save_pretrained(tmp_path / "int8")
+    return tmp_path / "int8"
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("given", [lambda _: None, str, fk.load], ids=["by the adapter", "by name", "loaded"])
+def test_a_base_that_is_stored_quantised_is_refused_before_it_is_loaded(base, stored, tmp_path, given):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    renamed(adapter, str(stored))
+    advice = rf"original that was quantised, fk\.merge\('{adapter}', original\), or attach the adapter to these, peft\."
+    with pytest.raises(
+        ValueError, match=rf"wise is to be added to .*int8, whose weights are stored in int8: .*{advice}"
+    ):
+        fk.merge(adapter, given(stored))
+
+
+def test_an_adapter_for_a_base_that_is_stored_quantised_is_used_as_advised(base, stored, adapter):
+    attached = logits(PeftModel.from_pretrained(fk.load(stored).model, adapter)).float()
+    merged, without = logits(fk.merge(adapter, base).model), logits(fk.load(base).model)
+    assert (attached - merged).norm() < 0.05 * merged.norm() < (merged - without).norm()
+
+
+def test_an_offloaded_falcon_is_refused_with_what_to_do(base, adapter, tmp_path):
+    parts = {"transformer.word_embeddings": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    falcon = fk.load(base, dtype="float32", device_map=parts, offload_folder=tmp_path / "offload")
+    advice = (
+        rf"fk\.merge\('{adapter}', '{base}'\) loads it completely, and fk\.load\('{adapter}', offload='disk'\) adds"
+    )
+    with pytest.raises(ValueError, match=rf"a part of the model is offloaded .*: {advice}"):
+        fk.merge(adapter, falcon)
+
+
+@pytest.mark.usefixtures("base", "adapter")
+def test_a_tilde_is_the_users_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merged = fk.merge("~/wise", "~/base", output_dir="~/merged")
+    assert torch.equal(logits(merged.model), logits(fk.load(tmp_path / "merged").model))
 
 
 def test_an_adapter_is_merged_into_a_merged_model(base, adapter, tmp_path):

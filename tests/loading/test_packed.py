@@ -109,6 +109,23 @@ def test_a_layer_that_was_changed_is_packed_before_a_thread_computes_with_it(mon
     assert torch.equal(made(x), expected)
 
 
+@pytest.mark.parametrize("change", ["moved", "loaded"])
+def test_a_layer_whose_move_was_interrupted_refuses_to_compute_until_it_is_moved_again(monkeypatch, change):
+    made, x = layer(random(128, 64), "int4"), random(2, 64, seed=1)
+    expected, state = made(x), made.state_dict()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "pack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.to("cpu") if change == "moved" else made.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"int4 layer on cpu is in the layout of no kernel.*: move the model aga"):
+        made(x)
+    assert torch.equal(made.to("cpu")(x), expected)
+
+
 @each_kind
 def test_a_layer_without_weights_computes_once_it_is_given_some(kind):
     made, x = layer(random(128, 64), kind), random(2, 64, seed=1)

@@ -13,6 +13,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantization import bitsandbytes_config, check_quantised, weights
 from falcon_kit.model import modeling
+from falcon_kit.planning.devices import Device
 from tests.conftest import logits, small_config, small_model
 
 LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -100,7 +101,18 @@ def test_a_quantised_model_computes_without_remarks(directory, dtype, caplog):
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, expected):
     monkeypatch.setattr("falcon_kit.loading.quantization.has_products", lambda dtype: fast)
-    assert bitsandbytes_config("nf4-double").bnb_4bit_compute_dtype == expected
+    assert bitsandbytes_config("nf4-double", on_cpu=True).bnb_4bit_compute_dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["int4", "nf4"])
+def test_quantised_layers_on_the_cpu_of_a_machine_with_a_gpu_are_those_for_cpus(monkeypatch, directory, dtype):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**40),))
+    monkeypatch.setattr("falcon_kit.loading.quantization.has_products", lambda dtype: False)
+    falcon = fk.load(directory, dtype=dtype, device_map="cpu")
+    assert falcon.model.dtype == torch.bfloat16
+    assert dtype == "int4" or falcon.model.transformer.h[0].mlp.dense_h_to_4h.compute_dtype == torch.float32
 
 
 def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directory, monkeypatch):
@@ -117,7 +129,7 @@ def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directo
 @pytest.mark.parametrize("dtype", ["int8", "nf4", "nf4-double"])
 def test_transformers_own_falcon_is_still_not_quantised(dtype, directory):
     """A fault of transformers: once this fails, it is corrected there."""
-    model = FalconForCausalLM.from_pretrained(directory, quantization_config=bitsandbytes_config(dtype))
+    model = FalconForCausalLM.from_pretrained(directory, quantization_config=bitsandbytes_config(dtype, on_cpu=True))
     assert model.is_quantized
     assert weights(model).quantised == 0
 
@@ -189,6 +201,7 @@ def test_int8_as_it_was_saved_before_is_read(directory, tmp_path):
     [
         ({"attention": "transformers"}, r"dtype='nf4' has no effect on transformers' own Falcon"),
         ({"offload": "disk"}, r"dtype='nf4' with offload='disk': quantised layers compute where their weights are"),
+        ({"device_map": {"transformer": "cpu", "lm_head": "disk"}}, r"dtype='nf4' with device_map\['lm_head'\]='disk'"),
     ],
 )
 def test_a_quantised_checkpoint_is_under_the_rules_of_its_dtype(directory, tmp_path, settings, message):
@@ -204,7 +217,7 @@ def test_bitsandbytes_still_saves_another_model_than_was_used(directory, tmp_pat
     if not runs_packed(fk.load(directory, dtype="nf4")):
         pytest.skip("this CPU has no AVX-512 for bfloat16: bitsandbytes packs nothing here")
     model = modeling.FalconForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, quantization_config=bitsandbytes_config("nf4")
+        directory, dtype=torch.bfloat16, quantization_config=bitsandbytes_config("nf4", on_cpu=True)
     ).eval()
     before = logits(model)
     model.save_pretrained(tmp_path / "saved")

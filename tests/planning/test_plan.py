@@ -121,7 +121,7 @@ def test_the_dtype_auto_on_a_gpu_without_bfloat16_is_the_one_that_load_chooses(m
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
     planned = fk.plan("falconet", "auto", devices=[Device("T4", 0, 2**34, here=True)])
-    assert planned.dtype == choose_dtype(None, find("falconet", {}))[0] == "float16"
+    assert planned.dtype == choose_dtype(None, find("falconet", {}), on_cpu=False)[0] == "float16"
 
 
 # What is published
