@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -236,8 +236,8 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                 text = (await response.aread()).decode(errors="replace")
                 message = error_message(text)
                 raise http_error(response.status_code, message, address, response.headers)
-            async for line in response.aiter_lines():
-                field, _, data = line.partition(":")
+            async for line in lines_of(response.aiter_bytes()):
+                field, _, data = line.decode(errors="replace").partition(":")
                 if field == "data" and data.strip():
                     next_event(response)
                     if data.strip() == "[DONE]":
@@ -245,6 +245,19 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                     yield data.strip()
     except httpx2.HTTPError as error:
         raise connection_error(error, address, connection) from None
+
+
+async def lines_of(parts: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a response, which may be cut anywhere. A line ends at LF, CR or CRLF and at nothing else: generated
+    text in JSON may contain the other characters that `str.splitlines` knows."""
+    line = bytearray()
+    async for part in parts:
+        first, *others = part.replace(b"\r", b"\n").split(b"\n")  # CRLF becomes an empty line more, which says nothing
+        line += first
+        for other in others:
+            yield bytes(line)
+            line = bytearray(other)
+    yield bytes(line)
 
 
 async def limit_tokens(

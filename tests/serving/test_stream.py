@@ -16,8 +16,8 @@ import falcon_kit as fk
 from falcon_kit.generation.text import cut
 from falcon_kit.serving import background
 from falcon_kit.serving import stream as remote
-from falcon_kit.serving.background import background_loop
-from falcon_kit.serving.protocol import Delta
+from falcon_kit.serving.background import background_loop, wait_for
+from falcon_kit.serving.protocol import Delta, lines_of
 from falcon_kit.serving.stream import Answer
 from tests.serving.servers import Reply, answering, chunk, event, scripted
 from tests.waiting import interrupted, until
@@ -267,3 +267,20 @@ def test_wherever_chunks_end_the_text_is_cut_at_the_same_place(text, size, stop)
             break
     expected, stopped = cut(text, tuple(stop))
     assert (answer.text, shown, answer.finish) == (expected, expected, "stop" if stopped else "eos")
+
+
+LINES = st.lists(st.text("ab\x0b\x0c\x85\u2028\u2029", min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@given(lines=LINES, end=st.sampled_from(["\n", "\r", "\r\n"]), size=st.integers(1, 4))
+def test_wherever_a_response_is_cut_its_lines_end_at_cr_and_lf_alone(lines, end, size):
+    content = end.join(lines).encode()
+
+    async def parts():
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+
+    async def collect():
+        return [line.decode() async for line in lines_of(parts()) if line]
+
+    assert wait_for(collect()) == lines
