@@ -262,7 +262,8 @@ def connect(
 ) -> Endpoint:
     """The endpoint at a URL: "http://host:8000/v1" or "sagemaker://endpoint-name".
 
-    Several URLs are replicas with the same model: each request goes to the one with the fewest in flight.
+    Several URLs are replicas with the same model: each request goes to the one with the fewest in flight, and from one
+    that is busy or ended to another at once.
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
     SageMaker). token: the API key, which is never shown; "" for none; unset, FALCON_KIT_TOKEN, or HF_TOKEN for the hub.
