@@ -3,8 +3,8 @@
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from falcon_kit.serving.connection import (
     token_from_environment,
 )
 from falcon_kit.serving.echo import PromptToken, prompt_logprobs
-from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
 from falcon_kit.serving.replicas import Replicas
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with_shared_stats
@@ -40,6 +39,7 @@ from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
+_Discovery = Callable[[], Awaitable[Server]]
 _SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
@@ -287,7 +287,8 @@ def connect(
     check_credentials(urls, token, session)
     connection = Connection(token_from_environment(urls) if token is None else token, timeout, retries, deadline)
     check_token(connection.token)
-    server = wait_for(_find(urls, model, api, connection, session, concurrency))
+    discoveries = [partial(_discover, each, model, api, context, connection, session) for each in urls]
+    server = wait_for(_find(discoveries, connection, concurrency))
     return _endpoint(server, given_format, context, concurrency)
 
 
@@ -306,28 +307,26 @@ def _endpoint(server: Server, given_format: ChatFormat | None, context: int | No
     )
 
 
-async def _find(
-    urls: Sequence[str], model: str | None, api: Api | None, connection: Connection, session: Any, concurrency: int
-) -> Server:
+async def _find(discoveries: Sequence[_Discovery], connection: Connection, concurrency: int) -> Server:
     """The server at the URL, or the replicas at several."""
-    discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
     found = await gather([partial(retry, each, connection) for each in discoveries], concurrency)
     return Replicas(found) if len(found) > 1 else found[0]
 
 
-async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
+async def _discover(
+    url: str, model: str | None, api: Api | None, context: int | None, connection: Connection, session: Any
+) -> Server:
     """The server at the URL, with the protocol that it uses."""
     parts = urlsplit(url.strip())
     if parts.scheme == "sagemaker":
         return await sagemaker.discover(parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
-        with suppress(Redirected) if api is None else nullcontext():  # other servers may redirect an unknown path
-            if server := await tgi.discover(base.geturl(), model, connection):
-                return server
+        if server := await tgi.discover(base.geturl(), model, connection, certain=api == "tgi"):
+            return server
         if api == "tgi":
             raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
-    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
+    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection, context)
 
 
 def _find_spec(model: str) -> FalconSpec | None:

@@ -228,6 +228,14 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
     return response.status_code, json_or_none(response.text)
 
 
+async def probe(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> Any:
+    """What is returned if that is JSON, where the answer is optional: None if there is none, as gateways refuse,
+    redirect or limit paths that they do not know."""
+    with suppress(ConnectionError, PermissionError, TimeoutError):
+        return (await ask_json(url, connection, content))[1]
+    return None
+
+
 async def stream_data(url: str, body: dict[str, Any], connection: Connection, address: str) -> AsyncIterator[str]:
     """The data of the server-sent events in the response to a POST, until "[DONE]"."""
     try:

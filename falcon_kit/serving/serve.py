@@ -315,7 +315,8 @@ def _connect(
     token = key if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    server = wait_for(retry(partial(discover, f"http://{job.host}:{job.port}/v1", name, connection), connection))
+    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.context)
+    server = wait_for(retry(finding, connection))
     process.check()
     return server
 
