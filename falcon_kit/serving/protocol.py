@@ -221,7 +221,7 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
         async with within(connection.timeout, redact_url(url), connection.timeout_name):
             response = await connection.client.request(method, url, json=content, headers=headers)
     except httpx2.HTTPError as error:
-        raise connection_error(error, redact_url(url), connection) from None
+        raise connection_error(error, redact_url(url), connection, first=content is None) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
         message = error_message(response.text)
         raise http_error(response.status_code, message, redact_url(url), response.headers)

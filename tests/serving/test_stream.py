@@ -201,6 +201,7 @@ def test_a_stream_has_no_generation_before_it_ends(llama):
 
 BREAKS = {
     "connection cut": Reply([chunk("Half a"), chunk(" sentence")], cut=True),
+    "connection reset": Reply([chunk("Half a"), chunk(" sentence")], cut=True, reset=True),
     "error in the stream": Reply([chunk("Half a"), chunk(" sentence"), event({"error": {"message": "out of memory"}})]),
     "refusal in the stream": Reply(
         [chunk("Half a"), chunk(" sentence"), event({"error": {"message": "", "code": 400}})]
@@ -234,7 +235,7 @@ def test_a_text_that_the_server_gave_up_is_incomplete(reason):
 
 def test_a_text_that_breaks_off_is_kept_without_a_stream_too():
     with scripted(answering(BREAKS["connection cut"])) as server:
-        with pytest.raises(fk.IncompleteAnswer) as broken:
+        with pytest.raises(fk.IncompleteAnswer, match=r"broke \(\w+\): read the server's log$") as broken:
             fk.connect(f"{server.address}/v1").generate("Hi")
         assert broken.value.generation.text == "Half a sentence"
 
