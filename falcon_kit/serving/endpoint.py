@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,7 +39,6 @@ from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
-_Discovery = Callable[[], Awaitable[Server]]
 _SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
@@ -70,6 +69,11 @@ class Endpoint:
         """The URLs without queries: one, or that of each replica."""
         servers = self._server.servers if isinstance(self._server, Replicas) else [self._server]
         return [each.connection.scrub(each.facts.address) for each in servers]
+
+    @property
+    def api(self) -> str:
+        """The protocol, as `connect` takes it."""
+        return self._server.api
 
     def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
@@ -288,8 +292,8 @@ def connect(
     connection = Connection(token_from_environment(urls) if token is None else token, timeout, retries, deadline)
     check_token(connection.token)
     discoveries = [partial(_discover, each, model, api, context, connection, session) for each in urls]
-    server = wait_for(_find(discoveries, connection, concurrency))
-    return _endpoint(server, given_format, context, concurrency)
+    found = wait_for(gather([partial(retry, each, connection) for each in discoveries], concurrency))
+    return _endpoint(Replicas(found) if len(found) > 1 else found[0], given_format, context, concurrency)
 
 
 def _endpoint(server: Server, given_format: ChatFormat | None, context: int | None, concurrency: int) -> Endpoint:
@@ -305,12 +309,6 @@ def _endpoint(server: Server, given_format: ChatFormat | None, context: int | No
         concurrency=concurrency,
         _server=server,
     )
-
-
-async def _find(discoveries: Sequence[_Discovery], connection: Connection, concurrency: int) -> Server:
-    """The server at the URL, or the replicas at several."""
-    found = await gather([partial(retry, each, connection) for each in discoveries], concurrency)
-    return Replicas(found) if len(found) > 1 else found[0]
 
 
 async def _discover(

@@ -102,6 +102,7 @@ STANDARD = Dialect("an OpenAI-compatible server of another kind")
 class OpenAIServer:
     """An endpoint with the OpenAI protocol."""
 
+    api = "openai"
     accepts_messages = True
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:

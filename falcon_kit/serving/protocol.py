@@ -122,6 +122,8 @@ class Server(Protocol):
 
     facts: Facts
     connection: Connection
+    api: str
+    """The name of its protocol, as `connect` takes it: "openai" or "tgi"."""
     accepts_stop: bool
     """Whether requests contain the stop strings, so that the endpoint itself ends soon after one."""
     accepts_messages: bool

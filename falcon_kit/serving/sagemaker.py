@@ -45,11 +45,11 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
+        self.api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
-        if self._api == "tgi":
+        if self.api == "tgi":
             return {**tgi.request_body(request, self.facts.server), "stream": True}
         body = openai_api.request_body(request, self.facts.model, _VLLM)
         return {name: value for name, value in body.items() if name != "model"}
@@ -130,7 +130,7 @@ class SageMakerServer:
         """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
         with reading(self.facts.address):
             text = line.decode().removeprefix("data:").strip()
-            if self._api == "tgi":
+            if self.api == "tgi":
                 delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
                 yield from [delta] if delta else []
                 return

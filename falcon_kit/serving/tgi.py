@@ -35,6 +35,7 @@ _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical
 class TGIServer:
     """An endpoint with TGI's protocol."""
 
+    api = "tgi"
     accepts_stop = True
     accepts_messages = False
 
