@@ -188,12 +188,17 @@ def load_source(falcon: Any) -> str:
 
 
 def connect_source(endpoint: Any) -> str:
-    """The call of `fk.connect` that made an endpoint."""
-    addresses = getattr(endpoint, "addresses", ["..."])
+    """The call of `fk.connect`, or of `fk.serve`, that made an endpoint."""
+    function, addresses = "fk.connect", getattr(endpoint, "addresses", ["..."])
     arguments = [repr(addresses if len(addresses) > 1 else addresses[0]), f"model={model_name(endpoint)!r}"]
+    if api := getattr(endpoint, "api", None):
+        arguments.append(f"api={api!r}")
+    if engine := getattr(endpoint, "engine", None):  # another server has another port and key
+        function, arguments = "fk.serve", [repr(endpoint.name), repr(engine), f"dtype={endpoint.plan.dtype!r}"]
+        arguments.append(f"context={endpoint.context}")
     if getattr(endpoint, "own_format", False):
         arguments.append(f"chat={_format_source(endpoint.chat_format)}")
-    return f"fk.connect({', '.join(arguments)})"
+    return f"{function}({', '.join(arguments)})"
 
 
 def _format_source(format: ChatFormat) -> str:

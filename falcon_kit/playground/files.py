@@ -17,6 +17,7 @@ from falcon_kit.display.saving import write_text
 from falcon_kit.generation.chat import Message, Role
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.playground.records import MOST_LOGPROB, Answer, Ending, Mode, Span, Token, Turn
+from falcon_kit.serving.engines import ENGINES
 
 _FORMAT = {"format": "falcon-kit playground", "version": 1}
 
@@ -33,11 +34,11 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_source(source: str) -> str:
-    """Raises ValueError unless the code only loads or connects a model: people copy it into a cell and run it."""
+    """Raises ValueError unless the code only makes a model or an endpoint: people copy it into a cell and run it."""
     try:
-        _check_call(ast.parse(source, mode="eval").body, "fk.load", "fk.connect")
+        _check_call(ast.parse(source, mode="eval").body, "fk.load", "fk.connect", "fk.serve")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise ValueError("not fk.load or fk.connect with constants as arguments") from None
+        raise ValueError("not fk.load, fk.connect or fk.serve with constants as arguments") from None
     return source
 
 
@@ -50,6 +51,11 @@ def _check_call(node: ast.expr, *functions: str) -> None:
             _check_call(each, "fk.ChatFormat")
         else:
             ast.literal_eval(each)
+    if ast.unparse(node.func) == "fk.serve":  # it also takes the path of a program, and arguments for one
+        _, engine = node.args
+        others = {keyword.arg for keyword in node.keywords} - {"dtype", "context", "chat"}
+        if others or ast.literal_eval(engine) not in ENGINES:
+            raise ValueError("another program")
 
 
 _Logprob = Annotated[float, Field(le=MOST_LOGPROB, allow_inf_nan=False)]

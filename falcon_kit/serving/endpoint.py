@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from falcon_kit.serving.connection import (
     token_from_environment,
 )
 from falcon_kit.serving.echo import PromptToken, prompt_logprobs
-from falcon_kit.serving.failures import Redirected
 from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
 from falcon_kit.serving.replicas import Replicas
 from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with_shared_stats
@@ -70,6 +69,11 @@ class Endpoint:
         """The URLs without queries: one, or that of each replica."""
         servers = self._server.servers if isinstance(self._server, Replicas) else [self._server]
         return [each.connection.scrub(each.facts.address) for each in servers]
+
+    @property
+    def api(self) -> str:
+        """The protocol, as `connect` takes it."""
+        return self._server.api
 
     def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
@@ -262,7 +266,8 @@ def connect(
 ) -> Endpoint:
     """The endpoint at a URL: "http://host:8000/v1" or "sagemaker://endpoint-name".
 
-    Several URLs are replicas with the same model: each request goes to the one with the fewest in flight.
+    Several URLs are replicas with the same model: each request goes to the one with the fewest in flight, and from one
+    that is busy or ended to another at once.
     model: its name at the endpoint; unset, the only one (`transformers serve` does not report it: give the name or
     directory that it was started with). api: "openai" or "tgi"; unset, detected ("tgi", which is also LMI's schema, on
     SageMaker). token: the API key, which is never shown; "" for none; unset, FALCON_KIT_TOKEN, or HF_TOKEN for the hub.
@@ -286,8 +291,9 @@ def connect(
     check_credentials(urls, token, session)
     connection = Connection(token_from_environment(urls) if token is None else token, timeout, retries, deadline)
     check_token(connection.token)
-    server = wait_for(_find(urls, model, api, connection, session, concurrency))
-    return _endpoint(server, given_format, context, concurrency)
+    discoveries = [partial(_discover, each, model, api, context, connection, session) for each in urls]
+    found = wait_for(gather([partial(retry, each, connection) for each in discoveries], concurrency))
+    return _endpoint(Replicas(found) if len(found) > 1 else found[0], given_format, context, concurrency)
 
 
 def _endpoint(server: Server, given_format: ChatFormat | None, context: int | None, concurrency: int) -> Endpoint:
@@ -305,28 +311,20 @@ def _endpoint(server: Server, given_format: ChatFormat | None, context: int | No
     )
 
 
-async def _find(
-    urls: Sequence[str], model: str | None, api: Api | None, connection: Connection, session: Any, concurrency: int
+async def _discover(
+    url: str, model: str | None, api: Api | None, context: int | None, connection: Connection, session: Any
 ) -> Server:
-    """The server at the URL, or the replicas at several."""
-    discoveries = [partial(_discover, each, model, api, connection, session) for each in urls]
-    found = await gather([partial(retry, each, connection) for each in discoveries], concurrency)
-    return Replicas(found) if len(found) > 1 else found[0]
-
-
-async def _discover(url: str, model: str | None, api: Api | None, connection: Connection, session: Any) -> Server:
     """The server at the URL, with the protocol that it uses."""
     parts = urlsplit(url.strip())
     if parts.scheme == "sagemaker":
         return await sagemaker.discover(parts.netloc, api or "tgi", model, connection, session)
     base = parts._replace(path=parts.path.rstrip("/").removesuffix("/generate_stream"), query="", fragment="")
     if api == "tgi" or (api is None and not base.path):
-        with suppress(Redirected) if api is None else nullcontext():  # other servers may redirect an unknown path
-            if server := await tgi.discover(base.geturl(), model, connection):
-                return server
+        if server := await tgi.discover(base.geturl(), model, connection, certain=api == "tgi"):
+            return server
         if api == "tgi":
             raise ConnectionError(f"{redact_url(url)} is no TGI server: its /info contains no model_id. Check the URL")
-    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection)
+    return await openai_api.discover(base._replace(path=base.path or "/v1").geturl(), model, connection, context)
 
 
 def _find_spec(model: str) -> FalconSpec | None:

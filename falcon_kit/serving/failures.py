@@ -78,8 +78,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
 
 
-def connection_error(error: httpx2.HTTPError, address: str, connection: Connection) -> Exception:
-    """The exception for a connection that was refused, timed out or broke."""
+def connection_error(error: httpx2.HTTPError, address: str, connection: Connection, first: bool = False) -> Exception:
+    """The exception for a connection that was refused, timed out or broke. first: whether HTTP may be the mistake."""
     if isinstance(error, Oversized):
         return ConnectionError(f"{address} {error}")
     if tls := _tls_error(error):
@@ -92,10 +92,11 @@ def connection_error(error: httpx2.HTTPError, address: str, connection: Connecti
         seconds, argument = connection.timeout, connection.timeout_name
         return TimeoutError(f"{address} sent nothing for {seconds:g} s: give a longer {argument}=, or read its log")
     message = f"the connection to {address} broke ({type(error).__name__}): read the server's log"
-    if address.startswith("http://"):
-        message += f", or connect to https{address[4:]} if it speaks TLS"
-    # A server may close an idle connection at the moment when the next request is sent over it.
-    return Unavailable(message) if isinstance(error, httpx2.RemoteProtocolError) else ConnectionError(message)
+    if first and address.startswith("http://"):
+        message += f", or connect to https{_PATHS.sub('', address)[4:]} if it speaks TLS"
+    # A server may close or reset an idle connection at the moment when the next request is sent over it.
+    broken = isinstance(error, httpx2.RemoteProtocolError | httpx2.NetworkError)
+    return Unavailable(message) if broken else ConnectionError(message)
 
 
 def _tls_error(error: BaseException | None) -> ssl.SSLError | None:
@@ -109,7 +110,8 @@ def _explain_tls(error: ssl.SSLError, address: str) -> Exception:
     """The exception for a failed TLS handshake, which fails again when it is repeated."""
     if not isinstance(error, ssl.SSLCertVerificationError):
         return ConnectionError(
-            f"{address} does not answer in TLS: connect to http{address[5:]} if the server has no certificate"
+            f"{address} does not answer in TLS: connect to http{_PATHS.sub('', address)[5:]} if the server has no "
+            "certificate"
         )
     advice = {
         _EXPIRED: "renew it on the server",

@@ -6,7 +6,7 @@ min_p=0.05) must not change what the kit's settings mean, so every request overr
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,6 @@ from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import (
-    Redirected,
     at,
     count,
     error_message,
@@ -32,6 +31,7 @@ from falcon_kit.serving.protocol import (
     ask_json,
     length,
     map_settings,
+    probe,
     stream_data,
 )
 
@@ -102,6 +102,7 @@ STANDARD = Dialect("an OpenAI-compatible server of another kind")
 class OpenAIServer:
     """An endpoint with the OpenAI protocol."""
 
+    api = "openai"
     accepts_messages = True
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
@@ -152,9 +153,7 @@ class OpenAIServer:
 
     async def _control_token(self, token_id: int | None) -> str:
         """The text of a control token; empty if llama.cpp does not return it."""
-        answer: Any = None
-        with suppress(ConnectionError, TimeoutError, PermissionError):
-            _, answer = await ask_json(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
+        answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
         text = at(answer, "content")
         return text if isinstance(text, str) else ""
 
@@ -208,8 +207,8 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
     return defaults | {name: value for name, value in chosen.items() if value is not None}
 
 
-async def discover(url: str, model: str | None, connection: Connection) -> OpenAIServer:
-    """The server at `url`. Its list of models and its documented paths show which software it is."""
+async def discover(url: str, model: str | None, connection: Connection, context: int | None = None) -> OpenAIServer:
+    """The server at `url`. Its list of models and its documented paths show which software it is. context: if known."""
     status, listed = await ask_json(f"{url}/models", connection)
     data = at(listed, "data")
     entries = data if isinstance(data, list) else []
@@ -224,8 +223,8 @@ async def discover(url: str, model: str | None, connection: Connection) -> OpenA
         raise ValueError(
             "`transformers serve` does not report its model: pass model=, the name or directory it was started with"
         )
-    facts = Facts(dialect.name, redact_url(url), entry["id"], await _context(url, entry, dialect, connection))
-    return OpenAIServer(url, facts, dialect, connection)
+    context = context or await _context(url, entry, dialect, connection)
+    return OpenAIServer(url, Facts(dialect.name, redact_url(url), entry["id"], context), dialect, connection)
 
 
 async def _dialect(url: str, models: list[dict[str, Any]], connection: Connection) -> Dialect | None:
@@ -234,9 +233,7 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
     for owner, dialect in (("vllm", VLLM), ("llamacpp", LLAMA_CPP)):
         if owner in owners:
             return dialect
-    documented = None
-    with suppress(Redirected):  # as some gateways answer an unknown path
-        _, documented = await ask_json(f"{url.removesuffix('/v1')}/openapi.json", connection)
+    documented = await probe(f"{url.removesuffix('/v1')}/openapi.json", connection)
     if at(documented, "paths", "/load_model") is not None:
         return TRANSFORMERS
     return STANDARD if models else None
@@ -260,5 +257,5 @@ async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection
     """The limit for tokens of prompt and answer, from vLLM's list of models or llama.cpp's /props."""
     if dialect is not LLAMA_CPP:
         return count(entry.get("max_model_len"))
-    _, properties = await ask_json(f"{url.removesuffix('/v1')}/props", connection)
+    properties = await probe(f"{url.removesuffix('/v1')}/props", connection)
     return count(at(properties, "default_generation_settings", "n_ctx"))

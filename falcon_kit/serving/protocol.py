@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -122,6 +122,8 @@ class Server(Protocol):
 
     facts: Facts
     connection: Connection
+    api: str
+    """The name of its protocol, as `connect` takes it: "openai" or "tgi"."""
     accepts_stop: bool
     """Whether requests contain the stop strings, so that the endpoint itself ends soon after one."""
     accepts_messages: bool
@@ -221,11 +223,19 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
         async with within(connection.timeout, redact_url(url), connection.timeout_name):
             response = await connection.client.request(method, url, json=content, headers=headers)
     except httpx2.HTTPError as error:
-        raise connection_error(error, redact_url(url), connection) from None
+        raise connection_error(error, redact_url(url), connection, first=content is None) from None
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
         message = error_message(response.text)
         raise http_error(response.status_code, message, redact_url(url), response.headers)
     return response.status_code, json_or_none(response.text)
+
+
+async def probe(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> Any:
+    """What is returned if that is JSON, where the answer is optional: None if there is none, as gateways refuse,
+    redirect or limit paths that they do not know."""
+    with suppress(ConnectionError, PermissionError, TimeoutError):
+        return (await ask_json(url, connection, content))[1]
+    return None
 
 
 async def stream_data(url: str, body: dict[str, Any], connection: Connection, address: str) -> AsyncIterator[str]:
@@ -236,8 +246,8 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                 text = (await response.aread()).decode(errors="replace")
                 message = error_message(text)
                 raise http_error(response.status_code, message, address, response.headers)
-            async for line in response.aiter_lines():
-                field, _, data = line.partition(":")
+            async for line in lines_of(response.aiter_bytes()):
+                field, _, data = line.decode(errors="replace").partition(":")
                 if field == "data" and data.strip():
                     next_event(response)
                     if data.strip() == "[DONE]":
@@ -245,6 +255,19 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                     yield data.strip()
     except httpx2.HTTPError as error:
         raise connection_error(error, address, connection) from None
+
+
+async def lines_of(parts: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a response, which may be cut anywhere. A line ends at LF, CR or CRLF and at nothing else: generated
+    text in JSON may contain the other characters that `str.splitlines` knows."""
+    line = bytearray()
+    async for part in parts:
+        first, *others = part.replace(b"\r", b"\n").split(b"\n")  # CRLF becomes an empty line more, which says nothing
+        line += first
+        for other in others:
+            yield bytes(line)
+            line = bytearray(other)
+    yield bytes(line)
 
 
 async def limit_tokens(

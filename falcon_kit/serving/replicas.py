@@ -12,7 +12,8 @@ from falcon_kit.serving.protocol import MAX_PAUSE, Delta, Request, Server
 
 
 class Replicas:
-    """As `Server`. A replica that was busy or did not answer comes last, until it can be asked again."""
+    """As `Server`. A replica that was busy or did not answer rests, and another is asked at once; while all rest, the
+    request waits for the first that can be asked again."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
         """Raises ValueError for servers with different models, software or contexts."""
@@ -25,11 +26,14 @@ class Replicas:
                 "have the same",
             )
         self.facts = replace(first, address=f"{first.address} and {len(others)} more")
-        self.connection = servers[0].connection
-        self.accepts_stop, self.accepts_messages = servers[0].accepts_stop, servers[0].accepts_messages
+        shared = servers[0].connection
+        # To ask each replica once is no further attempt.
+        self.connection = replace(shared, retries=shared.retries + len(others))
+        self.api, self.accepts_stop = servers[0].api, servers[0].accepts_stop
+        self.accepts_messages = servers[0].accepts_messages
         self.servers = servers
         self._in_flight = [0] * len(servers)
-        self._last_until = [0.0] * len(servers)
+        self._rests_until = [0.0] * len(servers)
 
     def body(self, request: Request) -> dict[str, Any]:
         """As `Server.body`."""
@@ -48,14 +52,20 @@ class Replicas:
 
     @asynccontextmanager
     async def choose(self) -> AsyncIterator[Server]:
-        """The replica with the fewest requests in flight, for one request."""
+        """The replica with the fewest requests in flight, for one request; while all rest, the first to be ready."""
         now = time.monotonic()
-        at = min(range(len(self.servers)), key=lambda at: (self._last_until[at] > now, self._in_flight[at]))
+        at = min(range(len(self.servers)), key=lambda at: (max(now, self._rests_until[at]), self._in_flight[at]))
         self._in_flight[at] += 1
         try:
             yield self.servers[at]
         except Unavailable as error:
-            self._last_until[at] = time.monotonic() + (error.retry_after or MAX_PAUSE)
+            now = time.monotonic()
+            self._rests_until[at] = now + (error.retry_after or MAX_PAUSE)
+            wait = min(self._rests_until) - now
+            if wait <= 0:
+                error.retry_after = 0.0  # another replica can be asked
+            elif error.retry_after is not None:
+                error.retry_after = min(wait, error.retry_after)
             raise
         finally:
             self._in_flight[at] -= 1

@@ -16,7 +16,7 @@ from typing import Any
 from falcon_kit.serving import openai_api, tgi
 from falcon_kit.serving.connection import MOST_BYTES, Connection
 from falcon_kit.serving.failures import Unavailable, error_message, http_error, reading, within
-from falcon_kit.serving.protocol import Delta, Facts, Request
+from falcon_kit.serving.protocol import Delta, Facts, Request, lines_of
 
 _VLLM = replace(openai_api.VLLM, counts=False)  # SageMaker forwards no other path
 BUSY = ("ThrottlingException", "ServiceUnavailable", "ServiceUnavailableException", "ModelNotReadyException")
@@ -45,11 +45,11 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self._api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
+        self.api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
-        if self._api == "tgi":
+        if self.api == "tgi":
             return {**tgi.request_body(request, self.facts.server), "stream": True}
         body = openai_api.request_body(request, self.facts.model, _VLLM)
         return {name: value for name, value in body.items() if name != "model"}
@@ -82,22 +82,23 @@ class SageMakerServer:
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
         """Sends the request and yields the deltas of each line; boto3 blocks, so it runs in a thread."""
         stream = await _in_thread(self._invoke, body)
-        events = iter(stream)
         begun, left = False, MOST_BYTES  # until the next event
-        unfinished = b""  # a PayloadPart may end in the middle of a line, even of a character
-        try:
+
+        async def parts() -> AsyncIterator[bytes]:
+            nonlocal left
+            events = iter(stream)
             while (event := await _in_thread(self._next, events)) is not None:
                 received = event.get("PayloadPart", {}).get("Bytes", b"")
                 left -= len(received)
                 if left < 0:
                     raise ConnectionError(f"{self.facts.address} sends more than {MOST_BYTES:,} bytes without an end")
-                *lines, unfinished = (unfinished + received).split(b"\n")
-                for line in lines:
-                    for delta in self._read(line, body, begun):
-                        left, begun = MOST_BYTES, True
-                        yield delta
-            for delta in self._read(unfinished, body, begun):
-                yield delta
+                yield received
+
+        try:
+            async for line in lines_of(parts()):
+                for delta in self._read(line, body, begun):
+                    left, begun = MOST_BYTES, True
+                    yield delta
         finally:  # not awaited: with urllib3 before 2.3, closing waits while a thread reads
             _in_thread(_close, stream)
 
@@ -129,7 +130,7 @@ class SageMakerServer:
         """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
         with reading(self.facts.address):
             text = line.decode().removeprefix("data:").strip()
-            if self._api == "tgi":
+            if self.api == "tgi":
                 delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
                 yield from [delta] if delta else []
                 return

@@ -23,6 +23,7 @@ from falcon_kit.serving.connection import Connection, check_seconds
 from falcon_kit.serving.deployment import MAX_TEXTS, MEMORY_SHARE
 from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.engines import (
+    ENGINES,
     LLAMA_CPP,
     TRANSFORMERS,
     VLLM,
@@ -50,6 +51,10 @@ class Served(Endpoint):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
     it also ends with this process, however that ends."""
 
+    name: str
+    """The name that `fk.serve` serves the model by."""
+    engine: str
+    """The engine, by its name for `fk.serve`."""
     plan: Plan
     """The memory plan of the server."""
     command: str
@@ -157,6 +162,8 @@ def _served(
         spec=source.spec,
         chat_format=given_format or files.chat_format,
         own_format=bool(given_format) or not files.has_template,
+        name=source.name,
+        engine=next(name for name, engine in ENGINES.items() if engine is job.engine),
         plan=planned,
         command=_command(job, source, files),
         files=files,
@@ -315,7 +322,8 @@ def _connect(
     token = key if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    server = wait_for(retry(partial(discover, f"http://{job.host}:{job.port}/v1", name, connection), connection))
+    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.context)
+    server = wait_for(retry(finding, connection))
     process.check()
     return server
 

@@ -24,6 +24,7 @@ from falcon_kit.serving.protocol import (
     likeliest,
     logprob_or,
     map_settings,
+    probe,
     stream_data,
 )
 
@@ -34,6 +35,7 @@ _NAMES = {"top_k": "top_k", "repetition_penalty": "repetition_penalty", "typical
 class TGIServer:
     """An endpoint with TGI's protocol."""
 
+    api = "tgi"
     accepts_stop = True
     accepts_messages = False
 
@@ -127,9 +129,9 @@ def _logprob(token: Mapping[str, Any], unknown: float) -> float:
     return logprob_or(unknown, token.get("logprob", token.get("log_prob")))  # LMI's name has an underscore
 
 
-async def discover(url: str, model: str | None, connection: Connection) -> TGIServer | None:
-    """The TGI server at `url`; None if there is another server."""
-    _, info = await ask_json(f"{url}/info", connection)
+async def discover(url: str, model: str | None, connection: Connection, certain: bool) -> TGIServer | None:
+    """The TGI server at `url`; None if there is another server. certain: whether a refusal is TGI's, and an error."""
+    info = (await ask_json(f"{url}/info", connection))[1] if certain else await probe(f"{url}/info", connection)
     if not isinstance(at(info, "model_id"), str):
         return None
     if model not in (None, info["model_id"]):

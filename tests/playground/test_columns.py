@@ -17,7 +17,8 @@ from falcon_kit.playground.columns import Column, connect_source, load_source
 from falcon_kit.playground.records import Token
 from falcon_kit.playground.state import Session
 from tests.playground.typist import Typist, chatting, failing, text_of
-from tests.serving.servers import answering, scripted
+from tests.serving.servers import answering, scripted, tgi
+from tests.serving.test_malformed import SageMaker
 
 QUICK = {"max_new_tokens": 12}
 
@@ -117,4 +118,25 @@ def test_the_code_of_an_endpoint_connects_to_all_its_replicas(replicas):
         urls = [f"{each.address}/v1" for each in servers]
         endpoint = fk.connect(urls)
     given = urls if replicas > 1 else urls[0]
-    assert connect_source(endpoint) == f"fk.connect({given!r}, model={endpoint.model!r})"
+    assert connect_source(endpoint) == f"fk.connect({given!r}, model={endpoint.model!r}, api='openai')"
+
+
+def test_the_code_of_an_endpoint_below_a_path_connects_in_the_same_protocol(instruct):
+    serve = tgi(instruct)
+    with scripted(lambda path, *rest: serve(path.removeprefix("/falcon"), *rest)) as server:
+        endpoint = fk.connect(f"{server.address}/falcon", api="tgi")
+        again = eval(connect_source(endpoint), {"fk": fk})  # noqa: S307  # what a person does with it
+        assert again.generate("Hi", max_new_tokens=3).text == endpoint.generate("Hi", max_new_tokens=3).text
+
+
+def test_the_code_of_an_endpoint_on_sagemaker_connects_in_the_same_protocol():
+    endpoint = fk.connect("sagemaker://falcon", "falcon", session=SageMaker(), api="openai")
+    assert connect_source(endpoint) == "fk.connect('sagemaker://falcon', model='falcon', api='openai')"
+
+
+def test_the_code_of_a_server_of_the_kit_starts_such_a_server_again(instruct):
+    with fk.serve("falconet-instruct", "llama.cpp", dtype="q8_0", context=256) as served:
+        code, text = connect_source(served), served.generate("Hi", max_new_tokens=3).text
+    assert code == "fk.serve('falconet-instruct', 'llama.cpp', dtype='q8_0', context=256)"
+    with eval(code, {"fk": fk}) as again:  # noqa: S307  # what a person does with it
+        assert again.generate("Hi", max_new_tokens=3).text == text

@@ -16,6 +16,8 @@ from falcon_kit.playground import files
 from falcon_kit.playground.columns import connect_source, load_source
 from falcon_kit.playground.records import Answer, Ending, Span, Token, Turn
 from falcon_kit.playground.state import Session
+from falcon_kit.serving.endpoint import Api
+from falcon_kit.serving.engines import ENGINES
 from tests.playground.typist import Typist, chatting, text_of
 
 QUESTION = "What do giraffes eat?"
@@ -58,6 +60,19 @@ endpoints = st.builds(
     SimpleNamespace,
     model=texts,
     addresses=st.lists(texts, min_size=1, max_size=3),
+    api=st.sampled_from(get_args(Api)),
+    own_format=st.booleans(),
+    chat_format=formats,
+)
+
+
+served = st.builds(
+    SimpleNamespace,
+    model=texts,
+    name=texts,
+    engine=st.sampled_from([*ENGINES]),
+    plan=st.builds(SimpleNamespace, dtype=texts),
+    context=st.integers(1, 2048),
     own_format=st.booleans(),
     chat_format=formats,
 )
@@ -66,7 +81,7 @@ endpoints = st.builds(
 answers = st.builds(
     Answer,
     model=texts,
-    source=models.map(load_source) | endpoints.map(connect_source),
+    source=models.map(load_source) | (endpoints | served).map(connect_source),
     prompt=texts | messages,
     settings=st.fixed_dictionaries(
         {"seed": st.integers(0, 2**63 - 1), "stop": st.lists(texts.filter(bool), max_size=2)}
@@ -186,6 +201,13 @@ def test_a_file_of_something_else_is_refused_and_nothing_is_added(tmp_path, cont
         "fk.load('falconet', chat=fk.serve('falconet'))",
         "fk.load({[]: 1})",
         "fk.connect(f'{print()}')",
+        "fk.serve('falconet', '/tmp/vllm')",
+        "fk.serve('falconet', engine='/tmp/vllm')",
+        "fk.serve('falconet', 'vllm', arguments=['--trust-remote-code'])",
+        "fk.serve('falconet', 'vllm', **{'arguments': ['--trust-remote-code']})",
+        "fk.serve(*['falconet', '/tmp/vllm'])",
+        "fk.serve('falconet', 'vllm', 'float32')",
+        "fk.serve(print(), 'vllm')",
         "fk.load('a')\nprint()",
         "fk.load(" * 10_000,
     ],
@@ -195,7 +217,7 @@ def test_code_in_a_file_that_does_more_than_make_a_model_is_refused(saved, sourc
     content = json.loads(file.read_text())
     content["turns"][1]["answers"][0]["source"] = source
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"turns 2, answers 1, source: not fk.load or fk.connect with constants"):
+    with pytest.raises(ValueError, match=r"turns 2, answers 1, source: not fk.load, fk.connect or fk.serve with"):
         files.load(file)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -93,6 +94,8 @@ class Reply:
     """Seconds before the first byte."""
     dropped: bool = False
     """Closes the connection without any response."""
+    reset: bool = False
+    """Closes or breaks it by a reset."""
     raw: Iterator[bytes] | None = None
     """Bytes in place of an HTTP response."""
 
@@ -152,11 +155,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, reply: Reply) -> None:
         time.sleep(reply.silence)
+        self.close_connection |= reply.dropped or reply.cut or reply.raw is not None
         if reply.dropped:
-            self.close_connection = True
+            self._hang_up(reply.reset)
             return
         if reply.raw is not None:
-            self.close_connection = True
             self.wfile.writelines(reply.raw)
             return
         self.send_response(reply.status)
@@ -169,10 +172,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
             self.wfile.flush()
         if reply.cut:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self._hang_up(reply.reset)
         else:
             self.wfile.write(b"0\r\n\r\n")
+
+    def _hang_up(self, reset: bool) -> None:
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: Any) -> None:
         """Logs nothing."""

@@ -189,6 +189,40 @@ def test_a_url_where_something_else_lives_is_named(reply):
             fk.connect(server.address, api="tgi")
 
 
+REFUSALS = {str(status): as_reply({"error": "no"}, status) for status in (401, 403, 429, 503)} | {
+    "a redirect": as_reply({}, 307, location="http://127.0.0.1:9/login"),
+    "no response": Reply(dropped=True),
+    "compressed": as_reply({}, 404, **{"content-encoding": "gzip"}),
+}
+
+
+@pytest.mark.parametrize("reply", [pytest.param(reply, id=name) for name, reply in REFUSALS.items()])
+@pytest.mark.parametrize("owner", ["someone", "llamacpp"])
+def test_a_gateway_may_refuse_the_paths_that_it_does_not_know(reply, owner):
+    known = answering(Reply(DONE), owner=owner)
+    with scripted(lambda path, *rest: known(path, *rest) if path.startswith("/v1/") else reply) as server:
+        endpoint = fk.connect(server.address)
+        assert (endpoint.generate("Hi").text, endpoint.context) == ("Hello there", None)
+
+
+def test_a_path_that_never_answers_does_not_keep_a_server_from_being_connected_to():
+    known = answering(Reply(DONE), owner="llamacpp")
+    with scripted(lambda path, *rest: known(path, *rest) if path != "/props" else Reply(silence=2)) as server:
+        assert fk.connect(f"{server.address}/v1", timeout=0.5).context is None
+
+
+def test_what_a_tgi_server_refuses_is_an_error_where_it_is_named():
+    refused = as_reply({"error": "no"}, 401)
+    with scripted(lambda *_: refused) as server, pytest.raises(PermissionError, match="refused the key"):
+        fk.connect(server.address, api="tgi")
+
+
+def test_a_context_that_is_given_is_not_asked_for():
+    with scripted(answering(Reply(DONE), owner="llamacpp")) as server:
+        assert fk.connect(f"{server.address}/v1", context=500).context == 500
+        assert server.asked("/props") == []
+
+
 @pytest.mark.parametrize("url", ["", "falcon", "ftp://host/x", "http://", "sagemaker://"])
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(ValueError, match="is no endpoint URL: give http://host:port/v1, or sagemaker://endpoint-name"):

@@ -195,6 +195,16 @@ def test_a_continuation_without_a_log_probability_is_refused(echoing, context, t
         RemoteModel(endpoint).run([[context, "Hi you"[len(context) :]]])
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_text_that_a_server_does_not_escape_arrives_with_all_that_python_calls_line_ends(protocol, end):
+    sending, valid = protocol
+    text = " a\u2028b\u2029c\x85d"
+    openai = {"choices": [{"index": 0, "text": text, "finish_reason": "stop"}]}
+    content = openai if valid is CHUNK else with_value(TGI, ("token", "text"), text)
+    line = f"data: {json.dumps(content, ensure_ascii=False)}{end * 2}"
+    assert sending(line.encode()).generate("Hi").text == "Half" + text
+
+
 BAD_LINES = {
     "invalid UTF-8": b'data: {"choices": [{"text": "\xff\xfe"}], "token": "\xff"}\n\n',
     "deep nesting": b"data: " + b"[" * 100_000 + b"\n\n",

@@ -1,5 +1,6 @@
 """Many requests: as many in flight as allowed, in order, on one server or on replicas of it."""
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -94,12 +95,30 @@ def test_replicas_share_the_requests():
 def test_a_replica_that_is_busy_is_left_alone_for_as_long_as_it_asks(status):
     reply = as_reply({"error": "busy"}, status, **{"retry-after": "60"})
     scripts = [Busy(failures={"number 0": reply}), Busy()]
-    with replicas(*scripts) as (servers, urls), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("falcon_kit.serving.protocol.MAX_RETRY_AFTER", 0.01)  # seconds until the request is sent again
+    with replicas(*scripts) as (servers, urls):
         texts = [each.text for each in fk.connect(urls, concurrency=1).generate_each(PROMPTS)]
         asked = [len(each.asked("/v1/completions")) for each in servers]
     assert texts == [f"<{each}>" for each in PROMPTS]
     assert asked == [1, 30]
+
+
+def test_a_request_goes_to_each_replica_before_it_is_given_up():
+    busy = as_reply({"error": "busy"}, 429, **{"retry-after": "60"})
+    with replicas(answering(busy), answering(busy), Busy()) as (servers, urls):
+        assert fk.connect(urls, retries=0).generate("Hi").text == "<Hi>"
+        assert [len(each.asked("/v1/completions")) for each in servers] == [1, 1, 1]
+        with pytest.raises(ConnectionError, match="busy"):
+            fk.connect(urls[:2], retries=0).generate("Hi")
+
+
+def test_while_all_replicas_rest_a_request_waits_for_the_first_of_them(monkeypatch):
+    pauses, sleep = [], asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: (pauses.append(seconds), sleep(0))[1])
+    soon, late = (as_reply({"error": "busy"}, 429, **{"retry-after": each}) for each in ("0.5", "60"))
+    with replicas(Busy(failures={"Hi": soon}), answering(late)) as (servers, urls):
+        assert fk.connect(urls).generate("Hi").text == "<Hi>"
+        assert [len(each.asked("/v1/completions")) for each in servers] == [2, 1]
+    assert 0 < max(pauses) <= 0.5
 
 
 def test_the_others_do_the_work_of_a_replica_that_has_ended():

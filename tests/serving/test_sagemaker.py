@@ -31,8 +31,11 @@ def test_a_container_that_refuses_is_quoted(sagemaker_service, monkeypatch):
         fk.connect("sagemaker://falcon").generate("Hi")
 
 
-def test_a_busy_sagemaker_endpoint_is_asked_again(sagemaker_service, monkeypatch):
-    busy = as_reply({"Message": "slow down"}, 429, **{"x-amzn-errortype": "ThrottlingException"})
+BUSY = as_reply({"Message": "slow down"}, 429, **{"x-amzn-errortype": "ThrottlingException"})
+
+
+@pytest.mark.parametrize("busy", [BUSY, Reply(dropped=True), Reply(dropped=True, reset=True)])
+def test_a_sagemaker_endpoint_that_is_busy_or_hangs_up_is_asked_again(sagemaker_service, monkeypatch, busy):
     replies, script = [busy, busy], sagemaker_service.script
     monkeypatch.setattr(sagemaker_service, "script", lambda *all: replies.pop() if replies else script(*all))
     assert fk.connect("sagemaker://falcon").generate("Once", max_new_tokens=3).stats.new_tokens == 3

@@ -16,8 +16,8 @@ import falcon_kit as fk
 from falcon_kit.generation.text import cut
 from falcon_kit.serving import background
 from falcon_kit.serving import stream as remote
-from falcon_kit.serving.background import background_loop
-from falcon_kit.serving.protocol import Delta
+from falcon_kit.serving.background import background_loop, wait_for
+from falcon_kit.serving.protocol import Delta, lines_of
 from falcon_kit.serving.stream import Answer
 from tests.serving.servers import Reply, answering, chunk, event, scripted
 from tests.waiting import interrupted, until
@@ -201,6 +201,7 @@ def test_a_stream_has_no_generation_before_it_ends(llama):
 
 BREAKS = {
     "connection cut": Reply([chunk("Half a"), chunk(" sentence")], cut=True),
+    "connection reset": Reply([chunk("Half a"), chunk(" sentence")], cut=True, reset=True),
     "error in the stream": Reply([chunk("Half a"), chunk(" sentence"), event({"error": {"message": "out of memory"}})]),
     "refusal in the stream": Reply(
         [chunk("Half a"), chunk(" sentence"), event({"error": {"message": "", "code": 400}})]
@@ -234,7 +235,7 @@ def test_a_text_that_the_server_gave_up_is_incomplete(reason):
 
 def test_a_text_that_breaks_off_is_kept_without_a_stream_too():
     with scripted(answering(BREAKS["connection cut"])) as server:
-        with pytest.raises(fk.IncompleteAnswer) as broken:
+        with pytest.raises(fk.IncompleteAnswer, match=r"broke \(\w+\): read the server's log$") as broken:
             fk.connect(f"{server.address}/v1").generate("Hi")
         assert broken.value.generation.text == "Half a sentence"
 
@@ -267,3 +268,20 @@ def test_wherever_chunks_end_the_text_is_cut_at_the_same_place(text, size, stop)
             break
     expected, stopped = cut(text, tuple(stop))
     assert (answer.text, shown, answer.finish) == (expected, expected, "stop" if stopped else "eos")
+
+
+LINES = st.lists(st.text("ab\x0b\x0c\x85\u2028\u2029", min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@given(lines=LINES, end=st.sampled_from(["\n", "\r", "\r\n"]), size=st.integers(1, 4))
+def test_wherever_a_response_is_cut_its_lines_end_at_cr_and_lf_alone(lines, end, size):
+    content = end.join(lines).encode()
+
+    async def parts():
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+
+    async def collect():
+        return [line.decode() async for line in lines_of(parts()) if line]
+
+    assert wait_for(collect()) == lines
