@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +258,8 @@ def tuning(settings: Settings, dtype: str, steps: int = 8) -> dict[str, Any]:
     rows = conversations(8 * steps, 0, falcon.tokenizer)
     options: dict[str, Any] = {"held_out": 0, "max_steps": steps, "quiet": True, "gradient_checkpointing": True, "r": 8}
     options |= {"context": min(2048, shape.context), "per_device_train_batch_size": 1, "save_steps": 10_000}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\d+ conversations are cut")  # at the short context of the tiny form
         if settings.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()

@@ -4,7 +4,6 @@ An adapter is added before a weight is rounded, quantised or divided among ranks
 """
 
 import hashlib
-import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import is_number, printable
 from falcon_kit.display.reading import UNEXPECTED, named_errors, read_json
 
 RECORD = "tuning.json"
@@ -29,6 +28,7 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 """As PEFT saved adapters in 2023."""
 KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
 """For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
+_LARGEST = torch.finfo(torch.float32).max
 _EMBEDDING, _HEAD = "transformer.word_embeddings", "lm_head"
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _IN_COMMON = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
@@ -188,10 +188,10 @@ def check_contents(adapter: Adapter) -> None:
 def _check_lora(adapter: Adapter) -> None:
     matrices, file = adapter.matrices, adapter.folder / "adapter_config.json"
     r, alpha = adapter.config.r, adapter.config.lora_alpha
-    if not (isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha)):
+    if not (isinstance(r, int) and r >= 1 and is_number(alpha, -_LARGEST, _LARGEST)):
         raise ValueError(
             f"{file} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
-            "least 1, and lora_alpha is finite: write the values of its training there"
+            "least 1, and lora_alpha is finite in float32: write the values of its training there"
         )
     for layer in sorted(adapter.lora_layers):
         pair = next((each for each in _PAIRS if any(f"{layer}.{half}" in matrices for half in each)), _PAIRS[0])

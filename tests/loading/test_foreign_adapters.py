@@ -225,6 +225,10 @@ BROKEN = {
     "flat matrices": (with_flat_matrices, r"wise was made .*\.lora_A\.weight is \(4,\), but the model has a weight of"),
     "r=-1": (changed_config(r=-1), r"r=-1 and lora_alpha=6, but r is a whole number, at least 1"),
     "r=8": (changed_config(r=8), r"has r=8, but lora_A\.weight of .* has the rank 4"),
+    "a number that is infinite in float32": (
+        changed_config(lora_alpha=-1e308),
+        r"lora_alpha=-1e\+308, but .* lora_alpha is finite in float32",
+    ),
     "NaN": (changed_config(lora_alpha=math.nan), r"lora_alpha=nan, but .* lora_alpha is finite"),
     "its own base": (names_itself, r"names itself as its base model.*fk\.merge\(adapter, base\)"),
     "a pickle with code": (with_code, r"other objects than tensors, .* so it is not read: get the weights as saf"),
