@@ -561,7 +561,7 @@ def test_what_did_not_change_is_not_read_out_again(kernel: Page):
     kernel.evaluate(
         """() => {
             window.read = [];
-            const note = (changes) => read.push(...changes.map(({ target }) => target.closest("section").dataset.stage));
+            const note = (changes) => read.push(...changes.map((each) => each.target.closest("section").dataset.stage));
             const lines = [...document.querySelectorAll(".fk-info")];
             lines.forEach((line) => new MutationObserver(note).observe(line, { childList: true }));
         }"""
