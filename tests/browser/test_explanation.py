@@ -436,6 +436,11 @@ def test_what_is_focused_is_described_as_what_is_pointed_at(page):
     expect(page.locator("[data-stage=projection] .fk-info")).to_contain_text("query head")
 
 
+def test_the_arrow_keys_walk_through_the_groups_of_the_projection(page):
+    page.locator(".fk-memory").press("ArrowRight")
+    expect(page.locator("[data-stage=projection] .fk-info")).to_contain_text("group 0: rows 0 to")
+
+
 def test_the_arrow_keys_walk_through_components(page):
     strip = page.locator("[data-stage=embedding] .fk-strip")
     strip.press("ArrowRight")
@@ -451,6 +456,119 @@ def test_hostile_text_is_shown_as_text(browser, falcon, tmp_path):
     shown = page.locator(".fk-tokens bdi").all_inner_texts()
     assert "".join(shown).replace("·", " ") == text
     page.context.close()
+
+
+# The keyboard
+
+
+@pytest.fixture
+def kernel(browser: Browser, falcon):
+    """A view whose kernel is this process."""
+    view, answers = fk.explain(falcon, TEXT), []
+    view.send = answers.append
+
+    def ask(message):
+        answers.clear()
+        view._on_message(None, message, None)
+        return answers
+
+    page = browser.new_page()
+    page.set_content("<body></body>")
+    page.expose_function("ask", ask)
+    page.evaluate(
+        f"""() => {{ {_SOURCE}
+        let receive = null;
+        const send = async (message) => (await ask(message)).forEach(receive);
+        render({{ model: {{ on: (_, run) => (receive = run), off() {{}}, send }}, el: document.body }}); }}"""
+    )
+    page.wait_for_selector("[data-drawn='1']")
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("control", "key", "focused"),
+    [
+        ("[data-stage=tokens] [data-at='5']", "ArrowLeft", "[data-stage=tokens] [data-at='4']"),
+        ("[aria-label='query head 1']", "Enter", "[aria-label='query head 1'][aria-pressed=true]"),
+        ("[data-stage=attention] tr:nth-child(2) button", "Enter", "tr:nth-child(2) button[aria-pressed=true]"),
+        ("[data-stage=prediction] tr:nth-child(2) button", "Enter", "[data-stage=prediction] tr:nth-child(2) button"),
+        ("[data-stage=prediction] .fk-go", "Enter", "[data-stage=prediction] .fk-go"),
+    ],
+    ids=["token", "query head", "key", "take", "draw"],
+)
+def test_a_control_that_changes_the_view_keeps_the_focus(kernel: Page, control, key, focused):
+    kernel.locator(control).press(key)
+    kernel.wait_for_selector("[data-drawn='2']")
+    expect(kernel.locator(focused)).to_be_focused()
+
+
+def test_a_box_of_the_diagram_keeps_the_focus_when_a_token_joins_the_text(kernel: Page):
+    box = kernel.get_by_role("button", name="MLP")
+    box.focus()
+    kernel.get_by_role("button", name="Draw a token").dispatch_event("click")
+    kernel.wait_for_selector("[data-drawn='2']")
+    expect(box).to_be_focused()
+
+
+def test_a_route_stays_and_has_the_focus_when_one_of_its_steps_is_chosen(kernel: Page):
+    kernel.get_by_role("button", name="Follow it back").press("Enter")
+    expect(kernel.get_by_role("group", name="The route as a picture")).to_be_focused()
+    steps = kernel.locator(".fk-steps button")
+    steps.nth(2).press("Enter")
+    kernel.wait_for_selector("[data-drawn='2']")
+    expect(steps).to_have_count(6)
+    expect(steps.nth(2)).to_be_focused()
+
+
+def test_a_new_text_takes_the_route_of_the_text_before_away(kernel: Page):
+    kernel.get_by_role("button", name="Follow it back").click()
+    expect(kernel.locator(".fk-steps button")).to_have_count(6)
+    kernel.get_by_role("button", name="Draw a token").click()
+    kernel.get_by_role("button", name="Follow it back").click()
+    first = kernel.locator(".fk-steps li").first
+    expect(first).to_contain_text(re.compile(r" 6( |$)"))  # the new last token
+
+
+def test_the_tour_has_the_focus_until_escape_gives_it_back(page):
+    start = page.get_by_role("button", name="Start the tour")
+    start.press("Enter")
+    [back, next] = [page.get_by_role("button", name=name, exact=True) for name in ("Back", "Next")]
+    expect(next).to_be_focused()
+    next.press("Enter")
+    back.press("Enter")  # it is disabled at the first card
+    expect(next).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator(".fk-tour")).to_be_hidden()
+    expect(start).to_be_focused()
+
+
+def test_the_tab_key_goes_through_the_diagram_as_the_data_flows(layout_page):
+    boxes = [each.get_attribute("data-to") for each in layout_page[1].locator("[data-to]").all()]
+    assert boxes[:3] == ["tokens", "embedding", "norms"]
+    assert boxes[-3:] == ["residual", "prediction", "cache"]
+
+
+def test_tokens_that_are_scrolled_stay_so_when_one_is_chosen(kernel: Page):
+    row = kernel.locator(".fk-tokens")
+    row.evaluate("row => { row.style = 'height: 40px; width: 120px; overflow: auto'; row.scrollTop = 20; }")
+    row.locator("[data-at='3']").dispatch_event("click")
+    kernel.wait_for_selector("[data-drawn='2']")
+    assert row.evaluate("row => row.scrollTop") == 20
+
+
+def test_what_did_not_change_is_not_read_out_again(kernel: Page):
+    kernel.evaluate(
+        """() => {
+            window.read = [];
+            const note = (changes) => read.push(...changes.map((each) => each.target.closest("section").dataset.stage));
+            const lines = [...document.querySelectorAll(".fk-info")];
+            lines.forEach((line) => new MutationObserver(note).observe(line, { childList: true }));
+        }"""
+    )
+    kernel.get_by_role("combobox", name="Head").select_option("3")
+    kernel.wait_for_selector("[data-drawn='2']")
+    assert kernel.evaluate("read") == []
 
 
 # In JupyterLab

@@ -290,6 +290,108 @@ def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
     assert pad.session("system") == "Be brief."
 
 
+# What is typed and what has the focus stay
+
+
+def edited(pad: Pad, text: str) -> Locator:
+    """The field of the first message, with another text that was sent."""
+    pad.button("edit").first.press("Enter")
+    field = pad.node.get_by_label("Edit the message")
+    field.fill(text)
+    field.press("Control+Enter")
+    return field
+
+
+def test_an_edited_message_that_is_refused_stays_as_it_was_typed(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    notebook.python("pad.session.guardrails = fk.guardrails(blocked_words=['zebra']); pad.session.guard(True)")
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    field = edited(pad, "A zebra")
+    expect(pad.notice).to_contain_text("the guardrails refuse this text")
+    expect(field).to_have_value("A zebra")
+    expect(field).to_be_focused()
+    field.fill("A giraffe")
+    field.press("Control+Enter")
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["A giraffe"])
+
+
+def test_an_edited_message_that_is_sent_during_an_answer_stays_as_it_was_typed(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 1000)
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    notebook.python("typist.pause = 0.02")
+    pad.write("Go on")
+    expect(pad.node.locator(".fk-writing")).to_have_count(1)
+    field = edited(pad, "Go back")
+    expect(pad.notice).to_contain_text("an answer is being generated")
+    expect(field).to_have_value("Go back")
+    pad.button("Stop").click()
+    pad.wait()
+    field.press("Control+Enter")
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["Go back"])
+    expect(pad.button("Stop")).to_be_focused()
+
+
+def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    pad.button("edit").press("Enter")
+    notebook.page.keyboard.type("Let us ")
+    notebook.python("pad._hello(); pad.session.generate('Next')")
+    expect(pad.generated).to_have_count(2)
+    field = pad.node.get_by_label("Edit the message")
+    expect(field).to_have_value("Let us Go")
+    expect(field).to_be_focused()
+
+
+def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not_heard_yet(pad: Pad):
+    pad.notebook.python("pad._draft = lambda text: None")  # the text is on its way for ever
+    pad.field.press_sequentially("A long question")
+    pad.page.wait_for_timeout(500)
+    pad.notebook.python("pad._show(); pad.session.set(top_k=7)")
+    expect(pad.node.get_by_label("Top-k", exact=True)).to_have_value("7")
+    expect(pad.field).to_have_value("A long question")
+
+
+def test_a_button_that_is_disabled_hands_on_the_focus_so_that_escape_is_heard(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 1000, pause=0.02)
+    pad.field.fill("Go")
+    pad.button("Generate").first.press("Enter")
+    expect(pad.button("Stop")).to_be_focused()
+    notebook.page.keyboard.press("Escape")
+    expect(pad.node.locator(".fk-foot")).to_contain_text("stopped")
+    expect(pad.button("Generate").first).to_be_focused()
+    expect(pad.node.get_by_role("status")).to_have_text("Ended")
+
+
+def test_a_turn_of_the_history_that_is_opened_keeps_the_focus(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    for text in ("Go", "Go on"):
+        pad.write(text)
+        pad.wait()
+    first = pad.node.locator(".fk-history button").last
+    first.press("Enter")
+    expect(pad.field).to_have_value("Go")
+    expect(first).to_be_focused()
+
+
+def test_a_control_that_goes_hands_on_the_focus(pad: Pad):
+    pad.button("random").press("Enter")
+    expect(pad.button("random")).to_be_hidden()
+    expect(pad.node.get_by_label("Seed", exact=True)).to_be_focused()
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    pad.button("copy as code").press("Enter")
+    pad.button("close").press("Enter")
+    expect(pad.node.locator(".fk-code")).to_be_hidden()
+    expect(pad.button("copy as code")).to_be_focused()
+
+
 # Token probabilities
 
 

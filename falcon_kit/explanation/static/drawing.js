@@ -85,7 +85,8 @@ const barCell = (value, kind) => h("td", {}, bar(value, kind));
 function showInfo(part) {
   const section = part.closest(".fk-stage");
   const line = section?.querySelector(".fk-info");
-  if (line) line.textContent = part.dataset.info ?? line.dataset.usual;
+  const text = part.dataset.info ?? line?.dataset.usual;
+  if (line && line.textContent !== text) line.textContent = text; // the same text is not read out again
 }
 
 /** A token as text: invisible characters are visible, and its direction is isolated. */
@@ -101,9 +102,18 @@ function stage(name, title) {
   const heading = h("h3", { tabindex: "-1" }, title);
   const node = h("section", { class: "fk-stage", "data-stage": name, "aria-label": title }, heading, body, sentence, info);
   const show = (drawing, text, usual) => {
-    body.replaceChildren(...drawing);
+    const same = drawing.length === body.children.length && drawing.every((each, at) => each === body.children[at]);
+    if (!same) body.replaceChildren(...drawing); // a node that was put back would be scrolled to its start
     sentence.replaceChildren(...[text].flat());
-    info.dataset.usual = info.textContent = usual;
+    info.dataset.usual = usual;
+    showInfo(body);
+  };
+  /** Runs a change of the drawing. The focus stays in its place, although the control there may be a new one. */
+  const keepFocus = (change) => {
+    const places = () => [...body.querySelectorAll("button:enabled, input, [tabindex='0']")];
+    const at = places().indexOf(body.getRootNode().activeElement);
+    change();
+    if (at >= 0) (places()[at] ?? heading).focus({ preventScroll: true });
   };
   const focus = () => {
     node.scrollIntoView({ block: "nearest", behavior: "auto" });
@@ -112,5 +122,5 @@ function stage(name, title) {
   const point = ({ target }) => showInfo(target.closest("[data-info]") ?? body);
   for (const event of ["mouseover", "focusin"]) node.addEventListener(event, point);
   for (const event of ["mouseleave", "focusout"]) node.addEventListener(event, () => showInfo(body));
-  return { name, title, node, body, show, focus };
+  return { name, title, node, body, show, keepFocus, focus };
 }

@@ -96,7 +96,7 @@ function render({ model, el }) {
     selects.forEach(({ name, select }) => (select.value = state[name]));
     if (!headPart) return;
     const now = { text, state, layer: layerPart, head: headPart, fixed: Boolean(model.stored), routed: !model.stored || model.routed };
-    for (const each of stages) each.update(now);
+    for (const each of stages) each.keepFocus(() => each.update(now));
     root.classList.remove("fk-empty");
     root.dataset.drawn = number;
   }
@@ -105,17 +105,21 @@ function render({ model, el }) {
     select.replaceChildren(...numbers.map((at) => h("option", { value: at }, `${at} of 0 to ${total - 1}`)));
   }
 
-  function start(message) {
-    const first = text === null;
-    text = message.text;
-    parts.clear();
+  /** Draws what stays the same for every text. */
+  function begin({ text, layer, head }) {
     const { layers, query_heads: heads } = text.spec;
     options(selects[0].select, model.stored ?? [...Array(layers).keys()], layers);
     options(selects[1].select, [...Array(heads).keys()], heads);
-    if (first) Object.assign(state, { layer: message.layer, head: message.head });
+    Object.assign(state, { layer, head });
     diagram.update(text);
     guide.update(text);
     title.textContent = `${text.model}, from a text to the next token`;
+  }
+
+  function start(message) {
+    if (text === null) begin(message);
+    text = message.text;
+    parts.clear();
     say("");
     choose({ position: text.tokens.length - 1 });
   }

@@ -99,7 +99,9 @@ function projectionStage(act) {
     });
     const each = `${plural(spec.queries_per_kv_head, "query", "queries")} and a key and a value`;
     const label = `The fused projection: ${plural(spec.kv_heads, "group")}, each with ${each}`;
-    return h("div", { class: "fk-memory", role: "img", "aria-label": label }, ...groups);
+    const row = h("div", { class: "fk-memory", role: "img", tabindex: "0", "aria-label": label }, ...groups);
+    walkCells(row, groups);
+    return row;
   }
 
   function buttons(spec, group, head) {

@@ -100,8 +100,13 @@ function predictionStage(act) {
 /** The route of the prediction: a line through tokens (across) and layers (upwards). */
 function routeStage(act) {
   const view = stage("route", "What the prediction looked at");
+  let text = null; // what the view shows
+  let followed = null; // the text whose route is drawn
   view.update = (now) => {
-    const follow = () => act.ask("route").then((steps) => show(now, steps), () => {}); // the view shows an error itself
+    text = now.text;
+    if (followed === text) return;
+    const draw = (steps) => text === now.text && view.keepFocus(() => show(text, steps));
+    const follow = () => act.ask("route").then(draw, () => {}); // the view shows an error itself
     const button = h("button", { type: "button", onclick: follow }, "Follow it back");
     const note = h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.");
     const sentence = "From the last token, the route follows in each layer the head and the earlier token that mattered most.";
@@ -126,7 +131,8 @@ function routeStage(act) {
     return svg("svg", attributes, line, ...circles, ...words, ...ends);
   }
 
-  function show({ text }, steps) {
+  function show(text, steps) {
+    followed = text;
     const items = steps.map((step) => {
       const itself = step.key === step.position;
       const { layer, head, position } = step;

@@ -63,6 +63,7 @@ function tour(stages, diagram) {
     place.textContent = `${at + 1} of ${shown.length}: ${found.title}`;
     text.textContent = words;
     back.disabled = at === 0;
+    if (at === 0) next.focus(); // the button that was pressed is hidden or disabled
     next.textContent = at === shown.length - 1 ? "Done" : "Next";
     found.node.scrollIntoView({ block: "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }

@@ -86,7 +86,7 @@ function answerView(turn, number, act) {
   }
 
   text.addEventListener("keydown", (event) => walk(event, text));
-  return { node, grow, update };
+  return { node, code, grow, update };
 }
 
 /** The arrow keys move the focus from token to token; the whole answer is one Tab stop. */
@@ -105,33 +105,42 @@ function turnView(turn, act) {
   const answers = turn.answers.map((_, number) => answerView(turn, number, act));
   const code = h("div", { class: "fk-code", hidden: true });
   const grid = h("div", { class: "fk-answers", "data-count": answers.length }, ...answers.map((each) => each.node));
-  const node = h("article", { class: `fk-turn fk-${turn.mode}` }, turn.mode === "chat" ? messageView(turn, act) : null, grid, code);
-  turn.answers.forEach((answer, number) => {
-    answers[number].grow(0, answer.spans);
-    answers[number].update(answer);
-  });
+  const message = turn.mode === "chat" ? messageView(turn, act) : null;
+  const node = h("article", { class: `fk-turn fk-${turn.mode}` }, message?.node, grid, code);
+
+  function update(turn) {
+    turn.answers.forEach((answer, number) => {
+      answers[number].grow(0, answer.spans);
+      answers[number].update(answer);
+    });
+  }
 
   function showCode(source) {
     const shown = h("pre", { tabindex: "0", "aria-label": "A cell that generates this text again" }, source);
     const done = h("span", { role: "status" });
-    const close = link({ onclick: () => (code.hidden = true) }, "close");
+    const close = link({ onclick: () => ((code.hidden = true), answers[0].code.focus()) }, "close");
     const again = async () => (done.textContent = (await copy(source, shown)) ? "copied" : "select and copy");
     code.replaceChildren(shown, h("div", { class: "fk-tools" }, done, link({ onclick: again }, "copy"), close));
     code.hidden = false;
     again();
   }
-  return { node, answers, showCode };
+  return { node, answers, message, update, showCode };
 }
 
-/** A message of the user, which can be edited. */
+/** A message of the user, which can be edited. The field stays until the text is taken: the kernel may refuse it. */
 function messageView(turn, act) {
   const text = h("div", { class: "fk-message-text" }, turn.user);
   const edit = link({ title: "Change the message and continue from here" }, "edit");
   const node = h("div", { class: "fk-message" }, text, edit);
+  let sent = false; // and the kernel has not answered yet
+  const close = () => node.replaceChildren(text, edit);
   edit.addEventListener("click", () => {
     const field = h("textarea", { "aria-label": "Edit the message", rows: "2" }, turn.user);
-    const back = () => (node.replaceChildren(text, edit), edit.focus());
-    const send = () => (act("edit", { id: turn.id, text: field.value }), back());
+    const back = () => (close(), edit.focus());
+    const send = () => {
+      if (!sent) act("edit", { id: turn.id, text: field.value });
+      sent = true;
+    };
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
       else if (event.key === "Escape") back();
@@ -143,7 +152,13 @@ function messageView(turn, act) {
     node.replaceChildren(field, h("div", { class: "fk-row" }, button("Answer this", send), button("Cancel", back)));
     field.focus();
   });
-  return node;
+
+  /** The kernel has answered: a message that is not in the conversation any more was edited, or went with another. */
+  function settle(stays) {
+    sent = false;
+    if (!stays) close();
+  }
+  return { node, settle };
 }
 
 /** The card with the most probable tokens at the position of a token. */

@@ -8,6 +8,7 @@ function render({ model, el }) {
   let helloTimer = null; // until the kernel has answered
   let examplesByTitle = {}; // {title: [mode, text]}
   let lastDraft = ""; // the kernel's copy of the text field
+  let unheard = 0; // copies on their way: until the kernel has them, what it says of the field is older than the field
 
   // The header: models, mode, token probabilities, guardrails.
   const title = h("h2", {});
@@ -85,9 +86,19 @@ function render({ model, el }) {
     if (atEnd) log.scrollTop = log.scrollHeight;
   }
 
+  /** Shows these turns only. Those that stay are not touched: a field in them keeps its focus. */
+  function showTurns(nodes) {
+    const shown = nodes.length ? nodes : [empty];
+    keepAtEnd(() => {
+      for (const node of [...log.children]) if (!shown.includes(node)) node.remove();
+      shown.forEach((node, at) => node === log.children[at] || log.insertBefore(node, log.children[at]));
+    });
+  }
+
   const handlers = {
     start({ columns, examples: titles }) {
       clearTimeout(helloTimer);
+      unheard = 0; // what was sent before the page was connected is lost
       title.textContent = columns.join(" and ");
       root.classList.toggle("fk-two", columns.length > 1);
       const heading = h("option", { value: "" }, "Examples …");
@@ -95,12 +106,13 @@ function render({ model, el }) {
       examples.replaceChildren(heading, ...Object.keys(titles).map((each) => h("option", { value: each }, each)));
     },
     turn({ turn }) {
-      const old = turns.get(turn.id);
-      const view = turnView(turn, act);
-      turns.set(turn.id, view);
-      old?.node.replaceWith(view.node);
+      if (!turns.has(turn.id)) turns.set(turn.id, turnView(turn, act));
+      turns.get(turn.id).update(turn); // one that is shown already may be read or edited
     },
     state(state) {
+      const focused = root.getRootNode().activeElement;
+      const inside = root.contains(focused);
+      const was = running;
       running = state.running;
       modes.show((modes.now = state.mode));
       modes.enable(!running);
@@ -110,18 +122,18 @@ function render({ model, el }) {
       settings.show(state);
       fieldLabel.textContent = state.mode === "chat" ? "Message" : "Prompt";
       go.firstChild.data = state.mode === "chat" ? "Send" : "Generate";
-      if (state.draft !== lastDraft) setDraft(state.draft);
+      if (!unheard && state.draft !== lastDraft) setDraft(state.draft);
       [go.disabled, stop.disabled, clear.disabled] = [Boolean(running), !running, Boolean(running) || !state.turns.length];
       [again.disabled, undo.disabled] = [clear.disabled, Boolean(running) || !state.can_undo];
-      status.textContent = running ? "Generating …" : "";
+      status.textContent = running ? "Generating …" : was ? "Ended" : ""; // read out
       notice.textContent = state.notice.text;
       notice.className = `fk-notice fk-${state.notice.kind}`;
       notice.hidden = !state.notice.text;
       if (state.turns.some((id) => !turns.has(id))) return act("hello");
-      const shown = state.turns.map((id) => turns.get(id).node);
-      const same = shown.length === log.children.length && shown.every((node, number) => node === log.children[number]);
-      if (!same) keepAtEnd(() => log.replaceChildren(...(shown.length ? shown : [empty])));
+      for (const [id, view] of turns) view.message?.settle(state.turns.includes(id));
+      showTurns(state.turns.map((id) => turns.get(id).node));
       showMeter(state.meter);
+      if (inside && (focused.disabled || !focused.isConnected)) (running ? stop : go).focus(); // Escape is still heard
     },
     delta({ id, answers, meter: used }) {
       const turn = turns.get(id);
@@ -140,7 +152,10 @@ function render({ model, el }) {
       notice.className = "fk-notice fk-error";
       notice.hidden = false;
     },
-    meter: ({ meter: used }) => showMeter(used),
+    meter({ meter: used }) {
+      unheard = Math.max(0, unheard - 1);
+      showMeter(used);
+    },
     history: ({ turns: earlier }) => history.show(earlier),
     code: ({ id, code }) => turns.get(id)?.showCode(code),
   };
@@ -150,6 +165,7 @@ function render({ model, el }) {
   let draftTimer = null;
   function sendDraft() {
     clearTimeout(draftTimer);
+    unheard += 1;
     act("draft", { text: (lastDraft = field.value) });
   }
   field.addEventListener("input", () => {

@@ -80,7 +80,7 @@ function seedField(change) {
   const [id, help] = [unique("seed"), unique("help")];
   const input = h("input", { type: "number", id, min: 0, step: 1, placeholder: "random", "data-setting": "seed", "aria-describedby": help });
   input.addEventListener("change", () => change({ seed: input.value === "" ? null : Number(input.value) }));
-  const free = link({ onclick: () => change({ seed: null }) }, "random");
+  const free = link({ onclick: () => (change({ seed: null }), input.focus()) }, "random"); // the link goes
   const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
   const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
   const set = setter(input);
@@ -130,10 +130,12 @@ function historyView(act) {
 
   function show(turns) {
     const entry = ({ id, title, note }) => {
-      const open = h("button", { type: "button", title, onclick: () => act("open", { id }) }, h("span", {}, title), h("span", {}, note));
+      const open = h("button", { type: "button", title, "data-id": id, onclick: () => act("open", { id }) }, h("span", {}, title), h("span", {}, note));
       return h("li", {}, open);
     };
+    const focused = list.getRootNode().activeElement?.dataset.id;
     list.replaceChildren(...turns.map(entry));
+    [...list.querySelectorAll("button")].find((each) => each.dataset.id === focused)?.focus({ preventScroll: true });
   }
   return { node, show };
 }
