@@ -14,7 +14,7 @@ from transformers import FalconForCausalLM, GenerationConfig, GenerationMixin, P
 from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 """The arguments of transformers' `generate` that turn on assisted generation."""
 OWN_LOOP = (
     *("custom_generate", "synced_gpus", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
@@ -31,6 +31,7 @@ _INSTEAD = {
     "output_attentions": "fk.attention(falcon, text) returns the attention of a text",
     "output_hidden_states": "fk.lens(falcon, text) reads the hidden states, and model(ids, output_hidden_states=True) "
     "returns them",
+    "assistant_early_exit": "Falcon has no early exit. Give assistant_model or prompt_lookup_num_tokens",
     "token_healing": "it changes the end of the prompt: leave a space at the end of the prompt out instead",
 }
 """Arguments that are refused, and what to do instead."""
@@ -137,10 +138,11 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
         require(samples or options.get(name) is None, f"{name} has no effect without sampling: give do_sample=True too")
 
 
-def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int) -> None:
+def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int, samples: bool) -> None:
     """Raises ValueError for what assisted generation cannot do, and for a draft model of another vocabulary.
 
-    model: the one that accepts or rejects the draft. rows: the number of texts to generate.
+    model: the one that accepts or rejects the draft. rows: the number of texts to generate. samples: whether tokens are
+    sampled.
     """
     _check_draft(options)
     require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")
@@ -158,9 +160,14 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
             f"transformers reads {name} from the draft model only: set it there, as generation_config.{name} of the "
             "draft's model",
         )
-    sizes = [each.config.vocab_size for each in (model, draft)]
+    sizes, other = [each.config.vocab_size for each in (model, draft)], options.get("assistant_tokenizer")
     require(
-        sizes[0] == sizes[1] or options.get("assistant_tokenizer") is not None,
+        not samples or (sizes[0] == sizes[1] and other is None),
+        "a draft with another tokenizer is for do_sample=False, since transformers cuts the draft's head for sampling: "
+        "give that without temperature, top_k and top_p, or choose a draft model with the same tokenizer",
+    )
+    require(
+        sizes[0] == sizes[1] or other is not None,
         f"the draft model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: choose a draft model "
         "with the same tokenizer, or give assistant_tokenizer=, its own",
     )

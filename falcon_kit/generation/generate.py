@@ -120,7 +120,7 @@ class _GenerateTask(GenerationTask):
         )
         prompts, single = check_prompt(prompt)
         if self.assisted:
-            check_assisted(self.options, model, len(prompts) * copies)
+            check_assisted(self.options, model, len(prompts) * copies, self.sampling.samples)
         self.prompts, self.new_tokens = self._encode(prompts)
         self.returns_list = not single or copies > 1
         if (mesh := tensor_parallel_mesh(model)) is not None:
@@ -261,6 +261,7 @@ class _GenerateTask(GenerationTask):
             "pad_token_id": pad,
             "return_dict_in_generate": True,
             "stop_strings": None,  # the decoders stop at them, and cut them off
+            "assistant_early_exit": None,  # a checkpoint's would replace the draft, and Falcon has no early exit
         }
 
     def _generations(self, batch: BatchDecoder, cache_bytes: int) -> list[Generation]:

@@ -86,9 +86,10 @@ def assisted(
     `drafting`: the models and tokenizers for transformers' candidate generator. `rng` is entered to draft and choose.
     """
     model_kwargs["past_key_values"].activate_past_recording()
-    generator = model._get_candidate_generator(
-        generation_config, input_ids, input_ids, logits_processor, model_kwargs, **drafting
-    )
+    config, processor = generation_config, logits_processor
+    if drafting["assistant_tokenizer"] is not None:  # the draft has other tokens than those that the settings name
+        config, processor = GenerationConfig(do_sample=False, min_length=0, max_length=config.max_length), []
+    generator = model._get_candidate_generator(config, input_ids, input_ids, processor, model_kwargs, **drafting)
     first = True
     while True:
         with rng:

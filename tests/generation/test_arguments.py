@@ -65,6 +65,7 @@ def test_a_second_prompt_is_refused(instruct, name):
         ({"output_logits": True}, r"with alternatives=N the most probable tokens"),
         ({"output_attentions": True}, r"fk.attention\(falcon, text\)"),
         ({"output_hidden_states": True}, r"fk.lens\(falcon, text\)"),
+        ({"assistant_early_exit": 2}, "Falcon has no early exit. Give assistant_model or prompt_lookup_num_tokens"),
         ({"token_healing": True}, "leave a space at the end of the prompt out"),
         ({"min_p": 0.5}, "min_p has no effect without sampling: give do_sample=True too"),
         ({"typical_p": 0.5, "temperature": 0}, "typical_p has no effect without sampling"),
@@ -74,6 +75,16 @@ def test_a_second_prompt_is_refused(instruct, name):
 def test_what_would_have_no_effect_is_refused_with_what_has_one(instruct, settings, error):
     with pytest.raises(ValueError, match=error):
         instruct.generate(QUESTION, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
+def test_an_early_exit_in_a_checkpoint_has_no_effect_and_leaves_the_model_whole(instruct, settings, monkeypatch):
+    settings = {"max_new_tokens": 8} | settings
+    expected = instruct.generate(QUESTION, **settings)
+    monkeypatch.setattr(instruct.model.generation_config, "assistant_early_exit", 2)
+    answer = instruct.generate(QUESTION, **settings)
+    assert (answer.tokens, answer.accepted) == (expected.tokens, expected.accepted)
+    assert instruct.model.config.num_hidden_layers == len(instruct.model.transformer.h)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

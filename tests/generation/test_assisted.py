@@ -227,3 +227,26 @@ def test_a_draft_with_another_tokenizer_gives_the_models_own_text(instruct):
         {"assistant_model": other.model, "assistant_tokenizer": other.tokenizer},
     ):
         assert instruct.generate(QUESTION, max_new_tokens=12, **settings).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("named", [{}, {"assistant_tokenizer": True}])
+def test_a_draft_with_another_tokenizer_is_refused_for_sampling_and_stays_whole(instruct, draft, named):
+    other = draft if named else replace(instruct, model=small_model("7b", vocab_size=4096))
+    settings, head = dict.fromkeys(named, other.tokenizer), other.model.lm_head
+    for sampling in ({"temperature": 0.7}, {"do_sample": True}):
+        with pytest.raises(ValueError, match=r"a draft with another tokenizer is for do_sample=False, .*: give that"):
+            instruct.generate(QUESTION, assistant_model=other, **settings, **sampling)
+    assert other.model.lm_head is head
+    assert instruct.generate(QUESTION, assistant_model=other, do_sample=False, max_new_tokens=3, **settings).tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance_scale": 1.5}, {"logits_processor": [lambda ids, logits: logits + torch.zeros(2048)]}],
+    ids=["guidance", "a processor of the caller's"],
+)
+def test_settings_about_tokens_do_not_reach_a_draft_that_has_other_tokens(instruct, settings):
+    other = replace(instruct, model=small_model("7b", vocab_size=4096))
+    settings = {**GREEDY, "max_new_tokens": 12, **settings}
+    expected = instruct.generate(QUESTION, **settings).tokens
+    assert instruct.generate(QUESTION, assistant_model=other, **settings).tokens == expected
