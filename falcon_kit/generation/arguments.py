@@ -1,7 +1,7 @@
 """The keyword arguments of `generate`: generation configs expanded, names checked.
 
 A value counts as in transformers: the caller's keyword, else the caller's `generation_config`, else the checkpoint's
-generation_config.json, else the default.
+generation_config.json, else the default. None is no value: an argument that is None counts as not given.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,13 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
-from transformers import FalconForCausalLM, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    FalconForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+)
 
 from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
@@ -44,9 +50,10 @@ _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assis
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the values of a `generation_config` among them as keyword arguments; given keywords win.
 
+    What is None is left out.
     Raises ValueError for one that is neither a GenerationConfig nor a mapping.
     """
-    settings = dict(settings)
+    settings = {name: value for name, value in settings.items() if value is not None}
     config = settings.pop("generation_config", None)
     if config is None:
         return settings
@@ -65,6 +72,19 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     return values | settings
 
 
+def without_tokenizer(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings without `tokenizer`, which transformers needs beside stop_strings and the kit has already.
+
+    Raises ValueError for another tokenizer.
+    """
+    given = settings.get("tokenizer")
+    require(
+        given is None or given is tokenizer,
+        f"tokenizer is another one than the Falcon's own, falcon.tokenizer: leave it out (got {shown(given)})",
+    )
+    return {name: value for name, value in settings.items() if name != "tokenizer"}
+
+
 def checkpoint_settings(config: GenerationConfig) -> dict[str, Any]:
     """The settings of generation that a checkpoint's generation_config.json contains; token ids are left out."""
     names = [name for name in vars(GenerationConfig()) if not name.startswith(("_", "output_", "return_"))]
@@ -77,22 +97,21 @@ def add_checkpoint_settings(settings: dict[str, Any], config: GenerationConfig) 
 
     transformers' generate adds the checkpoint's other settings itself.
     """
-    named = {name: value for name, value in settings.items() if value is not None}
     values = {name: value for name, value in checkpoint_settings(config).items() if name in SAMPLING_FIELDS}
-    if values.get("max_new_tokens") or any(name in named for name in _LENGTH):
+    if values.get("max_new_tokens") or any(name in settings for name in _LENGTH):
         values.pop("max_length", None)  # transformers prefers max_new_tokens
-    if "max_length" in named:
+    if "max_length" in settings:
         values.pop("max_new_tokens", None)
-    if not _samples(named, bool(values.pop("do_sample", False))):
+    if not _samples(settings, bool(values.pop("do_sample", False))):
         values = {name: value for name, value in values.items() if name not in _DISTRIBUTION}
-    elif "do_sample" not in named:
+    elif "do_sample" not in settings:
         values["do_sample"] = True
-    return settings | values | named
+    return values | settings
 
 
-def _samples(named: dict[str, Any], by_default: bool) -> bool:
+def _samples(settings: dict[str, Any], by_default: bool) -> bool:
     """Whether tokens are sampled: as the caller's settings require, else by the checkpoint's default."""
-    chosen = {name: named[name] for name in ("do_sample", *_DISTRIBUTION) if name in named}
+    chosen = {name: settings[name] for name in ("do_sample", *_DISTRIBUTION) if name in settings}
     return Sampling(**chosen).samples if chosen else by_default
 
 
@@ -136,6 +155,10 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
         require(not options.get(name), f"{name} has no effect here: {advice}")
     for name in _SAMPLING_ONLY:
         require(samples or options.get(name) is None, f"{name} has no effect without sampling: give do_sample=True too")
+    require(
+        options.get("cache_implementation") != "paged",
+        "cache_implementation='paged' is for transformers' generate_batch: leave it out",
+    )
 
 
 def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int, samples: bool) -> None:
@@ -146,12 +169,7 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
     """
     _check_draft(options)
     require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")
-    static = options.get("cache_implementation") == "static"
-    require(
-        options.get("use_cache") is not False and not static,
-        "assisted generation takes back the keys and values of rejected tokens: leave use_cache and "
-        "cache_implementation out",
-    )
+    _check_cache(options, model)
     if (draft := options.get("assistant_model")) is None:
         return
     for name in _OF_THE_DRAFT:
@@ -170,6 +188,27 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
         sizes[0] == sizes[1] or other is not None,
         f"the draft model has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: choose a draft model "
         "with the same tokenizer, or give assistant_tokenizer=, its own",
+    )
+
+
+def _check_cache(options: Mapping[str, Any], model: FalconForCausalLM) -> None:
+    """Raises ValueError for a cache from which assisted generation cannot take back tokens.
+
+    A draft model would get cache_implementation beside the cache that it already has, which transformers refuses.
+    """
+    own = model.generation_config
+    kind = options.get("cache_implementation", own.cache_implementation)
+    kinds = (None,) if options.get("assistant_model") is not None else (None, "dynamic", "offloaded")
+    require(
+        options.get("use_cache", own.use_cache) is not False and kind in kinds,
+        "assisted generation takes back the keys and values of rejected tokens: leave use_cache and "
+        "cache_implementation out, here and in the model's generation_config",
+    )
+    cache = options.get("past_key_values")
+    require(
+        isinstance(cache, DynamicCache | None),
+        "assisted generation takes back the keys and values of rejected tokens: past_key_values may be a DynamicCache, "
+        f"got {shown(cache)}",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import is_out_of_memory, require
+from falcon_kit.display.errors import check_whole, is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.arguments import (
     ASSISTED,
     OWN_LOOP,
@@ -158,7 +158,8 @@ class _GenerateTask(GenerationTask):
 
     def _rng(self) -> AbstractContextManager[None]:
         """What is entered to choose tokens: nothing if no choice is random, so that no other thread waits."""
-        if self.sampling.samples or self._effective("custom_generate"):
+        random = self.sampling.samples or self.sampling.seed is not None  # a caller's processor may be random too
+        if random or self._effective("custom_generate"):
             return SamplingRNG(self.sampling.seed, self.model.device)
         return nullcontext()
 
@@ -249,8 +250,7 @@ class _GenerateTask(GenerationTask):
 
     def _arguments(self) -> dict[str, Any]:
         """All arguments of transformers' `generate`; the caller's win over those of the settings."""
-        pads = (self.options.get("pad_token_id"), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        pad: Any = next(each for each in pads if each is not None)  # masked, so any token will do
+        pad = self._pad_token()
         return {
             **_left_padded(self.prompts, pad, self.model.device),
             **self.sampling.generate_arguments(),
@@ -263,6 +263,18 @@ class _GenerateTask(GenerationTask):
             "stop_strings": None,  # the decoders stop at them, and cut them off
             "assistant_early_exit": None,  # a checkpoint's would replace the draft, and Falcon has no early exit
         }
+
+    def _pad_token(self) -> int:
+        """The caller's padding, else the first that the model has an embedding for: it is masked, so any token will do.
+
+        Raises ValueError for one of the caller's that the model does not have.
+        """
+        tokens = vocabulary_size(self.model)
+        if (given := plain_scalar(self.options.get("pad_token_id"))) is not None:
+            check_whole("pad_token_id", given, 0, tokens - 1)
+            return int(given)
+        own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((each for each in own if each is not None and each < tokens), 0)
 
     def _generations(self, batch: BatchDecoder, cache_bytes: int) -> list[Generation]:
         stats = Stats(

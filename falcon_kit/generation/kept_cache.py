@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import StaticCache
 
 from falcon_kit.catalogue.spec import context_limit
@@ -39,4 +40,6 @@ def _fits(cache: StaticCache, model: Any, rows: int) -> bool:
     layer: Any = cache.layers[0]
     if not layer.is_initialized or layer.max_cache_len != _slots(model):
         return False
+    if layer.keys.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # torch writes to it in inference mode only
     return bool(layer.keys.shape[0] == rows and layer.keys.dtype == model.dtype and layer.keys.device == model.device)

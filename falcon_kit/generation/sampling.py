@@ -129,9 +129,9 @@ SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """The kit's own settings as `Sampling`, and all others. Raises ValueError as `Sampling` does."""
-    sampling = {name: value for name, value in settings.items() if name in SAMPLING_FIELDS}
-    return Sampling(**sampling), {name: value for name, value in settings.items() if name not in sampling}
+    """The kit's own settings as `Sampling`, and all others. None is unset. Raises ValueError as `Sampling` does."""
+    sampling = {name: value for name, value in settings.items() if name in SAMPLING_FIELDS and value is not None}
+    return Sampling(**sampling), {name: value for name, value in settings.items() if name not in SAMPLING_FIELDS}
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:

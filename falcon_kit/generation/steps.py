@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, C tokens of a draft, N new tokens of a step, V vo
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.candidate_generator import _prepare_attention_mask, _prepare_position_ids
 from transformers.generation.utils import _speculative_sampling
 
+from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.generation.decoding import Step
 
 Steps = Generator[Step, Tensor | None, None]
@@ -86,14 +87,18 @@ def assisted(
     `drafting`: the models and tokenizers for transformers' candidate generator. `rng` is entered to draft and choose.
     """
     model_kwargs["past_key_values"].activate_past_recording()
-    config, processor = generation_config, logits_processor
+    config, processor = generation_config, cast(Any, logits_processor)
     if drafting["assistant_tokenizer"] is not None:  # the draft has other tokens than those that the settings name
         config, processor = GenerationConfig(do_sample=False, min_length=0, max_length=config.max_length), []
     generator = model._get_candidate_generator(config, input_ids, input_ids, processor, model_kwargs, **drafting)
+    _keep_to_its_context(generator)
     first = True
     while True:
-        with rng:
-            draft, draft_logits = generator.get_candidates(input_ids)
+        try:
+            with rng:
+                draft, draft_logits = generator.get_candidates(input_ids)
+        except _DraftIsFullError:
+            generator, draft, draft_logits = _NoDraft(), input_ids, None
         draft = draft.to(input_ids.device)  # (1, T + C)
         count, length = draft.shape[1] - input_ids.shape[1], input_ids.shape[1]
         outputs = model(**_verification_inputs(model, draft, count, first, model_kwargs))
@@ -111,6 +116,42 @@ def assisted(
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=added)
         ended, first = stopping_criteria(input_ids, None), False
         yield Step(tokens, logprobs[:, :added], ended, model_kwargs["past_key_values"], accepted)
+
+
+class _DraftIsFullError(Exception):
+    """The text fills the context of the draft model."""
+
+
+class _NoDraft:
+    """A candidate generator that proposes nothing, so that the model goes on alone."""
+
+    def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        """The text as it is."""
+        return input_ids, None
+
+    def update_candidate_strategy(self, *given: Any) -> None:
+        """Nothing adapts."""
+
+
+def _keep_to_its_context(generator: Any) -> None:
+    """Makes a draft model propose no more tokens than its context has room for, in the tokens of its own tokenizer.
+
+    Once there is no room, the generator raises _DraftIsFullError.
+    """
+    config = getattr(getattr(generator, "assistant_model", None), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)  # GPT-2's config stores it under another name
+    if positions is None:
+        return
+    prepare = generator._prepare_generation_args
+    context = context_limit({**vars(config), "max_position_embeddings": positions})
+
+    def prepared(input_ids: Tensor, least: int, most: int) -> Any:
+        room = context - input_ids.shape[1]
+        if room < 1:
+            raise _DraftIsFullError
+        return prepare(input_ids, min(least, room), min(most, room))
+
+    generator._prepare_generation_args = prepared
 
 
 def _verification_inputs(

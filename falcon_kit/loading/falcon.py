@@ -113,7 +113,7 @@ class Falcon:
 
         A compiled step runs no hook that was added later, such as an ablation: with hooks, nothing is compiled.
         """
-        settings = arguments.expand_generation_config(settings)
+        settings = arguments.expand_generation_config(arguments.without_tokenizer(settings, self.tokenizer))
         if isinstance(draft := settings.get("assistant_model"), Falcon):
             settings["assistant_model"] = draft.model
             if draft.model.config.vocab_size != self.model.config.vocab_size:

@@ -2,12 +2,13 @@
 refused."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, StoppingCriteriaList
 
 import falcon_kit as fk
 from falcon_kit.generation import generate
@@ -65,6 +66,7 @@ def test_a_second_prompt_is_refused(instruct, name):
         ({"output_logits": True}, r"with alternatives=N the most probable tokens"),
         ({"output_attentions": True}, r"fk.attention\(falcon, text\)"),
         ({"output_hidden_states": True}, r"fk.lens\(falcon, text\)"),
+        ({"assistant_early_exit": 2}, "Falcon has no early exit. Give assistant_model or prompt_lookup_num_tokens"),
         ({"token_healing": True}, "leave a space at the end of the prompt out"),
         ({"min_p": 0.5}, "min_p has no effect without sampling: give do_sample=True too"),
         ({"typical_p": 0.5, "temperature": 0}, "typical_p has no effect without sampling"),
@@ -76,12 +78,93 @@ def test_what_would_have_no_effect_is_refused_with_what_has_one(instruct, settin
         instruct.generate(QUESTION, **settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
+def test_an_early_exit_in_a_checkpoint_has_no_effect_and_leaves_the_model_whole(instruct, settings, monkeypatch):
+    settings = {"max_new_tokens": 8} | settings
+    expected = instruct.generate(QUESTION, **settings)
+    monkeypatch.setattr(instruct.model.generation_config, "assistant_early_exit", 2)
+    answer = instruct.generate(QUESTION, **settings)
+    assert (answer.tokens, answer.accepted) == (expected.tokens, expected.accepted)
+    assert instruct.model.config.num_hidden_layers == len(instruct.model.transformer.h)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("settings", [{"return_dict_in_generate": False}, {"pad_token_id": None}])
 def test_settings_that_the_kit_chooses_itself_may_be_given(instruct, settings, beams):
     settings = {"num_beams": beams, "max_new_tokens": 4} | settings
     expected = instruct.generate(PROMPTS, num_beams=beams, max_new_tokens=4)
     assert [each.tokens for each in instruct.generate(PROMPTS, **settings)] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_generate", "num_beams", "num_return_sequences", "alternatives", "logits_to_keep"]
+)
+def test_an_argument_that_is_none_counts_as_not_given(instruct, name):
+    expected = instruct.generate(QUESTION, max_new_tokens=4).tokens
+    assert instruct.generate(QUESTION, max_new_tokens=4, **{name: None}).tokens == expected
+    assert instruct.chat(CHAT, max_new_tokens=4, **{name: None}).tokens == instruct.chat(CHAT, max_new_tokens=4).tokens
+    assert len(list(instruct.stream(QUESTION, max_new_tokens=4, **{name: None}))) == 4
+
+
+def test_without_a_mask_padding_stays_masked_even_where_it_is_the_end_token(instruct):
+    expected = [instruct.generate(each, max_new_tokens=6).tokens for each in PROMPTS]
+    batch = instruct.generate(PROMPTS, max_new_tokens=6, attention_mask=None, pad_token_id=11)
+    assert [each.tokens for each in batch] == expected
+
+
+def test_a_cache_that_is_none_leaves_decoding_compiled(instruct):
+    compiled = dataclasses.replace(instruct, decoding={"cache_implementation": "static"})
+    assert compiled._with_decoding({"cache_implementation": None, "num_beams": None}) == compiled.decoding
+
+
+def test_the_falcons_own_tokenizer_may_stand_beside_stop_strings_as_in_transformers(instruct):
+    settings = {"stop_strings": ["acacia"], "tokenizer": instruct.tokenizer}
+    assert instruct.generate(QUESTION, **settings).finish_reason == "stop"
+    assert instruct.chat(CHAT, **settings).finish_reason == "stop"
+    stream = instruct.stream(QUESTION, **settings)
+    assert "acacia" not in "".join(piece.text for piece in stream)
+
+
+def test_another_tokenizer_is_refused(instruct):
+    other = copy.copy(instruct.tokenizer)
+    with pytest.raises(ValueError, match=r"another one than the Falcon's own, falcon\.tokenizer: leave it out"):
+        instruct.generate(QUESTION, stop_strings=["acacia"], tokenizer=other)
+
+
+def test_a_cache_for_batches_of_transformers_is_refused(instruct):
+    with pytest.raises(ValueError, match=r"^cache_implementation='paged' is for transformers' generate_batch: leave"):
+        instruct.generate(QUESTION, cache_implementation="paged")
+
+
+def test_a_batch_is_padded_with_a_token_that_the_model_has(instruct):
+    falcon = dataclasses.replace(instruct, tokenizer=copy.deepcopy(instruct.tokenizer))
+    falcon.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert falcon.tokenizer.pad_token_id == 2048
+    expected = [instruct.generate(each, max_new_tokens=4).tokens for each in PROMPTS]
+    assert [each.tokens for each in falcon.generate(PROMPTS, max_new_tokens=4)] == expected
+
+
+@pytest.mark.parametrize("token", [2048, -1])
+def test_a_padding_of_the_callers_that_the_model_does_not_have_is_refused(instruct, token):
+    with pytest.raises(ValueError, match=f"pad_token_id must be a whole number from 0 to 2047, got {token}"):
+        instruct.generate(PROMPTS, pad_token_id=token)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_seed_counts_for_what_a_processor_of_the_callers_draws(instruct, beams):
+    before = torch.get_rng_state()
+    settings = {"logits_processor": [lambda ids, logits: logits + 5 * torch.randn_like(logits)], "num_beams": beams}
+    texts = [instruct.generate(QUESTION, seed=seed, max_new_tokens=6, **settings).text for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_cache_that_a_compiled_model_keeps_works_after_inference_mode(instruct):
+    decoding = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    falcon = dataclasses.replace(instruct, decoding=decoding)
+    with torch.inference_mode():
+        expected = falcon.generate(QUESTION, max_new_tokens=3).tokens
+    assert falcon.generate(QUESTION, max_new_tokens=3).tokens == expected
 
 
 def test_a_number_is_no_conversation(instruct):

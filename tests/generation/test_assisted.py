@@ -3,12 +3,13 @@
 transformers' own greedy and assisted generation are the oracles.
 """
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache, StoppingCriteria
 
 import falcon_kit as fk
 from falcon_kit.generation.generate import generate, stream
@@ -140,10 +141,82 @@ def test_a_stopping_criterion_of_the_callers_ends_the_text_as_in_transformers(in
     assert answer.tokens == by_transformers(instruct, REPEATED, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_a_cache_that_cannot_be_taken_back_is_refused(instruct, settings):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_cache": False}, *({"cache_implementation": kind} for kind in ("static", "quantized", "sliding_window"))],
+    ids=str,
+)
+def test_a_cache_that_cannot_be_taken_back_is_refused(instruct, draft, mode, settings):
     with pytest.raises(ValueError, match="leave use_cache and cache_implementation out"):
-        instruct.generate(QUESTION, prompt_lookup_num_tokens=3, **settings)
+        instruct.generate(QUESTION, **assistance(mode, draft), **settings)
+
+
+def test_a_cache_of_the_callers_has_to_be_one_that_can_be_taken_back(instruct):
+    static = StaticCache(config=instruct.model.config, max_cache_len=200)
+    with pytest.raises(ValueError, match=r"past_key_values may be a DynamicCache, got StaticCache"):
+        instruct.generate(REPEATED, prompt_lookup_num_tokens=3, past_key_values=static)
+    expected = instruct.generate(REPEATED, max_new_tokens=12).tokens
+    for settings in ({"past_key_values": DynamicCache()}, {"cache_implementation": "dynamic"}):
+        answer = instruct.generate(REPEATED, prompt_lookup_num_tokens=3, max_new_tokens=12, **settings)
+        assert answer.tokens == expected
+
+
+def test_a_static_cache_of_the_checkpoints_is_refused_and_left_out_it_works(instruct, monkeypatch):
+    monkeypatch.setattr(instruct.model.generation_config, "cache_implementation", "static")
+    with pytest.raises(ValueError, match="here and in the model's generation_config"):
+        instruct.generate(REPEATED, prompt_lookup_num_tokens=3)
+    instruct.model.generation_config.cache_implementation = None
+    assert instruct.generate(REPEATED, prompt_lookup_num_tokens=3, max_new_tokens=3).tokens
+
+
+def test_a_draft_model_takes_no_kind_of_cache_since_it_keeps_its_own(instruct, draft):
+    with pytest.raises(ValueError, match="leave use_cache and cache_implementation out"):
+        instruct.generate(QUESTION, assistant_model=draft, cache_implementation="dynamic")
+
+
+def short(model, context):
+    """A copy of the model with another context."""
+    model = copy.deepcopy(model)
+    model.config.max_position_embeddings = context
+    return model
+
+
+@pytest.mark.parametrize("context", [4, 20, 33])
+def test_a_model_goes_on_alone_once_the_text_fills_the_drafts_context(instruct, draft, context):
+    settings = {**GREEDY, "suppress_tokens": [11]}
+    expected = instruct.generate(QUESTION, **settings).tokens
+    model = short(draft.model, context)
+    pieces = list(instruct.stream(QUESTION, assistant_model=model, **settings))
+    assert tuple(piece.token_id for piece in pieces) == expected
+    prompt = len(instruct.tokenizer(QUESTION)["input_ids"])
+    accepted = [prompt + number for number, piece in enumerate(pieces, 1) if piece.accepted]
+    assert not accepted or max(accepted) <= context
+    assert bool(accepted) == (context > prompt)
+
+
+@pytest.mark.parametrize("context", [4, 20, 33])
+def test_a_draft_with_another_tokenizer_keeps_to_its_context_too(instruct, draft, context):
+    settings = {**GREEDY, "suppress_tokens": [11]}
+    drafting = {"assistant_model": short(draft.model, context), "assistant_tokenizer": draft.tokenizer}
+    answer = instruct.generate(QUESTION, **settings, **drafting)
+    assert answer.tokens == instruct.generate(QUESTION, **settings).tokens
+    assert bool(answer.accepted) == (context > len(instruct.tokenizer(QUESTION)["input_ids"]))
+
+
+def test_a_draft_model_of_another_architecture_keeps_to_its_context(instruct):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_positions=20, n_embd=32, n_layer=1, n_head=2))
+    settings = {**GREEDY, "suppress_tokens": [11]}
+    expected = instruct.generate(QUESTION, **settings).tokens
+    assert instruct.generate(QUESTION, assistant_model=gpt2.eval(), **settings).tokens == expected
+
+
+def test_the_length_of_a_draft_does_not_adapt_to_drafts_that_there_was_no_room_for(instruct, draft):
+    model = short(draft.model, 4)
+    model.generation_config.num_assistant_tokens_schedule = "heuristic"
+    model.generation_config.num_assistant_tokens = 5
+    instruct.generate(QUESTION, assistant_model=model, **GREEDY)
+    assert model.generation_config.num_assistant_tokens == 5
 
 
 class Collects:
@@ -227,3 +300,26 @@ def test_a_draft_with_another_tokenizer_gives_the_models_own_text(instruct):
         {"assistant_model": other.model, "assistant_tokenizer": other.tokenizer},
     ):
         assert instruct.generate(QUESTION, max_new_tokens=12, **settings).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("named", [{}, {"assistant_tokenizer": True}])
+def test_a_draft_with_another_tokenizer_is_refused_for_sampling_and_stays_whole(instruct, draft, named):
+    other = draft if named else replace(instruct, model=small_model("7b", vocab_size=4096))
+    settings, head = dict.fromkeys(named, other.tokenizer), other.model.lm_head
+    for sampling in ({"temperature": 0.7}, {"do_sample": True}):
+        with pytest.raises(ValueError, match=r"a draft with another tokenizer is for do_sample=False, .*: give that"):
+            instruct.generate(QUESTION, assistant_model=other, **settings, **sampling)
+    assert other.model.lm_head is head
+    assert instruct.generate(QUESTION, assistant_model=other, do_sample=False, max_new_tokens=3, **settings).tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance_scale": 1.5}, {"logits_processor": [lambda ids, logits: logits + torch.zeros(2048)]}],
+    ids=["guidance", "a processor of the caller's"],
+)
+def test_settings_about_tokens_do_not_reach_a_draft_that_has_other_tokens(instruct, settings):
+    other = replace(instruct, model=small_model("7b", vocab_size=4096))
+    settings = {**GREEDY, "max_new_tokens": 12, **settings}
+    expected = instruct.generate(QUESTION, **settings).tokens
+    assert instruct.generate(QUESTION, assistant_model=other, **settings).tokens == expected
