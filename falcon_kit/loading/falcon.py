@@ -121,8 +121,10 @@ class Falcon:
         usual = {"use_cache": (None, True), "num_beams": (None, 1)}
         names = ("past_key_values", "cache_implementation", *usual, *arguments.ASSISTED)
         other = any(settings.get(name) not in usual.get(name, (None,)) for name in names)
+        if other or not self.decoding:
+            return settings
         hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
-        return settings if other or hooked else {**self.decoding, **settings}
+        return settings if hooked else {**self.decoding, **settings}
 
     @property
     def chat_format(self) -> ChatFormat:
