@@ -18,6 +18,7 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import counted, format_bytes, html_table
+from falcon_kit.generation.arguments import without_tokenizer
 from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
@@ -69,6 +70,8 @@ def _environment(rank: int, ranks: int) -> dict[str, str]:
 class _Arrived:
     """What the ranks have answered to one request so far."""
 
+    number: int | None = None
+    """The request's number; None while the model is loaded."""
     answers: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, tuple[str, str]] = field(default_factory=dict)
 
@@ -179,7 +182,7 @@ class ParallelFalcon:
             arrived = None
             try:
                 self._workers.send(request)
-                arrived = _Arrived()
+                arrived = _Arrived(number)
                 answers = yield from self._receive(arrived, cancelled=cancelled)
             except KeyboardInterrupt:
                 self._cancel(number, arrived)
@@ -193,6 +196,7 @@ class ParallelFalcon:
     def _cancel(self, number: int, arrived: _Arrived | None) -> None:
         """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes.
 
+        Each rank answers a cancel, since Ctrl-C may have come before its first answer was kept.
         arrived: None for a request that perhaps did not reach all ranks, which ends the processes too.
         """
         if arrived is None:
@@ -201,7 +205,7 @@ class ParallelFalcon:
         try:
             self._workers.send({"cancel": number})
             _end(self._receive(arrived))
-        except BaseException:
+        except KeyboardInterrupt:
             self.close()
             raise
 
@@ -222,6 +226,8 @@ class ParallelFalcon:
             except WorkerDied as died:  # perhaps because of the error of another rank
                 before = f". Before that, {_by_rank(errors)}" if errors else ""
                 raise WorkerDied(f"{died}{before}") from None
+            if message.get("number") != arrived.number:
+                continue  # a second answer to a request that was cancelled
             if "piece" in message:
                 yield _PIECE.validate_python(message["piece"])
                 self._workers.send({"go": cancelled is not None and not cancelled.is_set()}, rank=0)
@@ -260,6 +266,7 @@ class _RemoteTask(GenerationTask):
 
     def __init__(self, falcon: ParallelFalcon, call: str, prompt: Any, settings: dict[str, Any]) -> None:
         super().__init__()
+        settings = without_tokenizer(settings, falcon.tokenizer)
         if call == "stream":
             split_settings(settings)  # raises before the stream starts where a setting is out of range
         self._falcon, self._call, self._prompt, self._settings = falcon, call, prompt, settings
@@ -298,11 +305,13 @@ def _by_rank(errors: Mapping[int, tuple[str, str]]) -> str:
 
 
 def _error(errors: Mapping[int, tuple[str, str]], ranks: int) -> Exception:
-    """The ranks' errors as one: of the same type, if it is a known one and all that failed raised the same."""
-    if len(set(errors.values())) == 1:
-        name, text = next(iter(errors.values()))
-        if len(errors) < ranks:
-            text += f". Raised on rank {next(iter(errors))}, it ended all {ranks} processes: load the model again"
-        known = next((kind for kind in _KNOWN_ERRORS if kind.__name__ == name), None)
-        return known(text) if known else RuntimeError(f"{name}: {text}")
-    return RuntimeError(_by_rank(errors))
+    """The ranks' errors as one: of the same type, if it is a known one and all that failed raised that type."""
+    names, texts = (set(each) for each in zip(*errors.values(), strict=True))
+    text = texts.pop() if len(texts) == 1 else _by_rank(errors)  # torch's text of memory that ran out names the GPU
+    if len(names) > 1:
+        return RuntimeError(_by_rank(errors))
+    if len(errors) < ranks:
+        where = " and ".join(f"rank {rank}" for rank in sorted(errors))
+        text += f". Raised on {where}, it ended all {ranks} processes: load the model again"
+    known = next((kind for kind in _KNOWN_ERRORS if kind.__name__ in names), None)
+    return known(text) if known else RuntimeError(f"{names.pop()}: {text}")

@@ -33,12 +33,18 @@ def serve(load: Callable[..., Any]) -> None:
         settings = {**request["settings"], "chat": stored_format(request["settings"]["chat"])}
         falcon = load(request["directory"], **settings)
         link.send(done=_rank(falcon, rank, 0) | {"generation_settings": falcon.generation_settings})
+        answer: dict[str, Any] = {}
         while True:
             request = link.receive()
-            try:
-                link.send(done=_answer(falcon, request, link))
-            except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
-                link.send(error=_named(error))
+            if "call" in request:
+                try:
+                    answer = {"done": _answer(falcon, request, link)}
+                except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
+                    answer = {"error": _named(error)}
+            elif "cancel" not in request:
+                continue  # a reply to the last piece of a stream that was cancelled meanwhile
+            # To a cancel too: Ctrl-C in the notebook's process may have come before it had kept the answer.
+            link.send(number=request.get("number", link.cancelled), **answer)
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
         link.send(error=_named(error))
         link.receive()
@@ -88,7 +94,7 @@ def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, An
     prompt, settings, mesh = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
     rank = mesh.get_local_rank()
     if request["call"] == "stream":
-        generations = [_stream(falcon.stream(prompt, **settings), link, rank == 0)]
+        generations = [_stream(falcon.stream(prompt, **settings), link, request["number"], rank == 0)]
     else:
         criteria = [_CancelledCriteria(link, request["number"], mesh)]
         result = getattr(falcon, request["call"])(prompt, stopping_criteria=criteria, **settings)
@@ -99,11 +105,14 @@ def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, An
     return answer
 
 
-def _stream(stream: Stream, link: Link, first: bool) -> Generation:
-    """Runs a stream to its end. The first rank sends each piece, and continues or stops all ranks as the reply says."""
+def _stream(stream: Stream, link: Link, number: int, first: bool) -> Generation:
+    """Runs a stream to its end. The first rank sends each piece, and continues or stops all ranks as the reply says.
+
+    A cancel is a reply too: Ctrl-C in the notebook's process may come before it replies.
+    """
     for piece in stream:
         if first:
-            link.send(piece=asdict(piece))
-            if not link.receive()["go"]:
+            link.send(number=number, piece=asdict(piece))
+            if not link.receive().get("go"):
                 stream.close()
     return stream.generation

@@ -159,10 +159,8 @@ class Link:
     def _read(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
-            if "cancel" in message:
-                self.cancelled = message["cancel"]
-            else:
-                self._arrived.put(message)
+            self.cancelled = message.get("cancel", self.cancelled)
+            self._arrived.put(message)
         os._exit(1)  # the parent has ended
 
     @property

@@ -333,6 +333,45 @@ def test_ctrl_c_stops_all_processes_and_leaves_them_usable(together, instruct):
     assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
 
 
+def raised_once(call, key, before=False):
+    """The call, with a Ctrl-C before or after the first message that has the key; the message is lost after it came."""
+    left = [KeyboardInterrupt()]
+
+    def called(*given, **named):
+        if before and key in given[0] and left:
+            raise left.pop()
+        came = call(*given, **named)
+        if not before and key in (came or given)[-1] and left:
+            raise left.pop()
+        return came
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "place", "key", "before"),
+    [
+        ("stream", LONG, "receive", "piece", False),
+        ("stream", LONG, "send", "go", True),
+        ("stream", LONG, "send", "go", False),
+        ("stream", {"max_new_tokens": 1}, "send", "go", False),
+        ("stream", {"max_new_tokens": 1}, "receive", "done", False),
+        ("generate", {"max_new_tokens": 1}, "receive", "done", False),
+        ("generate", {"temprature": 1}, "receive", "error", False),
+    ],
+)
+def test_ctrl_c_between_two_messages_leaves_the_processes_usable(
+    together, instruct, monkeypatch, method, settings, place, key, before
+):
+    monkeypatch.setattr(together._workers, place, raised_once(getattr(together._workers, place), key, before))
+    with pytest.raises((KeyboardInterrupt, ValueError)) as raised:
+        list(getattr(together, method)(QUESTION, **settings))
+    assert raised.type is (ValueError if key == "error" else KeyboardInterrupt)
+    tokens = [*instruct.generate(QUESTION, max_new_tokens=3).tokens]
+    assert [*together.generate(QUESTION, max_new_tokens=3).tokens] == tokens
+    assert [piece.token_id for piece in together.stream(QUESTION, max_new_tokens=3)] == tokens
+
+
 def test_a_second_text_has_to_wait_for_the_first(together):
     stream = together.stream(QUESTION, **LONG)
     next(stream)
@@ -357,6 +396,15 @@ def test_a_setting_out_of_range_is_refused_when_a_stream_is_asked_for(together):
 def test_objects_cannot_go_to_other_processes(together):
     with pytest.raises(TypeError, match=r"logits_processor is sent to other processes, .* under torchrun"):
         together.generate(QUESTION, logits_processor=[object()])
+
+
+def test_the_own_tokenizer_and_what_is_none_do_not_go_to_other_processes(together, instruct):
+    settings = {"stop_strings": ["acacia"], "tokenizer": together.tokenizer, "num_return_sequences": None}
+    expected = instruct.generate(QUESTION, stop=["acacia"]).tokens
+    assert together.generate(QUESTION, **settings).tokens == expected
+    assert tuple(piece.token_id for piece in together.stream(QUESTION, **settings)) == expected
+    with pytest.raises(ValueError, match="another one than the Falcon's own"):
+        together.generate(QUESTION, tokenizer=instruct.tokenizer)
 
 
 def test_arrays_go_to_other_processes_as_lists(together, instruct):
@@ -464,7 +512,7 @@ class Answers:
         self.closed = True
 
 
-OUT_OF_MEMORY = (1, {"error": ["MemoryError", "out of memory after 3 tokens"]})
+OUT_OF_MEMORY = (1, {"number": 0, "error": ["MemoryError", "out of memory after 3 tokens"]})
 
 
 @pytest.mark.parametrize(
@@ -478,6 +526,12 @@ OUT_OF_MEMORY = (1, {"error": ["MemoryError", "out of memory after 3 tokens"]})
             "worker 0 ended. Before that, rank 1: MemoryError: out of memory after 3",
         ),
         ([], WorkerDied("worker 0 ended"), WorkerDied, "^worker 0 ended$"),
+        (
+            [(rank, {"number": 0, "error": ["MemoryError", f"GPU {rank} is full"]}) for rank in (1, 0)],
+            AssertionError("it waits"),
+            MemoryError,
+            "^rank 0: MemoryError: GPU 0 is full; rank 1: MemoryError: GPU 1 is full$",
+        ),
     ],
 )
 def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, text):
@@ -487,7 +541,8 @@ def test_the_message_of_the_rank_that_failed_first_is_kept(messages, end, kind, 
         falcon.generate("Hello")
 
 
-DONE = [(rank, {"done": {"rank": rank, "device": "cpu", "weight_bytes": 1, "cache_bytes": 1}}) for rank in (0, 1)]
+MADE = {"device": "cpu", "weight_bytes": 1, "cache_bytes": 1}
+DONE = [(rank, {"number": 0, "done": {"rank": rank, **MADE}}) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
