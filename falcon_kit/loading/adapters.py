@@ -115,6 +115,7 @@ def fingerprint(norm: Mapping[str, Tensor], adapters: Iterable[str] = ()) -> str
     """A hash of the last LayerNorm and of the adapters added to a model.
 
     The LayerNorm is rounded to bfloat16, so that quantisation does not change the hash; LoRA never changes a LayerNorm.
+    An adapter that plain PEFT merged is not seen: what it changes is what quantisation changes too.
     norm: its weight and bias. adapters: the digests of the adapters.
     """
     values = torch.cat([norm["weight"], norm["bias"]]).detach().to("cpu", torch.bfloat16)
