@@ -436,6 +436,24 @@ def test_what_is_focused_is_described_as_what_is_pointed_at(page):
     expect(page.locator("[data-stage=projection] .fk-info")).to_contain_text("query head")
 
 
+def luminance(colour: str) -> float:
+    """The relative luminance (WCAG 2.2) of a computed colour."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_the_hands_of_query_and_key_stand_out_from_their_dial(browser, file, scheme):
+    page = opened(browser, file, color_scheme=scheme)
+    dial = page.locator(".fk-dial svg").first
+    ground = luminance(dial.locator("circle").evaluate("node => getComputedStyle(node).fill"))
+    for kind in ("query", "key"):
+        hand = dial.locator(f".fk-hand.fk-{kind}:not(.fk-before)")
+        ink = luminance(hand.evaluate("node => getComputedStyle(node).stroke"))
+        assert (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 3, kind
+    page.context.close()
+
+
 def test_the_arrow_keys_walk_through_the_groups_of_the_projection(page):
     page.locator(".fk-memory").press("ArrowRight")
     expect(page.locator("[data-stage=projection] .fk-info")).to_contain_text("group 0: rows 0 to")

@@ -522,6 +522,20 @@ def test_text_is_readable_in_the_theme(pad: Pad, dark: bool):
     assert (worst["page"] < 0.5) is dark
 
 
+def test_an_answer_that_has_the_focus_is_framed_on_all_sides(pad: Pad):
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    text = pad.node.locator(".fk-text")
+    text.scroll_into_view_if_needed()
+    x, y, width, _ = text.bounding_box().values()
+    sides = {"left": (x - 3, y + 9, 2, 9), "right": (x + width + 1, y + 9, 2, 9), "top": (x + 9, y - 3, 9, 2)}
+    clips = {side: dict(zip(("x", "y", "width", "height"), each, strict=True)) for side, each in sides.items()}
+    before = {side: pad.page.screenshot(clip=clip) for side, clip in clips.items()}
+    pad.page.keyboard.press("Shift")
+    text.evaluate("node => node.focus({ preventScroll: true })")
+    assert [side for side, clip in clips.items() if pad.page.screenshot(clip=clip) == before[side]] == []
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_axe_finds_no_violation(pad: Pad, dark: bool):
     pad.notebook.change_theme(dark)
