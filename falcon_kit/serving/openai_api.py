@@ -106,8 +106,7 @@ class OpenAIServer:
     accepts_messages = True
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
-        self.facts, self.accepts_stop = facts, dialect.accepts_stop
-        self._dialect, self.connection = dialect, connection
+        self.facts, self._dialect, self.connection = facts, dialect, connection
         self.url, self._root = url, url.removesuffix("/v1")
         self._control_tokens: dict[int | None, str] = {}
 

@@ -28,6 +28,7 @@ from falcon_kit.serving.failures import (
 )
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
+END_SECONDS = 1.0  # to wait for what a server sends after the text: its token counts, and the end of the response
 MAX_PAUSE, MAX_RETRY_AFTER = 8.0, 60.0  # seconds: limits of the doubled pause, and of an endpoint's Retry-After
 T = TypeVar("T")
 FINISHED: Mapping[str, FinishReason] = {"length": "length", "eos_token": "eos", "stop": "eos", "stop_sequence": "stop"}
@@ -124,8 +125,6 @@ class Server(Protocol):
     connection: Connection
     api: str
     """The name of its protocol, as `connect` takes it: "openai" or "tgi"."""
-    accepts_stop: bool
-    """Whether requests contain the stop strings, so that the endpoint itself ends soon after one."""
     accepts_messages: bool
     """Whether a request can contain a conversation, which the endpoint's own chat template renders."""
 
@@ -246,11 +245,16 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                 text = (await response.aread()).decode(errors="replace")
                 message = error_message(text)
                 raise http_error(response.status_code, message, address, response.headers)
-            async for line in lines_of(response.aiter_bytes()):
+            lines = lines_of(response.aiter_bytes())
+            async for line in lines:
                 field, _, data = line.decode(errors="replace").partition(":")
                 if field == "data" and data.strip():
                     next_event(response)
                     if data.strip() == "[DONE]":
+                        with suppress(TimeoutError, httpx2.HTTPError):
+                            async with asyncio.timeout(END_SECONDS):
+                                async for _ in lines:  # a connection that is read to its end serves the next request
+                                    pass
                         return
                     yield data.strip()
     except httpx2.HTTPError as error:

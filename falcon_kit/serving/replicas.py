@@ -29,8 +29,7 @@ class Replicas:
         shared = servers[0].connection
         # To ask each replica once is no further attempt.
         self.connection = replace(shared, retries=shared.retries + len(others))
-        self.api, self.accepts_stop = servers[0].api, servers[0].accepts_stop
-        self.accepts_messages = servers[0].accepts_messages
+        self.api, self.accepts_messages = servers[0].api, servers[0].accepts_messages
         self.servers = servers
         self._in_flight = [0] * len(servers)
         self._rests_until = [0.0] * len(servers)

@@ -45,7 +45,7 @@ class SageMakerServer:
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
         self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self.api, self.accepts_stop, self.accepts_messages = api, True, api == "openai"
+        self.api, self.accepts_messages = api, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
         """The container's own request."""
@@ -124,7 +124,7 @@ class SageMakerServer:
         except ReadTimeoutError:
             raise self._silent() from None
         except (HTTPError, OSError) as error:
-            raise ConnectionError(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
+            raise Unavailable(f"the connection to {self.facts.address} broke ({type(error).__name__})") from None
 
     def _read(self, line: bytes, body: dict[str, Any], begun: bool) -> Iterator[Delta]:
         """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
@@ -144,7 +144,12 @@ class SageMakerServer:
 
     def _explain(self, error: Exception) -> Exception:
         """The exception for an error of boto3."""
-        from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+        from botocore.exceptions import (
+            ConnectionClosedError,
+            EndpointConnectionError,
+            NoCredentialsError,
+            ReadTimeoutError,
+        )
 
         address, message = self.facts.address, str(error)
         response = getattr(error, "response", None) or {}
@@ -152,7 +157,7 @@ class SageMakerServer:
         if code == "ModelError":  # from the container, not from AWS
             status, original = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", message)
             return http_error(status, error_message(original), address, {})
-        if code in BUSY or isinstance(error, EndpointConnectionError):
+        if code in BUSY or isinstance(error, EndpointConnectionError | ConnectionClosedError):
             return Unavailable(f"{address} is busy or not reachable: try again later. AWS reports: {message}")
         if code in REFUSED or isinstance(error, NoCredentialsError):
             return PermissionError(

@@ -17,14 +17,11 @@ from falcon_kit.generation.waiting import next_item, result, wait
 from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.failures import count, within
-from falcon_kit.serving.protocol import Delta, Server, retry_stream
+from falcon_kit.serving.protocol import END_SECONDS, Delta, Server, retry_stream
 
 Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
 """A coroutine function that calls its argument with each piece."""
 _CLOSE_SECONDS = 5.0
-_USAGE_TIMEOUT = 1.0  # seconds to wait for the token counts, which some endpoints send after the text
-
-
 _MOST_PER_TOKEN = 256  # events and characters; the longest token of the published vocabulary has 80 characters
 
 
@@ -43,12 +40,14 @@ class Answer:
         self, prompt: str, stop: tuple[str, ...], strip: bool, alternatives: int = 0, limit: int | None = None
     ) -> None:
         """alternatives: how many there are at each step, as in `Sampling`. limit: the most tokens."""
-        self.prompt, self._text, self._wanted = prompt, Text(stop, strip), alternatives
+        self.prompt, self.stop, self._text, self._wanted = prompt, stop, Text(stop, strip), alternatives
         self._limit, self._received = limit, 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[tuple[Alternative, ...]] = []
         self.finish: FinishReason | None = None
+        self.server_ended = False
+        """Whether the server itself has ended the text, and soon ends the response too."""
         self.prompt_tokens, self._new_tokens, self._events = 0, 0, 0
         self.begin()
 
@@ -94,6 +93,7 @@ class Answer:
             self.logprobs.append(delta.logprob)
             self.alternatives.append(alternatives)
         self._text.add(delta.text)
+        self.server_ended = delta.finish is not None
         self.finish = "stop" if self.stopped else None if self.too_long else delta.finish
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
@@ -146,13 +146,15 @@ async def request_answer(
     than `context` tokens.
     """
     address = server.facts.address
+    # TGI takes four stop strings, llama.cpp is given none: at one that it was not sent, a server goes on.
+    sent = {*body.get("parameters", body).get("stop", ())}
     try:
         async with (
             within(server.connection.deadline, address, "deadline"),
             aclosing(retry_stream(lambda: server.deltas(body), server.connection)) as deltas,  # type: ignore[type-var]
         ):
             await _receive(deltas, server, answer, emit)
-            if server.accepts_stop or not answer.stopped:
+            if answer.server_ended or sent >= {*answer.stop}:
                 await _read_usage(deltas, answer)
     except (ConnectionError, TimeoutError) as error:
         if not answer.begun:
@@ -215,7 +217,7 @@ def _check_context(generation: Generation, context: int | None) -> Generation:
 async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
     """Reads the token counts that an endpoint may send after the last piece; no error there undoes the answer."""
     with suppress(Exception):
-        async with asyncio.timeout(_USAGE_TIMEOUT):
+        async with asyncio.timeout(END_SECONDS):
             async for delta in deltas:
                 answer.count(delta)
 

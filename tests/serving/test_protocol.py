@@ -1,6 +1,7 @@
 """Retries, timeouts, settings and the exceptions of all protocols."""
 
 import asyncio
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import falcon_kit as fk
 from falcon_kit.serving import failures, protocol
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.protocol import Request
-from tests.serving.servers import DONE, Reply, answering, as_reply, event, free_port, scripted
+from tests.serving.servers import DONE, HTTPServer, Reply, answering, as_reply, chunk, event, free_port, scripted
 
 
 def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
@@ -46,6 +47,35 @@ def test_a_connection_that_is_closed_before_any_response_is_tried_again(reset):
     with scripted(answering(Reply(dropped=True, reset=reset), Reply(DONE))) as server:
         assert fk.connect(f"{server.address}/v1").generate("Hi").text == "Hello there"
         assert len(server.asked("/v1/completions")) == 2
+
+
+@pytest.mark.parametrize("rest", [[], [b": that was all\n\n"]])
+def test_one_connection_serves_one_text_after_the_other(rest):
+    opened = []
+
+    class Counted(HTTPServer):
+        def get_request(self):
+            opened.append(super().get_request())
+            return opened[-1]
+
+    with scripted(answering(Reply([*DONE, *rest])), Counted) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        opened.clear()
+        assert [endpoint.generate("Hi").text for _ in range(10)] == ["Hello there"] * 10
+        assert len(opened) == 1
+
+
+def test_a_response_without_an_end_is_left_after_its_end_mark():
+    def endless():
+        yield b"data: [DONE]\n\n"
+        while True:
+            time.sleep(0.1)
+            yield b": I am still here\n\n"
+
+    with scripted(answering(Reply(itertools.chain([chunk("Half")], endless())))) as server:
+        with pytest.raises(fk.IncompleteAnswer, match="gave no finish reason"):
+            fk.connect(f"{server.address}/v1", deadline=5).generate("Hi")
+        assert server.hung_up.wait(5)
 
 
 def test_an_endpoint_that_closes_every_connection_is_given_up():

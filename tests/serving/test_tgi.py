@@ -2,13 +2,15 @@
 
 import json
 import math
+import threading
 
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.serving import stream
 from falcon_kit.serving.tgi import read_event
 from falcon_kit.serving.tgi_server import TgiServer
-from tests.serving.servers import QUESTION, scripted, tgi
+from tests.serving.servers import QUESTION, as_reply, event, scripted, tgi
 
 EVENT = {"token": {"id": 5, "text": " a", "logprob": -0.1, "special": False}}
 
@@ -18,6 +20,20 @@ def test_stop_strings_beyond_tgis_four_end_a_text_too(tgi_endpoint, instruct):
     local = instruct.generate("Wow", max_new_tokens=40, stop=stop)
     remote = tgi_endpoint.generate("Wow", max_new_tokens=40, stop=stop)
     assert (remote.text, remote.finish_reason) == (local.text, local.finish_reason)
+
+
+def test_a_stop_string_that_tgi_was_not_sent_ends_a_text_at_once(monkeypatch):
+    monkeypatch.setattr(stream, "END_SECONDS", 60)
+    returned, in_time = threading.Event(), []
+
+    def going_on():
+        yield event(EVENT)
+        in_time.append(returned.wait(10))
+
+    with scripted(lambda path, *_: as_reply({"model_id": "falcon"}) if path == "/info" else going_on()) as server:
+        answer = fk.connect(server.address).generate("Hi", stop=["1", "2", "3", "4", "a"])
+        returned.set()
+    assert (answer.text, answer.finish_reason, in_time) == (" ", "stop", [True])
 
 
 def test_only_the_settings_that_were_given_are_sent(instruct):
