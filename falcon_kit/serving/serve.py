@@ -128,14 +128,14 @@ def serve(
     check_whole("texts", texts, 1, MAX_TEXTS)
     check_seconds(timeout=timeout, request_timeout=request_timeout, deadline=deadline)
     given_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
-    source = source_of(model)
-    kind, program = _choose_engine(str(engine), source)
+    kind, program = _choose_engine(str(engine), source := source_of(model))
     dtype = _check_dtype(kind, source, dtype)
     planned = _plan(source, kind, dtype, source.spec.context if context is None else context, texts, gpus)
-    port, process = free_port(port), LocalProcess(key := secrets.token_urlsafe(32))
+    free_port(port)  # raises if it is in use; any other is chosen when the files are written, which may take minutes
+    process = LocalProcess(key := secrets.token_urlsafe(32))
     try:
         files = files_for(source, process.folder, dtype, kind.reads_gguf)
-        job = _job(source, kind, dtype, planned, files, port, more)
+        job = _job(source, kind, dtype, planned, files, free_port(port), more)
         process.start([*program, *job.arguments], job.environment(key))
         server = _connect(process, timeout, job, key, request_timeout, deadline)
     except BaseException:

@@ -6,7 +6,8 @@ Source: https://huggingface.co/docs/text-generation-inference
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -43,6 +44,11 @@ class TgiServer:
 class _Handler(BaseHTTPRequestHandler):
     falcon: Falcon
 
+    def handle(self) -> None:
+        """Answers a client, which may hang up at any time."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self) -> None:
         """GET /info."""
         if self.path == "/info":
@@ -71,9 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
-        for each in events(self.falcon, body):
-            self.wfile.write(b"data:" + json.dumps(each).encode() + b"\n\n")
-            self.wfile.flush()
+        with closing(events(self.falcon, body)) as made:
+            for each in made:
+                self.wfile.write(b"data:" + json.dumps(each).encode() + b"\n\n")
+                self.wfile.flush()
 
     def _json(self, status: int, content: Any) -> None:
         self.send_response(status)
@@ -114,26 +121,25 @@ def refusal(falcon: Falcon, body: Mapping[str, Any]) -> str | None:
     return next((rule for rule, holds in rules.items() if not holds), None)
 
 
-def events(falcon: Falcon, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def events(falcon: Falcon, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
     """TGI's StreamResponse events; a stop sequence ends the text and stays in it."""
     given = body["parameters"]
     text, end, count = "", falcon.tokenizer.eos_token_id, 0
     length = len(falcon.tokenizer(body["inputs"])["input_ids"])
     settings = {name: given[name] for name in _SETTINGS if name in given}
-    stream = falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)
-    for count, piece in enumerate(stream, 1):
-        special = piece.token_id == end
-        text += piece.text
-        ends = {
-            "eos_token": special,
-            "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
-            "length": count == given["max_new_tokens"],
-        }
-        reason = next((name for name, holds in ends.items() if holds), None)
-        yield _event(piece, special, count) | _ending(reason, text, count, given.get("seed"), length)
-        if reason:
-            stream.close()
-            return
+    with closing(falcon.stream(body["inputs"], alternatives=given.get("top_n_tokens", 0), **settings)) as stream:
+        for count, piece in enumerate(stream, 1):
+            special = piece.token_id == end
+            text += piece.text
+            ends = {
+                "eos_token": special,
+                "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
+                "length": count == given["max_new_tokens"],
+            }
+            reason = next((name for name, holds in ends.items() if holds), None)
+            yield _event(piece, special, count) | _ending(reason, text, count, given.get("seed"), length)
+            if reason:
+                return
 
 
 def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:

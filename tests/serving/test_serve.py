@@ -86,6 +86,15 @@ def test_settings_reach_the_command_line(engine):
     assert line.endswith(f"--port {port} --dtype bfloat16 --max-model-len 300 --max-num-seqs 3 --enforce-eager")
 
 
+def test_a_port_is_checked_before_the_files_are_written_and_chosen_afterwards(engine, monkeypatch):
+    calls = []
+    for name in ("free_port", "files_for"):
+        original = getattr(serving, name)
+        monkeypatch.setattr(serving, name, lambda *all, name=name, to=original: (calls.append(name), to(*all))[1])
+    with fk.serve("falconet", engine().program):
+        assert calls == ["free_port", "files_for", "free_port"]
+
+
 def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_server(engine, instruct):
     stand_in = engine()
     with fk.serve(instruct, stand_in.program) as served:

@@ -88,6 +88,19 @@ def test_the_server_of_the_kit_streams_the_local_text_and_frees_its_port(instruc
         fk.connect(server.address, retries=0)
 
 
+def test_the_server_of_the_kit_prints_nothing_when_a_client_hangs_up(instruct, capfd):
+    before = {*threading.enumerate()}
+    with TgiServer(instruct) as server:
+        stream = fk.connect(server.address).stream("Once upon a time", max_new_tokens=1900, temperature=1.0)
+        next(stream)
+        answering = [each for each in threading.enumerate() if "process_request" in each.name and each not in before]
+        stream.close()
+        for each in answering:
+            each.join(20)
+    assert answering
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"typical_p": 0.2, "do_sample": True, "seed": 1}])
 def test_the_server_of_the_kit_ignores_no_setting(tgi_endpoint, instruct, settings):
     local, remote = (each.generate("The giraffe", max_new_tokens=12, **settings) for each in (instruct, tgi_endpoint))
