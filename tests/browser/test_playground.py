@@ -402,6 +402,7 @@ def test_a_token_shows_what_else_was_likely_to_the_pointer_and_to_the_keyboard(p
     tokens.nth(1).hover()
     expect(card).to_be_hidden()
     pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
     tokens.nth(1).hover()
     expect(card.locator("tr")).to_have_count(5)
     likeliest = pad.session("turns[0].answers[0].spans[1].tokens[0].alternatives[0][0]")
@@ -427,6 +428,7 @@ Typing.__iter__ = said"""
     pad.write("Go")
     pad.wait()
     pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
     pad.node.locator(".fk-token").hover()
     expect(pad.node.get_by_role("tooltip").locator("bdi")).to_have_text("a[U+00A0]b")
     expect(pad.node.get_by_role("tooltip").locator("td").last).to_have_text(">99.9%")
@@ -515,6 +517,7 @@ def test_the_seed_of_the_second_column_is_used_again(notebook: Notebook):
 def test_text_is_readable_in_the_theme(pad: Pad, dark: bool):
     pad.notebook.change_theme(dark)
     pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
     pad.write("Counting: 7, 8,")
     pad.wait()
     worst = pad.node.evaluate(CONTRAST)
@@ -540,6 +543,7 @@ def test_an_answer_that_has_the_focus_is_framed_on_all_sides(pad: Pad):
 def test_axe_finds_no_violation(pad: Pad, dark: bool):
     pad.notebook.change_theme(dark)
     pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
     pad.button("Chat").click()
     pad.write("What do giraffes eat?")
     pad.wait()
@@ -644,6 +648,7 @@ def test_hostile_text_stays_text(notebook: Notebook, words: str):
     pad.write(words)
     pad.wait()
     pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
     pad.node.locator(".fk-token").first.hover()
     pad.button("copy as code").click()
     expect(pad.node.locator(".fk-code")).to_be_visible()

@@ -73,12 +73,13 @@ class ScriptedRank:
         if "call" in message:
             self.requests += 1
             self.going = True
+            self.number = message["number"]
             self.messages = self.answer(message["call"] == "stream")
         else:
             self.going = message.get("go", False)
 
     def receive(self, timeout):
-        return 0, next(self.messages)
+        return 0, {"number": self.number, **next(self.messages)}
 
     def answer(self, streams):
         texts = ["".join(row) for row in self.rows]
