@@ -20,6 +20,7 @@ from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, save_tokenizer
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
+from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
@@ -95,6 +96,7 @@ def source_of(model: Any) -> Source:
             f"{type(model).__name__}"
         )
     found = find(model, _HUB)
+    check_adapters(found)  # which `fk.load` would refuse once the files are being written
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
     return Source(str(model), found.spec, own or _loaded_dtype(found), found)
 

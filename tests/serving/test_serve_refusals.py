@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import falcon_kit as fk
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.serving import serve as serving
 from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM
@@ -20,6 +21,7 @@ from falcon_kit.serving.failures import connection_error
 from falcon_kit.serving.source import files_for, source_of
 from tests.conftest import small_model
 from tests.generation.test_own_format import CHATML
+from tests.loading.test_adapters import renamed, saved_adapter
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(engine):
@@ -174,3 +176,13 @@ def test_no_disk_for_the_weights_is_refused(engine, instruct, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 2**20))
     with pytest.raises(OSError, match=r"falconet-instruct needs 18.5 MiB, and .* has 1.00 MiB free"):
         fk.serve(instruct, engine().program)
+
+
+def test_an_adapter_of_a_base_that_is_stored_quantised_is_refused_before_files_are_written(tmp_path):
+    quantised = fk.load("falconet", dtype="int8")
+    quantised.model.save_pretrained(tmp_path / "int8")
+    quantised.tokenizer.save_pretrained(tmp_path / "int8")
+    adapter = saved_adapter(embedded_directory("falconet"), tmp_path / "wise")
+    renamed(adapter, str(tmp_path / "int8"))
+    with pytest.raises(ValueError, match=r"wise is to be added to .*int8, whose weights are stored in int8"):
+        source_of(adapter)
