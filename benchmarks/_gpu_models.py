@@ -66,10 +66,11 @@ def _quantised(weight: Tensor, dtype: str) -> nn.Module:
     import bitsandbytes
 
     if dtype == "int8":
-        made = bitsandbytes.nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False)
+        made = bitsandbytes.nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, device="meta")
         made.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         return made.to(weight.device)
-    made = bitsandbytes.nn.Linear4bit(into, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+    made = bitsandbytes.nn.Linear4bit(into, out, bias=False, device="meta", **options)
     made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     return made.to(weight.device)
 

@@ -78,7 +78,7 @@ def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return part()
     except ImportError as error:
         return {"skipped": f"{error}; transformers here is {_version('transformers')}"}
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         return {"fits": False, "error": str(error).split(". ")[0]}
     except Exception as error:  # noqa: BLE001  # one part's error must not lose the others' results
         return {"failed": f"{type(error).__name__}: {error}"[:600]}
@@ -99,17 +99,17 @@ def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
         "logits against float64": of_the_model("against_float64"),
         "bandwidth, GB/s": of_the_model("bandwidth"),
         "7B, bfloat16": of_the_model("both", settings.seven),
-        "slice of the 40B, bfloat16": of_the_model("both", None),
-        "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
         "7B, bfloat16, compiled": of_the_model("compiled", settings.seven, settings.batches[:1]),
         **{f"7B, {dtype}": of_the_model("quantised", settings.seven, dtype) for dtype in ("int4", "nf4", "int8")},
-        "packed rows": of_the_model("packed_rows"),
         **{f"tuning, {dtype}": of_the_model("tuning", dtype) for dtype in ("bfloat16", "nf4", "int4")},
         **{f"tuning with SFTTrainer, {dtype}": of_the_model("peer_tuning", dtype) for dtype in ("bfloat16", "nf4")},
+        "slice of the 40B, bfloat16": of_the_model("both", None),
         "attention statistics": of_the_model("statistics_of_attention"),
         "slice of the 40B, int4": of_the_model("quantised", None, "int4"),
-        "slice of the 40B, bfloat16, compiled": of_the_model("compiled", None, settings.batches[-1:]),
+        "packed rows": of_the_model("packed_rows"),
+        "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
         "7B, int4, compiled": of_the_model("quantised_compiled", settings.seven, "int4"),
+        "slice of the 40B, bfloat16, compiled": of_the_model("compiled", None, settings.batches[-1:]),
     }
 
 

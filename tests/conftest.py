@@ -23,6 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("FALCON_KIT_MODEL", "FALCON_KIT_SOURCE", "FALCON_KIT_DATA", "FALCON_KIT_AWS"):
     os.environ.pop(_name, None)
 
+# The tests are made for a CPU. tests/project/test_gpu.py shows the GPUs again, to a process of its own.
+if "FALCON_KIT_TESTS_SEE_GPUS" not in os.environ:
+    os.environ.setdefault("FALCON_KIT_HIDDEN_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A shell that starts the tests in the background makes them ignore SIGINT, but some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -182,6 +182,8 @@ class BatchDecoder:
         self.first_token_seconds = self.seconds = 0.0
         """From creation to the first and the last token, without the time that the reader of the pieces takes."""
         self._is_cancelled = False
+        self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        """What the next step is read from, and what marks the end of copying it."""
 
     @property
     def ended(self) -> bool:
@@ -195,7 +197,7 @@ class BatchDecoder:
 
     def read(self, step: Step) -> Iterator[Piece]:
         """Decodes the new tokens of a step, and returns a piece for each token of an unfinished sequence."""
-        rows = self._values(step)
+        rows = self._read_values(step)
         self._record_time()
         for position in range(step.tokens.shape[1]):
             last = position == step.tokens.shape[1] - 1
@@ -209,7 +211,21 @@ class BatchDecoder:
             if self.ended:
                 return
 
-    def _values(self, step: Step) -> list[list[list[float]]]:
+    def begin_reading(self, step: Step) -> None:
+        """Starts to copy to the host what `read` reads of a step on a GPU, which meanwhile can go on."""
+        values = self._values(step)
+        copy = values.to("cpu", non_blocking=True)
+        self._copy = copy, torch.cuda.current_stream(values.device).record_event()
+
+    def _read_values(self, step: Step) -> list[list[list[float]]]:
+        """`_values` as lists, from the copy if one was begun."""
+        if self._copy is None:
+            return self._values(step).tolist()
+        (values, copied), self._copy = self._copy, None
+        copied.synchronize()
+        return values.tolist()
+
+    def _values(self, step: Step) -> torch.Tensor:
         """For each sequence and new token (B, N): the token, whether the sequence ends with this step, the
         log-probability, and the alternatives and theirs.
 
@@ -220,7 +236,7 @@ class BatchDecoder:
         if count := min(self._alternatives, step.logprobs.shape[-1]):
             values, likeliest = step.logprobs.topk(count)  # (B, N, count)
             columns += [likeliest, values]
-        return torch.cat([each.float() for each in columns], dim=-1).tolist()
+        return torch.cat([each.float() for each in columns], dim=-1)
 
     def _piece(self, decoder: SequenceDecoder, values: list[float], last: bool, accepted: bool) -> Piece:
         """Appends a token to its sequence. values: see `_values`."""

@@ -167,7 +167,10 @@ class _GenerateTask(GenerationTask):
         self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
     ) -> Iterator[Piece]:
         """Generates token by token, or draft by draft."""
-        loop = partial(assisted, drafting=self._drafting()) if self.assisted else token_by_token
+        if self.assisted:
+            loop = partial(assisted, drafting=self._drafting())
+        else:
+            loop = partial(token_by_token, begin_reading=batch.begin_reading if self._runs_ahead() else None)
         model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
         steps: Steps = model.generate(**arguments, custom_generate=partial(loop, rng=rng))
         step, streamer = next(steps), self.options.get("streamer")
@@ -182,6 +185,16 @@ class _GenerateTask(GenerationTask):
         if streamer is not None:
             streamer.end()
         self.generations = self._generations(batch, _cache_bytes(step.cache))
+
+    def _runs_ahead(self) -> bool:
+        """Whether the model begins a step before the last one is read: on CUDA, which computes while the host reads.
+
+        Not with a cache of the caller's, which would hold one token more, nor with offloaded weights (on "meta" between
+        two steps), whose copies would be in vain after the last token.
+        """
+        if self.model.device.type != "cuda" or self.options.get("past_key_values") is not None:
+            return False
+        return not any(each.is_meta for each in self.model.parameters())
 
     def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         """Generates with a loop of transformers', such as beam search."""

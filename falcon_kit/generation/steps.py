@@ -35,10 +35,21 @@ def token_by_token(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     rng: AbstractContextManager[None],
+    begin_reading: Callable[[Step], None] | None,
     **model_kwargs: Any,
 ) -> Steps:
-    """One new token of each sequence at a time: the most probable one, or a sampled one. `rng` is entered to choose."""
+    """One new token of each sequence at a time: the most probable one, or a sampled one. `rng` is entered to choose.
+
+    begin_reading: starts to copy a step to the host. With it, the model begins its next step before the caller reads
+    this one, so that a GPU does not wait for the host. If the caller then ends, that step was computed in vain.
+    """
     forward = _decoding_forward(model, model_kwargs, generation_config)
+
+    def next_outputs() -> Any:
+        length = 1 if model_kwargs["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=length, **model_kwargs)
+        return forward(**inputs, return_dict=True)
+
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     finished: Tensor | None = None
     while True:
@@ -52,10 +63,18 @@ def token_by_token(
             tokens = tokens.masked_fill(finished[:, None], generation_config.pad_token_id)
         input_ids = torch.cat([input_ids, tokens], dim=-1)
         ended = stopping_criteria(input_ids, None)
-        finished = yield Step(tokens, logprobs[:, None], ended, model_kwargs.get("past_key_values"))
-        length = 1 if model_kwargs["use_cache"] else None
-        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=length, **model_kwargs)
-        outputs = forward(**inputs, return_dict=True)
+        step = Step(tokens, logprobs[:, None], ended, model_kwargs.get("past_key_values"))
+        if begin_reading is None or input_ids.shape[1] == generation_config.max_length:
+            finished = yield step
+            outputs = next_outputs()
+            continue
+        begin_reading(step)
+        try:
+            outputs = next_outputs()
+        except Exception:  # such as one for lack of memory: the caller has this step first
+            yield step
+            raise
+        finished = yield step
 
 
 def _decoding_forward(model: Any, model_kwargs: dict[str, Any], config: GenerationConfig) -> Any:
