@@ -56,7 +56,9 @@ class LoadSettings:
         _check_combinations(self.dtype_name, self.device_map, self.max_memory, self.attention, self.offload)
         compile_options(self.compile)
         one_process = {name: getattr(self, name) for name in ("device_map", "compile", "max_memory", "offload")}
-        ranks.check_request(self.tensor_parallel, **one_process)
+        if self.ranks_on_cpu:
+            del one_process["device_map"]
+        ranks.check_request(self.tensor_parallel, self.ranks_on_cpu, **one_process)
         _ = self.chat_format  # raises LookupError for an unknown one
 
     @property
@@ -72,6 +74,11 @@ class LoadSettings:
         if kind == "cuda":
             return int(index) if index else torch.cuda.current_device()
         return kind if kind == "cpu" else int(kind) if kind.isdigit() else None
+
+    @property
+    def ranks_on_cpu(self) -> bool:
+        """Whether `load` starts processes for the ranks that leave the GPUs of this machine alone."""
+        return self.device_map == "cpu" and ranks.needs_launch(self.tensor_parallel)
 
     @property
     def folder(self) -> Path:

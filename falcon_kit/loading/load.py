@@ -90,7 +90,8 @@ def load(
     template of the checkpoint's tokenizer.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
-    in a notebook `load` starts the processes and returns a `ParallelFalcon`.
+    in a notebook `load` starts the processes and returns a `ParallelFalcon`: on GPUs, or on the CPU where there are
+    none or device_map is "cpu".
     Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
@@ -190,8 +191,9 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
 
         hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
         request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
+        parts["chat_format"] = format
         request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
-        return cast(Falcon, launching.launch(found.name, request, is_large(files), **parts, chat_format=format))
+        return cast(Falcon, launching.launch(found.name, request, is_large(files), settings.ranks_on_cpu, **parts))
     model = read_model(found, files, planned, settings)
     set_special_tokens(model.generation_config, tokenizer)
     model.generation_config = generation or GenerationConfig.from_model_config(model.generation_config.to_dict())

@@ -171,17 +171,28 @@ class Weights:
 
 
 def weights(model: nn.Module) -> Weights:
-    """The weights that a model has in memory, by part. Weights offloaded to disk count as zero bytes."""
+    """The weights that a model has in memory, by part: a GPU's and the host's. Those on disk count as zero bytes."""
     counted: set[int] = set()
     sizes: dict[str, dict[str, list[int]]] = {}  # by part and dtype, of each module
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            new = [each for each in tensors(module) if each.device.type != "meta" and _address(each) not in counted]
+            new = [each for each in _in_memory(module) if _address(each) not in counted]
             part = sizes.setdefault(name.rpartition(".")[2], {})
             part.setdefault(kept_as(module), []).append(sum(each.nbytes for each in new))
             counted |= {_address(each) for each in new}
     rows = ((part, *row) for part, dtypes in sizes.items() for row in sorted(dtypes.items()))
     return Weights(tuple(Kept(part, len(modules), dtype, sum(modules)) for part, dtype, modules in rows))
+
+
+def _in_memory(module: nn.Module) -> Iterator[Tensor]:
+    """A module's `tensors` that are in memory, with those that accelerate keeps in host memory between two steps."""
+    yield from (each for each in tensors(module) if not each.is_meta)
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (map := getattr(each, "weights_map", None)) is not None:
+            in_host = getattr(map.dataset, "state_dict", map.dataset)  # else they are on disk
+            names = (f"{map.prefix}{name}" for name, kept in module.named_parameters(recurse=False) if kept.is_meta)
+            yield from (in_host[name] for name in names if name in in_host)
 
 
 def _address(tensor: Tensor) -> int:

@@ -35,16 +35,17 @@ _KNOWN_ERRORS = (ValueError, TypeError, LookupError, FileNotFoundError, MemoryEr
 _RANK, _PIECE, _GENERATIONS = TypeAdapter(Rank), TypeAdapter(Piece), TypeAdapter(list[Generation])
 
 
-def launch(directory: str, settings: dict[str, Any], progress: bool, **parts: Any) -> "ParallelFalcon":
+def launch(directory: str, settings: dict[str, Any], progress: bool, on_cpu: bool, **parts: Any) -> "ParallelFalcon":
     """Starts a worker for each rank, which loads its part of the checkpoint, and returns the Falcon of all ranks.
 
-    settings: arguments of `load` in the workers, with `tensor_parallel`. parts: further arguments of ParallelFalcon.
+    settings: arguments of `load` in the workers, with `tensor_parallel`. on_cpu: whether the workers see no GPU.
+    parts: further arguments of ParallelFalcon.
     Raises what a worker raises while it loads; all workers are ended then.
     """
     code = "from falcon_kit.loading.load import load; from falcon_kit.parallel.worker import serve; serve(load)"
     ranks = settings["tensor_parallel"]
     empty_gpu_cache()  # the plan counts it as free
-    workers = Workers(code, [_environment(rank, ranks) for rank in range(ranks)])
+    workers = Workers(code, [_environment(rank, ranks, on_cpu) for rank in range(ranks)])
     falcon = ParallelFalcon(workers, directory, **parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
@@ -57,9 +58,11 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, **parts: An
     return falcon
 
 
-def _environment(rank: int, ranks: int) -> dict[str, str]:
+def _environment(rank: int, ranks: int, on_cpu: bool) -> dict[str, str]:
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TQDM_DISABLE": "1"}
-    if torch.cuda.is_available():
+    if on_cpu:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.is_available():
         return variables
     if sys.platform == "linux":
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are on this machine

@@ -34,11 +34,11 @@ class Rank:
     """Its part of the KV cache at the end of the last request."""
 
 
-def check_request(ranks: int | None, **others: Any) -> None:
+def check_request(ranks: int | None, on_cpu: bool, **others: Any) -> None:
     """Raises ValueError where a model cannot be loaded on `ranks` ranks here; None, for one process, always passes.
 
-    others: arguments of `load` that exclude tensor_parallel. `memory.check_tensor_parallel` checks whether the model's
-    KV heads can be divided.
+    on_cpu: whether the ranks leave GPUs alone. others: arguments of `load` that exclude tensor_parallel.
+    `memory.check_tensor_parallel` checks whether the model's KV heads can be divided.
     """
     if ranks is None:
         return
@@ -49,8 +49,11 @@ def check_request(ranks: int | None, **others: Any) -> None:
             f"tensor_parallel={ranks} divides every layer of the model among the ranks: leave out {', '.join(excluded)}"
         )
     local = _local_ranks(ranks)
-    if torch.cuda.is_available() and torch.cuda.device_count() < local:
-        raise ValueError(f"tensor_parallel={ranks} needs {local} GPUs here, torch finds {torch.cuda.device_count()}")
+    if torch.cuda.is_available() and torch.cuda.device_count() < local and not on_cpu:
+        raise ValueError(
+            f"tensor_parallel={ranks} needs {local} GPUs here, torch finds {torch.cuda.device_count()}; with "
+            "device_map='cpu' the processes compute on the CPU"
+        )
 
 
 def _local_ranks(ranks: int) -> int:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file, save_file
 from transformers import FalconForCausalLM
 
@@ -71,6 +72,20 @@ def test_four_bits_take_less_than_eight_and_double_quantisation_less_still(direc
 def test_a_quantised_falcon_says_so(directory, dtype):
     falcon = fk.load(directory, dtype=dtype)
     assert (falcon.dtype, f"{dtype} on cpu" in repr(falcon)) == (dtype, True)
+
+
+def test_weights_in_host_memory_are_counted_while_they_are_offloaded(checkpoint):
+    falcon = fk.load(checkpoint, dtype="float32")
+    rows = falcon.weights.rows
+    cpu_offload(falcon.model)
+    assert next(falcon.model.parameters()).is_meta
+    assert falcon.weights.rows == rows
+
+
+def test_weights_on_disk_are_not_in_memory(checkpoint, tmp_path):
+    falcon = fk.load(checkpoint, dtype="float32")
+    disk_offload(falcon.model, tmp_path / "offload")
+    assert falcon.weight_bytes == 0
 
 
 def test_the_table_of_weights_names_every_part(directory):

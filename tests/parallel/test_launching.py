@@ -28,7 +28,7 @@ from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.parallel.ranks import local_tensor, placement
 from falcon_kit.parallel.worker import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
-from tests.conftest import LAYOUTS, legacy, logits, small_config, small_model
+from tests.conftest import LAYOUTS, legacy, logits, simulated_gpus, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
 from tests.waiting import interrupted
 
@@ -252,11 +252,18 @@ def test_a_launcher_that_says_otherwise_is_refused(monkeypatch, variables, text)
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="tensor_parallel=2 needs 2 GPUs here, torch finds 1"):
+    with pytest.raises(ValueError, match="tensor_parallel=2 needs 2 GPUs here, torch finds 1; with device_map='cpu'"):
         fk.load("falconet", tensor_parallel=2)
 
 
 # From a notebook
+
+
+def test_beside_one_gpu_the_ranks_compute_on_the_cpu_if_asked(monkeypatch):
+    simulated_gpus(monkeypatch, [2**34])
+    with fk.load("falconet", tensor_parallel=2, device_map="cpu") as falcon:
+        assert [each.device for each in falcon.ranks] == ["cpu", "cpu"]
+        assert falcon.generate("The", max_new_tokens=2).text
 
 
 def test_processes_write_what_one_would(together, instruct):
@@ -594,5 +601,5 @@ def test_the_memory_of_deleted_tensors_is_free_for_the_ranks_before_they_start(m
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
     monkeypatch.setattr(launching, "Workers", lambda *_: seen.append("started") or sys.exit())
     with pytest.raises(SystemExit):
-        launching.launch("falconet", {"tensor_parallel": 2}, progress=False)
+        launching.launch("falconet", {"tensor_parallel": 2}, progress=False, on_cpu=False)
     assert seen == ["emptied", "started"]

@@ -295,7 +295,7 @@ WITHOUT_A_FALCON = {
     *("published_tokens", "sample_texts", "spec", "check", "requirements", "gguf_file"),
 }
 CASES = [case for cases in TABLE.values() for case in cases]
-RANDOM = {sampled, sequences, stream}
+RANDOM = {sampled, sequences, stream, assisted_stream, playground}
 
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 128, "num_hidden_layers": 5, "max_position_embeddings": 256}

@@ -14,8 +14,20 @@ import pytest
 import torch
 
 import falcon_kit as fk
-from tests.conftest import small_model
-from tests.project.cases import CASES, RANDOM, Places, export_gguf, notebook_04, tune, value
+from tests.conftest import LAYOUTS, small_model
+from tests.project.cases import (
+    CASES,
+    RANDOM,
+    Places,
+    export_gguf,
+    loss,
+    merge,
+    merge_and_save,
+    notebook_04,
+    serve,
+    tune,
+    value,
+)
 from tests.project.notebook_memory import cells, shorten
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0*.ipynb"))
@@ -38,6 +50,16 @@ def offloaded(spec):
 PLACES = {"7b": whole, "40b": whole, "rw": whole, "40b, offloaded": offloaded}
 REFUSED = {("rw", export_gguf), ("rw", notebook_04)}
 """What a layout does not have on a CPU either: llama.cpp has no ALiBi, the notebook needs a tied head."""
+REFUSES_OFFLOADED = {
+    tune: "cannot be trained",
+    merge: "nothing can be added to it",
+    merge_and_save: "nothing can be added to it",
+    export_gguf: "some weights are offloaded",
+    serve: "some weights are offloaded",
+}
+"""What refuses a model whose layers are offloaded, and its words."""
+NOT_OFFLOADED = {*REFUSES_OFFLOADED, loss, notebook_04}
+"""These, and the cases that use the weights of each layer themselves."""
 
 
 # In the process with the GPU
@@ -127,8 +149,11 @@ def process():
             yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda each: each.__name__)
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in PLACES for case in CASES if name in LAYOUTS or case not in NOT_OFFLOADED],
+    ids=lambda each: getattr(each, "__name__", each),
+)
 def test_a_gpu_gives_what_a_cpu_gives(name, case, process):
     one, gpu = process(both, name, CASES.index(case))
     assert isinstance(one, str) == ((name, case) in REFUSED), one
@@ -136,6 +161,11 @@ def test_a_gpu_gives_what_a_cpu_gives(name, case, process):
         assert np.array_equal(one, gpu)
     else:
         np.testing.assert_allclose(gpu, one, rtol=1e-4, atol=TOLERANCE.get(case, 1e-4) * np.abs(one).max())
+
+
+@pytest.mark.parametrize("case", REFUSES_OFFLOADED, ids=lambda each: each.__name__)
+def test_what_needs_all_weights_refuses_offloaded_ones(case, process):
+    assert REFUSES_OFFLOADED[case] in str(process(both, "40b, offloaded", CASES.index(case))[1])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "nf4"])
