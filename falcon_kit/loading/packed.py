@@ -163,9 +163,10 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8":
             weight = unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
             return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
-        values = halves(self.canonical()).to(dtype).view(self.out_features, -1, GROUP)
+        # each step in as little memory as it can: a matrix of the 40B has half a billion values
+        values = self._values().view(torch.int8).sub_(8).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
-        return ((values - 8) * scale + zero).view(self.out_features, self.in_features)
+        return torch.addcmul(zero, values, scale, out=values).view(self.out_features, self.in_features)
 
     def pack(self) -> None:
         """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
@@ -186,9 +187,15 @@ class PackedLinear(nn.Linear):
             return unpacked(self.weight.data).contiguous()
         if self.packed_for is None:
             return self.weight.data
+        return joined(self._values())
+
+    def _values(self) -> Tensor:
+        """int4's values (out, in), from 0 to 15, in memory of their own."""
+        if self.packed_for is None:
+            return halves(self.weight.data)
         where = _layout(self.in_features, str(self.weight.device))
         nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _PANEL * self.in_features // 2))
-        return joined(nibbles[:, where].reshape(self.out_features, self.in_features))
+        return nibbles[:, where].reshape(self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves the layer, and packs it for its new device."""

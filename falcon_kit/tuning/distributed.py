@@ -155,7 +155,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gathered_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters, gathered on rank 0; empty on the other ranks. Every process has to call it."""
+    """The trained parameters; of a sharded model gathered on rank 0, and empty on the other ranks. Every process has to
+    call it."""
+    if not is_sharded(model):
+        return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
     state: Any = get_model_state_dict(model, options=_GATHERED)
     return dict(state)
 

@@ -150,8 +150,11 @@ class AdapterTrainer(Trainer):
         return sum(each.nbytes for each in self.model.parameters() if each.requires_grad)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter alone, without pickled arguments and tokenizer. Every process has to call it."""
-        state = distributed.gathered_adapter(self.model) if distributed.is_sharded(self.model) else None
+        """Saves the adapter alone, without pickled arguments and tokenizer. Every process has to call it.
+
+        PEFT would read all weights first, which unpacks those in 4 bits: a second copy of the model.
+        """
+        state = distributed.gathered_adapter(self.model)
         if self.args.should_save:
             with write_errors():
                 self.model.save_pretrained(output_dir, state_dict=state, save_embedding_layers=False)

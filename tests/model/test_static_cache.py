@@ -101,10 +101,17 @@ def test_products_in_bfloat16_differ_from_float64_by_less_than_one_rounding(kind
     [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)],
 )
 def test_products_are_for_16_bits_on_cuda_without_gradients(kind, dtype, expected):
-    query = SimpleNamespace(device=torch.device(kind), dtype=dtype)
+    query = SimpleNamespace(device=torch.device(kind), dtype=dtype, shape=(1, 8, 16, 64))
     with torch.no_grad():
         assert attention._takes_products(query) == expected
     assert not attention._takes_products(query)
+
+
+@pytest.mark.parametrize(("rows", "groups", "expected"), [(31, 1, True), (32, 1, False), (3, 8, True), (4, 8, False)])
+def test_products_are_for_a_few_groups(rows, groups, expected):
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(rows, groups, 16, 64))
+    with torch.no_grad():
+        assert attention._takes_products(query) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,8 +128,9 @@ def test_products_are_for_16_bits_on_cuda_without_gradients(kind, dtype, expecte
 def test_products_are_for_versions_of_torch_that_have_and_compile_them(version, expected, monkeypatch):
     """pytorch#150812 and pytorch#165892."""
     monkeypatch.setattr(attention, "_HAS_PRODUCTS", attention.has_products(TorchVersion(version)))
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(1, 1, 71, 64))
     with torch.no_grad():
-        assert attention._takes_products(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)) == expected
+        assert attention._takes_products(query) == expected
 
 
 @pytest.mark.parametrize("layout", ["7b", "40b", "rw"])

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
+from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.parallel.launching import ParallelFalcon
 from falcon_kit.planning.devices import Device
@@ -362,6 +363,15 @@ def test_qlora_trains_on_quantised_weights_and_merges_into_whole_ones(dtype, tmp
     merged = fk.merge(run.adapter, falcon)
     assert {type(each) for each in merged.model.modules() if "Linear" in type(each).__name__} == {torch.nn.Linear}
     assert merged.model.dtype == torch.bfloat16
+
+
+def test_an_adapter_is_saved_without_unpacking_the_weights_in_four_bits(tmp_path, monkeypatch):
+    """Which would take the memory of a second model."""
+    falcon = fk.load("falconet", dtype="int4")
+    read, canonical = [], PackedLinear.canonical
+    monkeypatch.setattr(PackedLinear, "canonical", lambda self: read.append(1) or canonical(self))
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 2, "save_steps": 1, "held_out": 0})
+    assert len(read) == 2  # of the first layer, by which a run knows its base
 
 
 def test_a_quantised_base_hands_gradients_back_even_after_it_has_written_something():
