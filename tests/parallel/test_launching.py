@@ -391,6 +391,24 @@ def test_ctrl_c_while_a_request_is_sent_leaves_the_processes_usable(together, in
     assert answer.tokens == instruct.generate(QUESTION, max_new_tokens=3).tokens
 
 
+def test_ctrl_c_within_the_line_of_a_long_request_leaves_the_processes_usable(together, instruct, monkeypatch):
+    send, left = together._workers.send, [KeyboardInterrupt()]
+
+    def sent(message, rank=None):
+        if not left:
+            return send(message, rank)
+        pipe = together._workers.processes[0].stdin
+        pipe.write('{"call": "gen')
+        pipe.flush()
+        raise left.pop()
+
+    monkeypatch.setattr(together._workers, "send", sent)
+    with interrupted(10):
+        together.generate(QUESTION, **LONG)
+    answer = together.generate(QUESTION, max_new_tokens=3)
+    assert answer.tokens == instruct.generate(QUESTION, max_new_tokens=3).tokens
+
+
 def test_a_second_text_has_to_wait_for_the_first(together):
     stream = together.stream(QUESTION, **LONG)
     next(stream)
