@@ -349,6 +349,18 @@ def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(no
     expect(field).to_be_focused()
 
 
+def test_what_is_being_typed_outlasts_another_answer_to_an_earlier_text(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.write("Go")
+    pad.wait()
+    pad.field.fill("Go on")
+    pad.page.wait_for_timeout(500)  # the kernel has this draft
+    pad.button("Regenerate").click()
+    pad.asked += 1
+    pad.wait()
+    expect(pad.field).to_have_value("Go on")
+
+
 def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not_heard_yet(pad: Pad):
     pad.notebook.python("pad._draft = lambda text: None")  # the text is on its way for ever
     pad.field.press_sequentially("A long question")
