@@ -392,6 +392,46 @@ def test_an_answer_that_comes_late_is_drawn_and_takes_the_notice_away(live: Page
     expect(live.locator(".fk-notice")).to_be_hidden()
 
 
+@pytest.fixture
+def taken(falcon):
+    """What a kernel sends: the route of a text, the text with another token, its route, and what is drawn of it."""
+    view, sent = fk.explain(falcon, TEXT), []
+    view.send = sent.append
+    route, place = {"do": "route", "key": "route"}, {"layer": 0, "position": 6}
+    parts = [{"do": "layer", "key": "layer 0 6", **place}, {"do": "head", "key": "head 0 6 0 ", "head": 0, **place}]
+    for message in ({**route}, {"do": "take", "id": 5}, {**route}, *parts):
+        view._on_message(None, message, None)
+    return sent
+
+
+def receive(page: Page, *messages):
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.evaluate("(messages) => messages.forEach(answer)", messages)
+    page.wait_for_timeout(200)
+    assert errors == []
+
+
+def test_a_route_that_comes_before_its_text_is_drawn_waits_for_it(live: Page, taken):
+    _, start, route, *parts = taken
+    live.get_by_role("button", name="Draw a token").click()
+    live.get_by_role("button", name="Follow it back").click()
+    receive(live, start, route)
+    expect(live.locator(".fk-steps li")).to_have_count(0)
+    receive(live, *parts)
+    expect(live.locator(".fk-steps li").first).to_contain_text(re.compile(r" 6( |$)"))  # the new last token
+
+
+def test_a_route_of_the_text_before_is_not_drawn_but_asked_for_again(live: Page, taken):
+    before, start, route, *parts = taken
+    live.get_by_role("button", name="Follow it back").click()
+    receive(live, start, *parts, before)
+    expect(live.locator(".fk-steps li")).to_have_count(0)
+    assert live.evaluate("sent.filter(message => message.do === 'route').length") == 2
+    receive(live, route)
+    expect(live.locator(".fk-steps li").first).to_contain_text(re.compile(r" 6( |$)"))
+
+
 def test_a_token_that_no_kernel_takes_is_reported(live: Page):
     live.get_by_role("button", name="Draw a token").click()
     expect(live.locator(".fk-notice")).to_contain_text("No answer from the kernel")
