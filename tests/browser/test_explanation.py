@@ -18,7 +18,7 @@ from falcon_kit.inspection.hooks import inspect_model
 from tests.conftest import LAYOUTS
 from tests.inspection.models import model
 
-from .lab import Notebook, violations
+from .lab import Notebook, faint_fields, small_targets, violations
 
 TEXT = "The giraffe eats the leaves of"
 LAYER, HEAD = 4, 2
@@ -185,6 +185,21 @@ def test_axe_finds_no_violation(browser, file, scheme, width):
     page.get_by_role("button", name="Start the tour").click()
     assert violations(page, ".fk-explanation") == []
     page.context.close()
+
+
+def test_the_edge_of_each_field_stands_out(browser, file, scheme):
+    page = opened(browser, file, color_scheme=scheme)
+    assert faint_fields(page.locator(".fk-explanation")) == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_every_control_is_large_enough_for_the_pointer(layout_page, width):
+    _, page, _ = layout_page
+    wide = page.viewport_size
+    page.set_viewport_size({"width": width, "height": 900})
+    assert small_targets(page.locator(".fk-explanation")) == []
+    page.set_viewport_size(wide)
 
 
 def test_a_narrow_page_does_not_scroll_sideways(browser, file):
