@@ -263,7 +263,7 @@ def together(falcon, first, second):
     threads[0].start()
     assert reached.wait(10)
     threads[1].start()
-    threads[1].join(1)
+    threads[1].join(0.2)
     opened.set()
     for each in threads:
         each.join(10)
