@@ -1,6 +1,7 @@
 """`explain`: the view of a text on its way through Falcon, as a widget and as a page without a kernel."""
 
 import html
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         self.layer, self.head = check_index(layer, spec.layers, "layer"), check_index(head, spec.query_heads, "head")
         """What is shown first."""
         self._records: dict[int, Record] = {}
+        self._lock = threading.RLock()  # JupyterLab's messages arrive in another thread than that of the cells
         super().__init__()
         self.on_msg(self._on_message)
 
@@ -54,16 +56,17 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def take(self, token_id: int) -> None:
         """Appends a token to the text. Raises ValueError for an unknown one, or if the context is full."""
-        before = self.ids
-        self.ids = self._inspected.encode([*before, token_id])
-        self._records.clear()
-        try:
-            start = self._start()
-        except BaseException:  # Ctrl-C too
-            self.ids = before
+        with self._lock:
+            before = self.ids
+            self.ids = self._inspected.encode([*before, token_id])
             self._records.clear()
-            raise
-        self.send({"type": "start", **start})
+            try:
+                start = self._start()
+            except BaseException:  # Ctrl-C too
+                self.ids = before
+                self._records.clear()
+                raise
+            self.send({"type": "start", **start})
 
     def page(self, layers: int | Iterable[int] | None = None) -> Page:
         """The view without a kernel, at the last token. layers: those that it holds, by default as many as fit.
@@ -79,12 +82,14 @@ class Explanation(HasPage, anywidget.AnyWidget):
         chosen = check_indices(self._layers_by_interest() if layers is None else layers, spec.layers, "layer")
         require(bool(chosen), "a page without a layer shows nothing: give one, or leave layers out")
         chosen = chosen[: self._fitting(1 if layers is None else len(chosen))]
-        data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}}
-        data |= {"route": self._route() if has_route else None, "parts": {}}
-        for layer in chosen:
-            data["parts"] |= self._layer_parts(layer)
+        with self._lock:
+            data: dict[str, Any] = {"start": self._start() | {"layer": chosen[0]}}
+            data |= {"route": self._route() if has_route else None, "parts": {}}
+            for layer in chosen:
+                data["parts"] |= self._layer_parts(layer)
+            summary = self._summary()
         script = f"{_SOURCE}\nrender({{ model: storedModel(data), el: root }});"
-        return Page("", self._summary(), style=self._css, script=script, data=data)
+        return Page("", summary, style=self._css, script=script, data=data)
 
     def _fitting(self, wanted: int) -> int:
         """The number of layers that fit into a page. Raises ValueError if there are fewer than `wanted`."""
@@ -144,7 +149,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
         """Answers a request; an error is shown in the view."""
         key = message.pop("key", None)
         try:
-            self._commands()[message.pop("do")](key, **message)
+            with self._lock:
+                self._commands()[message.pop("do")](key, **message)
         except Exception as error:  # noqa: BLE001  # nobody would see an error in a callback
             known = isinstance(error, ValueError | IndexError)
             self.send(
@@ -161,7 +167,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
         }
 
     def _answer(self, key: str, part: Any) -> None:
-        self.send({"type": "part", "key": key, "part": part})
+        """Sends a part with the number of tokens of its text: the view asks again for one of the text before."""
+        self.send({"type": "part", "key": key, "part": part, "tokens": len(self.ids)})
 
     def _start(self) -> Part:
         found = self._record(self.layer)

@@ -182,13 +182,12 @@ class ParallelFalcon:
             number = next(self._numbers)
             request = {"call": call, "number": number, "prompt": _plain("the prompt", prompt)}
             request["settings"] = {name: _plain(name, value) for name, value in settings.items()}
-            arrived = None
+            arrived = _Arrived(number)
             try:
                 self._workers.send(request)
-                arrived = _Arrived(number)
                 answers = yield from self._receive(arrived, cancelled=cancelled)
             except KeyboardInterrupt:
-                self._cancel(number, arrived)
+                self._cancel(request, arrived)
                 raise
         finally:
             self._lock.release()
@@ -196,17 +195,15 @@ class ParallelFalcon:
         generations = _GENERATIONS.validate_python(answers[0]["generations"])
         return [replace(each, stats=replace(each.stats, cache_bytes=cache_bytes)) for each in generations]
 
-    def _cancel(self, number: int, arrived: _Arrived | None) -> None:
+    def _cancel(self, request: dict[str, Any], arrived: _Arrived) -> None:
         """Cancels a request and waits until all ranks have stopped; a second Ctrl-C ends the processes.
 
-        Each rank answers a cancel, since Ctrl-C may have come before its first answer was kept.
-        arrived: None for a request that perhaps did not reach all ranks, which ends the processes too.
+        Ctrl-C may have come before the request had reached all ranks, or before an answer was kept: a rank runs a
+        request once, and answers each message about it.
         """
-        if arrived is None:
-            self.close()
-            return
         try:
-            self._workers.send({"cancel": number})
+            self._workers.send(request)
+            self._workers.send({"cancel": arrived.number})
             _end(self._receive(arrived))
         except KeyboardInterrupt:
             self.close()

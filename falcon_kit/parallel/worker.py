@@ -36,15 +36,12 @@ def serve(load: Callable[..., Any]) -> None:
         answer: dict[str, Any] = {}
         while True:
             request = link.receive()
-            if "call" in request:
+            if "call" in request and request["number"] != answer.get("number"):
                 try:
-                    answer = {"done": _answer(falcon, request, link)}
+                    answer = {"number": request["number"], "done": _answer(falcon, request, link)}
                 except Exception as error:  # noqa: BLE001  # raised again in the notebook's process
-                    answer = {"error": _named(error)}
-            elif "cancel" not in request:
-                continue  # a reply to the last piece of a stream that was cancelled meanwhile
-            # To a cancel too: Ctrl-C in the notebook's process may have come before it had kept the answer.
-            link.send(number=request.get("number", link.cancelled), **answer)
+                    answer = {"number": request["number"], "error": _named(error)}
+            link.send(**answer)  # again where the request was cancelled: Ctrl-C may have come before it was kept
     except Exception as error:  # noqa: BLE001  # raised again in the notebook's process, which then ends the workers
         link.send(error=_named(error))
         link.receive()
@@ -108,7 +105,7 @@ def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, An
 def _stream(stream: Stream, link: Link, number: int, first: bool) -> Generation:
     """Runs a stream to its end. The first rank sends each piece, and continues or stops all ranks as the reply says.
 
-    A cancel is a reply too: Ctrl-C in the notebook's process may come before it replies.
+    Any other message says that the request was cancelled: Ctrl-C in the notebook's process may come before it replies.
     """
     for piece in stream:
         if first:

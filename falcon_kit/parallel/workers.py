@@ -74,7 +74,7 @@ class Workers:
 
     def send(self, message: Message, rank: int | None = None) -> None:
         """Sends a message to one worker, or to all. `receive` raises for a worker that has ended."""
-        line = json.dumps(message) + "\n"
+        line = f"\n{json.dumps(message)}\n"  # a line of its own, even after one that Ctrl-C cut off
         with self._sending:
             for process in self.processes if rank is None else [self.processes[rank]]:
                 pipe = cast(IO[str], process.stdin)
@@ -158,7 +158,8 @@ class Link:
 
     def _read(self) -> None:
         for line in sys.stdin:
-            message = json.loads(line)
+            if (message := _message(line)) is None:
+                continue
             self.cancelled = message.get("cancel", self.cancelled)
             self._arrived.put(message)
         os._exit(1)  # the parent has ended

@@ -67,7 +67,8 @@ class Session:
         """Every turn of this session, in the order in which they ended."""
         self.listeners: list[Callable[[str], None]] = []
         """Called with "start", "piece", "end" or "change", in any thread."""
-        self._undo_steps: list[tuple[Mode, list[Turn], str, str | None]] = []  # None: the system message stays
+        # Mode, turns, draft and system message; None for what the step did not change, and undo leaves as it is.
+        self._undo_steps: list[tuple[Mode, list[Turn], str | None, str | None]] = []
         self._lock = threading.Lock()
         self._writer: TurnWriter | None = None
 
@@ -140,7 +141,7 @@ class Session:
         require(title in EXAMPLES, f"there is no example {title!r}: choose {', '.join(EXAMPLES)}")
         mode, text = EXAMPLES[title]
         if mode != self.mode:
-            self._replace([], mode)
+            self._replace([], mode, draft=text)
         self.draft = text
         self._notify("change")
 
@@ -156,15 +157,15 @@ class Session:
         return self._run(text, self.turns if self.mode == "chat" else [], text)
 
     def regenerate(self) -> Turn:
-        """Answers the last turn again, with the current settings."""
+        """Answers the last turn again, with the current settings. The draft stays."""
         require(bool(self.turns), "there is no turn to generate again: generate something first")
-        return self._run(self.turns[-1].user, self.turns[:-1], self.draft)
+        return self._run(self.turns[-1].user, self.turns[:-1])
 
     def edit(self, number: int, text: str) -> Turn:
-        """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it."""
+        """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it. The draft stays."""
         exists = is_whole(number, 0, len(self.turns) - 1)
         require(exists, f"there is no turn {shown(number)}: the conversation has {len(self.turns)}")
-        return self._run(text, self.turns[:number], self.draft)
+        return self._run(text, self.turns[:number])
 
     def stop(self) -> None:
         """Stops the generation; the texts so far stay."""
@@ -175,7 +176,8 @@ class Session:
         """Undoes the last step: an answer, an edit, a change of mode, a clearing."""
         self._require_idle()
         require(bool(self._undo_steps), "there is nothing to undo")
-        self.mode, self.turns, self.draft, system = self._undo_steps.pop()
+        self.mode, self.turns, draft, system = self._undo_steps.pop()
+        self.draft = self.draft if draft is None else draft
         self.system = self.system if system is None else system
         self._notify("change")
 
@@ -188,16 +190,18 @@ class Session:
         if self.running is not None:
             raise RuntimeError("an answer is being generated: stop it first, or wait for its end")
 
-    def _replace(self, turns: list[Turn], mode: Mode, system: str | None = None) -> None:
-        """Replaces the conversation and, if one is given, the system message."""
+    def _replace(self, turns: list[Turn], mode: Mode, system: str | None = None, draft: str | None = None) -> None:
+        """Replaces the conversation and, if they are given, the system message and the draft."""
         self._require_idle()
         if self.turns or turns:
-            self._undo_steps.append((self.mode, self.turns, self.draft, None if system is None else self.system))
+            kept = None if draft is None else self.draft, None if system is None else self.system
+            self._undo_steps.append((self.mode, self.turns, *kept))
         self.turns, self.mode = turns, mode
+        self.draft = self.draft if draft is None else draft
         self.system = self.system if system is None else system
 
-    def _run(self, text: str, before: list[Turn], draft: str) -> Turn:
-        """Answers a text after the turns `before`; `undo` restores the draft."""
+    def _run(self, text: str, before: list[Turn], draft: str | None = None) -> Turn:
+        """Answers a text after the turns `before`. draft: the text if it was the draft, which `undo` restores."""
         text = join_surrogates(text)
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None
@@ -211,7 +215,8 @@ class Session:
         try:
             self._undo_steps.append((self.mode, self.turns, draft, None))
             self.turns = [*before, turn]
-            self.draft = "" if self.mode == "chat" else text
+            if draft is not None:
+                self.draft = "" if self.mode == "chat" else text
             self._notify("start")
             writer()
         finally:
@@ -269,8 +274,8 @@ class Session:
     def _open(self, turn: Turn) -> None:
         by_id = {each.id: each for each in self.history}
         turns = [*(by_id[each] for each in turn.before if each in by_id), turn]
-        self._replace(turns, turn.mode, _system(turn.answers[0].prompt))
-        self.draft = turn.user if turn.mode == "prompt" else ""
+        draft = turn.user if turn.mode == "prompt" else ""
+        self._replace(turns, turn.mode, _system(turn.answers[0].prompt), draft)
 
     def code(self, id: str | None = None) -> str:
         """Python that generates a turn of the history again, by default the last one."""

@@ -109,6 +109,58 @@ def violations(page: Page, view: str) -> list[tuple[str, list[str]]]:
     return [(each["id"], [node["html"][:200] for node in each["nodes"]][:3]) for each in found]
 
 
+# Functions of a script: paint what is behind an element, or a colour; measure it (luminance, contrast of WCAG 2.2).
+PAINTING = """
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const paint = (colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
+    const behind = (node) => {
+        const layers = [];
+        for (let each = node; each; each = each.parentElement) layers.unshift(getComputedStyle(each).backgroundColor);
+        ["#fff", ...layers].forEach(paint);
+    };
+    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const luminance = () => {
+        const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].map((value) => linear(value / 255));
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const contrast = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+"""
+
+
+def faint_fields(view: Locator) -> list[str]:
+    """The fields in a view whose edge has a contrast under 3 to the field or to what is around it."""
+    found: list[str] = view.evaluate(
+        f"""(view) => {{ {PAINTING}
+            const shown = (node) => node.checkVisibility() && !["range", "checkbox"].includes(node.type);
+            const faint = (node) => [node, node.parentElement].some((ground) => {{
+                behind(ground);
+                const beside = luminance();
+                paint(getComputedStyle(node).borderTopColor);
+                return contrast(luminance(), beside) < 3;
+            }});
+            const fields = [...view.querySelectorAll("input, select, textarea")].filter(shown);
+            return fields.filter(faint).map((node) => node.outerHTML.slice(0, 200));
+        }}"""
+    )
+    return found
+
+
+def small_targets(view: Locator) -> list[str]:
+    """The controls in a view that are smaller than 24 by 24 pixels for the pointer. A label belongs to its control."""
+    found: list[str] = view.evaluate(
+        """(view) => {
+            const shown = [...view.querySelectorAll("button, input, select, textarea, [role=button]")]
+                .filter((node) => node.checkVisibility());
+            const small = (node) => {
+                const { width, height } = (node.type === "checkbox" ? node.labels[0] : node).getBoundingClientRect();
+                return Math.min(width, height) < 23.99;
+            };
+            return shown.filter(small).map((node) => node.outerHTML.slice(0, 200));
+        }"""
+    )
+    return found
+
+
 class Notebook:
     """An open notebook in JupyterLab, used like a person would, with access to its kernel."""
 

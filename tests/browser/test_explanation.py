@@ -18,7 +18,7 @@ from falcon_kit.inspection.hooks import inspect_model
 from tests.conftest import LAYOUTS
 from tests.inspection.models import model
 
-from .lab import Notebook, violations
+from .lab import Notebook, faint_fields, small_targets, violations
 
 TEXT = "The giraffe eats the leaves of"
 LAYER, HEAD = 4, 2
@@ -185,6 +185,21 @@ def test_axe_finds_no_violation(browser, file, scheme, width):
     page.get_by_role("button", name="Start the tour").click()
     assert violations(page, ".fk-explanation") == []
     page.context.close()
+
+
+def test_the_edge_of_each_field_stands_out(browser, file, scheme):
+    page = opened(browser, file, color_scheme=scheme)
+    assert faint_fields(page.locator(".fk-explanation")) == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_every_control_is_large_enough_for_the_pointer(layout_page, width):
+    _, page, _ = layout_page
+    wide = page.viewport_size
+    page.set_viewport_size({"width": width, "height": 900})
+    assert small_targets(page.locator(".fk-explanation")) == []
+    page.set_viewport_size(wide)
 
 
 def test_a_narrow_page_does_not_scroll_sideways(browser, file):
@@ -390,6 +405,46 @@ def test_an_answer_that_comes_late_is_drawn_and_takes_the_notice_away(live: Page
     live.evaluate("['layer 1 5', 'head 1 5 0 '].forEach(part)")
     expect(live.locator("[data-stage=tokens] .fk-sentence")).to_contain_text("of layer 1")
     expect(live.locator(".fk-notice")).to_be_hidden()
+
+
+@pytest.fixture
+def taken(falcon):
+    """What a kernel sends: the route of a text, the text with another token, its route, and what is drawn of it."""
+    view, sent = fk.explain(falcon, TEXT), []
+    view.send = sent.append
+    route, place = {"do": "route", "key": "route"}, {"layer": 0, "position": 6}
+    parts = [{"do": "layer", "key": "layer 0 6", **place}, {"do": "head", "key": "head 0 6 0 ", "head": 0, **place}]
+    for message in ({**route}, {"do": "take", "id": 5}, {**route}, *parts):
+        view._on_message(None, message, None)
+    return sent
+
+
+def receive(page: Page, *messages):
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.evaluate("(messages) => messages.forEach(answer)", messages)
+    page.wait_for_timeout(200)
+    assert errors == []
+
+
+def test_a_route_that_comes_before_its_text_is_drawn_waits_for_it(live: Page, taken):
+    _, start, route, *parts = taken
+    live.get_by_role("button", name="Draw a token").click()
+    live.get_by_role("button", name="Follow it back").click()
+    receive(live, start, route)
+    expect(live.locator(".fk-steps li")).to_have_count(0)
+    receive(live, *parts)
+    expect(live.locator(".fk-steps li").first).to_contain_text(re.compile(r" 6( |$)"))  # the new last token
+
+
+def test_a_route_of_the_text_before_is_not_drawn_but_asked_for_again(live: Page, taken):
+    before, start, route, *parts = taken
+    live.get_by_role("button", name="Follow it back").click()
+    receive(live, start, *parts, before)
+    expect(live.locator(".fk-steps li")).to_have_count(0)
+    assert live.evaluate("sent.filter(message => message.do === 'route').length") == 2
+    receive(live, route)
+    expect(live.locator(".fk-steps li").first).to_contain_text(re.compile(r" 6( |$)"))
 
 
 def test_a_token_that_no_kernel_takes_is_reported(live: Page):

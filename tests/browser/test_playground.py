@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, expect
 
-from .lab import Notebook, violations
+from .lab import PAINTING, Notebook, faint_fields, small_targets, violations
 
 HOSTILE = [
     '<img src="x" onerror="window.hacked = 1">',
@@ -349,6 +349,18 @@ def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(no
     expect(field).to_be_focused()
 
 
+def test_what_is_being_typed_outlasts_another_answer_to_an_earlier_text(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.write("Go")
+    pad.wait()
+    pad.field.fill("Go on")
+    pad.page.wait_for_timeout(500)  # the kernel has this draft
+    pad.button("Regenerate").click()
+    pad.asked += 1
+    pad.wait()
+    expect(pad.field).to_have_value("Go on")
+
+
 def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not_heard_yet(pad: Pad):
     pad.notebook.python("pad._draft = lambda text: None")  # the text is on its way for ever
     pad.field.press_sequentially("A long question")
@@ -553,20 +565,27 @@ def test_axe_finds_no_violation(pad: Pad, dark: bool):
     assert violations(pad.page, ".fk-playground") == []
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_edge_of_each_field_stands_out(pad: Pad, dark: bool):
+    pad.notebook.change_theme(dark)
+    pad.button("Chat").click()
+    expect(pad.node.get_by_label("System message")).to_be_visible()
+    assert faint_fields(pad.node) == []
+
+
+def test_every_control_is_large_enough_for_the_pointer(pad: Pad):
+    pad.button("Chat").click()
+    pad.write("What do giraffes eat?")
+    pad.wait()
+    pad.button("copy as code").click()
+    expect(pad.button("close")).to_be_visible()
+    assert small_targets(pad.node) == []
+
+
 # The lowest contrast (WCAG 2.2) of any visible text against what is painted behind it.
-CONTRAST = """(root) => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const paint = (colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
-    const behind = (node) => {
-        const layers = [];
-        for (let each = node; each; each = each.parentElement) layers.unshift(getComputedStyle(each).backgroundColor);
-        ["#fff", ...layers].forEach(paint);
-    };
-    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-    const luminance = () => {
-        const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].map((value) => linear(value / 255));
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-    };
+CONTRAST = (
+    f"(root) => {{ {PAINTING}"
+    + """
     behind(root);
     let worst = { ratio: 99, page: luminance() };
     const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
@@ -577,12 +596,12 @@ CONTRAST = """(root) => {
         behind(node);
         const ground = luminance();
         paint(getComputedStyle(node).color);
-        const ink = luminance();
-        const ratio = (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+        const ratio = contrast(luminance(), ground);
         if (ratio < worst.ratio) worst = { ...worst, ratio, text, kind: node.className };
     }
     return worst;
 }"""
+)
 
 
 def test_a_window_of_390_pixels_needs_no_sideways_scrolling(pad: Pad):

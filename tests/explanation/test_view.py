@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -49,6 +50,14 @@ def test_an_answer_carries_the_key_of_its_request(instruct, sent):
     answers = [*(("part", key) for key in "abc"), ("start", "d")]
     assert [(message["type"], message["key"]) for message in sent] == answers
     assert sent[0]["part"]["probabilities"]["shape"] == [4, 3]
+
+
+def test_a_part_says_how_many_tokens_its_text_has(instruct, sent):
+    view = fk.explain(instruct, TEXT)
+    for _ in range(2):
+        ask(view, "route", key="route")
+        view.take(5)
+    assert [message["tokens"] for message in sent if message["type"] == "part"] == [5, 6]
 
 
 def test_a_taken_token_joins_the_text_as_generation_would_continue_it(instruct, sent):
@@ -238,6 +247,40 @@ def test_a_token_whose_pass_fails_is_not_taken(instruct, monkeypatch, error):
             view.take(5)
     assert view.ids == before
     assert view._start()["text"]["tokens"][-1]["id"] == before[-1]
+
+
+def together(falcon, first, second):
+    """Runs `first` up to its first forward pass, then `second` in another thread until it waits or ends."""
+    reached, opened = threading.Event(), threading.Event()
+
+    def hold(*_):
+        hook.remove()
+        reached.set()
+        assert opened.wait(10)
+
+    hook = falcon.model.transformer.register_forward_hook(hold)
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    threads[0].start()
+    assert reached.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    opened.set()
+    for each in threads:
+        each.join(10)
+
+
+def test_a_request_that_comes_while_a_token_is_taken_is_answered_after_the_new_text(instruct, sent):
+    """JupyterLab sends the messages of a widget to a thread of their own."""
+    view = fk.explain(instruct, TEXT)
+    together(instruct, lambda: view.take(5), lambda: ask(view, "route", key="route"))
+    assert [(message["type"], message.get("tokens")) for message in sent] == [("start", None), ("part", 6)]
+
+
+def test_a_page_is_of_one_text_although_a_token_is_taken_meanwhile(instruct, sent):
+    view, pages = fk.explain(instruct, TEXT), []
+    together(instruct, lambda: pages.append(view.page([0])), lambda: view.take(5))
+    assert len(view.ids) == 6
+    assert (len(pages[0].data["start"]["text"]["tokens"]), pages[0].data["route"][0]["position"]) == (5, 4)
 
 
 def test_a_page_without_a_layer_is_refused(instruct):

@@ -67,10 +67,10 @@ class ScriptedRank:
     processes, closed = (None,), False
 
     def __init__(self):
-        self.rows, self.requests, self.sent, self.messages = (), 0, 0, iter(())
+        self.rows, self.requests, self.sent, self.messages, self.number = (), 0, 0, iter(()), None
 
     def send(self, message, rank=None):
-        if "call" in message:
+        if "call" in message and message["number"] != self.number:  # a request that is cancelled is sent again
             self.requests += 1
             self.going = True
             self.number = message["number"]

@@ -379,6 +379,43 @@ def test_ctrl_c_between_two_messages_leaves_the_processes_usable(
     assert [piece.token_id for piece in together.stream(QUESTION, max_new_tokens=3)] == tokens
 
 
+@pytest.mark.parametrize("reached", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_ctrl_c_while_a_request_is_sent_leaves_the_processes_usable(together, instruct, monkeypatch, method, reached):
+    send, left = together._workers.send, [reached]
+
+    def sent(message, rank=None):
+        if not left:
+            return send(message, rank)
+        for each in left.pop():
+            send(message, each)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together._workers, "send", sent)
+    with pytest.raises(KeyboardInterrupt):
+        list(getattr(together, method)(QUESTION, **LONG))
+    answer = together.generate(QUESTION, max_new_tokens=3)
+    assert answer.tokens == instruct.generate(QUESTION, max_new_tokens=3).tokens
+
+
+def test_ctrl_c_within_the_line_of_a_long_request_leaves_the_processes_usable(together, instruct, monkeypatch):
+    send, left = together._workers.send, [KeyboardInterrupt()]
+
+    def sent(message, rank=None):
+        if not left:
+            return send(message, rank)
+        pipe = together._workers.processes[0].stdin
+        pipe.write('{"call": "gen')
+        pipe.flush()
+        raise left.pop()
+
+    monkeypatch.setattr(together._workers, "send", sent)
+    with interrupted(10):
+        together.generate(QUESTION, **LONG)
+    answer = together.generate(QUESTION, max_new_tokens=3)
+    assert answer.tokens == instruct.generate(QUESTION, max_new_tokens=3).tokens
+
+
 def test_a_second_text_has_to_wait_for_the_first(together):
     stream = together.stream(QUESTION, **LONG)
     next(stream)
@@ -559,7 +596,7 @@ DONE = [(rank, {"number": 0, "done": {"rank": rank, **MADE}}) for rank in (0, 1)
         ([OUT_OF_MEMORY, KeyboardInterrupt()], queue.Empty(), MemoryError, True),
         ([], KeyboardInterrupt(), KeyboardInterrupt, True),
     ],
-    ids=["after the answer of one rank", "after the error of one rank", "while the request is sent"],
+    ids=["after the answer of one rank", "after the error of one rank", "while the request and the cancel are sent"],
 )
 def test_ctrl_c_does_not_wait_for_what_has_arrived(messages, end, kind, closed):
     workers = Answers(messages, end)

@@ -15,7 +15,10 @@ SEEDS = st.one_of(st.none(), st.integers(0, 2**31))
 
 
 class Playing(RuleBasedStateMachine):
-    """Steps of a person. `shown` is the conversation as texts, `past` what `undo` goes back to."""
+    """Steps of a person. `shown` is the conversation as texts, `past` what `undo` goes back to.
+
+    A draft of None in `past` is one that the step left as it was.
+    """
 
     def __init__(self):
         super().__init__()
@@ -28,14 +31,20 @@ class Playing(RuleBasedStateMachine):
     def teardown(self):
         self.folder.cleanup()
 
-    def remember(self):
-        self.past.append((self.mode, self.shown, self.draft))
-
-    def answered(self, text, before, draft):
-        text = text.encode("utf-8", "replace").decode()
+    def remember(self, draft=None):
         self.past.append((self.mode, self.shown, draft))
-        self.shown, self.draft = [*before, text], "" if self.mode == "chat" else text
+
+    def answered(self, text, before, draft=None):
+        text = text.encode("utf-8", "replace").decode()
+        self.remember(draft)
+        self.shown = [*before, text]
+        if draft is not None:
+            self.draft = "" if self.mode == "chat" else text
         self.generated.append(text)
+
+    @rule(text=TEXTS)
+    def type(self, text):
+        self.session.draft = self.draft = text
 
     @rule(text=TEXTS)
     def generate(self, text):
@@ -62,7 +71,7 @@ class Playing(RuleBasedStateMachine):
             self.refused(self.session.regenerate)
             return
         self.session.regenerate()
-        self.answered(self.shown[-1], self.shown[:-1], self.draft)
+        self.answered(self.shown[-1], self.shown[:-1])
 
     @rule(number=st.integers(-1, 4), text=st.sampled_from(["again", "other words"]))
     def edit(self, number, text):
@@ -70,7 +79,7 @@ class Playing(RuleBasedStateMachine):
             self.refused(lambda: self.session.edit(number, text))
             return
         self.session.edit(number, text)
-        self.answered(text, self.shown[:number], self.draft)
+        self.answered(text, self.shown[:number])
 
     @rule()
     def undo(self):
@@ -78,7 +87,8 @@ class Playing(RuleBasedStateMachine):
             self.refused(self.session.undo)
             return
         self.session.undo()
-        self.mode, self.shown, self.draft = self.past.pop()
+        self.mode, self.shown, draft = self.past.pop()
+        self.draft = self.draft if draft is None else draft
 
     @rule()
     def clear(self):
@@ -92,17 +102,17 @@ class Playing(RuleBasedStateMachine):
         self.session.switch(mode)
         self.switched(mode)
 
-    def switched(self, mode):
+    def switched(self, mode, draft=None):
         if mode != self.mode:
             if self.shown:
-                self.remember()
+                self.remember(draft)
             self.mode, self.shown = mode, []
 
     @rule(title=st.sampled_from([*EXAMPLES]))
     def example(self, title):
         self.session.example(title)
         mode, text = EXAMPLES[title]
-        self.switched(mode)
+        self.switched(mode, self.draft)
         self.draft = text
 
     @rule(seed=SEEDS, temperature=st.floats(0.1, 2))

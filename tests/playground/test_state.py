@@ -166,6 +166,29 @@ def test_undo_gives_back_what_was_typed():
     assert (session.turns, session.draft) == ([], "a long question")
 
 
+@pytest.mark.parametrize("mode", ["prompt", "chat"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda session: session.regenerate(),
+        lambda session: session.edit(0, "other"),
+        lambda session: session.clear(),
+        lambda session: session.switch("chat" if session.mode == "prompt" else "prompt"),
+    ],
+    ids=["regenerate", "edit", "clear", "switch"],
+)
+def test_what_is_typed_outlasts_a_step_that_does_not_send_it_and_its_undo(mode, step):
+    session = Session(Typist())
+    session.switch(mode)
+    session.generate("a")
+    session.draft = "a long"
+    step(session)
+    assert session.draft == "a long"
+    session.draft = "a long question"
+    session.undo()
+    assert ([turn.user for turn in session.turns], session.draft) == (["a"], "a long question")
+
+
 def test_nothing_done_is_nothing_to_undo():
     with pytest.raises(ValueError, match="nothing to undo"):
         Session(Typist()).undo()

@@ -25,14 +25,14 @@ function storedModel(data) {
 function render({ model, el }) {
   const state = { layer: 0, head: 0, position: 0, attended: null };
   const parts = new Map(); // what was received, by request
-  const waiting = new Map(); // {promise, resolve, reject, late} of what was asked for, by request
+  const waiting = new Map(); // {promise, resolve, reject, late, send} of what was asked for, by request
   let text = null;
   let helloTimer = null;
   let drawn = { ...state }; // what is on the screen
   let drawing = 0; // the number of the drawing that is newest
 
   const notice = h("div", { class: "fk-notice", role: "alert", hidden: true });
-  const act = { state, choose, take, ask, reachable };
+  const act = { state, choose, take, ask, reachable, isNewest: (shown) => shown === text };
   const stages = [tokensStage(act), embeddingStage(), normsStage(), projectionStage(act), rotaryStage(), attentionStage(act), mlpStage(), residualStage(), predictionStage(act), routeStage(act), cacheStage()];
   const diagram = flow(stages);
   const guide = tour(stages, diagram.node);
@@ -68,10 +68,11 @@ function render({ model, el }) {
   /** Sends a request. The promise waits for its answer; one that does not come in time is reported. */
   function request(command, key, values) {
     clearTimeout(waiting.get(key)?.late);
-    const asked = { late: setTimeout(() => say(SILENT), NO_ANSWER) };
+    const send = () => model.send({ do: command, key, ...values });
+    const asked = { send, late: setTimeout(() => say(SILENT), NO_ANSWER) };
     asked.promise = new Promise((resolve, reject) => Object.assign(asked, { resolve, reject }));
     waiting.set(key, asked);
-    model.send({ do: command, key, ...values });
+    send();
     return asked.promise;
   }
 
@@ -125,8 +126,9 @@ function render({ model, el }) {
   }
 
   function receive(message) {
-    const { type, key = "start" } = message; // a new text has no key
+    const { type, key = "start", tokens } = message; // a new text has no key
     const asked = waiting.get(key);
+    if (tokens < text?.tokens.length) return asked?.send(); // of the text before: what waits is asked for again
     clearTimeout(asked?.late);
     waiting.delete(key);
     if (key === "hello" || type === "start") clearTimeout(helloTimer);

@@ -18,7 +18,7 @@ function planOf({ parallel_block: parallel, norms_per_block: norms, layers }) {
     const boxes = [...from, ["norms", "LayerNorm", 1, 232, 88], ...attention(352), ["mlp", "MLP", 2, 432, 100], ["residual", "+", 0, 646, 32], ...to];
     return { boxes, label, lines: `${stream}M214 30V86H232M320 86H352M336 86V138H432M416 86H432M512 86H528M610 86H656V46M532 138H668V46` };
   }
-  const boxes = [...from, ["norms", "LayerNorm", 1, 232, 84], ...attention(330).map(([name, text, row, left, width]) => [name, text, row, left - 6, width - 10]), ["residual", "+", 0, 592, 28], ["norms", "LayerNorm", 2, 412, 84], ["mlp", "MLP", 2, 512, 96], ["residual", "+", 0, 660, 28], ...to];
+  const boxes = [...from, ["norms", "LayerNorm", 1, 232, 84], ...attention(330).map(([name, text, row, left, width]) => [name, text, row, left - 6, width - 10]), ["residual", "+", 0, 590, 32], ["norms", "LayerNorm", 2, 412, 84], ["mlp", "MLP", 2, 512, 96], ["residual", "+", 0, 658, 32], ...to];
   return { boxes, label, lines: `${stream}M214 30V86H232M316 86H324M378 86H404M474 86H500M572 86H606V46M634 30V112H396V138H412M496 138H512M608 138H674V46` };
 }
 

@@ -102,17 +102,19 @@ function routeStage(act) {
   const view = stage("route", "What the prediction looked at");
   let text = null; // what the view shows
   let followed = null; // the text whose route is drawn
+  let asked = false; // for a route that is not drawn yet
   view.update = (now) => {
     text = now.text;
     if (followed === text) return;
-    const draw = (steps) => text === now.text && view.keepFocus(() => show(text, steps));
-    const follow = () => act.ask("route").then(draw, () => {}); // the view shows an error itself
+    // The route of a text that is not drawn yet waits for it.
+    const draw = (steps) => text === now.text && act.isNewest(text) && view.keepFocus(() => show(text, steps));
+    const follow = () => ((asked = true), act.ask("route").then(draw, () => (asked = false))); // the view shows an error
     const button = h("button", { type: "button", onclick: follow }, "Follow it back");
     const note = h("p", { class: "fk-note" }, "This view has no kernel and holds no route: .to_html(path) writes a page that does.");
     const sentence = "From the last token, the route follows in each layer the head and the earlier token that mattered most.";
     const formula = "largest probability × norm of the value (Kobayashi et al. 2020, arXiv 2004.10102)";
     view.show([now.routed ? button : note], sentence, formula);
-    if (now.fixed && now.routed) follow();
+    if (asked || (now.fixed && now.routed)) follow();
   };
 
   /** The points (token, layer) of the route, with the layers upwards and the tokens below. */
@@ -132,7 +134,7 @@ function routeStage(act) {
   }
 
   function show(text, steps) {
-    followed = text;
+    [followed, asked] = [text, false];
     const items = steps.map((step) => {
       const itself = step.key === step.position;
       const { layer, head, position } = step;
