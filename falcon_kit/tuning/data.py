@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -23,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from falcon_kit.display.errors import check_whole, is_number, shown
 from falcon_kit.display.tables import counted, html_table
+from falcon_kit.display.temporary import TemporaryFolder
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
 
@@ -154,10 +154,10 @@ def check_documents(value: Any, function: str) -> None:
         raise TypeError(f"{function} takes what fk.dialogues returns: fk.dialogues({shown(value)})")
 
 
-def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryDirectory[str]] | None:
+def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryFolder] | None:
     """The rows as a table that is mapped from a file, and the temporary folder of this file; None without rows."""
-    folder = TemporaryDirectory(prefix="falcon-kit-")
-    file = str(Path(folder.name) / "rows.arrow")
+    folder = TemporaryFolder()
+    file = str(folder.path / "rows.arrow")
     if (first := next(rows, None)) is None:
         return None
     with ArrowWriter(path=file, features=features, writer_batch_size=100) as writer:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import sys
 import warnings
 
 import datasets
@@ -267,6 +269,19 @@ def test_texts_in_the_report_are_escaped():
 def test_the_input_of_an_alpaca_row_stands_below_its_instruction():
     read = fk.dialogues([{"instruction": "Translate.", "input": "Chat", "output": "Cat"}])
     assert read[0]["messages"][0]["content"] == "Translate.\n\nChat"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")
+def test_documents_are_on_disk_until_nobody_holds_them_and_a_fork_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = [fk.dialogues([HI])]
+    if not (child := os.fork()):
+        held.clear()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len([*tmp_path.iterdir()]) == 1
+    held.clear()
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
