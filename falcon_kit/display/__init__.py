@@ -2,12 +2,13 @@
 
 The files, in the order of their imports:
 
-errors.py   checks of values, how errors quote what was given, and how a process ended
-tables.py   byte counts as text, HTML tables
-reading.py  JSON files of other programs: read, or refused by name
-saving.py   atomic writes of files and folders
-live.py     what changes while a cell runs: below the cell, or in the terminal
-figure.py   the colour palette, and an empty matplotlib figure that notebooks display
-diagrams.py two diagrams of the notebooks: the parts of a block, GPUs over time
-page.py     a self-contained HTML page for a view, and the escaping of text
+errors.py    checks of values, how errors quote what was given, and how a process ended
+tables.py    byte counts as text, HTML tables
+reading.py   JSON files of other programs: read, or refused by name
+saving.py    atomic writes of files and folders
+temporary.py temporary folders, which outlast no process that is not killed
+live.py      what changes while a cell runs: below the cell, or in the terminal
+figure.py    the colour palette, and an empty matplotlib figure that notebooks display
+diagrams.py  two diagrams of the notebooks: the parts of a block, GPUs over time
+page.py      a self-contained HTML page for a view, and the escaping of text
 """

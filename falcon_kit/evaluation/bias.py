@@ -127,18 +127,21 @@ class BiasReport:
 
 
 def bias(
-    falcon: Any, pairs: str | Path | Iterable[Mapping[str, Any]] = PAIRS, batch_size: int | None = None
+    falcon: Any, pairs: str | Path | Iterable[Mapping[str, Any]] | pd.DataFrame = PAIRS, batch_size: int | None = None
 ) -> BiasReport:
     """Scores pairs of sentences by their likelihood.
 
-    falcon: what `fk.load` returns, or a pair (model, tokenizer). pairs: the kit's own; or a file or rows with "axis",
-    "stereotype" and "counterpart"; or the csv file of CrowS-Pairs, with "bias_type", "sent_more" and "sent_less".
-    Raises ValueError that names malformed rows by file and line.
+    falcon: what `fk.load` returns, or a pair (model, tokenizer). pairs: the kit's own; or a file or rows (also a
+    `datasets.Dataset` or a pandas DataFrame) with "axis", "stereotype" and "counterpart"; or those of CrowS-Pairs, a
+    csv file with "bias_type", "sent_more" and "sent_less".
+    Raises ValueError that names malformed rows by file and line, and TypeError for what holds no rows.
     """
+    from falcon_kit.tuning.data import as_rows  # it imports pandas and datasets
+
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     source = Path(pairs).name if isinstance(pairs, (str, Path)) else "the list of pairs"
-    rows = parsed(rows_of_files(pairs), _pair, source, _FORM)
+    rows = parsed(rows_of_files(as_rows(pairs, "fk.bias", f"A row is {_FORM}")), _pair, source, _FORM)
     model = LocalModel(falcon, batch_size)
     prefix = prefix_token(model.tokenizer)
     sentences = [sentence for _, *both in rows for sentence in both]

@@ -169,9 +169,12 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
 
 
 def split_names(tasks: Any) -> Iterator[Any]:
-    """Each task of one, or of several."""
-    if isinstance(tasks, str | Path | Task):
-        yield tasks
-    else:
-        require(isinstance(tasks, Iterable), f"tasks is a name, a path, or several of them; got {shown(tasks)}")
-        yield from tasks
+    """Each task of one, or of several. Raises ValueError for rows, which a task has only with the name of its file."""
+    table = isinstance(tasks, Mapping) or hasattr(tasks, "iterrows")  # whose elements are names of columns
+    for each in [tasks] if isinstance(tasks, str) or table or not isinstance(tasks, Iterable) else tasks:
+        require(
+            isinstance(each, str | Path | Task),
+            f"tasks is a name, a path, or several of them; got {shown(each)}: write rows to a .jsonl file, a JSON "
+            "object a line, and give its path",
+        )
+        yield each

@@ -61,7 +61,7 @@ def _documents(text: Any) -> Iterable[tuple[str, str]]:
     if isinstance(text, Path):
         return _file(text)
     if hasattr(text, "problems") or hasattr(text, "iterrows"):  # fk.Documents, or a pandas DataFrame
-        return _rows(text)
+        return _rows(text) if len(text) else []
     if isinstance(text, Iterable) and not isinstance(text, Mapping):
         documents = list(text)
         if documents and all(isinstance(each, Mapping) for each in documents):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import regex
@@ -43,6 +45,9 @@ _OTHER_NUMBER = regex.compile(
 )
 _AMOUNT = regex.compile(r"[1-9]\d{0,2}(?: \d{3})+|.*\..*")
 """An amount or a version, unless its groups are those of a telephone number."""
+_UNIT = 32
+"""Numbers of one list share a divisor of this size: "256 512 1024", "320 640 1280", "500 750 1000". With a smaller one,
+more telephone numbers would count as lists."""
 _ISSUERS = {  # first digits, and the lengths of a card's number
     ("4",): (13, 16, 19),
     (*map(str, range(51, 56)), *map(str, range(2221, 2721))): (16,),
@@ -112,7 +117,9 @@ def _is_of_region(number: str, region: str) -> bool:
         found = next(iter(PhoneNumberMatcher(number, region, leniency)), None)
         return found.number if found and found.raw_string == number else None
 
-    if _OTHER_NUMBER.fullmatch(number) or not _is_valid(number, region) or not (found := match(Leniency.VALID)):
+    if _OTHER_NUMBER.fullmatch(number) or _is_list(number):
+        return False
+    if not _is_valid(number, region) or not (found := match(Leniency.VALID)):
         return False
     is_mobile = number_type(found) == PhoneNumberType.MOBILE
     if number.isdigit():
@@ -120,6 +127,18 @@ def _is_of_region(number: str, region: str) -> bool:
     if (is_mobile or regex.match(r"\(?0\d", number)) and not _AMOUNT.fullmatch(number):
         return True
     return match(Leniency.STRICT_GROUPING) is not None
+
+
+def _is_list(number: str) -> bool:
+    """Whether the groups are numbers of a list: three or more between spaces that grow in multiples of one unit.
+
+    One in 5,000 numbers of the US in the spelling 202 555 0143 is such a list, and is not found in this spelling.
+    """
+    groups = number.split(" ")
+    if len(groups) < 3 or not all(each.isdecimal() and each[0] != "0" for each in groups):
+        return False
+    numbers = [*map(int, groups)]
+    return all(one < two for one, two in pairwise(numbers)) and gcd(*numbers) >= _UNIT
 
 
 def _beginnings(value: str) -> Iterator[str]:

@@ -67,13 +67,11 @@ class LoadSettings:
         return None if self.dtype == "auto" else dtype_name(self.dtype)
 
     @property
-    def one_device(self) -> int | str | None:
-        """The device that `device_map` puts all layers on, as in a plan; None where there are several or none."""
-        asked = set() if self.device_map is None else places(self.device_map)
-        kind, _, index = asked.pop().partition(":") if len(asked) == 1 else ("", "", "")
-        if kind == "cuda":
-            return int(index) if index else torch.cuda.current_device()
-        return kind if kind == "cpu" else int(kind) if kind.isdigit() else None
+    def named_devices(self) -> frozenset[int | str]:
+        """The devices that `device_map` names, as in a plan; none where the plan or transformers chooses them."""
+        asked = () if self.device_map is None else places(self.device_map)
+        keys = [_key(each) for each in asked]
+        return frozenset() if None in keys else frozenset(each for each in keys if each is not None)
 
     @property
     def ranks_on_cpu(self) -> bool:
@@ -89,6 +87,14 @@ class LoadSettings:
     def chat_format(self) -> ChatFormat | None:
         """The chat format asked for, if any."""
         return None if self.chat is None else chat_format(self.chat)
+
+
+def _key(place: str) -> int | str | None:
+    """The key in a plan of a device as a device map names it; None for other words and for devices of other kinds."""
+    kind, _, index = place.partition(":")
+    if kind == "cuda":
+        return int(index) if index else torch.cuda.current_device()
+    return kind if kind in ("cpu", "disk") else int(kind) if kind.isdigit() else None
 
 
 def check_arguments(name: Any, others: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -5,7 +5,8 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from falcon_kit.catalogue.memory import FLOAT_DTYPES
+from falcon_kit.catalogue.memory import FLOAT_DTYPES, QUANTISED
 from falcon_kit.display.errors import is_whole, require, shown
 from falcon_kit.display.reading import named_errors
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
@@ -39,11 +40,12 @@ from falcon_kit.loading.compiling import check_compilable, compile_options, comp
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.quantization import stored_quantisation
+from falcon_kit.loading.quantizer import SPILLED
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
 from falcon_kit.model.products import faster_without_onednn
 from falcon_kit.parallel import ranks
-from falcon_kit.planning.devices import Device, identical_gpus, local_devices
+from falcon_kit.planning.devices import Device, devices_by_key, identical_gpus, local_devices
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
@@ -115,10 +117,9 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
         warnings.warn(problem, stacklevel=3)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
-    devices = local_devices(settings.max_memory, settings.offload, settings.folder)
-    if (one := settings.one_device) is None:
-        return devices
-    return tuple(each for each in devices if each.key == one) or (Device("cpu", "cpu", host_memory()[1]),)
+    if named := settings.named_devices:
+        return devices_by_key(named, settings.folder)
+    return local_devices(settings.max_memory, settings.offload, settings.folder)
 
 
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
@@ -135,13 +136,48 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
-    own_map = settings.device_map not in (None, "auto") and settings.one_device is None  # not the plan's
+    own_map = settings.device_map not in (None, "auto") and len(settings.named_devices) != 1  # not the plan's
     if not (planned.fits or settings.force or own_map):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
+    if not settings.force:
+        _check_room_for_quantised(planned, settings, found)
     if options := compile_options(settings.compile):
         device_map = choose_device_map(settings.device_map, planned)
         check_compilable(dtype, device_map, on_cpu=bool(options._compile_all_devices))
     return planned, reason
+
+
+def _check_room_for_quantised(planned: Plan, settings: LoadSettings, found: Checkpoint) -> None:
+    """Raises NotEnoughMemory where a device map in words, which fills all GPUs, cannot hold the quantised weights."""
+    in_words = isinstance(settings.device_map, str) and not settings.named_devices
+    all_gpus = planned.devices[0].key != "cpu" and len(planned.devices) == torch.cuda.device_count()
+    if planned.dtype in QUANTISED and in_words and all_gpus and planned.weight_bytes > planned.free_bytes:
+        raise _spilling(planned, settings, found)
+
+
+@contextmanager
+def _spilling_named(planned: Plan, settings: LoadSettings, found: Checkpoint) -> Iterator[None]:
+    """Raises NotEnoughMemory where transformers' own device map has no room on the GPUs for all quantised layers."""
+    try:
+        yield
+    except ValueError as error:
+        if SPILLED not in str(error):
+            raise
+        raise _spilling(planned, settings, found) from error
+
+
+def _spilling(planned: Plan, settings: LoadSettings, found: Checkpoint) -> NotEnoughMemory:
+    """The error about quantised layers that would be offloaded, with what to do instead."""
+    given = "force=True" if settings.device_map in (None, "auto") else f"device_map={settings.device_map!r}"
+    advice = [] if planned.fits else [*_advice(planned, settings, found.config)]
+    if advice and stored_quantisation(found.config) is None:
+        whole = plan(found.spec, "bfloat16", found.spec.context, devices=local_devices(None, "cpu"))
+        advice += [Suggestion(dtype="bfloat16", offload="cpu")] if whole.fits else []
+    text = (
+        f"{planned.verdict()}. {given} puts layers in host memory or on disk, where quantised ones cannot be, since "
+        f"they compute where their weights are: leave it out{', and try:' if advice else ''}"
+    )
+    return NotEnoughMemory(replace(planned, suggestions=tuple(advice)), text)
 
 
 def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tuple[Suggestion, ...]:
@@ -194,7 +230,8 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         parts["chat_format"] = format
         request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
         return cast(Falcon, launching.launch(found.name, request, is_large(files), settings.ranks_on_cpu, **parts))
-    model = read_model(found, files, planned, settings)
+    with _spilling_named(planned, settings, found):
+        model = read_model(found, files, planned, settings)
     set_special_tokens(model.generation_config, tokenizer)
     model.generation_config = generation or GenerationConfig.from_model_config(model.generation_config.to_dict())
     if isinstance(model, modeling.FalconForCausalLM):

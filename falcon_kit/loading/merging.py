@@ -31,7 +31,7 @@ from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.reading import progress_bar
-from falcon_kit.planning.devices import resolve_devices
+from falcon_kit.planning.devices import devices_by_key
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
 _SAVED = re.compile(
@@ -244,7 +244,7 @@ def _check_room_for_a_copy(base: Falcon) -> None:
     needed: Counter[int | str] = Counter()
     for each in {id(weight): weight for weight in base.model.parameters()}.values():
         needed[each.device.index if each.device.type == "cuda" else each.device.type] += each.nbytes
-    free: dict[int | str, int] = {device.key: device.free_bytes for device in resolve_devices(None)}
+    free = {device.key: device.free_bytes for device in devices_by_key(needed)}
     for key, size in needed.items():
         if size > free.get(key, size):
             elsewhere = f", or merge in host memory: fk.merge(adapter, fk.load({base.name!r}, device_map='cpu'))"

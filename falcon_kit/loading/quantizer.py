@@ -4,6 +4,7 @@ A saved model needs this package: its config.json names the method "falcon-kit".
 that, and stops at the shapes of the weights.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,10 @@ from falcon_kit.planning.devices import places
 
 METHOD = "falcon-kit"
 """The `quant_method` in config.json."""
+
+SPILLED = "dispatched on the CPU or the disk"
+"""In the error of bitsandbytes' quantizers, and of this one, for a device map of transformers that has no room for all
+layers on the GPUs."""
 
 
 @register_quantization_config(METHOD)
@@ -48,8 +53,11 @@ class PackedQuantizer(HfQuantizer):
         return 0.5 if self._dtype == "int4" else 1.0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError for int4 on a GPU that has no kernel for it."""
-        if self._dtype == "int4" and torch.cuda.is_available() and places(device_map) != {"cpu"}:
+        """Raises ValueError for int4 on a GPU that has no kernel for it, and for layers beside those on GPUs."""
+        on = places(device_map)
+        if isinstance(device_map, Mapping) and on & {"cpu", "disk"} and on != {"cpu"}:
+            raise ValueError(f"some modules are {SPILLED}")
+        if self._dtype == "int4" and torch.cuda.is_available() and on != {"cpu"}:
             check_gpu()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

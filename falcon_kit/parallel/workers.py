@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
 from falcon_kit.display.errors import exit_cause
+from falcon_kit.display.temporary import TemporaryFolder
 from falcon_kit.generation.waiting import next_item
 
 Message = dict[str, Any]
@@ -42,12 +42,11 @@ class Workers:
     """One process for each environment; all run the same code."""
 
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
-        # Only this user can read it.
-        self._folder = TemporaryDirectory(prefix="falcon-kit-", ignore_cleanup_errors=True)
+        self._folder = TemporaryFolder()
         self._arrived: _Queue = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
-        self._end = weakref.finalize(self, _end, self.processes, self._folder)
+        self._end = weakref.finalize(self, _end, self.processes, self._folder, os.getpid())
         for rank, environment in enumerate(environments):
             self.processes.append(self._start(rank, code, environment))
             arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
@@ -56,7 +55,7 @@ class Workers:
     @property
     def folder(self) -> Path:
         """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
-        return Path(self._folder.name)
+        return self._folder.path
 
     def _start(self, rank: int, code: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same imports
@@ -137,12 +136,14 @@ def _message(line: str) -> Message | None:
     return value if isinstance(value, dict) else None
 
 
-def _end(processes: list[subprocess.Popen[str]], folder: TemporaryDirectory[str]) -> None:
+def _end(processes: list[subprocess.Popen[str]], folder: TemporaryFolder, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the process that started them
+        return
     for process in processes:
         process.kill()
     for process in processes:
         process.wait()
-    folder.cleanup()
+    folder.remove()
 
 
 class Link:

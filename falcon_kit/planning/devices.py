@@ -4,13 +4,13 @@ Neither torch nor transformers is imported, unless the GPUs of this machine are 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
-from falcon_kit.planning.environment import find_accelerators, free_disk, host_memory
+from falcon_kit.planning.environment import Accelerator, find_accelerators, free_disk, host_memory
 from falcon_kit.planning.machines import (
     GPUS,
     MACHINES,
@@ -56,10 +56,8 @@ class Device:
 def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...]:
     """The devices of the argument `devices` of `plan`. Raises ValueError for an unknown name."""
     if devices is None:
-        _, host = host_memory()
         found = [each for each in find_accelerators() if each.kind == "cuda"]
-        gpus = tuple(Device(each.name, each.index, each.free_bytes, host_bytes=host, here=True) for each in found)
-        return gpus or (Device("cpu", "cpu", host, here=True),)
+        return tuple(map(_gpu, found)) or (host_device(),)
     if isinstance(devices, str):
         return _named_devices(devices)
     given: tuple[object, ...] = tuple(devices) if isinstance(devices, Sequence) else ()
@@ -71,6 +69,15 @@ def resolve_devices(devices: str | Sequence[Device] | None) -> tuple[Device, ...
     )
     _check_own(checked)
     return checked
+
+
+def _gpu(found: Accelerator) -> Device:
+    return Device(found.name, found.index, found.free_bytes, host_bytes=host_memory()[1], here=True)
+
+
+def host_device() -> Device:
+    """The CPU of this machine, with the host memory that is free."""
+    return Device("cpu", "cpu", host_memory()[1], here=True)
 
 
 def _check_own(devices: Sequence[Device]) -> None:
@@ -109,6 +116,29 @@ def devices_of(machine: Machine) -> tuple[Device, ...]:
     return tuple(replace(each, host_bytes=machine.host_bytes, machine=machine.name) for each in gpus)
 
 
+def devices_by_key(keys: Collection[int | str], folder: Path = Path()) -> tuple[Device, ...]:
+    """The devices of this machine with these keys of a device map; the memory of no other GPU is read.
+
+    folder: where the disk is. Beside a GPU, host memory only stores layers, as the disk always does.
+    """
+    indices = sorted(key for key in keys if isinstance(key, int))
+    found = [each for index in indices for each in find_accelerators(only=index) if each.kind == "cuda"]
+    devices = [*map(_gpu, found)] or [host_device()]
+    if "cpu" in keys and found:
+        devices.append(_host_target())
+    if "disk" in keys:
+        devices.append(_disk_target(folder))
+    return tuple(devices)
+
+
+def _host_target() -> Device:
+    return replace(host_device(), name="host memory", offload_target=True)
+
+
+def _disk_target(folder: Path) -> Device:
+    return Device("disk", "disk", free_disk(folder), offload_target=True, here=True)
+
+
 def identical_gpus(index: int, count: int) -> tuple[Device, ...]:
     """`count` GPUs that are all assumed equal to GPU `index`, the only one whose memory is read.
 
@@ -138,11 +168,11 @@ def local_devices(
     if offload not in (None, "cpu", "disk"):
         raise ValueError(unknown_name("offload", str(offload), ("cpu", "disk")))
     if offload and devices[0].key != "cpu":
-        devices.append(Device("host memory", "cpu", host_memory()[1], offload_target=True, here=True))
+        devices.append(_host_target())
     elif offload == "cpu":
         raise ValueError("offload='cpu' moves layers from a GPU to host memory, but there is no GPU here: try 'disk'")
     if offload == "disk":
-        devices.append(Device("disk", "disk", free_disk(folder), offload_target=True, here=True))
+        devices.append(_disk_target(folder))
     return tuple(devices) if max_memory is None else _limited(devices, max_memory)
 
 

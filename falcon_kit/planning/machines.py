@@ -65,7 +65,7 @@ class Machine:
     """An instance type of a cloud, or a runtime of a notebook service."""
 
     name: str
-    """The name there; AWS's types with "ml.", as in SageMaker."""
+    """The name there; AWS's types with "ml.", as in SageMaker; with "+T4" or "+2xT4" where GPUs are attached to one."""
     provider: str
     """AWS, Google Cloud, Azure, Colab or Kaggle."""
     count: int

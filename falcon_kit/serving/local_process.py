@@ -19,8 +19,8 @@ import httpx2
 
 from falcon_kit.display.errors import check_whole, exit_cause, printable
 from falcon_kit.display.live import Waiting
+from falcon_kit.display.temporary import PREFIX, remove_leftovers
 
-_PREFIX = "falcon-kit-"
 _POLL_SECONDS = 0.1
 _SHOWN_AFTER = 2.0  # seconds: a server that is ready earlier shows no progress
 _LAST_WORDS = 2000  # characters of the log in an error
@@ -39,8 +39,8 @@ class LocalProcess:
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        self.folder = Path(mkdtemp(prefix=_PREFIX))  # only this user can read it
-        _remove_leftovers(self.folder.parent)
+        self.folder = Path(mkdtemp(prefix=PREFIX))  # only this user can read it
+        remove_leftovers(self.folder.parent)
         program = Path(__file__).with_name("supervisor.py")
         self._supervisor = subprocess.Popen(  # noqa: S603  # this interpreter, and the kit's own code
             [sys.executable, "-P", str(program), str(self.folder)],
@@ -111,18 +111,6 @@ class LocalProcess:
     def close(self) -> None:
         """Ends the server and removes the folder. A second call does nothing."""
         self._end()
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Removes the folders of servers that were killed together with their supervisors, which nobody locks any more."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    for lock in parent.glob(f"{_PREFIX}*/lock"):
-        with suppress(OSError), lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _responds(client: httpx2.Client, url: str) -> bool:

@@ -7,13 +7,13 @@ memory. A row that cannot be used is left out, and `Documents.problems` names it
 from __future__ import annotations
 
 import json
+import math
 import operator
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from falcon_kit.display.errors import check_whole, is_number, shown
 from falcon_kit.display.tables import counted, html_table
+from falcon_kit.display.temporary import TemporaryFolder
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
 
@@ -133,7 +134,7 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     """
     if isinstance(path, Documents):
         return path
-    path = _as_rows(path, "fk.dialogues")
+    path = as_rows(path, "fk.dialogues")
     problems: list[Problem] = []
     stored = store(_documents(path, problems), FEATURES)
     if stored is None:
@@ -153,10 +154,10 @@ def check_documents(value: Any, function: str) -> None:
         raise TypeError(f"{function} takes what fk.dialogues returns: fk.dialogues({shown(value)})")
 
 
-def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryDirectory[str]] | None:
+def store(rows: Iterator[dict[str, Any]], features: Features) -> tuple[Dataset, TemporaryFolder] | None:
     """The rows as a table that is mapped from a file, and the temporary folder of this file; None without rows."""
-    folder = TemporaryDirectory(prefix="falcon-kit-")
-    file = str(Path(folder.name) / "rows.arrow")
+    folder = TemporaryFolder()
+    file = str(folder.path / "rows.arrow")
     if (first := next(rows, None)) is None:
         return None
     with ArrowWriter(path=file, features=features, writer_batch_size=100) as writer:
@@ -171,17 +172,22 @@ def _name(path: Any) -> str:
     return str(path) if isinstance(path, str | Path) else "the rows given"
 
 
-def _as_rows(given: Any, function: str) -> Any:
-    """`given`, or the rows of a pandas DataFrame. Raises TypeError for one row, several splits or nothing."""
+def as_rows(given: Any, function: str, form: str = f"A row has {FORMS}") -> Any:
+    """`given`, or the rows of a pandas DataFrame. Raises TypeError for one row, several splits, or what has no rows.
+
+    function, form: who takes the rows, and what a row is, for the error.
+    """
     if isinstance(given, DatasetDict | IterableDatasetDict):
         raise TypeError(
             f"{function} got several splits: give one of them, such as data[{next(iter(given), 'train')!r}]"
         )
     if given is None or isinstance(given, Mapping):
         what = "one row: put it into a list" if given else "nothing: give a file, a folder, or a list of rows"
-        raise TypeError(f"{function} got {what}. A row has {FORMS}")
+        raise TypeError(f"{function} got {what}. {form}")
     if isinstance(given, pd.DataFrame):
         return _frame_rows(given)
+    if not isinstance(given, Iterable | Path):
+        raise TypeError(f"{function} got {shown(given)}: give a file, a folder, or a list of rows. {form}")
     return given
 
 
@@ -254,11 +260,11 @@ def mix(
         taken.append(each)
         have += size(each["text"])
     if have < wanted:
-        unit = "tokens" if tokenizer else "bytes"
+        unit, possible = "tokens" if tokenizer else "bytes", math.floor(1000 * have / (have + chat)) / 1000
+        instead = f", or a web_fraction of at most {possible:.3f}" if possible else ""
         raise ValueError(
             f"{web_fraction:.1%} of web text beside {chat:,} {unit} of dialogues takes {wanted:,.0f} {unit}, but the "
-            f"web texts have {have:,}: give more web text, or a web_fraction of at most {have / (have + chat):.3f}"
-            f"{first_problems(problems)}"
+            f"web texts have {have:,}: give more web text{instead}{first_problems(problems)}"
         )
     if problems and not isinstance(web, Documents):
         which = f"{counted(len(problems), 'web text')} {'is' if len(problems) == 1 else 'are'}"
@@ -282,7 +288,7 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
         problems += given.problems
         found = given
     else:
-        found = _read((f"web text {number}", each) for number, each in enumerate(_as_rows(given, "fk.mix"), 1))
+        found = _read((f"web text {number}", each) for number, each in enumerate(as_rows(given, "fk.mix"), 1))
     usable = 0
     for each in found:
         if isinstance(each, Problem):

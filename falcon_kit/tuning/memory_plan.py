@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +22,8 @@ from falcon_kit.tuning.settings import Tuning
 def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     """The memory plan of training, with the memory of each device that is free or used by the model.
 
-    Raises NotEnoughMemory if it does not fit and the weights will not be sharded.
+    Raises NotEnoughMemory if it does not fit and the weights will not be sharded, and ValueError for a model on the GPU
+    of another process.
     """
     used: dict[str, int] = {}
     for each in falcon.model.parameters():
@@ -31,6 +32,7 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     quantised = stored_quantisation(falcon.model.config)
     shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
     here = resolve_devices(None)
+    _check_own_gpu(used, here)
     if not shards:  # the GPUs of the machine, or the CPU, on which the model is
         found = {str(each.key): each for each in (Device("cpu", "cpu", host_memory()[1], here=True), *here)}
         here = tuple(found[key] for key in used)
@@ -51,6 +53,17 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         recomputing = [] if checkpointing or not make().fits else [Suggestion(gradient_checkpointing=True)]
         raise NotEnoughMemory(replace(planned, suggestions=(*recomputing, *_advice(planned, falcon))))
     return planned
+
+
+def _check_own_gpu(used: Collection[str], here: Sequence[Device]) -> None:
+    """Raises ValueError where one of several processes has its model on a GPU that is not its own."""
+    keys = {str(each.key) for each in here}
+    if others := sorted(set(used) - keys - {"cpu"}):
+        own = here[0].key
+        raise ValueError(
+            f"the model is on GPU {', '.join(others)}, and of {distributed.world_size()} processes this one trains on "
+            f"GPU {own}: load it in each process without device_map, which puts it on the GPU of the process"
+        )
 
 
 def _advice(planned: Plan, falcon: Falcon) -> Iterator[Suggestion]:

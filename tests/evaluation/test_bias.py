@@ -3,6 +3,8 @@
 import json
 import re
 
+import datasets
+import pandas as pd
 import pytest
 import torch
 
@@ -69,6 +71,34 @@ def test_a_key_that_is_none_counts_as_absent_as_tables_export_mixed_rows(instruc
     ]
     mixed = [dict.fromkeys([*rows[0], *rows[1]]) | row for row in rows]
     assert fk.bias(instruct, mixed).pairs == fk.bias(instruct, rows).pairs
+
+
+ROWS = [
+    {"axis": "age", "stereotype": "He is old.", "counterpart": "He is young.", "note": None},
+    {"axis": "age", "stereotype": "They are old.", "counterpart": "They are young.", "note": "mine"},
+]
+
+
+@pytest.mark.parametrize("form", [pd.DataFrame, datasets.Dataset.from_list, iter, tuple])
+def test_pairs_may_be_rows_of_any_form_that_is_tuned_on(instruct, form):
+    assert fk.bias(instruct, form(ROWS)).pairs == fk.bias(instruct, ROWS).pairs
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (ROWS[0], "fk.bias got one row: put it into a list. A row is {"),
+        (None, "fk.bias got nothing: give a file, a folder, or a list of rows. A row is {"),
+        (3, "fk.bias got 3: give a file, a folder, or a list of rows. A row is {"),
+        (
+            datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
+            "several splits: give one of them, such as data['te",
+        ),
+    ],
+)
+def test_what_holds_no_pairs_is_refused_by_its_kind(instruct, pairs, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fk.bias(instruct, pairs)
 
 
 @pytest.mark.parametrize(

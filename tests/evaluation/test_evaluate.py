@@ -5,6 +5,7 @@ import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import FalconForCausalLM
@@ -146,6 +147,10 @@ def test_an_unknown_task_is_named_with_the_nearest(base):
         ({"text": "Lions sleep.", "truncate": "right"}, "truncate must be \"left\" or None; got 'right'"),
         ({"text": "Lions sleep.", "batch_size": 0}, "batch_size must be a whole number from 1"),
         ({"tasks": 5}, "tasks is a name, a path, or several of them; got 5"),
+        ({"tasks": ROWS}, "got {'prompt': 'Giraffes eat', "),
+        ({"tasks": pd.DataFrame(ROWS)}, ": write rows to a .jsonl file, a JSON object a line, and give its path"),
+        ({"tasks": ROWS[0]}, ": write rows to a .jsonl file, a JSON object a line, and give its path"),
+        ({"text": pd.DataFrame()}, "'text' has no documents: give at least one text"),
         ({"tasks": "falconet-choices", "num_fewshot": 5}, "num_fewshot=5 is for lm-eval's tasks, falconet-choices has"),
         ({"tasks": "falconet-choices", "limit": 0}, "limit must be a whole number from 1"),
     ],

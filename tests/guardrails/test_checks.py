@@ -167,6 +167,16 @@ def test_dates_amounts_addresses_and_sums_are_no_telephone_numbers_of_any_region
     assert [each for each in REGIONS if finds(f"It is {text} here.", each)] == []
 
 
+@pytest.mark.parametrize("numbers", ["256 512 1024", "320 640 1280", "500 750 1000", "240 480 1080"])
+def test_numbers_that_grow_in_multiples_of_one_unit_are_a_list(numbers):
+    assert not finds(f"The sizes are {numbers}.", "US")
+
+
+def test_the_spellings_of_a_list_that_only_telephone_numbers_have_are_found():
+    for number in ("256-512-1024", "(256) 512-1024", "256.512.1024", "+1 256 512 1024", "512 256 1024", "256 512 1023"):
+        assert finds(f"Call {number}.", "US")
+
+
 @given(st.integers(10**9, 10**10 - 1))
 def test_ten_digits_without_a_gap_are_an_order_number_in_the_us(number):
     assert not finds(f"Order {number} has shipped.", "US")

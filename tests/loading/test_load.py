@@ -199,13 +199,53 @@ def test_a_loaded_falcon_has_its_plan(instruct):
 
 
 def test_a_device_that_is_asked_for_is_planned_for(checkpoint, monkeypatch):
-    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**40),))
-    monkeypatch.setattr("falcon_kit.loading.load.host_memory", lambda: (2**33, 2**20))
+    monkeypatch.setattr("falcon_kit.planning.devices.host_memory", lambda: (2**33, 2**20))
     for device_map in ("cpu", {"": torch.device("cpu")}):
         with pytest.raises(fk.NotEnoughMemory, match=r"does not fit into cpu 1.00 MiB"):
             fk.load(checkpoint, device_map=device_map)
     falcon = fk.load(checkpoint, device_map="cpu", force=True)
     assert {row.device for row in falcon.plan.rows} == {"cpu"}
+
+
+def plan_of(monkeypatch, *args, **settings):
+    """The plan of a call of `load` that stops before weights are read."""
+    plans = []
+
+    def stopped(found, files, plan, settings):
+        plans.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr("falcon_kit.loading.load.read_model", stopped)
+    with pytest.raises(InterruptedError):
+        fk.load(*args, **settings)
+    return plans[0]
+
+
+PARTS = ("transformer.word_embeddings", "transformer.h", "transformer.ln_f", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "computes", "stores"),
+    [
+        (dict.fromkeys(PARTS, "cpu") | {"transformer.h": "disk"}, ["cpu"], ["disk"]),
+        (dict.fromkeys(PARTS, "cuda:1") | {"transformer.h": torch.device("cpu")}, [1], ["cpu"]),
+        (dict.fromkeys(PARTS, 2) | {"transformer.h": 1}, [1, 2], []),
+    ],
+)
+def test_the_devices_of_a_map_are_planned_for_and_no_others(monkeypatch, device_map, computes, stores):
+    asked = simulated_gpus(monkeypatch, [2**34] * 3)
+    devices = plan_of(monkeypatch, "falconet", device_map=device_map).devices
+    assert [each.key for each in devices if not each.offload_target] == computes
+    assert [each.key for each in devices if each.offload_target] == stores
+    assert set(asked) == {each.key for each in devices} - {"cpu", "disk"}
+
+
+def test_layers_on_cpu_and_disk_beside_a_gpu_have_the_dtype_of_a_cpu(monkeypatch):
+    expected = plan_of(monkeypatch, "falconet", device_map="cpu").dtype
+    simulated_gpus(monkeypatch, [2**34])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    on_disk = dict.fromkeys(PARTS, "cpu") | {"transformer.h": "disk"}
+    assert plan_of(monkeypatch, "falconet", device_map=on_disk).dtype == expected
 
 
 def test_max_memory_is_what_the_plan_goes_by(checkpoint):
@@ -327,13 +367,13 @@ def test_a_process_of_torchrun_plans_for_its_own_gpu_and_touches_no_other(local_
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    used = {}
+    device_map = choose_device_map(None, plan_of(monkeypatch, "falconet"))
+    assert (device_map, set(asked), current) == ({"": own}, {own}, [own])
 
-    def stopped(found, files, plan, settings):
-        used["device_map"] = choose_device_map(settings.device_map, plan)
-        raise InterruptedError
 
-    monkeypatch.setattr("falcon_kit.loading.load.read_model", stopped)
-    with pytest.raises(InterruptedError):
-        fk.load("falconet")
-    assert (used["device_map"], set(asked), current) == ({"": own}, {own}, [own])
+def test_a_process_of_torchrun_plans_for_another_gpu_that_is_asked_for(monkeypatch):
+    asked = simulated_gpus(monkeypatch, [2**34] * 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    devices = plan_of(monkeypatch, "falconet", device_map="cuda:2").devices
+    assert ([each.key for each in devices], set(asked)) == ([2], {2})

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.generation.chat import plain_template
+from falcon_kit.loading import merging
 from falcon_kit.loading.adapters import LazyMergedWeight
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
-from tests.conftest import logits, small_model
+from tests.conftest import logits, simulated_gpus, small_model
 from tests.loading.test_adapters import TARGETS, renamed, saved_adapter
 from tests.loading.test_checkpoints import cached
 
@@ -282,6 +284,15 @@ def test_an_output_dir_with_more_than_a_checkpoint_is_refused_first(base, adapte
 
 def test_a_copy_that_finds_no_room_is_refused_with_what_to_do(monkeypatch, base, adapter):
     falcon = fk.load(base)
-    monkeypatch.setattr("falcon_kit.loading.merging.resolve_devices", lambda _: (Device("cpu", "cpu", 1000),))
+    monkeypatch.setattr("falcon_kit.loading.merging.devices_by_key", lambda _: (Device("cpu", "cpu", 1000),))
     with pytest.raises(MemoryError, match=r"takes .* on device 'cpu', where 1000 B are free: delete .* its name"):
         fk.merge(adapter, falcon)
+
+
+def test_a_copy_on_the_gpu_of_another_process_needs_room_there(monkeypatch):
+    simulated_gpus(monkeypatch, [10**9, 1000])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    weight = SimpleNamespace(device=torch.device("cuda", 1), nbytes=2000)
+    base = SimpleNamespace(name="falcon-7b", model=SimpleNamespace(parameters=lambda: [weight]))
+    with pytest.raises(MemoryError, match=r"takes 1\.95 KiB on device 1, where 1000 B are free: delete"):
+        merging._check_room_for_a_copy(base)

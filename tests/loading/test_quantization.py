@@ -15,7 +15,7 @@ from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantization import bitsandbytes_config, check_quantised, weights
 from falcon_kit.model import modeling
 from falcon_kit.planning.devices import Device
-from tests.conftest import logits, small_config, small_model
+from tests.conftest import logits, simulated_gpus, small_config, small_model
 
 LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 each_dtype = pytest.mark.parametrize("dtype", memory.QUANTISED)
@@ -123,11 +123,61 @@ def test_nf4_multiplies_in_the_dtype_that_the_cpu_is_fast_in(monkeypatch, fast, 
 def test_quantised_layers_on_the_cpu_of_a_machine_with_a_gpu_are_those_for_cpus(monkeypatch, directory, dtype):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**40),))
     monkeypatch.setattr("falcon_kit.loading.quantization.has_products", lambda dtype: False)
     falcon = fk.load(directory, dtype=dtype, device_map="cpu")
     assert falcon.model.dtype == torch.bfloat16
     assert dtype == "int4" or falcon.model.transformer.h[0].mlp.dense_h_to_4h.compute_dtype == torch.float32
+
+
+def beside_a_gpu(monkeypatch, free, filled):
+    """Makes this machine one with a GPU with so many bytes free, of which accelerate's device maps fill a part."""
+    pytest.importorskip("bitsandbytes")  # its import would read the GPU
+    simulated_gpus(monkeypatch, [free])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    room = {0: filled, "cpu": 2**34}
+    monkeypatch.setattr("transformers.integrations.accelerate.accelerate_max_memory", lambda _: dict(room))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"device_map": "balanced"}, "device_map='balanced' puts layers in host memory or on disk, where .*: leave it"),
+        ({"device_map": "sequential"}, "device_map='sequential' puts layers in host memory or on disk, where"),
+        ({"force": True}, "force=True puts layers in host memory or on disk, where .*: leave it out, and try:"),
+    ],
+)
+def test_quantised_layers_that_a_device_map_would_offload_are_refused_with_what_to_do(
+    monkeypatch, dtype, settings, text
+):
+    free = fk.plan("falconet", dtype).weight_bytes
+    beside_a_gpu(monkeypatch, free, free * 2 // 3)
+    with pytest.raises(fk.NotEnoughMemory, match=rf"does not fit into GPU 0 \d.\d\d MiB. {text}"):
+        fk.load("falconet", dtype=dtype, **settings)
+
+
+def test_where_quantised_layers_have_no_room_the_original_ones_may_be_offloaded_as_advised(monkeypatch):
+    monkeypatch.setattr("falcon_kit.planning.placement.GPU_OVERHEAD", 0)  # beside which a small model's layers vanish
+    needed = fk.plan("falconet", "nf4", devices=[Device("GPU", 0, 2**40)]).total_bytes
+    beside_a_gpu(monkeypatch, needed, 2**21)
+    with pytest.raises(fk.NotEnoughMemory) as refused:
+        fk.load("falconet", dtype="nf4", device_map="balanced")
+    advised = [each for each in refused.value.plan.suggestions if "offload" in each.changes]
+    assert advised == ["dtype='bfloat16', offload='cpu'"]
+
+    def stopped(found, files, plan, settings):
+        raise InterruptedError(plan.dtype)
+
+    monkeypatch.setattr("falcon_kit.loading.load.read_model", stopped)
+    with pytest.raises(InterruptedError, match="bfloat16"):
+        fk.load("falconet", **advised[0].changes)
+
+
+def test_quantised_weights_larger_than_all_gpus_are_refused_before_they_are_fetched(monkeypatch):
+    simulated_gpus(monkeypatch, [2**20, 2**20])
+    monkeypatch.setattr("falcon_kit.loading.load.fetch", None)
+    with pytest.raises(fk.NotEnoughMemory, match="device_map='balanced' puts layers in host memory"):
+        fk.load("falconet", dtype="nf4", device_map="balanced")
 
 
 def test_without_bitsandbytes_its_dtypes_are_refused_and_the_others_load(directory, monkeypatch):

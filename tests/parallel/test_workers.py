@@ -1,5 +1,6 @@
 """Worker processes: their messages arrive whatever else they print, and none outlives the process that started it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -48,6 +49,18 @@ def test_workers_end_when_nobody_holds_them():
     workers.receive()
     del workers
     assert [process.wait(5) for process in processes] == [-9, -9]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")
+def test_a_fork_of_their_parent_does_not_end_workers():
+    workers = start("link.send(ready=1); link.receive(); link.send(there=link.folder.exists())")
+    workers.receive()
+    if not (child := os.fork()):
+        workers.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    workers.send({})
+    assert workers.receive() == (0, {"there": True})
 
 
 def test_workers_end_when_their_parent_is_killed():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import sys
 import warnings
 
 import datasets
@@ -269,11 +271,25 @@ def test_the_input_of_an_alpaca_row_stands_below_its_instruction():
     assert read[0]["messages"][0]["content"] == "Translate.\n\nChat"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")
+def test_documents_are_on_disk_until_nobody_holds_them_and_a_fork_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = [fk.dialogues([HI])]
+    if not (child := os.fork()):
+        held.clear()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len([*tmp_path.iterdir()]) == 1
+    held.clear()
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
         (None, TypeError, r"got nothing: give a file, a folder, or a list of rows.*Alpaca"),
         ({"messages": HI}, TypeError, "got one row: put it into a list"),
+        (3, TypeError, r"got 3: give a file, a folder, or a list of rows.*Alpaca"),
         (["hello"], FileNotFoundError, r'there is no file hello: .*a text itself is \{"text": "\.\.\."\}'),
     ],
 )
@@ -440,9 +456,17 @@ def test_web_texts_are_read_only_as_far_as_they_are_needed():
     assert fk.mix(fk.dialogues([HI] * 20), endless(), 0.1).texts > 0
 
 
-def test_too_little_web_text_is_refused_with_what_would_do():
-    with pytest.raises(ValueError, match=r"give more web text, or a web_fraction of at most 0\.0"):
-        fk.mix(fk.dialogues([HI] * 100), ["web"], 0.3)
+@pytest.mark.parametrize("count", [2, 20])
+def test_too_little_web_text_is_refused_with_what_would_do(count):
+    chats = fk.dialogues([HI] * count)
+    with pytest.raises(ValueError, match=r"give more web text, or a web_fraction of at most 0\.\d+$") as refused:
+        fk.mix(chats, ["web"], 0.9)
+    assert fk.mix(chats, ["web"], float(str(refused.value).split()[-1])).texts == 1
+
+
+def test_without_any_web_text_no_fraction_is_advised():
+    with pytest.raises(ValueError, match=r"give more web text$"):
+        fk.mix(fk.dialogues([HI]), [])
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1])

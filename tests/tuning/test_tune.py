@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bitsandbytes
 import datasets
@@ -254,6 +255,18 @@ def test_each_process_plans_on_its_own_gpu(monkeypatch, falcon):
         monkeypatch.setenv("LOCAL_RANK", rank)
         fits.append(plan_training(falcon, chosen, False).fits)
     assert (fits, asked) == ([False, True], [0, 1])
+
+
+@pytest.mark.parametrize("shard", [None, False])
+def test_a_model_on_the_gpu_of_another_process_is_refused_with_the_way_to_its_own(monkeypatch, shard):
+    falcon = fk.load("falconet")
+    simulated_gpus(monkeypatch, [10**12, 10**12])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    weight = SimpleNamespace(device=torch.device("cuda", 0), nbytes=8, dtype=torch.float32)
+    monkeypatch.setattr(falcon.model, "parameters", lambda: iter([weight]))
+    with pytest.raises(ValueError, match="the model is on GPU 0, and of 2 processes this one trains on GPU 1: load it"):
+        plan_training(falcon, fk.Tuning(shard=shard).for_model(falcon.spec), False)
 
 
 @pytest.mark.parametrize(("dtype", "sharded"), [("float32", True), ("nf4", False)])
