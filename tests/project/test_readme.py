@@ -162,12 +162,33 @@ def test_the_page_states_the_memory_and_time_of_inspection():
 
 def test_the_page_states_the_decoding_times_of_the_last_run_on_a_gpu():
     expected = {}
-    for part, label in (("7B, bfloat16", "7B"), ("slice of the 40B, bfloat16", "41 layers of the 40B")):
+    for part, label in (("7B, bfloat16", "7B"), ("slice of the 40B, bfloat16", "33 layers of the 40B")):
         expected |= _gpu_rows(figures_of("gpu")[part], f"{label} x {{}}")
     expected |= _gpu_rows(figures_of("gpu")["7B, bfloat16, compiled"], "7B x {}, compiled")
     shown = table_rows(section("gpu"), columns=5)
     assert {row: shown[row] for row in expected} == expected
-    assert figures_of("gpu")["slice of the 40B, bfloat16"]["layers"] == 41
+    assert figures_of("gpu")["slice of the 40B, bfloat16"]["layers"] == 33
+
+
+def test_the_page_states_the_dtypes_of_the_last_run_on_a_gpu():
+    shown = table_rows(section("gpu"), columns=6)
+    for row, cells in shown.items():
+        if row.startswith(("7B, ", "33 layers of the 40B, ")):
+            figures = figures_of("gpu")[row.replace("33 layers", "slice")]
+            prefill = figures["prefill"].get("kit", figures["prefill"])
+            steps = [f"{figures['decode'][f'kit, batch {batch}']['ms per step']:.1f}" for batch in (1, 32)]
+            peak = [f"{prefill['peak, GiB']:.1f}", f"{prefill['planned over measured']:.2f}"]
+            assert cells == [*steps, f"{prefill['ms']:.0f}", *peak]
+    assert {"7B, int8", "7B, nf4", "7B, int4", "33 layers of the 40B, int4"} < shown.keys()
+
+
+def test_the_page_states_the_tunings_of_the_last_run_on_a_gpu():
+    figures, shown = figures_of("gpu"), table_rows(section("gpu"), columns=6)
+    for dtype in ("bfloat16", "nf4", "int4"):
+        kit, peer = figures[f"tuning, {dtype}"], figures.get(f"tuning with SFTTrainer, {dtype}")
+        theirs = [f"{peer['tokens/s']:.0f}", f"{peer['peak, GiB']:.1f}"] if peer else ["", ""]
+        ours = [f"{kit['tokens/s']:.0f}", f"{kit['peak, GiB']:.1f}", f"{kit['planned over measured']:.2f}"]
+        assert shown[dtype] == [theirs[0], ours[0], theirs[1], *ours[1:]]
 
 
 def _gpu_rows(part, label):
