@@ -31,15 +31,6 @@ def run_ahead(monkeypatch):
     return begin
 
 
-@pytest.fixture
-def forwards(instruct):
-    """The calls of the model: one for the prompt, and one for each new token that it reads."""
-    calls = []
-    handle = instruct.model.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    handle.remove()
-
-
 def found(generation):
     return (generation.tokens, generation.text, generation.finish_reason, generation.logprobs, generation.alternatives)
 
