@@ -51,10 +51,10 @@ notebooks: .venv/.dev  ## execute notebooks in place and stamp them with the has
 gallery: .venv/.dev  ## write all executed notebooks as HTML, with an index: runs/gallery/index.html
 	$(RUN) notebooks/gallery.py
 
-bench: .venv/.dev  ## measure the kit beside the peers that are installed, see CONTRIBUTING.md (ARGS names one benchmark)
+bench: .venv/.bench  ## measure the kit beside its peers (ARGS names one benchmark)
 	$(RUN) -m benchmarks $(ARGS)
 
-gpu: .venv/.dev  ## measure the kit on one GPU of 80 GB, without network, within eight minutes
+gpu: .venv/.bench  ## measure the kit and its peers on one GPU of 80 GB, within eight minutes
 	$(RUN) -m benchmarks gpu
 
 engines: .venv/.dev .engines/vllm-$(VLLM)  ## test fk.serve and fk.connect with a real vLLM, in an environment of its own
@@ -78,6 +78,7 @@ HAS_PIP := $(RUN) -c 'import pip' 2> /dev/null
 .venv/.demo: EXTRAS := demo
 .venv/.lab: EXTRAS := demo lab serving
 .venv/.dev: EXTRAS := demo evaluation lab serving dev
+.venv/.bench: EXTRAS := demo evaluation lab serving dev bench
 
 .venv/.%: pyproject.toml constraints.txt
 	@$(HAS_PIP) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

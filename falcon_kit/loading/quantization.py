@@ -185,14 +185,19 @@ def weights(model: nn.Module) -> Weights:
 
 
 def _in_memory(module: nn.Module) -> Iterator[Tensor]:
-    """A module's `tensors` that are in memory, with those that accelerate keeps in host memory between two steps."""
+    """A module's `tensors` that are in memory, with those that are offloaded to host memory."""
     yield from (each for each in tensors(module) if not each.is_meta)
+    yield from (kept[name] for kept, name in in_host_memory(module))
+
+
+def in_host_memory(module: nn.Module) -> Iterator[tuple[dict[str, Tensor], str]]:
+    """Where accelerate keeps a module's offloaded weights between two steps, and their names there; none on disk."""
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         if (map := getattr(each, "weights_map", None)) is not None:
-            in_host = getattr(map.dataset, "state_dict", map.dataset)  # else they are on disk
-            names = (f"{map.prefix}{name}" for name, kept in module.named_parameters(recurse=False) if kept.is_meta)
-            yield from (in_host[name] for name in names if name in in_host)
+            kept = getattr(map.dataset, "state_dict", map.dataset)
+            names = (f"{map.prefix}{name}" for name, own in module.named_parameters(recurse=False) if own.is_meta)
+            yield from ((kept, name) for name in names if name in kept)
 
 
 def _address(tensor: Tensor) -> int:

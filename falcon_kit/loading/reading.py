@@ -4,6 +4,7 @@ import hashlib
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from falcon_kit.loading.gguf import lazy_weights
 from falcon_kit.loading.quantization import (
     check_quantised,
     compute_dtype,
+    in_host_memory,
     make_savable,
     quantisation_config,
     stored_quantisation,
@@ -105,6 +107,7 @@ def _from_pretrained(
     if "state_dict" in options:
         model.name_or_path = model.config.name_or_path = found.name
     _remove_needless_hooks(model)
+    _pin_offloaded_weights(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
 
@@ -117,6 +120,20 @@ def _remove_needless_hooks(model: nn.Module) -> None:
     """
     if isinstance(model, modeling.FalconForCausalLM) and not any(each.is_meta for each in model.parameters()):
         remove_hook_from_module(model, recurse=True)
+
+
+def _pin_offloaded_weights(model: nn.Module) -> None:
+    """Moves weights that are offloaded to host memory into pinned memory, from which a GPU copies them directly.
+
+    From other memory, CUDA first copies to a pinned buffer of its own (CUDA C++ best practices, "Pinned Memory").
+    """
+    if not torch.cuda.is_available():
+        return
+    for kept, name in chain.from_iterable(map(in_host_memory, model.modules())):
+        try:
+            kept[name] = kept[name].pin_memory()
+        except RuntimeError:  # the system limits it: these weights stay where they are
+            return
 
 
 @contextmanager
