@@ -259,6 +259,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 # From a notebook
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_ranks_see_the_gpus_unless_they_compute_on_the_cpu(monkeypatch, on_cpu):
+    simulated_gpus(monkeypatch, [2**34] * 2)
+    hidden = launching._environment(0, 2, on_cpu).get("CUDA_VISIBLE_DEVICES") == ""
+    assert hidden == on_cpu
+
+
 def test_beside_one_gpu_the_ranks_compute_on_the_cpu_if_asked(monkeypatch):
     simulated_gpus(monkeypatch, [2**34])
     with fk.load("falconet", tensor_parallel=2, device_map="cpu") as falcon:
