@@ -1,8 +1,8 @@
 """A full-size Falcon with random weights on one GPU: memory, and tokens per second relative to the bandwidth limit.
 
-Measures the 40B on a GPU with 100 GB, else the 7B. transformers and the kit use the same weights, each in eager mode
-and with the compiled decoding step of transformers' `generate`. The bandwidth limit is the time to read all weights and
-the cache once, at the bandwidth measured for copying memory on this GPU.
+Measures the 40B on a GPU with 100 GB, else the 7B. transformers and the kit use the same weights, and each its own
+loop, eager and compiled. The bandwidth limit is the time to read all weights and the cache once, at the bandwidth
+measured for copying memory on this GPU.
 """
 
 import gc
@@ -127,7 +127,7 @@ class Decoding:
 def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[str, Any]) -> Decoding:
     """Median seconds between tokens; of the second of two generations where the first one compiles.
 
-    transformers' model generates with transformers' `generate`, the kit's with `fk.generate`, as users of each do.
+    transformers' model generates with transformers' `generate`, the kit's with that of `Falcon.generate`.
     """
     gc.collect()
     if model.device.type == "cuda":

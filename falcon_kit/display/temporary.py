@@ -1,4 +1,4 @@
-"""Folders for temporary files, which are removed with their object, with its process, or by a later one."""
+"""Folders for temporary files, which are removed with their object, when its process ends, or by a later process."""
 
 import os
 import shutil
@@ -14,11 +14,11 @@ PREFIX = "falcon-kit-"
 
 
 class TemporaryFolder:
-    """A folder that only this user can read. It is removed with this object, and when its process ends.
+    """A folder that only this user can read. It is removed with this object, or when its process ends.
 
-    That is also at the end of a process of multiprocessing, which `tempfile.TemporaryDirectory` outlasts. A fork of the
-    process removes nothing. The file `lock` is locked as long as the process or a fork of it runs: a process that was
-    killed removes nothing either, and the next one to make a folder does it.
+    `tempfile.TemporaryDirectory` leaves its folder behind when a process of multiprocessing ends; this one does not. A
+    fork does not remove its parent's folder. A process that is killed leaves its folder behind; the next process that
+    makes a folder removes it, since nobody holds the lock on its file `lock` any more.
     """
 
     def __init__(self) -> None:

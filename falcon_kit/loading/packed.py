@@ -163,7 +163,7 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8":
             weight = unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
             return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
-        # each step in as little memory as it can: a matrix of the 40B has half a billion values
+        # in place where possible: a matrix of the 40B has up to 268 million values
         values = self._values().view(torch.int8).sub_(8).to(dtype).view(self.out_features, -1, GROUP)
         scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
         return torch.addcmul(zero, values, scale, out=values).view(self.out_features, self.in_features)
@@ -212,8 +212,11 @@ class PackedLinear(nn.Linear):
         destination[f"{prefix}weight"] = weight[..., None] if self.kind == "int8" else weight
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (key := f"{prefix}weight") not in state_dict:  # as of an adapter: the weight stays packed
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         self.weight, self.packed_for = frozen(self.canonical()), None
-        if self.kind == "int8" and (key := f"{prefix}weight") in state_dict:
+        if self.kind == "int8":
             state_dict[key] = state_dict[key].flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.pack()

@@ -50,9 +50,10 @@ def check_request(ranks: int | None, on_cpu: bool, **others: Any) -> None:
         )
     local = _local_ranks(ranks)
     if torch.cuda.is_available() and torch.cuda.device_count() < local and not on_cpu:
+        on_the_cpu = "give device_map='cpu'" if needs_launch(ranks) else "start torchrun with CUDA_VISIBLE_DEVICES=''"
         raise ValueError(
-            f"tensor_parallel={ranks} needs {local} GPUs here, torch finds {torch.cuda.device_count()}; with "
-            "device_map='cpu' the processes compute on the CPU"
+            f"tensor_parallel={ranks} needs {local} GPUs here, torch finds {torch.cuda.device_count()}: to compute on "
+            f"the CPU, {on_the_cpu}"
         )
 
 

@@ -172,7 +172,7 @@ def _smaller_dtypes(request: Request, devices: Sequence[Device]) -> list[str]:
     """From large to small, without float16, which takes as much memory as bfloat16.
 
     Of the two with four bits, int4 to run on a CPU, where it is several times as fast, and nf4 everywhere else: QLoRA
-    was published with it, and on an H200 it reads a prompt in a third of int4's time (7B, `benchmarks/`).
+    was published with it, and on a GPU it was the faster one for prompts (`benchmarks/README.md`).
     """
     on_cpu = devices[0].key == "cpu" and request.purpose == "inference"
     other = "nf4" if on_cpu else "int4"

@@ -146,6 +146,15 @@ def test_a_layer_computes_what_its_state_dict_loads_into_it(kind):
 
 
 @each_kind
+def test_an_adapter_is_loaded_without_unpacking_the_weights(kind, monkeypatch):
+    model = fk.load("falconet", dtype=kind).model
+    expected = logits(model)
+    monkeypatch.setattr(PackedLinear, "canonical", lambda self: pytest.fail("a weight was unpacked"))
+    model.load_state_dict({"transformer.ln_f.weight": model.transformer.ln_f.weight}, strict=False)
+    assert torch.equal(logits(model), expected)
+
+
+@each_kind
 def test_a_weight_that_starts_anywhere_in_memory_is_computed_with(kind):
     """As one in a file that is mapped into memory; torch's kernel for int8 crashes on it."""
     made = layer(random(128, 64), kind)
