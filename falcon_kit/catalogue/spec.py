@@ -3,12 +3,12 @@
 Neither torch nor transformers is imported.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from falcon_kit.display.errors import printable, require
+from falcon_kit.display.errors import is_number, printable, require, shown
 from falcon_kit.display.tables import counted, format_bytes, html_table
 
 SPECIAL_TOKENS = tuple(
@@ -138,11 +138,11 @@ class FalconSpec:
         """The shape in a config.json, current or of the old RefinedWeb types.
 
         facts: further fields of the spec, such as `licence`. Raises ValueError for a model that is not a Falcon, for a
-        missing key, and for a value that is not a positive whole number.
+        missing key, and for a value that is none for its key.
         """
         config = _current_config(config, name)
-        new = bool(config.get("new_decoder_architecture"))
-        parallel = new or bool(config.get("parallel_attn", True))
+        new = _switch(config, "new_decoder_architecture", name)
+        parallel = _switch(config, "parallel_attn", name, True) or new
         d_model = _positive_int(config, "hidden_size", name)
         trained = _positive_int(config, "max_position_embeddings", name, 2048)
         return cls(
@@ -153,13 +153,13 @@ class FalconSpec:
             kv_heads=_kv_heads(config, name),
             vocabulary=_positive_int(config, "vocab_size", name),
             intermediate_size=_positive_int(config, "ffn_hidden_size", name, 4 * d_model),
-            context=context_limit({**config, "max_position_embeddings": trained}),
-            positions="alibi" if config.get("alibi") else "rotary",
+            context=context_limit({**config, "max_position_embeddings": trained}, name),
+            positions="alibi" if _switch(config, "alibi", name) else "rotary",
             parallel_block=parallel,
             norms_per_block=_positive_int(config, "num_ln_in_parallel_attn", name, 2 if new else 1) if parallel else 2,
-            bias=bool(config.get("bias")),
+            bias=_switch(config, "bias", name),
             new_decoder_architecture=new,
-            tied_head=bool(config.get("tie_word_embeddings", True)),
+            tied_head=_switch(config, "tie_word_embeddings", name, True),
             stored_dtype=_stored_dtype(config),
             **facts,
         )
@@ -212,21 +212,31 @@ class FalconSpec:
         return html_table(self.name, (), self.facts().items())
 
 
-def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_legacy(config: Mapping[str, Any], name: str = "the config") -> dict[str, Any]:
     """An old config (`model_type` RefinedWeb or RefinedWebModel) with the keys of the current `FalconConfig`.
 
     The mapping is that of transformers' `models/falcon/convert_custom_code_checkpoint.py`. Missing switches get the
     defaults of the old `configuration_RW.py`: multi_query and parallel_attn are off. Missing token ids get the current
     defaults, because the old default of eos_token_id, 2, contradicts the tokenizer's, 11. `auto_map` is removed, so
     that the config refers to no remote code. Raises ValueError for another model type, and for
-    apply_residual_connection_post_layernorm, which transformers' Falcon does not support.
+    apply_residual_connection_post_layernorm, which transformers' Falcon does not support. Errors begin
+    with `name`.
     """
     kind = config.get("model_type")
-    if kind not in _LEGACY_TYPES:
-        raise ValueError(f"model_type is {kind!r}, but an old config has {' or '.join(_LEGACY_TYPES)}")
-    if config.get("apply_residual_connection_post_layernorm"):
-        raise ValueError("apply_residual_connection_post_layernorm is true; transformers' Falcon does not support that")
-    dropped = {*_LEGACY_KEYS, "auto_map", "apply_residual_connection_post_layernorm"}
+    require(
+        kind in _LEGACY_TYPES, f"{name}: model_type is {kind!r}, but an old config has {' or '.join(_LEGACY_TYPES)}"
+    )
+    unsupported = "apply_residual_connection_post_layernorm"
+    require(
+        not _switch(config, unsupported, name),
+        f"{name}: {unsupported} is true; transformers' Falcon does not support that",
+    )
+    architectures = config.get("architectures") or ["RWForCausalLM"]
+    require(
+        isinstance(architectures, list) and all(isinstance(each, str) for each in architectures),
+        f"{name}: architectures is {shown(architectures)}, but it must be a list of names",
+    )
+    dropped = {*_LEGACY_KEYS, "auto_map", unsupported}
     return {
         "new_decoder_architecture": kind == "RefinedWeb" or config.get("n_head_kv") is not None,
         "multi_query": False,
@@ -234,27 +244,29 @@ def config_from_legacy(config: Mapping[str, Any]) -> dict[str, Any]:
         **{_LEGACY_KEYS[key]: value for key, value in config.items() if key in _LEGACY_KEYS},
         **{key: value for key, value in config.items() if key not in dropped},
         "model_type": "falcon",
-        "architectures": [part.replace("RW", "Falcon") for part in config.get("architectures") or ["RWForCausalLM"]],
+        "architectures": [each.replace("RW", "Falcon") for each in architectures],
     }
 
 
-def context_limit(config: Any) -> int:
+def context_limit(config: Any, name: str = "the config") -> int:
     """The longest context of a config: `max_position_embeddings`, or what its scaled rotary embeddings extend that to.
 
     The factor of linear, dynamic and YaRN scaling counts from `original_max_position_embeddings`, if that is given.
-    config: a mapping or a FalconConfig.
+    config: a mapping or a FalconConfig. Raises ValueError, which begins with `name`, unless the rotary embeddings are a
+    JSON object with numbers.
     """
     config = config if isinstance(config, Mapping) else vars(config)
     limit: int = config["max_position_embeddings"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    require(isinstance(rope, Mapping), f"the rotary embeddings are {rope!r}, but they must be a JSON object")
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    require(isinstance(rope, Mapping), f"{name}: {key} is {shown(rope)}, but it must be a JSON object")
     factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
     if config.get("alibi") or kind not in _EXTENDING or not factor:
         return limit
     original = rope.get("original_max_position_embeddings") or limit
-    for name, value in {"factor": factor, "original_max_position_embeddings": original}.items():
-        numeric = isinstance(value, int | float) and math.isfinite(value)
-        require(numeric, f"{name} of the rotary embeddings is {value!r}, but it must be a number")
+    for part, value in {"factor": factor, "original_max_position_embeddings": original}.items():
+        numeric = is_number(value, 0, sys.float_info.max)
+        require(numeric, f"{name}: {part} of {key} is {shown(value)}, but it must be a number, at least 0")
     return max(limit, int(original * factor))
 
 
@@ -262,7 +274,7 @@ def _current_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The config with current keys. Raises ValueError for another model type, and for missing keys."""
     kind = config.get("model_type")
     if kind in _LEGACY_TYPES:
-        config = config_from_legacy(config)
+        config = config_from_legacy(config, name)
     elif kind != "falcon":
         raise ValueError(
             f"{name}: model_type is {kind!r}, not a Falcon's: falcon, or the old {' or '.join(_LEGACY_TYPES)}"
@@ -291,8 +303,15 @@ def _positive_int(config: Mapping[str, Any], key: str, name: str, default: int =
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: {key} is {value!r}, but it must be a whole number, at least 1")
+        raise ValueError(f"{name}: {key} is {shown(value)}, but it must be a whole number, at least 1")
     return value
+
+
+def _switch(config: Mapping[str, Any], key: str, name: str, default: bool = False) -> bool:
+    """A boolean of the config; `default` if it is missing, False if it is null, as in transformers."""
+    value = config.get(key, default)
+    require(value is None or isinstance(value, bool), f"{name}: {key} is {shown(value)}, but it must be true or false")
+    return bool(value)
 
 
 def _kv_heads(config: Mapping[str, Any], name: str) -> int:
@@ -300,4 +319,4 @@ def _kv_heads(config: Mapping[str, Any], name: str) -> int:
     query_heads = _positive_int(config, "num_attention_heads", name)
     if config.get("new_decoder_architecture"):
         return _positive_int(config, "num_kv_heads", name, query_heads)
-    return 1 if config.get("multi_query", True) else query_heads
+    return 1 if _switch(config, "multi_query", name, True) else query_heads

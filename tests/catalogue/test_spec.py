@@ -264,6 +264,56 @@ def test_a_number_that_cannot_be_one_is_named(value: object) -> None:
         FalconSpec.from_config({**NEW_40B, "num_attention_heads": value})
 
 
+JUNK = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    7,
+    10**30,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "no",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+]
+SCALED = [{"rope_type": "linear", "factor": each} for each in JUNK]
+SCALED += [{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": each} for each in JUNK]
+
+
+def refusal(config: dict[str, Any], name: str) -> str:
+    """The text of the error for a config; empty where it is read."""
+    try:
+        FalconSpec.from_config(config, name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("config", [OLD_40B, OLD_7B, OLD_RW_1B, NEW_40B, NEW_7B, NEW_RW_1B])
+def test_a_config_with_a_value_of_another_kind_is_read_or_refused_by_its_name(config: dict[str, Any]) -> None:
+    keys = {*OLD_40B, *NEW_40B, *SMALL, "rope_parameters", "rope_scaling", "quantization_config", "tie_word_embeddings"}
+    refused = {refusal({**config, key: value}, "mine") for key in keys for value in [*JUNK, *SCALED]} - {""}
+
+    assert len(refused) > 50
+    assert [text for text in refused if not text.startswith("mine: ")] == []
+
+
+SWITCHES = ["alibi", "bias", "parallel_attn", "new_decoder_architecture", "multi_query", "tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("key", SWITCHES)
+def test_a_text_is_no_switch(key: str) -> None:
+    with pytest.raises(ValueError, match=f"mine: {key} is 'false', but it must be true or false"):
+        FalconSpec.from_config({**NEW_7B, key: "false"}, "mine")
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": 8200}, {"num_kv_heads": 7}])
 def test_heads_that_do_not_split_evenly_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be a multiple of 128 query heads, and those of"):
