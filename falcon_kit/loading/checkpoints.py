@@ -172,7 +172,9 @@ def _config(directory: Path) -> FalconConfig:
             )
     current = stored if stored["model_type"] == "falcon" else config_from_legacy(stored)
     with named_errors(file, "correct it, or download it again"):
-        return FalconConfig.from_dict(current)
+        config = FalconConfig.from_dict(current)
+    config.name_or_path = str(directory)  # errors about the config name it
+    return config
 
 
 # Fetched and checked

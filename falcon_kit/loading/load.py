@@ -194,7 +194,9 @@ def choose_dtype(wanted: str | None, found: Checkpoint, on_cpu: bool) -> tuple[s
     """The name of the dtype to load in, and the reason; on_cpu: whether the layers are computed on a CPU."""
     if quantised := stored_quantisation(found.config):
         if wanted not in (None, quantised):
-            raise ValueError(f"the checkpoint is already quantised to {quantised}: dtype={wanted!r} needs the original")
+            raise ValueError(
+                f"{found.directory} is already quantised to {quantised}: dtype={wanted!r} needs the original"
+            )
         return quantised, "as in the checkpoint"
     if wanted is not None:
         return wanted, "as asked"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.display.errors import shown
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.loading.quantizer import METHOD, PackedConfig
@@ -96,8 +97,8 @@ def stored_quantisation(config: Any) -> str | None:
     if method == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
         return "nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"
     raise ValueError(
-        f"the checkpoint is quantised by {method!r}; the kit reads bitsandbytes' int8 and nf4, and its own int4: load "
-        "the original weights, with dtype='nf4' for example"
+        f"{config.name_or_path or 'the checkpoint'} is quantised by {shown(method)}; the kit reads bitsandbytes' int8 "
+        "and nf4, and its own int4: load the original weights, with dtype='nf4' for example"
     )
 
 

@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: really quantised, counted, as good as bitsandbytes', and the same after saving."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -307,8 +308,10 @@ def test_a_quantised_checkpoint_is_not_turned_into_another(directory, tmp_path):
         fk.load(tmp_path / "saved", dtype="int8")
 
 
-def test_a_checkpoint_that_another_method_quantised_is_refused(directory):
-    config = small_config("40b", quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize("method", ["gptq", None, 7])
+def test_a_checkpoint_that_another_method_quantised_is_refused_by_its_name(directory, method):
+    config = small_config("40b", quantization_config={"quant_method": method, "bits": 4})
     config.save_pretrained(directory)
-    with pytest.raises(ValueError, match="quantised by 'gptq'; the kit reads bitsandbytes' int8 and nf4"):
+    error = f"{re.escape(str(directory))} is quantised by {method!r}; the kit reads bitsandbytes' int8 and nf4"
+    with pytest.raises(ValueError, match=error):
         fk.load(directory)
