@@ -49,8 +49,8 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, on_cpu: boo
     falcon = ParallelFalcon(workers, directory, **parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        bar = tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)
-        answers = _end(falcon._receive(_Arrived(), bar))
+        with tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress) as bar:
+            answers = _end(falcon._receive(_Arrived(), bar))
     except BaseException:
         falcon.close()
         raise

@@ -47,10 +47,14 @@ class Workers:
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end, self.processes, self._folder, os.getpid())
-        for rank, environment in enumerate(environments):
-            self.processes.append(self._start(rank, code, environment))
-            arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
-            threading.Thread(target=_read, args=arguments, daemon=True).start()
+        try:
+            for rank, environment in enumerate(environments):
+                self.processes.append(self._start(rank, code, environment))
+                arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
+                threading.Thread(target=_read, args=arguments, daemon=True).start()
+        except BaseException:  # Ctrl-C too: Jupyter keeps the error, and with it these processes
+            self.close()
+            raise
 
     @property
     def folder(self) -> Path:
