@@ -150,7 +150,8 @@ class Tuning:
         wrong = [name for name in modules if name not in TARGETS]
         known = ", ".join(TARGETS)
         require(bool(modules) and not wrong, f"target_modules must be among {known}, got {wrong or modules}")
-        object.__setattr__(self, "target_modules", tuple(modules))
+        in_order = tuple(name for name in TARGETS if name in modules)  # a set has another order in each process
+        object.__setattr__(self, "target_modules", in_order)
 
     def for_model(self, spec: FalconSpec) -> "Tuning":
         """The settings with a value in place of each None that has a default for a model of this size."""

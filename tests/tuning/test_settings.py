@@ -1,6 +1,7 @@
 """Settings: names of LoraConfig and TrainingArguments, ranges, defaults."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_settings_have_the_names_of_lora_config_and_training_arguments():
 def test_all_linear_and_a_single_name_are_target_modules_as_in_peft():
     assert fk.Tuning(target_modules="all-linear") == fk.Tuning()
     assert fk.Tuning(target_modules="dense").target_modules == ("dense",)
+
+
+def test_the_same_target_modules_in_any_form_are_the_same_settings():
+    for form in (set, list, tuple, lambda names: [*names, "dense"]):
+        for names in itertools.permutations(["query_key_value", "dense", "dense_4h_to_h"]):
+            chosen = fk.Tuning(target_modules=form(names)).target_modules
+            assert chosen == ("query_key_value", "dense", "dense_4h_to_h")
 
 
 @pytest.mark.parametrize(
