@@ -129,12 +129,13 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
     named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", UNEXPECTED)
-    with random_state_kept(model), quiet(), named:  # PEFT draws random matrices before it reads the adapter's
+    # PEFT draws random matrices before it reads the adapter's.
+    with random_state_kept(model), without_peft_warning(), named:
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_peft_warning() -> Iterator[None]:
     """Hides PEFT's warning about an attribute of transformers that PEFT still reads by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
