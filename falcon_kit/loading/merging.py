@@ -158,9 +158,9 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     unquantised, since 4-bit weights would round the adapter away.
     output_dir: a new folder to save the model in, or one with a checkpoint, which the model replaces once it is saved.
 
-    Raises ValueError for an adapter of another base, a base that is stored quantised, and a Falcon that is offloaded or
-    has adapters attached; RuntimeError where the merged model's logits are not those of base and adapter; and
-    NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
+    Raises ValueError for an adapter of another base or one that the base has already, a base that is stored quantised,
+    and a Falcon that is offloaded or has adapters attached; RuntimeError where the merged model's logits are not those
+    of base and adapter; and NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
     """
     adapter = getattr(adapter, "adapter", adapter)
     if not isinstance(adapter, str | Path):
