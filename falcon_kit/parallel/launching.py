@@ -1,6 +1,7 @@
 """The notebook's process: a Falcon whose weights are in worker processes, one for each rank."""
 
 import json
+import math
 import queue
 import sys
 import threading
@@ -219,7 +220,7 @@ class ParallelFalcon:
         answers, errors = arrived.answers, arrived.errors
         while len(answers) + len(errors) < len(self._workers.processes):
             try:
-                rank, message = self._workers.receive(_ERROR_TIMEOUT if errors else None)
+                rank, message = self._workers.receive(_ERROR_TIMEOUT if errors else math.inf)
             except queue.Empty:  # the other ranks wait for a collective operation of the one that failed
                 self.close()
                 break

@@ -6,6 +6,7 @@ process that started them ends, even if it is killed.
 """
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -87,12 +88,12 @@ class Workers:
                 except (BrokenPipeError, ValueError):
                     continue
 
-    def receive(self, seconds: float | None = None) -> tuple[int, Message]:
+    def receive(self, seconds: float = math.inf) -> tuple[int, Message]:
         """The rank of a worker and its next message. Raises queue.Empty after `seconds`.
 
         Raises WorkerDied, after it has ended all workers, when one has ended.
         """
-        rank, message = next_item(self._arrived) if seconds is None else self._arrived.get(timeout=seconds)
+        rank, message = next_item(self._arrived, seconds)
         if message is None:
             raise WorkerDied(self._death_message(rank))
         return rank, message
