@@ -1,6 +1,7 @@
 """`explain`: the view of a text on its way through Falcon, as a widget and as a page without a kernel."""
 
 import html
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -104,7 +105,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         )
         return fitting
 
-    def to_html(self, path: Any, layers: int | Iterable[int] | None = None) -> Path:
+    def to_html(self, path: str | os.PathLike[str], layers: int | Iterable[int] | None = None) -> Path:
         """Writes the view to a file that needs no kernel and no network, and returns its path. layers: as in `page`."""
         return self.page(layers).write(path)
 

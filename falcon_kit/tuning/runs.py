@@ -21,6 +21,7 @@ from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.verdict import verdict
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -55,7 +56,7 @@ class TuningRun:
 
     figure = plot
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> pd.DataFrame:
         """The history as a pandas DataFrame."""
         import pandas as pd
 
