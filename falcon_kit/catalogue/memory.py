@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.tables import counted
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes without quantisation; the names are those of torch."""
@@ -79,7 +80,7 @@ def check_tensor_parallel(spec: FalconSpec, tensor_parallel: int) -> None:
     if spec.kv_heads % tensor_parallel == 0:
         return
     degrees = [each for each in range(2, spec.kv_heads + 1) if spec.kv_heads % each == 0]
-    heads = f"{spec.kv_heads} KV head{'s' if spec.kv_heads > 1 else ''} for {spec.query_heads} query heads"
+    heads = f"{counted(spec.kv_heads, 'KV head')} for {spec.query_heads} query heads"
     heads += f": give {' or '.join(map(str, degrees))}" if degrees else ", which cannot be divided"
     raise ValueError(
         f"tensor_parallel={tensor_parallel} must divide the number of KV heads; {spec.name} has {heads}. Split it by "

@@ -61,7 +61,8 @@ def check_whole(name: str, value: Any, least: int, most: int = LARGEST) -> None:
 
 
 def check_flag(name: str, value: Any, *others: Any) -> None:
-    """Raises ValueError unless a value is True, False or one of the others."""
+    """Raises ValueError unless a value is True or False, of numpy or torch too, or one of the others."""
+    value = plain_scalar(value)
     allowed = ", ".join(map(repr, (True, False, *others)))
     require(any(value is each for each in (True, False, *others)), f"{name} must be {allowed}; got {shown(value)}")
 

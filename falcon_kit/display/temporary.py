@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,12 +21,13 @@ class TemporaryFolder:
     makes a folder removes it, since nobody holds the lock on its file `lock` any more.
     """
 
+    path: Path
+    """The folder."""
+
     def __init__(self) -> None:
-        self.path = Path(mkdtemp(prefix=PREFIX))
-        """The folder."""
-        remove_leftovers(self.path.parent)
-        # Below 0, so that at the end of Python the processes that read here are waited for.
-        self._end = Finalize(self, _remove, (self.path, _lock(self.path)), exitpriority=-1)
+        with new_folder() as self.path:
+            # Below 0, so that at the end of Python the processes that read here are waited for.
+            self._end = Finalize(self, _remove, (self.path, _lock(self.path)), exitpriority=-1)
 
     def remove(self) -> None:
         """Removes the folder. A second call does nothing."""
@@ -37,6 +38,19 @@ class TemporaryFolder:
 
     def __reduce__(self) -> tuple[Callable[[str], Path], tuple[str]]:
         return Path, (str(self.path),)  # another process may read here, and removes nothing
+
+
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    """A new folder that only this user can read, and those of killed processes removed. An error in the block removes
+    it."""
+    folder = Path(mkdtemp(prefix=PREFIX))
+    try:
+        remove_leftovers(folder.parent)
+        yield folder
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _lock(folder: Path) -> int | None:

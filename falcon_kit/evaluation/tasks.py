@@ -92,13 +92,16 @@ def read_task(path: str | Path) -> Task:
 def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the rows given") -> Task:
     """The task of rows, each with its file and line. Raises ValueError if one is malformed or there are none."""
     items = parsed(rows, _item, source, _FORM)
-    kinds = [("a question" if each.is_question else "a prompt", "with choices" * bool(each.choices)) for each in items]
-    if odd := next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None):
+    first = items[0]
+    if odd := next((each for each in items if _kind(each) != _kind(first)), None):
         raise ValueError(
-            f"{items[odd].where} is {' '.join(kinds[odd]).strip()}, {items[0].where} {' '.join(kinds[0]).strip()}: "
-            "write the two kinds into two files"
+            f"{odd.where} is {_kind(odd)}, {first.where} {_kind(first)}: write the two kinds into two files"
         )
     return Task(name, tuple(items))
+
+
+def _kind(item: Item) -> str:
+    return ("a question" if item.is_question else "a prompt") + (" with choices" if item.choices else "")
 
 
 def parsed(
@@ -119,8 +122,7 @@ def parsed(
             problems.append(f"{where}: {error}")
     require(
         not problems,
-        f"{source} has {len(problems)} malformed row{'s' * (len(problems) > 1)}: {'; '.join(problems[:5])}. "
-        f"A row is {form}",
+        f"{source} has {counted(len(problems), 'malformed row')}: {'; '.join(problems[:5])}. A row is {form}",
     )
     require(bool(found), f"{source} has no rows. A row is {form}")
     return found

@@ -120,13 +120,13 @@ def _map(found: LayerRecord, head: int, group: int) -> Tensor:
     return torch.from_numpy(cells[np.tril_indices(len(cells))])
 
 
-def text_bytes(inspected: InspectedModel, ids: list[int]) -> int:
+def text_part_bytes(inspected: InspectedModel, ids: list[int]) -> int:
     """About the bytes of a text's part in a page, known before the model runs: at least as many as it takes."""
     letters = sum(map(len, inspected.token_texts(ids)))
     return _packed_bytes(inspected.spec.vocabulary) + 40 * (len(ids) + NAMED) + 6 * letters + 5000
 
 
-def layer_bytes(spec: FalconSpec, time: int) -> int:
+def layer_part_bytes(spec: FalconSpec, time: int) -> int:
     """The same for a layer's part and those of its heads, at the last of `time` tokens."""
     side = -(-time // -(-time // _SIDE))
     head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side * (side + 1) // 2) + 250

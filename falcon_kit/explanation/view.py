@@ -1,6 +1,7 @@
 """`explain`: the view of a text on its way through Falcon, as a widget and as a page without a kernel."""
 
 import html
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import anywidget
 from falcon_kit.display.errors import printable, require
 from falcon_kit.display.page import DOM_SCRIPT, WIDGET_STYLE, HasPage, Page, percent, static_text, text_html
 from falcon_kit.display.tables import counted
-from falcon_kit.explanation.parts import Part, head_part, layer_bytes, layer_part, text_bytes, text_part
+from falcon_kit.explanation.parts import Part, head_part, layer_part, layer_part_bytes, text_part, text_part_bytes
 from falcon_kit.explanation.record import Record, record
 from falcon_kit.explanation.route import route
 from falcon_kit.inspection.hooks import TextOrIds, check_index, check_indices, inspect_model, language_head
@@ -93,8 +94,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     def _fitting(self, wanted: int) -> int:
         """The number of layers that fit into a page. Raises ValueError if there are fewer than `wanted`."""
-        fixed = len(_SOURCE) + len(self._css) + text_bytes(self._inspected, self.ids)
-        one = layer_bytes(self._inspected.spec, len(self.ids))
+        fixed = len(_SOURCE) + len(self._css) + text_part_bytes(self._inspected, self.ids)
+        one = layer_part_bytes(self._inspected.spec, len(self.ids))
         fitting = max(0, _PAGE_BYTES - fixed) // one
         fewer = "fewer layers, or " if fitting else ""
         require(
@@ -104,7 +105,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
         )
         return fitting
 
-    def to_html(self, path: Any, layers: int | Iterable[int] | None = None) -> Path:
+    def to_html(self, path: str | os.PathLike[str], layers: int | Iterable[int] | None = None) -> Path:
         """Writes the view to a file that needs no kernel and no network, and returns its path. layers: as in `page`."""
         return self.page(layers).write(path)
 

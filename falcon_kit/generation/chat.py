@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -217,15 +218,12 @@ def plain_template(template: str) -> str:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Saves a tokenizer with `plain_template`, for servers that use plain jinja2 or minijinja; `load` marks it again.
 
-    The tokenizer itself keeps its template.
+    The tokenizer itself keeps its template, which another thread may read meanwhile.
     """
-    template = tokenizer.chat_template
-    try:
-        if isinstance(template, str):
-            tokenizer.chat_template = plain_template(template)
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = template
+    saved = copy(tokenizer)
+    if isinstance(tokenizer.chat_template, str):
+        saved.chat_template = plain_template(tokenizer.chat_template)
+    saved.save_pretrained(folder)
 
 
 def encode(

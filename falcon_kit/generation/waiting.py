@@ -14,13 +14,15 @@ T = TypeVar("T")
 _SECONDS = 0.2  # until Ctrl-C is noticed at the latest
 
 
-def next_item(items: SimpleQueue[T]) -> T:
-    """As `items.get()`."""
+def next_item(items: SimpleQueue[T], seconds: float = math.inf) -> T:
+    """As `items.get()`; raises queue.Empty after some seconds."""
+    end = time.monotonic() + seconds
     while True:
         try:
-            return items.get(timeout=_SECONDS)
+            return items.get(timeout=max(0.0, min(_SECONDS, end - time.monotonic())))
         except Empty:
-            continue
+            if time.monotonic() >= end:
+                raise
 
 
 def result(future: concurrent.futures.Future[T]) -> T:

@@ -83,7 +83,8 @@ class Attribution(TextResult):
             (at, visible(text, spaces=True), f"{score:+.3f}")
             for at, (text, score) in enumerate(zip(self.token_texts, self.scores, strict=True))
         ]
-        return html_table(repr(self), ("position", "token", "score in nats"), rows[:_MAX_ROWS])
+        cut = f"; the first {_MAX_ROWS} of {len(rows):,} tokens" if len(rows) > _MAX_ROWS else ""
+        return html_table(f"{self!r}{cut}", ("position", "token", "score in nats"), rows[:_MAX_ROWS])
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each token: text, id, score."""

@@ -70,7 +70,10 @@ class Adapter:
     def matrices(self) -> dict[str, Tensor]:
         """Its tensors, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
         file = weights_file(self.folder)
-        stored = _load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+        try:
+            stored = load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
+        except SafetensorError as error:
+            raise ValueError(damaged(file, error)) from error
         names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
         return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
 
@@ -140,15 +143,20 @@ def model_fingerprint(decoder: Any) -> str:
     return fingerprint(norm, merged_adapters(decoder.config))
 
 
-def check_base(adapter: Adapter, name: str, shapes: Mapping[str, tuple[int, ...]], base_fingerprint: str) -> None:
-    """Raises ValueError where an adapter was made for another model than the one called `name`.
+def check_base(
+    adapter: Adapter, name: str, shapes: Mapping[str, tuple[int, ...]], norm: Mapping[str, Tensor], merged: list[str]
+) -> None:
+    """Raises ValueError where an adapter is in the model called `name` already, or was made for another model.
 
-    shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes.
+    shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes. norm, merged:
+    its last LayerNorm and the digests of the adapters in its weights.
     """
     refused = f"the adapter in {adapter} was made for {printable(adapter.base_name)}, not for {name}"
     check_contents(adapter)
-    if record(adapter.folder).get("base_fingerprint") not in (None, base_fingerprint):
+    if record(adapter.folder).get("base_fingerprint") not in (None, fingerprint(norm, merged)):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
+    if merged and digest(adapter.folder) in merged:
+        raise ValueError(f"the adapter in {adapter} is in {name} already, and would count twice: use {name} as it is")
     for key, matrix in adapter.matrices.items() if shapes else ():
         if problem := _misfit(key, tuple(matrix.shape), shapes):
             weight = f"base_model.model.{printable(key)}"
@@ -219,13 +227,6 @@ def weights_file(adapter: Path) -> Path:
 def with_prefix(name: str) -> str:
     """The name of a weight in FalconForCausalLM; AutoModel saves it without the prefix."""
     return f"transformer.{name}" if name.split(".")[0] in ("h", "ln_f", "word_embeddings") else name
-
-
-def _load_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(damaged(file, error)) from error
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
@@ -339,8 +340,7 @@ def with_adapters(weights: dict[str, Any], adapters: Iterable[Path], name: str, 
     merged = merged_adapters(config)
     for adapter in map(Adapter, adapters):
         norm = {side: weights[f"transformer.ln_f.{side}"][...] for side in ("weight", "bias")}
-        shapes = {key: _shape(weight) for key, weight in weights.items()}
-        check_base(adapter, name, shapes, fingerprint(norm, merged))
+        check_base(adapter, name, {key: _shape(weight) for key, weight in weights.items()}, norm, merged)
         weights |= merged_weights(weights, adapter)
         merged.append(digest(adapter.folder))
     return weights

@@ -79,6 +79,11 @@ class Checkpoint:
         """The folder from which `load` loads the same model again."""
         return str((self.directory, *self.adapters)[-1])
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model asked for is an adapter in a folder without its base."""
+        return bool(self.adapters) and self.adapters[-1] != self.directory
+
 
 def find(name: str | os.PathLike[str], hub: Mapping[str, Any], seen: tuple[str, ...] = ()) -> Checkpoint:
     """The checkpoint that a name stands for; of a hub repository only the config is downloaded.
@@ -130,6 +135,8 @@ def _from_directory(
         with base_errors(directory, base):
             found = find(base, {**hub, "revision": base_revision(directory)}, chain)
     shape = shape or adapter_spec(found.spec, directory)
+    if directory.resolve() in (each.resolve() for each in found.adapters):  # a snapshot whose repository holds the base
+        return replace(found, spec=shape)
     return replace(found, spec=shape, adapters=(*found.adapters, directory))
 
 

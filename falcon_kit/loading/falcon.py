@@ -23,6 +23,8 @@ from falcon_kit.model import modeling
 from falcon_kit.planning.plan import Plan
 
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
+_COMPILABLE = {"use_cache": (None, True), "num_beams": (None, 1), **dict.fromkeys(arguments.ASSISTED, (None,))}
+"""The values with which decoding can be compiled: token by token, with a cache."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -118,10 +120,11 @@ class Falcon:
             settings["assistant_model"] = draft.model
             if draft.model.config.vocab_size != self.model.config.vocab_size:
                 settings.setdefault("assistant_tokenizer", draft.tokenizer)
-        usual = {"use_cache": (None, True), "num_beams": (None, 1)}
-        names = ("past_key_values", "cache_implementation", *usual, *arguments.ASSISTED)
-        other = any(settings.get(name) not in usual.get(name, (None,)) for name in names)
-        if other or not self.decoding:
+        own = self.model.generation_config
+        loops = {name: settings.get(name, getattr(own, name, None)) for name in _COMPILABLE}
+        other_loop = any(value not in _COMPILABLE[name] for name, value in loops.items())
+        own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
+        if other_loop or own_cache or not self.decoding:
             return settings
         hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
         return settings if hooked else {**self.decoding, **settings}

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, holds_base, is_here
+from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, is_here
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
@@ -72,7 +72,8 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     check_no_adapters(falcon, f"the adapter in {adapter}")
     found = adapters.Adapter(Path(adapter))
     shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in _weights(falcon.model).items()}
-    adapters.check_base(found, falcon.name, shapes, adapters.model_fingerprint(falcon.model.transformer))
+    norm, merged = falcon.model.transformer.ln_f.state_dict(), adapters.merged_adapters(falcon.model.config)
+    adapters.check_base(found, falcon.name, shapes, norm, merged)
     weights = {name: falcon.model.get_parameter(name) for name in found.full_weights}
     before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
@@ -128,12 +129,13 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
     named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", UNEXPECTED)
-    with random_state_kept(model), quiet(), named:  # PEFT draws random matrices before it reads the adapter's
+    # PEFT draws random matrices before it reads the adapter's.
+    with random_state_kept(model), without_peft_warning(), named:
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_peft_warning() -> Iterator[None]:
     """Hides PEFT's warning about an attribute of transformers that PEFT still reads by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -156,9 +158,9 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
     unquantised, since 4-bit weights would round the adapter away.
     output_dir: a new folder to save the model in, or one with a checkpoint, which the model replaces once it is saved.
 
-    Raises ValueError for an adapter of another base, a base that is stored quantised, and a Falcon that is offloaded or
-    has adapters attached; RuntimeError where the merged model's logits are not those of base and adapter; and
-    NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
+    Raises ValueError for an adapter of another base or one that the base has already, a base that is stored quantised,
+    and a Falcon that is offloaded or has adapters attached; RuntimeError where the merged model's logits are not those
+    of base and adapter; and NotADirectoryError, FileExistsError or OSError where `output_dir` cannot be written.
     """
     adapter = getattr(adapter, "adapter", adapter)
     if not isinstance(adapter, str | Path):
@@ -200,9 +202,9 @@ def _check_replaceable(folder: Path) -> None:
 def _base(adapter: Path) -> Falcon:
     """The base model that an adapter names."""
     name = adapter_base(adapter) or adapters.Adapter(adapter).base_name  # which raises: there is none
-    if holds_base(adapter, name):
-        raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
     found = find(adapter, {})
+    if found.directory.resolve() == adapter.resolve():
+        raise ValueError(f"{adapter} holds the adapter and its base: fk.load({str(adapter)!r}) adds one to the other")
     check_adapters(found)
     with base_errors(adapter, name):
         falcon = load(name, revision=None if is_here(name) else base_revision(adapter))

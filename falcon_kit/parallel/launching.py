@@ -1,6 +1,7 @@
 """The notebook's process: a Falcon whose weights are in worker processes, one for each rank."""
 
 import json
+import math
 import queue
 import sys
 import threading
@@ -49,8 +50,8 @@ def launch(directory: str, settings: dict[str, Any], progress: bool, on_cpu: boo
     falcon = ParallelFalcon(workers, directory, **parts)
     try:
         workers.send({"directory": directory, "settings": {**settings, "force": True}})
-        bar = tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress)
-        answers = _end(falcon._receive(_Arrived(), bar))
+        with tqdm(total=ranks, desc="Loading", unit="rank", disable=not progress) as bar:
+            answers = _end(falcon._receive(_Arrived(), bar))
     except BaseException:
         falcon.close()
         raise
@@ -219,7 +220,7 @@ class ParallelFalcon:
         answers, errors = arrived.answers, arrived.errors
         while len(answers) + len(errors) < len(self._workers.processes):
             try:
-                rank, message = self._workers.receive(_ERROR_TIMEOUT if errors else None)
+                rank, message = self._workers.receive(_ERROR_TIMEOUT if errors else math.inf)
             except queue.Empty:  # the other ranks wait for a collective operation of the one that failed
                 self.close()
                 break

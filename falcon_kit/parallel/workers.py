@@ -6,6 +6,7 @@ process that started them ends, even if it is killed.
 """
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -47,10 +48,14 @@ class Workers:
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end, self.processes, self._folder, os.getpid())
-        for rank, environment in enumerate(environments):
-            self.processes.append(self._start(rank, code, environment))
-            arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
-            threading.Thread(target=_read, args=arguments, daemon=True).start()
+        try:
+            for rank, environment in enumerate(environments):
+                self.processes.append(self._start(rank, code, environment))
+                arguments = rank, self.processes[rank], self._arrived, self._stderr(rank)
+                threading.Thread(target=_read, args=arguments, daemon=True).start()
+        except BaseException:  # Ctrl-C too: Jupyter keeps the error, and with it these processes
+            self.close()
+            raise
 
     @property
     def folder(self) -> Path:
@@ -83,12 +88,12 @@ class Workers:
                 except (BrokenPipeError, ValueError):
                     continue
 
-    def receive(self, seconds: float | None = None) -> tuple[int, Message]:
+    def receive(self, seconds: float = math.inf) -> tuple[int, Message]:
         """The rank of a worker and its next message. Raises queue.Empty after `seconds`.
 
         Raises WorkerDied, after it has ended all workers, when one has ended.
         """
-        rank, message = next_item(self._arrived) if seconds is None else self._arrived.get(timeout=seconds)
+        rank, message = next_item(self._arrived, seconds)
         if message is None:
             raise WorkerDied(self._death_message(rank))
         return rank, message

@@ -1,11 +1,12 @@
 """The notebook service in which this process runs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from falcon_kit.display.reading import parse_json
 
 SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
 """https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html"""
@@ -35,7 +36,7 @@ def _sagemaker(environ: Mapping[str, str], root: Path) -> tuple[str, str] | None
     if not text:
         return None
     try:
-        stored = json.loads(text)
+        stored = parse_json(text)
     except ValueError:
         stored = None
     studio = isinstance(stored, dict) and "AppType" in stored
@@ -73,8 +74,8 @@ def _started_by(environ: Mapping[str, str], *programs: str) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file; empty if it cannot be read."""
+    """The text of a file, with U+FFFD for what is not UTF-8; empty if it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

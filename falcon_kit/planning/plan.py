@@ -139,6 +139,8 @@ class Plan:
         """Stacked bars: one bar per device, with its parts and its free memory."""
         return draw_plan(self.rows, self.devices, self.verdict())
 
+    figure = plot
+
     def __repr__(self) -> str:
         return f"Plan({self.verdict()})"
 

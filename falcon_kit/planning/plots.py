@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from falcon_kit.display.figure import GREY, PALETTE, drawable, drawing, legend_label, new_figure
 from falcon_kit.planning.devices import Device
+from falcon_kit.planning.machines import GIB
 from falcon_kit.planning.placement import Part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-GIB = 2**30
 
 
 @drawing

@@ -127,11 +127,16 @@ class Column:
         """The record of a piece."""
         likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
         alternatives = tuple((text, logprob) for text, logprob in likely if logprob is not None)
-        same = (each.text for each in piece.alternatives if each.token_id == piece.token_id is not None)
-        text = next(same, None)
-        if text is None and self.local and piece.token_id is not None:
-            text = self.falcon.tokenizer.decode([piece.token_id])
-        return Token(piece.text if text is None else text, _stored(piece.logprob), alternatives)
+        return Token(self._token_text(piece), _stored(piece.logprob), alternatives)
+
+    def _token_text(self, piece: Piece) -> str:
+        """The token of a piece by itself; the text of the piece where the token is not known."""
+        if piece.token_id is None:
+            return piece.text
+        for each in piece.alternatives:
+            if each.token_id == piece.token_id:
+                return each.text
+        return str(self.falcon.tokenizer.decode([piece.token_id])) if self.local else piece.text
 
 
 def _stored(logprob: float) -> float | None:

@@ -110,7 +110,7 @@ class AnswerWriter:
     def end(self, outcome: Any) -> None:
         """Ends the answer with a `Generation`, an error, or None for a stopped model without statistics."""
         failed = isinstance(outcome, BaseException)
-        generation = getattr(outcome, "generation", None) if failed else outcome  # `IncompleteAnswer` has one too
+        generation = next(iter(getattr(outcome, "generations", ())), None) if failed else outcome  # the text so far
         if generation is not None:
             self._set_statistics(generation.stats)
             self._add_rest(generation.text)

@@ -158,10 +158,11 @@ _OWN = {
 def check_arguments(arguments: Sequence[str]) -> tuple[str, ...]:
     """The user's arguments for a program. Raises ValueError for one that `serve` sets itself, or that holds a key."""
     require(not isinstance(arguments, str), f"arguments={shown(arguments)}: give a list of them, [{shown(arguments)}]")
-    for each in arguments:
-        name = str(each).partition("=")[0].replace("_", "-")  # vLLM reads both
+    given = tuple(map(str, arguments))
+    for each in given:
+        name = each.partition("=")[0].replace("_", "-")  # vLLM reads both
         require(name not in _OWN, f"arguments contains {name}, which fk.serve sets itself: {_OWN.get(name)}")
-    return tuple(map(str, arguments))
+    return given
 
 
 def choose_engine(wanted: str, shape: FalconSpec, on_gpus: bool) -> tuple[Engine, list[str]]:

@@ -190,6 +190,6 @@ def error_message(content: Any) -> str:
         return "(deeply nested)"
 
 
-def count(value: Any) -> int | None:
+def token_count(value: Any) -> int | None:
     """A number of tokens that a server reports; None for anything else than a positive integer."""
     return value if is_whole(value, 1) else None

@@ -12,14 +12,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import IO, cast
 
 import httpx2
 
 from falcon_kit.display.errors import check_whole, exit_cause, printable
 from falcon_kit.display.live import Waiting
-from falcon_kit.display.temporary import PREFIX, remove_leftovers
+from falcon_kit.display.temporary import new_folder
 
 _POLL_SECONDS = 0.1
 _SHOWN_AFTER = 2.0  # seconds: a server that is ready earlier shows no progress
@@ -39,18 +38,17 @@ class LocalProcess:
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        self.folder = Path(mkdtemp(prefix=PREFIX))  # only this user can read it
-        remove_leftovers(self.folder.parent)
         program = Path(__file__).with_name("supervisor.py")
-        self._supervisor = subprocess.Popen(  # noqa: S603  # this interpreter, and the kit's own code
-            [sys.executable, "-P", str(program), str(self.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches only this process
-        )
-        self._end = weakref.finalize(self, _end, self._supervisor, self.folder, os.getpid())
+        with new_folder() as self.folder:
+            self._supervisor = subprocess.Popen(  # noqa: S603  # this interpreter, and the kit's own code
+                [sys.executable, "-P", str(program), str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches only this process
+            )
+            self._end = weakref.finalize(self, _end, self._supervisor, self.folder, os.getpid())
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Starts the server. The environment is passed by a pipe, so that a key in it is in no command line."""

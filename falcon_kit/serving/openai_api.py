@@ -16,12 +16,12 @@ from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
 from falcon_kit.serving.failures import (
     at,
-    count,
     error_message,
     event_status,
     http_error,
     json_or_none,
     reading,
+    token_count,
 )
 from falcon_kit.serving.protocol import (
     Delta,
@@ -132,7 +132,7 @@ class OpenAIServer:
         if self._dialect is VLLM:
             given = messages if request.prompt is None else {"prompt": request.prompt}
             content = {"model": self.facts.model} | given
-            return await self._ask("tokenize", content, lambda answer: count(answer["count"]))
+            return await self._ask("tokenize", content, lambda answer: token_count(answer["count"]))
         text = request.prompt or await self._ask("apply-template", messages, lambda answer: answer["prompt"])
         whole = {"content": text, "add_special": True, "parse_special": True}  # as in llama.cpp's completions
         return await self._ask("tokenize", whole, lambda answer: length(answer["tokens"]))
@@ -255,6 +255,6 @@ def _find_model(models: list[dict[str, Any]], model: str | None) -> dict[str, An
 async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection: Connection) -> int | None:
     """The limit for tokens of prompt and answer, from vLLM's list of models or llama.cpp's /props."""
     if dialect is not LLAMA_CPP:
-        return count(entry.get("max_model_len"))
+        return token_count(entry.get("max_model_len"))
     properties = await probe(f"{url.removesuffix('/v1')}/props", connection)
-    return count(at(properties, "default_generation_settings", "n_ctx"))
+    return token_count(at(properties, "default_generation_settings", "n_ctx"))

@@ -20,10 +20,10 @@ from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import (
     Unavailable,
     connection_error,
-    count,
     error_message,
     http_error,
     json_or_none,
+    token_count,
     within,
 )
 
@@ -313,4 +313,4 @@ async def ask_about_prompt(
 
 def length(value: Any) -> int | None:
     """The number of entries of a list that a server sends; None for an empty list and for anything else."""
-    return count(len(value)) if isinstance(value, list) else None
+    return token_count(len(value)) if isinstance(value, list) else None

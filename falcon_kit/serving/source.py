@@ -180,9 +180,10 @@ def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Pat
 
 
 def _load(source: Source) -> Falcon:
-    if isinstance(source.model, Checkpoint) and source.model.adapters:
-        fetch(source.model)
-        return merge(source.model.adapters[-1])
+    found = source.model
+    if isinstance(found, Checkpoint) and found.is_adapter:
+        fetch(found)
+        return merge(found.adapters[-1])
     return load(source.name)
 
 
@@ -203,7 +204,7 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
 
 def _saving(source: Source) -> str:
     """The calls that write the checkpoint on another machine."""
-    if isinstance(source.model, Checkpoint) and source.model.adapters:
+    if isinstance(source.model, Checkpoint) and source.model.is_adapter:
         return f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
     saved = (f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
     return "; ".join([*_loading(source), *saved])

@@ -1,6 +1,7 @@
 """One response while it is received: events become pieces, the text is cut at stop strings."""
 
 import asyncio
+import math
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from falcon_kit.generation.text import Alternative, FinishReason, Generation, Pi
 from falcon_kit.generation.waiting import next_item, result, wait
 from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.connection import Connection
-from falcon_kit.serving.failures import count, within
+from falcon_kit.serving.failures import token_count, within
 from falcon_kit.serving.protocol import END_SECONDS, Delta, Server, retry_stream
 
 Work = Callable[[Callable[[Any], None]], Coroutine[Any, Any, Generation]]
@@ -105,8 +106,8 @@ class Answer:
 
     def count(self, delta: Delta) -> None:
         """Stores the endpoint's token counts."""
-        self.prompt_tokens = count(delta.prompt_tokens) or self.prompt_tokens
-        self._new_tokens = count(delta.new_tokens) or self._new_tokens
+        self.prompt_tokens = token_count(delta.prompt_tokens) or self.prompt_tokens
+        self._new_tokens = token_count(delta.new_tokens) or self._new_tokens
 
     def generation(self) -> Generation:
         """The text so far; its finish_reason is "cancelled" unless the text has ended."""
@@ -114,7 +115,7 @@ class Answer:
             prompt=self.prompt,
             text=self.text,
             tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs) if self.tokens and self.logprobs[0] == self.logprobs[0] else None,
+            logprobs=None if math.isnan(next(iter(self.logprobs), math.nan)) else tuple(self.logprobs),
             finish_reason=self.finish or "cancelled",
             stats=Stats(
                 rows=1,

@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, count, error_message, json_or_none, reading
+from falcon_kit.serving.failures import at, error_message, json_or_none, reading, token_count
 from falcon_kit.serving.protocol import (
     FINISHED,
     Delta,
@@ -135,5 +135,5 @@ async def discover(url: str, model: str | None, connection: Connection, certain:
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))
-    facts = Facts("TGI", redact_url(url), info["model_id"], count(info.get("max_total_tokens")))
+    facts = Facts("TGI", redact_url(url), info["model_id"], token_count(info.get("max_total_tokens")))
     return TGIServer(url, facts, connection)

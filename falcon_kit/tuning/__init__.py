@@ -14,7 +14,7 @@ plots.py             loss curves (no torch)
 measure.py           stop rate and exact answers on held-out conversations; texts that show what is forgotten
 verdict.py           what a run learned and forgot, in sentences (no torch)
 checkpoint_files.py  complete checkpoints: names, file lists, which to keep (no torch)
-callbacks.py        Ctrl-C saves the step first; a run resumes in any folder; adapters without a gradient are an error
+callbacks.py         Ctrl-C saves the step first; a run resumes in any folder; adapters without a gradient are an error
 runs.py              TuningRun: the adapter, its losses, before and after, its model card
 trainer.py           transformers' Trainer for adapters
 run_folder.py        the output_dir belongs to one run: run.json, the adapter and its record

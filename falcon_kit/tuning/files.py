@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ SUFFIXES = (*TABLES, ".txt")
 BAIZE_MARK = re.compile(r"\[\|(Human|AI)\|\]")
 _BAIZE_LINE = re.compile(rf"^{BAIZE_MARK.pattern}", re.MULTILINE)
 _SPACE = re.compile(r"[ \t\r\n,]*")
-_CHUNK, _LARGEST = 2**20, 2**26  # characters read at once; the longest row of a JSON array
+_CHUNK, _LARGEST = 2**20, 2**26  # characters read at once; the longest row of a JSON array, and cell of a table
+_LIMIT = threading.Lock()
+_limits: list[int] = []
+"""For each table that is being read, the limit of the csv module before the first of them."""
 
 
 def rows(path: Any) -> Iterator[tuple[str, Any]]:
@@ -112,26 +117,38 @@ def _is_indented(head: str) -> bool:
 
 def _table(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
     """The rows below a line of names; an empty cell is None."""
-    before = csv.field_size_limit(_LARGEST)  # 128 KiB is less than some texts
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     start = 1
     try:
-        for cells in reader:
-            if not names:
-                names = cells
-                if twice := sorted({each for each in names if names.count(each) > 1}):
-                    yield start, ValueError(f"it names the column {twice[0]!r} twice: the file is not read")
-                    return
-            elif cells and len(cells) != len(names):
-                yield start, ValueError(f"it has {len(cells)} cells, but the first line has {len(names)} names")
-            elif cells:
-                yield start, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-            start = reader.line_num + 1
+        with _long_cells():
+            for cells in reader:
+                if not names:
+                    names = cells
+                    if twice := sorted({each for each in names if names.count(each) > 1}):
+                        yield start, ValueError(f"it names the column {twice[0]!r} twice: the file is not read")
+                        return
+                elif cells and len(cells) != len(names):
+                    yield start, ValueError(f"it has {len(cells)} cells, but the first line has {len(names)} names")
+                elif cells:
+                    yield start, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+                start = reader.line_num + 1
     except csv.Error as error:
         yield start, ValueError(f"the table is broken from here on ({error}): the rest of the file is not read")
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lets the csv module read cells of more than 128 KiB until the last table is read: all threads have one limit."""
+    with _LIMIT:
+        _limits.append(_limits[0] if _limits else csv.field_size_limit(_LARGEST))
+    try:
+        yield
     finally:
-        csv.field_size_limit(before)
+        with _LIMIT:
+            before = _limits.pop()
+            if not _limits:
+                csv.field_size_limit(before)
 
 
 def _rows_of_line(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.verdict import verdict
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -55,7 +56,7 @@ class TuningRun:
 
     figure = plot
 
-    def to_dataframe(self) -> Any:
+    def to_dataframe(self) -> pd.DataFrame:
         """The history as a pandas DataFrame."""
         import pandas as pd
 
@@ -64,12 +65,12 @@ class TuningRun:
     def before_after(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **settings: Any) -> BeforeAfter:
         """The model's answer to each prompt without and with the adapter; greedy, unless `settings` sample."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        samples = settings.keys() & {"do_sample", "temperature", "top_k", "top_p"}
+        options: Any = {"max_new_tokens": max_new_tokens, **({} if samples else {"do_sample": False}), **settings}
 
         def answers() -> list[str]:
             return [str(self.falcon.chat([{"role": "user", "content": each}], **options)) for each in prompts]
 
-        samples = settings.keys() & {"do_sample", "temperature", "top_k", "top_p"}
-        options: Any = {"max_new_tokens": max_new_tokens, **({} if samples else {"do_sample": False}), **settings}
         before = answers()
         with attached(self.falcon, self.adapter):
             after = answers()

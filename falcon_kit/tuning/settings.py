@@ -3,6 +3,7 @@
 They have the names of peft's `LoraConfig` and transformers' `TrainingArguments` where those have one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -144,13 +145,15 @@ class Tuning:
         )
 
     def _check_target_modules(self) -> None:
-        modules = self.target_modules
-        if isinstance(modules, str):
-            modules = TARGETS if modules == "all-linear" else (modules,)
+        given: Any = self.target_modules
+        if isinstance(given, str):
+            given = TARGETS if given == "all-linear" else (given,)
+        modules = tuple(given) if isinstance(given, Iterable) else ()
         wrong = [name for name in modules if name not in TARGETS]
         known = ", ".join(TARGETS)
-        require(bool(modules) and not wrong, f"target_modules must be among {known}, got {wrong or modules}")
-        object.__setattr__(self, "target_modules", tuple(modules))
+        require(bool(modules) and not wrong, f"target_modules must be among {known}, got {wrong or shown(given)}")
+        in_order = tuple(name for name in TARGETS if name in modules)  # a set has another order in each process
+        object.__setattr__(self, "target_modules", in_order)
 
     def for_model(self, spec: FalconSpec) -> "Tuning":
         """The settings with a value in place of each None that has a default for a model of this size."""

@@ -24,7 +24,7 @@ from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.display.live import in_notebook
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import is_quantised, quiet, random_state_kept, unchanged
+from falcon_kit.loading.merging import is_quantised, random_state_kept, unchanged, without_peft_warning
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
@@ -169,7 +169,7 @@ def _new_adapter(falcon: Falcon, settings: Tuning) -> PeftModel:
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
-    with quiet():
+    with without_peft_warning():
         model: PeftModel = get_peft_model(falcon.model, config)
     model.peft_config["default"].base_model_name_or_path = falcon.name
     return model

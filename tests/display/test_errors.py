@@ -1,8 +1,10 @@
 """Errors about unknown names, checks, and how a process ended."""
 
+import numpy as np
 import pytest
+import torch
 
-from falcon_kit.display.errors import exit_cause, require, unknown_name
+from falcon_kit.display.errors import check_flag, exit_cause, require, unknown_name
 
 MODELS = ("falcon-40b", "falcon-7b")
 
@@ -22,6 +24,17 @@ def test_a_check_raises_its_message_only_when_it_fails():
     require(True, "not raised")
     with pytest.raises(ValueError, match="batch=0: give at least 1"):
         require(False, "batch=0: give at least 1")
+
+
+@pytest.mark.parametrize("flag", [True, np.True_, np.array(False), torch.tensor(True), None])
+def test_a_flag_may_be_of_numpy_or_torch_as_a_number_may(flag):
+    check_flag("chat", flag, None)
+
+
+@pytest.mark.parametrize("other", [1, 0.0, "yes", np.int64(1), [True]])
+def test_what_is_no_flag_is_refused(other):
+    with pytest.raises(ValueError, match="chat must be True, False, None; got"):
+        check_flag("chat", other, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.explanation.parts import layer_bytes, text_bytes
+from falcon_kit.explanation.parts import layer_part_bytes, text_part_bytes
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.conftest import small_config, small_model
 from tests.inspection.models import model
@@ -195,7 +195,7 @@ def test_a_file_holds_the_chosen_layers(instruct, tmp_path):
 
 def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):
     view = fk.explain(instruct, TEXT, layer=3)
-    one = layer_bytes(instruct.spec, 5)
+    one = layer_part_bytes(instruct.spec, 5)
     monkeypatch.setattr("falcon_kit.explanation.view._PAGE_BYTES", len(view.page([3, 2]).document()) + one // 2)
     layers = {int(key.split()[1]) for key in view.page().data["parts"]}
     assert layers == {2, 3}
@@ -205,8 +205,8 @@ def test_a_page_holds_the_nearest_layers_that_fit(instruct, monkeypatch):
 def test_the_size_of_a_page_is_known_before_the_model_runs(layout, tokenizer, tokens):
     view = fk.explain((model(layout), tokenizer), list(range(100, 100 + tokens)))
     text, layer = len(json.dumps(view._start())), len(json.dumps(view._layer_parts(0)))
-    assert text <= text_bytes(view._inspected, view.ids) <= text + 7000
-    assert layer <= layer_bytes(view._inspected.spec, tokens) < 1.2 * layer
+    assert text <= text_part_bytes(view._inspected, view.ids) <= text + 7000
+    assert layer <= layer_part_bytes(view._inspected.spec, tokens) < 1.2 * layer
 
 
 def test_a_page_that_would_be_too_large_is_refused_before_the_model_runs(instruct, monkeypatch):

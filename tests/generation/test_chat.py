@@ -515,11 +515,19 @@ def test_threads_that_encode_chats_at_once_leave_the_tokenizer_as_it_was(instruc
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda each: each.name)
 def test_a_saved_template_is_plain_jinja_and_the_tokenizer_in_memory_keeps_its_marks(
-    format: ChatFormat, tmp_path: Path
+    format: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer, meanwhile = make_tokenizer(), []
     tokenizer.chat_template = format.template
+    save = type(tokenizer).save_pretrained
+
+    def watched(saved: Any, folder: Any) -> Any:
+        meanwhile.append(tokenizer.chat_template)
+        return save(saved, folder)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", watched)
     save_tokenizer(tokenizer, tmp_path)
+    assert meanwhile == [format.template]
     saved = (tmp_path / "chat_template.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701  # a chat is no HTML
     template = environment.from_string(saved)

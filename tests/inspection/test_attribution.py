@@ -150,6 +150,12 @@ def test_a_notebook_shows_the_score_of_each_token(instruct):
         assert f"{score:+.3f}" in found._repr_html_()
 
 
+def test_a_notebook_says_of_how_many_tokens_it_shows_the_first(instruct):
+    found = fk.attribute(instruct, "word " * 130, target=30, method="leave-one-out")
+    assert f"; the first 120 of {len(found.ids)} tokens" in found._repr_html_()
+    assert found._repr_html_().count("<tr>") == 1 + 120
+
+
 # Bad input
 
 

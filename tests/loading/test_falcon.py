@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from transformers import GenerationConfig
 
 import falcon_kit as fk
 from tests.conftest import small_model
@@ -33,6 +34,17 @@ def test_a_falcon_is_equal_to_itself_alone_and_can_be_a_key(instruct):
 def test_decoding_stays_compiled_unless_a_setting_needs_another_way(instruct, settings, compiled):
     falcon = replace(instruct, decoding={"cache_implementation": "static"})
     assert (falcon._with_decoding(settings).get("cache_implementation") == "static") == compiled
+
+
+@pytest.mark.parametrize("own", [{"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}])
+def test_decoding_is_not_compiled_where_the_checkpoint_needs_another_way(instruct, monkeypatch, own):
+    falcon = replace(instruct, decoding={"cache_implementation": "static"})
+    monkeypatch.setattr(instruct.model, "generation_config", GenerationConfig(eos_token_id=11, pad_token_id=11, **own))
+    assert falcon._with_decoding({}) == {}
+    assert falcon._with_decoding({"num_beams": 1, "use_cache": True}).get("cache_implementation") == (
+        None if "prompt_lookup_num_tokens" in own else "static"
+    )
+    assert falcon.generate("Hi", max_new_tokens=3, do_sample=False).tokens
 
 
 # How a Falcon shows itself

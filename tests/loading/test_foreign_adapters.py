@@ -13,6 +13,7 @@ from transformers import AutoModel, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.loading import adapters
+from falcon_kit.serving.source import files_for, source_of
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import renamed, saved_adapter
 from tests.loading.test_checkpoints import cached
@@ -276,3 +277,52 @@ def test_a_repository_that_holds_an_adapter_and_its_base_loads_both(base, tmp_pa
     falcon = fk.load("somebody/both", cache_dir=tmp_path, local_files_only=True)
     assert falcon.spec.name == "somebody/both"
     torch.testing.assert_close(logits(falcon.model), by_peft(base, both), rtol=1e-4, atol=1e-4)
+
+
+# Nothing is added twice
+
+
+@pytest.fixture
+def both(base, tmp_path, monkeypatch):
+    """A copy of the repository somebody/both, which holds an adapter and its base; its snapshot is in the cache."""
+    both = saved_adapter(base, tmp_path / "both")
+    for file in base.iterdir():
+        shutil.copyfile(file, both / file.name)
+    renamed(both, "somebody/both")
+    cached(tmp_path, "somebody/both", both)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return both
+
+
+def test_the_snapshot_of_a_repository_that_holds_both_loads_as_the_repository_does(base, both, tmp_path):
+    (snapshot,) = tmp_path.glob("models--somebody--both/snapshots/*")
+    torch.testing.assert_close(logits(fk.load(snapshot).model), by_peft(base, both), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"holds the adapter and its base: fk\.load\("):
+        fk.merge(snapshot)
+
+
+@pytest.mark.parametrize("call", [fk.load, fk.merge])
+def test_a_copy_of_a_repository_that_holds_both_is_not_added_to_the_repository(both, call):
+    with pytest.raises(ValueError, match="is in somebody/both already, and would count twice: use somebody/both as"):
+        call(both)
+
+
+def test_an_adapter_is_not_merged_into_a_model_that_has_it(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    merged = fk.merge(adapter, base, output_dir=tmp_path / "merged")
+    for model in (merged, tmp_path / "merged", fk.load(adapter)):
+        with pytest.raises(ValueError, match=r"the adapter in .*wise is in .* already, and would count twice: use"):
+            fk.merge(adapter, model)
+
+
+@pytest.mark.parametrize("name", ["a folder", "somebody/both"])
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_model_beside_its_adapter_is_served_with_it(base, both, tmp_path, name, gguf):
+    if name == "a folder":
+        name = str(both)
+        renamed(both, name)
+    (tmp_path / "files").mkdir()
+    files = files_for(source_of(name), tmp_path / "files", "f32", gguf)
+    served = fk.load(files.path, dtype="float32")
+    torch.testing.assert_close(logits(served.model), by_peft(base, both), rtol=1e-4, atol=1e-4)
+    assert "merge" not in files.again

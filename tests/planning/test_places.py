@@ -77,12 +77,14 @@ def test_studios_code_editor_is_not_taken_for_vs_code(tmp_path: Path) -> None:
         (INSTANCE_METADATA, "SageMaker notebook instance"),
         ("not json", "SageMaker notebook instance"),
         ("5", "SageMaker notebook instance"),
+        ("[" * 100_000, "SageMaker notebook instance"),
+        (STUDIO_METADATA.replace("x", "\udcff"), "SageMaker Studio"),
     ],
 )
 def test_sagemaker_is_known_by_its_metadata_file(tmp_path: Path, metadata: str, expected: str) -> None:
     file = tmp_path / "opt/ml/metadata/resource-metadata.json"
     file.parent.mkdir(parents=True)
-    file.write_text(metadata)
+    file.write_text(metadata, errors="surrogateescape")
 
     assert (expected, "/opt/ml/metadata/resource-metadata.json exists") == detect_place({}, {}, tmp_path)
 

@@ -420,7 +420,9 @@ def test_the_html_escapes_what_it_shows():
 
 
 def test_the_picture_shows_itself_in_a_notebook():
-    assert fk.plan("falconet", devices="T4").plot()._repr_png_().startswith(b"\x89PNG")
+    planned = fk.plan("falconet", devices="T4")
+    assert planned.plot()._repr_png_().startswith(b"\x89PNG")
+    assert planned.figure()._repr_png_() == planned.plot()._repr_png_()
 
 
 def test_the_picture_has_a_bar_for_every_device():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.generation.text import Generation, Stats, TextOutOfMemory
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.writing import TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
@@ -131,6 +132,27 @@ def test_an_answer_that_breaks_off_is_kept_and_marked():
     answer = Session(Typist(before=failing(2))).generate("go").answers[0]
     assert (answer.text, answer.ending) == ("One two", "error")
     assert answer.reason == "ConnectionError: the endpoint broke off"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda so_far: fk.IncompleteAnswer("it broke off", so_far),
+        lambda so_far: TextOutOfMemory("out of memory", [so_far]),
+    ],
+    ids=["IncompleteAnswer", "TextOutOfMemory"],
+)
+def test_an_error_that_has_the_text_so_far_brings_what_was_kept_back_and_the_statistics(error):
+    stats = Stats(rows=1, prompt_tokens=7, new_tokens=4, first_token_seconds=0.1, seconds=0.2)
+    so_far = Generation("go", "One two and", (), None, "broken", stats)
+
+    def breaks(number):
+        if number == 2:
+            raise error(so_far)
+
+    answer = Session(Typist(before=breaks)).generate("go").answers[0]
+    assert (answer.text, answer.ending) == ("One two and", "error")
+    assert (answer.prompt_tokens, answer.new_tokens) == (7, 4)
 
 
 def test_a_prompt_over_the_context_is_an_error_that_names_the_limit(instruct):

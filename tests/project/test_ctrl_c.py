@@ -51,7 +51,12 @@ def processes():
     workers.close()
 
 
-@pytest.mark.parametrize("name", ["generate", "stream", "playground", "processes"])
+@pytest.fixture
+def processes_with_a_limit(processes):
+    return lambda: processes(SILENCE)
+
+
+@pytest.mark.parametrize("name", ["generate", "stream", "playground", "processes", "processes_with_a_limit"])
 def test_ctrl_c_ends_a_wait_that_it_does_not_interrupt(name, request):
     wait, too_late = request.getfixturevalue(name), threading.Event()
     late = threading.Timer(SILENCE / 2, too_late.set)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.serving import local_process, protocol, tgi_server
+from falcon_kit.display import temporary
+from falcon_kit.serving import protocol, tgi_server
 from tests.serving.engine import Engine, make_folder
 from tests.serving.servers import (
     Reply,
@@ -32,7 +33,7 @@ def engine(tmp_path, monkeypatch):
     """A function that makes a stand-in; afterwards no folder of a server is left."""
     folders = tmp_path / "folders"
     folders.mkdir()
-    monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(folders, prefix))
+    monkeypatch.setattr(temporary, "mkdtemp", lambda prefix: make_folder(folders, prefix))
     yield lambda **plan: Engine(tmp_path, **plan)
     assert [*folders.iterdir()] == []
 

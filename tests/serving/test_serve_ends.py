@@ -10,6 +10,7 @@ import time
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.display import temporary
 from falcon_kit.serving import local_process
 from falcon_kit.serving.local_process import ServerDied
 from tests.serving.engine import Engine, make_folder
@@ -167,7 +168,7 @@ def test_nothing_survives_the_notebook(tmp_path, end):
 
 
 def test_the_folder_of_a_server_that_was_killed_with_its_supervisor_is_removed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_process, "mkdtemp", lambda prefix: make_folder(tmp_path, prefix))
+    monkeypatch.setattr(temporary, "mkdtemp", lambda prefix: make_folder(tmp_path, prefix))
     alive, killed = (local_process.LocalProcess("key-0123456789") for _ in range(2))
     until(lambda: all((each.folder / "lock").exists() for each in (alive, killed)))
     killed._supervisor.kill()

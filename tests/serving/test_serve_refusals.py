@@ -16,7 +16,7 @@ import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.serving import serve as serving
-from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM
+from falcon_kit.serving.engines import LLAMA_CPP, TRANSFORMERS, VLLM, check_arguments
 from falcon_kit.serving.failures import connection_error
 from falcon_kit.serving.source import files_for, source_of
 from tests.conftest import small_model
@@ -31,6 +31,10 @@ def test_a_port_in_use_is_refused_before_anything_starts(engine):
         with pytest.raises(OSError, match=f"port {port} is in use on 127.0.0.1: give another one"):
             fk.serve("falconet", stand_in.program, port=port)
     assert not stand_in.program.with_suffix(".seen").exists()
+
+
+def test_arguments_that_can_be_read_once_are_all_passed_on():
+    assert check_arguments(iter(["--seed", 3])) == ("--seed", "3")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.generation.chat import BAIZE, check_messages
-from falcon_kit.tuning import data
+from falcon_kit.tuning import data, files
 from tests.tuning.test_data import FORMS, HI, written
 
 TEXTS = {"a text": {"text": "Lions roar."}, "RefinedWeb": {"content": "Lions roar.", "url": "https://example.org"}}
@@ -340,6 +340,21 @@ def test_the_limit_of_the_csv_module_is_afterwards_as_it_was(tmp_path):
     before = csv.field_size_limit()
     table(TABLE, tmp_path / "rows.csv")
     fk.dialogues(tmp_path / "rows.csv")
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_two_tables_that_are_read_at_once_leave_each_other_and_the_csv_module_their_limit(tmp_path, first_to_end):
+    import csv
+
+    before = csv.field_size_limit()
+    table(TABLE, tmp_path / "rows.csv")
+    both = [files.rows(tmp_path / "rows.csv") for _ in range(2)]
+    begun = [[next(each)] for each in both]
+    for reader in (first_to_end, 1 - first_to_end):
+        begun[reader] += both[reader]
+    assert begun[0] == begun[1]
+    assert begun[0][-1][1]["output"] == TABLE[-1]["output"]
     assert csv.field_size_limit() == before
 
 

@@ -1,6 +1,7 @@
 """Settings: names of LoraConfig and TrainingArguments, ranges, defaults."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def test_all_linear_and_a_single_name_are_target_modules_as_in_peft():
     assert fk.Tuning(target_modules="dense").target_modules == ("dense",)
 
 
+def test_the_same_target_modules_in_any_form_are_the_same_settings():
+    for form in (set, list, tuple, iter, lambda names: [*names, "dense"]):
+        for names in itertools.permutations(["query_key_value", "dense", "dense_4h_to_h"]):
+            chosen = fk.Tuning(target_modules=form(names)).target_modules
+            assert chosen == ("query_key_value", "dense", "dense_4h_to_h")
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [
@@ -71,6 +79,8 @@ def test_all_linear_and_a_single_name_are_target_modules_as_in_peft():
         ({"learning_rate": 2}, "learning_rate must be above 0 and below 1"),
         ({"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
         ({"target_modules": ("q_proj",)}, "target_modules must be among query_key_value"),
+        ({"target_modules": iter(())}, "target_modules must be among query_key_value"),
+        ({"target_modules": None}, "target_modules must be among query_key_value.*, got None"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
         ({"patience": 1, "held_out": 0.0}, "patience needs the held-out loss"),
         ({"lr_scheduler_type": "stairs"}, "lr_scheduler_type must be one of"),
