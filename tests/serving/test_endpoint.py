@@ -137,6 +137,8 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
         ({"truncate": "left"}, "truncate='left': .*shorten the prompt"),
         ({"num_beams": 3}, "Unknown setting for .*: 'num_beams'"),
         ({"temprature": 3}, "Nearest: temperature"),
+        ({"stop_sequences": ["."]}, "Unknown setting for .*: 'stop_sequences'. It is called stop here"),
+        ({"logprobs": True}, "has .logprobs"),
         ({"temperature": -1}, "temperature must be 0"),
         ({"num_return_sequences": 2}, "would give 2 equal texts: set do_sample=True"),
     ],
