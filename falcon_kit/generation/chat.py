@@ -15,6 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_encodable, require, shown, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.rendering import plain_text, transformers_text
@@ -35,6 +36,7 @@ class Message(TypedDict):
     """The text; the templates strip white space around it."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class ChatFormat:
     """A chat template with its prefixes and stop strings; `fk.load` and `fk.connect` take one as `chat`.

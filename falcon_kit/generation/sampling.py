@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import (
     check_flag,
     check_whole,
@@ -46,6 +47,7 @@ _INSTEAD = {
 """What to do instead of what other libraries take as a setting."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen and when generation stops. Settings that transformers has keep their meanings.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import JOIN_SURROGATES, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class TokenView(HasPage):
     """The tokens of a text. Their joined bytes are the UTF-8 text without the `lost` bytes."""

@@ -8,6 +8,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
@@ -25,6 +26,7 @@ from falcon_kit.planning.plan import Plan
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
 
 
+@documented
 @dataclass(frozen=True, repr=False, eq=False)
 class Falcon:
     """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""

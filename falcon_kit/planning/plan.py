@@ -17,6 +17,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
@@ -58,6 +59,7 @@ class NotEnoughMemory(MemoryError):
         self.plan = plan
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Plan:
     """The memory of each part on each device; a table in Jupyter, a bar chart by `plot()`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import (
     check_flag,
     check_whole,
@@ -55,6 +56,7 @@ _INSTEAD = {
 """What to do instead of what other trainers take as a setting."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How adapters are trained. `for_model` replaces each None by a value for the size of the model."""
