@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @documented
 @dataclass(frozen=True, repr=False)
 class TokenView(HasPage):
-    """The tokens of a text. Their joined bytes are the UTF-8 text without the `lost` bytes."""
+    """The tokens of a text; `len` counts them. Their joined bytes are the UTF-8 text without the `lost` bytes."""
 
     text: str
     """The text."""
@@ -40,6 +40,9 @@ class TokenView(HasPage):
     """Its tokens in order."""
     lost: Mapping[int, bytes]
     """The bytes that are in no token because the vocabulary lacks them, by the position of their character."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
     def ids(self) -> tuple[int, ...]:
