@@ -173,15 +173,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return checked
 
 
-def _check_message(number: int, message: Mapping[str, Any]) -> Message:
+def _check_message(number: int, message: Any) -> Message:
     """Role and content of one message, checked without the others."""
+    if isinstance(message, list | tuple) and message and isinstance(message[0], Mapping):
+        raise ValueError(f"Message {number} is a list of messages: chat takes one conversation, so call it for each.")
     if not isinstance(message, Mapping):
         raise ValueError(
             f'Message {number} is {message!r}, but it must be like {{"role": "user", "content": "Hello"}}.'
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
+        other = message and not {"role", "content"} & message.keys()
+        keys = f" Its keys are {', '.join(map(repr, message))}: call them role and content." if other else ""
+        raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.{keys}")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
     check_encodable(f"Message {number}", content)
