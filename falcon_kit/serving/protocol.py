@@ -207,7 +207,7 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
     )
     for name in request.options:
         if name not in names:
-            raise ValueError(unknown_setting(name, [*SAMPLING_FIELDS, *names], server))
+            raise ValueError(unknown_setting(name, [*dict.fromkeys((*SAMPLING_FIELDS, *names))], server))
     return {names[name]: value for name, value in request.options.items()}
 
 

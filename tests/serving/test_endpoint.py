@@ -148,6 +148,13 @@ def test_what_a_protocol_cannot_carry_is_refused_with_what_to_do(endpoint, setti
         endpoint.generate("Hello", **settings)
 
 
+def test_each_setting_that_a_server_knows_is_listed_once(endpoint):
+    with pytest.raises(ValueError, match="Known: ") as error:
+        endpoint.generate("Hello", num_beams=3)
+    known = str(error.value).rpartition("Known: ")[2].removesuffix(".").split(", ")
+    assert len(known) == len({*known})
+
+
 # Without torch
 
 CALLS = """
