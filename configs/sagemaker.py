@@ -120,9 +120,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Command line: starts the job."""
+    arguments = job(parse())  # before AWS is asked for: --help needs neither boto3 nor a region
     import boto3
 
-    print(boto3.client("sagemaker").create_training_job(**job(parse()))["TrainingJobArn"])
+    print(boto3.client("sagemaker").create_training_job(**arguments)["TrainingJobArn"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from falcon_kit.display.tables import html_table
 
 @dataclass(frozen=True, repr=False)
 class ModelCard:
-    """The statements of the model card of tiiuae/falcon-40b-instruct; a table in Jupyter."""
+    """The statements of the model card of tiiuae/falcon-40b-instruct; a table in Jupyter, and `print` shows them."""
 
     model: str
     """Id on the Hugging Face hub."""
@@ -53,10 +53,15 @@ class ModelCard:
     def __repr__(self) -> str:
         return f"ModelCard({self.model!r})"
 
-    def _repr_html_(self) -> str:
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {value}" for name, value in self._statements())
+
+    def _statements(self) -> list[tuple[str, object]]:
         shown = [field.name for field in fields(self) if field.name != "citations"]  # BibTeX is no table
-        rows = [(name.replace("_", " "), getattr(self, name)) for name in shown]
-        return html_table(f"Model card of {self.model}", (), rows)
+        return [(name.replace("_", " "), getattr(self, name)) for name in shown]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Model card of {self.model}", (), self._statements())
 
 
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))

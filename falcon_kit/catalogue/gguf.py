@@ -15,6 +15,7 @@ from typing import Any
 from falcon_kit.catalogue.gguf_header import Stored, read_header
 from falcon_kit.catalogue.memory import linear_shapes
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import is_number, is_whole, printable, require, shown
 from falcon_kit.display.reading import named_errors
 from falcon_kit.display.tables import format_bytes, html_table
@@ -34,6 +35,7 @@ _DTYPES = {"F32": "float32", "F16": "float16"}
 """The dtype that holds what a file has; bfloat16 for all other kinds."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class GGUFFile:
     """A Falcon in a GGUF file; a table in Jupyter."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import is_number, printable, require, shown
 from falcon_kit.display.tables import counted, format_bytes, html_table
 
@@ -27,6 +28,7 @@ _LEGACY_KEYS = {
 }
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class FalconSpec:
     """The shape of one Falcon; hashable and comparable, and a table in Jupyter."""

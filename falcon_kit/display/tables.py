@@ -34,7 +34,7 @@ def byte_column(counts: Sequence[float]) -> list[str]:
 
 
 def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table with escaped text and visible control characters.
+    """An HTML table with escaped text, the line breaks of each cell, and visible control characters.
 
     It sets no colours, so that light and dark themes can both display it.
     """
@@ -51,4 +51,4 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object
 
 
 def _cell(value: object) -> str:
-    return escape(printable(str(value), keep="\n"))
+    return escape(printable(str(value), keep="\n")).replace("\n", "<br>")

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, printable, require, unknown_name
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
@@ -59,6 +60,7 @@ class PairResult:
     """The log-likelihood of the first sentence minus that of the second, in nats."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class BiasReport:
     """How often a model finds the sentence with the stereotype more likely; see `falcon_kit.evaluation.bias`.

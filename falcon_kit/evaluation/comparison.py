@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from math import isnan, log, nan
 from typing import TYPE_CHECKING, Any, Protocol
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, printable, require
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation.perplexity import Perplexity
@@ -66,6 +67,7 @@ class Difference:
         return "the second is higher" if self.difference.value > 0 else "the first is higher"
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """A paired test for each metric of two evaluations on the same items.

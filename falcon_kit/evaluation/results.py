@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
@@ -30,6 +31,7 @@ PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published.js
 _FORMAT = 1  # of the JSON file
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     """The result of `fk.evaluate`. All intervals are of 95%.

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.figure import AMBER, GREEN
 from falcon_kit.display.page import text_html
 
@@ -13,6 +14,7 @@ class Hint(Exception):
     """An answer is not right; the text is a hint that fits the mistake."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Outcome:
     """The result of `check`: true if the answer is right. A line of text, with a coloured mark in Jupyter."""

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
-from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.display.errors import check_whole, plain_scalar, require, shown
+from falcon_kit.generation.sampling import OTHER_NAMES, SAMPLING_FIELDS, Sampling, unknown_setting
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 """The arguments of transformers' `generate` that turn on assisted generation."""
@@ -124,7 +124,7 @@ def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: 
 
 
 def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
-    """Raises ValueError for an argument that neither the kit nor transformers has; the error lists the nearest."""
+    """Raises ValueError for an argument that neither the kit nor transformers has; the error says what to give."""
     sampling = set(SAMPLING_FIELDS)
     known = (
         sampling
@@ -135,8 +135,9 @@ def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
     )
     for name in options:
         if name not in known:
-            listed = known if get_close_matches(name, known) else sampling  # all of transformers' are too many to list
-            raise ValueError(unknown_name("setting", name, sorted(listed)))
+            near = get_close_matches(name, known) or name in OTHER_NAMES
+            listed = known if near else sampling  # all of transformers' are too many to list
+            raise ValueError(unknown_setting(name, sorted(listed)))
 
 
 def _without_adapter(model: Any) -> Any:
@@ -151,6 +152,12 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
     """
     for name in _PROMPTS:
         require(options.get(name) is None, f"{name} would replace the prompt: give token ids as the prompt itself")
+    streamer = options.get("streamer")
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"a streamer has put and end, as transformers' TextStreamer; got {shown(streamer)}. Call your own function for "
+        "each piece of falcon.stream(...)",
+    )
     for name, advice in _INSTEAD.items():
         require(not options.get(name), f"{name} has no effect here: {advice}")
     for name in _SAMPLING_ONLY:

@@ -16,6 +16,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_encodable, require, shown, unknown_name
 from falcon_kit.generation.control_tokens import Marks, control_tokens, encode_marked
 from falcon_kit.generation.rendering import plain_text, transformers_text
@@ -36,6 +37,7 @@ class Message(TypedDict):
     """The text; the templates strip white space around it."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class ChatFormat:
     """A chat template with its prefixes and stop strings; `fk.load` and `fk.connect` take one as `chat`.
@@ -172,15 +174,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return checked
 
 
-def _check_message(number: int, message: Mapping[str, Any]) -> Message:
+def _check_message(number: int, message: Any) -> Message:
     """Role and content of one message, checked without the others."""
+    if isinstance(message, list | tuple) and message and isinstance(message[0], Mapping):
+        raise ValueError(f"Message {number} is a list of messages: chat takes one conversation, so call it for each.")
     if not isinstance(message, Mapping):
         raise ValueError(
             f'Message {number} is {message!r}, but it must be like {{"role": "user", "content": "Hello"}}.'
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.")
+        other = message and not {"role", "content"} & message.keys()
+        keys = f" Its keys are {', '.join(map(repr, message))}: call them role and content." if other else ""
+        raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.{keys}")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
     check_encodable(f"Message {number}", content)

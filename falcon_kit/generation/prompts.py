@@ -31,19 +31,28 @@ def check_prompt(prompt: Any) -> tuple[list[Any], bool]:
     """
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array of token ids
     kinds = "a prompt is a text, a list of texts, or one list of token ids"
-    require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}")
+    require(isinstance(prompt, str | list | tuple), f"{kinds}; got {type(prompt).__name__}{_inside(prompt)}")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else [plain_scalar(each) for each in prompt]
     require(bool(prompts), "the prompt is empty: give the model something to continue")
     if all(isinstance(each, int) and not isinstance(each, bool) for each in prompts):
         return [prompts], True
     wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
     instead = ": chat and stream take messages" if "dict" in wrong_types else ""
+    instead = ": give the ids of one text, such as ids[0]" if {*wrong_types} == {"list"} else instead
     require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}{instead}")
     for number, text in enumerate(prompts, 1):
         label = prompt_label(number, len(prompts))
         require(text != "", f"{label} is empty: give the model something to continue")
         check_encodable(label, text)
     return prompts, isinstance(prompt, str)
+
+
+def _inside(prompt: Any) -> str:
+    """Where the token ids are in what a tokenizer returns, for an error."""
+    if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
+        return ""
+    several = getattr(prompt["input_ids"], "ndim", 1) > 1 or isinstance(next(iter(prompt["input_ids"]), 0), list)
+    return ": give its ['input_ids'][0]" if several else ": give its ['input_ids']"
 
 
 def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

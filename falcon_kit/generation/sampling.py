@@ -1,9 +1,10 @@
 """The settings of generation, checked on creation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import (
     check_flag,
     check_whole,
@@ -12,6 +13,7 @@ from falcon_kit.display.errors import (
     plain_scalar,
     require,
     shown,
+    unknown_name,
 )
 
 MAX_SEQUENCES = 1024
@@ -20,8 +22,36 @@ MAX_STOP_CHARACTERS = 10_000
 """The most characters of all stop strings together."""
 _LEAST = {"max_new_tokens": 1, "max_length": 1, "top_k": 0, "num_return_sequences": 1, "seed": 0, "alternatives": 0}
 _TEMPERATURES = 1e-30, 1e30
+OTHER_NAMES = {
+    **dict.fromkeys(("n", "best_of", "num_samples", "num_generations"), "num_return_sequences"),
+    **dict.fromkeys(("stop_sequences", "stop_sequence", "stop_words", "stopping_strings"), "stop"),
+    **dict.fromkeys(("max_completion_tokens", "num_predict", "n_predict"), "max_new_tokens"),
+    "temp": "temperature",
+    **dict.fromkeys(("random_seed", "random_state"), "seed"),
+    "repeat_penalty": "repetition_penalty",
+    **dict.fromkeys(("top_logprobs", "num_logprobs"), "alternatives"),
+}
+"""Names of other libraries for settings that exist."""
+_INSTEAD = {
+    **dict.fromkeys(("system", "system_prompt"), 'Begin the messages with {"role": "system", "content": "..."}'),
+    "history": "The messages of a chat are the whole conversation: put the earlier turns before the last one",
+    **dict.fromkeys(("logprobs", "return_logprobs"), "A Generation has .logprobs; alternatives=N adds other tokens"),
+    **dict.fromkeys(
+        ("stream", "callback", "on_token"), "Take the tokens as they come: for piece in falcon.stream(...)"
+    ),
+    **dict.fromkeys(
+        ("frequency_penalty", "presence_penalty"),
+        "repetition_penalty is the nearest: it lowers the logits of tokens that are there already",
+    ),
+    "truncation": 'Give truncate="left", which drops the beginning of a long prompt',
+    "return_full_text": "A Generation has .prompt and .text",
+    "skip_special_tokens": "The .text of a Generation has no special tokens; its .tokens are all ids",
+    "batch_size": "The prompts of one call are one batch: give fewer prompts at a time",
+}
+"""What to do instead of what other libraries take as a setting."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen and when generation stops. Settings that transformers has keep their meanings.
@@ -153,3 +183,16 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
         "stop has a lone surrogate, which no text of a model contains: give whole characters",
     )
     return words
+
+
+def unknown_setting(name: str, known: Collection[str], of: str = "") -> str:
+    """The error text for a setting that nobody has: what to do instead, its name here, or the nearest of `known`.
+
+    of: whose settings these are, as an error names it.
+    """
+    subject = f"setting for {of}:" if of else "setting"
+    if (other := OTHER_NAMES.get(name)) in known:
+        return f"Unknown {subject} {name!r}. It is called {other} here."
+    return (
+        f"Unknown {subject} {name!r}. {_INSTEAD[name]}." if name in _INSTEAD else unknown_name(subject, name, [*known])
+    )

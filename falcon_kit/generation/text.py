@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.tables import counted, format_bytes
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
@@ -22,6 +23,7 @@ class Alternative:
     """As `Piece.logprob`."""
 
 
+@documented
 @dataclass(frozen=True)
 class Piece:
     """One new token of a stream, and the text to show with it."""
@@ -101,6 +103,7 @@ def _overlap(end: str, word: str) -> int:
     return len(end) - start if start >= 0 else 0
 
 
+@documented
 @dataclass(frozen=True)
 class Stats:
     """Tokens, time and memory of one call of `generate`, over all its rows."""
@@ -141,6 +144,7 @@ class Stats:
         )
 
 
+@documented
 @dataclass(frozen=True)
 class Generation:
     """A finished text."""

@@ -7,8 +7,8 @@ folding.py     spellings of a character made equal, with its place in the origin
 matching.py    patterns in a text that grows (no torch)
 length.py      the length of a text (no torch)
 secrets.py     keys and passwords (no torch)
-personal.py    addresses, cards, accounts and telephone numbers (no torch)
 words.py       blocked words (no torch)
+personal.py    addresses, cards, accounts and telephone numbers (no torch)
 injection.py   control tokens, and phrases that revoke instructions (no torch)
 repetition.py  the same words over and over (no torch)
 custom.py      a function of your own, or a classifier (no torch)
@@ -19,8 +19,10 @@ measure.py     catches and false alarms on the shipped lines; what a stream cost
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.errors import unknown_name
 from falcon_kit.guardrails.verdict import Blocked, Finding, Verdict
 
 if TYPE_CHECKING:
@@ -42,7 +44,13 @@ def guardrails(**settings: Any) -> Guardrails:
     are spelled with digits or gaps, inflected, or replaced by others; injection in other words than the listed phrases,
     or in documents that are not passed in; errors, bias and harm in what a model generates. The checks are one
     precaution of several. They do not prove that a text is safe.
+
+    Raises TypeError for a setting that does not exist, and what `falcon_kit.Guardrails` raises.
     """
     from falcon_kit.guardrails.guard import Guardrails
 
+    names = [each.name for each in fields(Guardrails)]
+    for name in settings:
+        if name not in names:
+            raise TypeError(unknown_name("setting", name, names))
     return Guardrails(**settings)

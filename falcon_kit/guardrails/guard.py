@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_flag, is_number, is_whole, require, shown
 from falcon_kit.display.tables import html_table
 from falcon_kit.guardrails.custom import Custom, Judge, named
@@ -24,6 +25,7 @@ Item = TypeVar("Item")
 _READ_AT_MOST = 100_000
 
 
+@documented
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Guardrails:
     """Checks on prompts and outputs. Several threads may use them at once.

@@ -8,6 +8,7 @@ from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.generation.chat import FORMATS
 from falcon_kit.guardrails.folding import fold
 from falcon_kit.guardrails.matching import Pattern
+from falcon_kit.guardrails.words import UNSPACED
 
 _PREFIXES = {each for format in FORMATS for each in (format.user_prefix, format.assistant_prefix)}
 _SPEAKERS = "|".join(sorted(re.escape(each) for each in {*_PREFIXES, "System:"} if each.endswith(":")))
@@ -68,7 +69,8 @@ def control_patterns() -> tuple[Pattern, ...]:
 
 def phrase_patterns() -> tuple[Pattern, ...]:
     """The patterns of the check "injection"."""
-    spaced = [(reason, rf"(?<!\w){_phrase(words)}(?=[^\w])") for reason, words in _PHRASES]
+    border = rf"\W{UNSPACED}"  # in scripts without spaces, a phrase of another one may stand beside a letter
+    spaced = [(reason, rf"(?<![^{border}]){_phrase(words)}(?=[{border}])") for reason, words in _PHRASES]
     return tuple(Pattern("injection", reason, each, folded=True) for reason, each in (*spaced, *_CHINESE))
 
 

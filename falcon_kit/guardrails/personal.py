@@ -15,6 +15,7 @@ import regex
 
 from falcon_kit.display.errors import require
 from falcon_kit.guardrails.matching import Pattern
+from falcon_kit.guardrails.words import UNSPACED
 
 
 def _run(part: str, least: int, most: int, border: str) -> str:
@@ -28,10 +29,13 @@ _CARD = (  # 4-4-4-4 and 4-6-5 in one spelling of the gaps, or all digits togeth
 )
 _IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}" + _run(r" ?[A-Z0-9]", 11, 30, r"[^A-Z0-9 ]| [^A-Z0-9]")
 _SSN = r"(?<![\d-])\d{3}-\d{2}-\d{4}(?=[^\d-]|-\D)"
-_INTERNATIONAL = r"(?<![\w+])\+\d" + _run(r"[ ().-]{0,3}\d", 6, 15, r"[^\d ().-]|[ ().-]{1,3}[^\d ().-]|[ ().-]{4}")
+_IN_WORD = rf"[^\W{UNSPACED}]"  # in scripts without spaces, a number may stand beside a letter
+_INTERNATIONAL = rf"(?<!{_IN_WORD}|\+)\+\d" + _run(
+    r"[ ().-]{0,3}\d", 6, 15, r"[^\d ().-]|[ ().-]{1,3}[^\d ().-]|[ ().-]{4}"
+)
 _SHORTEST = 7  # digits: fewer are as likely a price
 _NATIONAL = (  # digits with single gaps, which are no part of an identifier, a decimal or an amount of money
-    r"(?<![\w+(.,/$€£¥-])(?<!\d[ :]|[$€£¥] )\(?\d"
+    rf"(?<!{_IN_WORD}|[+(.,/$€£¥-])(?<!\d[ :]|[$€£¥] )\(?\d"
     + _run(
         r"(?:[ -]?\(|\) ?|[ ./-])?\d",
         *(_SHORTEST - 1, 15),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import html_table
 
@@ -29,6 +30,7 @@ class Finding:
         return f"{printable(self.check)}: {printable(self.reason)} (characters {self.span[0]} to {self.span[1]})"
 
 
+@documented
 @dataclass(frozen=True)
 class Verdict:
     """The findings in one text, in the order of their places. False if there are none."""

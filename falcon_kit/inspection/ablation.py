@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_known, require
 from falcon_kit.display.page import percent
 from falcon_kit.display.tables import counted, html_table
@@ -45,6 +46,7 @@ Replacement = Literal["zero", "mean"]
 Pairs = Iterable[tuple[int, int]]
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Ablation(TextResult):
     """Surprisal and predictions on a text, with all heads and with some of them ablated."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_known, check_whole, is_whole, plain_scalar, printable, require, shown
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted, format_bytes, html_table
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 256 * 2**20
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class AttentionView(TextResult, Measurements, HasPage):
     """Attention of every head of a Falcon on one text: a table in Jupyter, `figure` for all heads, `page` for maps."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from falcon_kit.catalogue.memory import backward_bytes
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_known, is_number, is_whole, plain_scalar, require, shown
 from falcon_kit.display.page import percent, visible
 from falcon_kit.display.tables import html_table
@@ -50,6 +51,7 @@ _MAX_ROWS = 120  # of the table in a notebook
 _MAX_GAP = 0.1  # a larger `Attribution.gap` gives a warning
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Attribution(TextResult):
     """How much each token of a prompt adds to the log-probability of a next token."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import regex
 
 from falcon_kit.catalogue.names import embedded_name
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
@@ -100,6 +101,7 @@ class TokenCounts:
         return self.partial_tokens / self.tokens if self.tokens else math.nan
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class TokenReport(HasPage):
     """Token counts of several texts, compared."""

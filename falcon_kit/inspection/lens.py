@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, is_whole, printable, require, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import counted, html_table
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _PAGE_TOKENS = 16  # the last tokens, whose logit lens the page shows
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class LensView(TextResult, Predictions, HasPage):
     """Predictions and surprisal of a model on a text, and the logit lens of every layer."""

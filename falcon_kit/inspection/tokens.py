@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import JOIN_SURROGATES, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class TokenView(HasPage):
-    """The tokens of a text. Their joined bytes are the UTF-8 text without the `lost` bytes."""
+    """The tokens of a text; `len` counts them. Their joined bytes are the UTF-8 text without the `lost` bytes."""
 
     text: str
     """The text."""
@@ -38,6 +40,9 @@ class TokenView(HasPage):
     """Its tokens in order."""
     lost: Mapping[int, bytes]
     """The bytes that are in no token because the vocabulary lacks them, by the position of their character."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
     def ids(self) -> tuple[int, ...]:

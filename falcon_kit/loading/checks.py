@@ -25,11 +25,16 @@ from falcon_kit.planning.environment import free_disk, gpu_problem
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
+_QUANTISED = "give dtype='int8', 'int4', 'nf4' or 'nf4-double'"
+_ADAPTER = "give the adapter's folder or hub id as the name, and its base is loaded with it"
 _REPLACED_ARGUMENTS = {
     "torch_dtype": "give dtype",
     "load_in_4bit": "give dtype='nf4' or 'int4'",
     "load_in_8bit": "give dtype='int8'",
-    "quantization_config": "give dtype='int8', 'int4', 'nf4' or 'nf4-double'",
+    **dict.fromkeys(("quantization_config", "quantization", "quantize", "bits"), _QUANTISED),
+    **dict.fromkeys(("adapter", "adapters", "adapter_path", "lora", "peft"), _ADAPTER),
+    "use_auth_token": "give token",
+    "low_cpu_mem_usage": "weights are read one after the other anyway; leave it out",
     "device": "give device_map, which takes a device too",
     "attn_implementation": "call falcon.model.set_attn_implementation after loading",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",

@@ -8,6 +8,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
@@ -27,6 +28,7 @@ _COMPILABLE = {"use_cache": (None, True), "num_beams": (None, 1), **dict.fromkey
 """The values with which decoding can be compiled: token by token, with a cache."""
 
 
+@documented
 @dataclass(frozen=True, repr=False, eq=False)
 class Falcon:
     """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, is_here
+from falcon_kit.display.documented import documented
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder, check_folder
 from falcon_kit.display.tables import format_bytes
@@ -46,6 +47,7 @@ _ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch
 """The largest difference between logits, as a share of the largest logit, that rounding merged weights explains."""
 
 
+@documented
 @dataclass(frozen=True, repr=False, eq=False)
 class Merged(Falcon):
     """A Falcon with an adapter in its weights."""

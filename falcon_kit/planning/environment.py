@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.planning.places import detect_place, read_text
 
@@ -53,6 +54,7 @@ class Accelerator:
     """Unused memory, including the cache of torch's allocator in this process."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Environment:
     """The result of `environment()`; a table in Jupyter."""

@@ -17,6 +17,7 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, require, shown, unknown_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
@@ -58,6 +59,7 @@ class NotEnoughMemory(MemoryError):
         self.plan = plan
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Plan:
     """The memory of each part on each device; a table in Jupyter, a bar chart by `plot()`."""
@@ -154,14 +156,26 @@ class Plan:
         return table + (html_table("What is fast", (), [("CPU", self.advice)]) if self.advice else "")
 
 
+_DEVICES = "give devices, such as '2xA100-80GB' or 'ml.g5.12xlarge'"
+_REPLACED = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "LoRA's rank is called r, as in PEFT's LoraConfig"),
+    **dict.fromkeys(("offload", "device_map", "max_memory"), "it is one of fk.load"),
+    **dict.fromkeys(("gpu", "gpus", "num_gpus", "machine", "instance", "instance_type", "hardware"), _DEVICES),
+    **dict.fromkeys(("seq_len", "sequence_length", "max_length", "max_seq_length"), "give context"),
+    **dict.fromkeys(("quantization", "quantize", "bits"), "give dtype='int8', 'int4', 'nf4' or 'nf4-double'"),
+    "load_in_8bit": "give dtype='int8'",
+    "load_in_4bit": "give dtype='nf4' or 'int4'",
+}
+"""What to give instead of arguments that `plan` does not have."""
+
+
 def _check_names(unknown: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `plan` does not have, with the one to give instead."""
     if unknown:
         known = [*signature(plan).parameters][:-1]  # without **unknown
         near = get_close_matches(next(iter(unknown)), known)
         hint = f": did you mean {near[0]}?" if near else ""
-        hint = ": LoRA's rank is called r, as in PEFT's LoraConfig" if "rank" in unknown else hint
-        hint = ": it is one of fk.load" if "offload" in unknown else hint
+        hint = next((f": {_REPLACED[name]}" for name in unknown if name in _REPLACED), hint)
         raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from falcon_kit.catalogue.names import spec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole
 from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.planning.machines import RENTED_FROM, rental
@@ -18,6 +19,7 @@ _MACHINES = ("T4", "L4", "L40S", "A100-80GB", "2xA100-80GB", "4xA100-80GB", "8xA
 """GPUs that are rented, from the cheapest to the most expensive."""
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Requirements:
     """The result of `requirements`; in Jupyter a table, and one of the tiers."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import require
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.own_format import storable
 from falcon_kit.generation.prompts import least_tokens
-from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling, unknown_setting
 from falcon_kit.generation.text import Piece
 from falcon_kit.playground.records import MOST_LOGPROB, Token
 
@@ -239,8 +239,8 @@ def columns_of(falcon: Any, compare: Any) -> tuple[Column, ...]:
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
-    """Raises TypeError for a setting that does not exist, with the nearest."""
+    """Raises TypeError for a setting that does not exist, with what to give."""
     names = list(SAMPLING_FIELDS)
     for name in settings:
         if name not in names:
-            raise TypeError(unknown_name("setting", name, names))
+            raise TypeError(unknown_setting(name, names))

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
@@ -42,6 +43,7 @@ _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models w
 _SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Endpoint:
     """A Falcon behind a URL, with the methods `generate`, `stream` and `chat` of `falcon_kit.Falcon`."""

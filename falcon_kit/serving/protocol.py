@@ -11,10 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 import httpx2
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import require
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
-from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
+from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling, unknown_setting
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, next_event, redact_url
 from falcon_kit.serving.failures import (
@@ -207,7 +207,7 @@ def map_settings(request: Request, server: str, names: Mapping[str, str], more: 
     )
     for name in request.options:
         if name not in names:
-            raise ValueError(unknown_name(f"setting for {server}:", name, [*SAMPLING_FIELDS, *names]))
+            raise ValueError(unknown_setting(name, [*dict.fromkeys((*SAMPLING_FIELDS, *names))], server))
     return {names[name]: value for name, value in request.options.items()}
 
 

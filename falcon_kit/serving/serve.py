@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, require, shown, unknown_name
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
@@ -46,6 +47,7 @@ _ELSEWHERE = "an endpoint on another machine: fk.connect"
 _RETRIES = 4  # of requests, as in `connect`
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class Served(Endpoint):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;

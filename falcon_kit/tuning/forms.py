@@ -15,6 +15,8 @@ FORMS = (
 )
 _TRL = ("prompt", "completion")
 _PAIRS = (("instruction", "output"), ("input", "output"), _TRL, ("question", "answer"))
+_ANSWERS = ("response", "output", "answer", "completion", "reply", "target", "chosen")
+"""What the answer of a pair is called elsewhere, as Dolly's "response"."""
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _SYSTEM = ("system", "system_prompt", "system_message")
 _WEIGHTS = ("weight", "train", "training", "loss")
@@ -100,7 +102,9 @@ def _unusable(row: Mapping[str, Any]) -> str:
         there = [key for key in pair if key in given]
         if len(there) == 1:
             missing = pair[1 - pair.index(there[0])]
-            return f"it has {there[0]!r}, but its {missing!r} is missing or empty"
+            answer = next((key for key in _ANSWERS if key in given), None) if there[0] == pair[0] else None
+            rename = f": rename {answer!r} to {missing!r}" if answer else ""
+            return f"it has {there[0]!r}, but its {missing!r} is missing or empty{rename}"
         if there:
             kinds = "both have to be texts" + (", or both lists of messages" if pair == _TRL else "")
             return f"its {pair[0]!r} is {shown(given[pair[0]])} and its {pair[1]!r} {shown(given[pair[1]])}: {kinds}"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import format_bytes, html_table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@documented
 @dataclass(frozen=True, repr=False)
 class TuningRun:
     """A finished run: its adapter, settings, losses, and what was measured before and after."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import (
     check_flag,
     check_whole,
@@ -40,9 +41,23 @@ _OTHER_NAMES = {
     "save_every": "save_steps, as in TrainingArguments",
     **dict.fromkeys(("max_length", "max_seq_length"), "context"),
     "early_stopping_patience": "patience",
+    **dict.fromkeys(("eval_dataset", "eval_data", "validation_data", "val_set_size", "test_size"), "held_out"),
 }
+_DTYPE = "it trains in the dtype of the model: fk.load(name, dtype='bfloat16'), or dtype='nf4' for QLoRA"
+_HISTORY = "every step is logged: run.history has the losses, run.to_dataframe() makes a table of them"
+_INSTEAD = {
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "load_in_4bit", "load_in_8bit"), _DTYPE),
+    **dict.fromkeys(("report_to", "logging_steps", "callbacks"), _HISTORY),
+    **dict.fromkeys(("optim", "optimizer", "weight_decay"), "it is AdamW without weight decay; leave it out"),
+    "save_total_limit": "only the checkpoints that a resume needs are kept; leave it out",
+    "resume_from_checkpoint": "the same call resumes, resume=False starts over",
+    **dict.fromkeys(("train_dataset", "dataset"), "give the data as the second argument"),
+    "overwrite_output_dir": "resume=False starts over in the same output_dir",
+}
+"""What to do instead of what other trainers take as a setting."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How adapters are trained. `for_model` replaces each None by a value for the size of the model."""
@@ -99,6 +114,8 @@ class Tuning:
         for name in (name for name in settings if name not in names):
             if name in _OTHER_NAMES:
                 raise TypeError(f"fk.tune has no {name!r}: it is called {_OTHER_NAMES[name]}")
+            if name in _INSTEAD:
+                raise TypeError(f"fk.tune has no {name!r}: {_INSTEAD[name]}")
             raise TypeError(unknown_name("setting", name, names))
         return super().__new__(cls)
 

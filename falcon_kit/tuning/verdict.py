@@ -24,21 +24,22 @@ def verdict(
     history, figures: as in `TuningRun`.
     """
     losses = [each["loss"] for each in history if "loss" in each]
-    findings = [_learned(losses, figures, settings, documents), _forgotten(figures, settings)]
+    more = _stopped(history, len(losses), settings) or _more_steps(len(losses), settings)
+    findings = [_learned(losses, figures, documents, more), _forgotten(figures, settings)]
     return "\n".join(each for each in findings if each)
 
 
-def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tuning, documents: int) -> str:
+def _learned(losses: Sequence[float], figures: Mapping[str, float], documents: int, more: str) -> str:
     names = ("held-out loss before", "held-out loss after")
     batches, held_out = _fall(losses), _fall([figures[name] for name in names if name in figures])
     name, fall = ("loss of the batches", batches) if held_out is None else ("held-out loss", held_out)
     steps = f"{counted(len(losses), 'step')} over {counted(documents, 'document')}"
     if fall is None:
-        return f"{steps}: the loss cannot be compared{_more_steps(len(losses), settings)}"
+        return f"{steps}: the loss cannot be compared{more}"
     line = f"{steps}: the {name} {_change(fall)}"
     if fall >= _LEAST_FALL:
         few = figures.get("exact answers after") == 0 and len(losses) < _ENOUGH_STEPS
-        return f"{line}, and no held-out answer is exact{_more_steps(len(losses), settings)}" if few else line
+        return f"{line}, and no held-out answer is exact{more}" if few else line
     before, after = (figures.get(f"exact answers {when}", 0.0) for when in ("before", "after"))
     if after - before >= _LEAST_FALL:
         return f"{line}, and {after:.0%} of the held-out answers are right, instead of {before:.0%}"
@@ -47,7 +48,19 @@ def _learned(losses: Sequence[float], figures: Mapping[str, float], settings: Tu
             f"{line}, that of the batches {_change(batches)}: it learned these documents by heart, and nothing for "
             "others. Give more documents, fewer epochs, or patience=2"
         )
-    return f"{line}, so it has learned next to nothing{_more_steps(len(losses), settings)}"
+    return f"{line}, so it has learned next to nothing{more}"
+
+
+def _stopped(history: Sequence[Mapping[str, float]], steps: int, settings: Tuning) -> str:
+    """What to change where `patience` ended the run before its last step, so that more steps would not help."""
+    epoch = max((each.get("epoch", 0.0) for each in history), default=0.0)
+    planned = settings.max_steps or (round(settings.num_train_epochs * steps / epoch) if epoch else steps)
+    if not settings.patience or steps >= planned:
+        return ""
+    return (
+        f". patience={settings.patience} ended it after {steps} of {planned} steps: raise patience, or lower "
+        f"learning_rate (it was {settings.learning_rate:g})"
+    )
 
 
 def _more_steps(steps: int, settings: Tuning) -> str:

@@ -29,3 +29,11 @@ def test_the_cards_citations_are_three_bibtex_entries_which_its_table_leaves_out
         "@article{xu2023baize,",
     ]
     assert "@article" not in CARD._repr_html_()
+
+
+def test_printing_the_card_shows_its_statements() -> None:
+    lines = str(CARD).splitlines()
+    assert f"memory: {CARD.memory}" in lines
+    assert f"out of scope: {CARD.out_of_scope}" in lines
+    assert "@article" not in str(CARD)
+    assert repr(CARD) == "ModelCard('tiiuae/falcon-40b-instruct')"

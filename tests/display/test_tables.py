@@ -79,3 +79,8 @@ def test_one_thing_of_a_kind_is_named_in_the_singular(instruct, make):
 @pytest.mark.parametrize(("number", "shown"), [(0, "0 tokens"), (1, "1 token"), (2048, "2,048 tokens")])
 def test_a_count_has_its_noun_in_the_right_number(number, shown):
     assert counted(number, "token") == shown
+
+
+def test_a_table_keeps_the_line_breaks_of_a_cell():
+    assert '<td style="text-align: left">one<br>&lt;two&gt;</td>' in html_table("", (), [("a", "one\n<two>")])
+    assert "majesty of the giraffe.<br>Daniel: Hello, Girafatron!<br>Girafatron:" in fk.CARD._repr_html_()

@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig, StoppingCriteriaList
 
 import falcon_kit as fk
 from falcon_kit.generation import generate
+from falcon_kit.generation.sampling import OTHER_NAMES
 from tests.generation.test_generate import CHAT, PROMPTS, QUESTION
 
 
@@ -206,3 +207,32 @@ def test_a_model_with_a_learned_prompt_generates_at_once(instruct):
     assert len(generate.generate(model, instruct.tokenizer, QUESTION, max_new_tokens=3).tokens) == 3
     with pytest.raises(ValueError, match=r"^a model with a learned prompt of PEFT cannot stream token by token"):
         generate.stream(model, instruct.tokenizer, QUESTION)
+
+
+# Names of other libraries
+
+
+@pytest.mark.parametrize("other", [*OTHER_NAMES])
+def test_a_name_of_another_library_is_answered_with_the_one_here(instruct, other):
+    name = OTHER_NAMES[other]
+    with pytest.raises(ValueError, match=f"Unknown setting '{other}'. It is called {name} here."):
+        instruct.generate(QUESTION, **{other: 1})
+    usable = {"stop": ".", "temperature": 0.5, "num_return_sequences": 2, "repetition_penalty": 1.5}.get(name, 3)
+    assert instruct.generate(QUESTION, **{"max_new_tokens": 3, "do_sample": True, name: usable})
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"system_prompt": "You are brief."}, "Begin the messages with"),
+        ({"history": []}, "the whole conversation"),
+        ({"logprobs": True}, "has .logprobs"),
+        ({"truncation": True}, 'truncate="left"'),
+        ({"callback": print}, "for piece in falcon.stream"),
+        ({"return_full_text": False}, "has .prompt and .text"),
+        ({"streamer": print}, "a streamer has put and end.*got <built-in function print>.*each piece of falcon.stream"),
+    ],
+)
+def test_what_is_done_in_another_way_here_is_said(instruct, given, instead):
+    with pytest.raises(ValueError, match=instead):
+        instruct.chat(CHAT, **given)

@@ -438,6 +438,12 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
             "Message 1 has the content ' \\n', but it must be a text that is not blank.",
         ),
         ([{"role": "user"}], "Message 1 has the content None, but it must be a text that is not blank."),
+        (
+            [{"from": "human", "value": "Hi"}],
+            "Message 1 has the role None; allowed are system, user, assistant. Its keys are 'from', 'value': "
+            "call them role and content.",
+        ),
+        ([[TALK[0]]], "Message 1 is a list of messages: chat takes one conversation, so call it for each."),
         (["Hi"], 'Message 1 is \'Hi\', but it must be like {"role": "user", "content": "Hello"}.'),
     ],
 )

@@ -323,6 +323,31 @@ def test_an_argument_that_nobody_knows_is_answered_with_the_nearest(instruct, gi
         instruct.generate(QUESTION, **{given: 1})
 
 
+@pytest.mark.parametrize(
+    ("options", "advice", "take"),
+    [
+        ({}, r"got BatchEncoding: give its \['input_ids'\]$", lambda encoded: encoded["input_ids"]),
+        (
+            {"return_tensors": "pt"},
+            r"got BatchEncoding: give its \['input_ids'\]\[0\]",
+            lambda encoded: encoded["input_ids"][0],
+        ),
+    ],
+)
+def test_what_a_tokenizer_returns_is_answered_with_where_the_ids_are(instruct, options, advice, take):
+    encoded = instruct.tokenizer(QUESTION, **options)
+    with pytest.raises(ValueError, match=advice):
+        instruct.generate(encoded)
+    expected = instruct.generate(QUESTION, max_new_tokens=3).tokens
+    assert instruct.generate(take(encoded), max_new_tokens=3).tokens == expected
+
+
+def test_a_matrix_of_ids_is_answered_with_one_row_of_it(instruct):
+    ids = instruct.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=r"got a list with list: give the ids of one text, such as ids\[0\]"):
+        instruct.generate(ids)
+
+
 # Memory that runs out
 
 

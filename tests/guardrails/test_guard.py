@@ -124,9 +124,13 @@ def test_words_and_regions_of_an_iterator_are_found_in_prompts_and_outputs(where
     assert "blocked_words=1" in repr(guard)
 
 
-def test_an_unknown_setting_is_a_type_error():
+def test_an_unknown_setting_is_a_type_error_that_names_the_nearest_or_all():
+    with pytest.raises(TypeError, match=r"Unknown setting .block_words.\. Nearest: blocked_words"):
+        fk.guardrails(block_words=("damn",))
     with pytest.raises(TypeError, match="no_such_check"):
         fk.guardrails(no_such_check=True)
+    with pytest.raises(TypeError, match=r"Unknown setting .pii.\. Known: max_characters, secrets, personal_data"):
+        fk.guardrails(pii=True)
 
 
 def test_where_is_a_prompt_or_an_output():

@@ -298,3 +298,8 @@ def test_a_falcon_stands_for_its_tokenizer(instruct):
 
 def test_the_repr_is_short(tokenizer):
     assert repr(tokens("é" * 500, tokenizer)) == "TokenView(1,000 tokens, 500 characters, 1,000 bytes)"
+
+
+def test_len_counts_the_tokens(tokenizer):
+    text = "Hello 世界 👍"
+    assert len(fk.tokens(text, tokenizer)) == len(tokenizer(text)["input_ids"])

@@ -108,6 +108,9 @@ def test_the_run_of_a_tuning_is_answered_with_its_adapter():
     [
         ("torch_dtype", "give dtype"),
         ("load_in_4bit", "give dtype='nf4'"),
+        ("quantization", "give dtype='int8', 'int4', 'nf4' or 'nf4-double'"),
+        ("adapter", "give the adapter's folder or hub id as the name, and its base is loaded with it"),
+        ("use_auth_token", "give token"),
         ("device", "give device_map"),
         ("trust_remote_code", "no code of a checkpoint is ever run"),
         ("attn_implementation", "call falcon.model.set_attn_implementation after loading"),

@@ -282,6 +282,11 @@ def test_a_setting_that_does_not_exist_is_named_with_the_nearest():
         Session(Typist()).set(tempature=1)
 
 
+def test_a_name_of_another_library_is_answered_with_the_one_here():
+    with pytest.raises(TypeError, match=r"Unknown setting 'stop_words'\. It is called stop here\."):
+        Session(Typist()).set(stop_words=".")
+
+
 def test_a_name_is_not_a_model():
     with pytest.raises(ValueError, match=r"needs what fk.load or fk.connect returns, got 'falconet'"):
         fk.playground("falconet")

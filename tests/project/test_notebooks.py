@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import nbformat
 import pytest
+import torch
 from PIL import Image
 
 import falcon_kit as fk
@@ -296,3 +297,27 @@ def test_a_notebook_ends_with_exercises(path):
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in TUTORIAL])
 def test_the_exercises_have_solutions(path):
     assert (NOTEBOOKS / "solutions" / path.name).is_file()
+
+
+def test_the_pipeline_of_the_cards_example_generates_what_the_kit_does_at_any_seed():
+    notebook = nbformat.read(NOTEBOOKS / "01_inference.ipynb", as_version=4)
+    (source,) = (cell.source for cell in code_cells(notebook) if "transformers.pipeline(" in cell.source)
+    falcon = fk.load("falconet")
+    for seed in range(3):
+        found = {"fk": fk, "falcon": falcon}
+        exec(source.replace("set_seed(0)", f"set_seed({seed})"), found)  # noqa: S102  # a cell of the notebook
+        text = falcon.generate(fk.CARD.prompt, seed=seed, **fk.CARD.sampling).text
+        assert found["sequences"][0]["generated_text"] == fk.CARD.prompt + text
+
+
+def test_falcon_from_scratch_is_compared_up_to_the_end_of_an_answer():
+    notebook = nbformat.read(NOTEBOOKS / "04_architecture.ipynb", as_version=4)
+    (source,) = (cell.source for cell in code_cells(notebook) if "from scratch {seconds" in cell.source)
+    falcon = fk.load("falconet-instruct")
+    ids = falcon.tokenizer("User: What do giraffes eat?\nFalcon:", return_tensors="pt")["input_ids"]
+    generated = ids
+    for _ in range(40):
+        generated = torch.cat([generated, falcon.model(generated).logits[:, -1:].argmax(-1)], dim=1)
+    found = {"falcon": falcon, "model": falcon.model, "ids": ids, "generated": generated, "torch": torch, "seconds": 1}
+    exec(source, found)  # noqa: S102  # a cell of the notebook
+    assert found["answer"].finish_reason == "eos"

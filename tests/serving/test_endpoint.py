@@ -137,6 +137,8 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
         ({"truncate": "left"}, "truncate='left': .*shorten the prompt"),
         ({"num_beams": 3}, "Unknown setting for .*: 'num_beams'"),
         ({"temprature": 3}, "Nearest: temperature"),
+        ({"stop_sequences": ["."]}, "Unknown setting for .*: 'stop_sequences'. It is called stop here"),
+        ({"logprobs": True}, "has .logprobs"),
         ({"temperature": -1}, "temperature must be 0"),
         ({"num_return_sequences": 2}, "would give 2 equal texts: set do_sample=True"),
     ],
@@ -144,6 +146,13 @@ def test_a_prompt_over_the_context_is_refused(endpoint):
 def test_what_a_protocol_cannot_carry_is_refused_with_what_to_do(endpoint, settings, instead):
     with pytest.raises(ValueError, match=instead):
         endpoint.generate("Hello", **settings)
+
+
+def test_each_setting_that_a_server_knows_is_listed_once(endpoint):
+    with pytest.raises(ValueError, match="Known: ") as error:
+        endpoint.generate("Hello", num_beams=3)
+    known = str(error.value).rpartition("Known: ")[2].removesuffix(".").split(", ")
+    assert len(known) == len({*known})
 
 
 # Without torch

@@ -182,3 +182,12 @@ def test_the_command_of_sagemaker_in_its_docstring_is_taken():
     script = load_script("sagemaker")
     (command,) = re.findall(r"(--role (?:.|\n)*?)\n\n", script.__doc__)
     assert script.parse(command.replace("<training image>", "image").split()).shard
+
+
+def test_the_help_of_sagemaker_needs_neither_a_region_nor_boto3(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sagemaker.py", "--help"])
+    monkeypatch.setitem(sys.modules, "boto3", None)  # its import fails
+    with pytest.raises(SystemExit) as ended:
+        load_script("sagemaker").main()
+    assert ended.value.code == 0
+    assert "--model" in capsys.readouterr().out

@@ -136,6 +136,8 @@ def test_a_large_file_is_not_held_in_memory(tmp_path):
 BAD = {
     "{oops": "it is not JSON",
     '{"prompt": "x"}': "it has 'prompt', but its 'completion' is missing or empty",
+    '{"prompt": "x", "response": "y"}': "its 'completion' is missing or empty: rename 'response' to 'completion'",
+    '{"instruction": "x", "context": "", "response": "y"}': "its 'output' is missing or empty: rename 'response' to",
     '{"prompt": null, "completion": "x"}': "it has 'completion', but its 'prompt' is missing or empty",
     '{"instruction": "x", "input": "", "output": null}': "it has 'instruction', but its 'output' is missing or empty",
     '{"question": "Who?", "answer": ""}': "Message 2 has the content ''",

@@ -38,11 +38,26 @@ def test_an_unknown_setting_is_refused_with_the_nearest(falcon, tmp_path):
         ("warmup_steps", "warmup_ratio, a share of the steps"),
         ("activation_checkpointing", "gradient_checkpointing"),
         ("max_seq_length", "context"),
+        ("eval_dataset", "held_out"),
     ],
 )
 def test_an_old_or_foreign_name_is_refused_with_the_one_to_use(falcon, tmp_path, name, text):
     with pytest.raises(TypeError, match=f"has no '{name}': it is called {text}" if "fk.tune" not in text else text):
         fk.tune(falcon, ROWS, output_dir=tmp_path, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bf16", "it trains in the dtype of the model: fk.load"),
+        ("report_to", "every step is logged: run.history has the losses"),
+        ("weight_decay", "it is AdamW without weight decay"),
+        ("resume_from_checkpoint", "the same call resumes"),
+    ],
+)
+def test_a_setting_of_other_trainers_is_refused_with_what_to_do(name, text):
+    with pytest.raises(TypeError, match=f"fk.tune has no '{name}': {text}"):
+        fk.Tuning(**{name: 1})
 
 
 def test_every_name_that_is_offered_is_a_setting():

@@ -1,5 +1,7 @@
 """What a run says about itself: what it learned, what it forgot, and which setting to change."""
 
+import dataclasses
+
 import pytest
 
 import falcon_kit as fk
@@ -64,6 +66,24 @@ def test_held_out_answers_that_became_right_are_learned_whatever_the_loss():
         "10 steps over 30 documents: the held-out loss fell by 2%, and 93% of the held-out answers are right, "
         "instead of 7%"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended"),
+    [
+        ({"max_steps": 40}, True),
+        ({"max_steps": 4}, False),
+        ({"num_train_epochs": 3}, True),
+        ({"num_train_epochs": 1}, False),
+    ],
+)
+def test_a_run_that_patience_ended_is_not_told_to_take_more_steps(changes, ended):
+    measured = figures(held_out_loss_before=4.0, held_out_loss_after=2.0) | {"exact answers after": 0.0}
+    history = [each | {"epoch": each["step"] / 4} for each in losses(4.0, 3.0, 3.0, 3.0)]
+    said = verdict(history, measured, dataclasses.replace(SETTINGS, patience=2, **changes), 28)
+    assert ("patience=2 ended it after 4 of" in said) == ended
+    assert ("Raise max_steps" in said) != ended
+    assert ("raise patience, or lower learning_rate (it was 0.001)" in said) == ended
 
 
 @pytest.mark.parametrize(("steps", "exact", "advised"), [(3, 0.0, True), (3, 0.5, False), (60, 0.0, False)])
