@@ -27,6 +27,8 @@ OWN_LOOP = (
     *("assistant_ensemble_weight", "use_mtp", "speculation_type"),
 )
 """Arguments that choose a loop which the kit does not have step by step (see steps.py)."""
+_LOOPS_ON_THE_HUB = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups")
+"""Arguments that choose a loop whose code transformers fetches from the hub."""
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 _SAMPLING_ONLY = ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
@@ -159,6 +161,28 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
         options.get("cache_implementation") != "paged",
         "cache_implementation='paged' is for transformers' generate_batch: leave it out",
     )
+
+
+def check_no_remote_code(options: Mapping[str, Any], config: GenerationConfig) -> None:
+    """Raises ValueError for a loop whose code transformers would fetch from the hub, or from a folder, and run.
+
+    config: the model's own, which counts where the caller's options name nothing.
+    """
+    loop = options.get("custom_generate")
+    require(
+        not isinstance(loop, str),
+        f"custom_generate={shown(loop)} names code that would be fetched and run, which the kit never does: give a "
+        "function of your own",
+    )
+    for name in _LOOPS_ON_THE_HUB:
+        value = plain_scalar(options.get(name, getattr(config, name, None)))
+        if value is None or (name == "num_beam_groups" and value == 1):
+            continue
+        where = "" if name in options else f", with falcon.model.generation_config.{name} = None"
+        raise ValueError(
+            f"{name}={shown(value)} needs code that transformers fetches from the hub and runs, which the kit never "
+            f"does: leave it out{where}"
+        )
 
 
 def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int, samples: bool) -> None:

@@ -24,6 +24,7 @@ from falcon_kit.generation.arguments import (
     check_assisted,
     check_effects,
     check_names,
+    check_no_remote_code,
     end_token_ids,
     expand_generation_config,
     has_soft_prompt,
@@ -102,6 +103,7 @@ class _GenerateTask(GenerationTask):
         self.sampling, self.options = split_settings(settings)
         check_names(self.options, model)
         check_effects(self.options, self.sampling.samples)
+        check_no_remote_code(self.options, model.generation_config)
         beam_search = (self._effective("num_beams") or 1) > 1
         self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings") or ()))
         self.ends = end_token_ids(self.options, model.generation_config, tokenizer)

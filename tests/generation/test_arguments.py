@@ -187,6 +187,36 @@ def test_a_loop_of_the_caller_may_return_tokens_or_an_output(instruct, as_output
         instruct.stream(QUESTION, custom_generate=loop)
 
 
+HUB_LOOPS = {
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "high"},
+    "num_beam_groups": {"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 1.0},
+    "force_words_ids": {"force_words_ids": [[77]], "num_beams": 2},
+    "constraints": {"constraints": [object()], "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("name", HUB_LOOPS)
+def test_a_loop_whose_code_is_on_the_hub_is_refused_and_no_remote_code_is_advised(instruct, name, monkeypatch):
+    error = rf"^{name}=.* needs code that transformers fetches from the hub and runs, .*: leave it out"
+    with pytest.raises(ValueError, match=f"{error}$"):
+        instruct.generate(QUESTION, **HUB_LOOPS[name])
+    for each, value in HUB_LOOPS[name].items():
+        monkeypatch.setattr(instruct.model.generation_config, each, value, raising=False)
+    with pytest.raises(ValueError, match=rf"{error}, with falcon\.model\.generation_config\.{name} = None$"):
+        instruct.generate(QUESTION)
+    setattr(instruct.model.generation_config, name, None)
+    assert instruct.generate(QUESTION, max_new_tokens=2).tokens
+
+
+def test_a_loop_is_named_by_no_repository_and_no_folder(instruct, tmp_path):
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text("raise SystemExit('remote code ran')")
+    for source in ("someone/loop", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"^custom_generate=.* names code that would be fetched and run"):
+            instruct.generate(QUESTION, custom_generate=source)
+
+
 # Models with an adapter of PEFT
 
 
