@@ -78,6 +78,8 @@ def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> str:
     name = str(model.dtype if dtype == "auto" else dtype).strip().removeprefix("torch.").lower()
     name = ALIASES.get(name, name)
     if name not in FILE_TYPES:
+        if dtype == "auto":
+            raise ValueError(f"the model is in {model.dtype}, which is no type of a GGUF file: give dtype='f32'")
         raise ValueError(unknown_name("dtype", str(dtype), ["auto", *FILE_TYPES]))
     return name
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import gguf_file
+from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.errors import printable, shown
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -34,6 +35,10 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
         )
     check_no_new_tokens(falcon)
+    if (dtype := str(falcon.model.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+        raise ValueError(
+            f"the model is in {dtype}, and training is in {', '.join(FLOAT_DTYPES)}: call falcon.model.float() first"
+        )
     if settings.shard and is_quantised(falcon.model):
         raise ValueError(
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "

@@ -228,7 +228,12 @@ OF_ANOTHER_MODEL = {
     "biases": ("rw", {"bias": False}, {}, NO_PLACE + r"transformer\.h\.\d\.\S*bias: "),
     "a scale": ("40b", {}, {f"{MLP}.weight_scale": torch.ones(1)}, NO_PLACE + rf"{MLP}\.weight_scale: "),
     "a bias of the head": ("7b", {}, {"lm_head.bias": torch.ones(2048)}, NO_PLACE + r"lm_head\.bias: "),
-    "LoRA": ("40b", {}, {f"{MLP.removeprefix('transformer.')}.lora_A.weight": torch.ones(2, 2)}, NO_PLACE + r"(transformer\.)?h\.0"),
+    "LoRA": (
+        "40b",
+        {},
+        {f"{MLP.removeprefix('transformer.')}.lora_A.weight": torch.ones(2, 2)},
+        NO_PLACE + r"(transformer\.)?h\.0",
+    ),
     "rows": (
         "7b",
         {"vocab_size": 2000},

@@ -278,6 +278,13 @@ def test_an_unknown_dtype_is_refused_with_those_there_are(dtype, match, instruct
     refuse(ValueError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", dtype), tmp_path)
 
 
+def test_a_dtype_of_the_model_that_no_file_has_is_refused_with_one_that_works(tokenizer, tmp_path):
+    model = small_model("40b").double()
+    match = "the model is in torch.float64, which is no type of a GGUF file: give dtype='f32'"
+    refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+    assert write_gguf(model, spec_of(model), tmp_path / "a.gguf", "f32", tokenizer).stat().st_size > 0
+
+
 def test_without_llama_cpp_its_kinds_are_refused_with_what_to_install(instruct, tmp_path, monkeypatch):
     monkeypatch.setattr(ggml, "_quantise_chunk", lambda: None)
     match = r"dtype='q4_k_m' needs llama.cpp's quantiser for Q4_K, Q5_K, Q6_K, .*pip install xllamacpp"
