@@ -4,12 +4,17 @@ A value counts as in transformers: the caller's keyword, else the caller's `gene
 generation_config.json, else the default. None is no value: an argument that is None counts as not given.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import (
+    Cache,
     DynamicCache,
     FalconForCausalLM,
     GenerationConfig,
@@ -17,7 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from falcon_kit.display.errors import check_whole, plain_scalar, require, shown, unknown_name
+from falcon_kit.display.errors import (
+    check_flag,
+    check_whole,
+    is_number,
+    is_whole,
+    plain_scalar,
+    require,
+    shown,
+    unknown_name,
+)
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
@@ -47,6 +61,68 @@ _DISTRIBUTION = ("temperature", "top_k", "top_p")
 _LENGTH = ("max_new_tokens", "max_length")
 _NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+
+
+_WHOLE = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "prefill_chunk_size": 1,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+}
+"""Arguments that are whole numbers, and the least of each."""
+_NUMBERS = (
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale"),
+    *("max_time", "penalty_alpha", *_SAMPLING_ONLY),
+)
+_SWITCHES = ("use_cache", "renormalize_logits", "remove_invalid_values")
+_LISTS = ("logits_processor", "stopping_criteria")
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with numbers as transformers takes them: Python's own, and floats where it refuses whole ones.
+
+    Raises ValueError for a value of another kind, which would fail inside transformers or count as another.
+    """
+    plain = {name: plain_scalar(value) for name, value in options.items()}
+    for name, least in _WHOLE.items():
+        if plain.get(name) is not None:
+            check_whole(name, plain[name], least)
+    for name in _NUMBERS:
+        if plain.get(name) is not None:
+            given = plain[name]
+            fits = is_number(given, -sys.float_info.max, sys.float_info.max) or given in (math.inf, -math.inf)
+            require(fits, f"{name} must be a number, got {shown(given)}")
+            plain[name] = float(given)
+    for name in _SWITCHES:
+        check_flag(name, plain.get(name), None)
+    for name in _LISTS:
+        given = plain.get(name)
+        require(
+            given is None or (isinstance(given, list | tuple) and all(map(callable, given))),
+            f"{name} must be a list of functions or of transformers' objects, got {shown(given)}",
+        )
+    _check_objects(plain)
+    return plain
+
+
+def _check_objects(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a streamer, a cache or an end token of another kind."""
+    streamer, cache, given = (options.get(name) for name in ("streamer", "past_key_values", "eos_token_id"))
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"streamer must be an object with the methods put and end, as transformers.TextStreamer; got {shown(streamer)}",
+    )
+    require(
+        isinstance(cache, Cache | None), f"past_key_values must be a transformers.Cache or None, got {shown(cache)}"
+    )
+    ends: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    require(
+        ends is None or all(is_whole(each, -1) for each in (ends if isinstance(ends, list | tuple) else [ends])),
+        f"eos_token_id must be the number of a token or a list of them, got {shown(given)}; a text that ends an answer "
+        "is given as stop",
+    )
 
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -76,6 +77,54 @@ def test_a_second_prompt_is_refused(instruct, name):
 def test_what_would_have_no_effect_is_refused_with_what_has_one(instruct, settings, error):
     with pytest.raises(ValueError, match=error):
         instruct.generate(QUESTION, **settings)
+
+
+OF_ANOTHER_KIND = {
+    "num_beams": (-1, 0, 0.5, True, "2", [2]),
+    "prefill_chunk_size": (0, -1, 2.5, True, "", [3]),
+    "min_new_tokens": (-1, 1.5, True, "3", []),
+    "no_repeat_ngram_size": (-1, 0.5, True, "3"),
+    "repetition_penalty": (True, "", "1.5", float("nan"), 10**400, [1.0]),
+    "max_time": (True, "1", [], float("nan")),
+    "use_cache": ("False", 0, 1.5, []),
+    "logits_processor": (print, 5, [None], "x", {"a": 1}),
+    "stopping_criteria": (print, True, [3], {"a": 1}),
+    "streamer": (print, True, []),
+    "past_key_values": (True, {}, "x"),
+    "eos_token_id": (True, "<|endoftext|>", 1.5, ["a"], [[1]], {1}),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_KIND)
+def test_an_argument_of_another_kind_is_refused_before_the_model_runs(instruct, forwards, name):
+    for value in OF_ANOTHER_KIND[name]:
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            instruct.generate(QUESTION, max_new_tokens=2, **{name: value})
+    assert not forwards
+
+
+NUMBERS = {
+    "temperature": (2, {"seed": 3}),
+    "repetition_penalty": (2, {}),
+    "length_penalty": (3, {"num_beams": 2}),
+    "max_time": (100, {}),
+    "num_beams": (2, {}),
+    "prefill_chunk_size": (2, {}),
+    "min_new_tokens": (3, {}),
+    "no_repeat_ngram_size": (1, {}),
+}
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.float32, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_counts_whatever_type_it_has(instruct, name, kind):
+    number, others = NUMBERS[name]
+    whole = name in ("num_beams", "prefill_chunk_size", "min_new_tokens", "no_repeat_ngram_size")
+    if whole and kind is np.float32:
+        kind = np.int32
+    others = {"max_new_tokens": 6} | others
+    expected = instruct.generate(QUESTION, **others | {name: number if whole else float(number)})
+    assert instruct.generate(QUESTION, **others | {name: kind(number)}).tokens == expected.tokens
 
 
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
