@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from falcon_kit.display.errors import Portable
+
 INCOMPLETE = "it may be incomplete: download it again"
 UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
 """What libraries raise for values that they do not expect; not RuntimeError, which torch raises for much else."""
 
 
-class TwiceNamed(ValueError):
+class TwiceNamed(Portable, ValueError):
     """An object of JSON names a key twice with different values, of which Python would take the last in silence."""
 
     def __init__(self, key: str) -> None:
