@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import gguf_file
 from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.errors import printable, shown
+from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
-from falcon_kit.tuning.packing import Packed
+from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.settings import Tuning
 
 
@@ -66,7 +68,16 @@ def settings_of_rows(rows: Packed, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def check_same_vocabulary(falcon: Falcon, *packed: Packed | None) -> None:
-    """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's."""
+    """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's, or beyond its embeddings."""
+    size = vocabulary_size(falcon.model)
+    for part in chain.from_iterable(column(each.examples, "ids") for each in packed if each is not None):
+        if (last := int(part.flatten().to_numpy().max(initial=0))) >= size:
+            raise ValueError(
+                f"the rows have the token {falcon.tokenizer.convert_ids_to_tokens(last)!r}, whose id is {last}, but "
+                f"the model has embeddings of 0 to {size - 1}: falcon.model.resize_token_embeddings({last + 1}), "
+                "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune "
+                "fk.load(folder)"
+            )
     own = falcon.tokenizer.get_vocab()
     if any(each is not None and each.tokenizer.get_vocab() != own for each in packed):
         raise ValueError(
