@@ -30,6 +30,7 @@ from falcon_kit.loading.quantization import (
     stored_quantisation,
 )
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import has_tied_head
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import empty_gpu_cache
@@ -99,6 +100,8 @@ def _from_pretrained(
                 **options,
             )
     _check_report(report, found)
+    if not has_tied_head(model, model.config.tie_word_embeddings):
+        model.config.tie_word_embeddings = False  # else resizing the vocabulary would drop a head of its own
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)

@@ -46,6 +46,16 @@ def own_device():
     torch.set_default_device(None)
 
 
+@pytest.mark.parametrize("name", READINGS)
+def test_a_model_without_its_last_layers_is_read_as_it_is(instruct, name):
+    model = copy.deepcopy(instruct.model)
+    model.transformer.h = model.transformer.h[:3]
+    falcon = dataclasses.replace(instruct, model=model)
+    assert len(READINGS[name](falcon)) > 0
+    if name == "attention":
+        assert fk.attention(falcon, TEXT).spec.layers == 3
+
+
 @pytest.mark.parametrize("state", [tuples, double, other_device])
 @pytest.mark.parametrize("name", READINGS)
 def test_a_reading_does_not_depend_on_what_the_user_set(instruct, name, state, monkeypatch, own_device):

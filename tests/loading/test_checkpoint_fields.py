@@ -260,6 +260,22 @@ def test_weights_of_another_model_are_neither_left_out_in_silence_nor_blamed_on_
         fk.load(folder)
 
 
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(tokenizer, tmp_path):
+    base, file = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    small_model("40b").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": -weights["transformer.word_embeddings.weight"]}, file, {"format": "pt"})
+    falcon = fk.load(base)
+    expected = logits(falcon.model)
+    torch.testing.assert_close(expected, -logits(small_model("40b")))
+    assert (falcon.spec.tied_head, falcon.spec.parameters) == (False, sum(map(torch.numel, falcon.model.parameters())))
+    assert torch.equal(logits(fk.load(fk.export_gguf(falcon, tmp_path / "a.gguf", "f32")).model), expected)
+    for change in (falcon.model.tie_weights, lambda: falcon.model.resize_token_embeddings(2050)):
+        change()
+        assert torch.equal(logits(falcon.model)[..., :2048], expected)
+
+
 def test_what_is_no_part_of_the_layers_and_the_constants_of_old_checkpoints_change_nothing(checkpoint):
     expected, file = logits(fk.load(checkpoint).model), checkpoint / "model.safetensors"
     constants = [f"transformer.h.0.self_attention.{name}" for name in ("rotary.inv_freq", "masked_bias", "bias")]
