@@ -25,12 +25,12 @@ from falcon_kit.tuning.settings import Tuning
 
 def check_model(falcon: Falcon, settings: Tuning) -> None:
     """Raises ValueError for a model that cannot be trained; warns of an instruct model, with the advice of its card."""
+    check_no_adapters(falcon, "the new one")
     if not isinstance(falcon.model, modeling.FalconForCausalLM):
         raise ValueError(
             "with transformers' own Falcon, packed documents attend to each other: load the model without "
             "attention='transformers'"
         )
-    check_no_adapters(falcon, "the new one")
     if any(each.device.type == "meta" for each in falcon.model.parameters()):
         raise ValueError(
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
