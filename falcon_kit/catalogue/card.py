@@ -50,6 +50,10 @@ class ModelCard:
     citations: str
     """The card's BibTeX entries: Falcon-40B, RefinedWeb and Baize."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _card, (values | {"sampling": dict(self.sampling)},)  # Python does not pickle a MappingProxyType
+
     def __repr__(self) -> str:
         return f"ModelCard({self.model!r})"
 
@@ -64,5 +68,10 @@ class ModelCard:
         return html_table(f"Model card of {self.model}", (), self._statements())
 
 
+def _card(values: Mapping[str, Any]) -> ModelCard:
+    """The card, whose sampling cannot be changed."""
+    return ModelCard(**{**values, "sampling": MappingProxyType(values["sampling"])})
+
+
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
-CARD = ModelCard(**_DATA | {"sampling": MappingProxyType(_DATA["sampling"])})
+CARD = _card(_DATA)

@@ -18,8 +18,11 @@ NormalFloat, without and with double quantisation (Dettmers et al. 2023, arXiv 2
 whole numbers in groups, on torch's kernels. Only the linear layers of the decoder layers are quantised."""
 DTYPES = (*FLOAT_DTYPES, *QUANTISED)
 """All dtypes, from the largest weights to the smallest."""
-VALUE_BYTES = {dtype: 4 if dtype == "float32" else 2 for dtype in DTYPES}
-"""Bytes per value that is not quantised, by dtype: embeddings, LayerNorms, activations, keys and values."""
+VALUE_BYTES = {"float64": 8, **{dtype: 4 if dtype == "float32" else 2 for dtype in DTYPES}}
+"""Bytes per value that is not quantised, by dtype: embeddings, LayerNorms, activations, keys and values.
+
+float64 is that of a model after `model.double()`; none is loaded in it.
+"""
 _NF4_BLOCK, _DOUBLE_BLOCK = 64, 256  # values per scale, and scales per second-level scale (QLoRA, section 3)
 INT4_GROUP = 64
 """Values per scale and zero of int4: it divides the channels of every published Falcon."""

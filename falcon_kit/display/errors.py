@@ -109,6 +109,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class Portable:
+    """An error that can be copied, and pickled to the process that waits for it, whatever its constructor takes.
+
+    Python would call the constructor with the message alone, which breaks a process pool.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        error: Any = self
+        return _rebuilt, (type(self), error.args, vars(self))
+
+
+def _rebuilt(kind: Any, args: tuple[Any, ...], state: Mapping[str, Any]) -> Any:
+    """An error with its message and attributes, made without its constructor."""
+    error = kind.__new__(kind, *args)
+    error.args = args  # OSError leaves them to its constructor
+    vars(error).update(state)
+    return error
+
+
 def differences(
     one: Mapping[str, Any],
     other: Mapping[str, Any],

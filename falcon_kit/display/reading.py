@@ -3,22 +3,47 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from falcon_kit.display.errors import Portable
 
 INCOMPLETE = "it may be incomplete: download it again"
 UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
 """What libraries raise for values that they do not expect; not RuntimeError, which torch raises for much else."""
 
 
+class TwiceNamed(Portable, ValueError):
+    """An object of JSON names a key twice with different values, of which Python would take the last in silence."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"it names {key!r} twice, with different values: keep the one that is meant")
+
+
+def json_object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as a decoder's `object_pairs_hook`. twice: gets the keys that have two different values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice += [key for key, value in pairs if repr(value) != repr(found[key])]  # nan is not equal to nan
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
-    """The value that a text stands for. Raises ValueError for any other text, also for one nested too deeply."""
+    """The value that a text stands for.
+
+    Raises ValueError for any other text, for one nested too deeply, and for an object with two values of one key.
+    """
+    twice: list[str] = []
     try:
         if not text.strip():
             raise ValueError("it is empty")
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=partial(json_object, twice))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if twice:
+        raise TwiceNamed(twice[0])
+    return value
 
 
 def read_json(file: Path, remedy: str = INCOMPLETE) -> dict[str, Any]:
@@ -28,6 +53,8 @@ def read_json(file: Path, remedy: str = INCOMPLETE) -> dict[str, Any]:
     """
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
+    except TwiceNamed as error:
+        raise ValueError(f"{file} cannot be used: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); {remedy}.") from error
     if not isinstance(content, dict):

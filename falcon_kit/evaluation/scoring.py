@@ -99,7 +99,7 @@ def _score_batch(
 def _hidden_states(inspected: InspectedModel, ids: NDArray[np.int64]) -> Tensor:
     """The decoder's output (B, T, d) after the last LayerNorm. No mask: padding is on the right."""
     device = inspected.decoder.get_input_embeddings().weight.device
-    output: Any = inspected.decoder(input_ids=torch.from_numpy(ids).to(device), use_cache=False)
+    output: Any = inspected.decoder(input_ids=torch.from_numpy(ids).to(device), use_cache=False, return_dict=True)
     return output.last_hidden_state
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.models.falcon import modeling_falcon as stock
 
-from falcon_kit.catalogue.memory import dtype_name, layer_kv_bytes
+from falcon_kit.catalogue.memory import layer_kv_bytes
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.explanation.record import NORMS, SHOWN, Heads, LayerRecord
 from falcon_kit.explanation.route import attention_rows
@@ -155,7 +155,7 @@ def _frequencies(inspected: InspectedModel) -> list[float] | None:
 
 def _cache(inspected: InspectedModel) -> Part:
     """Bytes of the KV cache for one token in all layers: grouped, and as transformers' own Falcon caches them."""
-    dtype = dtype_name(inspected.decoder.ln_f.weight.dtype)
+    dtype = str(inspected.decoder.ln_f.weight.dtype).removeprefix("torch.")
     sizes = {name: layer_kv_bytes(inspected.spec, dtype, 1, 1, name) for name in ("grouped", "transformers")}
     return {"dtype": dtype, **{name: size * inspected.spec.layers for name, size in sizes.items()}}
 

@@ -120,7 +120,9 @@ def record(inspected: InspectedModel, ids: list[int], layer: int, known: Record 
             (each, lambda module, args, kwargs, output: calls.append((args, kwargs))) for each in inspected.layers
         ]
     with torch.inference_mode(), forward_hooks(inspected, hooks):
-        output = inspected.model(input_ids=inspected.input_ids(ids), use_cache=False, logits_to_keep=1)
+        output = inspected.model(
+            input_ids=inspected.input_ids(ids), use_cache=False, logits_to_keep=1, return_dict=True
+        )
     return Record(recorder.result(), output.logits[0, -1].float().cpu(), tuple(calls))
 
 

@@ -52,8 +52,8 @@ class _Finder:
 
     def __init__(self, spec: FalconSpec, time: int) -> None:
         self.spec = spec
-        empty = torch.zeros(time, dtype=torch.long)
-        self.found = [(empty.clone(), empty.clone(), torch.ones(time)) for _ in range(spec.layers)]
+        empty = torch.zeros(time, dtype=torch.long, device="cpu")
+        self.found = [(empty.clone(), empty.clone(), torch.ones(time, device="cpu")) for _ in range(spec.layers)]
 
     def find(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
         """Searches all positions of a layer; called by `attention_hooks`."""

@@ -4,12 +4,17 @@ A value counts as in transformers: the caller's keyword, else the caller's `gene
 generation_config.json, else the default. None is no value: an argument that is None counts as not given.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import (
+    Cache,
     DynamicCache,
     FalconForCausalLM,
     GenerationConfig,
@@ -17,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from falcon_kit.display.errors import check_whole, plain_scalar, require, shown
+from falcon_kit.display.errors import check_flag, check_whole, is_number, is_whole, plain_scalar, require, shown
 from falcon_kit.generation.sampling import OTHER_NAMES, SAMPLING_FIELDS, Sampling, unknown_setting
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
@@ -27,6 +32,8 @@ OWN_LOOP = (
     *("assistant_ensemble_weight", "use_mtp", "speculation_type"),
 )
 """Arguments that choose a loop which the kit does not have step by step (see steps.py)."""
+_LOOPS_ON_THE_HUB = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups")
+"""Arguments that choose a loop whose code transformers fetches from the hub."""
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 _SAMPLING_ONLY = ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
@@ -45,6 +52,69 @@ _DISTRIBUTION = ("temperature", "top_k", "top_p")
 _LENGTH = ("max_new_tokens", "max_length")
 _NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+
+
+_WHOLE = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "prefill_chunk_size": 1,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+}
+"""Arguments that are whole numbers, and the least of each."""
+_NUMBERS = (
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale"),
+    *("max_time", "penalty_alpha", *_SAMPLING_ONLY),
+)
+_SWITCHES = ("use_cache", "renormalize_logits", "remove_invalid_values")
+_LISTS = ("logits_processor", "stopping_criteria")
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with numbers as transformers takes them: Python's own, and floats where it refuses whole ones.
+
+    Raises ValueError for a value of another kind, which would fail inside transformers or count as another.
+    """
+    plain = {name: plain_scalar(value) for name, value in options.items()}
+    for name, least in _WHOLE.items():
+        if plain.get(name) is not None:
+            check_whole(name, plain[name], least)
+    for name in _NUMBERS:
+        if plain.get(name) is not None:
+            given = plain[name]
+            fits = is_number(given, -sys.float_info.max, sys.float_info.max) or given in (math.inf, -math.inf)
+            require(fits, f"{name} must be a number, got {shown(given)}")
+            plain[name] = float(given)
+    for name in _SWITCHES:
+        check_flag(name, plain.get(name), None)
+    for name in _LISTS:
+        given = plain.get(name)
+        require(
+            given is None or (isinstance(given, list | tuple) and all(map(callable, given))),
+            f"{name} must be a list of functions or of transformers' objects, got {shown(given)}",
+        )
+    _check_objects(plain)
+    return plain
+
+
+def _check_objects(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a streamer, a cache or an end token of another kind."""
+    streamer, cache, given = (options.get(name) for name in ("streamer", "past_key_values", "eos_token_id"))
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"a streamer has put and end, as transformers' TextStreamer; got {shown(streamer)}. Call your own function for "
+        "each piece of falcon.stream(...)",
+    )
+    require(
+        isinstance(cache, Cache | None), f"past_key_values must be a transformers.Cache or None, got {shown(cache)}"
+    )
+    ends: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    require(
+        ends is None or all(is_whole(each, -1) for each in (ends if isinstance(ends, list | tuple) else [ends])),
+        f"eos_token_id must be the number of a token or a list of them, got {shown(given)}; a text that ends an answer "
+        "is given as stop",
+    )
 
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
@@ -152,12 +222,6 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
     """
     for name in _PROMPTS:
         require(options.get(name) is None, f"{name} would replace the prompt: give token ids as the prompt itself")
-    streamer = options.get("streamer")
-    require(
-        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
-        f"a streamer has put and end, as transformers' TextStreamer; got {shown(streamer)}. Call your own function for "
-        "each piece of falcon.stream(...)",
-    )
     for name, advice in _INSTEAD.items():
         require(not options.get(name), f"{name} has no effect here: {advice}")
     for name in _SAMPLING_ONLY:
@@ -166,6 +230,28 @@ def check_effects(options: Mapping[str, Any], samples: bool) -> None:
         options.get("cache_implementation") != "paged",
         "cache_implementation='paged' is for transformers' generate_batch: leave it out",
     )
+
+
+def check_no_remote_code(options: Mapping[str, Any], config: GenerationConfig) -> None:
+    """Raises ValueError for a loop whose code transformers would fetch from the hub, or from a folder, and run.
+
+    config: the model's own, which counts where the caller's options name nothing.
+    """
+    loop = options.get("custom_generate")
+    require(
+        not isinstance(loop, str),
+        f"custom_generate={shown(loop)} names code that would be fetched and run, which the kit never does: give a "
+        "function of your own",
+    )
+    for name in _LOOPS_ON_THE_HUB:
+        value = plain_scalar(options.get(name, getattr(config, name, None)))
+        if value is None or (name == "num_beam_groups" and value == 1):
+            continue
+        where = "" if name in options else f", with falcon.model.generation_config.{name} = None"
+        raise ValueError(
+            f"{name}={shown(value)} needs code that transformers fetches from the hub and runs, which the kit never "
+            f"does: leave it out{where}"
+        )
 
 
 def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: int, samples: bool) -> None:

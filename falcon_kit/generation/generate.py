@@ -24,9 +24,11 @@ from falcon_kit.generation.arguments import (
     check_assisted,
     check_effects,
     check_names,
+    check_no_remote_code,
     end_token_ids,
     expand_generation_config,
     has_soft_prompt,
+    plain_options,
 )
 from falcon_kit.generation.decoding import BatchDecoder, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.kept_cache import kept_cache
@@ -99,9 +101,11 @@ class _GenerateTask(GenerationTask):
         super().__init__()
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
-        self.sampling, self.options = split_settings(settings)
-        check_names(self.options, model)
+        self.sampling, options = split_settings(settings)
+        check_names(options, model)
+        self.options = plain_options(options)
         check_effects(self.options, self.sampling.samples)
+        check_no_remote_code(self.options, model.generation_config)
         beam_search = (self._effective("num_beams") or 1) > 1
         self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings") or ()))
         self.ends = end_token_ids(self.options, model.generation_config, tokenizer)

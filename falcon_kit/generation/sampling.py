@@ -151,7 +151,9 @@ class Sampling:
             return {"do_sample": False}
         # 0 disables top_k; without it, transformers would use 50.
         given = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
-        return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
+        named = {name: value for name, value in given.items() if value is not None}
+        # transformers refuses whole numbers as temperatures
+        return {"do_sample": True} | {name: value if name == "top_k" else float(value) for name, value in named.items()}
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))

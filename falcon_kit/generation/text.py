@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from falcon_kit.display.documented import documented
+from falcon_kit.display.errors import Portable
 from falcon_kit.display.tables import counted, format_bytes
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
@@ -187,7 +188,7 @@ class Generation:
         )
 
 
-class TextOutOfMemory(MemoryError):
+class TextOutOfMemory(Portable, MemoryError):
     """Memory ran out while a text was generated; `.generations` has the texts so far, with finish_reason "broken"."""
 
     def __init__(self, message: str, generations: Sequence[Generation]) -> None:

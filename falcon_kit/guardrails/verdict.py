@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import Portable, printable
 from falcon_kit.display.tables import html_table
 
 Where = Literal["prompt", "output"]
@@ -61,7 +61,7 @@ class Verdict:
         return html_table(f"{self.where}: {'blocked' if self else 'passed'}", ("check", "reason", "characters"), rows)
 
 
-class Blocked(ValueError):
+class Blocked(Portable, ValueError):
     """The guardrails blocked a text. `.verdict` has the findings; neither it nor the message contains the text."""
 
     def __init__(self, verdict: Verdict, label: str = "") -> None:

@@ -191,12 +191,12 @@ def _values(inspected: InspectedModel, replace: Replacement | Tensor, ids: Seque
         )
         return replace
     check_known("replacement", replace, get_args(Replacement))
-    return torch.zeros(shape) if replace == "zero" else _head_means(inspected, ids)
+    return torch.zeros(shape, device="cpu") if replace == "zero" else _head_means(inspected, ids)
 
 
 def _head_means(inspected: InspectedModel, ids: Sequence[int]) -> Tensor:
     spec = inspected.spec
-    means = torch.zeros(spec.layers, spec.query_heads, spec.head_dim)
+    means = torch.zeros(spec.layers, spec.query_heads, spec.head_dim, device="cpu")
 
     def keep(layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         means[layer] = args[0][0].float().mean(0).unflatten(-1, (-1, spec.head_dim)).cpu()

@@ -187,11 +187,17 @@ def _baseline(inspected: InspectedModel, ids: list[int]) -> list[int]:
     return [token] * len(ids)
 
 
+def _next_logits(inspected: InspectedModel, **inputs: Tensor) -> Tensor:
+    """The logits (B, V) of the next token after each row, also where the config turns output objects off."""
+    logits: Tensor = inspected.model(**inputs, use_cache=False, logits_to_keep=1, return_dict=True).logits
+    return logits[:, -1]
+
+
 def _next_log_probabilities(inspected: InspectedModel, input_ids: Tensor) -> Tensor:
     """Log-probabilities (B, V) of the next token after each row of (B, T)."""
     with torch.no_grad():
-        logits = inspected.model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits
-        return logits[:, -1].float().log_softmax(-1)
+        logits = _next_logits(inspected, input_ids=input_ids)
+        return logits.float().log_softmax(-1)
 
 
 def _leave_one_out(inspected: InspectedModel, ids: list[int], target: int) -> Floats:
@@ -217,7 +223,7 @@ def _integrated_gradients(
 def _path_integral(inspected: InspectedModel, ids: list[int], target: int, steps: int) -> Floats:
     """Mean gradient on the path from the baseline to the text, times their difference: (T,). The points and weights are
     those of Gauss-Legendre quadrature."""
-    points, weights = (torch.tensor(each) / 2 for each in np.polynomial.legendre.leggauss(steps))
+    points, weights = (torch.from_numpy(each) / 2 for each in np.polynomial.legendre.leggauss(steps))
     with torch.no_grad():
         embed = inspected.decoder.get_input_embeddings()
         start, end = (
@@ -228,7 +234,7 @@ def _path_integral(inspected: InspectedModel, ids: list[int], target: int, steps
     with _frozen(inspected.model), torch.inference_mode(False), torch.enable_grad():
         for some, weight in zip((points + 0.5).split(batch), weights.split(batch), strict=True):
             embeddings = (start + some.to(end)[:, None, None] * (end - start)).requires_grad_()  # (B, T, d_model)
-            logits = inspected.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = _next_logits(inspected, inputs_embeds=embeddings)
             (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[:, target].sum(), embeddings)
             total += torch.tensordot(weight.to(total), gradient.float(), 1)
     return ((end - start)[0].float() * total).sum(-1).cpu().numpy()

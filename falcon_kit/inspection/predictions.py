@@ -84,7 +84,7 @@ def predict(inspected: InspectedModel, ids: list[int], top_k: int, target: int |
             top_probabilities=np.zeros((time, top_k), np.float32),
             surprisal=np.full(time, np.nan, np.float32),
             rank=np.full(time, -1),
-            target_ids=torch.zeros(time, dtype=torch.long),
+            target_ids=torch.zeros(time, dtype=torch.long, device="cpu"),
             target_logits=np.zeros(time, np.float32),
             inverse_deviation=(last.float().var(-1, correction=0) + norm.eps).rsqrt(),
         )

@@ -43,6 +43,7 @@ from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.loading.quantizer import SPILLED
 from falcon_kit.loading.reading import choose_device_map, is_large, read_model
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import has_tied_head
 from falcon_kit.model.products import faster_without_onednn
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, devices_by_key, identical_gpus, local_devices
@@ -234,6 +235,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
         return cast(Falcon, launching.launch(found.name, request, is_large(files), settings.ranks_on_cpu, **parts))
     with _spilling_named(planned, settings, found):
         model = read_model(found, files, planned, settings)
+    parts["spec"] = replace(found.spec, tied_head=has_tied_head(model, found.spec.tied_head))
     set_special_tokens(model.generation_config, tokenizer)
     model.generation_config = generation or GenerationConfig.from_model_config(model.generation_config.to_dict())
     if isinstance(model, modeling.FalconForCausalLM):

@@ -303,4 +303,4 @@ def _logits(falcon: Falcon) -> Tensor:
     """The model's logits for a fixed text, (T, V) in float32."""
     ids = torch.tensor([encode_text(_PROBE, falcon.tokenizer)], device=falcon.model.device)
     with torch.inference_mode():
-        return falcon.model(ids, use_cache=False).logits[0].float().cpu()
+        return falcon.model(ids, use_cache=False, return_dict=True).logits[0].float().cpu()

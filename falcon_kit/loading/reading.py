@@ -2,7 +2,7 @@
 
 import hashlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -15,8 +15,9 @@ from transformers import FalconForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from falcon_kit.catalogue.memory import QUANTISED
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, with_adapters
+from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, with_adapters, with_prefix
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
@@ -29,11 +30,14 @@ from falcon_kit.loading.quantization import (
     stored_quantisation,
 )
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import has_tied_head
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import empty_gpu_cache
 from falcon_kit.planning.plan import Plan
 
+_CONSTANTS = ("inv_freq", "masked_bias", "attention.bias", "attn.bias")
+"""The ends of the names of constants that old checkpoints store beside the weights."""
 _SMALL = 2**30  # bytes of weights that are read before a progress bar is of use
 
 
@@ -92,13 +96,12 @@ def _from_pretrained(
                 use_safetensors=files[0].suffix == ".safetensors",
                 weights_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by name below
                 **options,
             )
-    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise ValueError(
-            f"{found.directory} lacks {len(missing)} weights that its config.json asks for, such as {missing[0]}: "
-            "the config and the weights are of different models, or the checkpoint is incomplete"
-        )
+    _check_report(report, found)
+    if not has_tied_head(model, model.config.tie_word_embeddings):
+        model.config.tie_word_embeddings = False  # else resizing the vocabulary would drop a head of its own
     if quantised:
         check_quantised(model, dtype)
         make_savable(model)
@@ -110,6 +113,38 @@ def _from_pretrained(
     _pin_offloaded_weights(model)
     evaluating: FalconForCausalLM = model.eval()
     return evaluating
+
+
+def _check_report(report: Mapping[str, Any], found: Checkpoint) -> None:
+    """Raises ValueError where the weights of a checkpoint are not those that its config asks for.
+
+    What is no part of the layers that the config asks for, such as a value head, is left out, as transformers reports.
+    """
+    problem = ""
+    unused = [name for name in sorted(report["unexpected_keys"]) if _is_of_layers(name, found.config.num_hidden_layers)]
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        problem = f"lacks {len(missing)} weights that its config.json asks for, such as {printable(missing[0])}"
+    elif mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        problem = (
+            f"has {len(mismatched)} weights of another shape than its config.json asks for, such as {printable(name)}: "
+            f"{tuple(stored)}, not {tuple(expected)}"
+        )
+    elif unused:
+        problem = f"has {len(unused)} weights that its config.json has no place for, such as {printable(unused[0])}"
+    if problem:
+        raise ValueError(
+            f"{found.directory} {problem}: the config and the weights are of different models, or the checkpoint is "
+            "incomplete"
+        )
+
+
+def _is_of_layers(name: str, layers: int) -> bool:
+    """Whether a weight is one of the first layers or the head, without which their outputs would be others."""
+    part = with_prefix(name)
+    index = part.removeprefix("transformer.h.").split(".")[0]
+    beyond = index.isdigit() and int(index) >= layers
+    return part.startswith(("transformer.", "lm_head.")) and not beyond and not part.endswith(_CONSTANTS)
 
 
 def _remove_needless_hooks(model: nn.Module) -> None:

@@ -24,8 +24,27 @@ def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: 
 
 
 def live_spec(spec: FalconSpec, model: Any) -> FalconSpec:
-    """The shape of a model as it is now: `spec` with the rows of its input embeddings and the context of its config."""
-    return replace(spec, vocabulary=vocabulary_size(model), context=context_limit(model.config))
+    """The shape of a model as it is now: `spec` with its layers, the rows of its input embeddings, whether its head is
+    the same weight, and the context of its config."""
+    return replace(
+        spec,
+        layers=len(getattr(getattr(model, "transformer", model), "h", ())) or spec.layers,
+        vocabulary=vocabulary_size(model),
+        context=context_limit(model.config),
+        tied_head=has_tied_head(model, spec.tied_head),
+    )
+
+
+def has_tied_head(model: Any, unknown: bool) -> bool:
+    """Whether the head of a model is the weight of its embeddings; `unknown` without a head, or where it is offloaded.
+
+    A checkpoint may hold a head of its own although its config ties it.
+    """
+    parts = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    embedding, head = (getattr(each, "weight", None) for each in parts)
+    if not (isinstance(embedding, Tensor) and isinstance(head, Tensor)) or embedding.is_meta or head.is_meta:
+        return unknown
+    return head is embedding
 
 
 def check_cache(spec: FalconSpec, kv_heads: int, batch: int, past: Cache | None) -> None:

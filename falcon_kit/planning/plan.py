@@ -18,7 +18,16 @@ from falcon_kit.catalogue.memory import dtype_name
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, require, shown, unknown_name
+from falcon_kit.display.errors import (
+    Portable,
+    check_flag,
+    is_whole,
+    plain_scalar,
+    printable,
+    require,
+    shown,
+    unknown_name,
+)
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.downloads import Disk, disk_for
@@ -50,7 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class NotEnoughMemory(MemoryError):
+class NotEnoughMemory(Portable, MemoryError):
     """Raised if a model does not fit; `.plan` is the memory plan."""
 
     def __init__(self, plan: Plan, message: str = "") -> None:

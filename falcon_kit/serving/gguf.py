@@ -78,6 +78,8 @@ def _file_type(model: FalconForCausalLM, dtype: str | torch.dtype) -> str:
     name = str(model.dtype if dtype == "auto" else dtype).strip().removeprefix("torch.").lower()
     name = ALIASES.get(name, name)
     if name not in FILE_TYPES:
+        if dtype == "auto":
+            raise ValueError(f"the model is in {model.dtype}, which is no type of a GGUF file: give dtype='f32'")
         raise ValueError(unknown_name("dtype", str(dtype), ["auto", *FILE_TYPES]))
     return name
 
@@ -167,8 +169,7 @@ def _write_tensors(
     writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec, tensors: Mapping[str, Stored]
 ) -> None:
     """Writes the metadata of all tensors, then one tensor after the other, so that only one is in memory twice."""
-    weights: dict[str, torch.Tensor] = model.state_dict()
-    names = stored_names(spec)
+    names, weights = stored_names(spec), _weights(model, spec)
     kinds = {name: GGMLQuantizationType[each.kind] for name, each in tensors.items()}
     large = sum(each.bytes for each in tensors.values()) >= _PROGRESS_BAR_BYTES
     for key, name in names.items():
@@ -183,6 +184,16 @@ def _write_tensors(
             writer.write_tensor_data(_to_bytes(weight.detach().cpu(), kinds[names[key]]))
     finally:
         writer.close()
+
+
+def _weights(model: FalconForCausalLM, spec: FalconSpec) -> dict[str, torch.Tensor]:
+    """The weights by name. Raises ValueError for others than the shape has, which the file would lack."""
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    names = {*stored_names(spec), *(("lm_head.weight",) if spec.tied_head else ())}
+    if wrong := sorted(names ^ weights.keys()):
+        has = "has" if wrong[0] in weights else "lacks"
+        raise ValueError(f"the model {has} {wrong[0]}, unlike a Falcon of its shape: export it as it was loaded")
+    return weights
 
 
 def _to_bytes(weight: torch.Tensor, kind: GGMLQuantizationType) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import Portable, require
 from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
 from falcon_kit.generation.waiting import next_item, result, wait
 from falcon_kit.serving.background import background_loop
@@ -26,7 +26,7 @@ _CLOSE_SECONDS = 5.0
 _MOST_PER_TOKEN = 256  # events and characters; the longest token of the published vocabulary has 80 characters
 
 
-class IncompleteAnswer(ConnectionError):
+class IncompleteAnswer(Portable, ConnectionError):
     """A response broke before its end; `.generation` has the text so far, with finish_reason "broken"."""
 
     def __init__(self, message: str, generation: Generation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,35 @@ from transformers import PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import gguf_file
+from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.errors import printable, shown
+from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
-from falcon_kit.tuning.packing import Packed
+from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.settings import Tuning
 
 
 def check_model(falcon: Falcon, settings: Tuning) -> None:
     """Raises ValueError for a model that cannot be trained; warns of an instruct model, with the advice of its card."""
+    check_no_adapters(falcon, "the new one")
     if not isinstance(falcon.model, modeling.FalconForCausalLM):
         raise ValueError(
             "with transformers' own Falcon, packed documents attend to each other: load the model without "
             "attention='transformers'"
         )
-    check_no_adapters(falcon, "the new one")
     if any(each.device.type == "meta" for each in falcon.model.parameters()):
         raise ValueError(
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
             "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"
         )
     check_no_new_tokens(falcon)
+    if (dtype := str(falcon.model.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+        raise ValueError(
+            f"the model is in {dtype}, and training is in {', '.join(FLOAT_DTYPES)}: call falcon.model.float() first"
+        )
     if settings.shard and is_quantised(falcon.model):
         raise ValueError(
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
@@ -61,7 +68,16 @@ def settings_of_rows(rows: Packed, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def check_same_vocabulary(falcon: Falcon, *packed: Packed | None) -> None:
-    """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's."""
+    """Raises ValueError for rows whose tokens are of another vocabulary than the Falcon's, or beyond its embeddings."""
+    size = vocabulary_size(falcon.model)
+    for part in chain.from_iterable(column(each.examples, "ids") for each in packed if each is not None):
+        if (last := int(part.flatten().to_numpy().max(initial=0))) >= size:
+            raise ValueError(
+                f"the rows have the token {falcon.tokenizer.convert_ids_to_tokens(last)!r}, whose id is {last}, but "
+                f"the model has embeddings of 0 to {size - 1}: falcon.model.resize_token_embeddings({last + 1}), "
+                "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune "
+                "fk.load(folder)"
+            )
     own = falcon.tokenizer.get_vocab()
     if any(each is not None and each.tokenizer.get_vocab() != own for each in packed):
         raise ValueError(

@@ -20,7 +20,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from falcon_kit.display.errors import check_whole, is_number, shown
+from falcon_kit.display.errors import check_whole, is_number, require, shown
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.display.temporary import TemporaryFolder
 from falcon_kit.tuning.files import rows
@@ -193,6 +193,8 @@ def as_rows(given: Any, function: str, form: str = f"A row has {FORMS}") -> Any:
 
 def _frame_rows(frame: pd.DataFrame) -> Any:
     """The rows of a frame. Arrow has no column of texts and numbers: then they are dictionaries."""
+    twice = [*frame.columns[frame.columns.duplicated()]]
+    require(not twice, f"the DataFrame names the column {shown(twice[0]) if twice else ''} twice: rename one of them")
     try:
         return Dataset.from_pandas(frame, preserve_index=False)
     except (TypeError, ValueError):

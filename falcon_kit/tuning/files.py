@@ -8,12 +8,13 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from falcon_kit.display.errors import printable
-from falcon_kit.display.reading import parse_json
+from falcon_kit.display.reading import TwiceNamed, json_object, parse_json
 from falcon_kit.generation.chat import BAIZE
 
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
@@ -161,6 +162,8 @@ def _rows_of_line(value: Any) -> list[Any]:
 def _json(line: str) -> Any:
     try:
         return parse_json(line)
+    except TwiceNamed as error:
+        return error
     except ValueError as error:
         return ValueError(f"it is not JSON ({error})")
 
@@ -179,7 +182,8 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
     """The values of a JSON array and of those after it, or of a file of indented values, one at a time."""
-    decoder, line, arrays = json.JSONDecoder(), 1, array
+    twice: list[str] = []
+    decoder, line, arrays = json.JSONDecoder(object_pairs_hook=partial(json_object, twice)), 1, array
     text = read()
     at = text.index("[") + 1 if array else 0
     line += text.count("\n", 0, at)
@@ -190,6 +194,7 @@ def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
         if arrays and not array and text.startswith("[", at):
             array, at = True, at + 1
             continue
+        twice.clear()
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -206,6 +211,6 @@ def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
                 return
             yield line, ValueError(f"the JSON is broken from here on ({error}): the rest of the file is not read")
             return
-        yield line, value
+        yield line, TwiceNamed(twice[0]) if twice else value
         line += text.count("\n", at, end)
         at = end

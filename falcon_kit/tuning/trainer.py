@@ -118,7 +118,7 @@ class AdapterTrainer(Trainer):
             count = (batch["labels"][:, 1:] != IGNORED).sum()
             rows = batch.pop("rows")
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.model_wrapped(**batch, skip_logits=True, num_items_in_batch=1).loss
+                loss = self.model_wrapped(**batch, skip_logits=True, num_items_in_batch=1, return_dict=True).loss
             parts.append(torch.stack([each.to(self.args.device, torch.float32) for each in (rows[0], loss, count)]))
         gathered = self.accelerator.gather(torch.stack(parts)).cpu()
         by_row = {int(row): (loss, count) for row, loss, count in gathered.tolist()}

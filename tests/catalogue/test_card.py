@@ -1,5 +1,8 @@
 """The model card: the prompt and the sampling arguments, as published."""
 
+import copy
+import pickle
+
 import pytest
 
 from falcon_kit.catalogue.card import CARD
@@ -20,6 +23,14 @@ def test_the_cards_sampling_can_be_passed_on_but_not_changed() -> None:
     assert {**CARD.sampling} == {"max_length": 200, "do_sample": True, "top_k": 10, "num_return_sequences": 1}
     with pytest.raises(TypeError):
         CARD.sampling["top_k"] = 50  # type: ignore[index]
+
+
+def test_the_card_can_be_copied_and_pickled() -> None:
+    read = pickle.loads(pickle.dumps(CARD))  # noqa: S301  # as a process pool does
+    for again in (copy.copy(CARD), copy.deepcopy(CARD), read):
+        assert again == CARD
+        with pytest.raises(TypeError):
+            again.sampling["top_k"] = 1  # type: ignore[index]
 
 
 def test_the_cards_citations_are_three_bibtex_entries_which_its_table_leaves_out() -> None:

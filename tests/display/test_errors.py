@@ -1,10 +1,17 @@
 """Errors about unknown names, checks, and how a process ended."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
+import falcon_kit as fk
 from falcon_kit.display.errors import check_flag, exit_cause, require, unknown_name
+from falcon_kit.display.reading import TwiceNamed
+from falcon_kit.generation.text import TextOutOfMemory
+from falcon_kit.serving.failures import Unavailable
 
 MODELS = ("falcon-40b", "falcon-7b")
 
@@ -48,3 +55,35 @@ def test_what_is_no_flag_is_refused(other):
 )
 def test_the_end_of_a_process_is_named_by_its_exit_code_or_signal(code, expected):
     assert exit_cause(code) == expected
+
+
+# Errors that carry results
+
+
+def carried():
+    """Each error of the kit that has more than a message."""
+    stats = fk.Stats(1, 1, 1, 0.1, 0.2)
+    generation = fk.Generation("prompt", "text", (1,), None, "broken", stats)
+    errors = [
+        fk.Blocked(fk.guardrails(blocked_words=["bad"]).check("bad"), "prompt 2 of 3"),
+        fk.NotEnoughMemory(fk.plan("falcon-180b"), "no room"),
+        fk.IncompleteAnswer("the server is gone", generation),
+        TextOutOfMemory("out of memory", [generation]),
+        TwiceNamed("key"),
+        Unavailable("busy", retry_after=3.0),
+    ]
+    return {type(each).__name__: each for each in errors}
+
+
+def through_a_pipe(error):
+    return pickle.loads(pickle.dumps(error))  # noqa: S301  # as a process pool does
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, through_a_pipe])
+@pytest.mark.parametrize("name", carried())
+def test_an_error_that_reaches_another_process_is_whole(name, again):
+    error = carried()[name]
+    error.add_note("a note")
+    found = again(error)
+    assert (type(found), str(found), found.args) == (type(error), str(error), error.args)
+    assert repr(vars(found)) == repr(vars(error))

@@ -13,6 +13,10 @@ from falcon_kit.display.reading import named_errors, parse_json, read_json
         (b"{'a': 1}", r"is not valid JSON \(Expecting property name.*line 1 column 2"),
         (b'"caf\xe9"', r"is not valid JSON \('utf-8' codec can't decode byte 0xe9"),
         (b"[1]", r"contains a list, but a some\.json is a JSON object"),
+        (
+            b'{"a": 1, "b": {"c": 1, "c": 2}}',
+            r"cannot be used: it names 'c' twice, with different values: keep the one",
+        ),
         (b"null", r"contains a NoneType, but a some\.json is a JSON object"),
     ],
 )

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -77,6 +78,54 @@ def test_a_second_prompt_is_refused(instruct, name):
 def test_what_would_have_no_effect_is_refused_with_what_has_one(instruct, settings, error):
     with pytest.raises(ValueError, match=error):
         instruct.generate(QUESTION, **settings)
+
+
+OF_ANOTHER_KIND = {
+    "num_beams": (-1, 0, 0.5, True, "2", [2]),
+    "prefill_chunk_size": (0, -1, 2.5, True, "", [3]),
+    "min_new_tokens": (-1, 1.5, True, "3", []),
+    "no_repeat_ngram_size": (-1, 0.5, True, "3"),
+    "repetition_penalty": (True, "", "1.5", float("nan"), 10**400, [1.0]),
+    "max_time": (True, "1", [], float("nan")),
+    "use_cache": ("False", 0, 1.5, []),
+    "logits_processor": (print, 5, [None], "x", {"a": 1}),
+    "stopping_criteria": (print, True, [3], {"a": 1}),
+    "streamer": (print, True, []),
+    "past_key_values": (True, {}, "x"),
+    "eos_token_id": (True, "<|endoftext|>", 1.5, ["a"], [[1]], {1}),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_KIND)
+def test_an_argument_of_another_kind_is_refused_before_the_model_runs(instruct, forwards, name):
+    for value in OF_ANOTHER_KIND[name]:
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            instruct.generate(QUESTION, max_new_tokens=2, **{name: value})
+    assert not forwards
+
+
+NUMBERS = {
+    "temperature": (2, {"seed": 3}),
+    "repetition_penalty": (2, {}),
+    "length_penalty": (3, {"num_beams": 2}),
+    "max_time": (100, {}),
+    "num_beams": (2, {}),
+    "prefill_chunk_size": (2, {}),
+    "min_new_tokens": (3, {}),
+    "no_repeat_ngram_size": (1, {}),
+}
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.float32, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_counts_whatever_type_it_has(instruct, name, kind):
+    number, others = NUMBERS[name]
+    whole = name in ("num_beams", "prefill_chunk_size", "min_new_tokens", "no_repeat_ngram_size")
+    if whole and kind is np.float32:
+        kind = np.int32
+    others = {"max_new_tokens": 6} | others
+    expected = instruct.generate(QUESTION, **others | {name: number if whole else float(number)})
+    assert instruct.generate(QUESTION, **others | {name: kind(number)}).tokens == expected.tokens
 
 
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
@@ -186,6 +235,36 @@ def test_a_loop_of_the_caller_may_return_tokens_or_an_output(instruct, as_output
     assert (answer.tokens, answer.finish_reason, answer.logprobs) == ((77, 77, 77), "length", None)
     with pytest.raises(ValueError, match=r"^custom_generate cannot stream token by token: use generate\(\)$"):
         instruct.stream(QUESTION, custom_generate=loop)
+
+
+HUB_LOOPS = {
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "high"},
+    "num_beam_groups": {"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 1.0},
+    "force_words_ids": {"force_words_ids": [[77]], "num_beams": 2},
+    "constraints": {"constraints": [object()], "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("name", HUB_LOOPS)
+def test_a_loop_whose_code_is_on_the_hub_is_refused_and_no_remote_code_is_advised(instruct, name, monkeypatch):
+    error = rf"^{name}=.* needs code that transformers fetches from the hub and runs, .*: leave it out"
+    with pytest.raises(ValueError, match=f"{error}$"):
+        instruct.generate(QUESTION, **HUB_LOOPS[name])
+    for each, value in HUB_LOOPS[name].items():
+        monkeypatch.setattr(instruct.model.generation_config, each, value, raising=False)
+    with pytest.raises(ValueError, match=rf"{error}, with falcon\.model\.generation_config\.{name} = None$"):
+        instruct.generate(QUESTION)
+    setattr(instruct.model.generation_config, name, None)
+    assert instruct.generate(QUESTION, max_new_tokens=2).tokens
+
+
+def test_a_loop_is_named_by_no_repository_and_no_folder(instruct, tmp_path):
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text("raise SystemExit('remote code ran')")
+    for source in ("someone/loop", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"^custom_generate=.* names code that would be fetched and run"):
+            instruct.generate(QUESTION, custom_generate=source)
 
 
 # Models with an adapter of PEFT

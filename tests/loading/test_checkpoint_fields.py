@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import FalconForCausalLM, GenerationConfig
 
@@ -217,6 +218,70 @@ def test_a_field_of_the_config_changes_the_logits_as_in_transformers(tokenizer, 
             fk.load(tmp_path)
         return
     torch.testing.assert_close(logits(fk.load(tmp_path).model), logits(expected), atol=1e-5, rtol=0)
+
+
+# The weights
+
+MLP = "transformer.h.0.mlp.dense_4h_to_h"
+NO_PLACE = r"has [1-9]\d* weights that its config\.json has no place for, such as "
+OF_ANOTHER_MODEL = {
+    "biases": ("rw", {"bias": False}, {}, NO_PLACE + r"transformer\.h\.\d\.\S*bias: "),
+    "a scale": ("40b", {}, {f"{MLP}.weight_scale": torch.ones(1)}, NO_PLACE + rf"{MLP}\.weight_scale: "),
+    "a bias of the head": ("7b", {}, {"lm_head.bias": torch.ones(2048)}, NO_PLACE + r"lm_head\.bias: "),
+    "LoRA": (
+        "40b",
+        {},
+        {f"{MLP.removeprefix('transformer.')}.lora_A.weight": torch.ones(2, 2)},
+        NO_PLACE + r"(transformer\.)?h\.0",
+    ),
+    "rows": (
+        "7b",
+        {"vocab_size": 2000},
+        {},
+        r"has \d+ weights of another shape .*, such as \S*word_embeddings\.weight: \(2048, 256\), not \(2000, 256\): ",
+    ),
+}
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["alone", "with an adapter"])
+@pytest.mark.parametrize("case", OF_ANOTHER_MODEL.values(), ids=OF_ANOTHER_MODEL)
+def test_weights_of_another_model_are_neither_left_out_in_silence_nor_blamed_on_a_report(
+    case, adapter, tokenizer, tmp_path
+):
+    layout, fields, added, error = case
+    base = tmp_path / "base"
+    small_model(layout).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    folder = saved_adapter(base, tmp_path / "adapter", target_modules=["dense_h_to_4h"]) if adapter else base
+    save_file(load_file(base / "model.safetensors") | added, base / "model.safetensors", {"format": "pt"})
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=f"{error if not adapter else '(?:' + error + '|was made for)'}"):
+        fk.load(folder)
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(tokenizer, tmp_path):
+    base, file = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    small_model("40b").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": -weights["transformer.word_embeddings.weight"]}, file, {"format": "pt"})
+    falcon = fk.load(base)
+    expected = logits(falcon.model)
+    torch.testing.assert_close(expected, -logits(small_model("40b")))
+    assert (falcon.spec.tied_head, falcon.spec.parameters) == (False, sum(map(torch.numel, falcon.model.parameters())))
+    assert torch.equal(logits(fk.load(fk.export_gguf(falcon, tmp_path / "a.gguf", "f32")).model), expected)
+    for change in (falcon.model.tie_weights, lambda: falcon.model.resize_token_embeddings(2050)):
+        change()
+        assert torch.equal(logits(falcon.model)[..., :2048], expected)
+
+
+def test_what_is_no_part_of_the_layers_and_the_constants_of_old_checkpoints_change_nothing(checkpoint):
+    expected, file = logits(fk.load(checkpoint).model), checkpoint / "model.safetensors"
+    constants = [f"transformer.h.0.self_attention.{name}" for name in ("rotary.inv_freq", "masked_bias", "bias")]
+    added = {name: torch.ones(1) for name in (*constants, "v_head.summary.weight")}
+    save_file(load_file(file) | added, file, {"format": "pt"})
+    assert torch.equal(logits(fk.load(checkpoint).model), expected)
 
 
 # The tokenizer

@@ -22,7 +22,7 @@ from falcon_kit.serving import ggml
 from falcon_kit.serving import gguf as export
 from falcon_kit.serving.gguf import export_gguf, write_gguf
 from falcon_kit.serving.gguf_kinds import FILE_TYPES, planned_tensors
-from tests.conftest import LAYOUTS, small_model
+from tests.conftest import LAYOUTS, logits, small_model
 from tests.serving.servers import llama_cpp
 
 TEXTS = [
@@ -276,6 +276,25 @@ def test_what_llama_cpp_cannot_compute_is_refused_with_the_reason(layout, change
 )
 def test_an_unknown_dtype_is_refused_with_those_there_are(dtype, match, instruct, tmp_path):
     refuse(ValueError, match, lambda: export_gguf(instruct, tmp_path / "a.gguf", dtype), tmp_path)
+
+
+def test_a_dtype_of_the_model_that_no_file_has_is_refused_with_one_that_works(tokenizer, tmp_path):
+    model = small_model("40b").double()
+    match = "the model is in torch.float64, which is no type of a GGUF file: give dtype='f32'"
+    refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
+    assert write_gguf(model, spec_of(model), tmp_path / "a.gguf", "f32", tokenizer).stat().st_size > 0
+
+
+def test_a_changed_model_is_exported_as_it_is_or_refused(tokenizer, tmp_path):
+    falcon = fk.load(fk.export_gguf(fk.load("falconet"), tmp_path / "a.gguf", "f32"))
+    falcon.model.transformer.h = falcon.model.transformer.h[:3]
+    path = export_gguf(falcon, tmp_path / "b.gguf", "f32")
+    assert torch.allclose(logits(fk.load(path).model), logits(falcon.model), atol=1e-5)
+    falcon.model.lm_head.bias = torch.nn.Parameter(torch.ones(2048))
+    error = r"the model has lm_head\.bias, unlike a Falcon of its shape: export it as it was loaded"
+    with pytest.raises(ValueError, match=error):
+        export_gguf(falcon, tmp_path / "c.gguf", "f32")
+    assert not (tmp_path / "c.gguf").exists()
 
 
 def test_without_llama_cpp_its_kinds_are_refused_with_what_to_install(instruct, tmp_path, monkeypatch):

@@ -93,6 +93,36 @@ def test_a_table_with_two_columns_of_one_name_is_not_read(tmp_path):
         fk.dialogues(written(tmp_path / "z.csv", "prompt,completion,completion\nHi,first,second\n"))
 
 
+@pytest.mark.parametrize("name", ["lines.jsonl", "array.json", "indented.json", "arrays.jsonl"])
+def test_a_row_with_two_values_of_one_key_is_named_instead_of_losing_one(tmp_path, name):
+    twice = '{"prompt": "first", "prompt": "second", "completion": "b"}'
+    inside = '{"messages": [{"role": "user", "content": "a", "content": "c"}, {"role": "assistant", "content": "b"}]}'
+    same = '{"prompt": "a", "prompt": "a", "completion": "b"}'
+    rows, good = [twice, inside, same], '{"prompt": "good", "completion": "b"}'
+    text = {
+        "lines.jsonl": "\n".join([*rows, good]),
+        "array.json": f"[{', '.join([*rows, good])}]",
+        "indented.json": "\n".join(each.replace("{", "{\n", 1) for each in [*rows, good]),
+        "arrays.jsonl": "\n".join(f"[{each}]" for each in [*rows, good]),
+    }[name]
+    read = fk.dialogues(written(tmp_path / name, text))
+    assert [each["messages"][0]["content"] for each in read] == ["a", "good"]
+    wrong = "twice, with different values: keep the one that is meant"
+    assert [each.reason for each in read.problems] == [f"it names 'prompt' {wrong}", f"it names 'content' {wrong}"]
+
+
+def test_a_frame_with_two_columns_of_one_name_is_refused_wherever_rows_are_taken(instruct):
+    frame = pd.DataFrame([["a", "lost", "b", "c"]], columns=["text", "text", "stereotype", "counterpart"])
+    for take in (
+        fk.dialogues,
+        lambda given: fk.mix(fk.dialogues([{"text": "a"}]), given),
+        lambda given: fk.evaluate(instruct, text=given),
+        lambda given: fk.bias(instruct, given.assign(axis="x")),
+    ):
+        with pytest.raises(ValueError, match="the DataFrame names the column 'text' twice: rename one of them"):
+            take(frame)
+
+
 def test_a_bad_answer_of_a_table_is_left_out(tmp_path):
     found = problems(written(tmp_path / "y.csv", "prompt,completion,label\nHi,Hello.,True\nHi,Go away.,False\n"))
     assert [(where, "bad answer" in reason) for where, reason in found] == [("y.csv:3", True)]

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import FalconForCausalLM
 
@@ -291,6 +291,34 @@ def test_a_model_in_parts_that_are_not_here_is_refused(tmp_path):
     falcon.model.transformer.h[0].to("meta")
     with pytest.raises(ValueError, match="is offloaded to host memory or disk, where it cannot be trained"):
         fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+
+
+def test_a_model_in_peft_is_refused_for_its_adapter_and_not_for_its_class(tmp_path):
+    falcon = fk.load("falconet", dtype="float32")
+    adapted = get_peft_model(falcon.model, LoraConfig(r=2, target_modules=["query_key_value"]))
+    with pytest.raises(ValueError, match="the model already has the adapter 'default'"):
+        fk.tune(dataclasses.replace(falcon, model=adapted), ROWS, output_dir=tmp_path, **QUICK)
+
+
+def test_a_model_in_float64_is_refused_with_what_makes_it_one_that_can_be_trained(tmp_path):
+    falcon = fk.load("falconet", dtype="float32")
+    falcon.model.double()
+    with pytest.raises(
+        ValueError, match=r"the model is in float64, and training is in .*falcon\.model\.float\(\) first"
+    ):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert falcon.model.dtype == torch.float64
+    falcon.model.float()
+    assert fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1}).history
+
+
+def test_a_model_that_returns_tuples_is_tuned_and_returns_them_afterwards(tmp_path):
+    falcon = fk.load("falconet", dtype="float32")
+    falcon.model.config.return_dict = False
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK | {"max_steps": 1, "held_out": 0.3})
+    assert run.history
+    assert isinstance(falcon.model(torch.tensor([[1, 2]])), tuple)
+    assert fk.merge(run.adapter, falcon).model.config.return_dict is False
 
 
 def test_patience_without_anything_held_out_is_refused(falcon, tmp_path):

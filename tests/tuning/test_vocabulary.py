@@ -79,6 +79,24 @@ def test_following_the_advice_gives_an_adapter_that_reads_the_new_token(falcon, 
     assert loaded.generate(TOOL, max_new_tokens=1).tokens
 
 
+def test_a_token_that_a_checkpoint_has_no_embedding_of_is_named_and_the_advice_works(tmp_path):
+    falcon = fk.load("falconet", dtype="float32")
+    falcon.tokenizer.add_tokens([TOOL])
+    falcon.model.save_pretrained(tmp_path / "base")
+    falcon.tokenizer.save_pretrained(tmp_path / "base")
+    falcon = fk.load(tmp_path / "base")
+    for rows in (TALKS, fk.pack(fk.dialogues(TALKS), falcon, SHORT["context"])):
+        with pytest.raises(
+            ValueError, match=r"the token '<tool>', whose id is 2048, .* of 0 to 2047: falcon.model.resize"
+        ):
+            fk.tune(falcon, rows, output_dir=tmp_path / "run", **SHORT)
+    assert fk.tune(falcon, ROWS[:8], output_dir=tmp_path / "others", **SHORT).history
+    falcon.model.resize_token_embeddings(2049)
+    falcon.model.save_pretrained(tmp_path / "larger")
+    falcon.tokenizer.save_pretrained(tmp_path / "larger")
+    assert fk.tune(fk.load(tmp_path / "larger"), TALKS, output_dir=tmp_path / "run", **SHORT).history
+
+
 @pytest.mark.parametrize("resized", [True, False])
 def test_a_new_padding_token_is_no_obstacle(stored, tmp_path, resized):
     stored.tokenizer.add_special_tokens({"pad_token": "<padding>"})
