@@ -29,6 +29,7 @@ from falcon_kit.evaluation.local import LocalModel
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio, share
 from falcon_kit.evaluation.tasks import parsed, text_of
+from falcon_kit.generation.control_tokens import encode_prompts
 from falcon_kit.tuning.files import rows as rows_of_files
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def bias(
     model = LocalModel(falcon, batch_size)
     prefix = prefix_token(model.tokenizer)
     sentences = [sentence for _, *both in rows for sentence in both]
-    ids = [(prefix, *each) for each in model.tokenizer(sentences, verbose=False)["input_ids"]]
+    ids = [(prefix, *each) for each in encode_prompts(sentences, model.tokenizer)]
     totals = [each.total for each in score(model.inspected, [Row(each, len(each) - 1) for each in ids], batch_size)]
     differences = [one - two for one, two in zip(totals[::2], totals[1::2], strict=True)]
     results = (PairResult(*row, difference) for row, difference in zip(rows, differences, strict=True))

@@ -24,7 +24,7 @@ from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
 from falcon_kit.generation.arguments import end_token_ids
 from falcon_kit.generation.chat import ChatFormat, encode, render_prompt
-from falcon_kit.generation.control_tokens import encode_text
+from falcon_kit.generation.control_tokens import encode_prompt, encode_prompts, encode_text
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.inspection.hooks import evaluation_mode, inspect_model
@@ -55,7 +55,7 @@ class LocalModel:
     def record(self) -> dict[str, Any]:
         """What identifies the model's weights."""
         config = self.inspected.decoder.config
-        ids = [prefix_token(self.tokenizer), *self.tokenizer(_PROBE)["input_ids"]]
+        ids = [prefix_token(self.tokenizer), *encode_prompt(_PROBE, self.tokenizer)]
         (probe,) = score(self.inspected, [Row(tuple(ids), len(ids) - 1)])
         return {
             "revision": getattr(config, "_commit_hash", None),
@@ -102,7 +102,7 @@ class LocalModel:
         context, prefix = self.inspected.spec.context, prefix_token(self.tokenizer)
         rows, owners = [], []
         for number, text in enumerate(texts):
-            ids = (prefix, *self.tokenizer(text, verbose=False)["input_ids"])
+            ids = (prefix, *encode_prompt(text, self.tokenizer))
             for start, end, scored in perplexity.windows(len(ids) - 1, context, context) if ids[1:] else ():
                 rows.append(Row(ids[start:end], scored))
                 owners.append(number)
@@ -121,7 +121,7 @@ class LocalModel:
             messages = [{"role": "user", "content": item.text}]
             texts.append(render_prompt(messages, self.tokenizer, chat_format))
             ids = encode(messages, self.tokenizer, chat_format)
-            if ids != self.tokenizer(texts[-1], verbose=False)["input_ids"]:
+            if ids != encode_prompt(texts[-1], self.tokenizer):
                 self._asked[texts[-1]] = ids
         return texts
 
@@ -174,7 +174,7 @@ class LocalModel:
         """The number of tokens of each text."""
         return [
             len(self._asked.get(text, ids))
-            for text, ids in zip(texts, self.tokenizer(list(texts), verbose=False)["input_ids"], strict=True)
+            for text, ids in zip(texts, encode_prompts(texts, self.tokenizer), strict=True)
         ]
 
     def _chat_settings(self, chat_format: ChatFormat) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio
 from falcon_kit.evaluation.texts import Corpus
+from falcon_kit.generation.control_tokens import encode_prompts
 from falcon_kit.inspection.hooks import InspectedModel
 
 _BLOCK = 64
@@ -134,7 +135,7 @@ def measure(
     stride = stride or max(1, context // 2)
     require(1 <= stride <= context, f"stride={stride} is not between 1 and {context}, the model's context")
     prefix = prefix_token(inspected.tokenizer)
-    encoded = [[prefix, *inspected.tokenizer(text, verbose=False)["input_ids"]] for text in corpus.documents]
+    encoded = [[prefix, *ids] for ids in encode_prompts(corpus.documents, inspected.tokenizer)]
     require(
         sum(map(len, encoded)) - len(encoded) >= 2,
         f"the text {corpus.name!r} has fewer than two tokens: give a longer one",

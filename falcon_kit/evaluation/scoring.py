@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from falcon_kit.display.errors import require
+from falcon_kit.generation.control_tokens import encode_prompts
 from falcon_kit.generation.prompts import check_tokens
 from falcon_kit.inspection.hooks import InspectedModel, evaluation_mode
 from falcon_kit.inspection.predictions import logits_in_chunks
@@ -130,7 +131,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     """
     contexts = [context.rstrip() for context, _ in pairs]
     texts = list(dict.fromkeys(each for each in (*contexts, *(first + rest for first, rest in pairs)) if each))
-    ids = dict(zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True)) if texts else {}
+    ids = dict(zip(texts, encode_prompts(texts, tokenizer), strict=True)) if texts else {}
     split = []
     for context, (before, after) in zip(contexts, pairs, strict=True):
         first = list(ids.get(context, ()))

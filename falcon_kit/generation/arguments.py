@@ -103,8 +103,8 @@ def _check_objects(options: Mapping[str, Any]) -> None:
     streamer, cache, given = (options.get(name) for name in ("streamer", "past_key_values", "eos_token_id"))
     require(
         streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
-        f"a streamer has put and end, as transformers' TextStreamer; got {shown(streamer)}. Call your own function for "
-        "each piece of falcon.stream(...)",
+        f"streamer must be an object with put and end, as transformers.TextStreamer; got {shown(streamer)}. Call your "
+        "own function for each piece of falcon.stream(...)",
     )
     require(
         isinstance(cache, Cache | None), f"past_key_values must be a transformers.Cache or None, got {shown(cache)}"

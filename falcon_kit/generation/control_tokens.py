@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -77,16 +77,26 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(encoding(text, tokenizer, add_special_tokens=True).ids)
 
 
+def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """`encode_prompt` of each text, on all threads of the tokenizer."""
+    return [list(each.ids) for each in _own_backend(tokenizer).encode_batch(list(texts))]
+
+
 def encoding(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     split_special_tokens: bool | None = None,
     add_special_tokens: bool = False,
 ) -> Encoding:
-    """The tokens of a text with their spans. The arguments are those of transformers; None is the tokenizer's own.
+    """The tokens of a text with their spans. The arguments are those of transformers; None is the tokenizer's own."""
+    return _own_backend(tokenizer, split_special_tokens).encode(text, add_special_tokens=add_special_tokens)
 
-    `tokenizer(text)` sets them, padding and truncation on a backend that all threads share, and keeps them there. Here
-    each call has a backend of its own, which shares the vocabulary and takes microseconds to make.
+
+def _own_backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool | None = None) -> Any:
+    """A backend for one call, which shares the vocabulary and takes microseconds to make.
+
+    `tokenizer(text)` sets its arguments, padding and truncation on a backend that all threads share, and keeps them
+    there, in place of what the user has set.
     """
     from tokenizers import Tokenizer
 
@@ -97,4 +107,4 @@ def encoding(
             setattr(own, part, value)
     own.add_tokens([token for _, token in sorted(shared.get_added_tokens_decoder().items())])
     own.encode_special_tokens = tokenizer.split_special_tokens if split_special_tokens is None else split_special_tokens
-    return own.encode(text, add_special_tokens=add_special_tokens)
+    return own

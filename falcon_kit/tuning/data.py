@@ -23,6 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 from falcon_kit.display.errors import check_whole, is_number, require, shown
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.display.temporary import TemporaryFolder
+from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
 
@@ -248,7 +249,7 @@ def mix(
         raise ValueError(f"web_fraction={shown(web_fraction)} is not between 0 and 1: the model card's recipe is 0.05")
 
     def size(text: str) -> int:
-        return len(tokenizer(text, verbose=False)["input_ids"]) if tokenizer else len(text.encode())
+        return len(encode_prompt(text, tokenizer)) if tokenizer else len(text.encode())
 
     problems: list[Problem] = []
     chat = sum(size(_all_text(each)) for each in dialogues)

@@ -309,7 +309,10 @@ def test_a_name_of_another_library_is_answered_with_the_one_here(instruct, other
         ({"truncation": True}, 'truncate="left"'),
         ({"callback": print}, "for piece in falcon.stream"),
         ({"return_full_text": False}, "has .prompt and .text"),
-        ({"streamer": print}, "a streamer has put and end.*got <built-in function print>.*each piece of falcon.stream"),
+        (
+            {"streamer": print},
+            "streamer must be an object with put and end.*got <built-in function print>.*each piece of falcon.stream",
+        ),
     ],
 )
 def test_what_is_done_in_another_way_here_is_said(instruct, given, instead):

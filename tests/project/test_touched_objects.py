@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import falcon_kit as fk
 from falcon_kit.evaluation.tasks import make_task
+from falcon_kit.generation.control_tokens import encode_prompt
 from tests.conftest import small_model
 from tests.tuning.small_runs import QUICK, talk
 
@@ -127,9 +128,16 @@ def another_template(falcon):
     return lambda: falcon.tokenizer.chat_template == TEMPLATE
 
 
+def truncate_and_pad(falcon):
+    backend = falcon.tokenizer.backend_tokenizer
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    return lambda: backend.truncation["max_length"] == 2 and backend.padding["length"] == 9
+
+
 CHANGES = [
     *(add_adapter, wrap_in_peft, add_tokens, turn_gradients_off, dispatch, half, to_bfloat16, train, eager, pad_token),
-    *(generation_settings, checkpointing, another_template),
+    *(generation_settings, checkpointing, another_template, truncate_and_pad),
 ]
 
 # The public functions; each returns what can be compared
@@ -137,7 +145,7 @@ CHANGES = [
 
 def text(falcon):
     """A text whose last token is the last one of the vocabulary."""
-    return [*falcon.tokenizer(TEXT)["input_ids"], len(falcon.tokenizer) - 1]
+    return [*encode_prompt(TEXT, falcon.tokenizer), len(falcon.tokenizer) - 1]
 
 
 def generate(falcon, places):
