@@ -6,6 +6,7 @@ the tokens of each step.
 Shapes: B sequences (prompts times sequences per prompt), T tokens, N new tokens of a step, V vocabulary.
 """
 
+import math
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -15,7 +16,13 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from falcon_kit.display.errors import require
 from falcon_kit.generation.text import Alternative, FinishReason, Piece, Text
+
+_NO_NUMBERS = (
+    "the model's logits are nan: one of its weights is nan, or, in float16, a value was too large. Fetch the "
+    "checkpoint again, or load it in bfloat16 or float32"
+)
 
 
 class Step(NamedTuple):
@@ -239,8 +246,9 @@ class BatchDecoder:
         return torch.cat([each.float() for each in columns], dim=-1)
 
     def _piece(self, decoder: SequenceDecoder, values: list[float], last: bool, accepted: bool) -> Piece:
-        """Appends a token to its sequence. values: see `_values`."""
+        """Appends a token to its sequence. values: see `_values`. Raises ValueError if the logits are nan."""
         token, ended, logprob, *others = values
+        require(not math.isnan(logprob), _NO_NUMBERS)
         half = len(others) // 2
         likeliest = [(int(each), value) for each, value in zip(others[:half], others[half:], strict=True)]
         text = decoder.push(int(token), logprob, ended=bool(ended) and last, accepted=accepted)

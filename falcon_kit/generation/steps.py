@@ -56,7 +56,7 @@ def token_by_token(
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         del outputs  # the logits of a whole prompt may be large
-        logprobs = torch.log_softmax(logits, dim=-1)  # a processor may change the logits in place
+        logprobs = _logprobs(logits)  # before a processor changes the logits in place
         with rng:
             tokens = _choose(logits_processor(input_ids, logits), generation_config)  # (B, 1)
         if finished is not None:
@@ -81,6 +81,17 @@ def _decoding_forward(model: Any, model_kwargs: dict[str, Any], config: Generati
     """The model's call, compiled where transformers compiles it."""
     compiles = model._valid_auto_compile_criteria(model_kwargs, config)
     return model.get_compiled_call(config.compile_config) if compiles else model
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    """The log-probabilities of logits (..., V); of logits that are not all numbers, nan.
+
+    Such logits become 0, so that a token can be drawn of them: CUDA would end the process's use of the GPU. The reader
+    of the step raises the error, without another wait for the GPU.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    logits.masked_fill_(logprobs[..., :1].isnan(), 0)
+    return logprobs
 
 
 def _choose(scores: Tensor, config: GenerationConfig) -> Tensor:
@@ -122,7 +133,7 @@ def assisted(
         count, length = draft.shape[1] - input_ids.shape[1], input_ids.shape[1]
         outputs = model(**_verification_inputs(model, draft, count, first, model_kwargs))
         logits = outputs.logits[:, -count - 1 :].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        logprobs = torch.log_softmax(logits, dim=-1)
+        logprobs = _logprobs(logits)
         with rng:
             for i in range(count + 1):
                 logits[:, i] = logits_processor(draft[:, : length + i], logits[:, i])

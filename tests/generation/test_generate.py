@@ -403,3 +403,24 @@ def test_another_error_stays_what_it_is(instruct):
     with pytest.raises(ZeroDivisionError):
         instruct.generate(QUESTION, max_new_tokens=8)
     handle.remove()
+
+
+# Weights that are no numbers
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"seed": 1, "temperature": 2.0, "top_k": 5},
+    "a draft": {"prompt_lookup_num_tokens": 3},
+    "alternatives": {"alternatives": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_nan_or_a_value_beyond_float16_ends_generation_with_the_reason(instruct, way, dtype):
+    broken = dataclasses.replace(instruct, model=copy.deepcopy(instruct.model).to(dtype))
+    with torch.no_grad():
+        broken.model.transformer.h[0].mlp.dense_4h_to_h.weight[0] = 60000 if dtype == torch.float16 else torch.nan
+    with pytest.raises(ValueError, match=r"the model's logits are nan: .*, or load it in bfloat16 or float32"):
+        broken.generate(QUESTION, max_new_tokens=4, **WAYS[way])
+    assert instruct.generate(QUESTION, max_new_tokens=4, **WAYS[way]).tokens
