@@ -63,9 +63,10 @@ _WHOLE = {
     "no_repeat_ngram_size": 0,
 }
 """Arguments that are whole numbers, and the least of each."""
+_PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
 _NUMBERS = (
-    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale"),
-    *("max_time", "penalty_alpha", *_SAMPLING_ONLY),
+    *(*_PENALTIES, "length_penalty", "diversity_penalty", "guidance_scale", "max_time", "penalty_alpha"),
+    *_SAMPLING_ONLY,
 )
 _SWITCHES = ("use_cache", "renormalize_logits", "remove_invalid_values")
 _LISTS = ("logits_processor", "stopping_criteria")
@@ -96,6 +97,12 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
         )
     _check_objects(plain)
     return plain
+
+
+def whole_penalties(config: GenerationConfig) -> dict[str, float]:
+    """The penalties of a checkpoint that are whole numbers, as the floats that transformers takes."""
+    values: dict[str, Any] = {name: getattr(config, name, None) for name in _PENALTIES}
+    return {name: float(value) for name, value in values.items() if is_whole(value, 1)}
 
 
 def _check_objects(options: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from falcon_kit.generation.arguments import (
     expand_generation_config,
     has_soft_prompt,
     plain_options,
+    whole_penalties,
 )
 from falcon_kit.generation.decoding import BatchDecoder, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.kept_cache import kept_cache
@@ -103,7 +104,7 @@ class _GenerateTask(GenerationTask):
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
         self.sampling, options = split_settings(settings)
         check_names(options, model)
-        self.options = plain_options(options)
+        self.options = plain_options(whole_penalties(model.generation_config) | options)
         check_effects(self.options, self.sampling.samples)
         check_no_remote_code(self.options, model.generation_config)
         beam_search = (self._effective("num_beams") or 1) > 1

@@ -159,7 +159,7 @@ def integer_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
     The product has the dtype of the rows. It is exact, but for the error of `two_bytes` and the rounding to that dtype.
     """
-    middle = torch.zeros(1, dtype=torch.int64)  # the weights' zero
+    middle = torch.zeros(1, dtype=torch.int64, device=rows.device)  # the weights' zero
     product = rows.new_empty(len(rows), len(scales))
     for part, into in zip(rows.split(_AT_ONCE_IN_INTEGERS), product.split(_AT_ONCE_IN_INTEGERS), strict=True):
         halves, unit = two_bytes(part)
@@ -177,7 +177,7 @@ def two_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     unit = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / _UNITS
     units = (rows / unit).add_(257 * _ZERO + 0.5).to(torch.int32)
-    halves = torch.empty(2, *rows.shape, dtype=torch.uint8)
+    halves = torch.empty(2, *rows.shape, dtype=torch.uint8, device=rows.device)
     halves[1] = units  # takes the lowest bits
     halves[0] = units.bitwise_right_shift_(8)
     return halves.flatten(0, 1), unit
@@ -209,9 +209,9 @@ def _has_integer_products(capability: str) -> bool:
     """
     if capability not in ("AVX2", "AVX512"):
         return False
-    row, weight = torch.ones(1, 64), torch.full((64, 64), 127, dtype=torch.int8)
+    row, weight = torch.ones(1, 64, device="cpu"), torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
     try:
-        return bool((integer_product(row, packed_for_integers(weight), torch.ones(64)) == 64 * 127).all())
+        return bool((integer_product(row, packed_for_integers(weight), row[0]) == 64 * 127).all())
     except (AttributeError, RuntimeError):  # torch without oneDNN, or with an operator that takes other arguments
         return False
 
@@ -267,7 +267,7 @@ def faster_without_onednn(weights: Sequence[Tensor]) -> bool:
     if not sample or not _MKLDNN.is_available():
         return False
     with torch.inference_mode():
-        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in sample]
+        rows = [torch.ones(1, weight.shape[1], dtype=weight.dtype, device="cpu") for weight in sample]
         onednn, own = [], []
         for _ in range(_ROUNDS):
             onednn.append(_seconds(rows, sample))

@@ -128,6 +128,16 @@ def test_a_number_counts_whatever_type_it_has(instruct, name, kind):
     assert instruct.generate(QUESTION, **others | {name: kind(number)}).tokens == expected.tokens
 
 
+@pytest.mark.parametrize("name", ["encoder_repetition_penalty", *NUMBERS])
+def test_a_whole_number_in_a_checkpoint_counts_as_the_same_number_given(instruct, name, monkeypatch):
+    number, others = NUMBERS.get(name, (2, {}))
+    others = {"max_new_tokens": 6} | others
+    expected = instruct.generate(QUESTION, **others | {name: number})
+    monkeypatch.setattr(instruct.model.generation_config, name, number)
+    monkeypatch.setattr(instruct.model.generation_config, "do_sample", "seed" in others)
+    assert instruct.generate(QUESTION, **others).tokens == expected.tokens
+
+
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
 def test_an_early_exit_in_a_checkpoint_has_no_effect_and_leaves_the_model_whole(instruct, settings, monkeypatch):
     settings = {"max_new_tokens": 8} | settings

@@ -266,6 +266,19 @@ def test_a_product_in_integers_is_exact_but_for_its_rows(dtype, shape, outlier):
 
 
 @needs_vnni
+def test_a_product_in_integers_is_on_the_device_of_its_rows_and_not_on_the_default_one():
+    rows, scales = random(3, 64), torch.ones(64)
+    weight = products.packed_for_integers(torch.ones(64, 64, dtype=torch.int8))
+    expected = products.integer_product(rows, weight, scales)
+    products._has_integer_products.cache_clear()
+    with torch.device("meta"):
+        found = products.integer_product(rows, weight, scales)
+        known = products._has_integer_products(torch.backends.cpu.get_cpu_capability())
+    assert torch.equal(found, expected)
+    assert known
+
+
+@needs_vnni
 @each_dtype
 @pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
 def test_a_row_that_is_zero_or_not_finite_is_so_in_its_product_and_in_no_other(dtype, value):
