@@ -229,15 +229,16 @@ class Session:
     def _turn(self, text: str, before: list[Turn]) -> Turn:
         seed = self.settings.seed
         seed = secrets.randbelow(2**31) if seed is None else seed
+        prompts = (self._prompt(number, text, before) for number in range(len(self.columns)))
         answers = tuple(
             Answer(
                 model=column.name,
                 source=column.source(),
-                prompt=(prompt := self._prompt(number, text, before)),
+                prompt=prompt,
                 settings=_changed_settings(replace(self.settings, seed=seed), column),
                 prompt_tokens=column.count(prompt),
             )
-            for number, column in enumerate(self.columns)
+            for column, prompt in zip(self.columns, prompts, strict=True)
         )
         return Turn(uuid.uuid4().hex[:12], self.mode, text, answers, tuple(turn.id for turn in before))
 

@@ -87,19 +87,26 @@ def tune(
     OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
-    if isinstance(held_out := plain_scalar(held_out), float | int):
+    held_out = plain_scalar(held_out)
+    if isinstance(held_out, float | int):
         settings["held_out"] = held_out = float(held_out)
     require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
     if isinstance(data, Packed):
         settings = settings_of_rows(data, settings)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
-    with distributed.together(cpu := distributed.computes_on_cpu(falcon.model, chosen.shard)):
-        memory_plan = plan_training(falcon, chosen, force)
-        rows = _rows(falcon, chosen, data, held_out, web_text)
-    run = _Run(falcon, chosen, memory_plan, output_dir=output_dir, quiet=quiet, on_cpu=cpu, **rows)
+    prepared = _prepared(falcon, chosen, force, data, held_out, web_text)
+    run = _Run(falcon, chosen, output_dir=output_dir, quiet=quiet, **prepared)
     with run.held(resume), _restored(falcon), unpacked(falcon.model):
         return run()
+
+
+def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
+    """The fields of `_Run` with the memory plan and the rows. An error of one process is raised in all."""
+    cpu = distributed.computes_on_cpu(falcon.model, settings.shard)
+    with distributed.together(cpu):
+        memory_plan = plan_training(falcon, settings, force)
+        return {"on_cpu": cpu, "plan": memory_plan, **_rows(falcon, settings, data, held_out, web_text)}
 
 
 def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
