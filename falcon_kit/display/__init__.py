@@ -3,6 +3,7 @@
 The files, in the order of their imports:
 
 errors.py    checks of values, how errors quote what was given, and how a process ended
+warning.py   warnings at the user's line
 tables.py    byte counts as text, HTML tables
 reading.py   JSON files of other programs: read, or refused by name
 saving.py    atomic writes of files and folders

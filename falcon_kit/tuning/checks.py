@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import gguf_file
 from falcon_kit.display.errors import printable, shown
+from falcon_kit.display.warning import warn
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
@@ -40,10 +40,9 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "quarter of 16), or load in bfloat16"
         )
     if falcon.spec.fine_tuned_from:
-        warnings.warn(
+        warn(
             f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
-            f"{falcon.spec.fine_tuned_from!r}",
-            stacklevel=3,
+            f"{falcon.spec.fine_tuned_from!r}"
         )
 
 
