@@ -38,7 +38,7 @@ from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
-from falcon_kit.serving.source import Files, Source, files_for, loading_plan, source_of
+from falcon_kit.serving.source import Files, Source, files_for, loading_plan, saving, source_of
 
 _SHORTEST = 64  # tokens: a shorter context is no use
 _SMALLER = "q4_k_m"
@@ -275,7 +275,7 @@ def _prepared_files(source: Source, engine: Engine, dtype: str, loading: Plan) -
     place = "" if loading.fits else f", on a machine with {format_bytes(loading.total_bytes)} free"
     if engine.reads_gguf:
         return f"a GGUF file{place}: fk.export_gguf(fk.load({source.name!r}), path, {dtype!r}), then fk.serve(path)"
-    return f"a merged model{place}: fk.merge({source.name!r}, output_dir=path), then fk.serve(path)"
+    return f"a merged model{place}: {saving(source, 'path')}, then fk.serve(path)"
 
 
 def _devices(engine: Engine) -> tuple[Device, ...]:
