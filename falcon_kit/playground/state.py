@@ -324,7 +324,7 @@ def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     settings = column.in_force(settings)
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
     changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
-    if not column.accepts(changed):
+    if not column.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
         changed.pop("alternatives", None)
     return changed
 
