@@ -46,6 +46,7 @@ from falcon_kit.model import modeling
 from falcon_kit.model.products import faster_without_onednn
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, devices_by_key, identical_gpus, local_devices
+from falcon_kit.planning.downloads import disk_for
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
@@ -136,6 +137,8 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
+    if cache_dir := found.hub["cache_dir"]:
+        planned = replace(planned, disk=disk_for(found.spec, here=True, cache_dir=cache_dir))
     own_map = settings.device_map not in (None, "auto") and len(settings.named_devices) != 1  # not the plan's
     if not (planned.fits or settings.force or own_map):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
