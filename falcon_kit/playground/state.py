@@ -208,11 +208,12 @@ class Session:
         for each in self._texts(text, before):
             reasons = guard.check(each, "prompt").reasons if guard else ""
             require(not reasons, f"the guardrails refuse this text: {reasons}")
-        with self._lock:
-            self._require_idle()
-            turn = self._turn(text, before)
-            self._writer = writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
+        turn = self._turn(text, before)
+        writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
         try:
+            with self._lock:
+                self._require_idle()
+                self._writer = writer
             self._undo_steps.append((self.mode, self.turns, draft, None))
             self.turns = [*before, turn]
             if draft is not None:
@@ -220,10 +221,11 @@ class Session:
             self._notify("start")
             writer()
         finally:
-            writer.cancel()
-            self.history.append(turn)
-            self._writer = None
-            self._notify("end")
+            if self._writer is writer:  # and not another one, which it would have to wait for
+                writer.cancel()
+                self.history.append(turn)
+                self._writer = None
+                self._notify("end")
         return turn
 
     def _turn(self, text: str, before: list[Turn]) -> Turn:
