@@ -24,6 +24,13 @@ def interrupt() -> None:
 
 
 @contextmanager
+def interrupted_at_its_end() -> Iterator[None]:
+    """A lock, for one block: Ctrl-C comes when the block is over, before the next statement."""
+    yield
+    raise KeyboardInterrupt
+
+
+@contextmanager
 def interrupted(seconds: float, send: Callable[[], None] = interrupt) -> Iterator[None]:
     """Ctrl-C after some seconds in the block, which it has to end. No signal comes after the block."""
     timer = threading.Timer(seconds, send)

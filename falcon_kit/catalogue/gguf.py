@@ -20,6 +20,8 @@ from falcon_kit.display.errors import is_number, is_whole, printable, require, s
 from falcon_kit.display.reading import named_errors
 from falcon_kit.display.tables import format_bytes, html_table
 
+MERGED_ADAPTERS = "falcon_kit.merged_adapters"
+"""The kit's own key of the metadata: the digests of the adapters that were added to the weights, if there are any."""
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _LINEAR = {
     "self_attention.query_key_value.weight": "attn_qkv.weight",
@@ -164,6 +166,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[
     return {
         **config,
         **_special_tokens(metadata, vocabulary),
+        **_merged_adapters(metadata),
         "model_type": "falcon",
         "architectures": ["FalconForCausalLM"],
         "vocab_size": vocabulary,
@@ -188,6 +191,15 @@ def _special_tokens(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, i
             require(is_whole(id, 0, vocabulary - 1), f"its {theirs}_token_id is {shown(id)}, of {vocabulary} tokens")
             ids[f"{ours}_token_id"] = id
     return ids
+
+
+def _merged_adapters(metadata: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The digests of the adapters in the weights, under the name that they have in a config.json of the kit."""
+    if (merged := metadata.get(MERGED_ADAPTERS)) is None:
+        return {}
+    digests = isinstance(merged, list) and all(isinstance(each, str) for each in merged)
+    require(digests, f"its {MERGED_ADAPTERS} is {shown(merged)}, not a list of digests")
+    return {"merged_adapters": merged}
 
 
 def _rope_theta(metadata: Mapping[str, Any]) -> float:

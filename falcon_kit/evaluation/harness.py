@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskManager
 
 from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.warning import warn
 from falcon_kit.evaluation.models import Model
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.task_results import TaskResult
@@ -132,10 +132,9 @@ def run(
             fewshot_random_seed=seed,
         )
     if truncated := model.truncated - before:
-        warnings.warn(
+        warn(
             f"{truncated} requests of {task.name} exceed the model's context: their beginning is left out, "
-            "as lm-eval does",
-            stacklevel=2,
+            "as lm-eval does"
         )
     facts: dict[str, Any] = {"truncated": truncated} | ({"leaderboard": task.name} if leaderboard else {})
     return _result(task.name, results, facts)

@@ -141,7 +141,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         cells = [
-            (row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", *_beside(row))
+            (row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", _beside(row))
             for row in self.rows()
             if row["metric"] not in ("per_byte", "per_word")
         ]
@@ -158,7 +158,8 @@ def _estimate(row: Mapping[str, Any]) -> tuple[str, str]:
     return value, f"{low} to {high}" if low else ""
 
 
-def _beside(row: Mapping[str, Any]) -> tuple[str]:
+def _beside(row: Mapping[str, Any]) -> str:
+    """The cell of the published value or of chance; empty for a row without either."""
     if row.get("published"):
-        return (f"published {row['published']}",)
-    return (f"chance {row['chance']:.2g}" if row.get("chance") else "",)
+        return f"published {row['published']}"
+    return f"chance {row['chance']:.2g}" if row.get("chance") else ""

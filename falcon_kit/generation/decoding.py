@@ -132,8 +132,8 @@ class SamplingRNG:
         request, gets its states back at the end of the block.
         """
         self._lock.acquire()
-        self._sampling.append(self)
         try:
+            self._sampling.append(self)
             for outer in self._sampling[-2:-1]:
                 outer._leave()
             self._enter()
@@ -146,8 +146,8 @@ class SamplingRNG:
         try:
             self._leave()
         finally:
-            self._sampling.pop()
             try:
+                self._sampling.pop()
                 for outer in self._sampling[-1:]:
                     outer._enter()
             finally:

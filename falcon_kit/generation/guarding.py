@@ -101,7 +101,7 @@ def _check_texts(guardrails: Guard, generations: Sequence[Generation]) -> None:
 
 
 def _checked_error(guardrails: Guard, error: Exception) -> Exception:
-    """The error, or `Blocked` if one of its texts is blocked: those of `IncompleteAnswer` and `TextOutOfMemory`.
+    """The error, or `Blocked` if one of its `generations` is blocked, such as those of `IncompleteAnswer`.
 
     Call it outside of `except`: else the `__context__` of `Blocked` would have the text.
     """

@@ -8,7 +8,6 @@ Shapes: B batch, T time, V vocabulary.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_known, is_number, is_whole, plain_scalar, require, shown
 from falcon_kit.display.page import percent, visible
 from falcon_kit.display.tables import html_table
+from falcon_kit.display.warning import warn
 from falcon_kit.inspection.hooks import (
     InspectedModel,
     TextOrIds,
@@ -170,11 +170,10 @@ def _check_arguments(method: str, steps: int | None, tolerance: float | None) ->
 
 
 def _warn_of_gap(found: Attribution) -> None:
-    warnings.warn(
+    warn(
         f"with steps={found.steps} the scores sum to {found.scores.sum():.2f} nats, but the change is "
         f"{found.change:.2f}: they do not explain it. Use more steps, load the model in float32, or use "
-        "method='leave-one-out'",
-        stacklevel=3,
+        "method='leave-one-out'"
     )
 
 

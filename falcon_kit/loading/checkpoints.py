@@ -222,7 +222,7 @@ def _check_room(snapshot: Path, repository: str, options: Mapping[str, Any]) -> 
         return
     needed, free = sum(each.file_size or 0 for each in listed if each.will_download), free_disk(snapshot)
     if needed > free:
-        raise OSError(disk_shortage(needed, free))
+        raise OSError(disk_shortage(needed, free, options.get("cache_dir")))
 
 
 def _weight_files(directory: Path) -> list[Path]:

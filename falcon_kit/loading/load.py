@@ -4,7 +4,6 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from transformers import (
 from falcon_kit.catalogue.memory import FLOAT_DTYPES, QUANTISED
 from falcon_kit.display.errors import is_whole, require, shown
 from falcon_kit.display.reading import named_errors
+from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
 from falcon_kit.loading.adapters import RECORD, record
@@ -47,6 +47,7 @@ from falcon_kit.model.checks import has_tied_head
 from falcon_kit.model.products import faster_without_onednn
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, devices_by_key, identical_gpus, local_devices
+from falcon_kit.planning.downloads import disk_for
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
 from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
@@ -115,7 +116,7 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
     if torch.cuda.is_available() and (own := own_gpu(torch.cuda.device_count())) is not None:
         torch.cuda.set_device(own)  # pinned memory would create a context on the current device, which is the first
     if problem := gpu_problem():
-        warnings.warn(problem, stacklevel=3)
+        warn(problem)
     if parallel and not ranks.needs_launch(parallel) and torch.cuda.is_available():
         return identical_gpus(int(os.environ["LOCAL_RANK"]), parallel)
     if named := settings.named_devices:
@@ -137,6 +138,8 @@ def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]
         cache=cache,
         tensor_parallel=settings.tensor_parallel or 1,
     )
+    if cache_dir := found.hub["cache_dir"]:
+        planned = replace(planned, disk=disk_for(found.spec, here=True, cache_dir=cache_dir))
     own_map = settings.device_map not in (None, "auto") and len(settings.named_devices) != 1  # not the plan's
     if not (planned.fits or settings.force or own_map):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
@@ -268,10 +271,9 @@ def _own_tokenizer(found: Checkpoint) -> PreTrainedTokenizerFast:
     own = load_tokenizer(folders[-1])
     template = own.chat_template or base.chat_template
     if len(own) > found.config.vocab_size:
-        warnings.warn(
+        warn(
             f"the tokenizer in {folders[-1]} has {len(own)} tokens, and the model {found.config.vocab_size}: that of "
-            f"{found.base.name} is used",
-            stacklevel=2,
+            f"{found.base.name} is used"
         )
         own = base
     own.chat_template = template

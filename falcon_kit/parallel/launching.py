@@ -107,6 +107,7 @@ class ParallelFalcon:
         """As `Falcon.generation_settings`."""
         self._template = tokenizer.chat_template
         self._workers, self._lock, self._numbers = workers, threading.Lock(), count()
+        self._running: _Arrived | None = None
 
     @property
     def model(self) -> Any:
@@ -177,13 +178,14 @@ class ParallelFalcon:
                 "the tokenizer's chat template was changed after loading, and the processes have another: load the "
                 "model again with chat=fk.ChatFormat('mine', template=falcon.tokenizer.chat_template)"
             )
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("another text is being generated: let its stream end, or close() it, first")
+        arrived = _Arrived(next(self._numbers))
+        request = {"call": call, "number": arrived.number, "prompt": _plain("the prompt", prompt)}
+        request["settings"] = {name: _plain(name, value) for name, value in settings.items()}
         try:
-            number = next(self._numbers)
-            request = {"call": call, "number": number, "prompt": _plain("the prompt", prompt)}
-            request["settings"] = {name: _plain(name, value) for name, value in settings.items()}
-            arrived = _Arrived(number)
+            with self._lock:
+                if self._running is not None:
+                    raise RuntimeError("another text is being generated: let its stream end, or close() it, first")
+                self._running = arrived
             try:
                 self._workers.send(request)
                 answers = yield from self._receive(arrived, cancelled=cancelled)
@@ -191,7 +193,8 @@ class ParallelFalcon:
                 self._cancel(request, arrived)
                 raise
         finally:
-            self._lock.release()
+            if self._running is arrived:  # and not another request, which it would have to wait for
+                self._running = None
         cache_bytes = sum(rank.cache_bytes for rank in self.ranks)
         generations = _GENERATIONS.validate_python(answers[0]["generations"])
         return [replace(each, stats=replace(each.stats, cache_bytes=cache_bytes)) for each in generations]

@@ -208,11 +208,12 @@ class Session:
         for each in self._texts(text, before):
             reasons = guard.check(each, "prompt").reasons if guard else ""
             require(not reasons, f"the guardrails refuse this text: {reasons}")
-        with self._lock:
-            self._require_idle()
-            turn = self._turn(text, before)
-            self._writer = writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
+        turn = self._turn(text, before)
+        writer = TurnWriter(turn, self.columns, guard, lambda: self._notify("piece"))
         try:
+            with self._lock:
+                self._require_idle()
+                self._writer = writer
             self._undo_steps.append((self.mode, self.turns, draft, None))
             self.turns = [*before, turn]
             if draft is not None:
@@ -220,24 +221,26 @@ class Session:
             self._notify("start")
             writer()
         finally:
-            writer.cancel()
-            self.history.append(turn)
-            self._writer = None
-            self._notify("end")
+            if self._writer is writer:  # and not another one, which it would have to wait for
+                writer.cancel()
+                self.history.append(turn)
+                self._writer = None
+                self._notify("end")
         return turn
 
     def _turn(self, text: str, before: list[Turn]) -> Turn:
         seed = self.settings.seed
         seed = secrets.randbelow(2**31) if seed is None else seed
+        prompts = (self._prompt(number, text, before) for number in range(len(self.columns)))
         answers = tuple(
             Answer(
                 model=column.name,
                 source=column.source(),
-                prompt=(prompt := self._prompt(number, text, before)),
+                prompt=prompt,
                 settings=_changed_settings(replace(self.settings, seed=seed), column),
                 prompt_tokens=column.count(prompt),
             )
-            for number, column in enumerate(self.columns)
+            for column, prompt in zip(self.columns, prompts, strict=True)
         )
         return Turn(uuid.uuid4().hex[:12], self.mode, text, answers, tuple(turn.id for turn in before))
 
@@ -323,7 +326,7 @@ def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
     settings = column.in_force(settings)
     chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
     changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
-    if not column.accepts(changed):
+    if not column.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
         changed.pop("alternatives", None)
     return changed
 

@@ -1,7 +1,9 @@
 """How to reach an endpoint, and how its key stays out of every text that is shown."""
 
+import asyncio
 import json
 import os
+import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 
 from falcon_kit.display.errors import check_whole, is_number, join_surrogates, require, shown
+from falcon_kit.serving.background import background_loop
 
 SHORTEST_SECRET = 8
 """Characters from which on a key is replaced in every text. A shorter one ("none") may be a word of the answer."""
@@ -76,7 +79,11 @@ class Connection:
     @property
     def client(self) -> httpx2.AsyncClient:
         """The HTTP client of this process: a fork that used its parent's would write into the same connections."""
-        return self._clients.get(os.getpid()) or self._clients.setdefault(os.getpid(), self._new_client())
+        process = os.getpid()
+        if process not in self._clients:
+            self._clients[process] = self._new_client()
+            weakref.finalize(self, _close, self._clients[process], process).atexit = False
+        return self._clients[process]
 
     @cached_property
     def _clients(self) -> dict[int, httpx2.AsyncClient]:
@@ -136,6 +143,12 @@ class Connection:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
         error.args = tuple(_shorten(self.scrub(each)) if isinstance(each, str) else each for each in error.args)
         error.__cause__ = error.__context__ = None
+
+
+def _close(client: httpx2.AsyncClient, process: int) -> None:
+    """Closes a client whose connection is garbage, in the thread of the requests. A fork has no such thread."""
+    if process == os.getpid():
+        asyncio.run_coroutine_threadsafe(client.aclose(), background_loop())
 
 
 def _shorten(text: str) -> str:

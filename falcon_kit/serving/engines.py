@@ -180,7 +180,8 @@ def choose_engine(wanted: str, shape: FalconSpec, on_gpus: bool) -> tuple[Engine
     engine = ENGINES.get(wanted.strip().lower())
     if engine is None:
         raise ValueError(unknown_name("engine", wanted, ["auto", *ENGINES]) + " Or give the path of its program.")
-    require(not (problem := _unsupported(engine, shape)), f"{engine.name} does not serve {shape.name}: {problem}")
+    problem = _unsupported(engine, shape)
+    require(not problem, f"{engine.name} does not serve {shape.name}: {problem}")
     if (command := _installed(engine)) is None:
         raise ModuleNotFoundError(
             f"{engine.name} is not installed here: {engine.install}. If it is in another environment, give its "

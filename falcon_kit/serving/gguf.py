@@ -17,12 +17,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from tqdm.auto import tqdm
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
-from falcon_kit.catalogue.gguf import stored_names
+from falcon_kit.catalogue.gguf import MERGED_ADAPTERS, stored_names
 from falcon_kit.catalogue.gguf_header import Stored
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable, require, unknown_name
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.generation.chat import plain_template
+from falcon_kit.loading.adapters import merged_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
@@ -36,10 +37,11 @@ _PROGRESS_BAR_BYTES = 2**30  # smaller files are written too quickly for a progr
 def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> Path:
     """Writes a Falcon of the 7B, 40B or 180B layout as one GGUF file, and returns its path.
 
-    The file contains the weights, the tokenizer (merges, special tokens, end-of-sequence token) and the chat template.
-    It is complete or absent, see `falcon_kit.display.saving`. dtype: "auto" (the model's), or a name of llama.cpp: f32,
-    f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m (the usual choice for 4 bits), q4_k_s, q4_0, q3_k_m, q2_k. The quantised
-    ones are llama.cpp's mixtures, to the byte what its `llama-quantize` writes; `fk.gguf_file(path)` counts the kinds.
+    The file contains the weights, the tokenizer (merges, special tokens, end-of-sequence token) and the chat template;
+    for the kit also which adapters are in the weights. It is complete or absent, see `falcon_kit.display.saving`.
+    dtype: "auto" (the model's), or a name of llama.cpp: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m (the usual
+    choice for 4 bits), q4_k_s, q4_0, q3_k_m, q2_k. The quantised ones are llama.cpp's mixtures, to the byte what its
+    `llama-quantize` writes; `fk.gguf_file(path)` counts the kinds.
     One tensor at a time is in memory twice, and no other file is written.
 
     Raises ValueError for a layout that llama.cpp does not support, quantised or offloaded weights, or an unknown dtype,
@@ -129,6 +131,7 @@ def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_vocab_size(spec.vocabulary)
+    writer.add_array(MERGED_ADAPTERS, merged_adapters(config))
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:

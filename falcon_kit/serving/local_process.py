@@ -37,7 +37,7 @@ class LocalProcess:
     """
 
     def __init__(self, secret: str) -> None:
-        self._secret = secret
+        self.secret = secret
         program = Path(__file__).with_name("supervisor.py")
         with new_folder() as self.folder:
             self._supervisor = subprocess.Popen(  # noqa: S603  # this interpreter, and the kit's own code
@@ -60,7 +60,7 @@ class LocalProcess:
     def log(self) -> str:
         """What the server has written so far, without its key; empty once it is closed."""
         try:
-            return (self.folder / "log").read_text(errors="replace").replace(self._secret, "***")
+            return (self.folder / "log").read_text(errors="replace").replace(self.secret, "***")
         except OSError:
             return ""
 

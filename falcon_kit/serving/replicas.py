@@ -53,7 +53,7 @@ class Replicas:
     async def choose(self) -> AsyncIterator[Server]:
         """The replica with the fewest requests in flight, for one request; while all rest, the first to be ready."""
         now = time.monotonic()
-        at = min(range(len(self.servers)), key=lambda at: (max(now, self._rests_until[at]), self._in_flight[at]))
+        at = min(range(len(self.servers)), key=lambda each: (max(now, self._rests_until[each]), self._in_flight[each]))
         self._in_flight[at] += 1
         try:
             yield self.servers[at]

@@ -39,7 +39,7 @@ from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
-from falcon_kit.serving.source import Files, Source, files_for, loading_plan, source_of
+from falcon_kit.serving.source import Files, Source, files_for, loading_plan, saving, source_of
 
 _SHORTEST = 64  # tokens: a shorter context is no use
 _SMALLER = "q4_k_m"
@@ -130,16 +130,16 @@ def serve(
     check_whole("texts", texts, 1, MAX_TEXTS)
     check_seconds(timeout=timeout, request_timeout=request_timeout, deadline=deadline)
     given_format, more = None if chat is None else chat_format(chat), check_arguments(arguments)
-    kind, program = _choose_engine(str(engine), source := source_of(model))
-    dtype = _check_dtype(kind, source, dtype)
+    source = source_of(model)
+    kind, program = _choose_engine(str(engine), source)
     planned = _plan(source, kind, dtype, source.spec.context if context is None else context, texts, gpus)
     free_port(port)  # raises if it is in use; any other is chosen when the files are written, which may take minutes
-    process = LocalProcess(key := secrets.token_urlsafe(32))
+    process = LocalProcess(secrets.token_urlsafe(32))
     try:
-        files = files_for(source, process.folder, dtype, kind.reads_gguf)
-        job = _job(source, kind, dtype, planned, files, free_port(port), more)
-        process.start([*program, *job.arguments], job.environment(key))
-        server = _connect(process, timeout, job, key, request_timeout, deadline)
+        files = files_for(source, process.folder, planned.dtype, kind.reads_gguf)
+        job = _job(source, kind, planned, files, free_port(port), more)
+        process.start([*program, *job.arguments], job.environment(process.secret))
+        server = _connect(process, timeout, job, request_timeout, deadline)
     except BaseException:
         process.close()
         raise
@@ -203,9 +203,15 @@ def _check_dtype(engine: Engine, source: Source, dtype: str | torch.dtype) -> st
     return name
 
 
-def _plan(source: Source, engine: Engine, dtype: str, context: int, texts: int, gpus: int | None) -> Plan:
-    """The memory plan of the server beside what is in memory now. Raises NotEnoughMemory if it does not fit, or if the
-    weights cannot be loaded here, where the server's files are written from them."""
+def _plan(
+    source: Source, engine: Engine, wanted: str | torch.dtype, context: int, texts: int, gpus: int | None
+) -> Plan:
+    """The memory plan of the server beside what is in memory now, in the dtype of the weights that it reads.
+
+    Raises ValueError for a dtype that it cannot have, and NotEnoughMemory if it does not fit, or if the weights cannot
+    be loaded here, where the server's files are written from them.
+    """
+    dtype = _check_dtype(engine, source, wanted)
     empty_gpu_cache()
     devices = _devices(engine)
     if gpus is not None:
@@ -271,7 +277,7 @@ def _prepared_files(source: Source, engine: Engine, dtype: str, loading: Plan) -
     place = "" if loading.fits else f", on a machine with {format_bytes(loading.total_bytes)} free"
     if engine.reads_gguf:
         return f"a GGUF file{place}: fk.export_gguf(fk.load({source.name!r}), path, {dtype!r}), then fk.serve(path)"
-    return f"a merged model{place}: fk.merge({source.name!r}, output_dir=path), then fk.serve(path)"
+    return f"a merged model{place}: {saving(source, 'path')}, then fk.serve(path)"
 
 
 def _devices(engine: Engine) -> tuple[Device, ...]:
@@ -288,16 +294,14 @@ def _shortage(source: Source, planned: Plan) -> str:
     )
 
 
-def _job(
-    source: Source, engine: Engine, dtype: str, planned: Plan, files: Files, port: int, more: tuple[str, ...]
-) -> Job:
+def _job(source: Source, engine: Engine, planned: Plan, files: Files, port: int, more: tuple[str, ...]) -> Job:
     gpus = 0 if planned.devices[0].key == "cpu" else len(planned.devices)
     across, stages = splits(source.spec, gpus) if gpus and engine is VLLM else (1, 1)
     return Job(
         engine=engine,
         model=str(files.path),
         name=source.short_name,
-        dtype=dtype,
+        dtype=planned.dtype,
         context=planned.context,
         texts=planned.batch,
         kv_bytes=planned.kv_bytes,
@@ -316,12 +320,10 @@ def _free_share(gpus: int) -> float:
     return min(MEMORY_SHARE, int(least * 100) / 100)
 
 
-def _connect(
-    process: LocalProcess, timeout: float, job: Job, key: str, request_timeout: float, deadline: float
-) -> OpenAIServer:
-    """The protocol of a server, once it is ready. timeout: seconds for its start. key, the other two: of requests."""
+def _connect(process: LocalProcess, timeout: float, job: Job, request_timeout: float, deadline: float) -> OpenAIServer:
+    """The protocol of a server, once it is ready. timeout: seconds for its start; the other two are of requests."""
     process.wait_until_ready(f"http://{job.host}:{job.port}/health", job.engine.name, timeout)
-    token = key if job.engine.key_variable else None
+    token = process.secret if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
     finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.context)

@@ -136,7 +136,7 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
             if corrected := _corrected_generation(found.directory, tokenizer):
                 path = _write_links(found.directory, folder / source.short_name, corrected)
                 note = "links to the checkpoint's, with the right end token, in a temporary folder"
-                return replace(_where_it_is(found, path, note, tokenizer), again=_saving(source))
+                return replace(_where_it_is(found, path, note, tokenizer), again=saving(source))
             return _where_it_is(found, found.directory, "", tokenizer)
     try:
         return _write(source, folder, dtype, gguf)
@@ -199,14 +199,15 @@ def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
         falcon.model.save_pretrained(path)
     save_tokenizer(falcon.tokenizer, path)
     note = f"{format_bytes(size)}, saved for this server in a temporary folder"
-    return Files(path, note, _saving(source), falcon.chat_format)
+    return Files(path, note, saving(source), falcon.chat_format)
 
 
-def _saving(source: Source) -> str:
-    """The calls that write the checkpoint on another machine."""
+def saving(source: Source, path: str | None = None) -> str:
+    """The calls that write the checkpoint on another machine. path: its folder in them; None, the model's name."""
+    path = path or repr(source.short_name)
     if isinstance(source.model, Checkpoint) and source.model.is_adapter:
-        return f"fk.merge({source.name!r}, output_dir={source.short_name!r})"
-    saved = (f"falcon.{each}.save_pretrained({source.short_name!r})" for each in ("model", "tokenizer"))
+        return f"fk.merge({source.name!r}, output_dir={path})"
+    saved = (f"falcon.{each}.save_pretrained({path})" for each in ("model", "tokenizer"))
     return "; ".join([*_loading(source), *saved])
 
 

@@ -34,6 +34,14 @@ class IncompleteAnswer(Portable, ConnectionError):
         self.generation, self.generations = generation, (generation,)
 
 
+class TextBeyondContext(Portable, ValueError):
+    """Prompt and answer have more tokens than the model's context; `.generation` has the text all the same."""
+
+    def __init__(self, message: str, generation: Generation) -> None:
+        super().__init__(message)
+        self.generation, self.generations = generation, (generation,)
+
+
 class Answer:
     """One generated text while it is received."""
 
@@ -143,8 +151,8 @@ async def request_answer(
 ) -> Generation:
     """Sends the request and fills `answer`, with a call of `emit` for each piece. Cancellation closes the connection.
 
-    Raises `IncompleteAnswer` if the response breaks after its first event, and ValueError for a text that is longer
-    than `context` tokens.
+    Raises `IncompleteAnswer` if the response breaks after its first event, and `TextBeyondContext` for a text that is
+    longer than `context` tokens.
     """
     address = server.facts.address
     # TGI takes four stop strings, llama.cpp is given none: at one that it was not sent, a server goes on.
@@ -166,7 +174,15 @@ async def request_answer(
         raise ConnectionError(f"{address} does not use the protocol of {server.facts.server}: check the URL")
     if not answer.finish:
         raise _incomplete(answer, f"{address} gave no finish reason after {len(answer.text)} characters")
-    return _check_context(answer.generation(), context)
+    generation = answer.generation()
+    used = generation.stats.prompt_tokens + generation.stats.new_tokens
+    if context and used > context:
+        raise TextBeyondContext(
+            f"prompt and answer have {used} tokens, and text beyond the model's context of {context} is meaningless: "
+            "shorten the prompt, or lower max_new_tokens",
+            generation,
+        )
+    return generation
 
 
 async def _receive(deltas: AsyncIterator[Delta], server: Server, answer: Answer, emit: Callable[[Piece], None]) -> None:
@@ -203,16 +219,6 @@ class _Scrubber:
 def _incomplete(answer: Answer, message: str) -> IncompleteAnswer:
     answer.finish = "broken"
     return IncompleteAnswer(message, answer.generation())
-
-
-def _check_context(generation: Generation, context: int | None) -> Generation:
-    used = generation.stats.prompt_tokens + generation.stats.new_tokens
-    if context and used > context:
-        raise ValueError(
-            f"prompt and answer have {used} tokens, and text beyond the model's context of {context} is meaningless: "
-            "shorten the prompt, or lower max_new_tokens"
-        )
-    return generation
 
 
 async def _read_usage(deltas: AsyncIterator[Delta], answer: Answer) -> None:
@@ -300,7 +306,7 @@ class RemoteStream(Iterator[Piece]):
         """The whole text and its statistics, after the stream has ended, broken or been closed."""
         if not (self._ended or self._task.done()):  # the last piece is received before its task is done
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
-        if self._error and not isinstance(self._error, IncompleteAnswer):
+        if self._error and not isinstance(self._error, IncompleteAnswer | TextBeyondContext):
             raise self._error
         return self._answer.generation()
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from pathlib import Path
 
 from falcon_kit.display.saving import move_folder, remove_quietly
+from falcon_kit.display.warning import warn
 
 KEPT = 2
 """Checkpoints that are kept, besides the best one: the last two."""
@@ -48,10 +48,9 @@ def warn_of_incomplete(run: Path) -> None:
     """Warns if the newest checkpoint is incomplete, so that training resumes from an older one."""
     newest, last = next(iter(checkpoints(run)), None), last_complete(run)
     if newest != last:
-        warnings.warn(
+        warn(
             f"{newest} is incomplete: files are missing or were copied in part. Training resumes from "
-            f"{last or 'the start'}; to resume from there, interrupt and copy it here again",
-            stacklevel=2,
+            f"{last or 'the start'}; to resume from there, interrupt and copy it here again"
         )
 
 

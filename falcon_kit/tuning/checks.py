@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import gguf_file
 from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.errors import printable, shown
+from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -47,10 +47,9 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "quarter of 16), or load in bfloat16"
         )
     if falcon.spec.fine_tuned_from:
-        warnings.warn(
+        warn(
             f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
-            f"{falcon.spec.fine_tuned_from!r}",
-            stacklevel=3,
+            f"{falcon.spec.fine_tuned_from!r}"
         )
 
 

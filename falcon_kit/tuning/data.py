@@ -10,7 +10,6 @@ import json
 import math
 import operator
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 from falcon_kit.display.errors import check_whole, is_number, require, shown
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.display.temporary import TemporaryFolder
+from falcon_kit.display.warning import warn
 from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.tuning.files import rows
 from falcon_kit.tuning.forms import FORMS, document
@@ -144,7 +144,7 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
         raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
         which = f"{counted(len(problems), 'row')} of {_name(path)} {'is' if len(problems) == 1 else 'are'}"
-        warnings.warn(f"{which} left out{first_problems(problems)}", stacklevel=2)
+        warn(f"{which} left out{first_problems(problems)}")
     table, folder = stored
     return Documents(table, problems, [folder])
 
@@ -271,7 +271,7 @@ def mix(
         )
     if problems and not isinstance(web, Documents):
         which = f"{counted(len(problems), 'web text')} {'is' if len(problems) == 1 else 'are'}"
-        warnings.warn(f"{which} left out{first_problems(problems)}", stacklevel=2)
+        warn(f"{which} left out{first_problems(problems)}")
     both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
     order = random.Random(operator.index(seed)).sample(range(len(both)), len(both))
     return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._folders)

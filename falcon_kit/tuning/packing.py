@@ -9,7 +9,6 @@ before it.
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import is_whole, plain_scalar, printable, shown
 from falcon_kit.display.tables import counted
+from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, answer_texts, encode_answers
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading.falcon import Falcon
@@ -209,7 +209,7 @@ def pack(
     if problems:
         count = len({each.where for each in problems})
         which = f"{counted(count, 'conversation')} {'is' if count == 1 else 'are'} cut, changed or left out"
-        warnings.warn(f"{which}{first_problems(problems)}", stacklevel=2)
+        warn(f"{which}{first_problems(problems)}")
     examples, folder = stored
     rows = first_fit(lengths(examples), context) if together else [[index] for index in range(len(examples))]
     return Packed(examples, rows, context, falcon.tokenizer, falcon.chat_format, problems, [folder])

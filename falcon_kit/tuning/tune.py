@@ -6,7 +6,6 @@ The same call runs on a CPU, on a GPU and, with `torchrun`, in several processes
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.display.live import in_notebook
+from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import is_quantised, random_state_kept, unchanged, without_peft_warning
@@ -87,19 +87,26 @@ def tune(
     OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
-    if isinstance(held_out := plain_scalar(held_out), float | int):
+    held_out = plain_scalar(held_out)
+    if isinstance(held_out, float | int):
         settings["held_out"] = held_out = float(held_out)
     require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
     if isinstance(data, Packed):
         settings = settings_of_rows(data, settings)
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
-    with distributed.together(cpu := distributed.computes_on_cpu(falcon.model, chosen.shard)):
-        memory_plan = plan_training(falcon, chosen, force)
-        rows = _rows(falcon, chosen, data, held_out, web_text)
-    run = _Run(falcon, chosen, memory_plan, output_dir=output_dir, quiet=quiet, on_cpu=cpu, **rows)
+    prepared = _prepared(falcon, chosen, force, data, held_out, web_text)
+    run = _Run(falcon, chosen, output_dir=output_dir, quiet=quiet, **prepared)
     with run.held(resume), _restored(falcon), unpacked(falcon.model):
         return run()
+
+
+def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
+    """The fields of `_Run` with the memory plan and the rows. An error of one process is raised in all."""
+    cpu = distributed.computes_on_cpu(falcon.model, settings.shard)
+    with distributed.together(cpu):
+        memory_plan = plan_training(falcon, settings, force)
+        return {"on_cpu": cpu, "plan": memory_plan, **_rows(falcon, settings, data, held_out, web_text)}
 
 
 def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
@@ -119,10 +126,7 @@ def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Pack
     require(len(data) > 0, "there is nothing to train on: the data have no rows")
     if isinstance(held_out, Packed):
         if settings.answers:
-            warnings.warn(
-                "held_out is packed, so only its loss is measured: for stop rate and exact answers give the Documents",
-                stacklevel=4,
-            )
+            warn("held_out is packed, so only its loss is measured: for stop rate and exact answers give the Documents")
         return data, held_out
     if held_out is not None and not isinstance(held_out, float):
         return data, dialogues(held_out)
@@ -235,10 +239,9 @@ class _Run:
         if distributed.is_rank0() and not self.quiet:
             show_plan(self.plan, distributed.world_size() if sharded else 1)
         if distributed.is_rank0() and sharded and self.settings.answers and isinstance(self.test_documents, Documents):
-            warnings.warn(
+            warn(
                 "the weights are sharded, so no held-out answer is generated: stop rate and exact answers are not "
-                "measured",
-                stacklevel=4,
+                "measured"
             )
 
     def _tell(self, line: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import falcon_kit as fk
-from falcon_kit.catalogue.gguf import stored_names, stored_shapes
+from falcon_kit.catalogue.gguf import MERGED_ADAPTERS, stored_names, stored_shapes
 from falcon_kit.catalogue.gguf_header import read_header
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.serving.gguf import write_gguf
@@ -133,6 +133,7 @@ REFUSED = {
         {"tokenizer.ggml.eos_token_id": 9999},
         "its eos_token_id is 9999, of 2048 tokens",
     ),
+    "merged adapters": ({MERGED_ADAPTERS: [7]}, r"its falcon_kit.merged_adapters is .*7.*, not a list of digests"),
 }
 
 

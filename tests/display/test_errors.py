@@ -12,6 +12,7 @@ from falcon_kit.display.errors import check_flag, exit_cause, require, unknown_n
 from falcon_kit.display.reading import TwiceNamed
 from falcon_kit.generation.text import TextOutOfMemory
 from falcon_kit.serving.failures import Unavailable
+from falcon_kit.serving.stream import TextBeyondContext
 
 MODELS = ("falcon-40b", "falcon-7b")
 
@@ -68,6 +69,7 @@ def carried():
         fk.Blocked(fk.guardrails(blocked_words=["bad"]).check("bad"), "prompt 2 of 3"),
         fk.NotEnoughMemory(fk.plan("falcon-180b"), "no room"),
         fk.IncompleteAnswer("the server is gone", generation),
+        TextBeyondContext("too long", generation),
         TextOutOfMemory("out of memory", [generation]),
         TwiceNamed("key"),
         Unavailable("busy", retry_after=3.0),

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from falcon_kit.generation.decoding import SamplingRNG
+
 PROMPT = "The giraffe"
 SAMPLED = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6}
 
@@ -91,6 +93,24 @@ def test_ctrl_c_while_random_states_are_swapped_leaves_the_global_one_and_no_loc
     with pytest.raises(KeyboardInterrupt):
         instruct.generate(PROMPT, seed=7, **SAMPLED)
     assert torch.equal(torch.get_rng_state(), before)
+    thread = threading.Thread(target=lambda: texts.append(instruct.generate(PROMPT, **SAMPLED)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("step", ["append", "pop"])
+def test_ctrl_c_between_two_statements_of_a_swap_leaves_no_lock(instruct, monkeypatch, step):
+    left, texts = [KeyboardInterrupt()], []
+
+    def interrupted(self, *each):
+        getattr(list, step)(self, *each)
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(SamplingRNG, "_sampling", type("Requests", (list,), {step: interrupted})())
+    with pytest.raises(KeyboardInterrupt):
+        instruct.generate(PROMPT, seed=7, **SAMPLED)
     thread = threading.Thread(target=lambda: texts.append(instruct.generate(PROMPT, **SAMPLED)), daemon=True)
     thread.start()
     thread.join(20)

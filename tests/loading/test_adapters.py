@@ -223,8 +223,9 @@ def test_an_adapter_may_bring_a_tokenizer_with_a_chat_template(of_40b, of_its_ow
 def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(of_40b, of_its_own):
     of_its_own.add_special_tokens({"pad_token": "[PAD]"})
     of_its_own.save_pretrained(of_40b)
-    with pytest.warns(UserWarning, match=r"wise has 2049 tokens, and the model 2048: that of base is used"):
+    with pytest.warns(UserWarning, match=r"wise has 2049 tokens, and the model 2048: that of base is used") as caught:
         falcon = fk.load(of_40b)
+    assert __file__ in [each.filename for each in caught]
     assert (len(falcon.tokenizer), falcon.tokenizer.chat_template) == (2048, of_its_own.chat_template)
 
 

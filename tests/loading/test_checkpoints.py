@@ -117,6 +117,15 @@ def test_the_plan_is_made_before_anything_but_configs_is_fetched(configs_only, n
     assert "hf_secret" not in repr(found)
 
 
+def test_the_disk_of_a_plan_is_that_of_cache_dir(configs_only, monkeypatch):
+    monkeypatch.setattr("falcon_kit.planning.downloads.free_disk", lambda path: 7 if path == configs_only else 2**60)
+    with pytest.raises(
+        fk.NotEnoughMemory, match=r"of disk, and 7 B are free in cache_dir='.*': give a folder on a"
+    ) as no:
+        fk.load("somebody/my-falcon", max_memory={"cpu": "1MiB"}, cache_dir=configs_only, local_files_only=True)
+    assert f"to the disk of {configs_only}: 7 B free" in no.value.plan._repr_html_()
+
+
 def test_weights_are_fetched_from_the_commit_whose_config_was_read(configs_only, monkeypatch):
     fetched = []
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *given, **options: fetched.append((*given, options)))
@@ -130,16 +139,22 @@ def test_weights_are_fetched_from_the_commit_whose_config_was_read(configs_only,
 
 
 @pytest.mark.parametrize(("free", "fetches"), [(10**9 - 1, 0), (10**9, 1)])
-def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_begins(configs_only, monkeypatch, free, fetches):
+@pytest.mark.parametrize(
+    ("hub", "advice"),
+    [({}, "set HF_HOME to a folder"), ({"cache_dir": "/small"}, "free in cache_dir='/small'")],
+)
+def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_begins(
+    configs_only, monkeypatch, free, fetches, hub, advice
+):
     fetched = []
     files = [SimpleNamespace(file_size=10**9, will_download=True), SimpleNamespace(file_size=7, will_download=False)]
     answer = lambda *_, dry_run=False, **__: files if dry_run else fetched.append("weights")  # noqa: E731
     monkeypatch.setattr(checkpoints, "snapshot_download", answer)
     monkeypatch.setattr(checkpoints, "free_disk", lambda path: free)
     folder = configs_only / "models--somebody--my-falcon" / "snapshots" / ("0" * 40)
-    problem = nullcontext() if fetches else pytest.raises(OSError, match=r"954 MiB of disk.*: set HF_HOME to a folder")
+    problem = nullcontext() if fetches else pytest.raises(OSError, match=rf"954 MiB of disk.*{advice}")
     with problem:
-        checkpoints._download(folder, "somebody/my-falcon", ["*.safetensors"], {})
+        checkpoints._download(folder, "somebody/my-falcon", ["*.safetensors"], hub)
     assert len(fetched) == fetches
 
 

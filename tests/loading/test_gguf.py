@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, FalconForCausalLM, PreTrainedTokenizerFa
 
 import falcon_kit as fk
 from falcon_kit.catalogue.gguf import gguf_file, stored_names
+from falcon_kit.catalogue.names import embedded_directory
 from falcon_kit.generation.control_tokens import encode_text
+from falcon_kit.loading.adapters import digest
 from falcon_kit.loading.gguf import PRE_TOKENIZER, gguf_tokenizer, grouped, ungrouped
 from falcon_kit.loading.packed import PackedLinear
 from falcon_kit.serving.gguf import write_gguf
@@ -117,6 +119,15 @@ def test_an_adapter_is_added_to_a_file(instruct, tmp_path):
     loaded = fk.load(tmp_path / "adapter", dtype="float32")
     torch.testing.assert_close(logits(loaded.model), expected, rtol=1e-3, atol=1e-3)
     assert (loaded.spec.fine_tuned_from, fk.spec(tmp_path / "adapter").layers) == ("a", 6)
+
+
+def test_a_file_knows_which_adapters_are_in_its_weights(instruct, tmp_path):
+    adapter = embedded_directory("falconet-instruct")
+    loaded = fk.load(fk.export_gguf(instruct, tmp_path / "a.gguf", "f32"), dtype="float32")
+    assert loaded.model.config.merged_adapters == [digest(adapter)]
+    again = fk.export_gguf(loaded, tmp_path / "b.gguf", "f32")
+    with pytest.raises(ValueError, match=r"was made for falconet, not for .*b\.gguf, which has other weights"):
+        fk.merge(adapter, again)
 
 
 # The tokenizer

@@ -30,7 +30,7 @@ from falcon_kit.parallel.worker import _init_process_group, _named
 from falcon_kit.parallel.workers import WorkerDied, Workers
 from tests.conftest import LAYOUTS, legacy, logits, simulated_gpus, small_config, small_model
 from tests.parallel.program import GREEDY, IDS, MASK, gradients, mask_per_head
-from tests.waiting import interrupted
+from tests.waiting import interrupted, interrupted_at_its_end
 
 DIVIDED = [layout for layout in LAYOUTS if layout != "7b"]
 QUESTION = "User: What do giraffes eat?\nFalcon:"
@@ -425,6 +425,14 @@ def test_ctrl_c_within_the_line_of_a_long_request_leaves_the_processes_usable(to
         together.generate(QUESTION, **LONG)
     answer = together.generate(QUESTION, max_new_tokens=3)
     assert answer.tokens == instruct.generate(QUESTION, max_new_tokens=3).tokens
+
+
+def test_ctrl_c_just_before_a_request_leaves_the_processes_usable(together, instruct, monkeypatch):
+    monkeypatch.setattr(together, "_lock", interrupted_at_its_end())
+    with pytest.raises(KeyboardInterrupt):
+        together.generate(QUESTION)
+    monkeypatch.undo()
+    assert together.generate(QUESTION).text == instruct.generate(QUESTION).text
 
 
 def test_a_second_text_has_to_wait_for_the_first(together):

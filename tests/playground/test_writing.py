@@ -12,7 +12,7 @@ from falcon_kit.generation.text import Generation, Stats, TextOutOfMemory
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.writing import TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
-from tests.waiting import until
+from tests.waiting import interrupted_at_its_end, until
 
 # Stop
 
@@ -123,6 +123,16 @@ def test_ctrl_c_before_the_first_token_leaves_the_session_usable():
     with pytest.raises(KeyboardInterrupt):
         session.generate("go")
     assert (session.running, session.history[0].answers[0].ending) == (None, "cancelled")
+
+
+def test_ctrl_c_just_before_generating_leaves_the_session_usable():
+    session = Session(Typist())
+    lock, session._lock = session._lock, interrupted_at_its_end()
+    with pytest.raises(KeyboardInterrupt):
+        session.generate("go")
+    session._lock = lock
+    assert (session.running, session.history[0].answers[0].ending) == (None, "cancelled")
+    assert text_of(session.generate("go")) == ["One two three."]
 
 
 # What goes wrong

@@ -1,6 +1,7 @@
 """Retries, timeouts, settings and the exceptions of all protocols."""
 
 import asyncio
+import gc
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from falcon_kit.serving import failures, protocol
 from falcon_kit.serving.connection import Connection
 from falcon_kit.serving.protocol import Request
 from tests.serving.servers import DONE, HTTPServer, Reply, answering, as_reply, chunk, event, free_port, scripted
+from tests.waiting import until
 
 
 def test_a_setting_that_no_protocol_knows_yet_is_refused_and_not_dropped():
@@ -63,6 +65,16 @@ def test_one_connection_serves_one_text_after_the_other(rest):
         opened.clear()
         assert [endpoint.generate("Hi").text for _ in range(10)] == ["Hello there"] * 10
         assert len(opened) == 1
+
+
+def test_the_connections_of_an_endpoint_that_is_garbage_are_closed():
+    with scripted(answering(Reply(DONE))) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        endpoint.generate("Hi")
+        client = endpoint._server.connection.client
+        del endpoint
+        gc.collect()
+        until(lambda: client.is_closed)
 
 
 def test_a_response_without_an_end_is_left_after_its_end_mark():

@@ -246,7 +246,7 @@ def test_the_plan_decides_over_how_many_gpus(name, machine, gpus, expected, monk
     monkeypatch.setattr(serving, "_free_share", lambda _: 0.95)
     source = Source(name, fk.spec(name), "bfloat16", None)
     planned = serving._plan(source, VLLM, "bfloat16", 2048, 8, gpus)
-    job = serving._job(source, VLLM, "bfloat16", planned, Files(Path("x"), "", "", None), 8000, ())
+    job = serving._job(source, VLLM, planned, Files(Path("x"), "", "", None), 8000, ())
     line = " ".join(job.arguments)
     assert expected in line
     assert line.endswith("--gpu-memory-utilization 0.95")

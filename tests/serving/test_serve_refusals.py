@@ -142,6 +142,20 @@ def test_where_the_weights_cannot_be_loaded_the_advice_is_a_file_from_another_ma
         assert served.generate("Hi", max_new_tokens=1).stats.new_tokens == 1
 
 
+def test_a_folder_with_adapter_and_base_that_cannot_be_loaded_is_to_be_saved_as_fk_load_reads_it(
+    engine, monkeypatch, tmp_path, tokenizer
+):
+    folder = tmp_path / "both"
+    small_model("40b").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    saved_adapter(folder, folder)
+    free_memory(monkeypatch, 2**20)
+    load, save = r"falcon = fk\.load\('.*both'\)", r"falcon\.{}\.save_pretrained\(path\)".format
+    advice = rf"{load}; {save('model')}; {save('tokenizer')}, then fk\.serve\(path\)"
+    with pytest.raises(fk.NotEnoughMemory, match=advice):
+        fk.serve(folder, engine().program)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.bfloat16", "bf16"])
 def test_a_dtype_may_be_torchs_or_llama_cpps_name(engine, dtype):
     with fk.serve("falconet", engine().program, dtype=dtype) as served:

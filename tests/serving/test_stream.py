@@ -251,6 +251,19 @@ def test_a_server_that_falls_silent_in_the_middle_breaks_off():
         assert broken.value.generation.text == "Half"
 
 
+def test_a_text_beyond_the_context_is_kept_with_the_error():
+    usage = {"prompt_tokens": 2047, "completion_tokens": 2}
+    script = answering(Reply([chunk("Hello"), chunk(" there", "stop", usage=usage)]))
+    with scripted(script) as server:
+        endpoint = fk.connect(f"{server.address}/v1", context=2048)
+        stream = endpoint.stream("Hi")
+        for call in (lambda: endpoint.generate("Hi"), stream.wait):
+            with pytest.raises(ValueError, match="have 2049 tokens, and text beyond the model's context of") as beyond:
+                call()
+            assert (beyond.value.generation.text, beyond.value.generation.finish_reason) == ("Hello there", "eos")
+        assert stream.generation.text == "Hello there"
+
+
 # Chunks
 
 
