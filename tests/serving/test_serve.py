@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 import psutil
 import pytest
 from peft import LoraConfig, inject_adapter_in_model
@@ -52,10 +53,24 @@ def test_the_key_is_random_and_nowhere_to_be_seen(engine):
             keys.add(key)
             lines = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
             shown = [*lines, served.log, repr(served), served._repr_html_(), served.command, repr(vars(served))]
+            shown += [str(served), json.dumps(served._facts()), *map(repr, vars(served).values())]
+            assert served.key() == key
             assert [text for text in shown if key in text] == []
             assert "starting with the key ***" in served.log
     assert len(keys) == 2
     assert min(map(len, keys)) >= 32
+
+
+def test_another_client_reaches_the_server_with_its_key(engine):
+    with fk.serve("falconet", engine().program) as served:
+        client = openai.OpenAI(base_url=served.address, api_key=served.key())
+        assert [each.id for each in client.models.list()] == [served.model]
+        assert fk.connect(served.address, token=served.key()).model == served.model
+
+
+def test_a_server_without_a_key_gives_one_that_clients_accept():
+    server = SimpleNamespace(connection=SimpleNamespace(token=None))
+    assert fk.Served.key(SimpleNamespace(_server=server)) == "none"
 
 
 def test_it_listens_on_loopback_and_asks_nobody_else(engine):
