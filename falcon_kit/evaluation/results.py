@@ -140,12 +140,11 @@ class Evaluation:
         return printable(f"Evaluation({self.model}; {'; '.join(values[:6])})")
 
     def _repr_html_(self) -> str:
-        cells = [
-            (row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", *_beside(row))
-            for row in self.rows()
-            if row["metric"] not in ("per_byte", "per_word")
-        ]
-        return html_table(self.model, ("", "metric", "value", "95% interval", "tokens or items", "beside it"), cells)
+        rows = [row for row in self.rows() if row["metric"] not in ("per_byte", "per_word")]
+        cells = [(row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", _beside(row)) for row in rows]
+        columns = ("", "metric", "value", "95% interval", "tokens or items", "beside it")
+        shown = len(columns) if any(each[-1] for each in cells) else -1
+        return html_table(self.model, columns[:shown], [each[:shown] for each in cells])
 
 
 def _row(name: str, metric: str, estimate: Estimate, count: int) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def _estimate(row: Mapping[str, Any]) -> tuple[str, str]:
     return value, f"{low} to {high}" if low else ""
 
 
-def _beside(row: Mapping[str, Any]) -> tuple[str]:
+def _beside(row: Mapping[str, Any]) -> str:
     if row.get("published"):
-        return (f"published {row['published']}",)
-    return (f"chance {row['chance']:.2g}" if row.get("chance") else "",)
+        return f"published {row['published']}"
+    return f"chance {row['chance']:.2g}" if row.get("chance") else ""
