@@ -78,7 +78,7 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """The mean of second minus first, item by item; the interval is within -1 and 1 where all values are from 0 to 1."""
+    """The mean of second minus first, item by item; of values from 0 to 1 with an interval within -1 and 1."""
     gains = [two - one for one, two in zip(first, second, strict=True)]
     if not all(0 <= value <= 1 for value in (*first, *second)):
         return ratio(gains, [1.0] * len(gains))
