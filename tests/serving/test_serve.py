@@ -115,9 +115,7 @@ def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_serv
     with fk.serve(instruct, stand_in.program) as served:
         call, command = served.command.splitlines()
         assert str(served.files.path.parent) not in served.command
-    assert call == (
-        "# falcon.model.save_pretrained('falconet-instruct'); falcon.tokenizer.save_pretrained('falconet-instruct')"
-    )
+    assert call == "# falcon.save('falconet-instruct')"
     assert command.startswith('VLLM_API_KEY="$FALCON_KIT_TOKEN" vllm serve falconet-instruct --served-model-name')
     assert "--host 0.0.0.0 --port 8000" in command
 
@@ -303,7 +301,7 @@ def test_a_text_ends_also_where_the_checkpoint_names_the_end_token_of_2023(instr
     prompt = "User: What do owls eat?\nFalcon: Owls eat mice.\nUser: Thank you.\nFalcon:"
     with fk.serve(folder, "transformers") as served:
         assert served.generate(prompt, max_new_tokens=60).finish_reason == "eos"
-        call = f"# falcon = fk.load({str(folder)!r}); falcon.model.save_pretrained('falcon-2023'); falcon.tokenizer"
+        call = f"# falcon = fk.load({str(folder)!r}); falcon.save('falcon-2023')\n"
         assert served.command.startswith(call)
     assert json.loads(file.read_text())["eos_token_id"] == 2
     assert (folder / "model.safetensors").is_file()
