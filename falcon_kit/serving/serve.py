@@ -53,7 +53,8 @@ class Served(Endpoint):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
     it also ends with this process, however that ends.
 
-    Other clients reach it by its address and key: `openai.OpenAI(base_url=served.address, api_key=served.key())`.
+    Other clients reach it by its address and key: `openai.OpenAI(base_url=served.address, api_key=served.key())`, with
+    `model=served.model`; `transformers serve` calls the model by its folder, `model=str(served.files.path)`.
     """
 
     name: str
