@@ -4,7 +4,7 @@ Neither torch nor transformers is imported, and huggingface_hub only when a func
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def is_cut_off() -> bool:
     return False
 
 
+def cache_alone_if_cut_off(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of huggingface_hub with which it asks the cache alone where the hub cannot be reached."""
+    return {**hub, "local_files_only": hub.get("local_files_only", False) or is_cut_off()}
+
+
 def _adapter_config(repository: str, **hub: Any) -> Path | None:
     """The path of a repository's adapter_config.json; None where it holds no adapter or cannot be reached."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
@@ -53,7 +58,7 @@ def fetch_configs(repository: str, **hub: Any) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    hub["local_files_only"] = hub.get("local_files_only", False) or is_cut_off()
+    hub = cache_alone_if_cut_off(hub)
     try:
         with hub_errors(repository):
             config = Path(hf_hub_download(repository, "config.json", **hub))
