@@ -15,6 +15,7 @@ from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.gguf import GGUFFile, gguf_file
 from falcon_kit.catalogue.names import catalogue, spec
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.remarks import drop_remarks
 from falcon_kit.generation.chat import ChatFormat, chat_format
 from falcon_kit.guardrails import Blocked, Verdict, guardrails
 from falcon_kit.planning.environment import Environment, environment
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from falcon_kit.tuning.tune import tune
 
 __version__ = version("falcon-kit")
+drop_remarks()  # here, since a notebook may import PEFT before it loads a model
 
 __all__ = [
     "CARD",

@@ -3,10 +3,38 @@
 Neither torch nor transformers is imported, and huggingface_hub only when a function is called.
 """
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_PATIENCE = 10  # seconds for a connection, as huggingface_hub's own for a request
+
+
+def is_cut_off() -> bool:
+    """Whether the hub cannot be reached from here, found out by one connection; False behind a proxy, and offline.
+
+    huggingface_hub would try again for 24 seconds, and has no setting for that.
+    """
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode() or getproxies():
+        return False
+    url = urlsplit(constants.ENDPOINT)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), _PATIENCE).close()
+    except OSError:
+        return True
+    return False
+
+
+def cache_alone_if_cut_off(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of huggingface_hub with which it asks the cache alone where the hub cannot be reached."""
+    return {**hub, "local_files_only": hub.get("local_files_only", False) or is_cut_off()}
 
 
 def _adapter_config(repository: str, **hub: Any) -> Path | None:
@@ -26,10 +54,11 @@ def _adapter_config(repository: str, **hub: Any) -> Path | None:
 def fetch_configs(repository: str, **hub: Any) -> Path:
     """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`.
 
-    Where the hub cannot be reached, huggingface_hub tries again for 24 seconds; the cache alone is asked then.
+    Where the hub cannot be reached, the cache alone is asked.
     """
     from huggingface_hub import hf_hub_download
 
+    hub = cache_alone_if_cut_off(hub)
     try:
         with hub_errors(repository):
             config = Path(hf_hub_download(repository, "config.json", **hub))

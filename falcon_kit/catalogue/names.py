@@ -70,7 +70,10 @@ def _spec(name: str | os.PathLike[str], seen: tuple[str, ...], revision: str | N
         if _HUB_ID.fullmatch(name):
             return _hub_spec(name, seen, revision)
         names = [each.name for each in catalogue()]
-        raise LookupError(f"{unknown_name('model', name, names)} Or give an existing directory or config.json.")
+        raise LookupError(
+            f"{unknown_name('model', name, names)} Or give an existing directory, a config.json, or "
+            "an id of the hub, such as 'tiiuae/falcon-11B'."
+        )
     return _directory_spec(path, seen)
 
 

@@ -9,6 +9,7 @@ tables.py     byte counts as text, HTML tables
 reading.py    JSON files of other programs: read, or refused by name
 saving.py     atomic writes of files and folders
 temporary.py  temporary folders, removed when their process ends
+remarks.py    remarks of bitsandbytes that a user can do nothing about, dropped
 live.py       what changes while a cell runs: below the cell, or in the terminal
 figure.py     the colour palette, and an empty matplotlib figure that notebooks display
 diagrams.py   two diagrams of the notebooks: the parts of a block, GPUs over time

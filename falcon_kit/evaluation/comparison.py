@@ -13,7 +13,7 @@ from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, printable, require
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation.perplexity import Perplexity
-from falcon_kit.evaluation.statistics import Estimate, mcnemar, ratio, sign_flip
+from falcon_kit.evaluation.statistics import Estimate, mcnemar, mean_difference, ratio, sign_flip
 from falcon_kit.evaluation.task_results import TaskResult
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Difference:
     second: float
     """Its value for the second model."""
     difference: Estimate
-    """The second value minus the first, with the normal interval over pairs."""
+    """The second value minus the first, with its 95% interval over pairs."""
     p_value: float
     """The probability of a difference at least as large where there is none; nan where no test can be made."""
     test: str
@@ -184,7 +184,7 @@ def _metric(name: str, metric: str, first: Sequence[float], second: Sequence[flo
     else:
         test, p_value = "sign flips", sign_flip(gains, seed)
     values = sum(first) / count, sum(second) / count
-    return Difference(name, metric, *values, ratio(gains, [1.0] * count), p_value, test, count)
+    return Difference(name, metric, *values, mean_difference(first, second), p_value, test, count)
 
 
 def _check_hash(name: str, first: str, second: str) -> None:

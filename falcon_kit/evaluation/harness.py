@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskManager
 
+from falcon_kit.catalogue.hub import is_cut_off
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.display.warning import warn
 from falcon_kit.evaluation.models import Model
@@ -56,7 +58,7 @@ def load(name: str, task: str, folder: str | None = None) -> HarnessTask:
     is_file = task.endswith((".yaml", ".yml"))
     if is_file and not Path(task).is_file():
         raise FileNotFoundError(f"there is no file {task}")
-    with _unnoticed():
+    with _unnoticed(), _cache_alone_where_cut_off():
         path = None if folder is None else str(_TASKS / folder)
         manager = TaskManager(include_path=path, include_defaults=path is None and not is_file)
         if not is_file and task not in manager.all_tasks:
@@ -100,6 +102,17 @@ def _unnoticed() -> Iterator[None]:
         log.setLevel(level)
         random.setstate(python)
         np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
+def _cache_alone_where_cut_off() -> Iterator[None]:
+    """Data sets come from the cache alone while the hub cannot be reached, instead of after its tries."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or is_cut_off()
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def run(

@@ -140,12 +140,11 @@ class Evaluation:
         return printable(f"Evaluation({self.model}; {'; '.join(values[:6])})")
 
     def _repr_html_(self) -> str:
-        cells = [
-            (row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", _beside(row))
-            for row in self.rows()
-            if row["metric"] not in ("per_byte", "per_word")
-        ]
-        return html_table(self.model, ("", "metric", "value", "95% interval", "tokens or items", "beside it"), cells)
+        rows = [row for row in self.rows() if row["metric"] not in ("per_byte", "per_word")]
+        cells = [(row["name"], row["metric"], *_estimate(row), f"{row['count']:,}", _beside(row)) for row in rows]
+        columns = ("", "metric", "value", "95% interval", "tokens or items", "beside it")
+        width = len(columns) if any(each[-1] for each in cells) else len(columns) - 1
+        return html_table(self.model, columns[:width], [each[:width] for each in cells])
 
 
 def _row(name: str, metric: str, estimate: Estimate, count: int) -> dict[str, Any]:

@@ -53,17 +53,36 @@ class Estimate:
 
 def share(successes: int, count: int) -> Estimate:
     """A share with Wilson's score interval (Wilson 1927), which holds for small counts and for shares near 0 or 1."""
-    proportion, spread = successes / count, Z * Z / count
+    return _wilson(successes / count, count)
+
+
+def _wilson(proportion: float, count: float) -> Estimate:
+    spread = Z * Z / count
     middle = (proportion + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(proportion * (1 - proportion) / count + spread / count / 4)
     return Estimate(proportion, max(0.0, min(proportion, middle - half)), min(1.0, max(proportion, middle + half)))
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of one value per item: `share` for values that are 0 or 1, otherwise the normal interval."""
+    """The mean of one value per item; of values from 0 to 1 with an interval that stays there, otherwise a normal one.
+
+    That interval is Wilson's with the effective number of items (Kish 1965): the number of 0s and 1s whose mean would
+    vary as much as this one. For values that are 0 or 1 it is `share`.
+    """
     if all(value in (0, 1) for value in values):
         return share(round(sum(values)), len(values))
-    return ratio(values, [1.0] * len(values))
+    if len(values) < 2 or not all(0 <= value <= 1 for value in values):
+        return ratio(values, [1.0] * len(values))
+    middle, variance = float(np.mean(values)), float(np.var(values))
+    return _wilson(middle, len(values) * middle * (1 - middle) / variance if variance else math.inf)
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """The mean of second minus first, item by item; of values from 0 to 1 with an interval within -1 and 1."""
+    gains = [two - one for one, two in zip(first, second, strict=True)]
+    if not all(0 <= value <= 1 for value in (*first, *second)):
+        return ratio(gains, [1.0] * len(gains))
+    return mean([(1 + gain) / 2 for gain in gains]).transformed(lambda value: 2 * value - 1)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

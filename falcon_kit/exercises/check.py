@@ -19,9 +19,9 @@ def check(exercise: str | float, answer: Any = None, *given: Any) -> Outcome:
 
     exercise: notebook and exercise, such as "06.1". given: what the exercise asks to pass besides, such as the model.
     """
-    number, known = str(exercise).strip().zfill(4), all_checks()
-    if number not in known:
-        return Outcome(number, False, unknown_name("exercise", number, list(known)))
+    typed, known = str(exercise).strip(), all_checks()
+    if (number := typed.zfill(4)) not in known:
+        return Outcome(typed, False, unknown_name("exercise", typed, list(known)))
     form = (inspect.getdoc(known[number]) or "").replace("\n", " ")
     if _is_empty(answer):
         return Outcome(number, False, f"There is no answer yet. Expected: {form}")

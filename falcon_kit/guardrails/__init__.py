@@ -8,7 +8,7 @@ matching.py    patterns in a text that grows (no torch)
 length.py      the length of a text (no torch)
 secrets.py     keys and passwords (no torch)
 words.py       blocked words (no torch)
-personal.py    addresses, cards, accounts and telephone numbers (no torch)
+personal.py    addresses, cards, accounts, identity and telephone numbers (no torch)
 injection.py   control tokens, and phrases that revoke instructions (no torch)
 repetition.py  the same words over and over (no torch)
 custom.py      a function of your own, or a classifier (no torch)
@@ -39,11 +39,11 @@ def guardrails(**settings: Any) -> Guardrails:
     blocked_words, control_tokens, injection, repetition, custom, labels and threshold. Without settings, all checks run
     but those of blocked words and of your own.
 
-    What is not covered: names, postal addresses and other personal data in free words; telephone numbers of regions
-    that are not given, or of a landline without gaps, if they have no "+"; keys of unknown forms; blocked words that
-    are spelled with digits or gaps, inflected, or replaced by others; injection in other words than the listed phrases,
-    or in documents that are not passed in; errors, bias and harm in what a model generates. The checks are one
-    precaution of several. They do not prove that a text is safe.
+    What is not covered: names, postal addresses and other personal data in free words; identity numbers of other
+    countries than the US and China; telephone numbers of regions that are not given, or of a landline without gaps, if
+    they have no "+"; keys of unknown forms; blocked words that are spelled with digits or gaps, inflected, or replaced
+    by others; injection in other words than the listed phrases, or in documents that are not passed in; errors, bias
+    and harm in what a model generates. The checks are one precaution of several. They do not prove that a text is safe.
 
     Raises TypeError for a setting that does not exist, and what `falcon_kit.Guardrails` raises.
     """

@@ -39,7 +39,8 @@ class Guardrails:
     secrets: bool = True
     """Keys of known forms, and passwords that stand beside their name."""
     personal_data: bool = True
-    """Email addresses, payment cards, IBANs, US social security numbers, and telephone numbers."""
+    """Email addresses, payment cards, IBANs, US social security numbers, Chinese identity card numbers (18 digits) and
+    telephone numbers."""
     phone_regions: Sequence[str] = ("US",)
     """Regions whose telephone numbers are found without "+" and country code too, from seven digits on: in the groups
     in which a region writes them; mobile numbers, and numbers with a first 0, also in others. Digits without a gap are

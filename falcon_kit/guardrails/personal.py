@@ -1,4 +1,5 @@
-"""Personal data with a form that can be confirmed: addresses, payment cards, bank accounts, telephone numbers.
+"""Personal data with a form that can be confirmed: addresses, payment cards, bank accounts, identity numbers of the US
+and China, telephone numbers.
 
 Check digits, the structure of account numbers and the numbering plans come from python-stdnum and phonenumbers.
 """
@@ -29,6 +30,7 @@ _CARD = (  # 4-4-4-4 and 4-6-5 in one spelling of the gaps, or all digits togeth
 )
 _IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}" + _run(r" ?[A-Z0-9]", 11, 30, r"[^A-Z0-9 ]| [^A-Z0-9]")
 _SSN = r"(?<![\d-])\d{3}-\d{2}-\d{4}(?=[^\d-]|-\D)"
+_IDENTITY_CARD = r"(?<![A-Za-z0-9])\d{6}( ?)\d{8}\1\d{3}[\dXx](?=[^A-Za-z0-9])"
 _IN_WORD = rf"[^\W{UNSPACED}]"  # in scripts without spaces, a number may stand beside a letter
 _INTERNATIONAL = rf"(?<!{_IN_WORD}|\+)\+\d" + _run(
     r"[ ().-]{0,3}\d", 6, 15, r"[^\d ().-]|[ ().-]{1,3}[^\d ().-]|[ ().-]{4}"
@@ -84,6 +86,13 @@ def is_social_security_number(value: str) -> bool:
     from stdnum.us import ssn
 
     return bool(ssn.is_valid(value))
+
+
+def is_identity_card(value: str) -> bool:
+    """Whether the number is one of a Chinese identity card: with a place, a date of birth and the check digit."""
+    from stdnum.cn import ric
+
+    return bool(ric.is_valid(value.replace(" ", "")))
 
 
 def is_international_number(value: str) -> bool:
@@ -169,6 +178,7 @@ def personal_patterns(regions: Sequence[str]) -> Iterator[Pattern]:
     yield Pattern("personal_data", "a payment card number", _CARD, valid=is_card)
     yield Pattern("personal_data", "a bank account number (IBAN)", _IBAN, valid=is_iban)
     yield Pattern("personal_data", "a US social security number", _SSN, valid=is_social_security_number)
+    yield Pattern("personal_data", "a Chinese identity card number", _IDENTITY_CARD, valid=is_identity_card)
     yield Pattern("personal_data", "a telephone number", _INTERNATIONAL, valid=is_international_number)
     if regions:
         national = partial(is_national_number, regions=regions)

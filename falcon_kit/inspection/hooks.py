@@ -79,7 +79,7 @@ class InspectedModel:
         that is not a pair. `kind` names the heads in errors."""
         pairs = []
         each: Any
-        for each in heads if isinstance(heads, Iterable) else [heads]:
+        for each in _several(heads):
             pair = each.tolist() if hasattr(each, "tolist") else each  # a row of an array
             if not (isinstance(pair, tuple | list) and len(pair) == 2):
                 raise TypeError(
@@ -133,8 +133,12 @@ def check_index(index: int, count: int, kind: str) -> int:
 def check_indices(given: int | Iterable[int] | None, count: int, kind: str) -> list[int]:
     """One index or several, each once, checked by `check_index`; None stands for all of them."""
     given = range(count) if given is None else plain_scalar(given)
-    several = given if isinstance(given, Iterable) else [given]
-    return list(dict.fromkeys(check_index(each, count, kind) for each in several))
+    return list(dict.fromkeys(check_index(each, count, kind) for each in _several(given)))
+
+
+def _several(given: Any) -> Iterable[Any]:
+    """One or several: a text is one."""
+    return given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
 
 
 @contextmanager

@@ -10,8 +10,9 @@ quantizer.py     packed layers quantised while weights are read, saved, and read
 quantization.py  8-bit and 4-bit weights: chosen, counted after loading, saved
 compiling.py     decoding with a static cache and torch.compile
 checks.py        the settings of load(), and what it refuses before a download
-falcon.py        Falcon: a model and its tokenizer, with methods to generate, stream and chat
 reading.py       weights read into a model: device map, adapters, quantisation
+writing.py       a model and its tokenizer written to a folder
+falcon.py        Falcon: a model and its tokenizer, with methods to generate, stream, chat and save
 load.py          load(): find, plan, fetch, read
 merging.py       merge(): an adapter added to the weights, checked by its logits
 """

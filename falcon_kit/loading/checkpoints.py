@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
 from falcon_kit.catalogue.gguf import GGUFFile, find_gguf, gguf_file
-from falcon_kit.catalogue.hub import fetch_configs, hub_errors
+from falcon_kit.catalogue.hub import cache_alone_if_cut_off, fetch_configs, hub_errors
 from falcon_kit.catalogue.names import (
     adapter_base,
     adapter_spec,
@@ -156,6 +156,7 @@ def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | No
 
 def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) -> Checkpoint:
     """The checkpoint in a hub repository, after the download of its config.json, adapter_config.json or both."""
+    hub = cache_alone_if_cut_off(hub)  # for the weights too
     with hub_id_errors(repository):
         folder = fetch_configs(repository, **hub)
     shape = next((each for each in catalogue() if each.hub_id == repository), None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
+from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
@@ -20,6 +22,7 @@ from falcon_kit.generation.sampling import stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
+from falcon_kit.loading.writing import check_complete, check_replaceable, write_model
 from falcon_kit.model import modeling
 from falcon_kit.planning.plan import Plan
 
@@ -31,7 +34,7 @@ _COMPILABLE = {"use_cache": (None, True), "num_beams": (None, 1), **dict.fromkey
 @documented
 @dataclass(frozen=True, repr=False, eq=False)
 class Falcon:
-    """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects."""
+    """A loaded Falcon. `model, tokenizer = falcon` gives the plain transformers objects; `save` writes both."""
 
     model: FalconForCausalLM
     """The model, in evaluation mode."""
@@ -97,6 +100,20 @@ class Falcon:
         check_given(guardrails, messages, self.tokenizer)
         settings = self._turns(messages, settings)
         return cast(Generation, checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, **settings)))
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the model as it is in memory, its settings of generation and its tokenizer with the chat template.
+
+        directory: a new folder, or one with a checkpoint, which the model replaces once it is saved; it is returned,
+        and `fk.load` and transformers load it. Raises ValueError for a model with adapters attached or offloaded parts,
+        and NotADirectoryError, FileExistsError or OSError where the directory cannot be written.
+        """
+        folder = Path(directory).expanduser()
+        check_complete(self.model)
+        check_replaceable(folder, "directory")
+        with atomic_folder(folder, self.weight_bytes) as partial:
+            write_model(self.model, self.tokenizer, partial)
+        return folder
 
     def _turns(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""

@@ -6,7 +6,6 @@ A merged model's logits are compared with those of the base with the adapter att
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,25 +21,18 @@ from torch import Tensor, nn
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, is_here
 from falcon_kit.display.documented import documented
 from falcon_kit.display.reading import UNEXPECTED, named_errors
-from falcon_kit.display.saving import atomic_folder, check_folder
+from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import save_tokenizer
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
 from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
-from falcon_kit.loading.reading import progress_bar
+from falcon_kit.loading.writing import check_replaceable, write_model
 from falcon_kit.planning.devices import devices_by_key
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
-_SAVED = re.compile(
-    r"config\.json|generation_config\.json|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
-    r"|chat_template\.jinja"
-)
-"""The files of a checkpoint, which saving writes or replaces."""
 _HANDLES = ("_require_grads_hooks", "_require_grads_hook")
 """Where transformers keeps what removes the hooks of `enable_input_require_grads`: the last call's only."""
 _ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -171,34 +163,18 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
             f"{type(adapter).__name__}"
         )
     if output_dir is not None:
-        _check_replaceable(Path(output_dir).expanduser())
+        check_replaceable(Path(output_dir).expanduser(), "output_dir")
     adapter = Path(adapter).expanduser()
     if isinstance(base, Falcon):
         check_no_adapters(base, "the merged one")
     falcon = _base(adapter) if base is None else _unquantised_copy(base, adapter)
     if output_dir is None:
         return _merge(falcon, adapter)
-    with atomic_folder(output_dir, falcon.weight_bytes) as folder, progress_bar(False):
+    with atomic_folder(output_dir, falcon.weight_bytes) as folder:
         merged = _merge(falcon, adapter)
-        with adapters.write_errors():
-            merged.model.save_pretrained(folder)
-        save_tokenizer(merged.tokenizer, folder)
+        write_model(merged.model, merged.tokenizer, folder)
     merged.model.name_or_path = merged.model.config.name_or_path = str(Path(output_dir).expanduser())
     return merged
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that."""
-    check_folder(folder, "output_dir")
-    content = sorted(folder.iterdir()) if folder.is_dir() else []
-    other = [each for each in content if each.is_dir() or not _SAVED.fullmatch(each.name)]
-    if content and not (folder / "config.json").is_file():
-        other += content
-    if other:
-        raise FileExistsError(
-            f"output_dir={str(folder)!r} holds {other[0].name}, which saving a model there would remove: give a new "
-            "folder, or one that holds only a checkpoint"
-        )
 
 
 def _base(adapter: Path) -> Falcon:

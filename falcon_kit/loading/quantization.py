@@ -11,12 +11,10 @@ is another one, and so is the model in memory from then on.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,16 +29,6 @@ from falcon_kit.loading.quantizer import METHOD, PackedConfig
 from falcon_kit.model.products import has_products
 from falcon_kit.parallel.ranks import local_tensor
 from falcon_kit.planning.environment import native_bfloat16
-
-
-def _lacks(text: str, record: logging.LogRecord) -> bool:
-    return text not in record.msg
-
-
-# bitsandbytes remarks on its import that a faster kernel could be fetched from the hub (PEFT imports it too), and at
-# each 8-bit product that it rounds bfloat16 to float16, which it always does.
-for _name, _text in (("backends.cpu.ops", "kernels-community"), ("autograd._functions", "inputs will be cast")):
-    logging.getLogger(f"bitsandbytes.{_name}").addFilter(partial(_lacks, _text))
 
 
 def _kinds() -> dict[type[nn.Module], str]:

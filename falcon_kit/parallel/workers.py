@@ -129,6 +129,7 @@ def _read(rank: int, process: subprocess.Popen[str], arrived: _Queue, stderr: Pa
                 with suppress(OSError), stderr.open("a") as file:  # `close` may have removed the folder
                     file.write(line)
     finally:
+        cast(IO[str], process.stdout).close()
         arrived.put((rank, None))
 
 
@@ -148,6 +149,8 @@ def _end(processes: list[subprocess.Popen[str]], folder: TemporaryFolder, owner:
         process.kill()
     for process in processes:
         process.wait()
+        with suppress(OSError):  # what was not sent has no reader any more
+            cast(IO[str], process.stdin).close()
     folder.remove()
 
 

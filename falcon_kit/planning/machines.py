@@ -17,10 +17,14 @@ from falcon_kit.display.errors import unknown_name
 MIB, GIB = 2**20, 2**30
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
 GPUS: dict[str, int] = {name: int(gpu["gib"] * 1024) * MIB for name, gpu in _DATA["gpus"].items()}
-"""Bytes that torch can allocate, from the "total capacity" in published out-of-memory errors, which is 0.5 to 5
-percent less than nvidia-smi prints. Of several published figures, the smallest that was found. The source of each is
-in devices.json; null where the errors are in public files without a lasting address."""
-_NOISE = re.compile(r"\b(?:standard|nvidia|amd|instinct|tesla|geforce|rtx)+|\b(?:sxm\d?|pcie|hbm\d?e?|gpus?)\b")
+"""Bytes that torch can allocate, from the "total capacity" in published out-of-memory errors, or the same figure of
+another CUDA program; it is 0.5 to 5 percent less than nvidia-smi prints. Of several published figures, the smallest
+that was found. The source of each is in devices.json; null where the errors are in public files without a lasting
+address."""
+_NOISE = re.compile(
+    r"\b(?:standard|nvidia|amd|instinct|tesla|geforce|rtx)+|\b(?:sxm\d?|pcie|hbm\d?e?|gpus?)\b"
+    r"|\b(?:generation|blackwell|max q|workstation|server|edition)\b"
+)
 """Words in names that tell no two cards or machines apart."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from inspect import signature
 from typing import TYPE_CHECKING, Any, get_args
@@ -56,6 +56,7 @@ from falcon_kit.planning.suggestions import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -151,6 +152,12 @@ class Plan:
         return draw_plan(self.rows, self.devices, self.verdict())
 
     figure = plot
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each part: part, device, bytes, reason."""
+        import pandas as pd
+
+        return pd.DataFrame([*map(asdict, self.rows)])
 
     def __repr__(self) -> str:
         return f"Plan({self.verdict()})"

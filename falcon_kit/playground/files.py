@@ -120,10 +120,12 @@ def save(turns: Sequence[Turn], path: str | Path, guarded: bool = False) -> Path
 def load(path: str | Path) -> tuple[list[Turn], bool]:
     """The turns of a saved file, and whether guardrails were on.
 
-    Raises ValueError, with place and reason, for a file that `save` did not write.
+    Raises ValueError, with place and reason, for a file that `save` did not write, and FileNotFoundError for none.
     """
     require(bool(str(path).strip()), "give the name of a file to load")
     file = Path(path).expanduser()
+    if not file.exists():
+        raise FileNotFoundError(f"there is no file {file}: give the path that session.save returned")
     try:
         history = _SavedHistory.model_validate_json(file.read_bytes(), strict=True)
     except ValidationError as error:

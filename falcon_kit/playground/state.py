@@ -164,7 +164,7 @@ class Session:
     def edit(self, number: int, text: str) -> Turn:
         """Replaces the text of a turn (counted from 0), drops the turns after it, and answers it. The draft stays."""
         exists = is_whole(number, 0, len(self.turns) - 1)
-        require(exists, f"there is no turn {shown(number)}: the conversation has {len(self.turns)}")
+        require(exists, f"there is no turn {shown(number)}: the conversation has {len(self.turns)}, counted from 0")
         return self._run(text, self.turns[:number])
 
     def stop(self) -> None:

@@ -45,8 +45,8 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
     quoted = f"{address} reports: {message}" if message else f"{address} gives no reason"
     if status in (401, 403):
         return PermissionError(
-            f"the endpoint refused the key (HTTP {status}): pass token=..., or set FALCON_KIT_TOKEN before "
-            f"connecting. {quoted}"
+            f"the endpoint refused the key (HTTP {status}): pass token=..., for a server of fk.serve "
+            f"token=served.key(), or set FALCON_KIT_TOKEN before connecting. {quoted}"
         )
     if 300 <= status < 400:
         target = _PATHS.sub("", redact_url(urljoin(address, headers.get("location", ""))))

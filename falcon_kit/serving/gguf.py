@@ -27,6 +27,7 @@ from falcon_kit.loading.adapters import merged_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.writing import has_adapters
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, planned_tensors, unsupported
@@ -111,8 +112,7 @@ def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, of
     marked = is_quantised(model) or getattr(model, "quantization_method", None)
     floating = all(each.is_floating_point() for each in model.parameters())
     require(floating and not marked, f"the weights are quantised for torch: {quantised}")
-    adapters = getattr(model, "peft_config", None) or any("lora_" in name for name, _ in model.named_parameters())
-    require(not adapters, f"the model has adapters: {adapted}")
+    require(not has_adapters(model), f"the model has adapters: {adapted}")
     require(not any(each.is_meta for each in model.parameters()), f"some weights are offloaded: {offloaded}")
 
 

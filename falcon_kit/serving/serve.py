@@ -51,7 +51,11 @@ _RETRIES = 4  # of requests, as in `connect`
 @dataclass(frozen=True, repr=False)
 class Served(Endpoint):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
-    it also ends with this process, however that ends."""
+    it also ends with this process, however that ends.
+
+    Other clients reach it by its address and key: `openai.OpenAI(base_url=served.address, api_key=served.key())`, with
+    `model=served.model`; `transformers serve` calls the model by its folder, `model=str(served.files.path)`.
+    """
 
     name: str
     """The name that `fk.serve` serves the model by."""
@@ -69,6 +73,10 @@ class Served(Endpoint):
     def log(self) -> str:
         """What the server has written, without its key; empty once it is closed."""
         return self._process.log
+
+    def key(self) -> str:
+        """The server's key, which no text about it shows; "none" for `transformers serve`, which has none."""
+        return self._server.connection.token or "none"
 
     def close(self) -> None:
         """Ends the server and removes its files. A second call does nothing."""

@@ -17,15 +17,14 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import check_disk_space, write_text
 from falcon_kit.display.tables import format_bytes
-from falcon_kit.generation.chat import ChatFormat, save_tokenizer
-from falcon_kit.loading.adapters import write_errors
+from falcon_kit.generation.chat import ChatFormat
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
 from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
 from falcon_kit.loading.merging import merge
-from falcon_kit.loading.reading import progress_bar
+from falcon_kit.loading.writing import write_model
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import resolve_devices
 from falcon_kit.planning.environment import empty_gpu_cache
@@ -195,9 +194,7 @@ def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
 def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
     path, size = folder / source.short_name, falcon.weight_bytes
     check_disk_space(path, size)
-    with progress_bar(False), write_errors():
-        falcon.model.save_pretrained(path)
-    save_tokenizer(falcon.tokenizer, path)
+    write_model(falcon.model, falcon.tokenizer, path)
     note = f"{format_bytes(size)}, saved for this server in a temporary folder"
     return Files(path, note, saving(source), falcon.chat_format)
 
@@ -207,8 +204,7 @@ def saving(source: Source, path: str | None = None) -> str:
     path = path or repr(source.short_name)
     if isinstance(source.model, Checkpoint) and source.model.is_adapter:
         return f"fk.merge({source.name!r}, output_dir={path})"
-    saved = (f"falcon.{each}.save_pretrained({path})" for each in ("model", "tokenizer"))
-    return "; ".join([*_loading(source), *saved])
+    return "; ".join([*_loading(source), f"falcon.save({path})"])
 
 
 def _loading(source: Source) -> list[str]:

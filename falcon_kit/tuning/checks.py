@@ -101,7 +101,7 @@ def check_no_new_tokens(falcon: Falcon) -> None:
     if changed:
         raise ValueError(
             f"the token {next(iter(changed))!r} is not as in {falcon.name}, with which the adapter would be loaded: "
-            "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune fk.load(folder)"
+            "falcon.save(folder), and tune fk.load(folder)"
         )
 
 

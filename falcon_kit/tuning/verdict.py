@@ -13,6 +13,7 @@ from falcon_kit.tuning.settings import Tuning
 _LEAST_FALL = 0.1
 _MOST_FORGOTTEN = 0.1  # nats per token
 _ENOUGH_STEPS = 60
+_UNSEEN = ". No answer was looked at, and no other row: run.rates(rows) and held_out=0.1 do that"
 _OTHER_TEXTS = {"web-text": "web text", "generated-text": "8 generated English texts"}
 
 
@@ -39,7 +40,7 @@ def _learned(losses: Sequence[float], figures: Mapping[str, float], documents: i
     line = f"{steps}: the {name} {_change(fall)}"
     if fall >= _LEAST_FALL:
         few = figures.get("exact answers after") == 0 and len(losses) < _ENOUGH_STEPS
-        return f"{line}, and no held-out answer is exact{more}" if few else line
+        return f"{line}, and no held-out answer is exact{more}" if few else line + (_UNSEEN if held_out is None else "")
     before, after = (figures.get(f"exact answers {when}", 0.0) for when in ("before", "after"))
     if after - before >= _LEAST_FALL:
         return f"{line}, and {after:.0%} of the held-out answers are right, instead of {before:.0%}"

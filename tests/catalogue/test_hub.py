@@ -1,13 +1,14 @@
 """The config of a hub id, and plain texts for the errors of the hub. No test connects to the hub."""
 
 import json
+import socket
 from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import errors
 
 import falcon_kit as fk
-from falcon_kit.catalogue.hub import hub_errors
+from falcon_kit.catalogue.hub import hub_errors, is_cut_off
 from tests.conftest import small_config
 
 
@@ -55,6 +56,35 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     with pytest.raises(ConnectionError, match="cannot be reached"):
         fk.spec("somebody/their-falcon")
     assert asked == [("config.json", False), ("adapter_config.json", True)]
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As on a machine without a proxy where huggingface_hub may connect, with the hub at this host and port."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return lambda port: monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+
+
+def test_a_machine_that_is_cut_off_asks_the_cache_alone_and_waits_for_no_further_try(online, monkeypatch):
+    online(9)
+    assert is_cut_off()
+    tries = []
+    monkeypatch.setattr("time.sleep", tries.append)
+    with pytest.raises(ConnectionError, match="somebody/their-falcon is not in the local cache and the hub cannot be"):
+        fk.spec("somebody/their-falcon")
+    assert tries == []
+
+
+def test_a_hub_that_accepts_a_connection_or_is_behind_a_proxy_is_asked(online, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        online(server.getsockname()[1])
+        assert not is_cut_off()
+    assert is_cut_off()
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:3128")
+    assert not is_cut_off()
 
 
 @pytest.mark.usefixtures("cached")

@@ -31,6 +31,11 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     )
 
 
+def test_a_falcon_that_only_the_hub_has_is_named_by_its_id_there() -> None:
+    with pytest.raises(LookupError, match=r"or an id of the hub, such as 'tiiuae/falcon-11B'\.$"):
+        spec("falcon-11b")
+
+
 @pytest.mark.parametrize("name", ["tiiuae/falcon-11B", "tiiuae/falcon-40b-instuct"])
 def test_a_name_of_the_publisher_may_be_on_the_hub_when_that_cannot_be_reached(name: str) -> None:
     with pytest.raises(ConnectionError, match=rf"{name} is not .*the hub cannot be reached.*Nearest: falcon-"):

@@ -5,6 +5,7 @@ import random
 import re
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -268,6 +269,16 @@ def test_missing_data_is_named(base, name, data):
         ConnectionError, match=f"the data of .* is not here: .*{re.escape(data)}.*: the data then stays"
     ):
         fk.evaluate(base, name)
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_data_come_from_the_cache_alone_while_the_hub_cannot_be_reached(monkeypatch, cut_off):
+    seen = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(harness, "is_cut_off", lambda: cut_off)
+    monkeypatch.setattr(TaskManager, "load", lambda *_: seen.append(datasets.config.HF_HUB_OFFLINE) or {"tasks": {}})
+    harness.load("arc", "arc_challenge", "arc")
+    assert (seen, datasets.config.HF_HUB_OFFLINE) == ([cut_off], False)
 
 
 def test_the_tasks_of_the_leaderboard_have_its_numbers_of_examples():

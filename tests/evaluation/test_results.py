@@ -40,6 +40,24 @@ def test_a_file_gives_the_same_evaluation_back(tmp_path):
     assert fk.Evaluation.load(expected.save(tmp_path / "result.json")) == expected
 
 
+def test_the_interval_of_a_probability_ends_at_1():
+    found = task([0.97, 0.999, 0.999, 0.999], metric="sureness").estimate("sureness")
+    assert 0.9 < found.low < found.value < found.high <= 1
+
+
+def test_the_interval_of_a_difference_of_probabilities_ends_at_1():
+    surest, other = (task(values, metric="sureness") for values in ([1.0, 1.0, 0.97], [0.0, 0.0, 0.0]))
+    (found,) = evaluation(other).compare(evaluation(surest)).differences
+    assert 0 < found.difference.low < found.difference.value < found.difference.high <= 1
+
+
+@pytest.mark.parametrize(("facts", "shown"), [({"chance": 0.5}, True), ({}, False)])
+def test_a_column_beside_the_values_is_there_for_what_stands_in_it(facts, shown):
+    html = evaluation(task([1, 0], **facts))._repr_html_()
+    assert ("beside it" in html, "chance 0.5" in html) == (shown, shown)
+    assert "tokens or items" in html
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", "[" * 10**5, '{"falcon_kit_evaluation": 99}', '{"falcon_kit_evaluation": 1}']
 )

@@ -67,6 +67,37 @@ def test_the_ends_of_a_share_are_the_shares_that_a_score_test_just_accepts(count
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
 
 
+SHARES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=8)
+
+
+@given(SHARES)
+def test_the_interval_of_values_from_0_to_1_stays_there(values):
+    estimate = statistics.mean(values)
+    assert math.isnan(estimate.low) or 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_a_value_that_is_almost_0_changes_the_interval_of_a_share_little():
+    nearly, whole = statistics.mean([1e-9, 0.0, 1.0, 1.0]), statistics.share(2, 4)
+    assert (nearly.low, nearly.high) == pytest.approx((whole.low, whole.high))
+
+
+def test_in_the_middle_the_interval_of_values_from_0_to_1_is_nearly_the_normal_one():
+    values = [0.4, 0.5, 0.6] * 100
+    bounded, normal = statistics.mean(values), statistics.ratio(values, [1.0] * len(values))
+    assert (bounded.low, bounded.high) == pytest.approx((normal.low, normal.high), abs=1e-4)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8))
+def test_a_difference_of_such_values_is_at_most_1(pairs):
+    estimate = statistics.mean_difference(*zip(*pairs, strict=True))
+    assert math.isnan(estimate.low) or -1 <= estimate.low <= estimate.high <= 1
+
+
+def test_a_difference_of_other_values_has_the_normal_interval():
+    found = statistics.mean_difference([10.0, 20.0, 30.0], [11.0, 20.0, 31.0])
+    assert found == statistics.ratio([1.0, 0.0, 1.0], [1.0] * 3)
+
+
 @given(st.integers(0, 8), st.integers(0, 8))
 def test_mcnemars_test_counts_the_outcomes_of_fair_coins_that_are_as_uneven(first, second):
     outcomes = [sum(coins) for coins in product((0, 1), repeat=first + second)]

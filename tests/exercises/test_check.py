@@ -38,11 +38,11 @@ def test_an_exercise_is_named_by_its_number(given):
     assert fk.check(given).exercise == "00.1"
 
 
-@pytest.mark.parametrize(("given", "nearest"), [("00.9", "00.1"), ("notebook", "00.1"), (99.1, "09.1")])
+@pytest.mark.parametrize(("given", "nearest"), [("00.9", "00.1"), ("notebook", "00.1"), ("zz", "00.1"), (99.1, "09.1")])
 def test_an_unknown_number_names_the_nearest(given, nearest):
     outcome = fk.check(given, 1)
     assert not outcome
-    assert outcome.text.startswith("Unknown exercise")
+    assert repr(outcome).startswith(f"{given}: not yet. Unknown exercise '{given}'.")
     assert nearest in outcome.text
 
 

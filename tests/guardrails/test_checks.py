@@ -73,6 +73,9 @@ def test_code_and_talk_about_passwords_pass(text):
         ("GB29NWBK60161331926819", "a bank account number (IBAN)"),
         ("SEND IT TO GB29 NWBK 6016 1331 9268 19 AND WAIT FOR AN ANSWER", "a bank account number (IBAN)"),
         ("536-90-4399", "a US social security number"),
+        ("身份证号11010519491231002X。", "a Chinese identity card number"),
+        ("身份证号 １１０１０５１９４９１２３１００２Ｘ", "a Chinese identity card number"),
+        ("ID 110105 19491231 002x, please", "a Chinese identity card number"),
         ("+1 202-555-0143 at 12", "a telephone number"),
         ("(202) 555-0143", "a telephone number"),
         ("020 7946 0958", "a telephone number"),
@@ -90,6 +93,10 @@ def test_personal_data_is_found(text, expected):
         "1234567890123456",
         "DE89 3704 0044 0532 0130 01",
         "000-12-3456",
+        "110105194912310021",  # the check digit
+        "110105194913310021",  # the month
+        "990105194912310023",  # the place
+        "A11010519491231002X",
         "2024-05-17",
         "10.0.22631.3447",
         "a@b",

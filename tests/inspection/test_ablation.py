@@ -196,6 +196,7 @@ def test_the_figure_of_an_ablation_shows_both_lines(instruct):
     [
         ({}, ValueError, "no head is given: give heads=[(layer, head), ...] or kv_heads="),
         ({"heads": (1, 0)}, TypeError, "1 is not a pair of a layer and a head: give a list of pairs, such as [(0, 1)]"),
+        ({"heads": "all"}, TypeError, "'all' is not a pair of a layer and a head: give a list of pairs"),
         ({"heads": [(6, 0)]}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
         ({"heads": [(0, 4)]}, IndexError, "head 4 does not exist: heads are numbered 0 to 3"),
         ({"kv_heads": [(0, 2)]}, IndexError, "KV head 2 does not exist: KV heads are numbered 0 to 1"),

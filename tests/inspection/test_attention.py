@@ -452,6 +452,7 @@ def test_an_unknown_statistic_is_refused_with_the_nearest(instruct):
         ({"text": b"Hello"}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got bytes"),
         ({"text": {20: 21}}, ValueError, "a prompt is a text, a list of texts, or one list of token ids; got dict"),
         ({"text": [20] * 2049}, ValueError, "the text has 2049 tokens, the model's context is 2048: shorten it"),
+        ({"layers": "all"}, IndexError, "layer 'all' does not exist: layers are numbered 0 to 5"),
         ({"layers": 6}, IndexError, "layer 6 does not exist: layers are numbered 0 to 5"),
         ({"heads": [0, -1]}, IndexError, "head -1 does not exist: heads are numbered 0 to 3"),
         ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size=0: must be at least 1"),

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import falcon_kit as fk
+from falcon_kit.catalogue import hub
 from falcon_kit.loading import checkpoints
 from tests.conftest import legacy, logits, small_model
 
@@ -33,6 +34,16 @@ def test_a_hub_id_that_is_cached_loads_without_network(tokenizer, tmp_path):
     falcon = fk.load("somebody/my-falcon", cache_dir=tmp_path, local_files_only=True)
     assert torch.equal(logits(falcon.model), logits(small_model("40b")))
     assert falcon.plan.disk is None  # nothing is to be downloaded any more
+
+
+def test_a_cached_model_loads_at_once_where_the_hub_cannot_be_reached(tokenizer, tmp_path, monkeypatch):
+    small_model("40b").save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cached(tmp_path, "somebody/my-falcon", tmp_path / "saved")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "is_cut_off", lambda: True)
+    monkeypatch.setattr("httpx2.Client.request", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert fk.load("somebody/my-falcon", cache_dir=tmp_path).spec.layers == 2
 
 
 def test_a_model_of_the_hub_is_named_by_its_id(tokenizer, tmp_path):

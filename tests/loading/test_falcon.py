@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from transformers import GenerationConfig
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import falcon_kit as fk
-from tests.conftest import small_model
+from tests.conftest import logits, small_model
 
 
 def test_a_falcon_unpacks_into_model_and_tokenizer(instruct):
@@ -45,6 +47,60 @@ def test_decoding_is_not_compiled_where_the_checkpoint_needs_another_way(instruc
         None if "prompt_lookup_num_tokens" in own else "static"
     )
     assert falcon.generate("Hi", max_new_tokens=3, do_sample=False).tokens
+
+
+# Saved
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "int4", "nf4"])
+def test_a_saved_falcon_loads_as_it_was(dtype, tmp_path):
+    falcon = fk.load("falconet-instruct", dtype=dtype, chat="hub")
+    falcon.model.generation_config.repetition_penalty = 1.1
+    expected = logits(falcon.model)
+    again = fk.load(falcon.save(tmp_path / "a" / "mine"))
+    assert torch.equal(logits(again.model), expected)
+    assert (again.dtype, again.generation_settings) == (falcon.dtype, falcon.generation_settings)
+    assert (again.chat_format.name, again.tokenizer.chat_template) == ("hub", falcon.tokenizer.chat_template)
+    assert falcon.name == "falconet-instruct"
+
+
+def test_transformers_reads_a_saved_falcon(instruct, tmp_path):
+    folder = instruct.save(str(tmp_path / "mine"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=instruct.model.dtype)
+    assert sorted(model.state_dict()) == sorted(instruct.model.state_dict())
+    talk = [{"role": "user", "content": "Hi"}]
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(talk, tokenize=False)
+    assert rendered == instruct.tokenizer.apply_chat_template(talk, tokenize=False)
+
+
+def test_a_checkpoint_stays_whole_where_saving_over_it_fails(instruct, tmp_path, monkeypatch):
+    folder = instruct.save(tmp_path / "mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(type(instruct.tokenizer), "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):  # noqa: PT011  # the one above
+        instruct.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_saving_removes_no_file_of_the_user(instruct, tmp_path):
+    (tmp_path / "notes.md").write_text("a week of work")
+    with pytest.raises(FileExistsError, match=r"directory='.*' holds notes\.md, which saving a model there would"):
+        instruct.save(tmp_path)
+    assert (tmp_path / "notes.md").read_text() == "a week of work"
+
+
+def test_a_falcon_that_is_not_whole_is_not_saved(tokenizer, tmp_path):
+    small_model("7b").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    falcon = fk.load(tmp_path / "base")
+    falcon.model.add_adapter(LoraConfig(target_modules=["query_key_value"]))
+    with pytest.raises(ValueError, match=r"the model has adapters attached.*fk\.merge\(adapter, base, output_dir="):
+        falcon.save(tmp_path / "adapted")
+    offloaded = replace(falcon, model=small_model("7b").to("meta"))
+    with pytest.raises(ValueError, match="a part of the model is offloaded to host memory or disk: load it completely"):
+        offloaded.save(tmp_path / "offloaded")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 # How a Falcon shows itself

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from falcon_kit.parallel.workers import WorkerDied, Workers
+from tests.waiting import until
 
 
 def start(code, count=1):
@@ -49,6 +50,14 @@ def test_workers_end_when_nobody_holds_them():
     workers.receive()
     del workers
     assert [process.wait(5) for process in processes] == [-9, -9]
+
+
+def test_the_pipes_of_workers_are_closed_with_them():
+    workers = start("link.send(ready=1); link.receive()", count=2)
+    pipes = [pipe for process in workers.processes for pipe in (process.stdin, process.stdout)]
+    workers.receive()
+    del workers
+    until(lambda: all(pipe.closed for pipe in pipes))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forks")

@@ -415,6 +415,13 @@ def test_a_table_has_one_unit():
     assert set(re.findall(r"<td[^>]*>[<\d.&lt; ]+ ([KMGT]?i?B)</td>", html)) == {"GiB"}
 
 
+def test_the_parts_are_a_data_frame():
+    found = fk.plan("falcon-7b", devices="2xT4")
+    frame = found.to_dataframe()
+    assert list(frame.columns) == ["part", "device", "bytes", "reason"]
+    assert (len(frame), frame["bytes"].sum()) == (len(found.rows), found.total_bytes)
+
+
 def test_the_html_escapes_what_it_shows():
     assert "<img" not in fk.plan("falconet", devices=[Device("<img>", 0, GIB)])._repr_html_()
 

@@ -128,6 +128,11 @@ def test_a_loaded_session_shows_the_last_conversation_and_goes_on_from_it(saved)
     assert [message["content"] for message in typist.asked[0][0]][::2] == ["a", "b", "c", "d"]
 
 
+def test_a_file_that_is_not_there_is_named_with_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^there is no file .*none\.json: give the path that session\.save"):
+        chatting(Typist()).load(tmp_path / "none.json")
+
+
 def test_a_file_that_is_loaded_twice_adds_nothing(saved):
     session, file = saved
     assert session.load(file) == 0

@@ -126,6 +126,13 @@ def test_an_edited_turn_drops_those_after_it():
     assert [turn.user for turn in session.turns] == ["a", "B"]
 
 
+def test_a_turn_that_is_not_there_is_refused_with_how_they_are_counted():
+    session = chatting(Typist())
+    session.generate("a")
+    with pytest.raises(ValueError, match="there is no turn 5: the conversation has 1, counted from 0"):
+        session.edit(5, "x")
+
+
 def test_regenerate_answers_the_last_turn_in_its_place():
     typist = Typist()
     session = chatting(typist)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 import psutil
 import pytest
 from peft import LoraConfig, inject_adapter_in_model
@@ -52,10 +53,24 @@ def test_the_key_is_random_and_nowhere_to_be_seen(engine):
             keys.add(key)
             lines = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
             shown = [*lines, served.log, repr(served), served._repr_html_(), served.command, repr(vars(served))]
+            shown += [str(served), json.dumps(served._facts()), *map(repr, vars(served).values())]
+            assert served.key() == key
             assert [text for text in shown if key in text] == []
             assert "starting with the key ***" in served.log
     assert len(keys) == 2
     assert min(map(len, keys)) >= 32
+
+
+def test_another_client_reaches_the_server_with_its_key(engine):
+    with fk.serve("falconet", engine().program) as served:
+        client = openai.OpenAI(base_url=served.address, api_key=served.key())
+        assert [each.id for each in client.models.list()] == [served.model]
+        assert fk.connect(served.address, token=served.key()).model == served.model
+
+
+def test_a_server_without_a_key_gives_one_that_clients_accept():
+    server = SimpleNamespace(connection=SimpleNamespace(token=None))
+    assert fk.Served.key(SimpleNamespace(_server=server)) == "none"
 
 
 def test_it_listens_on_loopback_and_asks_nobody_else(engine):
@@ -100,9 +115,7 @@ def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_serv
     with fk.serve(instruct, stand_in.program) as served:
         call, command = served.command.splitlines()
         assert str(served.files.path.parent) not in served.command
-    assert call == (
-        "# falcon.model.save_pretrained('falconet-instruct'); falcon.tokenizer.save_pretrained('falconet-instruct')"
-    )
+    assert call == "# falcon.save('falconet-instruct')"
     assert command.startswith('VLLM_API_KEY="$FALCON_KIT_TOKEN" vllm serve falconet-instruct --served-model-name')
     assert "--host 0.0.0.0 --port 8000" in command
 
@@ -288,7 +301,7 @@ def test_a_text_ends_also_where_the_checkpoint_names_the_end_token_of_2023(instr
     prompt = "User: What do owls eat?\nFalcon: Owls eat mice.\nUser: Thank you.\nFalcon:"
     with fk.serve(folder, "transformers") as served:
         assert served.generate(prompt, max_new_tokens=60).finish_reason == "eos"
-        call = f"# falcon = fk.load({str(folder)!r}); falcon.model.save_pretrained('falcon-2023'); falcon.tokenizer"
+        call = f"# falcon = fk.load({str(folder)!r}); falcon.save('falcon-2023')\n"
         assert served.command.startswith(call)
     assert json.loads(file.read_text())["eos_token_id"] == 2
     assert (folder / "model.safetensors").is_file()

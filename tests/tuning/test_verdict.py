@@ -52,6 +52,14 @@ def test_the_held_out_loss_counts_where_there_is_one():
     )
 
 
+def test_a_loss_of_its_own_rows_alone_is_said_to_show_no_answer_and_no_other_row():
+    said = verdict(losses(*[4.0] * 5, *[1.0] * 5), {}, SETTINGS, 6)
+    assert said == (
+        "10 steps over 6 documents: the loss of the batches fell by 75%. No answer was looked at, and no other row: "
+        "run.rates(rows) and held_out=0.1 do that"
+    )
+
+
 def test_rows_learned_by_heart_are_told_apart():
     measured = figures(held_out_loss_before=4.0, held_out_loss_after=4.4)
     said = verdict(losses(*[4.0] * 5, *[0.1] * 5), measured, SETTINGS, 30)

@@ -46,7 +46,7 @@ def end_otherwise(falcon):
 @pytest.mark.parametrize("change", [add_tool, end_with_tool, add_special, end_otherwise])
 def test_a_vocabulary_that_was_changed_after_loading_is_refused(stored, tmp_path, change):
     change(stored)
-    with pytest.raises(ValueError, match=r"the token '(<tool>|>>ANSWER<<)' is not as in .*save_pretrained"):
+    with pytest.raises(ValueError, match=r"the token '(<tool>|>>ANSWER<<)' is not as in .*falcon\.save"):
         fk.tune(stored, TALKS, output_dir=tmp_path, **SHORT)
     assert list(tmp_path.iterdir()) == []
 
@@ -65,15 +65,13 @@ def test_a_new_token_is_refused_where_the_base_was_deleted(tmp_path, change):
     falcon = fk.load(tmp_path / "base", dtype="float32")
     shutil.rmtree(tmp_path / "base")
     change(falcon)
-    with pytest.raises(ValueError, match=r"the token '<tool>' is not as in .*save_pretrained"):
+    with pytest.raises(ValueError, match=r"the token '<tool>' is not as in .*falcon\.save"):
         fk.tune(falcon, TALKS, output_dir=tmp_path / "run", **SHORT)
 
 
 def test_following_the_advice_gives_an_adapter_that_reads_the_new_token(falcon, tmp_path):
     add_tool(falcon)
-    falcon.model.save_pretrained(tmp_path / "base")
-    falcon.tokenizer.save_pretrained(tmp_path / "base")
-    run = fk.tune(fk.load(tmp_path / "base"), TALKS, output_dir=tmp_path / "run", **SHORT)
+    run = fk.tune(fk.load(falcon.save(tmp_path / "base")), TALKS, output_dir=tmp_path / "run", **SHORT)
     loaded = fk.load(run.adapter)
     assert loaded.tokenizer(TOOL)["input_ids"] == falcon.tokenizer(TOOL)["input_ids"] == [2048]
     assert loaded.generate(TOOL, max_new_tokens=1).tokens

@@ -1,0 +1,61 @@
+"""A model and its tokenizer written to a folder, as a checkpoint that `load` and transformers read."""
+
+import re
+from pathlib import Path
+
+from transformers import FalconForCausalLM, PreTrainedTokenizerBase
+
+from falcon_kit.display.errors import require
+from falcon_kit.display.saving import check_folder
+from falcon_kit.generation.chat import save_tokenizer
+from falcon_kit.loading.adapters import write_errors
+from falcon_kit.loading.reading import progress_bar
+
+_SAVED = re.compile(
+    r"config\.json|generation_config\.json|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|chat_template\.jinja"
+)
+"""The files of a checkpoint, which saving writes or replaces."""
+
+
+def check_replaceable(folder: Path, label: str) -> None:
+    """Raises for a file, and for a folder with more in it than a checkpoint: saving would remove that.
+
+    label: the argument that the error names.
+    """
+    check_folder(folder, label)
+    content = sorted(folder.iterdir()) if folder.is_dir() else []
+    other = [each for each in content if each.is_dir() or not _SAVED.fullmatch(each.name)]
+    if content and not (folder / "config.json").is_file():
+        other += content
+    if other:
+        raise FileExistsError(
+            f"{label}={str(folder)!r} holds {other[0].name}, which saving a model there would remove: give a new "
+            "folder, or one that holds only a checkpoint"
+        )
+
+
+def has_adapters(model: FalconForCausalLM) -> bool:
+    """Whether adapters are attached to a model."""
+    return bool(getattr(model, "peft_config", None)) or any("lora_" in name for name, _ in model.named_parameters())
+
+
+def check_complete(model: FalconForCausalLM) -> None:
+    """Raises ValueError for a model whose weights are not all in it."""
+    require(
+        not has_adapters(model),
+        "the model has adapters attached, and a checkpoint holds none: fk.merge(adapter, base, output_dir=...) saves "
+        "the model with an adapter in its weights",
+    )
+    require(
+        not any(each.is_meta for each in model.parameters()),
+        "a part of the model is offloaded to host memory or disk: load it completely, device_map='cpu', and save that",
+    )
+
+
+def write_model(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights, config, settings of generation and tokenizer into a folder."""
+    with progress_bar(False), write_errors():
+        model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
