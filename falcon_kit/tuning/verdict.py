@@ -13,7 +13,7 @@ from falcon_kit.tuning.settings import Tuning
 _LEAST_FALL = 0.1
 _MOST_FORGOTTEN = 0.1  # nats per token
 _ENOUGH_STEPS = 60
-_UNSEEN = ". No answer was looked at, and no other row: run.rates(rows) and held_out=0.1 do that"
+_UNSEEN = ". No rows were held out: test its answers with run.rates(rows), or tune with held_out=0.1"
 _OTHER_TEXTS = {"web-text": "web text", "generated-text": "8 generated English texts"}
 
 

@@ -52,11 +52,11 @@ def test_the_held_out_loss_counts_where_there_is_one():
     )
 
 
-def test_a_loss_of_its_own_rows_alone_is_said_to_show_no_answer_and_no_other_row():
+def test_a_run_without_held_out_rows_says_how_to_test_its_answers():
     said = verdict(losses(*[4.0] * 5, *[1.0] * 5), {}, SETTINGS, 6)
     assert said == (
-        "10 steps over 6 documents: the loss of the batches fell by 75%. No answer was looked at, and no other row: "
-        "run.rates(rows) and held_out=0.1 do that"
+        "10 steps over 6 documents: the loss of the batches fell by 75%. No rows were held out: test its answers "
+        "with run.rates(rows), or tune with held_out=0.1"
     )
 
 
