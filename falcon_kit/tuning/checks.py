@@ -74,8 +74,7 @@ def check_same_vocabulary(falcon: Falcon, *packed: Packed | None) -> None:
             raise ValueError(
                 f"the rows have the token {falcon.tokenizer.convert_ids_to_tokens(last)!r}, whose id is {last}, but "
                 f"the model has embeddings of 0 to {size - 1}: falcon.model.resize_token_embeddings({last + 1}), "
-                "falcon.model.save_pretrained(folder), falcon.tokenizer.save_pretrained(folder), and tune "
-                "fk.load(folder)"
+                "falcon.save(folder), and tune fk.load(folder)"
             )
     own = falcon.tokenizer.get_vocab()
     if any(each is not None and each.tokenizer.get_vocab() != own for each in packed):

@@ -90,8 +90,7 @@ def test_a_token_that_a_checkpoint_has_no_embedding_of_is_named_and_the_advice_w
             fk.tune(falcon, rows, output_dir=tmp_path / "run", **SHORT)
     assert fk.tune(falcon, ROWS[:8], output_dir=tmp_path / "others", **SHORT).history
     falcon.model.resize_token_embeddings(2049)
-    falcon.model.save_pretrained(tmp_path / "larger")
-    falcon.tokenizer.save_pretrained(tmp_path / "larger")
+    falcon.save(tmp_path / "larger")
     assert fk.tune(fk.load(tmp_path / "larger"), TALKS, output_dir=tmp_path / "run", **SHORT).history
 
 
