@@ -145,6 +145,16 @@ def test_tokens_that_do_not_belong_to_the_text_are_refused_not_left_out(changes)
             endpoint.generate("Hi")
 
 
+@pytest.mark.parametrize("wrong", [{"id": "5"}, {"special": "false"}])
+def test_a_token_of_tgi_with_an_odd_field_is_refused_not_left_out(wrong):
+    last = event({"token": {**TOKEN, **wrong}, "details": {"finish_reason": "length", "generated_tokens": 1}})
+    named = pytest.raises(ConnectionError, match="sent an event that is not of its protocol")
+    with scripted(lambda path, *_: as_reply({"model_id": "falcon"}) if path == "/info" else Reply([last])) as server:
+        endpoint = fk.connect(server.address)
+        with named:
+            endpoint.generate("Hi")
+
+
 def test_a_byte_order_mark_before_the_first_event_hides_no_text():
     with scripted(answering(Reply([b"\xef\xbb\xbf" + chunk("Hello"), chunk(" there", "stop")]))) as server:
         assert fk.connect(f"{server.address}/v1").generate("Hi").text == "Hello there"
