@@ -13,6 +13,7 @@ from transformers import AutoModel, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.loading import adapters
+from falcon_kit.loading.merging import attached
 from falcon_kit.serving.source import files_for, source_of
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import renamed, saved_adapter
@@ -117,6 +118,24 @@ def test_prompt_tuning_is_refused_with_a_way_to_attach_it(base, tmp_path):
             call(adapter)
     attached = PeftModel.from_pretrained(fk.load(base).model, adapter)
     torch.testing.assert_close(logits(attached), by_peft(base, adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_begins_with_the_weights_of_its_base_is_merged_as_by_peft(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "pissa", init_lora_weights="pissa")
+    expected = logits(PeftModel.from_pretrained(FalconForCausalLM.from_pretrained(base), adapter).eval())
+    torch.testing.assert_close(logits(fk.merge(adapter).model), expected, rtol=1e-4, atol=1e-4)
+    falcon = fk.load(base)
+    before = logits(falcon.model)
+    with attached(falcon, adapter):
+        pass
+    torch.testing.assert_close(logits(falcon.model), before)
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused_with_a_way_to_attach_it(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "biased", lora_bias=True)
+    with pytest.raises(ValueError, match=r"PEFT cannot merge the adapter .*lora_bias.* attach it, peft\.PeftModel"):
+        fk.merge(adapter)
+    PeftModel.from_pretrained(fk.load(base).model, adapter)
 
 
 def test_an_adapter_that_begins_at_certain_tokens_is_refused_with_a_way_to_attach_it(base, tmp_path):
