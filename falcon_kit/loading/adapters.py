@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from falcon_kit.display.errors import is_number, printable
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import UNEXPECTED, named_errors, read_json
+from falcon_kit.loading.lora_checks import check_finite, check_known_fields, check_lora, check_targets, check_used
 
 RECORD = "tuning.json"
 """A file in the folder of an adapter that `fk.tune` trained: its settings, figures and base."""
@@ -28,9 +29,7 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 """As PEFT saved adapters in 2023."""
 KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
 """For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
-_LARGEST = torch.finfo(torch.float32).max
 _EMBEDDING, _HEAD = "transformer.word_embeddings", "lm_head"
-_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _IN_COMMON = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
 """The dimension that a LoRA matrix and its layer's weight (out, in) have in common: its number in each."""
 _MERGEABLE_FIELDS = frozenset(
@@ -161,6 +160,9 @@ def check_base(
         if problem := _misfit(key, tuple(matrix.shape), shapes):
             weight = f"base_model.model.{printable(key)}"
             raise ValueError(f"{refused}: its {weight} is {tuple(matrix.shape)}, but the model has {problem}")
+    if adapter.config.peft_type == "LORA":
+        file = adapter.folder / "adapter_config.json"
+        check_targets(file, weights_file(adapter.folder), adapter.config, adapter.lora_layers)
 
 
 def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -181,39 +183,25 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
 
 def check_contents(adapter: Adapter) -> None:
     """Raises ValueError for an adapter that cannot be added to weights: incomplete, or of another kind."""
-    if adapter.config.is_prompt_learning:
+    config, file = adapter.config, adapter.folder / "adapter_config.json"
+    attach = "which no weight can hold; attach it: peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
+    if config.is_prompt_learning:
         raise ValueError(
-            f"the adapter in {adapter} is of the type {adapter.config.peft_type.value}: it adds virtual tokens to the "
-            "text, which no weight can hold; attach it: peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
+            f"the adapter in {adapter} is of the type {config.peft_type.value}: it adds virtual tokens to the text, "
+            f"{attach}"
         )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(f"the adapter in {adapter} is an aLoRA: it begins at certain tokens of the text, {attach}")
+    check_known_fields(file, config)
     if not adapter.matrices:
         raise ValueError(
             f"{weights_file(adapter.folder)} holds no weights: the adapter was not saved completely, save it again"
         )
-    if adapter.config.peft_type == "LORA":
-        _check_lora(adapter)
-
-
-def _check_lora(adapter: Adapter) -> None:
-    matrices, file = adapter.matrices, adapter.folder / "adapter_config.json"
-    r, alpha = adapter.config.r, adapter.config.lora_alpha
-    if not (isinstance(r, int) and r >= 1 and is_number(alpha, -_LARGEST, _LARGEST)):
-        raise ValueError(
-            f"{file} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
-            "least 1, and lora_alpha is finite in float32: write the values of its training there"
-        )
-    for layer in sorted(adapter.lora_layers):
-        pair = next((each for each in _PAIRS if any(f"{layer}.{half}" in matrices for half in each)), _PAIRS[0])
-        if lacking := [half for half in pair if f"{layer}.{half}" not in matrices]:
-            raise ValueError(
-                f"{weights_file(adapter.folder)} lacks {lacking[0]} of {layer}: the adapter was not saved completely, "
-                "or not by PEFT's save_pretrained; save it again"
-            )
-        if not adapter.config.rank_pattern and (stored := len(matrices[f"{layer}.{pair[0]}"])) != r:
-            raise ValueError(
-                f"{file} has r={r}, but {pair[0]} of {layer} has the rank {stored}: write the value of its training "
-                "there"
-            )
+    check_finite(weights_file(adapter.folder), adapter.matrices)
+    if config.peft_type == "LORA":
+        check_lora(file, weights_file(adapter.folder), config, adapter.matrices, adapter.lora_layers)
+        if not _fields_beyond_lora(adapter):
+            check_used(file, weights_file(adapter.folder), [*set(adapter.matrices) - {*adapter.full_weights}])
 
 
 def weights_file(adapter: Path) -> Path:
@@ -257,7 +245,13 @@ def refused_pickle(file: Path) -> str:
 
 
 def fields_beyond_lora(adapter: Adapter) -> list[str]:
-    """The fields of an adapter's config that only PEFT can merge: use_dora, bias, modules_to_save and others."""
+    """What only PEFT can merge: fields of an adapter's config (use_dora, bias and others), else its saved weights."""
+    on_ends = [name for name in (_EMBEDDING, _HEAD) if name in adapter.lora_layers]  # one weight where they are tied
+    ends = [*(f"LoRA on {name}" for name in on_ends), *(f"saved {name}" for name in adapter.full_weights)]
+    return _fields_beyond_lora(adapter) or ends
+
+
+def _fields_beyond_lora(adapter: Adapter) -> list[str]:
     from peft import LoraConfig
 
     if not isinstance(adapter.config, LoraConfig):
@@ -266,9 +260,7 @@ def fields_beyond_lora(adapter: Adapter) -> list[str]:
     fields = {name: value for name, value in vars(adapter.config).items() if name not in _MERGEABLE_FIELDS}
     if fields.get("init_lora_weights") in (True, False, "gaussian"):
         del fields["init_lora_weights"]  # these leave the base as it is; "pissa" and others change it
-    beyond = [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
-    on_ends = [name for name in (_EMBEDDING, _HEAD) if name in adapter.lora_layers]  # one weight where they are tied
-    return beyond or [*(f"LoRA on {name}" for name in on_ends), *(f"saved {name}" for name in adapter.full_weights)]
+    return [name for name, value in fields.items() if value != defaults.get(name) and (value or defaults.get(name))]
 
 
 # An adapter added to weights

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from falcon_kit.catalogue.names import adapter_base, adapter_spec, base_errors, base_revision, is_here
 from falcon_kit.display.documented import documented
+from falcon_kit.display.errors import is_out_of_memory
 from falcon_kit.display.reading import UNEXPECTED, named_errors
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes
@@ -68,7 +69,10 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in _weights(falcon.model).items()}
     norm, merged = falcon.model.transformer.ln_f.state_dict(), adapters.merged_adapters(falcon.model.config)
     adapters.check_base(found, falcon.name, shapes, norm, merged)
-    weights = {name: falcon.model.get_parameter(name) for name in found.full_weights}
+    changed = [*found.full_weights]
+    if "init_lora_weights" in adapters.fields_beyond_lora(found):
+        changed += [f"{layer}.weight" for layer in found.lora_layers]  # PiSSA and others subtract from these
+    weights = {name: falcon.model.get_parameter(name) for name in changed}
     before = {name: each.detach().clone() for name, each in weights.items()}
     with unchanged(falcon.model):
         try:
@@ -260,7 +264,15 @@ def _add(model: Any, adapter: Path) -> None:
     if adapters.fields_beyond_lora(found):
         if found.changes_tied_weight:
             _untie(model)
-        _attach(model, adapter).merge_and_unload(safe_merge=True)
+        try:
+            _attach(model, adapter).merge_and_unload(safe_merge=True)
+        except (NotImplementedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"PEFT cannot merge the adapter in {adapter} ({error}): attach it, "
+                "peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
+            ) from error
         model.__dict__.pop("peft_config", None)
         return
     with torch.no_grad():

@@ -22,6 +22,8 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
         "new_tokens": usage.get("completion_tokens") or timings.get("predicted_n"),
     }
     for choice in chunk.get("choices") or []:
+        if choice.get("index") not in (None, 0):
+            raise ValueError(f"it is of answer {choice['index']!r}, where one was asked for")
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         *tokens, last = _tokens(choice) or [Delta()]
         yield from tokens
@@ -42,26 +44,34 @@ def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
 
 
 def _tokens(choice: Mapping[str, Any]) -> list[Delta]:
-    """A delta without text for each token of a chunk."""
+    """A delta without text for each token of a chunk; none where it has no ids. Raises for lists of other lengths."""
     logprobs = choice.get("logprobs") or {}
     content = logprobs.get("content") or _as_content(logprobs)
     ids = choice.get("token_ids") or [each.get("id") for each in content]
-    steps = zip(ids, content or [{}] * len(ids), strict=False)
-    return [_token(token, entry) for token, entry in steps if token is not None]
+    if all(each is None for each in ids):
+        return []
+    return [_token(token, entry) for token, entry in zip(ids, content or [{}] * len(ids), strict=True)]
 
 
 def _as_content(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lists in the log-probabilities of vLLM's completions, as the objects that llama.cpp and all chats send."""
-    values = logprobs.get("token_logprobs") or []
+    values = logprobs.get("token_logprobs")
+    if not values:
+        return []
     tokens, tops = logprobs.get("tokens") or [None] * len(values), logprobs.get("top_logprobs") or [None] * len(values)
     return [
         {"token": token, "logprob": value, "top_logprobs": [{"token": text, "logprob": v} for text, v in top.items()]}
-        for token, value, top in zip(tokens, values, (each or {} for each in tops), strict=False)
+        for token, value, top in zip(tokens, values, (each or {} for each in tops), strict=True)
     ]
 
 
-def _token(token_id: int, entry: Mapping[str, Any]) -> Delta:
-    """The delta of one token. vLLM sends the id of the generated token only, so one alternative gets it."""
+def _token(token_id: int | None, entry: Mapping[str, Any]) -> Delta:
+    """The delta of one token. vLLM sends the id of the generated token only, so one alternative gets it.
+
+    Raises TypeError for a token without an id.
+    """
+    if token_id is None:
+        raise TypeError("a token among others has no id")
     generated, alternatives = (entry.get("token"), entry.get("logprob")), []
     for each in entry.get("top_logprobs") or []:
         same = token_id if (each["token"], each["logprob"]) == generated else None

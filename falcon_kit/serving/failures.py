@@ -4,8 +4,10 @@ import asyncio
 import json
 import re
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -49,7 +51,7 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
             f"token=served.key(), or set FALCON_KIT_TOKEN before connecting. {quoted}"
         )
     if 300 <= status < 400:
-        target = _PATHS.sub("", redact_url(urljoin(address, headers.get("location", ""))))
+        target = _PATHS.sub("", redact_url(_target(address, headers.get("location", ""))))
         return Redirected(
             f"{address} redirects to {target} (HTTP {status}), and nothing was sent there: connect to that URL if you "
             "trust it"
@@ -66,6 +68,14 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
     return ConnectionError(f"the endpoint failed (HTTP {status}). {quoted}")
 
 
+def _target(address: str, location: str) -> str:
+    """Where a redirect leads; the location as it is where that is no URL."""
+    try:
+        return urljoin(address, location)
+    except ValueError:
+        return printable(location)
+
+
 def event_status(body: Any) -> int | None:
     """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
     code = at(body, "code")
@@ -73,9 +83,14 @@ def event_status(body: Any) -> int | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds in the Retry-After header (RFC 9110, 10.2.3)."""
-    value = headers.get("retry-after", "")
-    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
+    """Seconds in the Retry-After header, or until the date there by the server's clock (RFC 9110, 10.2.3)."""
+    value, now = headers.get("retry-after", ""), headers.get("date", "")
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    with suppress(*UNEXPECTED, OverflowError):
+        until = parsedate_to_datetime(value).timestamp()
+        return max(0.0, until - (parsedate_to_datetime(now).timestamp() if now else time.time()))
+    return None
 
 
 def connection_error(error: httpx2.HTTPError, address: str, connection: Connection, first: bool = False) -> Exception:

@@ -223,10 +223,10 @@ async def ask_json(url: str, connection: Connection, content: Mapping[str, Any] 
             response = await connection.client.request(method, url, json=content, headers=headers)
     except httpx2.HTTPError as error:
         raise connection_error(error, redact_url(url), connection, first=content is None) from None
+    text = response.content.decode(errors="replace")  # JSON is UTF-8, whatever the header says
     if response.is_redirect or response.status_code in (401, 403, 429, 503):
-        message = error_message(response.text)
-        raise http_error(response.status_code, message, redact_url(url), response.headers)
-    return response.status_code, json_or_none(response.text)
+        raise http_error(response.status_code, error_message(text), redact_url(url), response.headers)
+    return response.status_code, json_or_none(text)
 
 
 async def probe(url: str, connection: Connection, content: Mapping[str, Any] | None = None) -> Any:
@@ -247,7 +247,7 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
                 raise http_error(response.status_code, message, address, response.headers)
             lines = lines_of(response.aiter_bytes())
             async for line in lines:
-                field, _, data = line.decode(errors="replace").partition(":")
+                field, _, data = line.decode(errors="replace").removeprefix("\ufeff").partition(":")
                 if field == "data" and data.strip():
                     next_event(response)
                     if data.strip() == "[DONE]":

@@ -109,10 +109,12 @@ def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
     if not isinstance(at(event, "token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
     token, details = event["token"], event.get("details") or {}
+    if not isinstance(token.get("special"), bool | None):
+        raise TypeError(f"special is {token['special']!r}, neither true nor false")
     text = "" if token.get("special") else token.get("text") or ""
     return Delta(
         text=text,
-        token_id=token["id"] if isinstance(token.get("id"), int) else None,
+        token_id=token.get("id"),
         logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
         finish=FINISHED.get(details.get("finish_reason", "")),
         prompt_tokens=details.get("input_length"),

@@ -48,6 +48,8 @@ class Problem:
     """File and line, "chats.jsonl:17"; for a row in a list, "row 17"."""
     reason: str
     """Why it is not used."""
+    cut: bool = False
+    """Whether the rest of the row is used."""
 
 
 class Documents(Sequence[dict[str, Any]]):
@@ -60,7 +62,7 @@ class Documents(Sequence[dict[str, Any]]):
         self.table = table
         """The documents, as a `datasets.Dataset` that is mapped from disk."""
         self.problems = tuple(problems)
-        """Rows left out, and why."""
+        """Rows left out or cut, and why."""
         self._folders = tuple(folders)  # temporary folders, which exist as long as a table in them is used
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ class Documents(Sequence[dict[str, Any]]):
         return len(self) - sum(batch.column("text").null_count for batch in batches)
 
     def __repr__(self) -> str:
-        left = f"; {counted(len(self.problems), 'row')} left out, see .problems" if self.problems else ""
+        left = f"; {_unused(self.problems)}, see .problems" if self.problems else ""
         texts = self.texts
         return f"Documents({counted(len(self) - texts, 'conversation')}, {counted(texts, 'text')}{left})"
 
@@ -109,7 +111,7 @@ class Documents(Sequence[dict[str, Any]]):
         ]
         table = html_table(repr(self), ("where", "begins"), [(where, text[:160]) for where, text in begins])
         left_out = [(each.where, each.reason) for each in self.problems[:10]]
-        return table + (html_table("Left out", ("where", "why"), left_out) if left_out else "")
+        return table + (html_table("Left out or cut", ("where", "why"), left_out) if left_out else "")
 
 
 def _all_text(document: Mapping[str, Any]) -> str:
@@ -126,12 +128,13 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     "content"; the first that it has is taken. Its "system" becomes the system message, the pairs of "history" the
     earlier turns, and an answer with "weight" 0 is only read. A row with tools, images, reasoning, choices, a context
     or another weight is left out, as is a node of a tree (OASST). A last message of the user without an answer is
-    dropped.
+    dropped, and the row counts as cut.
     `.json` and `.jsonl`: an array, a row a line, or indented rows. `.csv` and `.tsv`: names in the first line. `.txt`:
     documents between blank lines, in Baize form or plain.
 
-    Warns of rows that cannot be used and of what is not read in a folder, and lists both in `.problems`. Raises
-    FileNotFoundError for a path that does not exist, and ValueError where no row can be used, or for a file in UTF-16.
+    Warns of rows that cannot be used or are cut, and of what is not read in a folder, and lists both in `.problems`.
+    Raises FileNotFoundError for a path that does not exist, and ValueError where no row can be used, or for a file in
+    UTF-16.
     """
     if isinstance(path, Documents):
         return path
@@ -143,8 +146,7 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
         forms = "" if FORMS in reasons else f". A row has {FORMS}"
         raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
     if problems:
-        which = f"{counted(len(problems), 'row')} of {_name(path)} {'is' if len(problems) == 1 else 'are'}"
-        warn(f"{which} left out{first_problems(problems)}")
+        warn(f"of {_name(path)}, {_unused(problems)}{first_problems(problems)}")
     table, folder = stored
     return Documents(table, problems, [folder])
 
@@ -212,18 +214,21 @@ def _documents(path: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
 
 
 def _read(rows: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any] | Problem]:
-    """Each row as a document, or why it cannot be used."""
+    """Each row as a document, or why it cannot be used, or both where a part of it cannot."""
     for where, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
             usable = document(row)
+            cut = usable.pop("cut", "")
             json.dumps(usable, ensure_ascii=False).encode()  # half a character, or bytes that were not UTF-8
         except UnicodeEncodeError:
             yield Problem(where, "it is not valid UTF-8")
         except ValueError as error:
             yield Problem(where, str(error).rstrip("."))
         else:
+            if cut:
+                yield Problem(where, cut, cut=True)
             yield {"text": None, "messages": [], "untrained": [], **usable, "where": where}
 
 
@@ -295,7 +300,7 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     usable = 0
     for each in found:
         if isinstance(each, Problem):
-            problems.append(each)
+            problems += [] if each.cut else [each]  # a conversation, which is none as a whole
         elif each["text"] is None:
             problems.append(Problem(each["where"], "it is a conversation, not a web text"))
         else:
@@ -303,6 +308,13 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
             yield each
         if not usable and len(problems) == 100 and not isinstance(given, Sized):
             raise ValueError(f"the first {len(problems)} rows have no web text{first_problems(problems)}")
+
+
+def _unused(problems: Sequence[Problem]) -> str:
+    """How many rows are left out, and how many cut: "2 rows left out, 1 row cut"."""
+    cut = sum(each.cut for each in problems)
+    counts = {"left out": len(problems) - cut, "cut": cut}
+    return ", ".join(f"{counted(number, 'row')} {how}" for how, number in counts.items() if number)
 
 
 def first_problems(problems: Sequence[Problem]) -> str:

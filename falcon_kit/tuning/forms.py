@@ -31,6 +31,7 @@ _REFUSED = {
     "chat_template_kwargs": "the chat formats of Falcon take no arguments",
 }
 """Keys of a row or of a message that change what it means, and why no form here can keep that meaning."""
+UNANSWERED = "its last message, of the user, has no answer: used without it"
 _BESIDE_A_PAIR = {
     "choices": "training has no choices: write them into the question, and the right one as the answer",
     "context": "write it into the question",
@@ -41,7 +42,8 @@ _BESIDE_A_PAIR = {
 def document(row: Any) -> dict[str, Any]:
     """A row of any form as "messages" and "untrained", or as "text"; ValueError for one that cannot be trained on.
 
-    The first form of `FORMS` that the row has is taken. A key that is None or empty counts as absent.
+    The first form of `FORMS` that the row has is taken. A key that is None or empty counts as absent. "cut": what of a
+    conversation is not used, if anything.
     """
     if isinstance(row, str):
         row = {"text": row}
@@ -62,7 +64,8 @@ def document(row: Any) -> dict[str, Any]:
         raise ValueError('its "label" is false: it is an example of a bad answer')
     turns = [*_system(row, turns), *_history(row.get("history") or []), *turns[_has_system(turns) :]]
     messages = _checked(turns)
-    return {"messages": messages, "untrained": _untrained(turns[: len(messages)], row.get("untrained"))}
+    cut = {"cut": UNANSWERED} if len(messages) < len(turns) else {}
+    return {"messages": messages, "untrained": _untrained(turns[: len(messages)], row.get("untrained")), **cut}
 
 
 def _check_keys(given: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED) -> None:

@@ -21,7 +21,7 @@ from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
-from falcon_kit.loading.adapters import RECORD, model_fingerprint
+from falcon_kit.loading.adapters import RECORD, Adapter, check_contents, model_fingerprint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.tuning import checkpoint_files, distributed
@@ -143,7 +143,10 @@ def check_same_everywhere(identities: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None for a run that is not finished. Raises ValueError for a damaged one."""
+    """The record of a finished run; None for a run that is not finished. Raises ValueError for a damaged one.
+
+    Raises FileNotFoundError or ValueError where its adapter cannot be read.
+    """
     file = directory / "adapter" / RECORD
     if not file.is_file():
         return None
@@ -152,6 +155,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     history, figures = record.get("history"), record.get("figures")
     whole = isinstance(history, list) and all(map(_are_numbers, [*history, figures]))
     require(whole, f"{file} has no history or figures: {remedy}")
+    try:
+        check_contents(Adapter(file.parent))
+    except (OSError, ValueError) as error:
+        again = f"delete the folder {file.parent}, and the same call makes it again"
+        error.args = (f"the adapter of this finished run cannot be read ({error}): {again}",)
+        raise
     return record
 
 

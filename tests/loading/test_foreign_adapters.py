@@ -13,6 +13,7 @@ from transformers import AutoModel, FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.loading import adapters
+from falcon_kit.loading.merging import attached
 from falcon_kit.serving.source import files_for, source_of
 from tests.conftest import logits, small_model
 from tests.loading.test_adapters import renamed, saved_adapter
@@ -119,6 +120,33 @@ def test_prompt_tuning_is_refused_with_a_way_to_attach_it(base, tmp_path):
     torch.testing.assert_close(logits(attached), by_peft(base, adapter), rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_that_begins_with_the_weights_of_its_base_is_merged_as_by_peft(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "pissa", init_lora_weights="pissa")
+    expected = logits(PeftModel.from_pretrained(FalconForCausalLM.from_pretrained(base), adapter).eval())
+    torch.testing.assert_close(logits(fk.merge(adapter).model), expected, rtol=1e-4, atol=1e-4)
+    falcon = fk.load(base)
+    before = logits(falcon.model)
+    with attached(falcon, adapter):
+        pass
+    torch.testing.assert_close(logits(falcon.model), before)
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused_with_a_way_to_attach_it(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "biased", lora_bias=True)
+    with pytest.raises(ValueError, match=r"PEFT cannot merge the adapter .*lora_bias.* attach it, peft\.PeftModel"):
+        fk.merge(adapter)
+    PeftModel.from_pretrained(fk.load(base).model, adapter)
+
+
+def test_an_adapter_that_begins_at_certain_tokens_is_refused_with_a_way_to_attach_it(base, tmp_path):
+    adapter = saved_adapter(base, tmp_path / "wise")
+    changed_config(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")(adapter)
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match=r"is an aLoRA: .* attach it: peft\.PeftModel\.from_pretrained"):
+            call(adapter)
+    PeftModel.from_pretrained(fk.load(base).model, adapter)
+
+
 def test_an_adapter_is_added_to_a_base_without_the_prefix_of_its_weights(base, tokenizer, tmp_path):
     AutoModel.from_pretrained(base).save_pretrained(tmp_path / "headless")
     tokenizer.save_pretrained(tmp_path / "headless")
@@ -204,6 +232,17 @@ def named_twice(adapter):
     save_file(weights, adapter / adapters.WEIGHTS)
 
 
+def with_tensors(name, value):
+    """Adds a tensor to every layer that has LoRA, or replaces it."""
+
+    def change(adapter):
+        weights = load_file(adapter / adapters.WEIGHTS)
+        layers = {key.partition(".lora_")[0] for key in weights}
+        save_file(weights | {f"{each}.{name}": value.clone() for each in layers}, adapter / adapters.WEIGHTS)
+
+    return change
+
+
 def with_flat_matrices(adapter):
     weights = load_file(adapter / adapters.WEIGHTS)
     save_file({key: each[:, 0].clone() for key, each in weights.items()}, adapter / adapters.WEIGHTS)
@@ -231,6 +270,39 @@ BROKEN = {
         r"lora_alpha=-1e\+308, but .* lora_alpha is finite in float32",
     ),
     "NaN": (changed_config(lora_alpha=math.nan), r"lora_alpha=nan, but .* lora_alpha is finite"),
+    "B of another rank": (
+        with_tensors("lora_B.weight", torch.zeros(256, 5)),
+        r"has lora_A\.weight of .* with the rank 4, but lora_B\.weight with the rank 5",
+    ),
+    "a matrix with NaN": (
+        with_tensors("lora_B.weight", torch.full((256, 4), math.nan)),
+        r"numbers that are not finite in .*lora_[AB]\.weight, .*: take an earlier checkpoint",
+    ),
+    "DoRA that the config does not name": (
+        with_tensors("lora_magnitude_vector", torch.ones(256)),
+        r"has .*\.lora_magnitude_vector, which an adapter with the settings .* does not use: write .*use_dora",
+    ),
+    "a tensor of no kind": (
+        with_tensors("scale_vector", torch.ones(256)),
+        r"has .*\.scale_vector, which an adapter with the settings .* does not use",
+    ),
+    "matrices of another layer": (
+        changed_config(layers_to_transform=[0]),
+        r"has matrices of transformer\.h\.1\..*, which target_modules, exclude_modules and layers_to_transform",
+    ),
+    "matrices of other modules": (changed_config(target_modules=["dense"]), "has matrices of .* leave out: write the"),
+    "matrices of excluded modules": (
+        changed_config(exclude_modules=["query_key_value"]),
+        "has matrices of .* leave out",
+    ),
+    "a switch of a newer PEFT": (
+        changed_config(use_superlora=True),
+        "has use_superlora=True, which this version of PEFT does not know .*: update PEFT",
+    ),
+    "MergedLinear of the first PEFT": (
+        changed_config(enable_lora=[True, False, True]),
+        r"has enable_lora=\[True, False, True\], which this version",
+    ),
     "its own base": (names_itself, r"names itself as its base model.*fk\.merge\(adapter, base\)"),
     "a pickle with code": (with_code, r"other objects than tensors, .* so it is not read: get the weights as saf"),
 }

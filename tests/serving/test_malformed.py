@@ -121,6 +121,45 @@ ODD = [
 ]
 
 
+TWO = {"tokens": [" a", " b"], "token_logprobs": [-0.1, -0.2]}
+IDS = {"token_ids": [5, 6]}
+ONE_ID = {"content": [{"token": " a", "id": 5, "logprob": -0.1}, {"token": " b", "logprob": -0.2}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({**IDS, "logprobs": {"tokens": [" a"], "token_logprobs": [-0.1]}}, id="more ids"),
+        pytest.param({"token_ids": [5], "logprobs": TWO}, id="fewer ids"),
+        pytest.param({**IDS, "logprobs": {**TWO, "tokens": [" a"]}}, id="fewer tokens"),
+        pytest.param({**IDS, "logprobs": {**TWO, "top_logprobs": [{" a": -0.1}]}}, id="fewer alternatives"),
+        pytest.param({"logprobs": ONE_ID}, id="a token without an id"),
+        pytest.param({"index": 1}, id="a second answer"),
+    ],
+)
+def test_tokens_that_do_not_belong_to_the_text_are_refused_not_left_out(changes):
+    choice = {"index": 0, "text": " a b", "finish_reason": "length", **changes}
+    with scripted(answering(Reply([event({"choices": [choice]})]), owner="vllm")) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ConnectionError, match="sent an event that is not of its protocol"):
+            endpoint.generate("Hi")
+
+
+@pytest.mark.parametrize("wrong", [{"id": "5"}, {"special": "false"}])
+def test_a_token_of_tgi_with_an_odd_field_is_refused_not_left_out(wrong):
+    last = event({"token": {**TOKEN, **wrong}, "details": {"finish_reason": "length", "generated_tokens": 1}})
+    named = pytest.raises(ConnectionError, match="sent an event that is not of its protocol")
+    with scripted(lambda path, *_: as_reply({"model_id": "falcon"}) if path == "/info" else Reply([last])) as server:
+        endpoint = fk.connect(server.address)
+        with named:
+            endpoint.generate("Hi")
+
+
+def test_a_byte_order_mark_before_the_first_event_hides_no_text():
+    with scripted(answering(Reply([b"\xef\xbb\xbf" + chunk("Hello"), chunk(" there", "stop")]))) as server:
+        assert fk.connect(f"{server.address}/v1").generate("Hi").text == "Hello there"
+
+
 @pytest.mark.parametrize(("path", "number"), ODD)
 def test_a_session_with_odd_numbers_of_a_server_loads_as_it_was(path, number, tmp_path):
     with scripted(answering(Reply([event(with_value(WHOLE, path, number))]), owner="llamacpp")) as server:

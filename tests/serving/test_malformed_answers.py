@@ -72,6 +72,20 @@ def test_a_lone_surrogate_in_a_report_can_be_shown(reporting, path):
         assert connected(reporting, path, as_reply(with_value(REPORTS[path], place, "a\ud800b"))).encode()
 
 
+@pytest.mark.parametrize("charset", ["hex", "idna", "rot13", "undefined"])
+def test_a_charset_that_is_none_of_texts_does_not_matter(charset):
+    models = b'{"data": [{"id": "falcon", "owned_by": "vllm"}]}'
+    with scripted(lambda *_: Reply([models], kind=f"application/json; charset={charset}")) as server:
+        assert fk.connect(f"{server.address}/v1").model == "falcon"
+
+
+def test_a_redirect_to_what_is_no_url_is_named():
+    moved = Reply([b""], 302, headers={"location": "http://[x"})
+    named = pytest.raises(ConnectionError, match=r"redirects to http://\[x \(HTTP 302\), and nothing was sent there")
+    with scripted(lambda *_: moved) as server, named:
+        fk.connect(f"{server.address}/v1", retries=0)
+
+
 @pytest.fixture(scope="module", params=["openai", "tgi"])
 def failing(request):
     """A function from a reply to the endpoint that gives it to every request for text."""

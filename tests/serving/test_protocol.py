@@ -12,6 +12,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.serving import failures, protocol
 from falcon_kit.serving.connection import Connection
+from falcon_kit.serving.failures import http_error
 from falcon_kit.serving.protocol import Request
 from tests.serving.servers import DONE, HTTPServer, Reply, answering, as_reply, chunk, event, free_port, scripted
 from tests.waiting import until
@@ -106,6 +107,21 @@ def test_an_endpoint_that_stays_busy_is_given_up():
         with pytest.raises(ConnectionError, match=r"busy \(HTTP 429\): try again later.* reports: overloaded"):
             endpoint.generate("Hi")
         assert len(server.asked("/v1/completions")) == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT", "date": "Fri, 31 Dec 1999 23:59:49 GMT"}, 10),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT", "date": "Sat, 01 Jan 2000 00:00:09 GMT"}, 0),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT", "date": "today"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-5"}, None),
+    ],
+)
+def test_a_date_to_wait_for_is_read_by_the_clock_of_the_server(headers, seconds):
+    assert http_error(503, "wait", "http://host", headers).retry_after == seconds
 
 
 def test_the_endpoint_says_how_long_to_wait():

@@ -53,6 +53,21 @@ def test_every_form_becomes_the_same_conversation(tmp_path, form, name):
     assert [each["messages"] for each in read] == [HI, HI]
 
 
+def test_a_question_at_the_end_without_an_answer_is_dropped_and_noted(recwarn):
+    rows = [
+        {"messages": [*HI, {"role": "user", "content": "And then?"}]},
+        FORMS["Baize"],
+        {"text": ""},
+        {"messages": HI},
+    ]
+    read = fk.dialogues(rows)
+    assert [each["messages"] for each in read] == [HI, HI, HI]
+    assert (read.problems[0].where, read.problems[0].cut) == ("row 1", True)
+    assert "its last message, of the user, has no answer" in read.problems[0].reason
+    assert "of the rows given, 1 row left out, 1 row cut: row 1: its last" in str(recwarn[0].message)
+    assert "1 row left out, 1 row cut" in repr(read)
+
+
 def test_a_system_text_stays_and_baizes_own_preamble_goes():
     read = fk.dialogues([{"input": "Speak like a pirate.\n[|Human|] Hi\n[|AI|] Hello."}, FORMS["Baize"]])
     assert read[0]["messages"] == [{"role": "system", "content": "Speak like a pirate."}, *HI]

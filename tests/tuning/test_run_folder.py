@@ -208,6 +208,28 @@ def test_a_record_without_figures_is_refused_with_what_to_do(falcon, tmp_path):
             fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_finished_run_without_its_adapter_is_refused_with_what_to_do(monkeypatch, falcon, tmp_path, name):
+    options = {**QUICK, "max_steps": 1}
+    run = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    kept = weights(run.adapter)
+    (run.adapter / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"delete the folder .*adapter, and the same call makes it"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    shutil.rmtree(run.adapter)
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_, **__: pytest.fail("it trains again"))
+    again = fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+    assert all(torch.equal(weights(again.adapter)[name], kept[name]) for name in kept)
+
+
+def test_a_finished_run_whose_adapter_was_cut_off_is_refused_with_what_to_do(falcon, tmp_path):
+    options = {**QUICK, "max_steps": 1}
+    file = fk.tune(falcon, ROWS, output_dir=tmp_path, **options).adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"is cut off or damaged .* delete the folder .*adapter, and the same call"):
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **options)
+
+
 def test_an_empty_output_dir_is_refused(falcon):
     with pytest.raises(ValueError, match="output_dir is empty: give a folder, or leave it out"):
         fk.tune(falcon, ROWS, output_dir="", **QUICK)
