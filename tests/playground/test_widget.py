@@ -131,7 +131,7 @@ def test_an_update_holds_only_what_is_new():
         ("generate", {"text": ""}, "the text is empty"),
         ("set", {"changes": {"top_p": 7}}, "top_p must be above 0"),
         ("set", {"changes": {"nothing": 7}}, "TypeError"),
-        ("load", {"path": "no such file.json"}, "No such file"),
+        ("load", {"path": "no such file.json"}, "there is no file no such file.json"),
         ("undo", {}, "nothing to undo"),
         ("open", {"id": "nobody"}, "the history has no turn"),
         ("no such command", {}, "there is no command"),

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -259,6 +260,9 @@ def test_an_evaluation_that_was_broken_off_asks_for_the_rest_only(tmp_path):
             fk.evaluate(endpoint, rows(tmp_path), **arguments)
         servers[0].requests.clear()
         found = fk.evaluate(endpoint, rows(tmp_path), **arguments)
-        asked = [each["prompt"] for each in servers[0].asked("/v1/completions")]
+        asked = Counter(each["prompt"] for each in servers[0].asked("/v1/completions"))
     assert found["rows"].metrics["exact_match"][0] == 1.0
-    assert asked == PROMPTS[8:]
+    late = asked - Counter(PROMPTS[8:])  # a request that was on its way to the server when the first run ended
+    assert asked - late == Counter(PROMPTS[8:])
+    assert late.total() <= 1
+    assert {*late} <= {*PROMPTS[8:]}
