@@ -93,20 +93,24 @@ def _pickled(folder: Path) -> None:
     file.unlink()
 
 
-def _adapter(folder: Path) -> None:
-    base = _checkpoint(folder / "base")
+def _lora(folder: Path, base: str) -> None:
+    """The files of PEFT for an adapter of one layer."""
     matrices = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(128, 2)}
     layer = "base_model.model.transformer.h.0.self_attention.dense"
     save_file({f"{layer}.{name}": each for name, each in matrices.items()}, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["dense"], "task_type": "CAUSAL_LM"}
-    config |= {"base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+def _adapter(folder: Path) -> None:
+    _lora(folder, str(_checkpoint(folder / "base")))
     format = asdict(fk.ChatFormat("mine", template=_TEMPLATE, stop=("###",)))
     (folder / "tuning.json").write_text(json.dumps({"chat_format": format, "base_fingerprint": None}))
 
 
 def _finished_run(folder: Path) -> None:
     (folder / "adapter").mkdir()
+    _lora(folder / "adapter", "falconet")
     figures = {
         f"{name} {when}": 2.0 for name in ("held-out loss", "generated-text loss") for when in ("before", "after")
     }

@@ -16,7 +16,7 @@ from typing import Any
 from falcon_kit.catalogue.gguf import find_gguf, gguf_file
 from falcon_kit.catalogue.hub import fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import is_encodable, unknown_name
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.tables import html_table
 
@@ -174,6 +174,8 @@ def adapter_base(directory: Path) -> str | None:
     base = _read_json(file).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{file} does not name the adapter's base model: pass it, fk.merge(adapter, base)")
+    if not is_encodable(str(base)):
+        raise ValueError(f"{file} names the base model {base!r}, half a surrogate pair: write its name there")
     return str(base)
 
 

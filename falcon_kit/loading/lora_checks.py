@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from falcon_kit.display.errors import is_number, printable
-from falcon_kit.display.reading import read_json
+from falcon_kit.display.reading import named_errors, read_json
 
 _LARGEST = torch.finfo(torch.float32).max
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -77,7 +77,9 @@ def check_lora(file: Path, weights: Path, config: Any, matrices: Mapping[str, Te
 def check_targets(file: Path, weights: Path, config: Any, layers: Collection[str]) -> None:
     """Raises ValueError for matrices of a layer that PEFT would leave out. Arguments as for `check_lora`."""
     for layer in sorted(layers):
-        if not _is_target(layer, config):
+        with named_errors(file, "write the values of its training there"):
+            found = _is_target(layer, config)
+        if not found:
             raise ValueError(
                 f"{weights} has matrices of {printable(layer)}, which target_modules, exclude_modules and "
                 f"layers_to_transform in {file} leave out: write the values of its training there"

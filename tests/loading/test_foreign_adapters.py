@@ -373,6 +373,25 @@ def test_the_snapshot_of_a_repository_that_holds_both_loads_as_the_repository_do
         fk.merge(snapshot)
 
 
+OF_ANOTHER_KIND = [
+    *(("base_model_name_or_path", value) for value in (True, 7, "(", "\ud800", [[1]])),
+    *(("target_modules", value) for value in (True, 7, "(", "\ud800", [[1]])),
+    *(("exclude_modules", value) for value in (True, 7, "(")),
+    *(("layers_to_transform", value) for value in (True, 7, "(", [[1]])),
+]
+
+
+@pytest.mark.parametrize("call", [fk.load, fk.merge])
+@pytest.mark.parametrize(("field", "value"), OF_ANOTHER_KIND, ids=repr)
+def test_a_field_of_another_kind_is_refused_with_the_name_of_its_file(base, tmp_path, field, value, call):
+    file = saved_adapter(base, tmp_path / "odd") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises((ValueError, FileNotFoundError, LookupError)) as refusal:
+        call(file.parent)
+    assert type(refusal.value) in (ValueError, FileNotFoundError, LookupError)
+    assert str(file.parent) in str(refusal.value)
+
+
 @pytest.mark.parametrize("call", [fk.load, fk.merge])
 def test_a_copy_of_a_repository_that_holds_both_is_not_added_to_the_repository(both, call):
     with pytest.raises(ValueError, match="is in somebody/both already, and would count twice: use somebody/both as"):
