@@ -15,7 +15,7 @@ _PATIENCE = 10  # seconds for a connection, as huggingface_hub's own for a reque
 
 
 def is_cut_off() -> bool:
-    """Whether the hub cannot be reached from here, found out by one connection; False behind a proxy, and offline.
+    """Whether a connection to the hub fails. False behind a proxy, where that says nothing, and with HF_HUB_OFFLINE.
 
     huggingface_hub would try again for 24 seconds, and has no setting for that.
     """
@@ -52,13 +52,9 @@ def _adapter_config(repository: str, **hub: Any) -> Path | None:
 
 
 def fetch_configs(repository: str, **hub: Any) -> Path:
-    """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`.
-
-    Where the hub cannot be reached, the cache alone is asked.
-    """
+    """The folder of a repository's config.json, adapter_config.json or both. Raises the errors of `hub_errors`."""
     from huggingface_hub import hf_hub_download
 
-    hub = cache_alone_if_cut_off(hub)
     try:
         with hub_errors(repository):
             config = Path(hf_hub_download(repository, "config.json", **hub))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_kit.catalogue.gguf import find_gguf, gguf_file
-from falcon_kit.catalogue.hub import fetch_configs
+from falcon_kit.catalogue.hub import cache_alone_if_cut_off, fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_encodable, unknown_name
 from falcon_kit.display.reading import read_json
@@ -122,7 +122,7 @@ def _config_spec(path: Path) -> FalconSpec:
 def _hub_spec(name: str, seen: tuple[str, ...], revision: str | None) -> FalconSpec:
     """The spec of a hub id, an adapter's too."""
     with hub_id_errors(name):
-        folder = fetch_configs(name, revision=revision)
+        folder = fetch_configs(name, **cache_alone_if_cut_off({"revision": revision}))
     return on_hub(_directory_spec(folder, seen, name), name)
 
 
@@ -175,7 +175,7 @@ def adapter_base(directory: Path) -> str | None:
     if not base:
         raise ValueError(f"{file} does not name the adapter's base model: pass it, fk.merge(adapter, base)")
     if not is_encodable(str(base)):
-        raise ValueError(f"{file} names the base model {base!r}, half a surrogate pair: write its name there")
+        raise ValueError(f"{file} names the base model {base!r}, which is no valid text: write its name there")
     return str(base)
 
 

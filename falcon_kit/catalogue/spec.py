@@ -140,7 +140,7 @@ class FalconSpec:
         """The shape in a config.json, current or of the old RefinedWeb types.
 
         facts: further fields of the spec, such as `licence`. Raises ValueError for a model that is not a Falcon, for a
-        missing key, and for a value that is none for its key.
+        missing key, and for a value of the wrong kind.
         """
         config = _current_config(config, name)
         new = _switch(config, "new_decoder_architecture", name)

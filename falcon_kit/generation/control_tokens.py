@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Offsets = list[tuple[int, int]]
@@ -92,7 +92,7 @@ def encoding(
     return _own_backend(tokenizer, split_special_tokens).encode(text, add_special_tokens=add_special_tokens)
 
 
-def _own_backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool | None = None) -> Any:
+def _own_backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool | None = None) -> Tokenizer:
     """A backend for one call, which shares the vocabulary and takes microseconds to make.
 
     `tokenizer(text)` sets its arguments, padding and truncation on a backend that all threads share, and keeps them

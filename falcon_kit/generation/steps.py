@@ -84,10 +84,10 @@ def _decoding_forward(model: Any, model_kwargs: dict[str, Any], config: Generati
 
 
 def _logprobs(logits: Tensor) -> Tensor:
-    """The log-probabilities of logits (..., V); of logits that are not all numbers, nan.
+    """The log-probabilities of logits (..., V); nan for a row of logits with nan.
 
-    Such logits become 0, so that a token can be drawn of them: CUDA would end the process's use of the GPU. The reader
-    of the step raises the error, without another wait for the GPU.
+    The logits of such a row become 0, so that a token can be drawn: drawing from nan on CUDA would make the GPU
+    unusable for this process. The reader of the step sees the nan and raises, without another wait for the GPU.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     logits.masked_fill_(logprobs[..., :1].isnan(), 0)

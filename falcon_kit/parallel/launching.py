@@ -124,6 +124,11 @@ class ParallelFalcon:
             "a model in several processes has no table of weights: see weight_bytes, and ranks for each"
         )
 
+    @property
+    def save(self) -> Any:
+        """Raises AttributeError: this process has no weights to write."""
+        raise AttributeError("a model in several processes is not saved: load it without tensor_parallel to save it")
+
     def __iter__(self) -> Iterator[Any]:
         """Raises AttributeError, as `model` does: `model, tokenizer = falcon` needs a Falcon in this process."""
         return iter((self.model, self.tokenizer))

@@ -35,7 +35,7 @@ from falcon_kit.serving.connection import (
 from falcon_kit.serving.echo import PromptToken, prompt_logprobs
 from falcon_kit.serving.protocol import Request, Server, gather, limit_tokens, retry
 from falcon_kit.serving.replicas import Replicas
-from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, with_shared_stats
+from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, turn, with_shared_stats
 
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
@@ -194,7 +194,7 @@ class Endpoint:
         answer = _answer(request, strip)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
-            async with turns or nullcontext():
+            async with turn(turns):
                 answer.begin()  # not while it waits for its turn
                 (body,) = await self._bodies([request])
                 return await request_answer(self._server, body, answer, self.context, emit)

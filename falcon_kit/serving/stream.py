@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -140,6 +140,16 @@ class Answer:
         self.last = time.perf_counter()
         if self._events == 1:
             self.first = self.last
+
+
+@asynccontextmanager
+async def turn(turns: asyncio.Semaphore | None) -> AsyncIterator[None]:
+    """Waits for a turn. After an error the turn is given to no other: the caller cancels those that wait."""
+    if turns:
+        await turns.acquire()
+    yield
+    if turns:
+        turns.release()
 
 
 async def request_answer(

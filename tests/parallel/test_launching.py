@@ -480,6 +480,11 @@ def test_the_model_is_said_to_be_elsewhere(together):
         _ = together.model
 
 
+def test_saving_says_how_to_load_the_model_for_it(together, tmp_path):
+    with pytest.raises(AttributeError, match="is not saved: load it without tensor_parallel to save it"):
+        together.save(tmp_path / "saved")
+
+
 def test_the_processes_introduce_themselves(together):
     assert repr(together) == "ParallelFalcon(falconet-instruct, 4,856,320 parameters, float32, 2 processes on cpu)"
     assert "cpu, 9.28 MiB" in together._repr_html_()
