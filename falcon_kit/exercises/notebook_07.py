@@ -1,4 +1,4 @@
-"""The checks of notebook 07, Quantization."""
+"""The checks of notebook 07, Quantisation."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -185,7 +185,7 @@ def induction(falcon: Any, period: int = 50, copies: int = 2, seed: int = 0, **o
     """Attention on a repeated sequence of random tokens, which identifies induction heads (Olsson et al. 2022, arXiv
     2209.11895): compare `statistics["induction"]` with `chance["induction"]`.
 
-    The sequence is that of `repeated_tokens`. `options` are arguments of `attention`.
+    The sequence is that of `repeated_tokens`. `options` are arguments of `attention`. Raises what these two raise.
     """
     return attention(falcon, repeated_tokens(falcon, period, copies, seed), **options)
 

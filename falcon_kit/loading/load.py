@@ -79,8 +79,8 @@ def load(
 ) -> Falcon:
     """Loads a Falcon by name, hub id, directory or .gguf file (dequantised); for an adapter, its base with it added.
 
-    dtype: "auto" (the checkpoint's, fitted to the hardware, with the reason in `dtype_reason`), "float32", "bfloat16",
-    "float16", "int8", "int4" (on fast kernels; can be compiled), "nf4" and "nf4-double" (by bitsandbytes, for QLoRA).
+    dtype: "auto" (the checkpoint's, fitted to the hardware: `dtype_reason`), "float32", "bfloat16", "float16", "int8"
+    (torch's on a CPU, bitsandbytes' on a GPU), "int4" (torch's; can be compiled), "nf4", "nf4-double" (for QLoRA).
     device_map: unset or "auto", the plan's (`fk.plan`, one text of the whole context); or as in transformers.
     max_memory: limit of each device, {0: "20GiB", 1: "20GiB"}; a device that is not named is not used.
     offload: "cpu" keeps layers that do not fit on the GPUs in host memory, "disk" also on disk: each is read again for
@@ -91,7 +91,7 @@ def load(
     given by the caller run without it.
     force: load although the plan does not fit.
     chat: "falcon", "hub", "baize" or a ChatFormat; unset, the format that the adapter was trained in, or the chat
-    template of the checkpoint's tokenizer.
+    template of the checkpoint's tokenizer; without one, "hub" for the published 7B, 40B and rw, else "falcon".
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
     in a notebook `load` starts the processes and returns a `ParallelFalcon`: on GPUs, or on the CPU where there are

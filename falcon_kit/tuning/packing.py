@@ -68,7 +68,10 @@ class Example:
 
 
 class Packed(Sequence[dict[str, Any]]):
-    """Rows to train on: `packed[i]` has input_ids, labels and position_ids of row i, as numpy arrays."""
+    """Rows to train on: `packed[i]` has input_ids, labels and position_ids of row i, each a numpy array (T,).
+
+    The label of a token that is only read is -100. position_ids begin at 0 in each document.
+    """
 
     def __init__(
         self,
