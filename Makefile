@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick browser lint notebooks gallery bench gpu engines audit falconet clean
+.PHONY: help demo lab test quick newest browser lint notebooks gallery bench gpu engines audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ lab: .venv/.lab  ## open the notebooks in JupyterLab (ARGS="--no-browser" and th
 
 quick: lint  ## lint, types, and the tests that are not slow: under two minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not engines" tests $(ARGS)
+
+# Without constraints.txt: torch, transformers and all others as `pip install` brings them to a user today.
+newest:  ## the tests that are not slow with the newest version of every package, in an environment of its own (9 GB)
+	$(PYTHON) -m venv --clear .newest
+	.newest/bin/python -m pip install -e ".[demo,evaluation,lab,serving,dev]"
+	OMP_NUM_THREADS=1 .newest/bin/python -m pytest -q -m "not slow and not engines" tests $(ARGS)
 
 # As many files at a time as WORKERS, with one thread each: on two cores this is faster than one with two threads.
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
@@ -70,9 +76,9 @@ falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 
 	$(RUN) -m falcon_kit.falconet.finetune
 	$(RUN) -m falcon_kit.falconet.evaluate
 
-clean:  ## remove caches and build products; .venv, .engines, runs/ and .falconet/ stay
+clean:  ## remove caches and build products; .venv, .newest, .engines, runs/ and .falconet/ stay
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . \( -path ./.venv -o -path ./.engines \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./.newest -o -path ./.engines \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 HAS_PIP := $(RUN) -c 'import pip' 2> /dev/null
 .venv/.demo: EXTRAS := demo

@@ -21,10 +21,14 @@ from transformers import (
     GenerationMixin,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from falcon_kit.display.errors import check_flag, check_whole, is_number, is_whole, plain_scalar, require, shown
 from falcon_kit.generation.sampling import OTHER_NAMES, SAMPLING_FIELDS, Sampling, unknown_setting
 
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+"""transformers' name for the cache of keys and values: "cache" from 5.24 on, "past_key_values" before. The kit takes
+both."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 """The arguments of transformers' `generate` that turn on assisted generation."""
 OWN_LOOP = (
@@ -107,15 +111,13 @@ def whole_penalties(config: GenerationConfig) -> dict[str, float]:
 
 def _check_objects(options: Mapping[str, Any]) -> None:
     """Raises ValueError for a streamer, a cache or an end token of another kind."""
-    streamer, cache, given = (options.get(name) for name in ("streamer", "past_key_values", "eos_token_id"))
+    streamer, cache, given = (options.get(name) for name in ("streamer", CACHE, "eos_token_id"))
     require(
         streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
         f"streamer must be an object with put and end, as transformers.TextStreamer; got {shown(streamer)}. Call your "
         "own function for each piece of falcon.stream(...)",
     )
-    require(
-        isinstance(cache, Cache | None), f"past_key_values must be a transformers.Cache or None, got {shown(cache)}"
-    )
+    require(isinstance(cache, Cache | None), f"{CACHE} must be a transformers.Cache or None, got {shown(cache)}")
     ends: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     require(
         ends is None or all(is_whole(each, -1) for each in (ends if isinstance(ends, list | tuple) else [ends])),
@@ -127,10 +129,12 @@ def _check_objects(options: Mapping[str, Any]) -> None:
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the values of a `generation_config` among them as keyword arguments; given keywords win.
 
-    What is None is left out.
-    Raises ValueError for one that is neither a GenerationConfig nor a mapping.
+    What is None is left out, and the cache gets the name that this transformers has for it.
+    Raises ValueError for one that is neither a GenerationConfig nor a mapping, and for a cache under both names.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
+    if (cache := one_cache(settings.pop("cache", None), settings.pop("past_key_values", None))) is not None:
+        settings[CACHE] = cache
     config = settings.pop("generation_config", None)
     if config is None:
         return settings
@@ -147,6 +151,12 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("max_new_tokens") or settings.get("max_length"):
         values = {name: value for name, value in values.items() if name not in ("max_new_tokens", "max_length")}
     return values | settings
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache of keys and values of a call, which may have either name. Raises ValueError for both at once."""
+    require(cache is None or past_key_values is None, "past_key_values is the former name of cache: give cache alone")
+    return past_key_values if cache is None else cache
 
 
 def without_tokenizer(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -304,10 +314,10 @@ def _check_cache(options: Mapping[str, Any], model: FalconForCausalLM) -> None:
         "assisted generation takes back the keys and values of rejected tokens: leave use_cache and "
         "cache_implementation out, here and in the model's generation_config",
     )
-    cache = options.get("past_key_values")
+    cache = options.get(CACHE)
     require(
         isinstance(cache, DynamicCache | None),
-        "assisted generation takes back the keys and values of rejected tokens: past_key_values may be a DynamicCache, "
+        f"assisted generation takes back the keys and values of rejected tokens: {CACHE} may be a DynamicCache, "
         f"got {shown(cache)}",
     )
 

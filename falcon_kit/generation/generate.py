@@ -19,6 +19,7 @@ from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import check_whole, is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.arguments import (
     ASSISTED,
+    CACHE,
     OWN_LOOP,
     add_checkpoint_settings,
     check_assisted,
@@ -197,7 +198,7 @@ class _GenerateTask(GenerationTask):
         Not with a cache of the caller's, which would hold one token more, nor with offloaded weights (on "meta" between
         two steps), whose copies would be in vain after the last token.
         """
-        if self.model.device.type != "cuda" or self.options.get("past_key_values") is not None:
+        if self.model.device.type != "cuda" or self.options.get(CACHE) is not None:
             return False
         return not any(each.is_meta for each in self.model.parameters())
 
@@ -207,7 +208,7 @@ class _GenerateTask(GenerationTask):
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
         batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])
-        self.generations = self._generations(batch, _cache_bytes(getattr(output, "past_key_values", None)))
+        self.generations = self._generations(batch, _cache_bytes(getattr(output, CACHE, None)))
 
     def _drafting(self) -> dict[str, Any]:
         """What transformers' candidate generator needs for a draft model, and for one with another tokenizer."""
@@ -237,7 +238,7 @@ class _GenerateTask(GenerationTask):
             yield {}
             return
         with kept_cache(self.model, len(self.prompts) * self.sampling.num_return_sequences) as cache:
-            yield {"cache_implementation": None, "past_key_values": cache}
+            yield {"cache_implementation": None, CACHE: cache}
 
     def nothing(self) -> Generation:
         """The generation of a text that was cancelled before its first token."""

@@ -20,6 +20,7 @@ from transformers.generation.candidate_generator import _prepare_attention_mask,
 from transformers.generation.utils import _speculative_sampling
 
 from falcon_kit.catalogue.spec import context_limit
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.generation.decoding import Step
 
 Steps = Generator[Step, Tensor | None, None]
@@ -63,7 +64,7 @@ def token_by_token(
             tokens = tokens.masked_fill(finished[:, None], generation_config.pad_token_id)
         input_ids = torch.cat([input_ids, tokens], dim=-1)
         ended = stopping_criteria(input_ids, None)
-        step = Step(tokens, logprobs[:, None], ended, model_kwargs.get("past_key_values"))
+        step = Step(tokens, logprobs[:, None], ended, model_kwargs.get(CACHE))
         if begin_reading is None or input_ids.shape[1] == generation_config.max_length:
             finished = yield step
             outputs = next_outputs()
@@ -116,7 +117,7 @@ def assisted(
 
     `drafting`: the models and tokenizers for transformers' candidate generator. `rng` is entered to draft and choose.
     """
-    model_kwargs["past_key_values"].activate_past_recording()
+    model_kwargs[CACHE].activate_past_recording()
     config, processor = generation_config, cast(Any, logits_processor)
     if drafting["assistant_tokenizer"] is not None:  # the draft has other tokens than those that the settings name
         config, processor = GenerationConfig(do_sample=False, min_length=0, max_length=config.max_length), []
@@ -140,12 +141,12 @@ def assisted(
             tokens, accepted = _accepted(draft, draft_logits, logits, generation_config)
         tokens = _up_to_the_end(tokens, generation_config, length)
         input_ids, added = torch.cat([input_ids, tokens], dim=-1), tokens.shape[1]
-        outputs.past_key_values.crop(added - 1 - count)
+        outputs[CACHE].crop(added - 1 - count)
         generator.update_candidate_strategy(input_ids, logits, added - 1)
         _store_draft_length(generator)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=added)
         ended, first = stopping_criteria(input_ids, None), False
-        yield Step(tokens, logprobs[:, :added], ended, model_kwargs["past_key_values"], accepted)
+        yield Step(tokens, logprobs[:, :added], ended, model_kwargs[CACHE], accepted)
 
 
 class _DraftIsFullError(Exception):

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.layers import split_heads
@@ -174,7 +175,7 @@ class _AttentionReader:
         self.start = start
         self.weights.clear()
         tokens = self.inspected.input_ids(self.ids[start:stop])
-        self.inspected.decoder(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        self.inspected.decoder(input_ids=tokens, **{CACHE: self.cache}, use_cache=True)
 
     def measure(self, layer: int, fused: Tensor, rotation: Rotation, output: Any) -> None:
         """Adds the tokens that the model reads now to the sums of a layer; called by `attention_hooks`."""

@@ -8,6 +8,7 @@ from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, Sto
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.catalogue.spec import context_limit
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.generation.kept_cache import kept_cache
 from falcon_kit.model.static_cache import slots_read
 from falcon_kit.planning.devices import places
@@ -84,6 +85,7 @@ def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
         for tokens in prompts:
             start = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
             with kept_cache(model, 1) as cache:
+                past: Any = {CACHE: cache}
                 model.generate(  # type: ignore[misc]  # its self is misdeclared
                     start,
                     attention_mask=torch.ones_like(start),
@@ -91,6 +93,6 @@ def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
                     min_new_tokens=_STEPS,
                     do_sample=False,
                     stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-                    past_key_values=cache,
+                    **past,
                     compile_config=options,
                 )

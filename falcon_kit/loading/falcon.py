@@ -142,7 +142,7 @@ class Falcon:
         own = self.model.generation_config
         loops = {name: settings.get(name, getattr(own, name, None)) for name in _COMPILABLE}
         other_loop = any(value not in _COMPILABLE[name] for name, value in loops.items())
-        own_cache = any(name in settings for name in ("past_key_values", "cache_implementation"))
+        own_cache = any(name in settings for name in (arguments.CACHE, "cache_implementation"))
         if other_loop or own_cache or not self.decoding:
             return settings
         hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())

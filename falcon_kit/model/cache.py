@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
+from falcon_kit.generation.arguments import CACHE
+
 ROOM = 64
 """Tokens that a full layer makes room for: the most that a cache keeps unused."""
 
@@ -92,9 +94,9 @@ class MakesRoom(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *rest: Any) -> Any:
         """As in transformers. A cache of the caller and an offloaded one stay as they are."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         stock: Any = super()  # transformers misdeclares its self
         stock._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             with_room(cache)

@@ -44,7 +44,7 @@ class FalconAttention(nn.Module):
         hidden_states: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
         output_attentions: bool = False,
         unseeing_queries: Tensor | None = None,
         **kwargs: Any,
@@ -56,8 +56,8 @@ class FalconAttention(nn.Module):
         query, key, value = self.project(hidden_states, rotation)
         if unseeing_queries is not None:
             query = query.masked_fill(unseeing_queries, 0)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
         chosen = "eager" if output_attentions else self.config._attn_implementation
         attend = attention.ATTENTION.get(chosen) or ALL_ATTENTION_FUNCTIONS.get_interface(
             chosen, attention.eager_attention

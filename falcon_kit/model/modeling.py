@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
+from falcon_kit.generation.arguments import CACHE, one_cache
 from falcon_kit.model import attention, packed_documents
 from falcon_kit.model.attention import alibi
 from falcon_kit.model.cache import MakesRoom, with_room
@@ -64,7 +65,7 @@ class _Declared:
     """What both classes tell transformers, whatever it has found and cached for its own Falcon."""
 
     _supports_attention_backend = True
-    _skip_keys_device_placement: Any = ["past_key_values"]  # noqa: RUF012  # as transformers declares it
+    _skip_keys_device_placement: Any = ["cache", "past_key_values", "layer_past"]  # noqa: RUF012  # as in transformers
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -106,11 +107,12 @@ class FalconModel(_Declared, stock.FalconModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d_model) after the last LayerNorm, for `input_ids` (B, T) or `inputs_embeds`.
@@ -121,17 +123,18 @@ class FalconModel(_Declared, stock.FalconModel):
         Raises ValueError for a mask or a cache of another shape, and for positions beyond the context. Compiled code
         and static caches are not checked, which would synchronise the GPU.
         """
+        cache = one_cache(cache, past_key_values)
         hidden_states = self._embed(input_ids, inputs_embeds)
         attention_mask, position_ids = send_to_device((attention_mask, position_ids), hidden_states.device)
         if not torch.compiler.is_compiling():
-            self._check_inputs(hidden_states, past_key_values, attention_mask, position_ids)
+            self._check_inputs(hidden_states, cache, attention_mask, position_ids)
         probabilities = bool(kwargs.get("output_attentions", self.config.output_attentions))
         kwargs["output_attentions"] = probabilities
-        mask, unseeing = self._mask(hidden_states, past_key_values, attention_mask, position_ids, probabilities)
-        if use_cache and past_key_values is None:
-            past_key_values = with_room(DynamicCache(config=self.config))
+        mask, unseeing = self._mask(hidden_states, cache, attention_mask, position_ids, probabilities)
+        if use_cache and cache is None:
+            cache = with_room(DynamicCache(config=self.config))
         if position_ids is None:
-            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cached = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + cached)[None]
         rotation = None if self.config.alibi else self.rotary_emb(hidden_states, position_ids)
         shared = {
@@ -144,9 +147,10 @@ class FalconModel(_Declared, stock.FalconModel):
         for layer in self.h:
             if is_elsewhere(weight := getattr(layer, layer.norms[0]).weight, hidden_states):
                 hidden_states, shared = send_to_device((hidden_states, shared), weight.device)
-            hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
+            hidden_states = layer(hidden_states, layer_past=cache, **shared, **kwargs)
         normed = self.ln_f(on_device_of(self.ln_f.weight, hidden_states))
-        return BaseModelOutputWithPast(last_hidden_state=normed, past_key_values=past_key_values)
+        past: Any = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=normed, **past)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embeddings (B, T, d_model) of the input. Raises ValueError unless exactly one input is given."""
@@ -248,7 +252,7 @@ class FalconForCausalLM(_Declared, ReadsFilledSlots, MakesRoom, stock.FalconForC
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -256,6 +260,7 @@ class FalconForCausalLM(_Declared, ReadsFilledSlots, MakesRoom, stock.FalconForC
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of all or the last `logits_to_keep` tokens, and the loss if `labels` (B, T) are given.
@@ -263,13 +268,14 @@ class FalconForCausalLM(_Declared, ReadsFilledSlots, MakesRoom, stock.FalconForC
         `skip_logits`: returns only the loss and computes it in chunks, see `falcon_kit.model.losses`. Other arguments
         and errors are those of `FalconModel.forward`.
         """
+        cache = one_cache(cache, past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         largest = self.transformer.spec.d_model * self.transformer.spec.intermediate_size
         single = self.single_rows_without_onednn
-        with attention.step_kernels(self.lm_head.weight, tokens, past_key_values, single, largest):
+        with attention.step_kernels(self.lm_head.weight, tokens, cache, single, largest):
             outputs = self.transformer(
                 input_ids=input_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
@@ -288,9 +294,9 @@ class FalconForCausalLM(_Declared, ReadsFilledSlots, MakesRoom, stock.FalconForC
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, GenerationMixin
 
+from falcon_kit.generation.arguments import CACHE, one_cache
 from falcon_kit.model.attention import ATTENTION
 
 FEWEST_SLOTS = 256
@@ -34,19 +35,21 @@ class ReadsFilledSlots(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; the mask of a static cache is as long as the slots that are read, see `slots_read`."""
-        read = self._slots_of_step(past_key_values, attention_mask)
+        cache = one_cache(cache, past_key_values)
+        read = self._slots_of_step(cache, attention_mask)
         if read and attention_mask is not None and next_sequence_length == 1:
             # A new token sees all tokens before it; transformers' mask for any causal attention takes many kernels.
             attention_mask = pad(attention_mask.bool()[:, None, None], (0, read - attention_mask.shape[1]))
         stock: Any = super()  # transformers misdeclares its self
         inputs: dict[str, Any] = stock.prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+            input_ids, next_sequence_length, cache, attention_mask, inputs_embeds, **kwargs
         )
         if read and (mask := inputs.get("attention_mask")) is not None:
             if mask.shape[-1] > read:
@@ -63,7 +66,7 @@ class ReadsFilledSlots(GenerationMixin):
         """
         stock: Any = super()
         outputs = stock._prefill(input_ids, generation_config, model_kwargs, *first, **more)
-        length, past = getattr(generation_config, "_mask_length", None), model_kwargs.get("past_key_values")
+        length, past = getattr(generation_config, "_mask_length", None), model_kwargs.get(CACHE)
         if length and model_kwargs.get("attention_mask") is None and past is not None and past.is_compileable:
             model_kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
         return outputs

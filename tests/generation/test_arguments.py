@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import CompileConfig, GenerationConfig, StoppingCriteriaList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import falcon_kit as fk
 from falcon_kit.generation import generate
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.generation.sampling import OTHER_NAMES
 from tests.generation.test_generate import CHAT, PROMPTS, QUESTION
 
@@ -91,7 +92,7 @@ OF_ANOTHER_KIND = {
     "logits_processor": (print, 5, [None], "x", {"a": 1}),
     "stopping_criteria": (print, True, [3], {"a": 1}),
     "streamer": (print, True, []),
-    "past_key_values": (True, {}, "x"),
+    CACHE: (True, {}, "x"),
     "eos_token_id": (True, "<|endoftext|>", 1.5, ["a"], [[1]], {1}),
 }
 
@@ -230,6 +231,15 @@ def test_the_cache_that_a_compiled_model_keeps_works_after_inference_mode(instru
 def test_a_number_is_no_conversation(instruct):
     with pytest.raises(ValueError, match=r"A conversation is a list of messages, such as .*; got a int\."):
         instruct.chat(5)
+
+
+def test_a_cache_has_the_name_of_any_transformers_but_not_two(instruct):
+    for name in ("cache", "past_key_values"):
+        given = DynamicCache(config=instruct.model.config)
+        instruct.generate(QUESTION, max_new_tokens=3, **{name: given})
+        assert given.get_seq_length() > 2
+    with pytest.raises(ValueError, match=r"^past_key_values is the former name of cache: give cache alone$"):
+        instruct.generate(QUESTION, max_new_tokens=3, cache=given, past_key_values=given)
 
 
 # Other loops

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache, StoppingCriteria
 
 import falcon_kit as fk
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.generation.generate import generate, stream
 from tests.conftest import small_model
 from tests.generation.test_generate import PROMPTS, QUESTION
@@ -154,7 +155,7 @@ def test_a_cache_that_cannot_be_taken_back_is_refused(instruct, draft, mode, set
 
 def test_a_cache_of_the_callers_has_to_be_one_that_can_be_taken_back(instruct):
     static = StaticCache(config=instruct.model.config, max_cache_len=200)
-    with pytest.raises(ValueError, match=r"past_key_values may be a DynamicCache, got StaticCache"):
+    with pytest.raises(ValueError, match=f"{CACHE} may be a DynamicCache, got StaticCache"):
         instruct.generate(REPEATED, prompt_lookup_num_tokens=3, past_key_values=static)
     expected = instruct.generate(REPEATED, max_new_tokens=12).tokens
     for settings in ({"past_key_values": DynamicCache()}, {"cache_implementation": "dynamic"}):

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from falcon_kit.model.cache import ROOM, GrowingLayer, with_room
-from tests.model.conftest import IDS, greedy, pair
+from tests.model.conftest import IDS, greedy, pair, run
 
 
 def tokens(count, rows=2):
@@ -61,6 +61,15 @@ def test_each_way_of_generating_gives_the_tokens_of_transformers_cache(layout, o
         torch.manual_seed(0)
         texts.append(kit.generate(ids, past_key_values=cache, **options))
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_forward_pass_takes_a_cache_by_the_name_of_any_transformers(part, name):
+    kit = pair("40b")[1] if part == "model" else pair("40b")[1].transformer
+    given = DynamicCache(config=kit.config)
+    run(kit, **{name: given})
+    assert given.get_seq_length() == IDS.shape[1]
 
 
 @settings(deadline=None, max_examples=60)
