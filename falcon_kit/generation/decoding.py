@@ -82,8 +82,10 @@ class SequenceDecoder:
             self._text.add(self._decode_stream.step(self._tokenizer.backend_tokenizer, token) or "")
         if token in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.stopped or len(self.tokens) == self._limit:
-            self.finish_reason = "stop" if self._text.stopped else "length"
+        elif self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._limit:
+            self.finish_reason = "length"
         elif ended:
             self.finish_reason = "stop"
         if self.finish_reason and not self._text.stopped:
@@ -182,7 +184,7 @@ class SamplingRNG:
 class BatchDecoder:
     """Decodes the sequences of a batch step by step, and measures the time."""
 
-    def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int = 0) -> None:
+    def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int) -> None:
         """`cancelled` ends all sequences; `alternatives` is the number of most probable tokens to keep per token."""
         self.decoders, self._cancelled, self._alternatives = decoders, cancelled, alternatives
         self._start = time.perf_counter()

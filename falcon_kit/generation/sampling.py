@@ -149,11 +149,9 @@ class Sampling:
         """The arguments of transformers' `generate` that set how a token is chosen."""
         if not self.samples:
             return {"do_sample": False}
-        # 0 disables top_k; without it, transformers would use 50.
-        given = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
-        named = {name: value for name, value in given.items() if value is not None}
-        # transformers refuses whole numbers as temperatures
-        return {"do_sample": True} | {name: value if name == "top_k" else float(value) for name, value in named.items()}
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        floats = {name: float(value) for name, value in given.items() if value is not None}  # whole ones are refused
+        return {"do_sample": True, "top_k": self.top_k or 0, **floats}  # without top_k, transformers would take 50
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
