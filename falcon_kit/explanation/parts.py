@@ -39,12 +39,14 @@ Part = dict[str, Any]
 def text_part(inspected: InspectedModel, ids: list[int], logits: Tensor) -> Part:
     """The text, the model's shape, and the logits (V,) of the next token."""
     spec = inspected.spec
+    # The angle in radians per token by which the rotary embedding turns each pair of components.
+    frequencies = None if spec.positions == "alibi" else inspected.decoder.rotary_emb.inv_freq.float().tolist()
     best = logits.topk(min(NAMED, len(logits))).indices.tolist()
     return {
         "model": spec.name,
         "tokens": [{"id": id, "text": text} for id, text in zip(ids, inspected.token_texts(ids), strict=True)],
         "spec": {name: getattr(spec, name) for name in _SPEC},
-        "frequencies": _frequencies(inspected),
+        "frequencies": frequencies,
         "cache": _cache(inspected),
         "logits": packed(logits),
         "named": [{"id": id, "text": text} for id, text in zip(best, inspected.token_texts(best), strict=True)],
@@ -143,14 +145,6 @@ def packed(values: Tensor) -> Part:
     """An array as base64 of float32, with its shape."""
     array = values.detach().cpu().numpy().astype("<f4")
     return {"shape": list(array.shape), "f32": b64encode(np.ascontiguousarray(array).tobytes()).decode()}
-
-
-def _frequencies(inspected: InspectedModel) -> list[float] | None:
-    """The angle in radians per token by which the rotary embedding turns each pair of components; None with ALiBi."""
-    if inspected.spec.positions == "alibi":
-        return None
-    found: list[float] = inspected.decoder.rotary_emb.inv_freq.float().tolist()
-    return found
 
 
 def _cache(inspected: InspectedModel) -> Part:
