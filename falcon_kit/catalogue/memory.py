@@ -130,7 +130,7 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
 
 
 def workspace_bytes(
-    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, native: bool = True, trains: bool = False
+    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, native: bool, trains: bool = False
 ) -> int:
     """Temporary memory when a whole prompt is multiplied with weights that are first unpacked or copied to float32;
     that of bitsandbytes measured, not derived.

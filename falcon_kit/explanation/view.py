@@ -33,7 +33,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
     _esm = _SOURCE + "\nexport default { render };\n"
     _css = WIDGET_STYLE + static_text(__file__, "explanation.css")
 
-    def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
+    def __init__(self, falcon: Any, text: TextOrIds, layer: int, head: int) -> None:
         self._inspected = inspect_model(falcon)
         language_head(self._inspected)  # raises for a model without one
         check_attention_implementation(self._inspected)

@@ -84,7 +84,8 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in _NUMBERS:
         if plain.get(name) is not None:
             given = plain[name]
-            fits = is_number(given, -sys.float_info.max, sys.float_info.max) or given in (math.inf, -math.inf)
+            is_infinite = isinstance(given, float) and math.isinf(given)
+            fits = is_infinite or is_number(given, -sys.float_info.max, sys.float_info.max)
             require(fits, f"{name} must be a number, got {shown(given)}")
             plain[name] = float(given)
     for name in _SWITCHES:

@@ -97,7 +97,8 @@ class Sampling:
             self.max_new_tokens is None or self.max_length is None,
             f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
         )
-        require(self.truncate in (None, "left"), f'truncate must be None or "left", got {self.truncate!r}')
+        truncates = isinstance(self.truncate, str) and self.truncate == "left"
+        require(self.truncate is None or truncates, f'truncate must be None or "left", got {shown(self.truncate)}')
         require(
             self.do_sample is not False or not self._sampling_is_set,
             "temperature, top_k and top_p have no effect with do_sample=False: leave them out, or set do_sample=True",
