@@ -5,6 +5,7 @@ Arrays are base64 of float32, little-endian.
 """
 
 import inspect
+import math
 from base64 import b64encode
 from collections.abc import Callable
 from functools import cache
@@ -130,7 +131,7 @@ def text_part_bytes(inspected: InspectedModel, ids: list[int]) -> int:
 
 def layer_part_bytes(spec: FalconSpec, time: int) -> int:
     """The same for a layer's part and those of its heads, at the last of `time` tokens."""
-    side = -(-time // -(-time // _SIDE))
+    side = math.ceil(time / math.ceil(time / _SIDE))
     head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side * (side + 1) // 2) + 250
     vectors = (4 + spec.norms_per_block) * (_packed_bytes(SHOWN) + 150)
     return spec.query_heads * head + _packed_bytes(spec.query_heads * time) + vectors + 1000
@@ -138,7 +139,7 @@ def layer_part_bytes(spec: FalconSpec, time: int) -> int:
 
 def _packed_bytes(numbers: int) -> int:
     """Bytes of an array of `packed` numbers as JSON."""
-    return 4 * -(-4 * numbers // 3) + 40
+    return 4 * math.ceil(4 * numbers / 3) + 40
 
 
 def packed(values: Tensor) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -63,7 +64,7 @@ def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if len(text) <= _ENCODED_AT_ONCE:
         return 0
-    return -(-len(text) // max(map(len, tokenizer.get_vocab())))
+    return math.ceil(len(text) / max(map(len, tokenizer.get_vocab())))
 
 
 def check_length(text: str, tokenizer: PreTrainedTokenizerBase, context: int, label: str) -> None:
