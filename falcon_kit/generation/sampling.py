@@ -116,11 +116,10 @@ class Sampling:
         )
 
     def _check_numbers(self) -> None:
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
+        temperature, top_p = self.temperature, self.top_p
+        for name, value in {"temperature": temperature, "top_p": top_p}.items():
             is_real = isinstance(value, int | float) and not isinstance(value, bool)
             require(value is None or is_real, f"{name} must be a number, got {shown(value)}")
-        temperature, top_p = self.temperature, self.top_p
         require(
             temperature is None or temperature >= 0,
             f"temperature must be 0 (the most probable token) or more, got {shown(temperature)}",
