@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -99,13 +100,10 @@ class SequenceDecoder:
 
     def add_alternatives(self, likeliest: list[tuple[int, float]]) -> tuple[Alternative, ...]:
         """Stores and returns the most probable tokens of a step, given as pairs of token id and log-probability."""
-        decode = self._tokenizer.backend_tokenizer.decode
-        self.alternatives.append(
-            tuple(
-                Alternative(decode([token], skip_special_tokens=False), token, logprob) for token, logprob in likeliest
-            )
-        )
-        return self.alternatives[-1]
+        decode = partial(self._tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+        found = tuple(Alternative(decode([token]), token, logprob) for token, logprob in likeliest)
+        self.alternatives.append(found)
+        return found
 
 
 class SamplingRNG:
