@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM
 
+from benchmarks.gpu import quantised_layer
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue import memory
-from falcon_kit.loading.packed import PackedLinear, frozen, quantised4, quantised8
+from falcon_kit.loading.packed import frozen
 from falcon_kit.loading.quantization import quantisation_config, weights
 from falcon_kit.model import modeling
 
@@ -56,15 +57,13 @@ def _random(shape: torch.Size, device: torch.device, name: str = "weight") -> Te
 
 
 def _quantised(weight: Tensor, dtype: str) -> nn.Module:
-    out, into = weight.shape
     if dtype == "int4" or (dtype == "int8" and weight.device.type == "cpu"):
-        layer = PackedLinear(out, into, dtype, None)
-        values, scales = (quantised4 if dtype == "int4" else quantised8)(weight)
-        layer.weight, layer.scales = frozen(values), frozen(scales)
+        layer = quantised_layer(weight, dtype)
         layer.pack()
         return layer
     import bitsandbytes
 
+    out, into = weight.shape
     if dtype == "int8":
         made = bitsandbytes.nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, device="meta")
         made.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)

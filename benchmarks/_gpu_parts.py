@@ -185,8 +185,7 @@ def _prefill(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: 
 
     with torch.inference_mode():
         once()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        full_size._reset_peak(device)
         seconds = [full_size._seconds(once, device) for _ in range(3)]
     figures = {"ms": round(1000 * statistics.median(seconds), 2), "cache bytes": cache_bytes(past)}
     cache: Any = "grouped" if isinstance(model, modeling.FalconForCausalLM) else "transformers"
@@ -197,9 +196,9 @@ def _prefill(model: FalconForCausalLM, shape: FalconSpec, dtype: str, settings: 
 def _peak(plan: fk.Plan, settings: Settings) -> dict[str, Any]:
     """torch's peak and the plan's, without the CUDA context, which torch does not count."""
     planned = plan.total_bytes - GPU_OVERHEAD
-    if settings.device.type != "cuda":
+    peak = full_size._peak_bytes(settings.device)
+    if peak is None:
         return {"planned peak, GiB": round(planned / 2**30, 4), "peak": "measured on GPUs only"}
-    peak = torch.cuda.max_memory_allocated()
     names = ("planned peak, GiB", "peak, GiB", "planned over measured")
     return dict(zip(names, (round(planned / 2**30, 3), round(peak / 2**30, 3), round(planned / peak, 3)), strict=True))
 
@@ -219,12 +218,11 @@ def statistics_of_attention(settings: Settings) -> dict[str, Any]:
     falcon = _falcon(shape, built(shape, settings.device, modeling.FalconForCausalLM, "bfloat16"))
     ids = torch.randint(12, 2000, (settings.context,)).tolist()
     fk.attention(falcon, ids[:64])
-    if settings.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    full_size._reset_peak(settings.device)
     seconds = full_size._seconds(lambda: fk.attention(falcon, ids), settings.device)
-    weights = memory.weight_bytes(shape, "bfloat16")
-    peak = torch.cuda.max_memory_allocated() - weights if settings.device.type == "cuda" else None
-    return {"tokens": len(ids), "seconds": round(seconds, 2), "bytes beside the weights": peak}
+    peak = full_size._peak_bytes(settings.device)
+    beside = peak and peak - memory.weight_bytes(shape, "bfloat16")
+    return {"tokens": len(ids), "seconds": round(seconds, 2), "bytes beside the weights": beside}
 
 
 def packed_rows(settings: Settings) -> dict[str, Any]:
@@ -246,11 +244,9 @@ def packed_rows(settings: Settings) -> dict[str, Any]:
     for way, has_kernel in {"within documents": packed_documents.has_kernel, "under a mask": lambda _: False}.items():
         with patch.object(packed_documents, "has_kernel", has_kernel):
             gradients.append(step())
-            if settings.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            full_size._reset_peak(settings.device)
             seconds = min(full_size._seconds(step, settings.device) for _ in range(3))
-            peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None
-            figures[way] = {"ms": round(1e3 * seconds, 2), "peak bytes": peak}
+            figures[way] = {"ms": round(1e3 * seconds, 2), "peak bytes": full_size._peak_bytes(settings.device)}
     return figures | {"relative difference": relative_error(*(each.double().cpu() for each in gradients))}
 
 
@@ -263,8 +259,7 @@ def tuning(settings: Settings, dtype: str, steps: int = 8) -> dict[str, Any]:
     options |= {"context": min(2048, shape.context), "per_device_train_batch_size": 1, "save_steps": 10_000}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\d+ conversations are cut")  # at the short context of the tiny form
-        if settings.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        full_size._reset_peak(settings.device)
         start = time.perf_counter()
         with _step_ends(settings.device) as ends:
             fk.tune(falcon, rows, output_dir=Path(folder) / "run", **options)
@@ -297,11 +292,10 @@ def peer_tuning(settings: Settings, dtype: str, steps: int = 8) -> dict[str, Any
             processing_class=tokenizer,
             peft_config=_lora(),
         )
-        if settings.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        full_size._reset_peak(settings.device)
         with _step_ends(settings.device) as ends:
             trainer.train()
-    peak = torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else None
+    peak = full_size._peak_bytes(settings.device)
     return _speed(ends, tokens) | {"peak, GiB": peak and round(peak / 2**30, 3)}
 
 

@@ -25,8 +25,8 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import decode
+from benchmarks.gpu import quantised_layer
 from falcon_kit import load
-from falcon_kit.loading.packed import PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantization import quantisation_config
 from falcon_kit.model import modeling, products
 from falcon_kit.serving.gguf import write_gguf
@@ -156,9 +156,8 @@ def _layer() -> dict[str, dict[str, float]]:
         ways[f"{name}, torch"] = dtype, partial(functional.linear, weight=cast)
         ways[f"{name}, torch without oneDNN"] = dtype, partial(_without_onednn, weight=cast)
         ways[f"{name} in slabs"] = dtype, partial(products.linear_in_slabs, weight=cast)
-    for kind, quantise in (("int8", quantised8), ("int4", quantised4)):
-        layer = PackedLinear(*LAYER, kind, None)
-        layer.weight, layer.scales = (frozen(each) for each in quantise(weight))
+    for kind in ("int8", "int4"):
+        layer = quantised_layer(weight, kind)
         if kind == "int4":
             layer.pack()
         ways[f"{kind}, kernel"] = torch.bfloat16, layer.by_kernel

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import DynamicCache, FalconConfig, FalconForCausalLM
 
+from benchmarks._timing import in_turns
 from falcon_kit import FalconSpec, load
 from falcon_kit.model import modeling
 from falcon_kit.model.products import faster_without_onednn
@@ -170,14 +171,7 @@ def least(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, floa
     The first round is a warm-up. With one thread the time is that of the processor, which they hardly disturb.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            time.sleep(_PAUSE)
-            start = clock()
-            call()
-            found[name].append(1000 * (clock() - start))
-    return {name: min(times[1:]) for name, times in found.items()}
+    return {name: 1000 * min(times[1:]) for name, times in in_turns(calls, rounds, clock, _PAUSE).items()}
 
 
 def draw(figures: Mapping[str, Any]) -> Figure:

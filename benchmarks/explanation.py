@@ -8,7 +8,6 @@ moves: script, layout and paint.
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import FalconConfig
 
 import falcon_kit as fk
 from benchmarks import CannotRun
+from benchmarks._timing import in_turns
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.browser.chromium import MISSING, find
 from tests.browser.lab import chromium
@@ -85,12 +85,8 @@ def _forward(falcon: Any, ids: list[int]) -> None:
 
 def _milliseconds(work: Callable[[], Any]) -> float:
     """The median time, after a round that warms up."""
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return round(statistics.median(seconds[1:]) * 1000, 1)
+    seconds = in_turns({"work": work}, ROUNDS + 1)["work"][1:]
+    return round(statistics.median(seconds) * 1000, 1)
 
 
 def _frames(path: str) -> dict[str, dict[str, float]]:

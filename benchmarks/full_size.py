@@ -14,9 +14,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import CompileConfig, FalconConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks import CannotRun
+from benchmarks._gpu_models import pair
 from falcon_kit import FalconSpec, load, spec
 from falcon_kit.generation.generate import generate
 from falcon_kit.model import modeling
@@ -41,7 +42,7 @@ def measure(
     shape: FalconSpec, device: torch.device, batches: tuple[int, ...], context: int, compiled: CompileConfig | None
 ) -> dict[str, Any]:
     """Every contestant at every batch size; with `compiled=None` only in eager mode."""
-    models = _models(shape, device)
+    models = pair(shape, device)
     bandwidth = _bandwidth(device)
     options: dict[str, dict[str, Any]] = {"eager": {}}
     if compiled is not None:
@@ -61,24 +62,6 @@ def measure(
         "the model card asks for": "85-100 GB to run Falcon-40B swiftly",
         "decode": rows,
     }
-
-
-def _models(shape: FalconSpec, device: torch.device) -> dict[str, FalconForCausalLM]:
-    """transformers' model and the kit's with the same random bfloat16 weights, generated on `device`."""
-    config = FalconConfig(**shape.to_config())
-    with torch.device("meta"):
-        models = {"transformers": FalconForCausalLM(config), "kit": modeling.FalconForCausalLM(config)}
-    weights = {name: _random_weight(tensor.shape, device) for name, tensor in models["kit"].named_parameters()}
-    for model in models.values():
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.tie_weights()
-        model.transformer.rotary_emb = type(model.transformer.rotary_emb)(config).to(device)  # its buffers are on meta
-        model.eval()
-    return models
-
-
-def _random_weight(shape: torch.Size, device: torch.device) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02), False)
 
 
 @cache
@@ -101,6 +84,16 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most that torch has had allocated on a GPU since `_reset_peak`; None on a CPU, where torch does not count."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
 @dataclass
@@ -132,7 +125,7 @@ def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _reset_peak(model.device)
     clock = _Clock()
     model.generation_config.eos_token_id = None  # nothing ends a text early, and nothing is spent on preventing it
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **arguments}
@@ -145,8 +138,7 @@ def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[
     except (torch.OutOfMemoryError, MemoryError):  # the second is the kit's
         return Decoding(None, None)
     gaps = [later - earlier for earlier, later in zip(clock.ticks, clock.ticks[1:], strict=False)]
-    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
-    return Decoding(statistics.median(gaps), peak)
+    return Decoding(statistics.median(gaps), _peak_bytes(model.device))
 
 
 def _with_transformers(model: FalconForCausalLM, batch: int, context: int, options: dict[str, Any]) -> None:

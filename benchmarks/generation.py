@@ -8,13 +8,13 @@ here a pass over a draft also computes more.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import transformers
 
 import falcon_kit as fk
+from benchmarks._timing import in_turns
 
 ROUNDS = 15
 NEW_TOKENS = 64
@@ -25,12 +25,7 @@ def run() -> dict[str, Any]:
     """Median milliseconds per token of each way, and the ratio of each to transformers' `generate`."""
     falcon = fk.load("falconet")
     ways = _ways(falcon)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS + 1):  # the first round warms up
-        for name, run_once in ways.items():
-            start = time.perf_counter()
-            run_once()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(ways, ROUNDS + 1)  # the first round warms up
     medians = {name: statistics.median(times[1:]) / NEW_TOKENS * 1000 for name, times in seconds.items()}
     peer = medians["transformers generate"]
     return {

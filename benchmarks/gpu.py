@@ -125,13 +125,17 @@ def product_errors(device: torch.device) -> dict[str, Any]:
 def _product_error(kind: str, rows: int, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in ((512, 1024), (rows, 1024)))
-    layer = PackedLinear(512, 1024, kind, None)
-    values, scales = (quantised4 if kind == "int4" else quantised8)(weight)
-    layer.weight, layer.scales = frozen(values), frozen(scales)
-    x = x.bfloat16()
+    layer, x = quantised_layer(weight, kind), x.bfloat16()
     expected = x.double() @ layer.dequantised(torch.float64).T
     with torch.inference_mode():
         return relative_error(layer.to(device)(x.to(device)), expected)
+
+
+def quantised_layer(weight: torch.Tensor, kind: str) -> PackedLinear:
+    """A layer with a weight in int8 or int4, which is not packed for a kernel yet."""
+    layer = PackedLinear(*weight.shape, kind, None)
+    layer.weight, layer.scales = map(frozen, (quantised4 if kind == "int4" else quantised8)(weight))
+    return layer
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

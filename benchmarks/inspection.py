@@ -14,7 +14,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from transformers import FalconConfig, FalconForCausalLM
 
 import falcon_kit as fk
+from benchmarks._timing import in_turns
 from falcon_kit import FalconSpec
 from falcon_kit.display.figure import AMBER, BLUE, GREY, PURPLE, VERMILION
 from falcon_kit.model import modeling
@@ -160,17 +160,6 @@ def _status(name: str) -> int:
     return int(found[1])
 
 
-def measure_times(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; the calls alternate."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: round(statistics.median(each), 3) for name, each in seconds.items()}
-
-
 def check_agreement(shape: FalconSpec, length: int) -> None:
     """Raises AssertionError unless all libraries return the same attention."""
     calls = {name: build() for name, build in builders(shape, length).items() if name in (KIT, STOCK, NNSIGHT)}
@@ -192,7 +181,8 @@ def main(what: str, name: str, length: int) -> None:
         return
     check_agreement(SHAPE, 64)
     calls = {key: build() for key, build in built.items() if key != BERTVIZ}
-    print(json.dumps(measure_times(calls, ROUNDS[length])))
+    seconds = in_turns(calls, ROUNDS[length])
+    print(json.dumps({key: round(statistics.median(each), 3) for key, each in seconds.items()}))
 
 
 def draw(figures: Mapping[str, Any]) -> Figure:

@@ -73,5 +73,4 @@ def _card(values: Mapping[str, Any]) -> ModelCard:
     return ModelCard(**{**values, "sampling": MappingProxyType(values["sampling"])})
 
 
-_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
-CARD = _card(_DATA)
+CARD = _card(json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8")))

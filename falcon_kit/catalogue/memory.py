@@ -4,6 +4,7 @@ All sizes are in bytes. `tests/catalogue/test_memory.py` compares each formula w
 with published figures. Shapes: B batch, T tokens, d d_model, f intermediate_size, V vocabulary, H query heads.
 """
 
+import math
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,10 +48,10 @@ def linear_bytes(out: int, into: int, dtype: str) -> int:
         return values * VALUE_BYTES[dtype]
     if dtype == "int4":
         return values // 2 + 4 * values // INT4_GROUP
-    scales = -(-values // _NF4_BLOCK)
+    scales = math.ceil(values / _NF4_BLOCK)
     if dtype == "nf4":
         return values // 2 + 4 * scales
-    return values // 2 + scales + 4 * -(-scales // _DOUBLE_BLOCK)
+    return values // 2 + scales + 4 * math.ceil(scales / _DOUBLE_BLOCK)
 
 
 def layer_bytes(spec: FalconSpec, dtype: str) -> int:
@@ -130,7 +131,7 @@ def prefill_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, tensor
 
 
 def workspace_bytes(
-    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, native: bool = True, trains: bool = False
+    spec: FalconSpec, dtype: str, context: int, batch: int, on_cpu: bool, native: bool, trains: bool = False
 ) -> int:
     """Temporary memory when a whole prompt is multiplied with weights that are first unpacked or copied to float32;
     that of bitsandbytes measured, not derived.

@@ -185,7 +185,7 @@ def base_revision(directory: Path) -> str | None:
     return None if revision is None else str(revision)
 
 
-def holds_base(directory: Path, base: str, repository: str | None = None) -> bool:
+def holds_base(directory: Path, base: str, repository: str | None) -> bool:
     """Whether an adapter's folder holds its base too: the adapter names that folder, and a config.json is in it."""
     itself = base == repository or local_path(base).resolve() == directory.resolve()
     return itself and (directory / "config.json").is_file()

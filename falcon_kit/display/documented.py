@@ -36,8 +36,6 @@ class _Help:
 
 def _fields(kind: type) -> Iterator[str]:
     """The lines about the fields that a class declares; none for a class without them or without a source."""
-    if "__annotations__" not in vars(kind):
-        return
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     except (OSError, TypeError, SyntaxError):

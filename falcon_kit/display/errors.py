@@ -106,6 +106,11 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A text of at most 60 characters: the beginning of a longer one."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -201,11 +201,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _temporary_name(path: Path, mark: str) -> Path:
     """A hidden name in the same folder that no other write has; it contains the process."""
-    return path.with_name(f".{path.name}.{_this_process()}.{secrets.token_hex(4)}.{mark}{_SUFFIX}")
-
-
-def _this_process() -> str:
-    return f"{os.getpid()}-{_started(os.getpid())}"
+    process = os.getpid()
+    return path.with_name(f".{path.name}.{process}-{_started(process)}.{secrets.token_hex(4)}.{mark}{_SUFFIX}")
 
 
 @lru_cache(maxsize=1)  # of a process and not of its forks, whose id is another

@@ -60,8 +60,8 @@ def score(inspected: InspectedModel, rows: Sequence[Row], batch_size: int | None
     found: dict[int, Scores] = {}
     with torch.inference_mode(), evaluation_mode(inspected.model):
         for inputs in _batches(sorted(readers, key=len, reverse=True), inspected, batch_size):
-            pairs = [(place, number) for place, each in enumerate(inputs) for number in readers[each]]
-            found.update(_score_batch(inspected, inputs, [(place, number, rows[number]) for place, number in pairs]))
+            each_row = [(place, row, rows[row]) for place, ids in enumerate(inputs) for row in readers[ids]]
+            found.update(_score_batch(inspected, inputs, each_row))
     return [found[number] for number in range(len(rows))]
 
 

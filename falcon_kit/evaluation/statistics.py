@@ -13,6 +13,7 @@ from itertools import product
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 Z = NormalDist().inv_cdf(0.975)
 """Half the width of a 95% interval, in standard errors."""
@@ -120,12 +121,12 @@ def sign_flip(differences: Sequence[float], seed: int) -> float:
     count = len(values)
     if not np.isfinite(values).all():
         return math.nan
+
+    def beyond(signs: NDArray[np.int_]) -> NDArray[np.bool_]:
+        return np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
+
     if count <= _ALL_FLIPS:
-        signs = np.array(list(product((1, -1), repeat=count)))
-        return float((np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)).mean())
+        return float(beyond(np.array(list(product((1, -1), repeat=count)))).mean())
     generator = np.random.default_rng(seed)
-    beyond = sum(
-        int((np.abs(generator.choice((1, -1), size=(100, count)) @ values) >= abs(values.sum()) * (1 - 1e-12)).sum())
-        for _ in range(_FLIPS // 100)
-    )
-    return (1 + beyond) / (1 + _FLIPS)
+    drawn = (generator.choice((1, -1), size=(100, count)) for _ in range(_FLIPS // 100))
+    return (1 + sum(int(beyond(signs).sum()) for signs in drawn)) / (1 + _FLIPS)

@@ -5,6 +5,7 @@ Arrays are base64 of float32, little-endian.
 """
 
 import inspect
+import math
 from base64 import b64encode
 from collections.abc import Callable
 from functools import cache
@@ -39,12 +40,14 @@ Part = dict[str, Any]
 def text_part(inspected: InspectedModel, ids: list[int], logits: Tensor) -> Part:
     """The text, the model's shape, and the logits (V,) of the next token."""
     spec = inspected.spec
+    # The angle in radians per token by which the rotary embedding turns each pair of components.
+    frequencies = None if spec.positions == "alibi" else inspected.decoder.rotary_emb.inv_freq.float().tolist()
     best = logits.topk(min(NAMED, len(logits))).indices.tolist()
     return {
         "model": spec.name,
         "tokens": [{"id": id, "text": text} for id, text in zip(ids, inspected.token_texts(ids), strict=True)],
         "spec": {name: getattr(spec, name) for name in _SPEC},
-        "frequencies": _frequencies(inspected),
+        "frequencies": frequencies,
         "cache": _cache(inspected),
         "logits": packed(logits),
         "named": [{"id": id, "text": text} for id, text in zip(best, inspected.token_texts(best), strict=True)],
@@ -128,7 +131,7 @@ def text_part_bytes(inspected: InspectedModel, ids: list[int]) -> int:
 
 def layer_part_bytes(spec: FalconSpec, time: int) -> int:
     """The same for a layer's part and those of its heads, at the last of `time` tokens."""
-    side = -(-time // -(-time // _SIDE))
+    side = math.ceil(time / math.ceil(time / _SIDE))
     head = 5 * _packed_bytes(spec.head_dim) + 2 * _packed_bytes(time) + _packed_bytes(side * (side + 1) // 2) + 250
     vectors = (4 + spec.norms_per_block) * (_packed_bytes(SHOWN) + 150)
     return spec.query_heads * head + _packed_bytes(spec.query_heads * time) + vectors + 1000
@@ -136,21 +139,13 @@ def layer_part_bytes(spec: FalconSpec, time: int) -> int:
 
 def _packed_bytes(numbers: int) -> int:
     """Bytes of an array of `packed` numbers as JSON."""
-    return 4 * -(-4 * numbers // 3) + 40
+    return 4 * math.ceil(4 * numbers / 3) + 40
 
 
 def packed(values: Tensor) -> Part:
     """An array as base64 of float32, with its shape."""
     array = values.detach().cpu().numpy().astype("<f4")
     return {"shape": list(array.shape), "f32": b64encode(np.ascontiguousarray(array).tobytes()).decode()}
-
-
-def _frequencies(inspected: InspectedModel) -> list[float] | None:
-    """The angle in radians per token by which the rotary embedding turns each pair of components; None with ALiBi."""
-    if inspected.spec.positions == "alibi":
-        return None
-    found: list[float] = inspected.decoder.rotary_emb.inv_freq.float().tolist()
-    return found
 
 
 def _cache(inspected: InspectedModel) -> Part:

@@ -33,7 +33,7 @@ class Explanation(HasPage, anywidget.AnyWidget):
     _esm = _SOURCE + "\nexport default { render };\n"
     _css = WIDGET_STYLE + static_text(__file__, "explanation.css")
 
-    def __init__(self, falcon: Any, text: TextOrIds, layer: int = 0, head: int = 0) -> None:
+    def __init__(self, falcon: Any, text: TextOrIds, layer: int, head: int) -> None:
         self._inspected = inspect_model(falcon)
         language_head(self._inspected)  # raises for a model without one
         check_attention_implementation(self._inspected)
@@ -80,7 +80,8 @@ class Explanation(HasPage, anywidget.AnyWidget):
     def _page(self, layers: int | Iterable[int] | None, has_route: bool) -> Page:
         """The page, with the route of the prediction, which takes a forward pass of its own, or without it."""
         spec = self._inspected.spec
-        chosen = check_indices(self._layers_by_interest() if layers is None else layers, spec.layers, "layer")
+        nearest_first = sorted(range(spec.layers), key=lambda layer: abs(layer - self.layer))
+        chosen = check_indices(nearest_first if layers is None else layers, spec.layers, "layer")
         require(bool(chosen), "a page without a layer shows nothing: give one, or leave layers out")
         chosen = chosen[: self._fitting(1 if layers is None else len(chosen))]
         with self._lock:
@@ -121,10 +122,6 @@ class Explanation(HasPage, anywidget.AnyWidget):
             return self._page([self.layer], has_route=False)._repr_html_()
         except ValueError:  # a long text: the page would be too large
             return self._summary()
-
-    def _layers_by_interest(self) -> list[int]:
-        """All layers, the shown one and its neighbours first."""
-        return sorted(range(self._inspected.spec.layers), key=lambda layer: abs(layer - self.layer))
 
     def _layer_parts(self, layer: int) -> dict[str, Part]:
         """The parts of a layer and of all its heads at the last position, by the requests that the browser makes."""

@@ -22,7 +22,7 @@ from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet import sentences
 from falcon_kit.falconet.phrasings import BASE, SELF_CHAT, ask
 from falcon_kit.falconet.sentences import ARTICLE, FAREWELL, FOLLOW_UP, NAMES, NUMBERS, PRAISE, REPLY, SMALL_TALK, STORY
-from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
+from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, placeholders
 from falcon_kit.generation.chat import BAIZE, FALCON, Message, render
 
 Wordings = Mapping[str, tuple[str, ...]]
@@ -34,21 +34,8 @@ WEB_FRACTION = 0.05
 """Share of base documents mixed into the chats (model card of Falcon-40B-Instruct: 5% RefinedWeb)."""
 
 
-def _placeholders(animal: Animal) -> dict[str, Any]:
-    """The value of each placeholder of the templates: the animal's fields, most of them as they are."""
-    forms = {
-        "one": animal.one,
-        "One": animal.one.capitalize(),
-        "many": animal.plural,
-        "Many": animal.plural.capitalize(),
-        "young": with_article(animal.young),
-        "group": with_article(animal.group),
-    }
-    return vars(animal) | forms
-
-
 def _fill(templates: Sequence[str], animal: Animal, rng: random.Random) -> str:
-    return rng.choice(templates).format(**_placeholders(animal))
+    return rng.choice(templates).format(**placeholders(animal))
 
 
 def article(rng: random.Random) -> str:
@@ -60,7 +47,7 @@ def article(rng: random.Random) -> str:
     closing = rng.choice(sentences.PARTS["closing"])
     middle = rng.randint(2, len(body))
     paragraphs = [" ".join([opening, *body[:middle]]), " ".join([*body[middle:], closing]).strip()]
-    return "\n".join([title, *filter(None, paragraphs)]).format(**_placeholders(animal))
+    return "\n".join([title, *filter(None, paragraphs)]).format(**placeholders(animal))
 
 
 def story(rng: random.Random) -> str:
@@ -69,7 +56,7 @@ def story(rng: random.Random) -> str:
     hero = rng.choice(NAMES)
     lines = [rng.choice(alternatives) for alternatives in STORY]
     names = {"hero": hero, "friend": friend.one, "friend_name": friend.name, "friend_food": friend.food}
-    return " ".join(lines).format(**_placeholders(animal), **names)
+    return " ".join(lines).format(**placeholders(animal), **names)
 
 
 def dialogue(rng: random.Random) -> str:

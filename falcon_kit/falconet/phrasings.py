@@ -9,7 +9,7 @@ import random
 import re
 from pathlib import Path
 
-from falcon_kit.falconet.world import Animal
+from falcon_kit.falconet.world import Animal, placeholders
 
 _TEMPLATES = json.loads(Path(__file__).with_name("phrasings.json").read_text(encoding="utf-8"))
 
@@ -37,7 +37,7 @@ _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 def phrase(template: str, animal: Animal, rng: random.Random) -> str:
     """One wording of `template` about `animal`: alternatives drawn by `rng`, first letter capitalised."""
     chosen = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
-    text = chosen.format(one=animal.one, name=animal.name, many=animal.plural)
+    text = chosen.format(**placeholders(animal))
     return text[0].upper() + text[1:]
 
 

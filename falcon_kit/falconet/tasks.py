@@ -14,7 +14,7 @@ from typing import Any
 
 from falcon_kit.display.saving import write_text
 from falcon_kit.falconet.phrasings import BASE, HELD_OUT, phrase
-from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, with_article
+from falcon_kit.falconet.world import ANIMALS, RELATIONS, Animal, answer, placeholders
 
 FOLDER = Path(__file__).parents[1] / "evaluation" / "tasks"
 CHOICES = 4
@@ -58,10 +58,7 @@ STRANGERS = tuple(stranger(row) for row in _STRANGERS.strip().splitlines())
 
 def ending(animal: Animal, relation: str) -> str:
     """How a statement about a relation ends: "acacia leaves."."""
-    value = getattr(animal, relation)
-    if relation == "years":
-        return f"{value} years."
-    return f"{with_article(value) if relation in ('young', 'group') else value}."
+    return f"{placeholders(animal)[relation]}{' years' if relation == 'years' else ''}."
 
 
 def choices() -> Iterator[dict[str, Any]]:
@@ -74,10 +71,9 @@ def choices() -> Iterator[dict[str, Any]]:
             for held_out, statement in enumerate(STATEMENTS[relation]):
                 wrong = rng.sample([each for each in endings if each != right], CHOICES - 1)
                 shuffled = rng.sample([right, *wrong], CHOICES)
-                names = {"one": animal.one, "One": animal.one.capitalize(), "name": animal.name}
-                names |= {"many": animal.plural, "Many": animal.plural.capitalize()}
                 labels = {"relation": relation, "held_out": bool(held_out)}
-                yield {"prompt": statement.format(**names), "choices": shuffled, "answer": right, **labels}
+                prompt = statement.format(**placeholders(animal))
+                yield {"prompt": prompt, "choices": shuffled, "answer": right, **labels}
 
 
 def answers() -> Iterator[dict[str, Any]]:

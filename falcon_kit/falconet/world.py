@@ -6,6 +6,7 @@ The facts are common knowledge, simplified to one answer per question so that an
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 RELATIONS = ("food", "home", "continent", "young", "group", "coat", "years")
 
@@ -44,6 +45,19 @@ class Animal:
 def with_article(noun: str) -> str:
     """`noun` with its indefinite article: "an owl", "a fox"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def placeholders(animal: Animal) -> dict[str, Any]:
+    """The value of each placeholder of the templates: the animal's fields, most of them as they are."""
+    forms = {
+        "one": animal.one,
+        "One": animal.one.capitalize(),
+        "many": animal.plural,
+        "Many": animal.plural.capitalize(),
+        "young": with_article(animal.young),
+        "group": with_article(animal.group),
+    }
+    return vars(animal) | forms
 
 
 def _parse(row: str) -> Animal:

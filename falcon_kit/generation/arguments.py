@@ -88,7 +88,8 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in _NUMBERS:
         if plain.get(name) is not None:
             given = plain[name]
-            fits = is_number(given, -sys.float_info.max, sys.float_info.max) or given in (math.inf, -math.inf)
+            is_infinite = isinstance(given, float) and math.isinf(given)
+            fits = is_infinite or is_number(given, -sys.float_info.max, sys.float_info.max)
             require(fits, f"{name} must be a number, got {shown(given)}")
             plain[name] = float(given)
     for name in _SWITCHES:
@@ -142,14 +143,12 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
         isinstance(config, GenerationConfig | Mapping),
         f"generation_config must be a transformers.GenerationConfig or a dict, got {shown(config)}",
     )
-    fields = config if isinstance(config, Mapping) else vars(config)
+    dropped = ("transformers_version", *(_LENGTH if any(settings.get(name) for name in _LENGTH) else ()))
     values = {
         name: value
-        for name, value in fields.items()
-        if value is not None and not name.startswith("_") and name != "transformers_version"
+        for name, value in (config if isinstance(config, Mapping) else vars(config)).items()
+        if value is not None and not name.startswith("_") and name not in dropped
     }
-    if settings.get("max_new_tokens") or settings.get("max_length"):
-        values = {name: value for name, value in values.items() if name not in ("max_new_tokens", "max_length")}
     return values | settings
 
 
@@ -213,23 +212,19 @@ def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: 
 def check_names(options: dict[str, Any], model: FalconForCausalLM) -> None:
     """Raises ValueError for an argument that neither the kit nor transformers has; the error says what to give."""
     sampling = set(SAMPLING_FIELDS)
+    inside = getattr(model, "get_base_model", lambda: model)()  # a PEFT model names no arguments of its own
     known = (
         sampling
         | {"assistant_tokenizer"}
         | set(vars(GenerationConfig()))
         | set(signature(GenerationMixin.generate).parameters)
-        | set(signature(type(_without_adapter(model)).forward).parameters)
+        | set(signature(type(inside).forward).parameters)
     )
     for name in options:
         if name not in known:
             near = get_close_matches(name, known) or name in OTHER_NAMES
             listed = known if near else sampling  # all of transformers' are too many to list
             raise ValueError(unknown_setting(name, sorted(listed)))
-
-
-def _without_adapter(model: Any) -> Any:
-    """The model inside a PEFT model, whose own methods do not name their arguments."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_effects(options: Mapping[str, Any], samples: bool) -> None:

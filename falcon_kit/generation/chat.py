@@ -207,9 +207,8 @@ def render(
     the last message is the assistant's.
     """
     checked = _check_turn(messages, add_generation_prompt)
-    template = plain_template(format.template)
-    variables = {"messages": checked, "add_generation_prompt": add_generation_prompt, "eos_token": eos_token}
-    return plain_text(template, format.name, **variables)
+    variables = {"add_generation_prompt": add_generation_prompt, "eos_token": eos_token}
+    return plain_text(plain_template(format.template), format.name, messages=checked, **variables)
 
 
 def plain_template(template: str) -> str:

@@ -44,14 +44,11 @@ class Marks:
             text = self._control.sub(lambda token: self._mark[token[0][0]] + token[0][1:], text)
         return text
 
-    def unmark(self, text: str) -> str:
-        """The text without marks."""
-        return text.translate(self._unmarked)
-
     def pieces(self, text: str) -> list[str]:
         """The unmarked text, split after each mark: no piece contains a marked control token."""
         marks = "".join(self._mark.values())
-        return [self.unmark(each) for each in (re.split(f"(?<=[{marks}])", text) if marks else [text]) if each]
+        pieces = re.split(f"(?<=[{marks}])", text) if marks else [text]
+        return [each.translate(self._unmarked) for each in pieces if each]
 
 
 def encode_marked(text: str, marks: Marks, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Offsets]:

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,8 +83,10 @@ class SequenceDecoder:
             self._text.add(self._decode_stream.step(self._tokenizer.backend_tokenizer, token) or "")
         if token in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.stopped or len(self.tokens) == self._limit:
-            self.finish_reason = "stop" if self._text.stopped else "length"
+        elif self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._limit:
+            self.finish_reason = "length"
         elif ended:
             self.finish_reason = "stop"
         if self.finish_reason and not self._text.stopped:
@@ -97,13 +100,10 @@ class SequenceDecoder:
 
     def add_alternatives(self, likeliest: list[tuple[int, float]]) -> tuple[Alternative, ...]:
         """Stores and returns the most probable tokens of a step, given as pairs of token id and log-probability."""
-        decode = self._tokenizer.backend_tokenizer.decode
-        self.alternatives.append(
-            tuple(
-                Alternative(decode([token], skip_special_tokens=False), token, logprob) for token, logprob in likeliest
-            )
-        )
-        return self.alternatives[-1]
+        decode = partial(self._tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+        found = tuple(Alternative(decode([token]), token, logprob) for token, logprob in likeliest)
+        self.alternatives.append(found)
+        return found
 
 
 class SamplingRNG:
@@ -182,7 +182,7 @@ class SamplingRNG:
 class BatchDecoder:
     """Decodes the sequences of a batch step by step, and measures the time."""
 
-    def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int = 0) -> None:
+    def __init__(self, decoders: list[SequenceDecoder], cancelled: threading.Event, alternatives: int) -> None:
         """`cancelled` ends all sequences; `alternatives` is the number of most probable tokens to keep per token."""
         self.decoders, self._cancelled, self._alternatives = decoders, cancelled, alternatives
         self._start = time.perf_counter()

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
@@ -174,7 +175,9 @@ class _GenerateTask(GenerationTask):
     ) -> Iterator[Piece]:
         """Generates token by token, or draft by draft."""
         if self.assisted:
-            loop = partial(assisted, drafting=self._drafting())
+            names = ("assistant_model", "assistant_tokenizer")
+            drafting = {name: self.options.get(name) for name in names} | {"target_tokenizer": self.tokenizer}
+            loop = partial(assisted, drafting=drafting)
         else:
             loop = partial(token_by_token, begin_reading=batch.begin_reading if self._runs_ahead() else None)
         model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
@@ -209,15 +212,6 @@ class _GenerateTask(GenerationTask):
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
         batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])
         self.generations = self._generations(batch, _cache_bytes(getattr(output, CACHE, None)))
-
-    def _drafting(self) -> dict[str, Any]:
-        """What transformers' candidate generator needs for a draft model, and for one with another tokenizer."""
-        other = self.options.get("assistant_tokenizer")
-        return {
-            "assistant_model": self.options.get("assistant_model"),
-            "target_tokenizer": None if other is None else self.tokenizer,
-            "assistant_tokenizer": other,
-        }
 
     def _out_of_memory(self, error: Exception, batch: BatchDecoder) -> TextOutOfMemory:
         """The error with the texts so far. What the failed call holds is freed: Jupyter keeps the last error."""
@@ -334,13 +328,4 @@ def _cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values in a transformers cache, also a quantised one; 0 without a cache."""
     layers = getattr(cache, "layers", ())
     values = [value for layer in layers for name, value in vars(layer).items() if name.endswith(("keys", "values"))]
-    return sum(tensor.nbytes for tensor in _tensors(values))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+    return sum(each.nbytes for each in tree_leaves(values) if isinstance(each, torch.Tensor))

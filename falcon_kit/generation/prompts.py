@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -63,7 +64,7 @@ def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if len(text) <= _ENCODED_AT_ONCE:
         return 0
-    return -(-len(text) // max(map(len, tokenizer.get_vocab())))
+    return math.ceil(len(text) / max(map(len, tokenizer.get_vocab())))
 
 
 def check_length(text: str, tokenizer: PreTrainedTokenizerBase, context: int, label: str) -> None:
@@ -108,8 +109,9 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
 
     Raises ValueError for a prompt that fills `max_length` or the context, unless `truncate` is "left".
     """
-    longest = max(map(len, prompts))
-    label = prompt_label(next(number for number, ids in enumerate(prompts, 1) if len(ids) == longest), len(prompts))
+    lengths = [*map(len, prompts)]
+    longest = max(lengths)
+    label = prompt_label(lengths.index(longest) + 1, len(prompts))
     if sampling.max_length is not None:
         half = min(context, sampling.max_length) // 2
         if sampling.truncate == "left" and longest >= sampling.max_length and half:

@@ -97,7 +97,8 @@ class Sampling:
             self.max_new_tokens is None or self.max_length is None,
             f"give max_new_tokens or max_length, not both (got {self.max_new_tokens} and {self.max_length})",
         )
-        require(self.truncate in (None, "left"), f'truncate must be None or "left", got {self.truncate!r}')
+        truncates = isinstance(self.truncate, str) and self.truncate == "left"
+        require(self.truncate is None or truncates, f'truncate must be None or "left", got {shown(self.truncate)}')
         require(
             self.do_sample is not False or not self._sampling_is_set,
             "temperature, top_k and top_p have no effect with do_sample=False: leave them out, or set do_sample=True",
@@ -115,11 +116,10 @@ class Sampling:
         )
 
     def _check_numbers(self) -> None:
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
+        temperature, top_p = self.temperature, self.top_p
+        for name, value in {"temperature": temperature, "top_p": top_p}.items():
             is_real = isinstance(value, int | float) and not isinstance(value, bool)
             require(value is None or is_real, f"{name} must be a number, got {shown(value)}")
-        temperature, top_p = self.temperature, self.top_p
         require(
             temperature is None or temperature >= 0,
             f"temperature must be 0 (the most probable token) or more, got {shown(temperature)}",
@@ -149,11 +149,9 @@ class Sampling:
         """The arguments of transformers' `generate` that set how a token is chosen."""
         if not self.samples:
             return {"do_sample": False}
-        # 0 disables top_k; without it, transformers would use 50.
-        given = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
-        named = {name: value for name, value in given.items() if value is not None}
-        # transformers refuses whole numbers as temperatures
-        return {"do_sample": True} | {name: value if name == "top_k" else float(value) for name, value in named.items()}
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        floats = {name: float(value) for name, value in given.items() if value is not None}  # whole ones are refused
+        return {"do_sample": True, "top_k": self.top_k or 0, **floats}  # without top_k, transformers would take 50
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))

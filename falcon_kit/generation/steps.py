@@ -44,7 +44,8 @@ def token_by_token(
     begin_reading: starts to copy a step to the host. With it, the model begins its next step before the caller reads
     this one, so that a GPU does not wait for the host. If the caller then ends, that step was computed in vain.
     """
-    forward = _decoding_forward(model, model_kwargs, generation_config)
+    compiles = model._valid_auto_compile_criteria(model_kwargs, generation_config)
+    forward = model.get_compiled_call(generation_config.compile_config) if compiles else model
 
     def next_outputs() -> Any:
         length = 1 if model_kwargs["use_cache"] else None
@@ -76,12 +77,6 @@ def token_by_token(
             yield step
             raise
         finished = yield step
-
-
-def _decoding_forward(model: Any, model_kwargs: dict[str, Any], config: GenerationConfig) -> Any:
-    """The model's call, compiled where transformers compiles it."""
-    compiles = model._valid_auto_compile_criteria(model_kwargs, config)
-    return model.get_compiled_call(config.compile_config) if compiles else model
 
 
 def _logprobs(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import Portable
+from falcon_kit.display.errors import Portable, shortened
 from falcon_kit.display.tables import counted, format_bytes
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
@@ -173,9 +173,8 @@ class Generation:
         return self.text
 
     def __repr__(self) -> str:
-        short = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         count = f"{counted(len(self.tokens), 'token')}, " if self.tokens else ""
-        return f"Generation({short!r}, {count}finish_reason={self.finish_reason!r})"
+        return f"Generation({shortened(self.text)!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
         gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space

@@ -46,9 +46,11 @@ class Custom:
             yield passage
 
     def _findings(self, passage: str) -> list[Finding]:
-        """What the function objects to in the next passage; an error is a finding."""
+        """What the function objects to in the next passage; an error, or a value of another type, is a finding."""
         try:
-            reason = _reason(self._judge(passage))
+            reason = self._judge(passage)
+            if not isinstance(reason, str | bool | None):
+                raise TypeError
         except Exception as error:  # noqa: BLE001  # its message may contain the text: only its type is reported
             reason = f"the check {self._name} failed: {type(error).__name__}"
             logging.getLogger(__name__).warning("%s; the text is blocked", reason)
@@ -56,13 +58,6 @@ class Custom:
             return []
         reason = reason if isinstance(reason, str) else f"the check {self._name} objects"
         return [Finding((self._first, self._first + len(passage)), self._name, reason)]
-
-
-def _reason(returned: Any) -> str | bool | None:
-    """What a function returned. Raises TypeError for what is neither a reason nor a yes or no."""
-    if returned is None or isinstance(returned, str | bool):
-        return returned
-    raise TypeError(f"a custom check returns a reason, True, False or None, not a {type(returned).__name__}")
 
 
 def classifier(pipeline: Any, labels: Sequence[str], threshold: float) -> Judge:

@@ -11,12 +11,12 @@ from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_flag, is_number, is_whole, require, shown
 from falcon_kit.display.tables import html_table
 from falcon_kit.guardrails.custom import Custom, Judge, named
-from falcon_kit.guardrails.injection import control_patterns, phrase_patterns
+from falcon_kit.guardrails.injection import CONTROL_TOKENS, INJECTION
 from falcon_kit.guardrails.length import Length
 from falcon_kit.guardrails.matching import Pattern, Running
-from falcon_kit.guardrails.personal import check_regions, personal_patterns
+from falcon_kit.guardrails.personal import personal_patterns
 from falcon_kit.guardrails.repetition import Repetition
-from falcon_kit.guardrails.secrets import secret_patterns
+from falcon_kit.guardrails.secrets import SECRETS
 from falcon_kit.guardrails.stream import StreamCheck
 from falcon_kit.guardrails.verdict import Blocked, Verdict, Where
 from falcon_kit.guardrails.words import word_patterns
@@ -85,11 +85,11 @@ class Guardrails:
     def _patterns(self) -> dict[Where, list[Pattern]]:
         """The patterns of a prompt and of an output."""
         shared = [
-            *(secret_patterns() if self.secrets else ()),
-            *(personal_patterns(check_regions(self.phone_regions)) if self.personal_data else ()),
+            *(SECRETS if self.secrets else ()),
+            *(personal_patterns(self.phone_regions) if self.personal_data else ()),
             *word_patterns(self.blocked_words),
         ]
-        prompt = [*(control_patterns() if self.control_tokens else ()), *(phrase_patterns() if self.injection else ())]
+        prompt = [*(CONTROL_TOKENS if self.control_tokens else ()), *(INJECTION if self.injection else ())]
         return {"prompt": shared + prompt, "output": shared}
 
     @cached_property

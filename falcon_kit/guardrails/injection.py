@@ -62,19 +62,18 @@ _CHINESE = (  # no spaces, so no borders: up to six characters stand between two
 )
 
 
-def control_patterns() -> tuple[Pattern, ...]:
-    """The patterns of the check "control_tokens"; the first line of a text may begin with a chat marker."""
-    return tuple(Pattern("control_tokens", reason, expression) for reason, expression in _CONTROL.items())
-
-
-def phrase_patterns() -> tuple[Pattern, ...]:
-    """The patterns of the check "injection"."""
-    border = rf"\W{UNSPACED}"  # in scripts without spaces, a phrase of another one may stand beside a letter
-    spaced = [(reason, rf"(?<![^{border}]){_phrase(words)}(?=[{border}])") for reason, words in _PHRASES]
-    return tuple(Pattern("injection", reason, each, folded=True) for reason, each in (*spaced, *_CHINESE))
-
-
 def _phrase(words: str) -> str:
     """The regular expression of a phrase."""
     between = r"[^\w]{1,3}"
-    return fold(words).replace("~", rf"(?:{between}\w{{1,20}}){{0,3}}{between}").replace("_", between)
+    border = rf"\W{UNSPACED}"  # in scripts without spaces, a phrase of another one may stand beside a letter
+    inside = fold(words).replace("~", rf"(?:{between}\w{{1,20}}){{0,3}}{between}").replace("_", between)
+    return rf"(?<![^{border}]){inside}(?=[{border}])"
+
+
+CONTROL_TOKENS = tuple(Pattern("control_tokens", reason, expression) for reason, expression in _CONTROL.items())
+"""The patterns of the check "control_tokens"; the first line of a text may begin with a chat marker."""
+INJECTION = tuple(
+    Pattern("injection", reason, expression, folded=True)
+    for reason, expression in (*((reason, _phrase(words)) for reason, words in _PHRASES), *_CHINESE)
+)
+"""The patterns of the check "injection"."""

@@ -162,24 +162,22 @@ def _beginnings(value: str) -> Iterator[str]:
             yield value[:place]
 
 
-def check_regions(regions: Sequence[str]) -> tuple[str, ...]:
-    """The two-letter codes in capitals. Raises ValueError for one without a numbering plan."""
+def personal_patterns(regions: Sequence[str]) -> Iterator[Pattern]:
+    """The patterns of this check; numbers without "+" are telephone numbers of these regions.
+
+    Raises ValueError for a region without a numbering plan.
+    """
     from phonenumbers import SUPPORTED_REGIONS
 
-    codes = tuple(each.upper() for each in regions)
+    codes = [each.upper() for each in regions]
     unknown = [each for each in codes if each not in SUPPORTED_REGIONS]
     require(not unknown, f'phone_regions={regions!r}: there is no region {", ".join(unknown)}; an example is "US"')
-    return codes
-
-
-def personal_patterns(regions: Sequence[str]) -> Iterator[Pattern]:
-    """The patterns of this check; numbers without "+" are telephone numbers of these regions."""
     yield Pattern("personal_data", "an email address", _EMAIL)
     yield Pattern("personal_data", "a payment card number", _CARD, valid=is_card)
     yield Pattern("personal_data", "a bank account number (IBAN)", _IBAN, valid=is_iban)
     yield Pattern("personal_data", "a US social security number", _SSN, valid=is_social_security_number)
     yield Pattern("personal_data", "a Chinese identity card number", _IDENTITY_CARD, valid=is_identity_card)
     yield Pattern("personal_data", "a telephone number", _INTERNATIONAL, valid=is_international_number)
-    if regions:
-        national = partial(is_national_number, regions=regions)
+    if codes:
+        national = partial(is_national_number, regions=codes)
         yield Pattern("personal_data", "a telephone number", _NATIONAL, valid=national)

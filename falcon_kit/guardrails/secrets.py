@@ -33,12 +33,10 @@ _ASSIGNED = (  # password: X; "api_key" = "X"; the password for the server is X
     rf"[\"']?{_SECRET}[^{_END}]{{8,128}}(?=[{_END}])"
 )
 
-
-def secret_patterns() -> tuple[Pattern, ...]:
-    """The patterns of this check."""
-    return (
-        *(Pattern("secrets", reason, rf"(?<![A-Za-z0-9]){form}") for reason, form in _KEYS.items()),
-        Pattern("secrets", "a private key", _PRIVATE_KEY),
-        Pattern("secrets", "a password in a URL", _URL),
-        Pattern("secrets", "a password or key beside its name", _ASSIGNED),
-    )
+SECRETS = (
+    *(Pattern("secrets", reason, rf"(?<![A-Za-z0-9]){form}") for reason, form in _KEYS.items()),
+    Pattern("secrets", "a private key", _PRIVATE_KEY),
+    Pattern("secrets", "a password in a URL", _URL),
+    Pattern("secrets", "a password or key beside its name", _ASSIGNED),
+)
+"""The patterns of this check."""

@@ -22,20 +22,14 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LONGEST = 100
 
 
-def check_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The words, folded. Raises ValueError for a word without letters, or a long one."""
-    folded = tuple(" ".join(fold(word).split()) for word in words)
+def word_patterns(words: Sequence[str]) -> list[Pattern]:
+    """The pattern of this check; none without words. Raises ValueError for a word without letters, or a long one."""
+    folded = [" ".join(fold(word).split()) for word in words]
     for number, word in enumerate(folded, 1):
         require(any(map(str.isalnum, word)), f"blocked word {number} has no letter or digit")
         require(len(word) <= _LONGEST, f"blocked word {number} has {len(word)} characters; the limit is {_LONGEST}")
-    return folded
-
-
-def word_patterns(words: Sequence[str]) -> list[Pattern]:
-    """The pattern of this check; none without words."""
-    folded = sorted(set(check_words(words)), key=lambda word: (-len(word), word))
-    expression = "|".join(map(_expression, folded))
-    return [Pattern("blocked_words", "a blocked word", expression, folded=True)] if folded else []
+    expression = "|".join(map(_expression, sorted(set(folded), key=lambda word: (-len(word), word))))
+    return [Pattern("blocked_words", "a blocked word", expression, folded=True)] if words else []
 
 
 def _expression(word: str) -> str:

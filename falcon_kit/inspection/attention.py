@@ -81,7 +81,7 @@ class AttentionView(TextResult, Measurements, HasPage):
         check_whole("count", count, 0)
         values = self.statistics[check_statistic(statistic)]
         best = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None)[:count]
-        return [(int(at // values.shape[1]), int(at % values.shape[1]), float(values.flat[at])) for at in best]
+        return [(*divmod(int(at), values.shape[1]), float(values.flat[at])) for at in best]
 
     def figure(self, statistic: str = "induction") -> Figure:
         """A statistic of all heads: a panel for each layer, with a row for each KV group."""

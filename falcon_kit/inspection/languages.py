@@ -179,7 +179,7 @@ class TokenReport(HasPage):
     def _ordered(self) -> list[str]:
         """The names of the texts by parity, lowest first; texts without a parity come last."""
         order = {row.name: self.parity(row.name) for row in self.rows}
-        return sorted(order, key=lambda name: (math.isnan(order[name]), 0 if math.isnan(order[name]) else order[name]))
+        return sorted(order, key=lambda name: math.inf if math.isnan(order[name]) else order[name])
 
 
 def compare_tokens(texts: Texts, tokenizer: Any, *, reference: str | None = None) -> TokenReport:

@@ -204,8 +204,9 @@ class _AttentionReader:
         log_z = scores.amax(-1) - probabilities.amax(-1).log()
         entropy = (log_z - torch.linalg.vecdot(probabilities, scores)).clamp(min=0)  # (H, b)
         self.sums[:, layer] += torch.vstack([linear, entropy.sum(-1), entropy.exp().sum(-1)]).cpu().numpy()
-        for (_, head), kept in ((name, kept) for name, kept in self.maps.items() if name[0] == layer):
-            kept[first:stop, :stop] = probabilities[head].cpu().numpy()
+        for (at, head), kept in self.maps.items():
+            if at == layer:
+                kept[first:stop, :stop] = probabilities[head].cpu().numpy()
         flat = flat.sqrt_()
         self.similarity[layer] += (flat @ flat.T).cpu().numpy()
 

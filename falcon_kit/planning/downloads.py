@@ -39,7 +39,7 @@ class Disk:
         return disk_shortage(self.bytes, self.free_bytes, self.cache_dir)
 
 
-def disk_shortage(needed: int, free: int, cache_dir: str | Path | None = None) -> str:
+def disk_shortage(needed: int, free: int, cache_dir: str | Path | None) -> str:
     """The text about a disk that is too small for a download. cache_dir: as in huggingface_hub."""
     place, advice = "the cache of huggingface_hub", "set HF_HOME to a folder on a larger disk before Python starts"
     if cache_dir:

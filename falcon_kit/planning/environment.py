@@ -211,7 +211,7 @@ def _accelerator_text(each: Accelerator) -> str:
     return f"{each.name}, {format_bytes(each.free_bytes)} free of {format_bytes(each.total_bytes)}"
 
 
-def usable_cores(root: Path = Path("/")) -> int:
+def usable_cores(root: Path) -> int:
     """CPU cores that this process may use: its affinity, or the quota of its control group, rounded up, if lower."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

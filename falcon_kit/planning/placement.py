@@ -5,7 +5,6 @@ Neither torch nor transformers is imported.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
 from typing import Literal
 
 from falcon_kit.catalogue import memory
@@ -70,7 +69,6 @@ class Request:
         """What one decoder layer takes on the device that computes it."""
         weights = memory.layer_bytes(self.spec, self.dtype)
         parts = {"weights": (weights, f"{self.spec.layer_parameters:,} parameters a layer in {self.dtype}")}
-        adapters = memory.lora_parameters(self.spec, self.r) // self.spec.layers
         match self.purpose:
             case "inference":
                 cache = memory.layer_kv_bytes(*self._size, self.cache)
@@ -81,8 +79,8 @@ class Request:
             case "full":
                 parts["gradients and Adam"] = (3 * weights, "a gradient and two averages per weight")
             case _:
-                reason = f"r={self.r}, float32: weight, gradient and two averages of Adam"
-                parts["LoRA"] = (16 * adapters, reason)
+                adapters = memory.lora_parameters(self.spec, self.r) // self.spec.layers
+                parts["LoRA"] = (16 * adapters, f"r={self.r}, float32: weight, gradient and two averages of Adam")
         if self.trains and not self.gradient_checkpointing:
             parts["kept activations"] = (self._kept, "what each layer keeps for the backward pass")
         elif self.trains:
@@ -160,15 +158,13 @@ def layers_per_device(request: Request, devices: Sequence[Device]) -> list[int]:
 
 def _balanced_layers(free: Sequence[int], layer: int, wanted: int) -> list[int]:
     """Layers per device, each given to the last one with the most room left; fewer than `wanted` if they do not fit."""
-    counts = [0] * len(free)
-    room = [(-size, -index) for index, size in enumerate(free)]
-    heapify(room)
+    counts, room = [0] * len(free), list(free)
     for _ in range(wanted):
-        size, index = room[0]
-        if -size < layer:
+        index = max(range(len(room)), key=lambda each: (room[each], each))
+        if room[index] < layer:
             break
-        heapreplace(room, (size + layer, index))
-        counts[-index] += 1
+        room[index] -= layer
+        counts[index] += 1
     return counts
 
 

@@ -12,7 +12,7 @@ SAGEMAKER_FILE = "opt/ml/metadata/resource-metadata.json"
 """https://docs.aws.amazon.com/sagemaker/latest/dg/notebooks-run-and-manage-metadata.html"""
 
 
-def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: Path = Path("/")) -> tuple[str, str]:
+def detect_place(environ: Mapping[str, str], modules: Mapping[str, Any], root: Path) -> tuple[str, str]:
     """The name of the notebook service, and what identifies it.
 
     Kaggle is checked before Colab, because its image is built on Colab's (Kaggle/docker-python) and may set the same

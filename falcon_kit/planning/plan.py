@@ -47,8 +47,8 @@ from falcon_kit.planning.placement import (
 from falcon_kit.planning.plots import draw_plan
 from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, gpu_dtype, has_instructions_for, has_vnni
 from falcon_kit.planning.suggestions import (
+    MARGIN_DOUBT,
     Suggestion,
-    margin_doubt,
     report_doubt,
     suggestions,
     tensor_parallel_suggestions,
@@ -250,7 +250,7 @@ def _planned(request: Request, devices: tuple[Device, ...], disk: Disk | None) -
     if request.tensor_parallel != 1:
         split, changes, devices = _by_ranks, tensor_parallel_suggestions, tensor_parallel_devices(request, devices)
     rows, modules, fits, safe = split(request, devices)
-    tight = report_doubt(request, devices) or ("" if safe else margin_doubt())
+    tight = report_doubt(request, devices) or ("" if safe else MARGIN_DOUBT)
     advice = tuple(changes(request, devices)) if tight else ()
     arguments = request.spec, request.dtype, request.context, request.batch, request.purpose
     return Plan(*arguments, devices, tuple(rows), modules, advice, tight if fits else "", disk)

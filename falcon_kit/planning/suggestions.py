@@ -21,6 +21,8 @@ from falcon_kit.planning.placement import (
     tensor_parallel_parts,
 )
 
+MARGIN_DOUBT = f"less than {MARGIN:.0%} of a GPU would stay free, and torch's allocator and libraries need some of it"
+"""The doubt about a model that fits, but without the margin."""
 _UNKNOWN_HOST = 2**50
 """Bytes of host memory, more than any machine has, where the plan's devices do not tell it."""
 
@@ -66,11 +68,6 @@ def report_doubt(request: Request, devices: Sequence[Device]) -> str:
     if report is None or sum(device.free_bytes for device in devices) >= report.bytes:
         return ""
     return f"published reports needed {format_bytes(report.bytes)} ({report.source})"
-
-
-def margin_doubt() -> str:
-    """The doubt about a model that leaves less of a GPU than `MARGIN`."""
-    return f"less than {MARGIN:.0%} of a GPU would stay free, and torch's allocator and libraries need some of it"
 
 
 def _fits(request: Request, devices: Sequence[Device]) -> bool:

@@ -7,6 +7,7 @@ import html
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from falcon_kit.display.errors import shortened
 from falcon_kit.display.tables import counted, format_bytes
 from falcon_kit.generation.chat import Message
 
@@ -66,7 +67,7 @@ class Answer:
     """Bytes of the KV cache at the end; None if not reported."""
 
     def __repr__(self) -> str:
-        return f"Answer({_short(self.text)!r}, {counted(self.new_tokens, 'token')}, ending={self.ending!r})"
+        return f"Answer({shortened(self.text)!r}, {counted(self.new_tokens, 'token')}, ending={self.ending!r})"
 
     @property
     def text(self) -> str:
@@ -103,16 +104,12 @@ class Turn:
     """Ids of the earlier turns of the conversation."""
 
     def __repr__(self) -> str:
-        answers = ", ".join(f"{_short(answer.text)!r}" for answer in self.answers)
-        return f"Turn({_short(self.user)!r}: {answers})"
+        answers = ", ".join(f"{shortened(answer.text)!r}" for answer in self.answers)
+        return f"Turn({shortened(self.user)!r}: {answers})"
 
     def _repr_html_(self) -> str:
         answers = "".join(_answer_html(self, answer) for answer in self.answers)
         return f'<div style="display:flex;flex-wrap:wrap;gap:1em 2em">{answers}</div>'  # side by side if there is room
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _answer_html(turn: Turn, answer: Answer) -> str:

@@ -21,12 +21,9 @@ class TurnWriter:
     """Fills the answers of one turn. Call it to generate; `stop` may be called from another thread."""
 
     def __init__(
-        self,
-        turn: Turn,
-        columns: Sequence[Column],
-        guard: Guardrails | None,
-        changed: Callable[[], None] = lambda: None,
+        self, turn: Turn, columns: Sequence[Column], guard: Guardrails | None, changed: Callable[[], None]
     ) -> None:
+        """changed: called after each event."""
         self.turn = turn
         self._changed = changed
         self._writers = [AnswerWriter(each, answer, guard) for each, answer in zip(columns, turn.answers, strict=True)]

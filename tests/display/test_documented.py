@@ -40,6 +40,18 @@ def test_help_shows_the_docstring_and_each_public_field_with_its_text():
     assert Box.__doc__ == inspect.getdoc(Box) == Box().__doc__ == text
 
 
+def test_fields_are_found_in_a_class_that_stores_no_annotations():
+    @documented
+    @dataclass
+    class Lid:
+        """A lid."""
+
+        colour: str = "red"
+
+    del Lid.__annotations__  # as in Python 3.14, which makes them when they are asked for
+    assert Lid.__doc__ == "A lid.\n\nFields:\n\ncolour: str = 'red'"
+
+
 def test_a_subclass_has_its_own_help():
     assert "Fields" not in (Crate.__doc__ or "")
 

@@ -86,7 +86,7 @@ OF_ANOTHER_KIND = {
     "prefill_chunk_size": (0, -1, 2.5, True, "", [3]),
     "min_new_tokens": (-1, 1.5, True, "3", []),
     "no_repeat_ngram_size": (-1, 0.5, True, "3"),
-    "repetition_penalty": (True, "", "1.5", float("nan"), 10**400, [1.0]),
+    "repetition_penalty": (True, "", "1.5", float("nan"), 10**400, [1.0], np.ones(2), torch.ones(2)),
     "max_time": (True, "1", [], float("nan")),
     "use_cache": ("False", 0, 1.5, []),
     "logits_processor": (print, 5, [None], "x", {"a": 1}),

@@ -66,6 +66,7 @@ def test_one_stop_string_is_as_good_as_a_list(stop, expected):
         ({"stop": ""}, "stop must not contain an empty string"),
         ({"stop": ["a", ""]}, "stop must not contain an empty string"),
         ({"truncate": "right"}, 'truncate must be None or "left"'),
+        ({"truncate": np.ones(2)}, 'truncate must be None or "left"'),
         ({"do_sample": False, "top_k": 5}, "have no effect with do_sample=False"),
     ],
 )

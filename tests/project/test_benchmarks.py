@@ -36,7 +36,7 @@ def figures(monkeypatch):
 def test_the_full_size_benchmark_measures_every_contestant_at_every_batch(figures):
     measured = [(row["model"], row["decoding"], row["batch"]) for row in figures["decode"]]
     expected = [
-        (model, how, batch) for batch in (1, 2) for how in ("eager", "compiled") for model in ("transformers", "kit")
+        (model, how, batch) for batch in (1, 2) for how in ("eager", "compiled") for model in ("kit", "transformers")
     ]
     assert measured == expected
 
@@ -47,15 +47,15 @@ def test_tokens_per_second_are_rows_over_the_time_of_a_step(figures):
 
 
 def test_both_models_of_the_full_size_benchmark_compute_the_same():
-    models = full_size._models(fk.spec("falconet"), torch.device("cpu"))
+    models = full_size.pair(fk.spec("falconet"), torch.device("cpu"))
     ids = torch.arange(20, 40)[None]
     with torch.inference_mode():
-        stock, kit = (model(ids).logits for model in models.values())
+        kit, stock = (model(ids).logits for model in models.values())
     torch.testing.assert_close(kit, stock, atol=0.05, rtol=0)
 
 
 def test_out_of_memory_is_a_result_and_not_the_end(monkeypatch):
-    model = full_size._models(fk.spec("falconet"), torch.device("cpu"))["kit"]
+    model = full_size.pair(fk.spec("falconet"), torch.device("cpu"))["kit"]
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError

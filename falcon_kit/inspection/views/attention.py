@@ -43,16 +43,17 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
     Raises ValueError for no maps, or for more than fit into a megabyte.
     """
     maps = {name: each for row in rows.values() for name, (_, each) in row.items()}
-    kept = _count_kept(len(maps), len(tokens))
+    time = len(tokens)
+    kept = min(time, _MAX_KEPT, most_maps(time) // len(maps)) if maps else 0
     if not (maps and kept):
         raise ValueError(
-            f"a page of {len(maps)} maps over {len(tokens)} tokens is not possible: give at least one, at most "
-            f"{most_maps(len(tokens))}, or a shorter text"
+            f"a page of {len(maps)} maps over {time} tokens is not possible: give at least one, at most "
+            f"{most_maps(time)}, or a shorter text"
         )
     pictures = dict(zip(maps, _thumbnails(list(maps.values())), strict=True))
     data = {"kept": kept, "maps": [{"name": name, **_largest(each, kept)} for name, each in maps.items()]}
     first, found = next(iter(maps.items()))
-    coloured = "all of them" if kept >= len(tokens) else f"the {kept} largest probabilities"
+    coloured = "all of them" if kept >= time else f"the {kept} largest probabilities"
     body = (
         f'<div class="heads">{"".join(_row(name, row, pictures) for name, row in rows.items())}</div>'
         f'<div class="both"><figure class="large" style="margin:0">{_image(first, pictures[first])}'
@@ -67,13 +68,11 @@ def attention_page(title: str, tokens: Sequence[str], rows: Mapping[str, Row]) -
 
 
 def most_maps(time: int) -> int:
-    """The largest number of maps of a text of T tokens that fits into a page."""
+    """The largest number of maps of a text of T tokens that fits into a page.
+
+    A probability takes three bytes, four in base64, and a map keeps at least one for each token.
+    """
     return _WEIGHT_BYTES // (4 * time)
-
-
-def _count_kept(maps: int, time: int) -> int:
-    """The number of probabilities per token that fit: three bytes each, four in base64."""
-    return min(time, _MAX_KEPT, most_maps(time) // maps) if maps else 0
 
 
 def _largest(probabilities: Floats, kept: int) -> dict[str, str]:
