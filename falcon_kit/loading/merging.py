@@ -251,7 +251,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
             f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
             f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
         )
-    return Merged(**{**vars(falcon), "gap": gap})  # a merged Falcon has a gap already
+    return Merged(**{**vars(falcon), "gap": gap, "loaded_rows": None})  # a merged Falcon has a gap already
 
 
 def _add(model: Any, adapter: Path) -> None:
