@@ -79,7 +79,8 @@ class Adapter:
     @property
     def full_weights(self) -> list[str]:
         """The names of the base model's own weights that it replaces: saved embeddings, biases."""
-        return [key for key in self.matrices if ".lora_" not in key and key.endswith((".weight", ".bias"))]
+        own = (".lora_", f".{self.config.peft_type.lower()}_")  # as in oft_R.weight
+        return [key for key in self.matrices if key.endswith((".weight", ".bias")) and not any(map(key.count, own))]
 
     @property
     def lora_layers(self) -> set[str]:
@@ -156,7 +157,9 @@ def check_base(
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")
     if merged and digest(adapter.folder) in merged:
         raise ValueError(f"the adapter in {adapter} is in {name} already, and would count twice: use {name} as it is")
-    for key, matrix in adapter.matrices.items() if shapes else ():
+    fitting = [*adapter.full_weights, *(key for key in adapter.matrices if ".lora_" in key)]
+    for key in fitting if shapes else ():
+        matrix = adapter.matrices[key]
         if problem := _misfit(key, tuple(matrix.shape), shapes):
             weight = f"base_model.model.{printable(key)}"
             raise ValueError(f"{refused}: its {weight} is {tuple(matrix.shape)}, but the model has {problem}")
@@ -171,7 +174,7 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
     name = f"{layer}.weight" if lora else key
     weight = shapes.get(name, shapes.get(f"{_EMBEDDING}.weight") if name == f"{_HEAD}.weight" else None)
     if weight is None:
-        return "no such layer" if lora or key.endswith((".weight", ".bias")) else ""
+        return "no such layer"
     if not lora and shape != weight:
         resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
         rows = f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
@@ -186,9 +189,11 @@ def check_contents(adapter: Adapter) -> None:
     config, file = adapter.config, adapter.folder / "adapter_config.json"
     attach = "which no weight can hold; attach it: peft.PeftModel.from_pretrained(fk.load(base).model, adapter)"
     if config.is_prompt_learning:
+        # transformers' own Falcon caches a key for each query head, and the prefixes of its adapters have that shape
+        own = ", or to fk.load(base, attention='transformers').model if it was trained on that"
         raise ValueError(
             f"the adapter in {adapter} is of the type {config.peft_type.value}: it adds virtual tokens to the text, "
-            f"{attach}"
+            f"{attach}{own if config.peft_type == 'PREFIX_TUNING' else ''}"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(f"the adapter in {adapter} is an aLoRA: it begins at certain tokens of the text, {attach}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.names import loadable_name
@@ -24,11 +25,19 @@ from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
 from falcon_kit.loading.writing import check_complete, check_replaceable, write_model
 from falcon_kit.model import modeling
+from falcon_kit.parallel.ranks import local_tensor
 from falcon_kit.planning.plan import Plan
 
 _ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1}  # of a chat or a stream, whatever the checkpoint's default is
 _COMPILABLE = {"use_cache": (None, True), "num_beams": (None, 1), **dict.fromkeys(arguments.ASSISTED, (None,))}
 """The values with which decoding can be compiled: token by token, with a cache."""
+
+
+def first_rows(model: FalconForCausalLM) -> dict[str, Tensor]:
+    """The first row of each weight of the layers, on the CPU; without those that are quantised or offloaded."""
+    weights = {name: local_tensor(each.detach()) for name, each in model.transformer.h.named_parameters()}
+    plain = {name: each for name, each in weights.items() if each.is_floating_point() and each.dim() == 2}
+    return {name: each[:1].to("cpu", copy=True) for name, each in plain.items() if not (each.is_meta or each.is_mkldnn)}
 
 
 @documented
@@ -52,10 +61,14 @@ class Falcon:
     """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
     loaded_template: Any = None
     """The tokenizer's chat template as it was then."""
+    loaded_rows: Any = field(default=None, repr=False)
+    """The first row of each weight of the layers as it was then."""
 
     def __post_init__(self) -> None:
         if self.loaded_template is None:
             object.__setattr__(self, "loaded_template", self.tokenizer.chat_template)
+        if self.loaded_rows is None:
+            object.__setattr__(self, "loaded_rows", first_rows(self.model))
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

@@ -54,6 +54,12 @@ def check_lora(file: Path, weights: Path, config: Any, matrices: Mapping[str, Te
             f"{file} has r={r!r} and lora_alpha={alpha!r}, but r is a whole number, at "
             "least 1, and lora_alpha is finite in float32: write the values of its training there"
         )
+    if str(begun := config.init_lora_weights).startswith("pissa_niter"):
+        raise ValueError(
+            f"{file} has init_lora_weights={begun!r}: PEFT draws numbers for it, so that base and adapter give other "
+            "logits each time: save it as plain LoRA where it was trained, model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=folder_of_its_beginning)"
+        )
     for layer in sorted(layers):
         pair = next((each for each in _PAIRS if any(f"{layer}.{half}" in matrices for half in each)), _PAIRS[0])
         if lacking := [half for half in pair if f"{layer}.{half}" not in matrices]:

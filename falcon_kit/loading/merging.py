@@ -30,7 +30,7 @@ from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
-from falcon_kit.loading.writing import check_replaceable, write_model
+from falcon_kit.loading.writing import check_replaceable, remove_wrappers, write_model
 from falcon_kit.planning.devices import devices_by_key
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
@@ -66,7 +66,7 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     """
     check_no_adapters(falcon, f"the adapter in {adapter}")
     found = adapters.Adapter(Path(adapter))
-    shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in _weights(falcon.model).items()}
+    shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in falcon.model.named_parameters()}
     norm, merged = falcon.model.transformer.ln_f.state_dict(), adapters.merged_adapters(falcon.model.config)
     adapters.check_base(found, falcon.name, shapes, norm, merged)
     changed = [*found.full_weights]
@@ -85,6 +85,7 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
 
 def check_no_adapters(falcon: Falcon, another: str) -> None:
     """Raises ValueError for a model with adapters, which PEFT would remove together with `another` one."""
+    remove_wrappers(falcon.model)
     if names := list(getattr(falcon.model, "peft_config", None) or ()):
         by_transformers = getattr(falcon.model, "_hf_peft_config_loaded", False)
         remove = f"falcon.model.delete_adapter({names})" if by_transformers else "unload() of your PeftModel"
@@ -138,11 +139,6 @@ def without_peft_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a model by name: a deleted adapter leaves its wrappers, whose weight is in base_layer."""
-    return {name.replace(".base_layer.", "."): each for name, each in model.named_parameters()}
 
 
 # Merged
@@ -255,12 +251,12 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
             f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
             f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
         )
-    return Merged(**{**vars(falcon), "gap": gap})  # a merged Falcon has a gap already
+    return Merged(**{**vars(falcon), "gap": gap, "loaded_rows": None})  # a merged Falcon has a gap already
 
 
 def _add(model: Any, adapter: Path) -> None:
     """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA."""
-    parameters, found = _weights(model), adapters.Adapter(adapter)
+    parameters, found = dict(model.named_parameters()), adapters.Adapter(adapter)
     if adapters.fields_beyond_lora(found):
         if found.changes_tied_weight:
             _untie(model)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from torch import nn
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.display.errors import require
@@ -41,8 +42,28 @@ def has_adapters(model: FalconForCausalLM) -> bool:
     return bool(getattr(model, "peft_config", None)) or any("lora_" in name for name, _ in model.named_parameters())
 
 
+def remove_wrappers(model: FalconForCausalLM) -> None:
+    """Puts the layers back in place that PEFT leaves wrapped, under other names, once their adapters are deleted."""
+    wrapped = False
+    for parent in [*model.modules()] if not has_adapters(model) else ():
+        for name, child in [*parent.named_children()]:
+            if (layer := _without_wrapper(child)) is not child:
+                setattr(parent, name, layer)
+                wrapped = True
+    if wrapped:  # `load_adapter` replaced the names of the checkpoint's weights, to be saved under, by the adapter's
+        vars(model).pop("_weight_conversions", None)
+
+
+def _without_wrapper(module: nn.Module) -> nn.Module:
+    for name in ("base_layer", "original_module"):
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return _without_wrapper(inner)
+    return module
+
+
 def check_complete(model: FalconForCausalLM) -> None:
-    """Raises ValueError for a model whose weights are not all in it."""
+    """Raises ValueError for a model whose weights are not all in it, under their own names."""
+    remove_wrappers(model)
     require(
         not has_adapters(model),
         "the model has adapters attached, and a checkpoint holds none: fk.merge(adapter, base, output_dir=...) saves "

@@ -27,7 +27,7 @@ from falcon_kit.loading.adapters import merged_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
-from falcon_kit.loading.writing import has_adapters
+from falcon_kit.loading.writing import has_adapters, remove_wrappers
 from falcon_kit.model.checks import live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, planned_tensors, unsupported
@@ -109,6 +109,7 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
 
 def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, offloaded: str) -> None:
     """Raises ValueError for a model whose weights cannot be written as they are, with what to do for each reason."""
+    remove_wrappers(model)
     marked = is_quantised(model) or getattr(model, "quantization_method", None)
     floating = all(each.is_floating_point() for each in model.parameters())
     require(floating and not marked, f"the weights are quantised for torch: {quantised}")

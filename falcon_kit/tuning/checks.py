@@ -15,7 +15,7 @@ from falcon_kit.catalogue.memory import FLOAT_DTYPES
 from falcon_kit.display.errors import printable, shown
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
-from falcon_kit.loading.falcon import Falcon
+from falcon_kit.loading.falcon import Falcon, first_rows
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
@@ -46,11 +46,25 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "quantised weights cannot be sharded: leave shard out, so that each process has a copy (4 bits are a "
             "quarter of 16), or load in bfloat16"
         )
+    _warn_of_changed_weights(falcon)
     if falcon.spec.fine_tuned_from:
         warn(
             f"{falcon.spec.name} is an instruct model. Its card: {CARD.fine_tuning} Here that is "
             f"{falcon.spec.fine_tuned_from!r}"
         )
+
+
+def _warn_of_changed_weights(falcon: Falcon) -> None:
+    """Warns of weights that were changed in memory: the adapter's base would be loaded without the change."""
+    rows: Mapping[str, Any] = falcon.loaded_rows
+    for name, now in first_rows(falcon.model).items():
+        if name in rows and not rows[name].to(now.dtype).equal(now):
+            warn(
+                f"{name} was changed after {printable(falcon.name)} was loaded, and fk.load(run.adapter) will add the "
+                "adapter to the weights as they are stored: use fk.merge(run, falcon), or first falcon.save(folder), "
+                "and tune fk.load(folder)"
+            )
+            return
 
 
 def settings_of_rows(rows: Packed, settings: Mapping[str, Any]) -> dict[str, Any]:

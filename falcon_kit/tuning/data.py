@@ -189,6 +189,8 @@ def as_rows(given: Any, function: str, form: str = f"A row has {FORMS}") -> Any:
         raise TypeError(f"{function} got {what}. {form}")
     if isinstance(given, pd.DataFrame):
         return _frame_rows(given)
+    if isinstance(given, Dataset) and given.format["type"] in ("arrow", "pandas", "polars"):
+        return given.with_format(None)  # a row of it would be a table
     if not isinstance(given, Iterable | Path):
         raise TypeError(f"{function} got {shown(given)}: give a file, a folder, or a list of rows. {form}")
     return given

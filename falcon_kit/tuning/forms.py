@@ -111,6 +111,9 @@ def _unusable(row: Mapping[str, Any]) -> str:
         if there:
             kinds = "both have to be texts" + (", or both lists of messages" if pair == _TRL else "")
             return f"its {pair[0]!r} is {shown(given[pair[0]])} and its {pair[1]!r} {shown(given[pair[1]])}: {kinds}"
+    for key in ("text", "content"):
+        if key in given:
+            return f"its {key!r} is {shown(given[key])}, but it has to be a text"
     if not given:
         return f"it is empty: a row has {FORMS}"
     return f"it has none of {FORMS}, but {', '.join(map(repr, given))}: rename these"

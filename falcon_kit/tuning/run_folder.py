@@ -62,10 +62,13 @@ def identity(
 
 
 def _first_layer(falcon: Falcon) -> str:
-    """A hash of the attention of the first layer: an adapter that was merged elsewhere changes weights alone."""
+    """A hash of the attention of the first layer: an adapter that was merged elsewhere changes weights alone.
+
+    Without the scales of nf4-double (weight.absmax, ...), which bitsandbytes rounds when a CPU first uses them.
+    """
     sha, layer = hashlib.sha256(), cast(Any, falcon.model.transformer.h[0])
-    for each in layer.self_attention.state_dict().values():
-        if isinstance(each, torch.Tensor):
+    for name, each in layer.self_attention.state_dict().items():
+        if isinstance(each, torch.Tensor) and ".weight." not in name:
             sha.update(each.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 

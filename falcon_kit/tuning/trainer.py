@@ -6,15 +6,19 @@ weighted by token; checkpoints that are complete or absent; shards of the weight
 
 import errno
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from falcon_kit.display.errors import is_out_of_memory
+from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.merging import is_quantised
@@ -53,7 +57,8 @@ class AdapterTrainer(Trainer):
         name = distributed.on_rank0(self._last_complete, self.args.use_cpu)  # other machines may see it later
         last = self._run / name if name else None
         if last is not None:
-            state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            with _damage_named(last):
+                state = TrainerState.load_from_json(str(last / "trainer_state.json"))
             best = self._best(state)
             if _is_over(state):  # the Trainer would train one more step
                 self.state = state
@@ -207,15 +212,36 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not distributed.is_sharded(self.model):  # shards of weights are loaded with those of the optimizer
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _damage_named(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not distributed.is_sharded(self.model):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        distributed.load_shards(self.model, self.optimizer.optimizer, Path(checkpoint) / "shards")
-        state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
+        with _damage_named(checkpoint):
+            if checkpoint is None or not distributed.is_sharded(self.model):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            distributed.load_shards(self.model, self.optimizer.optimizer, Path(checkpoint) / "shards")
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _damage_named(checkpoint: str | Path | None) -> Iterator[None]:
+    """Names the checkpoint in an error about its content; torch's own advises to read any pickle."""
+    try:
+        yield
+    except (*UNEXPECTED, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        raise ValueError(
+            f"{checkpoint} is damaged ({type(error).__name__}: {reason}): delete it, and the same call resumes from "
+            "the checkpoint before it, or from the start"
+        ) from error
 
 
 def _is_over(state: TrainerState) -> bool:

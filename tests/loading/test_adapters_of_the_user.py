@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from tests.conftest import small_model
@@ -59,6 +60,35 @@ def test_an_adapter_of_the_user_is_kept_and_the_advice_works(falcon, name, throu
     torch.testing.assert_close(logits(fk.merge(run.adapter, falcon)), expected)
     calls["the adapter in"]()
     calls["the new one"]()
+    assert torch.equal(logits(falcon), base)
+
+
+DELETED = {
+    "on a layer": {},
+    "on the head": {"target_modules": ["lm_head"]},
+    "with a module of its own": {"modules_to_save": ["ln_f"]},
+    "of tokens": {"trainable_token_indices": [3]},
+}
+
+
+@pytest.mark.parametrize("kind", DELETED)
+@pytest.mark.parametrize("through", ["transformers", "peft"])
+def test_a_model_whose_adapter_was_deleted_is_the_base_again(falcon, kind, through, tmp_path):
+    base, file = logits(falcon), tmp_path / "mine"
+    stock = FalconForCausalLM.from_pretrained(falcon.name)
+    get_peft_model(stock, LoraConfig(**CONFIG | DELETED[kind])).save_pretrained(file)
+    if through == "peft":
+        adapted = PeftModel.from_pretrained(falcon.model, file, adapter_name="mine")
+    else:
+        (adapted := falcon.model).load_adapter(file, adapter_name="mine")
+    tuned = logits(falcon)
+    assert not torch.allclose(tuned, base, atol=1e-3)
+    adapted.delete_adapter("mine")
+    falcon.save(tmp_path / "saved")
+    fk.merge(file, falcon, output_dir=tmp_path / "merged")
+    fk.export_gguf(falcon, tmp_path / "saved.gguf")
+    for saved, expected in {"saved": base, "saved.gguf": base, "merged": tuned}.items():
+        torch.testing.assert_close(logits(fk.load(tmp_path / saved, dtype="float32")), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(falcon), base)
 
 

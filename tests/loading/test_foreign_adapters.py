@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, FalconForCausalLM
 
@@ -81,6 +89,8 @@ MERGED = {
     "saved embeddings": with_saved_embeddings,
     "DoRA": lora(use_dora=True),
     "IA3": other_kind(lambda: IA3Config(target_modules=["query_key_value"], feedforward_modules=[])),
+    "OFT": other_kind(lambda: OFTConfig(r=4, oft_block_size=0, target_modules=["dense"])),
+    "LayerNorms": other_kind(lambda: LNTuningConfig(target_modules=["ln_attn"])),
 }
 
 
@@ -118,6 +128,18 @@ def test_prompt_tuning_is_refused_with_a_way_to_attach_it(base, tmp_path):
             call(adapter)
     attached = PeftModel.from_pretrained(fk.load(base).model, adapter)
     torch.testing.assert_close(logits(attached), by_peft(base, adapter), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained_on", ["grouped", "transformers"])
+def test_a_prefix_is_refused_with_the_model_whose_cache_it_fits(base, tmp_path, trained_on):
+    model = fk.load(base, attention=trained_on).model
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    adapted.save_pretrained(adapter := tmp_path / "wise")
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match=r"from_pretrained\(.*, or to fk\.load\(base, attention='transformers'\)"):
+            call(adapter)
+    again = PeftModel.from_pretrained(fk.load(base, attention=trained_on).model, adapter)
+    torch.testing.assert_close(logits(again.eval()), logits(adapted.eval()))
 
 
 def test_an_adapter_that_begins_with_the_weights_of_its_base_is_merged_as_by_peft(base, tmp_path):
@@ -302,6 +324,10 @@ BROKEN = {
     "MergedLinear of the first PEFT": (
         changed_config(enable_lora=[True, False, True]),
         r"has enable_lora=\[True, False, True\], which this version",
+    ),
+    "numbers that PEFT draws": (
+        changed_config(init_lora_weights="pissa_niter_4"),
+        r"has init_lora_weights='pissa_niter_4': PEFT draws .*: save it as plain LoRA where it was trained",
     ),
     "its own base": (names_itself, r"names itself as its base model.*fk\.merge\(adapter, base\)"),
     "a pickle with code": (with_code, r"other objects than tensors, .* so it is not read: get the weights as saf"),

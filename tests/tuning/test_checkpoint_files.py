@@ -86,6 +86,21 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(falcon, whole, broken_run
     assert same(run.adapter, whole.adapter)
 
 
+DAMAGED = ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_checkpoint_is_named_and_the_advice_works(falcon, whole, broken_run, tmp_path, damaged):
+    shutil.copytree(broken_run, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint-4" / damaged
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged \(.*\): delete it, and the same call") as error:
+        fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK)
+    assert "arbitrary code" not in str(error.value)
+    shutil.rmtree(file.parent)
+    assert same(fk.tune(falcon, ROWS, output_dir=tmp_path, **QUICK).adapter, whole.adapter)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(monkeypatch, falcon, whole, tmp_path):
     with monkeypatch.context() as patched:
         save = torch.save

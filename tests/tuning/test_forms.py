@@ -364,6 +364,18 @@ def test_a_data_frame_is_read_as_its_rows(form):
     assert [outcome(each) for each in fk.dialogues(frame)] == [outcome(ROWS[form])] * 2
 
 
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "numpy", None])
+def test_a_dataset_that_gives_tables_is_read_as_its_rows(kind):
+    rows = datasets.Dataset.from_list([{"messages": HI}, {"messages": HI}]).with_format(kind)
+    assert [outcome(each) for each in fk.dialogues(rows)] == [outcome({"messages": HI})] * 2
+
+
+@pytest.mark.parametrize("key", ["text", "content"])
+def test_a_text_that_is_none_is_named(key):
+    with pytest.raises(ValueError, match=rf"row 1: its '{key}' is \['a', 'b'\], but it has to be a text"):
+        fk.dialogues([{key: ["a", "b"]}])
+
+
 def test_arrays_of_numpy_in_a_row_are_lists():
     assert outcome({"messages": np.array(HI, dtype=object)}) == outcome({"messages": HI})
 

@@ -144,6 +144,7 @@ PRIVATE = {
     "_defer_fsdp_gradient_reduction": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
 }

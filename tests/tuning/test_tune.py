@@ -385,6 +385,34 @@ def test_a_single_document_cannot_be_held_out(falcon, tmp_path):
         fk.tune(falcon, ROWS[:1], output_dir=tmp_path)
 
 
+def test_weights_that_were_changed_in_memory_are_warned_of_and_the_advice_works(tmp_path):
+    falcon, short = fk.load("falconet", dtype="float32"), {**QUICK, "max_steps": 1, "held_out": 0}
+    adapted = get_peft_model(falcon.model, LoraConfig(target_modules=["dense"], init_lora_weights=False))
+    adapted.merge_and_unload()
+    with pytest.warns(
+        UserWarning, match=r"was changed after falconet was loaded, .*: use fk\.merge\(run, falcon\), or"
+    ):
+        run = fk.tune(falcon, ROWS, output_dir=tmp_path / "changed", **short)
+    expected = logits(fk.merge(run, falcon))
+    assert not torch.allclose(logits(fk.load(run.adapter, dtype="float32")), expected, atol=0.1)
+    saved = fk.load(falcon.save(tmp_path / "saved"), dtype="float32")
+    again = fk.tune(saved, ROWS, output_dir=tmp_path / "again", **short)
+    torch.testing.assert_close(logits(fk.load(again.adapter, dtype="float32")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["merged", "rounded", "nf4", "used"])
+def test_weights_that_are_as_loaded_are_not_warned_of(change, whole, tmp_path, recwarn):
+    falcon = fk.load("falconet", dtype="nf4" if change == "nf4" else "float32")
+    if change == "merged":
+        falcon = fk.merge(whole.adapter, falcon)
+    elif change == "rounded":
+        falcon.model.bfloat16()
+    else:
+        falcon.generate("Hello", max_new_tokens=2)
+    fk.tune(falcon, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 1, "held_out": 0})
+    assert not [each for each in recwarn if "was changed after" in str(each.message)]
+
+
 def test_an_instruct_model_comes_with_the_cards_advice(instruct, tmp_path):
     with pytest.warns(UserWarning, match="start your own from Falcon-40B"):
         fk.tune(instruct, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 1})
