@@ -14,10 +14,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, shown, unknown_name
 from falcon_kit.serving.gguf_kinds import FILE_TYPES, unsupported
 
-_OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}  # the model is on the disk, and nothing else is asked for
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the model is on the disk; nothing else is asked for
 _GIB = 2**30
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another

@@ -19,8 +19,6 @@ from falcon_kit.serving.connection import Connection, Oversized, proxy_for, reda
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
 _PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
-
-
 _HINTS = {
     "chat.?template": ": connect with chat='hub' or 'falcon', and the kit renders the conversation",
     r"context (length|size|window)|model length|too (long|many tokens)|max_(model_len|new_tokens|total_tokens)": (

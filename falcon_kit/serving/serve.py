@@ -232,18 +232,19 @@ def _plan(
             break
     loading = loading_plan(source.model) if isinstance(source.model, Checkpoint) else None
     unloadable = loading if loading and source.loads(engine.reads_gguf) and not loading.fits else None
-    if planned.fits and not unloadable:
-        return planned
+    if not planned.fits:
+        prepared = [_prepared_files(source, engine, _SMALLER, unloadable)] if unloadable else []
+        advice = prepared or [*_advice(source, engine, counted, context, texts, loading)]
+        raise _not_enough(planned, _shortage(source, planned), advice)
     if unloadable:
-        advice = [_prepared_files(source, engine, dtype if planned.fits else _SMALLER, unloadable)]
-    else:
-        advice = [*_advice(source, engine, counted, context, texts, loading)]
-    short = unloadable if unloadable and planned.fits else planned
-    written = f"{engine.name} reads files that this process writes, for which it loads the model: {short.verdict()}"
-    raise NotEnoughMemory(
-        replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))),
-        written if planned.fits else _shortage(source, planned),
-    )
+        written = f"{engine.name} reads files that this process writes, for which it loads the model"
+        prepared = [_prepared_files(source, engine, dtype, unloadable)]
+        raise _not_enough(unloadable, f"{written}: {unloadable.verdict()}", prepared)
+    return planned
+
+
+def _not_enough(short: Plan, text: str, advice: list[str]) -> NotEnoughMemory:
+    return NotEnoughMemory(replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))), text)
 
 
 def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:

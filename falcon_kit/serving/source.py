@@ -87,7 +87,9 @@ def source_of(model: Any) -> Source:
     """
     model = getattr(model, "adapter", model)
     if isinstance(model, Falcon):
-        _check_savable(model)
+        original = f"give the name of the original, fk.serve({model.name!r})"
+        merged = f"serve the merged model, fk.serve(fk.merge(adapter, {model.name!r}))"
+        check_writable(model.model, quantised=original, adapted=merged, offloaded=original)
         return Source(model.name, live_spec(model.spec, model.model), model.dtype, model)
     if not isinstance(model, str | Path):
         raise TypeError(
@@ -98,13 +100,6 @@ def source_of(model: Any) -> Source:
     check_adapters(found)  # which `fk.load` would refuse once the files are being written
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
     return Source(str(model), found.spec, own or _loaded_dtype(found), found)
-
-
-def _check_savable(falcon: Falcon) -> None:
-    """Raises ValueError for a Falcon whose weights a server would not read as they are."""
-    original = f"give the name of the original, fk.serve({falcon.name!r})"
-    merged = f"serve the merged model, fk.serve(fk.merge(adapter, {falcon.name!r}))"
-    check_writable(falcon.model, quantised=original, adapted=merged, offloaded=original)
 
 
 def loading_plan(found: Checkpoint) -> Plan:
@@ -138,7 +133,8 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
                 return replace(_where_it_is(found, path, note, tokenizer), again=saving(source))
             return _where_it_is(found, found.directory, "", tokenizer)
     try:
-        return _write(source, folder, dtype, gguf)
+        falcon = _in_memory(source)
+        return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
     finally:  # the weights are no longer needed
         empty_gpu_cache()
 
@@ -178,17 +174,14 @@ def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Pat
     return path
 
 
-def _load(source: Source) -> Falcon:
-    found = source.model
-    if isinstance(found, Checkpoint) and found.is_adapter:
-        fetch(found)
-        return merge(found.adapters[-1])
+def _in_memory(source: Source) -> Falcon:
+    """The model, loaded if it is not in memory yet."""
+    if isinstance(source.model, Falcon):
+        return source.model
+    if source.model.is_adapter:
+        fetch(source.model)
+        return merge(source.model.adapters[-1])
     return load(source.name)
-
-
-def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
-    falcon = source.model if isinstance(source.model, Falcon) else _load(source)
-    return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
 
 
 def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:
