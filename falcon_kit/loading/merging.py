@@ -26,6 +26,8 @@ from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
+from falcon_kit.loading.adapter_checks import check_base
+from falcon_kit.loading.adding import merged_weights
 from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
@@ -68,9 +70,9 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     found = adapters.Adapter(Path(adapter))
     shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in _weights(falcon.model).items()}
     norm, merged = falcon.model.transformer.ln_f.state_dict(), adapters.merged_adapters(falcon.model.config)
-    adapters.check_base(found, falcon.name, shapes, norm, merged)
+    check_base(found, falcon.name, shapes, norm, merged)
     changed = [*found.full_weights]
-    if "init_lora_weights" in adapters.fields_beyond_lora(found):
+    if "init_lora_weights" in found.beyond_lora:
         changed += [f"{layer}.weight" for layer in found.lora_layers]  # PiSSA and others subtract from these
     weights = {name: falcon.model.get_parameter(name) for name in changed}
     before = {name: each.detach().clone() for name, each in weights.items()}
@@ -261,7 +263,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
 def _add(model: Any, adapter: Path) -> None:
     """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA."""
     parameters, found = _weights(model), adapters.Adapter(adapter)
-    if adapters.fields_beyond_lora(found):
+    if found.beyond_lora:
         if found.changes_tied_weight:
             _untie(model)
         try:
@@ -276,7 +278,7 @@ def _add(model: Any, adapter: Path) -> None:
         model.__dict__.pop("peft_config", None)
         return
     with torch.no_grad():
-        for name, weight in adapters.merged_weights(parameters, found).items():
+        for name, weight in merged_weights(parameters, found).items():
             parameters[name].copy_(weight[...])
 
 

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, with_adapters, with_prefix
+from falcon_kit.loading.adapters import digest, record_merged, with_prefix
+from falcon_kit.loading.adding import lazy_state_dict, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights

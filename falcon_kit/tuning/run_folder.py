@@ -21,7 +21,8 @@ from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
-from falcon_kit.loading.adapters import RECORD, Adapter, check_contents, model_fingerprint
+from falcon_kit.loading.adapter_checks import check_contents
+from falcon_kit.loading.adapters import RECORD, Adapter, model_fingerprint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.tuning import checkpoint_files, distributed
