@@ -33,6 +33,7 @@ from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.writing import check_replaceable, write_model
+from falcon_kit.model.checks import is_offloaded
 from falcon_kit.planning.devices import devices_by_key
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
@@ -205,7 +206,7 @@ def _unquantised_copy(base: Falcon | str | Path, adapter: Path) -> Falcon:
         name = base.model.name_or_path or base.name
         _check_stored(name, adapter)
         return load(name, dtype="bfloat16", chat=base.chat_format)
-    if any(each.is_meta for each in base.model.parameters()):
+    if is_offloaded(base.model):
         raise ValueError(
             f"a part of the model is offloaded to host memory or disk, where nothing can be added to it: "
             f"fk.merge({str(adapter)!r}, {base.name!r}) loads it completely, and fk.load({str(adapter)!r}, "

@@ -31,7 +31,7 @@ from falcon_kit.loading.quantization import (
     stored_quantisation,
 )
 from falcon_kit.model import modeling
-from falcon_kit.model.checks import has_tied_head
+from falcon_kit.model.checks import has_tied_head, is_offloaded
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import empty_gpu_cache
@@ -54,10 +54,13 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
         options["max_memory"] = dict(settings.max_memory)
     if "disk" in places(device_map):
         options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
+    on_cpu = places(device_map) <= {"cpu"}
+    computed = compute_dtype(on_cpu) if plan.dtype in QUANTISED else getattr(torch, plan.dtype)
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
-        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu=places(device_map) <= {"cpu"})
+        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu)
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
-        return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
+        model = _from_pretrained(ATTENTIONS[settings.attention], found, files, computed, **options, **placement)
+        return _finished(model, found, plan.dtype)
 
 
 def _offload_name(found: Checkpoint, dtype: str) -> str:
@@ -79,21 +82,20 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
 
 
 def _from_pretrained(
-    kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
+    kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: torch.dtype, **options: Any
 ) -> FalconForCausalLM:
-    quantised, config = dtype in QUANTISED, found.directory / "config.json"
+    """The model as transformers reads it. dtype: of the weights that are not quantised."""
+    config = found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
-        on_cpu = places(options.get("device_map")) <= {"cpu"}
-        computed = compute_dtype(on_cpu) if quantised else getattr(torch, dtype)
         if found.gguf or found.adapters:
-            weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
+            weights = lazy_weights(found.gguf, dtype) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
         unusable = TypeError, LookupError, AttributeError
         with named_errors(config, "correct it, or fetch the checkpoint again", unusable):
             model, report = cast(Any, kind).from_pretrained(
                 None if "state_dict" in options else found.directory,
                 config=found.config,
-                dtype=computed,
+                dtype=dtype,
                 use_safetensors=files[0].suffix == ".safetensors",
                 weights_only=True,
                 output_loading_info=True,
@@ -101,19 +103,23 @@ def _from_pretrained(
                 **options,
             )
     _check_report(report, found)
+    return cast(FalconForCausalLM, model)
+
+
+def _finished(model: FalconForCausalLM, found: Checkpoint, dtype: str) -> FalconForCausalLM:
+    """The model as `load` hands it out, once its weights are read."""
     if not has_tied_head(model, model.config.tie_word_embeddings):
         model.config.tie_word_embeddings = False  # else resizing the vocabulary would drop a head of its own
-    if quantised:
+    if dtype in QUANTISED:
         check_quantised(model, dtype)
         make_savable(model)
     if found.adapters:
         record_merged(model, found.adapters)
-    if "state_dict" in options:
+    if found.gguf or found.adapters:
         model.name_or_path = model.config.name_or_path = found.name
     _remove_needless_hooks(model)
     _pin_offloaded_weights(model)
-    evaluating: FalconForCausalLM = model.eval()
-    return evaluating
+    return cast(FalconForCausalLM, model.eval())
 
 
 def _check_report(report: Mapping[str, Any], found: Checkpoint) -> None:
@@ -154,7 +160,7 @@ def _remove_needless_hooks(model: nn.Module) -> None:
     A device map puts a hook on every module, 547 on a Falcon-40B, and each of them looks through all its inputs. The
     kit's Falcon itself moves hidden states to the device of the next layer. Offloaded weights need their hooks.
     """
-    if isinstance(model, modeling.FalconForCausalLM) and not any(each.is_meta for each in model.parameters()):
+    if isinstance(model, modeling.FalconForCausalLM) and not is_offloaded(model):
         remove_hook_from_module(model, recurse=True)
 
 

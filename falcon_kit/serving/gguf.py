@@ -28,7 +28,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.loading.writing import has_adapters
-from falcon_kit.model.checks import live_spec
+from falcon_kit.model.checks import is_offloaded, live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, planned_tensors, unsupported
 
@@ -113,7 +113,7 @@ def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, of
     floating = all(each.is_floating_point() for each in model.parameters())
     require(floating and not marked, f"the weights are quantised for torch: {quantised}")
     require(not has_adapters(model), f"the model has adapters: {adapted}")
-    require(not any(each.is_meta for each in model.parameters()), f"some weights are offloaded: {offloaded}")
+    require(not is_offloaded(model), f"some weights are offloaded: {offloaded}")
 
 
 def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -> None:
