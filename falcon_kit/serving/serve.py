@@ -93,13 +93,17 @@ class Served(Endpoint):
 
     def __repr__(self) -> str:
         ended = self._process.ended
-        return super().__repr__().replace("Endpoint", "Served", 1) + (f", which {ended}" if ended else "")
+        return super().__repr__() + (f", which {ended}" if ended else "")
 
     def _facts(self) -> dict[str, str]:
-        files = {"files": self.files.note, "made by": self.files.again}
-        files = {name: value for name, value in files.items() if value}
-        state = {"state": self._process.ended or "running", "memory": self.plan.verdict()}
-        return super()._facts() | state | files | {"on a machine of its own": self.command.splitlines()[-1]}
+        facts = {
+            "state": self._process.ended or "running",
+            "memory": self.plan.verdict(),
+            "files": self.files.note,
+            "made by": self.files.again,
+            "on a machine of its own": self.command.splitlines()[-1],
+        }
+        return super()._facts() | {name: value for name, value in facts.items() if value}
 
 
 def serve(
@@ -234,7 +238,7 @@ def _plan(
     unloadable = loading if loading and source.loads(engine.reads_gguf) and not loading.fits else None
     if not planned.fits:
         prepared = [_prepared_files(source, engine, _SMALLER, unloadable)] if unloadable else []
-        advice = prepared or [*_advice(source, engine, counted, context, texts, loading)]
+        advice = prepared or [*_advice(source, engine, counted, planned, loading)]
         raise _not_enough(planned, _shortage(source, planned), advice)
     if unloadable:
         written = f"{engine.name} reads files that this process writes, for which it loads the model"
@@ -255,17 +259,14 @@ def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, 
 
 
 def _advice(
-    source: Source,
-    engine: Engine,
-    counted: Callable[[int, int], Plan],
-    context: int,
-    texts: int,
-    loading: Plan | None,
+    source: Source, engine: Engine, counted: Callable[[int, int], Plan], planned: Plan, loading: Plan | None
 ) -> Iterator[str]:
     """What would make the server fit: the first halving of an argument of `serve` that does, or fewer bits.
 
-    loading: the plan of loading the model in this process; None for a Falcon in memory.
+    counted: the plan for a context and a number of texts. planned: that which does not fit. loading: the plan of
+    loading the model in this process; None for a Falcon in memory.
     """
+    context, texts = planned.context, planned.batch
     fewer = (texts >> times for times in range(1, texts.bit_length()))
     if fitting := next((each for each in fewer if counted(context, each).fits), None):
         yield f"texts={fitting}"
@@ -273,8 +274,7 @@ def _advice(
     if fitting := next((each for each in shorter if counted(each, texts).fits), None):
         yield f"context={fitting}"
     smaller = planned_tensors(source.spec, _SMALLER)
-    devices = counted(context, texts).devices
-    if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
+    if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, planned.devices).fits:
         if source.file and loading:
             yield _prepared_files(source, engine, _SMALLER, loading)
         else:
