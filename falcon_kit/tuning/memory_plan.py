@@ -28,6 +28,7 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     """
     quantised = stored_quantisation(falcon.model.config)
     shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
+    devices = _devices(falcon, shards)
     make = partial(
         plan,
         live_spec(falcon.spec, falcon.model),
@@ -35,7 +36,7 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         context=settings.context or falcon.spec.context,
         batch=settings.per_device_train_batch_size,
         purpose="qlora" if quantised else "lora",
-        devices=_devices(falcon, shards),
+        devices=devices,
         r=settings.r,
     )
     checkpointing = settings.gradient_checkpointing is not False
