@@ -36,10 +36,6 @@ class Unavailable(ConnectionError):
         self.retry_after = retry_after
 
 
-class Redirected(ConnectionError):
-    """The endpoint redirects to another URL, which is not followed."""
-
-
 def http_error(status: int, message: str, address: str, headers: Mapping[str, str]) -> Exception:
     """The exception for an HTTP error status; `message` is the endpoint's own, and may be empty."""
     quoted = f"{address} reports: {message}" if message else f"{address} gives no reason"
@@ -50,7 +46,7 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
         )
     if 300 <= status < 400:
         target = _PATHS.sub("", redact_url(_target(address, headers.get("location", ""))))
-        return Redirected(
+        return ConnectionError(
             f"{address} redirects to {target} (HTTP {status}), and nothing was sent there: connect to that URL if you "
             "trust it"
         )

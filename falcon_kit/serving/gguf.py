@@ -145,11 +145,13 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
         )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     names = {id: token for token, id in tokenizer.get_vocab().items()}
-    special = {id for id, added in tokenizer.added_tokens_decoder.items() if added.special}
+    types = dict.fromkeys(names, TokenType.NORMAL)
+    for id, added in tokenizer.added_tokens_decoder.items():
+        types[id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("falcon")
     writer.add_token_list([names.get(id, f"[PAD{id}]") for id in range(vocabulary)])
-    writer.add_token_types([_token_type(id, names, special, tokenizer) for id in range(vocabulary)])
+    writer.add_token_types([types.get(id, TokenType.UNUSED) for id in range(vocabulary)])
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -158,14 +160,6 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(plain_template(str(tokenizer.chat_template)))
-
-
-def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: PreTrainedTokenizerBase) -> TokenType:
-    if id not in names:
-        return TokenType.UNUSED
-    if id in special:
-        return TokenType.CONTROL
-    return TokenType.USER_DEFINED if id in tokenizer.added_tokens_decoder else TokenType.NORMAL
 
 
 def _write_tensors(

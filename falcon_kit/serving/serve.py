@@ -155,13 +155,12 @@ def serve(
     except BaseException:
         process.close()
         raise
-    return _served(server, job, planned, source, files, given_format, process)
+    return _served(server, job, source, files, given_format, process)
 
 
 def _served(
     server: OpenAIServer,
     job: Job,
-    planned: Plan,
     source: Source,
     files: Files,
     given_format: ChatFormat | None,
@@ -171,14 +170,14 @@ def _served(
         model=job.name,
         server=server.facts.server,
         address=server.facts.address,
-        context=job.context,
-        concurrency=job.texts,
+        context=job.plan.context,
+        concurrency=job.plan.batch,
         spec=source.spec,
         chat_format=given_format or files.chat_format,
         own_format=bool(given_format) or not files.has_template,
         name=source.name,
         engine=next(name for name, engine in ENGINES.items() if engine is job.engine),
-        plan=planned,
+        plan=job.plan,
         command=_command(job, source, files),
         files=files,
         _server=server,
@@ -310,10 +309,7 @@ def _job(source: Source, engine: Engine, planned: Plan, files: Files, port: int,
         engine=engine,
         model=str(files.path),
         name=source.short_name,
-        dtype=planned.dtype,
-        context=planned.context,
-        texts=planned.batch,
-        kv_bytes=planned.kv_bytes,
+        plan=planned,
         tensor_parallel=across,
         stages=stages,
         memory_share=_free_share(gpus) if gpus else 0.0,
@@ -335,7 +331,7 @@ def _connect(process: LocalProcess, timeout: float, job: Job, request_timeout: f
     token = process.secret if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.context)
+    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.plan.context)
     server = wait_for(retry(finding, connection))
     process.check()
     return server
