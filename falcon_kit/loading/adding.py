@@ -47,17 +47,12 @@ def merged_weights(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, La
             f"the adapter in {adapter} is more than plain LoRA ({', '.join(fields)}): fk.merge(adapter, base) merges "
             "it through PEFT"
         )
-    config, matrices = adapter.config, adapter.matrices
+    config, merged = adapter.config, {}
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    return {
-        f"{layer}.weight": LazyMergedWeight(
-            weights[f"{layer}.weight"],
-            matrices[f"{layer}.lora_A.weight"],
-            matrices[f"{layer}.lora_B.weight"],
-            scale,
-        )
-        for layer in adapter.lora_layers
-    }
+    for layer in adapter.lora_layers:
+        lora_a, lora_b = (adapter.matrices[f"{layer}.lora_{side}.weight"] for side in "AB")
+        merged[f"{layer}.weight"] = LazyMergedWeight(weights[f"{layer}.weight"], lora_a, lora_b, scale)
+    return merged
 
 
 def lazy_state_dict(files: Iterable[Path], open_files: ExitStack) -> dict[str, Any]:

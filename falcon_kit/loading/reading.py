@@ -54,13 +54,10 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
         options["max_memory"] = dict(settings.max_memory)
     if "disk" in places(device_map):
         options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
-    on_cpu = places(device_map) <= {"cpu"}
-    computed = compute_dtype(on_cpu) if plan.dtype in QUANTISED else getattr(torch, plan.dtype)
     if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
-        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu)
+        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu=places(device_map) <= {"cpu"})
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
-        model = _from_pretrained(ATTENTIONS[settings.attention], found, files, computed, **options, **placement)
-        return _finished(model, found, plan.dtype)
+        return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
 
 
 def _offload_name(found: Checkpoint, dtype: str) -> str:
@@ -82,20 +79,21 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
 
 
 def _from_pretrained(
-    kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: torch.dtype, **options: Any
+    kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
 ) -> FalconForCausalLM:
-    """The model as transformers reads it. dtype: of the weights that are not quantised."""
+    on_cpu = places(options.get("device_map")) <= {"cpu"}
+    computed = compute_dtype(on_cpu) if dtype in QUANTISED else getattr(torch, dtype)
     config = found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
         if found.gguf or found.adapters:
-            weights = lazy_weights(found.gguf, dtype) if found.gguf else lazy_state_dict(files, open_files)
+            weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
         unusable = TypeError, LookupError, AttributeError
         with named_errors(config, "correct it, or fetch the checkpoint again", unusable):
             model, report = cast(Any, kind).from_pretrained(
                 None if "state_dict" in options else found.directory,
                 config=found.config,
-                dtype=dtype,
+                dtype=computed,
                 use_safetensors=files[0].suffix == ".safetensors",
                 weights_only=True,
                 output_loading_info=True,
@@ -103,7 +101,7 @@ def _from_pretrained(
                 **options,
             )
     _check_report(report, found)
-    return cast(FalconForCausalLM, model)
+    return _finished(model, found, dtype)
 
 
 def _finished(model: FalconForCausalLM, found: Checkpoint, dtype: str) -> FalconForCausalLM:

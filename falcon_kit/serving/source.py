@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
@@ -22,7 +22,7 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
+from falcon_kit.loading.load import TOKEN_IDS, choose_dtype, generation_config, load, load_tokenizer, trained_format
 from falcon_kit.loading.merging import merge
 from falcon_kit.loading.writing import write_model
 from falcon_kit.model.checks import live_spec
@@ -33,7 +33,6 @@ from falcon_kit.serving.gguf import check_writable, export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
-_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,8 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
                 return replace(_where_it_is(found, path, note, tokenizer), again=saving(source))
             return _where_it_is(found, found.directory, "", tokenizer)
     try:
-        falcon = _in_memory(source)
-        return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
-    finally:  # the weights are no longer needed
+        return _write(source, folder, dtype, gguf)
+    finally:  # what was loaded for that is gone by now
         empty_gpu_cache()
 
 
@@ -155,13 +153,10 @@ def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -
 
     Servers take the end token from this file, and never end a text with that of 2023.
     """
-    file = directory / "generation_config.json"
-    if not file.is_file():
+    if (config := generation_config(directory, tokenizer)) is None:
         return {}
-    content = read_json(file)
-    config = GenerationConfig(**{name: content.get(name) for name in _ENDS})
-    set_special_tokens(config, tokenizer)
-    right = {name: getattr(config, name) for name in _ENDS}
+    content = read_json(directory / "generation_config.json")
+    right = {name: getattr(config, name) for name in TOKEN_IDS}
     return {} if right["eos_token_id"] == content.get("eos_token_id") else content | right
 
 
@@ -172,6 +167,11 @@ def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Pat
         (path / each.name).symlink_to(each.absolute())
     write_text(path / "generation_config.json", json.dumps(generation, indent=2))  # replaces the link
     return path
+
+
+def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
+    falcon = _in_memory(source)
+    return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
 
 
 def _in_memory(source: Source) -> Falcon:
