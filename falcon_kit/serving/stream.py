@@ -27,7 +27,7 @@ _MOST_PER_TOKEN = 256  # events and characters; the longest token of the publish
 
 
 class _WithText(Portable, Exception):
-    """An error that has the text received."""
+    """An error with the text that was received."""
 
     def __init__(self, message: str, generation: Generation) -> None:
         super().__init__(message)

@@ -236,9 +236,11 @@ class _Run:
 
     def _show_plan(self) -> None:
         sharded = self._sharded  # every process has to ask
-        if distributed.is_rank0() and not self.quiet:
+        if not distributed.is_rank0():
+            return
+        if not self.quiet:
             show_plan(self.plan, distributed.world_size() if sharded else 1)
-        if distributed.is_rank0() and sharded and self.settings.answers and isinstance(self.test_documents, Documents):
+        if sharded and self.settings.answers and isinstance(self.test_documents, Documents):
             warn(
                 "the weights are sharded, so no held-out answer is generated: stop rate and exact answers are not "
                 "measured"
