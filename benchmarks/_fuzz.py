@@ -56,7 +56,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["falcon_kit"]):
         import falcon_kit as fk
         from falcon_kit.catalogue.names import spec
-        from falcon_kit.loading import adapters, checkpoints
+        from falcon_kit.loading import adapter_checks, adapters, checkpoints
         from falcon_kit.playground import files
     from benchmarks._hostile import READERS as HOSTILE
 
@@ -68,7 +68,7 @@ def main() -> None:
         "config.json": lambda: (spec(file.parent), checkpoints.find(str(file.parent), {})),
         "model.safetensors.index.json": lambda: checkpoints._shards(file),
         "adapter_config.json": lambda: adapters.Adapter(file.parent).config,
-        "adapter_model.safetensors": lambda: adapters.check_contents(adapters.Adapter(file.parent)),
+        "adapter_model.safetensors": lambda: adapter_checks.check_contents(adapters.Adapter(file.parent)),
     }.get(file.name, lambda: fk.dialogues(file))
     read()
 

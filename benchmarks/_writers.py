@@ -265,7 +265,7 @@ class Trainers:
 
         settings = fk.Tuning(r=2, max_steps=1, context=64).for_model(falcon.spec)
         packed = fk.pack(fk.dialogues([{"text": "Giraffes eat leaves. "}]), falcon, context=64)
-        self._run = falcon, settings, "hash", packed
+        self._run = falcon, settings, falcon.plan, packed
         stack.enter_context(unchanged(falcon.model))
         model = tune._new_adapter(falcon, settings)
         options = trainer.arguments(settings, home, falcon.model, len(packed), evaluated=False, cpu=True)
@@ -293,9 +293,11 @@ class Trainers:
     def record(self, path: Path, version: int) -> None:
         """Writes the record of a finished run, beside its model card."""
         from falcon_kit.tuning import run_folder
+        from falcon_kit.tuning.runs import TuningRun
 
-        history = [{"loss": 2.5 + version, "step": step} for step in range(500)]
-        run_folder.write_record(path.parent, *self._run, history, {"held-out loss after": 2.5 + version})
+        history = tuple({"loss": 2.5 + version, "step": step} for step in range(500))
+        run = TuningRun(path.parent, *self._run, history, {"held-out loss after": 2.5 + version})
+        run_folder.write_record(run, "hash")
 
     def checkpoint(self, path: Path, version: int) -> None:
         """Saves the checkpoint of step 1."""

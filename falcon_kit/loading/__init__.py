@@ -3,8 +3,9 @@
 The files, in the order of their imports:
 
 gguf.py          weights and tokenizer read from a GGUF file
-lora_checks.py   whether config and weights of an adapter say the same
-adapters.py      LoRA adapters on disk, and a checkpoint's state dict with adapters added
+adapters.py      LoRA adapters on disk
+adapter_checks.py whether an adapter can be added to weights, and to those of a certain model
+adding.py        a checkpoint's state dict with adapters added
 checkpoints.py   a checkpoint: found by name, fetched from the hub, checked
 packed.py        linear layers with 8-bit and 4-bit weights on torch's own kernels
 quantizer.py     packed layers quantised while weights are read, saved, and read again

@@ -161,9 +161,12 @@ def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) ->
         folder = fetch_configs(repository, **hub)
     shape = next((each for each in catalogue() if each.hub_id == repository), None)
     found = _from_directory(folder, hub, shape, seen, repository)
-    named = shape or replace(found.spec, name=repository)  # a snapshot is named after a commit
-    if not shape and hub.get("revision") is None:  # with a revision, the id alone would load another commit
+    if shape:
+        named = shape
+    elif hub.get("revision") is None:
         named = on_hub(found.spec, repository)
+    else:  # the id alone would load another commit
+        named = replace(found.spec, name=repository)
     base = named if not found.adapters or folder == found.directory else found.base
     return replace(found, spec=named, base=base, repositories={**found.repositories, folder: repository})
 

@@ -4,8 +4,7 @@ A checkpoint's code is never run, and only tensors are read from pickled weights
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -54,6 +53,8 @@ from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.processor import cpu_dtype, gpu_dtype
 from falcon_kit.planning.suggestions import Suggestion, in_words_of
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""The special tokens in a generation config."""
 _WRONG_IN_2023 = (1, 2)
 """bos_token_id and eos_token_id in the published generation configs of 2023; the models were trained with 11."""
 
@@ -159,17 +160,6 @@ def _check_room_for_quantised(planned: Plan, settings: LoadSettings, found: Chec
         raise _spilling(planned, settings, found)
 
 
-@contextmanager
-def _spilling_named(planned: Plan, settings: LoadSettings, found: Checkpoint) -> Iterator[None]:
-    """Raises NotEnoughMemory where transformers' own device map has no room on the GPUs for all quantised layers."""
-    try:
-        yield
-    except ValueError as error:
-        if SPILLED not in str(error):
-            raise
-        raise _spilling(planned, settings, found) from error
-
-
 def _spilling(planned: Plan, settings: LoadSettings, found: Checkpoint) -> NotEnoughMemory:
     """The error about quantised layers that would be offloaded, with what to do instead."""
     given = "force=True" if settings.device_map in (None, "auto") else f"device_map={settings.device_map!r}"
@@ -210,11 +200,12 @@ def choose_dtype(wanted: str | None, found: Checkpoint, on_cpu: bool) -> tuple[s
 
 def _stored_dtype(found: Checkpoint) -> tuple[str, str]:
     """The dtype that holds the checkpoint's weights, and the reason."""
+    stored = str(found.config.dtype).removeprefix("torch.")
     if found.gguf and (kinds := [each for each in found.gguf.kinds if each not in ("F32", "F16", "BF16")]):
-        return str(found.config.dtype).removeprefix("torch."), f"dequantised from {', '.join(kinds)}"
+        return stored, f"dequantised from {', '.join(kinds)}"
     if found.config.dtype is None:
         return "bfloat16", "the dtype of published Falcons, since the config.json names none"
-    if (stored := str(found.config.dtype).removeprefix("torch.")) not in FLOAT_DTYPES:
+    if stored not in FLOAT_DTYPES:
         return "bfloat16", f"the dtype of published Falcons, since the kit does not compute in {stored}"
     return stored, "as in the checkpoint"
 
@@ -226,18 +217,16 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
         check_disk(settings.folder, planned.weight_bytes)
     tokenizer, format = tokenizer_and_format(found, settings.chat_format)
-    generation = _generation_config(found.directory, tokenizer)
+    generation = generation_config(found.directory, tokenizer)
     parts: dict[str, Any] = {"tokenizer": tokenizer, "spec": found.spec, "plan": planned, "dtype_reason": reason}
     if ranks.needs_launch(settings.tensor_parallel):
-        from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
-
-        hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
-        request = {"dtype": planned.dtype, "chat": storable(format), "tensor_parallel": settings.tensor_parallel}
-        parts["chat_format"] = format
-        request |= hub | {"revision": None}  # a folder is loaded, but its base may be a repository
-        return cast(Falcon, launching.launch(found.name, request, is_large(files), settings.ranks_on_cpu, **parts))
-    with _spilling_named(planned, settings, found):
+        return _launched(found, is_large(files), settings, chat_format=format, **parts)
+    try:
         model = read_model(found, files, planned, settings)
+    except ValueError as error:
+        if SPILLED in str(error):
+            raise _spilling(planned, settings, found) from error
+        raise
     parts["spec"] = replace(found.spec, tied_head=has_tied_head(model, found.spec.tied_head))
     set_special_tokens(model.generation_config, tokenizer)
     model.generation_config = generation or GenerationConfig.from_model_config(model.generation_config.to_dict())
@@ -247,6 +236,20 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     options = compile_options(settings.compile)
     decoding = compiled(model, planned.dtype, options) if options else {}
     return Falcon(model, **parts, loaded_format=format, decoding=decoding)
+
+
+def _launched(found: Checkpoint, progress: bool, settings: LoadSettings, **parts: Any) -> Falcon:
+    """The Falcon of processes that are started for its ranks. parts: the arguments of `ParallelFalcon`."""
+    from falcon_kit.parallel import launching  # with pydantic, which others need not wait for
+
+    hub = {name: str(value) if isinstance(value, Path) else value for name, value in found.hub.items()}
+    request = hub | {
+        "revision": None,  # a folder is loaded, but its base may be a repository
+        "dtype": parts["plan"].dtype,
+        "chat": storable(parts["chat_format"]),
+        "tensor_parallel": settings.tensor_parallel,
+    }
+    return cast(Falcon, launching.launch(found.name, request, progress, settings.ranks_on_cpu, **parts))
 
 
 def tokenizer_and_format(found: Checkpoint, chosen: ChatFormat | None) -> tuple[PreTrainedTokenizerFast, ChatFormat]:
@@ -306,7 +309,7 @@ def trained_format(found: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Cha
     return own_format(tokenizer, str(tokenizer.name_or_path or found.directory))
 
 
-def _generation_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
+def generation_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
     """The generation config in a checkpoint's folder, with its special tokens; None where there is none.
 
     They are set while it is read. A config that was changed afterwards is saved by transformers only if each of its
@@ -317,7 +320,7 @@ def _generation_config(directory: Path, tokenizer: PreTrainedTokenizerBase) -> G
     with named_errors(file, "correct it, or fetch the checkpoint again"):
         config = GenerationConfig.from_pretrained(directory)
         set_special_tokens(config, tokenizer)
-        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        tokens = {name: getattr(config, name) for name in TOKEN_IDS}
         for name, value in tokens.items():
             ids = value if isinstance(value, list) else [value]
             require(all(is_whole(each, -1) for each in ids), f"its {name} is {shown(value)}, not the number of a token")

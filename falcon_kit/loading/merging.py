@@ -26,11 +26,14 @@ from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.control_tokens import encode_text
 from falcon_kit.loading import adapters
+from falcon_kit.loading.adapter_checks import check_base
+from falcon_kit.loading.adding import merged_weights
 from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load, tokenizer_and_format
 from falcon_kit.loading.writing import check_replaceable, remove_wrappers, write_model
+from falcon_kit.model.checks import is_offloaded
 from falcon_kit.planning.devices import devices_by_key
 
 _PROBE = "User: What do giraffes eat?\nFalcon: They eat the leaves of trees, 12 hours a day.\nUser: Why?\nFalcon:"
@@ -68,9 +71,9 @@ def attached(falcon: Falcon, adapter: str | Path) -> Iterator[PeftModel]:
     found = adapters.Adapter(Path(adapter))
     shapes = {} if is_quantised(falcon.model) else {key: tuple(w.shape) for key, w in falcon.model.named_parameters()}
     norm, merged = falcon.model.transformer.ln_f.state_dict(), adapters.merged_adapters(falcon.model.config)
-    adapters.check_base(found, falcon.name, shapes, norm, merged)
+    check_base(found, falcon.name, shapes, norm, merged)
     changed = [*found.full_weights]
-    if "init_lora_weights" in adapters.fields_beyond_lora(found):
+    if "init_lora_weights" in found.beyond_lora:
         changed += [f"{layer}.weight" for layer in found.lora_layers]  # PiSSA and others subtract from these
     weights = {name: falcon.model.get_parameter(name) for name in changed}
     before = {name: each.detach().clone() for name, each in weights.items()}
@@ -199,7 +202,7 @@ def _unquantised_copy(base: Falcon | str | Path, adapter: Path) -> Falcon:
         name = base.model.name_or_path or base.name
         _check_stored(name, adapter)
         return load(name, dtype="bfloat16", chat=base.chat_format)
-    if any(each.is_meta for each in base.model.parameters()):
+    if is_offloaded(base.model):
         raise ValueError(
             f"a part of the model is offloaded to host memory or disk, where nothing can be added to it: "
             f"fk.merge({str(adapter)!r}, {base.name!r}) loads it completely, and fk.load({str(adapter)!r}, "
@@ -257,7 +260,7 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
 def _add(model: Any, adapter: Path) -> None:
     """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA."""
     parameters, found = dict(model.named_parameters()), adapters.Adapter(adapter)
-    if adapters.fields_beyond_lora(found):
+    if found.beyond_lora:
         if found.changes_tied_weight:
             _untie(model)
         try:
@@ -272,7 +275,7 @@ def _add(model: Any, adapter: Path) -> None:
         model.__dict__.pop("peft_config", None)
         return
     with torch.no_grad():
-        for name, weight in adapters.merged_weights(parameters, found).items():
+        for name, weight in merged_weights(parameters, found).items():
             parameters[name].copy_(weight[...])
 
 

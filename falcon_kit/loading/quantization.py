@@ -102,7 +102,8 @@ def kept_as(module: nn.Module) -> str:
     kind = next((name for cls, name in _kinds().items() if isinstance(module, cls)), None)
     if kind == "nf4":
         state = getattr(module.weight, "quant_state", None)
-        return "nf4-double" if state is not None and _nested(state) else "nf4"
+        double = getattr(state, "nested", False) or getattr(state, "original_nested", False)
+        return "nf4-double" if double else "nf4"
     return kind or str(next(module.parameters(recurse=False)).dtype).removeprefix("torch.")
 
 
@@ -252,7 +253,3 @@ def unpacked(model: Any) -> Iterator[None]:
     finally:
         for layer, packs in zip(layers, packing, strict=True):
             layer.support_avx512bf16_for_cpu = packs
-
-
-def _nested(state: Any) -> bool:
-    return bool(state.nested or getattr(state, "original_nested", False))

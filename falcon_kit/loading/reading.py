@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import named_errors
-from falcon_kit.loading.adapters import digest, lazy_state_dict, record_merged, with_adapters, with_prefix
+from falcon_kit.loading.adapters import digest, record_merged, with_prefix
+from falcon_kit.loading.adding import lazy_state_dict, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
@@ -30,7 +31,7 @@ from falcon_kit.loading.quantization import (
     stored_quantisation,
 )
 from falcon_kit.model import modeling
-from falcon_kit.model.checks import has_tied_head
+from falcon_kit.model.checks import has_tied_head, is_offloaded
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import empty_gpu_cache
@@ -80,10 +81,10 @@ def choose_device_map(device_map: Any, plan: Plan) -> Any:
 def _from_pretrained(
     kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
 ) -> FalconForCausalLM:
-    quantised, config = dtype in QUANTISED, found.directory / "config.json"
+    on_cpu = places(options.get("device_map")) <= {"cpu"}
+    computed = compute_dtype(on_cpu) if dtype in QUANTISED else getattr(torch, dtype)
+    config = found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
-        on_cpu = places(options.get("device_map")) <= {"cpu"}
-        computed = compute_dtype(on_cpu) if quantised else getattr(torch, dtype)
         if found.gguf or found.adapters:
             weights = lazy_weights(found.gguf, computed) if found.gguf else lazy_state_dict(files, open_files)
             options["state_dict"] = with_adapters(weights, found.adapters, found.base.name, found.config)
@@ -100,19 +101,23 @@ def _from_pretrained(
                 **options,
             )
     _check_report(report, found)
+    return _finished(model, found, dtype)
+
+
+def _finished(model: FalconForCausalLM, found: Checkpoint, dtype: str) -> FalconForCausalLM:
+    """The model as `load` hands it out, once its weights are read."""
     if not has_tied_head(model, model.config.tie_word_embeddings):
         model.config.tie_word_embeddings = False  # else resizing the vocabulary would drop a head of its own
-    if quantised:
+    if dtype in QUANTISED:
         check_quantised(model, dtype)
         make_savable(model)
     if found.adapters:
         record_merged(model, found.adapters)
-    if "state_dict" in options:
+    if found.gguf or found.adapters:
         model.name_or_path = model.config.name_or_path = found.name
     _remove_needless_hooks(model)
     _pin_offloaded_weights(model)
-    evaluating: FalconForCausalLM = model.eval()
-    return evaluating
+    return cast(FalconForCausalLM, model.eval())
 
 
 def _check_report(report: Mapping[str, Any], found: Checkpoint) -> None:
@@ -153,7 +158,7 @@ def _remove_needless_hooks(model: nn.Module) -> None:
     A device map puts a hook on every module, 547 on a Falcon-40B, and each of them looks through all its inputs. The
     kit's Falcon itself moves hidden states to the device of the next layer. Offloaded weights need their hooks.
     """
-    if isinstance(model, modeling.FalconForCausalLM) and not any(each.is_meta for each in model.parameters()):
+    if isinstance(model, modeling.FalconForCausalLM) and not is_offloaded(model):
         remove_hook_from_module(model, recurse=True)
 
 

@@ -11,6 +11,7 @@ from falcon_kit.display.saving import check_folder
 from falcon_kit.generation.chat import save_tokenizer
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.reading import progress_bar
+from falcon_kit.model.checks import is_offloaded
 
 _SAVED = re.compile(
     r"config\.json|generation_config\.json|(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
@@ -70,7 +71,7 @@ def check_complete(model: FalconForCausalLM) -> None:
         "the model with an adapter in its weights",
     )
     require(
-        not any(each.is_meta for each in model.parameters()),
+        not is_offloaded(model),
         "a part of the model is offloaded to host memory or disk: load it completely, device_map='cpu', and save that",
     )
 

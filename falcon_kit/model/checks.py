@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, FalconConfig
 
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
@@ -21,6 +21,11 @@ def check_backend(backend: str, probabilities: bool, alibi: bool, packed_batch: 
         raise ValueError(
             f"{backend} attention has no {' and no '.join(missing)}: call model.set_attn_implementation('sdpa') first"
         )
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether a part of a model is in host memory or on disk, from where each step fetches it."""
+    return any(each.is_meta for each in model.parameters())
 
 
 def live_spec(spec: FalconSpec, model: Any) -> FalconSpec:

@@ -15,12 +15,7 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
 
     Raises ConnectionError after them for a text that is not whole: it ended by "abort", "error" or "content_filter".
     """
-    usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
-    prompt = usage.get("prompt_tokens") or (timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0) or None
-    counts: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "new_tokens": usage.get("completion_tokens") or timings.get("predicted_n"),
-    }
+    counts = _counts(chunk)
     for choice in chunk.get("choices") or []:
         if choice.get("index") not in (None, 0):
             raise ValueError(f"it is of answer {choice['index']!r}, where one was asked for")
@@ -33,6 +28,13 @@ def read_chunk(chunk: Mapping[str, Any]) -> Iterator[Delta]:
             raise ConnectionError(f"the server ended it for the reason {printable(choice['finish_reason'])!r}")
     if not chunk.get("choices"):
         yield Delta(**counts)
+
+
+def _counts(chunk: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of tokens so far, by their names in a `Delta`."""
+    usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}  # llama.cpp sends timings
+    prompt = usage.get("prompt_tokens") or (timings.get("cache_n") or 0) + (timings.get("prompt_n") or 0) or None
+    return {"prompt_tokens": prompt, "new_tokens": usage.get("completion_tokens") or timings.get("predicted_n")}
 
 
 def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:

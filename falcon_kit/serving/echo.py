@@ -57,11 +57,7 @@ def _read(completion: Mapping[str, Any], prompt: str) -> list[PromptToken]:
 def _token(start: int, text: str, logprob: float | None, top: Mapping[str, float] | None) -> PromptToken:
     """A token. Raises TypeError for values that are none of a token; only the first has no log-probability."""
     value = logprob_or(math.nan, logprob)
+    greedy = bool(logprob is not None and top and logprob >= max(top.values()))
     if not (is_whole(start, 0) and isinstance(text, str) and (start == 0 or not math.isnan(value))):
         raise TypeError(f"no token: {text!r} at {start!r} with {logprob!r}")
-    return PromptToken(start, text, value, _is_greedy(logprob, top))
-
-
-def _is_greedy(logprob: float | None, top: Mapping[str, float] | None) -> bool:
-    """Whether no token of the most likely ones is likelier."""
-    return bool(logprob is not None and top and logprob >= max(top.values()))
+    return PromptToken(start, text, value, greedy)

@@ -246,7 +246,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""
-        return f"Endpoint({printable(self.model)} at {printable(self.address)}, {self.server}{context})"
+        return f"{type(self).__name__}({printable(self.model)} at {printable(self.address)}, {self.server}{context})"
 
     def _repr_html_(self) -> str:
         return html_table(self.model, (), self._facts().items())

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import require, shown, unknown_name
+from falcon_kit.planning.plan import Plan
 from falcon_kit.serving.gguf_kinds import FILE_TYPES, unsupported
 
-_OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}  # the model is on the disk, and nothing else is asked for
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the model is on the disk; nothing else is asked for
 _GIB = 2**30
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another
@@ -55,14 +53,8 @@ class Job:
     """The checkpoint's folder, or the GGUF file."""
     name: str
     """The model's name at the endpoint."""
-    dtype: str
-    """The dtype of the weights."""
-    context: int
-    """Tokens per text, prompt and answer together."""
-    texts: int
-    """Texts at a time."""
-    kv_bytes: int
-    """The keys and values of these texts."""
+    plan: Plan
+    """Its memory plan, with the dtype of the weights, the context and the texts at a time."""
     tensor_parallel: int = 1
     """GPUs that each layer is divided among."""
     stages: int = 1
@@ -85,7 +77,7 @@ class Job:
         """The environment variables of the process, beside those of this one."""
         own: dict[str, str] = {}
         if self.engine is VLLM and not self.memory_share:
-            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.kv_bytes // _GIB))
+            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.plan.kv_bytes // _GIB))
         if self.engine is LLAMA_CPP:
             own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", _WAITING)
         if self.engine.key_variable:
@@ -106,9 +98,9 @@ def _vllm(job: Job) -> list[str]:
         "served-model-name": job.name,
         "host": job.host,
         "port": job.port,
-        "dtype": job.dtype,
-        "max-model-len": job.context,
-        "max-num-seqs": job.texts,
+        "dtype": job.plan.dtype,
+        "max-model-len": job.plan.context,
+        "max-num-seqs": job.plan.batch,
     }
     if job.tensor_parallel > 1:
         options["tensor-parallel-size"] = job.tensor_parallel
@@ -120,13 +112,13 @@ def _vllm(job: Job) -> list[str]:
 
 
 def _llama_cpp(job: Job) -> list[str]:
-    context = str(job.texts * job.context)  # llama.cpp divides it among the texts
+    texts, context = job.plan.batch, job.plan.batch * job.plan.context  # llama.cpp divides it among the texts
     place = ["--host", job.host, "--port", str(job.port)]
-    return ["-m", job.model, "--alias", job.name, *place, "-np", str(job.texts), "-c", context]
+    return ["-m", job.model, "--alias", job.name, *place, "-np", str(texts), "-c", str(context)]
 
 
 def _transformers(job: Job) -> list[str]:
-    return ["serve", job.model, "--host", job.host, "--port", str(job.port), "--dtype", job.dtype]
+    return ["serve", job.model, "--host", job.host, "--port", str(job.port), "--dtype", job.plan.dtype]
 
 
 _DTYPES = ("float32", "bfloat16", "float16")

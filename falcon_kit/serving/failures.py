@@ -19,8 +19,6 @@ from falcon_kit.serving.connection import Connection, Oversized, proxy_for, reda
 
 _EXPIRED, _OTHER_NAME = 10, (62, 64)  # codes of OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, HOSTNAME and IP_ADDRESS_MISMATCH
 _PATHS = re.compile(r"/(models|completions|chat/completions|info|generate_stream)$")  # which requests add to a URL
-
-
 _HINTS = {
     "chat.?template": ": connect with chat='hub' or 'falcon', and the kit renders the conversation",
     r"context (length|size|window)|model length|too (long|many tokens)|max_(model_len|new_tokens|total_tokens)": (
@@ -38,10 +36,6 @@ class Unavailable(ConnectionError):
         self.retry_after = retry_after
 
 
-class Redirected(ConnectionError):
-    """The endpoint redirects to another URL, which is not followed."""
-
-
 def http_error(status: int, message: str, address: str, headers: Mapping[str, str]) -> Exception:
     """The exception for an HTTP error status; `message` is the endpoint's own, and may be empty."""
     quoted = f"{address} reports: {message}" if message else f"{address} gives no reason"
@@ -52,7 +46,7 @@ def http_error(status: int, message: str, address: str, headers: Mapping[str, st
         )
     if 300 <= status < 400:
         target = _PATHS.sub("", redact_url(_target(address, headers.get("location", ""))))
-        return Redirected(
+        return ConnectionError(
             f"{address} redirects to {target} (HTTP {status}), and nothing was sent there: connect to that URL if you "
             "trust it"
         )

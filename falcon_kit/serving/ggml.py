@@ -5,7 +5,7 @@ such file takes room on the disk, Ctrl-C works, and the mixture stays visible. x
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,14 +46,18 @@ def quantise(rows: Array, kind: GGMLQuantizationType) -> Array:
 @lru_cache(maxsize=1)
 def _quantise_chunk() -> Callable[..., int] | None:
     """ggml's function; None where no installed package has it."""
-    for package, patterns in _LIBRARIES.items():
-        found = find_spec(package)
-        for folder in (found.submodule_search_locations or ()) if found else ():
-            for file in (each for pattern in patterns for each in Path(folder).glob(pattern)):
-                function = getattr(ctypes.CDLL(str(file)), "ggml_quantize_chunk", None)
-                if function is not None:
-                    function.restype = ctypes.c_size_t
-                    numbers, pointers = ctypes.c_int64, ctypes.c_void_p
-                    function.argtypes = (ctypes.c_int, pointers, pointers, numbers, numbers, numbers, pointers)
-                    return function
+    for file in _libraries():
+        if function := getattr(ctypes.CDLL(str(file)), "ggml_quantize_chunk", None):
+            number, pointer = ctypes.c_int64, ctypes.c_void_p
+            function.restype = ctypes.c_size_t
+            function.argtypes = (ctypes.c_int, pointer, pointer, number, number, number, pointer)
+            return function
     return None
+
+
+def _libraries() -> Iterator[Path]:
+    """The libraries in which an installed package may have ggml."""
+    for package, patterns in _LIBRARIES.items():
+        if found := find_spec(package):
+            for folder in found.submodule_search_locations or ():
+                yield from (file for pattern in patterns for file in Path(folder).glob(pattern))

@@ -28,7 +28,7 @@ from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
 from falcon_kit.loading.merging import is_quantised
 from falcon_kit.loading.writing import has_adapters, remove_wrappers
-from falcon_kit.model.checks import live_spec
+from falcon_kit.model.checks import is_offloaded, live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, planned_tensors, unsupported
 
@@ -114,7 +114,7 @@ def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, of
     floating = all(each.is_floating_point() for each in model.parameters())
     require(floating and not marked, f"the weights are quantised for torch: {quantised}")
     require(not has_adapters(model), f"the model has adapters: {adapted}")
-    require(not any(each.is_meta for each in model.parameters()), f"some weights are offloaded: {offloaded}")
+    require(not is_offloaded(model), f"some weights are offloaded: {offloaded}")
 
 
 def _add_shape(writer: GGUFWriter, model: FalconForCausalLM, spec: FalconSpec) -> None:
@@ -146,11 +146,13 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
         )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     names = {id: token for token, id in tokenizer.get_vocab().items()}
-    special = {id for id, added in tokenizer.added_tokens_decoder.items() if added.special}
+    types = dict.fromkeys(names, TokenType.NORMAL)
+    for id, added in tokenizer.added_tokens_decoder.items():
+        types[id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("falcon")
     writer.add_token_list([names.get(id, f"[PAD{id}]") for id in range(vocabulary)])
-    writer.add_token_types([_token_type(id, names, special, tokenizer) for id in range(vocabulary)])
+    writer.add_token_types([types.get(id, TokenType.UNUSED) for id in range(vocabulary)])
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -159,14 +161,6 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(plain_template(str(tokenizer.chat_template)))
-
-
-def _token_type(id: int, names: dict[int, str], special: set[int], tokenizer: PreTrainedTokenizerBase) -> TokenType:
-    if id not in names:
-        return TokenType.UNUSED
-    if id in special:
-        return TokenType.CONTROL
-    return TokenType.USER_DEFINED if id in tokenizer.added_tokens_decoder else TokenType.NORMAL
 
 
 def _write_tensors(

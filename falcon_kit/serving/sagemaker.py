@@ -128,14 +128,14 @@ class SageMakerServer:
 
     def _read(self, line: bytes, body: dict[str, Any], begun: bool) -> Iterator[Delta]:
         """The deltas of a line of the response to `body`: an event of TGI, or a chunk of the OpenAI protocol."""
-        with reading(self.facts.address):
-            text = line.decode().removeprefix("data:").strip()
-            if self.api == "tgi":
-                delta = tgi.read_event(text, self.facts.address, tgi.reshapes(body["parameters"]))
-                yield from [delta] if delta else []
-                return
-        if text not in ("", "[DONE]") and not text.startswith(":"):
-            yield from openai_api.read_event(text, self.facts.address, begun)
+        address = self.facts.address
+        with reading(address):
+            data = data_of(line.decode())
+        if data and self.api == "tgi":
+            with reading(address):
+                yield tgi.read_event(data, address, tgi.reshapes(body["parameters"]))
+        elif data:
+            yield from openai_api.read_event(data, address, begun)
 
     def _silent(self) -> TimeoutError:
         return TimeoutError(
@@ -168,6 +168,12 @@ class SageMakerServer:
         if isinstance(error, ReadTimeoutError):
             return self._silent()
         return ConnectionError(f"{address} failed. AWS reports: {message}")
+
+
+def data_of(line: str) -> str:
+    """The data in a line of server-sent events or of JSON, as LMI's containers write it; empty where it has none."""
+    data = line.removeprefix("data:").strip()
+    return "" if data == "[DONE]" or data.startswith((":", "event:")) else data
 
 
 def _in_thread(function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:

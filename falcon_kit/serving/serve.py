@@ -93,13 +93,17 @@ class Served(Endpoint):
 
     def __repr__(self) -> str:
         ended = self._process.ended
-        return super().__repr__().replace("Endpoint", "Served", 1) + (f", which {ended}" if ended else "")
+        return super().__repr__() + (f", which {ended}" if ended else "")
 
     def _facts(self) -> dict[str, str]:
-        files = {"files": self.files.note, "made by": self.files.again}
-        files = {name: value for name, value in files.items() if value}
-        state = {"state": self._process.ended or "running", "memory": self.plan.verdict()}
-        return super()._facts() | state | files | {"on a machine of its own": self.command.splitlines()[-1]}
+        facts = {
+            "state": self._process.ended or "running",
+            "memory": self.plan.verdict(),
+            "files": self.files.note,
+            "made by": self.files.again,
+            "on a machine of its own": self.command.splitlines()[-1],
+        }
+        return super()._facts() | {name: value for name, value in facts.items() if value}
 
 
 def serve(
@@ -151,13 +155,12 @@ def serve(
     except BaseException:
         process.close()
         raise
-    return _served(server, job, planned, source, files, given_format, process)
+    return _served(server, job, source, files, given_format, process)
 
 
 def _served(
     server: OpenAIServer,
     job: Job,
-    planned: Plan,
     source: Source,
     files: Files,
     given_format: ChatFormat | None,
@@ -167,14 +170,14 @@ def _served(
         model=job.name,
         server=server.facts.server,
         address=server.facts.address,
-        context=job.context,
-        concurrency=job.texts,
+        context=job.plan.context,
+        concurrency=job.plan.batch,
         spec=source.spec,
         chat_format=given_format or files.chat_format,
         own_format=bool(given_format) or not files.has_template,
         name=source.name,
         engine=next(name for name, engine in ENGINES.items() if engine is job.engine),
-        plan=planned,
+        plan=job.plan,
         command=_command(job, source, files),
         files=files,
         _server=server,
@@ -232,18 +235,19 @@ def _plan(
             break
     loading = loading_plan(source.model) if isinstance(source.model, Checkpoint) else None
     unloadable = loading if loading and source.loads(engine.reads_gguf) and not loading.fits else None
-    if planned.fits and not unloadable:
-        return planned
+    if not planned.fits:
+        prepared = [_prepared_files(source, engine, _SMALLER, unloadable)] if unloadable else []
+        advice = prepared or [*_advice(source, engine, counted, planned, loading)]
+        raise _not_enough(planned, _shortage(source, planned), advice)
     if unloadable:
-        advice = [_prepared_files(source, engine, dtype if planned.fits else _SMALLER, unloadable)]
-    else:
-        advice = [*_advice(source, engine, counted, context, texts, loading)]
-    short = unloadable if unloadable and planned.fits else planned
-    written = f"{engine.name} reads files that this process writes, for which it loads the model: {short.verdict()}"
-    raise NotEnoughMemory(
-        replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))),
-        written if planned.fits else _shortage(source, planned),
-    )
+        written = f"{engine.name} reads files that this process writes, for which it loads the model"
+        prepared = [_prepared_files(source, engine, dtype, unloadable)]
+        raise _not_enough(unloadable, f"{written}: {unloadable.verdict()}", prepared)
+    return planned
+
+
+def _not_enough(short: Plan, text: str, advice: list[str]) -> NotEnoughMemory:
+    return NotEnoughMemory(replace(short, suggestions=tuple(map(Suggestion, [*advice, _ELSEWHERE]))), text)
 
 
 def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, ...], context: int, texts: int) -> Plan:
@@ -254,17 +258,14 @@ def _counted(source: Source, engine: Engine, dtype: str, devices: tuple[Device, 
 
 
 def _advice(
-    source: Source,
-    engine: Engine,
-    counted: Callable[[int, int], Plan],
-    context: int,
-    texts: int,
-    loading: Plan | None,
+    source: Source, engine: Engine, counted: Callable[[int, int], Plan], planned: Plan, loading: Plan | None
 ) -> Iterator[str]:
     """What would make the server fit: the first halving of an argument of `serve` that does, or fewer bits.
 
-    loading: the plan of loading the model in this process; None for a Falcon in memory.
+    counted: the plan for a context and a number of texts. planned: that which does not fit. loading: the plan of
+    loading the model in this process; None for a Falcon in memory.
     """
+    context, texts = planned.context, planned.batch
     fewer = (texts >> times for times in range(1, texts.bit_length()))
     if fitting := next((each for each in fewer if counted(context, each).fits), None):
         yield f"texts={fitting}"
@@ -272,8 +273,7 @@ def _advice(
     if fitting := next((each for each in shorter if counted(each, texts).fits), None):
         yield f"context={fitting}"
     smaller = planned_tensors(source.spec, _SMALLER)
-    devices = counted(context, texts).devices
-    if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, devices).fits:
+    if engine.reads_gguf and plan_file(source.spec, _SMALLER, smaller, context, texts, planned.devices).fits:
         if source.file and loading:
             yield _prepared_files(source, engine, _SMALLER, loading)
         else:
@@ -309,10 +309,7 @@ def _job(source: Source, engine: Engine, planned: Plan, files: Files, port: int,
         engine=engine,
         model=str(files.path),
         name=source.short_name,
-        dtype=planned.dtype,
-        context=planned.context,
-        texts=planned.batch,
-        kv_bytes=planned.kv_bytes,
+        plan=planned,
         tensor_parallel=across,
         stages=stages,
         memory_share=_free_share(gpus) if gpus else 0.0,
@@ -334,7 +331,7 @@ def _connect(process: LocalProcess, timeout: float, job: Job, request_timeout: f
     token = process.secret if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names
-    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.context)
+    finding = partial(discover, f"http://{job.host}:{job.port}/v1", name, connection, job.plan.context)
     server = wait_for(retry(finding, connection))
     process.check()
     return server

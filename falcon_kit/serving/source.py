@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
@@ -22,7 +22,7 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import choose_dtype, load, load_tokenizer, set_special_tokens, trained_format
+from falcon_kit.loading.load import TOKEN_IDS, choose_dtype, generation_config, load, load_tokenizer, trained_format
 from falcon_kit.loading.merging import merge
 from falcon_kit.loading.writing import write_model
 from falcon_kit.model.checks import live_spec
@@ -33,7 +33,6 @@ from falcon_kit.serving.gguf import check_writable, export_gguf
 from falcon_kit.serving.gguf_kinds import stored_dtype
 
 _HUB: dict[str, Any] = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False}
-_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ def source_of(model: Any) -> Source:
     """
     model = getattr(model, "adapter", model)
     if isinstance(model, Falcon):
-        _check_savable(model)
+        original = f"give the name of the original, fk.serve({model.name!r})"
+        merged = f"serve the merged model, fk.serve(fk.merge(adapter, {model.name!r}))"
+        check_writable(model.model, quantised=original, adapted=merged, offloaded=original)
         return Source(model.name, live_spec(model.spec, model.model), model.dtype, model)
     if not isinstance(model, str | Path):
         raise TypeError(
@@ -98,13 +99,6 @@ def source_of(model: Any) -> Source:
     check_adapters(found)  # which `fk.load` would refuse once the files are being written
     own = stored_dtype(found.gguf) if found.gguf and not found.adapters else None
     return Source(str(model), found.spec, own or _loaded_dtype(found), found)
-
-
-def _check_savable(falcon: Falcon) -> None:
-    """Raises ValueError for a Falcon whose weights a server would not read as they are."""
-    original = f"give the name of the original, fk.serve({falcon.name!r})"
-    merged = f"serve the merged model, fk.serve(fk.merge(adapter, {falcon.name!r}))"
-    check_writable(falcon.model, quantised=original, adapted=merged, offloaded=original)
 
 
 def loading_plan(found: Checkpoint) -> Plan:
@@ -139,7 +133,7 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
             return _where_it_is(found, found.directory, "", tokenizer)
     try:
         return _write(source, folder, dtype, gguf)
-    finally:  # the weights are no longer needed
+    finally:  # what was loaded for that is gone by now
         empty_gpu_cache()
 
 
@@ -159,13 +153,10 @@ def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -
 
     Servers take the end token from this file, and never end a text with that of 2023.
     """
-    file = directory / "generation_config.json"
-    if not file.is_file():
+    if (config := generation_config(directory, tokenizer)) is None:
         return {}
-    content = read_json(file)
-    config = GenerationConfig(**{name: content.get(name) for name in _ENDS})
-    set_special_tokens(config, tokenizer)
-    right = {name: getattr(config, name) for name in _ENDS}
+    content = read_json(directory / "generation_config.json")
+    right = {name: getattr(config, name) for name in TOKEN_IDS}
     return {} if right["eos_token_id"] == content.get("eos_token_id") else content | right
 
 
@@ -178,17 +169,19 @@ def _write_links(directory: Path, path: Path, generation: dict[str, Any]) -> Pat
     return path
 
 
-def _load(source: Source) -> Falcon:
-    found = source.model
-    if isinstance(found, Checkpoint) and found.is_adapter:
-        fetch(found)
-        return merge(found.adapters[-1])
-    return load(source.name)
-
-
 def _write(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
-    falcon = source.model if isinstance(source.model, Falcon) else _load(source)
+    falcon = _in_memory(source)
     return _write_gguf(falcon, source, folder, dtype) if gguf else _write_checkpoint(falcon, source, folder)
+
+
+def _in_memory(source: Source) -> Falcon:
+    """The model, loaded if it is not in memory yet."""
+    if isinstance(source.model, Falcon):
+        return source.model
+    if source.model.is_adapter:
+        fetch(source.model)
+        return merge(source.model.adapters[-1])
+    return load(source.name)
 
 
 def _write_checkpoint(falcon: Falcon, source: Source, folder: Path) -> Files:

@@ -26,20 +26,20 @@ _CLOSE_SECONDS = 5.0
 _MOST_PER_TOKEN = 256  # events and characters; the longest token of the published vocabulary has 80 characters
 
 
-class IncompleteAnswer(Portable, ConnectionError):
+class _WithText(Portable, Exception):
+    """An error with the text that was received."""
+
+    def __init__(self, message: str, generation: Generation) -> None:
+        super().__init__(message)
+        self.generation, self.generations = generation, (generation,)
+
+
+class IncompleteAnswer(_WithText, ConnectionError):
     """A response broke before its end; `.generation` has the text so far, with finish_reason "broken"."""
 
-    def __init__(self, message: str, generation: Generation) -> None:
-        super().__init__(message)
-        self.generation, self.generations = generation, (generation,)
 
-
-class TextBeyondContext(Portable, ValueError):
+class TextBeyondContext(_WithText, ValueError):
     """Prompt and answer have more tokens than the model's context; `.generation` has the text all the same."""
-
-    def __init__(self, message: str, generation: Generation) -> None:
-        super().__init__(message)
-        self.generation, self.generations = generation, (generation,)
 
 
 class Answer:
@@ -316,7 +316,7 @@ class RemoteStream(Iterator[Piece]):
         """The whole text and its statistics, after the stream has ended, broken or been closed."""
         if not (self._ended or self._task.done()):  # the last piece is received before its task is done
             raise RuntimeError("the stream has not ended yet: iterate over it to the end, or close() it")
-        if self._error and not isinstance(self._error, IncompleteAnswer | TextBeyondContext):
+        if self._error and not isinstance(self._error, _WithText):
             raise self._error
         return self._answer.generation()
 

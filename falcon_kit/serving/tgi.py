@@ -58,8 +58,7 @@ class TGIServer:
             async for event in events:
                 with reading(address):
                     delta = read_event(event, address, reshaped)
-                if delta:
-                    yield delta
+                yield delta
 
 
 def request_body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
@@ -95,19 +94,16 @@ def reshapes(parameters: Mapping[str, Any]) -> bool:
     return parameters.get("temperature", 1) != 1 or any(name in parameters for name in ("top_p", *_NAMES.values()))
 
 
-def read_event(line: str, address: str, reshaped: bool = False) -> Delta | None:
-    """The delta in a line of server-sent events or of JSON; None for an empty line, a comment or the end mark.
+def read_event(data: str, address: str, reshaped: bool = False) -> Delta:
+    """The delta in the data of an event.
 
     reshaped: the request `reshapes` what TGI reports, so that the log-probability is not known. LMI's is the model's.
     """
-    line = line.removeprefix("data:").strip()
-    if not line or line.startswith((":", "event:")) or line == "[DONE]":
-        return None
-    event = json_or_none(line)
+    event = json_or_none(data)
     if at(event, "error"):
         raise ConnectionError(f"{address} reports: {error_message(event)}")
     if not isinstance(at(event, "token"), dict):
-        raise ConnectionError(f"{address} sent a line that is no event of TGI: {line!r}")
+        raise ConnectionError(f"{address} sent a line that is no event of TGI: {data!r}")
     token, details = event["token"], event.get("details") or {}
     if not isinstance(token.get("special"), bool | None):
         raise TypeError(f"special is {token['special']!r}, neither true nor false")

@@ -14,9 +14,7 @@ from typing import Any, Self
 from falcon_kit.loading.falcon import Falcon
 
 _LARGEST_REQUEST = 1 << 20  # bytes
-_SETTINGS = (
-    *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "seed"),
-)
+_SETTINGS = "max_new_tokens do_sample temperature top_k top_p typical_p repetition_penalty seed".split()
 
 
 class TgiServer:

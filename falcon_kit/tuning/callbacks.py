@@ -78,18 +78,19 @@ class GradientCheck(TrainerCallback):
         if self._checked:
             return
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        without = [name for name, each in trained.items() if each.grad is None]
-        norms = {name: float(_norm(each.grad)) for name, each in trained.items() if not without}
+        if without := [name for name, each in trained.items() if each.grad is None]:
+            raise RuntimeError(
+                f"{len(without)} of {len(trained)} adapter weights get no gradient, such as {without[0]}, so nothing "
+                "would be learned"
+            )
+        norms = {name: float(_norm(each.grad)) for name, each in trained.items()}
         if not all(map(math.isfinite, norms.values())):  # float16 overflowed: its scaler skips this step
             return
         self._checked = True
-        if without or not any(norm > 0 for name, norm in norms.items() if "lora_B" in name):
-            reason = (
-                f"{len(without)} of {len(trained)} adapter weights get no gradient, such as {without[0]}"
-                if without
-                else f"the gradients of all {len(trained)} adapter weights are zero"
+        if not any(norm > 0 for name, norm in norms.items() if "lora_B" in name):
+            raise RuntimeError(
+                f"the gradients of all {len(trained)} adapter weights are zero, so nothing would be learned"
             )
-            raise RuntimeError(f"{reason}, so nothing would be learned")
 
 
 def _norm(gradient: Any) -> Tensor:

@@ -19,6 +19,7 @@ from falcon_kit.loading.falcon import Falcon, first_rows
 from falcon_kit.loading.gguf import gguf_tokenizer
 from falcon_kit.loading.merging import check_no_adapters, is_quantised
 from falcon_kit.model import modeling
+from falcon_kit.model.checks import is_offloaded
 from falcon_kit.tuning.packing import Packed, column
 from falcon_kit.tuning.settings import Tuning
 
@@ -31,7 +32,7 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
             "with transformers' own Falcon, packed documents attend to each other: load the model without "
             "attention='transformers'"
         )
-    if any(each.device.type == "meta" for each in falcon.model.parameters()):
+    if is_offloaded(falcon.model):
         raise ValueError(
             "a part of the model is offloaded to host memory or disk, where it cannot be trained: load it completely "
             "onto the device, with dtype='nf4-double' (QLoRA) if it is too large, or take a smaller model"

@@ -263,8 +263,7 @@ def mix(
     wanted = chat * web_fraction / (1 - web_fraction)
     taken: list[dict[str, Any]] = []
     have = 0
-    web = _read_web(web_texts)
-    for each in _web_rows(web, problems):
+    for each in _web_rows(web_texts, problems):
         if have >= wanted:
             break
         taken.append(each)
@@ -276,7 +275,7 @@ def mix(
             f"{web_fraction:.1%} of web text beside {chat:,} {unit} of dialogues takes {wanted:,.0f} {unit}, but the "
             f"web texts have {have:,}: give more web text{instead}{first_problems(problems)}"
         )
-    if problems and not isinstance(web, Documents):
+    if problems and not isinstance(web_texts, Documents | str | Path):  # of those, `dialogues` warns
         which = f"{counted(len(problems), 'web text')} {'is' if len(problems) == 1 else 'are'}"
         warn(f"{which} left out{first_problems(problems)}")
     both = concatenate_datasets([dialogues.table, Dataset.from_list(taken, features=FEATURES)])
@@ -284,15 +283,13 @@ def mix(
     return Documents(both.select(order), (*dialogues.problems, *problems), dialogues._folders)
 
 
-def _read_web(given: Any) -> Any:
-    return dialogues(given) if isinstance(given, str | Path) else given
-
-
 def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """The plain texts of `given`, one at a time; rows that are none are appended to `problems`.
 
     Raises ValueError where the first hundred rows of a stream have no text, since it may never end.
     """
+    if isinstance(given, str | Path):
+        given = dialogues(given)
     found: Iterable[dict[str, Any] | Problem]
     if isinstance(given, Documents):
         problems += given.problems

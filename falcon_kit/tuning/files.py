@@ -183,33 +183,29 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:
     """The values of a JSON array and of those after it, or of a file of indented values, one at a time."""
     twice: list[str] = []
-    decoder, line, arrays = json.JSONDecoder(object_pairs_hook=partial(json_object, twice)), 1, array
-    text = read()
-    at = text.index("[") + 1 if array else 0
-    line += text.count("\n", 0, at)
+    decoder = json.JSONDecoder(object_pairs_hook=partial(json_object, twice))
+    text, inside = read(), False
+    at = text.index("[") if array else 0
+    line = 1 + text.count("\n", 0, at)
     while True:
         start = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # an empty match is a match
         line += text.count("\n", at, start)
         at = start
-        if arrays and not array and text.startswith("[", at):
-            array, at = True, at + 1
+        if array and text.startswith("]" if inside else "[", at):
+            inside, at = not inside, at + 1
             continue
         twice.clear()
         try:
             value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, RecursionError):
-                yield line, ValueError("a value is nested too deeply: the rest of the file is not read")
-                return
-            if array and text.startswith("]", at):
-                array, at = False, at + 1
-                continue
-            if more := read() if len(text) - at < _LARGEST else "":
+        except RecursionError:
+            yield line, ValueError("a value is nested too deeply: the rest of the file is not read")
+            return
+        except ValueError as error:
+            if len(text) - at < _LARGEST and (more := read()):
                 text, at = text[at:] + more, 0  # the only copy, once for many rows
                 continue
-            if not array and at == len(text):
-                return
-            yield line, ValueError(f"the JSON is broken from here on ({error}): the rest of the file is not read")
+            if inside or at < len(text):
+                yield line, ValueError(f"the JSON is broken from here on ({error}): the rest of the file is not read")
             return
         yield line, TwiceNamed(twice[0]) if twice else value
         line += text.count("\n", at, end)

@@ -128,12 +128,11 @@ def _turns(row: Mapping[str, Any]) -> list[Any] | None:
     if asked and row.get("output") is not None:
         return _pair("\n\n".join(each for each in asked if each.strip()), row["output"])
     prompt, completion = (row.get(key) for key in _TRL)
-    if isinstance(prompt, str) and completion is not None:
-        return _pair(prompt, completion)
     if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple) and completion:
         return [*map(_only_read, prompt), *map(_turn, completion)]
-    if isinstance(row.get("question"), str) and row.get("answer") is not None:
-        return _pair(row["question"], row["answer"])
+    for asked_as, answered_as in (_TRL, ("question", "answer")):
+        if isinstance(row.get(asked_as), str) and row.get(answered_as) is not None:
+            return _pair(row[asked_as], row[answered_as])
     if isinstance(row.get("input"), str) and BAIZE_MARK.search(row["input"]):
         return _baize(row["input"])
     return None

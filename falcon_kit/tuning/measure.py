@@ -60,11 +60,9 @@ def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: 
 
 def short_rows(data: Any, falcon: Falcon) -> Packed:
     """Documents, in any form that `tune` takes, in rows of at most 512 tokens; packed rows as they are."""
-    return (
-        data
-        if isinstance(data, Packed)
-        else pack(dialogues(data), falcon, min(512, context_limit(falcon.model.config)))
-    )
+    if isinstance(data, Packed):
+        return data
+    return pack(dialogues(data), falcon, min(512, context_limit(falcon.model.config)))
 
 
 def _questions(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[_Question]:

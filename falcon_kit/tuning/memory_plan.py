@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,18 +26,9 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
     Raises NotEnoughMemory if it does not fit and the weights will not be sharded, and ValueError for a model on the GPU
     of another process.
     """
-    used: dict[str, int] = {}
-    for each in falcon.model.parameters():
-        key = str(each.device.index) if each.device.type == "cuda" else "cpu"
-        used[key] = used.get(key, 0) + each.nbytes
     quantised = stored_quantisation(falcon.model.config)
     shards = not quantised and distributed.world_size() > 1 if settings.shard is None else settings.shard
-    here = resolve_devices(None)
-    _check_own_gpu(used, here)
-    if not shards:  # the GPUs of the machine, or the CPU, on which the model is
-        found = {str(each.key): each for each in (Device("cpu", "cpu", host_memory()[1], here=True), *here)}
-        here = tuple(found[key] for key in used)
-    devices = [replace(each, free_bytes=each.free_bytes + used.get(str(each.key), 0)) for each in here]
+    devices = _devices(falcon, shards)
     make = partial(
         plan,
         live_spec(falcon.spec, falcon.model),
@@ -53,6 +45,19 @@ def plan_training(falcon: Falcon, settings: Tuning, force: bool) -> Plan:
         recomputing = [] if checkpointing or not make().fits else [Suggestion(gradient_checkpointing=True)]
         raise NotEnoughMemory(replace(planned, suggestions=(*recomputing, *_advice(planned, falcon))))
     return planned
+
+
+def _devices(falcon: Falcon, shards: bool) -> list[Device]:
+    """The devices to train on: those that the model is on or, for shards, all of this process."""
+    used: Counter[str] = Counter()
+    for each in falcon.model.parameters():
+        used[str(each.device.index) if each.device.type == "cuda" else "cpu"] += each.nbytes
+    here = resolve_devices(None)
+    _check_own_gpu(used, here)
+    if not shards:
+        found = {str(each.key): each for each in (Device("cpu", "cpu", host_memory()[1], here=True), *here)}
+        here = tuple(found[key] for key in used)
+    return [replace(each, free_bytes=each.free_bytes + used[str(each.key)]) for each in here]
 
 
 def _check_own_gpu(used: Collection[str], here: Sequence[Device]) -> None:

@@ -207,8 +207,7 @@ def pack(
     encoder = _Encoder(falcon.tokenizer, falcon.chat_format, context, problems)
     stored = store((row for document in documents for row in encoder(document)), FEATURES)
     if stored is None:
-        reasons = "; ".join(f"{each.where}: {each.reason}" for each in problems[:3])
-        raise ValueError(f"no document has anything to train on within {context} tokens: {reasons}")
+        raise ValueError(f"no document has anything to train on within {context} tokens{first_problems(problems)}")
     if problems:
         count = len({each.where for each in problems})
         which = f"{counted(count, 'conversation')} {'is' if count == 1 else 'are'} cut, changed or left out"

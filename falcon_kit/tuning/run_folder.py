@@ -21,12 +21,13 @@ from falcon_kit.display.errors import differences, require
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import atomic_folder, check_folder, check_writable, remove, write_text
 from falcon_kit.generation.own_format import storable
-from falcon_kit.loading.adapters import RECORD, Adapter, check_contents, model_fingerprint
+from falcon_kit.loading.adapter_checks import check_contents
+from falcon_kit.loading.adapters import RECORD, Adapter, model_fingerprint
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.packing import Packed, column
-from falcon_kit.tuning.runs import model_card
+from falcon_kit.tuning.runs import TuningRun, model_card
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer
 
@@ -184,23 +185,15 @@ def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
     return adapter
 
 
-def write_record(
-    adapter: Path,
-    falcon: Falcon,
-    settings: Tuning,
-    base_fingerprint: str,
-    packed: Packed,
-    history: Sequence[Mapping[str, float]],
-    figures: Mapping[str, float],
-) -> None:
+def write_record(run: TuningRun, base_fingerprint: str) -> None:
     """Writes the model card, then the record, which marks the run as finished."""
     record = {
-        "base": falcon.name,
+        "base": run.falcon.name,
         "base_fingerprint": base_fingerprint,
-        "chat_format": storable(packed.chat_format),
-        "settings": asdict(settings),
-        "figures": dict(figures),
-        "history": history,
+        "chat_format": storable(run.packed.chat_format),
+        "settings": asdict(run.settings),
+        "figures": dict(run.figures),
+        "history": run.history,
     }
-    write_text(adapter / "README.md", model_card(falcon.name, adapter, packed, settings, figures))
-    write_text(adapter / RECORD, json.dumps(record, indent=2) + "\n")
+    write_text(run.adapter / "README.md", model_card(run))
+    write_text(run.adapter / RECORD, json.dumps(record, indent=2) + "\n")

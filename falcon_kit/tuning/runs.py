@@ -124,17 +124,17 @@ class BeforeAfter:
         return write_text(path, f"<!doctype html><meta charset=utf-8>{self._repr_html_()}")
 
 
-def model_card(base: str, adapter: Path, packed: Packed, settings: Tuning, figures: Mapping[str, float]) -> str:
+def model_card(run: TuningRun) -> str:
     """The model card of an adapter: data, figures, settings."""
-    form, given = packed.chat_format, "web-text loss after" in figures
-    measured = [f"| {label} | {value:.4g} |" for label, value in figures.items()]
-    chosen = [f"| {label} | {value} |" for label, value in asdict(settings).items()]
+    form, given = run.packed.chat_format, "web-text loss after" in run.figures
+    measured = [f"| {label} | {value:.4g} |" for label, value in run.figures.items()]
+    chosen = [f"| {label} | {value} |" for label, value in asdict(run.settings).items()]
     return _CARD.format(
-        base=base,
-        name=adapter.parent.resolve().name,
-        adapter=adapter.as_posix(),
+        base=run.falcon.name,
+        name=run.adapter.parent.resolve().name,
+        adapter=run.adapter.as_posix(),
         form=f"{form.name}, `{form.user_prefix}` / `{form.assistant_prefix}`" if form.assistant_prefix else form.name,
-        data=repr(packed).removeprefix("Packed(").removesuffix(")"),
+        data=repr(run.packed).removeprefix("Packed(").removesuffix(")"),
         figures="\n".join([*_HEAD, *measured]),
         text="web-text" if given else "generated-text",
         texts="the web text that was given" if given else "8 generated English texts about animals",

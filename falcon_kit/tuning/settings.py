@@ -3,7 +3,7 @@
 They have the names of peft's `LoraConfig` and transformers' `TrainingArguments` where those have one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -25,6 +25,8 @@ _SCHEDULES = ("constant_with_warmup", "linear", "cosine")
 _TINY, _MIDDLE = 100e6, 20e9  # parameters
 _AT_LEAST_1 = ("r", "per_device_train_batch_size", "gradient_accumulation_steps")
 _NONE_OR_AT_LEAST_1 = ("context", "max_steps", "eval_steps", "patience", "save_steps")
+_ABOVE_0 = ("num_train_epochs", "lora_alpha", "max_grad_norm")
+_SHARES = ("held_out", "warmup_ratio", "lora_dropout")
 _OTHER_NAMES = {
     **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r, as in LoraConfig"),
     "alpha": "lora_alpha, as in LoraConfig",
@@ -135,31 +137,19 @@ class Tuning:
         )
 
     def _check_numbers(self) -> None:
-        for name in _AT_LEAST_1:
+        for name in (*_AT_LEAST_1, *(each for each in _NONE_OR_AT_LEAST_1 if getattr(self, each) is not None)):
             check_whole(name, getattr(self, name), 1)
-        for name in _NONE_OR_AT_LEAST_1:
-            value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value, 1)
         check_whole("answers", self.answers, 0)
         check_whole("seed", self.seed, 0, 2**32 - 1)  # numpy's range
-        for name in ("num_train_epochs", "lora_alpha", "max_grad_norm"):
+        self._check_range(_ABOVE_0, "more than 0, and at most 1e30", lambda value: 0 < value <= 1e30)
+        self._check_range(_SHARES, "at least 0 and below 1", lambda value: 0 <= value < 1)
+        self._check_range(("learning_rate",), "above 0 and below 1", lambda value: 0 < value < 1)
+
+    def _check_range(self, names: Iterable[str], range: str, holds: Callable[[float], bool]) -> None:
+        for name in names:
             value = getattr(self, name)
-            require(
-                value is None or (is_number(value, 0, 1e30) and value > 0),
-                f"{name} must be more than 0, and at most 1e30, got {shown(value)}",
-            )
-        for name in ("held_out", "warmup_ratio", "lora_dropout"):
-            value = getattr(self, name)
-            require(
-                value is None or (is_number(value, 0, 1) and value < 1),
-                f"{name} must be at least 0 and below 1, got {shown(value)}",
-            )
-        rate = self.learning_rate
-        require(
-            rate is None or (is_number(rate, 0, 1) and 0 < rate < 1),
-            f"learning_rate must be above 0 and below 1, got {shown(rate)}",
-        )
+            valid = value is None or (is_number(value, 0, 1e30) and holds(value))
+            require(valid, f"{name} must be {range}, got {shown(value)}")
 
     def _check_target_modules(self) -> None:
         given: Any = self.target_modules

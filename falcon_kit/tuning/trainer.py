@@ -192,15 +192,14 @@ class AdapterTrainer(Trainer):
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a file cannot be written
-            raise self._not_saved(error) from error
-
-    def _not_saved(self, error: Exception) -> OSError:
-        last = checkpoint_files.last_complete(self._run)
-        remove_quietly(self._run / checkpoint_files.UNFINISHED)
-        saved = f"{last} is complete, and fk.tune resumes from it" if last else "no checkpoint was saved before"
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        space = ": free some space" if full or "PytorchStreamWriter" in str(error) else ""
-        return OSError(f"step {self.state.global_step} could not be saved in {self._run} ({error}){space}; {saved}")
+            last = checkpoint_files.last_complete(self._run)
+            remove_quietly(self._run / checkpoint_files.UNFINISHED)
+            saved = f"{last} is complete, and fk.tune resumes from it" if last else "no checkpoint was saved before"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            space = ": free some space" if full or "PytorchStreamWriter" in str(error) else ""
+            raise OSError(
+                f"step {self.state.global_step} could not be saved in {self._run} ({error}){space}; {saved}"
+            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not distributed.is_sharded(self.model):

@@ -221,24 +221,36 @@ class _Run:
 
     def __call__(self) -> TuningRun:
         self._show_plan()
-        if record := distributed.on_rank0(partial(read_record, self.directory), self.on_cpu):
-            self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
-            return self._result(record["history"], record["figures"])
+        run = self._finished() or self._trained()
+        self._tell(run.verdict)
+        return run
+
+    def _finished(self) -> TuningRun | None:
+        """The result of a run that was finished before; None if there is none."""
+        record = distributed.on_rank0(partial(read_record, self.directory), self.on_cpu)
+        if record is None:
+            return None
+        self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
+        return self._result(record["history"], record["figures"])
+
+    def _trained(self) -> TuningRun:
+        """The result of training and measuring."""
         model = _new_adapter(self.falcon, self.settings)
         trainer = self._trainer(model)
         self._train(trainer)
-        adapter = save_adapter(trainer, self.directory)  # first, since measuring may fail
+        save_adapter(trainer, self.directory)  # first, since measuring may fail
         figures = self._measure(trainer, model)
-        history, base = trainer.state.log_history, self._identity["base"]
-        write = partial(write_record, adapter, self.falcon, self.settings, base, self.train, history, figures)
-        distributed.on_rank0(write, self.on_cpu)
-        return self._result(history, figures)
+        run = self._result(trainer.state.log_history, figures)
+        distributed.on_rank0(partial(write_record, run, self._identity["base"]), self.on_cpu)
+        return run
 
     def _show_plan(self) -> None:
         sharded = self._sharded  # every process has to ask
-        if distributed.is_rank0() and not self.quiet:
+        if not distributed.is_rank0():
+            return
+        if not self.quiet:
             show_plan(self.plan, distributed.world_size() if sharded else 1)
-        if distributed.is_rank0() and sharded and self.settings.answers and isinstance(self.test_documents, Documents):
+        if sharded and self.settings.answers and isinstance(self.test_documents, Documents):
             warn(
                 "the weights are sharded, so no held-out answer is generated: stop rate and exact answers are not "
                 "measured"
@@ -250,9 +262,7 @@ class _Run:
 
     def _result(self, history: list[dict[str, float]], figures: Mapping[str, float]) -> TuningRun:
         adapter = self.directory / "adapter"
-        run = TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
-        self._tell(run.verdict)
-        return run
+        return TuningRun(adapter, self.falcon, self.settings, self.plan, self.train, tuple(history), figures)
 
     def _trainer(self, model: PeftModel) -> AdapterTrainer:
         evaluated = self.test is not None

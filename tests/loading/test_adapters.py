@@ -12,7 +12,7 @@ from transformers import FalconForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.loading import adapters
+from falcon_kit.loading import adapters, adding
 from tests.conftest import legacy, logits, small_model
 from tests.loading.test_checkpoints import cached
 
@@ -321,7 +321,7 @@ def test_weights_are_not_read_before_they_are_asked_for(of_40b, tmp_path):
 
     with ExitStack() as open_files:
         files = sorted((tmp_path / "base").glob("*.safetensors"))
-        weights = adapters.with_adapters(adapters.lazy_state_dict(files, open_files), [of_40b], "base", None)
+        weights = adding.with_adapters(adding.lazy_state_dict(files, open_files), [of_40b], "base", None)
         unread = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor)]
         layer = "transformer.h.1.mlp.dense_h_to_4h"
         sides = load_file(of_40b / adapters.WEIGHTS)

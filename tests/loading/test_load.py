@@ -330,6 +330,15 @@ def test_a_failure_leaves_nothing_half_loaded_in_memory(checkpoint):
     assert len(falcons_in_memory()) == before
 
 
+def test_a_failure_once_the_weights_are_read_leaves_nothing_in_memory(checkpoint, monkeypatch):
+    monkeypatch.setattr("falcon_kit.loading.reading._remove_needless_hooks", lambda _: 1 / 0)
+    before = len(falcons_in_memory())
+    with pytest.raises(ZeroDivisionError) as kept:
+        fk.load(checkpoint)
+    assert kept.value.__traceback__ is not None
+    assert len(falcons_in_memory()) == before
+
+
 def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, monkeypatch):
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)

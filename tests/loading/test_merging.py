@@ -13,7 +13,7 @@ from transformers import FalconForCausalLM
 import falcon_kit as fk
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading import merging
-from falcon_kit.loading.adapters import LazyMergedWeight
+from falcon_kit.loading.adding import LazyMergedWeight
 from falcon_kit.loading.merging import attached
 from falcon_kit.planning.devices import Device
 from tests.conftest import logits, simulated_gpus, small_model

@@ -51,6 +51,15 @@ def test_a_sagemaker_answer_that_breaks_off_keeps_its_text(sagemaker_service, mo
     assert broken.value.generation.text == "Half"
 
 
+@pytest.mark.parametrize("line", ["", ":keep-alive", "event: message", "data: [DONE]"])
+def test_a_line_without_an_event_is_skipped(line):
+    assert sagemaker.data_of(line) == ""
+
+
+def test_an_event_is_in_a_line_of_json_or_of_server_sent_events():
+    assert sagemaker.data_of('{"token": {}}') == sagemaker.data_of('data:{"token": {}}') == '{"token": {}}'
+
+
 def test_a_sagemaker_response_that_is_slow_to_close_holds_up_nothing(sagemaker_service, monkeypatch):
     closing, closed = threading.Event(), threading.Event()
     monkeypatch.setattr(sagemaker, "_close", lambda _: (closing.set(), closed.wait(20)))

@@ -121,22 +121,24 @@ def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_serv
 
 
 def test_a_server_without_a_key_is_for_its_own_machine_only():
-    command = Job(TRANSFORMERS, "folder", "falcon", "float32", 2048, 8, 0).shell_command()
+    command = Job(TRANSFORMERS, "folder", "falcon", fk.plan("falconet")).shell_command()
     assert "--host 127.0.0.1" in command
     assert "FALCON_KIT_TOKEN" not in command
 
 
 def test_threads_of_llama_cpp_sleep_while_they_wait_unless_the_user_chose(monkeypatch):
-    job = Job(LLAMA_CPP, "falcon.gguf", "falcon", "float32", 2048, 8, 0)
+    job = Job(LLAMA_CPP, "falcon.gguf", "falcon", fk.plan("falconet"))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert job.environment("key")["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert job.environment("key")["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_vllm_on_a_cpu_gets_room_for_the_keys_and_values_of_all_texts():
-    job = Job(VLLM, "falcon", "falcon", "float32", 2048, 8, kv_bytes=2**30 + 1)
-    assert job.environment("key")["VLLM_CPU_KVCACHE_SPACE"] == "2"
+@pytest.mark.parametrize(("texts", "gib"), [(64, "1"), (65, "2")])
+def test_vllm_on_a_cpu_gets_room_for_the_keys_and_values_of_all_texts(texts, gib):
+    planned = fk.plan("falcon-7b", "bfloat16", context=2048, batch=texts)
+    assert planned.kv_bytes == texts * 2**24
+    assert Job(VLLM, "falcon", "falcon", planned).environment("key")["VLLM_CPU_KVCACHE_SPACE"] == gib
 
 
 # What is served

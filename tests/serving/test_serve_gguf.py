@@ -15,7 +15,8 @@ from falcon_kit.serving.engines import LLAMA_CPP
 from falcon_kit.serving.file_plan import plan_file
 from falcon_kit.serving.gguf import write_gguf
 from falcon_kit.serving.gguf_kinds import ALIASES, FILE_TYPES, stored_dtype
-from falcon_kit.serving.source import source_of
+from falcon_kit.serving.source import files_for, source_of
+from tests.loading.test_load import falcons_in_memory
 from tests.serving.servers import QUESTION
 
 
@@ -89,6 +90,13 @@ def test_the_dtype_that_a_gguf_file_has_may_be_given(stored, given):
 def test_a_file_that_names_no_mixture_is_called_after_the_kind_of_most_bytes(number):
     metadata = {} if number is None else {"general.file_type": number}
     assert stored_dtype(SimpleNamespace(metadata=metadata, kinds={"Q4_K": 9, "F32": 1})) == "q4_k"
+
+
+def test_a_model_that_was_loaded_for_its_file_is_gone_once_that_is_written(tmp_path, monkeypatch):
+    before, there = len(falcons_in_memory()), []
+    monkeypatch.setattr("falcon_kit.serving.source.empty_gpu_cache", lambda: there.append(len(falcons_in_memory())))
+    files_for(source_of("falconet"), tmp_path, "float32", gguf=True)
+    assert there == [before]
 
 
 def test_a_gguf_file_is_planned_by_its_bytes_and_16_bits_of_keys_and_values(instruct, tmp_path):

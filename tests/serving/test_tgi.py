@@ -47,7 +47,7 @@ def test_only_the_settings_that_were_given_are_sent(instruct):
 @pytest.mark.parametrize("name", ["logprob", "log_prob"])
 def test_the_log_probability_has_either_name(name):
     token = {"id": 5, "text": " a", name: -0.1, "special": False}
-    assert read_event("data:" + json.dumps({"token": token}), "local").logprob == -0.1
+    assert read_event(json.dumps({"token": token}), "local").logprob == -0.1
 
 
 def test_a_missing_log_probability_is_nan():
@@ -58,16 +58,11 @@ def test_a_special_token_has_no_text():
     assert read_event(json.dumps({"token": EVENT["token"] | {"special": True}}), "local").text == ""
 
 
-@pytest.mark.parametrize("line", ["", ":keep-alive", "event: message", "data: [DONE]"])
-def test_a_line_without_an_event_is_skipped(line):
-    assert read_event(line, "local") is None
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("<html>", "local sent a line that is no event of TGI: '<html>'"),
-        ('data:{"error": "out of memory", "error_type": "generation"}', "local reports: out of memory"),
+        ('{"error": "out of memory", "error_type": "generation"}', "local reports: out of memory"),
     ],
 )
 def test_a_line_that_is_no_event_is_an_error(line, message):

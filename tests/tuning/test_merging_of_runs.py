@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import falcon_kit as fk
-from falcon_kit.loading.adapters import LazyMergedWeight
+from falcon_kit.loading.adding import LazyMergedWeight
 from tests.tuning.small_runs import QUICK, ROWS, logits
 
 

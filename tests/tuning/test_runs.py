@@ -39,20 +39,23 @@ def test_before_and_after_escapes_what_was_said(tmp_path):
     assert repr(said) == "<b>\n  before: '<img onerror=alert(1)>'\n  after:  'fine'"
 
 
+def run_of(falcon, figures, adapter=Path("runs/mine/adapter"), **settings):
+    packed = fk.pack(fk.dialogues(TALK), falcon)
+    return TuningRun(adapter, falcon, fk.Tuning(**settings), falcon.plan, packed, HISTORY, figures)
+
+
 def test_a_run_is_a_table_and_a_data_frame(instruct, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
-    packed = fk.pack(fk.dialogues(TALK), instruct)
-    run = TuningRun(tmp_path, instruct, fk.Tuning(), instruct.plan, packed, HISTORY, {"stop rate after": 0.5})
+    run = run_of(instruct, {"stop rate after": 0.5}, tmp_path)
     assert list(run.to_dataframe()["loss"].dropna()) == [3.0, 2.0]
     assert "stop rate after" in run._repr_html_()
     assert "falconet-instruct, r=8; stop rate after 0.5" in repr(run)
 
 
 def test_the_card_names_base_data_settings_and_figures(instruct):
-    packed = fk.pack(fk.dialogues(TALK), instruct)
-    text = model_card("falconet", Path("runs/mine/adapter"), packed, fk.Tuning(r=4), {"held-out loss after": 1.25})
+    text = model_card(run_of(instruct, {"held-out loss after": 1.25}, r=4))
     wanted = (
-        "base_model: falconet",
+        "base_model: falconet-instruct\n",
         "# mine",
         "1 document of",
         "| r | 4 |",
@@ -64,13 +67,7 @@ def test_the_card_names_base_data_settings_and_figures(instruct):
 
 @pytest.mark.parametrize(("kind", "other"), [("web-text", "generated-text"), ("generated-text", "web-text")])
 def test_the_card_explains_the_loss_on_other_texts_that_was_measured(instruct, kind, other):
-    text = model_card(
-        "falconet",
-        Path("runs/mine/adapter"),
-        fk.pack(fk.dialogues(TALK), instruct),
-        fk.Tuning(),
-        {f"{kind} loss after": 2},
-    )
+    text = model_card(run_of(instruct, {f"{kind} loss after": 2}))
     assert f'"{kind} loss": the loss on ' in text
     assert f"{other} loss" not in text
 
@@ -78,8 +75,7 @@ def test_the_card_explains_the_loss_on_other_texts_that_was_measured(instruct, k
 def test_the_card_names_a_format_of_ones_own():
     template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     falcon = fk.load("falconet", chat=fk.ChatFormat("mine", template=template))
-    packed = fk.pack(fk.dialogues(TALK), falcon)
-    assert "Chat format: mine.\n" in model_card("falconet", Path("runs/mine/adapter"), packed, fk.Tuning(), {})
+    assert "Chat format: mine.\n" in model_card(run_of(falcon, {}))
 
 
 def test_a_notebook_shows_the_curves():
