@@ -4,9 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from falcon_kit.playground.state import Session
+from falcon_kit.playground.widget import Playground
 
 from .lab import PAINTING, Notebook, faint_fields, small_targets, violations
 
@@ -370,6 +374,74 @@ def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not
     expect(pad.field).to_have_value("A long question")
 
 
+def test_an_example_leaves_what_was_typed_just_before_to_undo(pad: Pad):
+    pad.field.fill("A long question")
+    pad.node.get_by_label("Examples").select_option("A question")
+    expect(pad.field).to_have_value("What do giraffes eat?")
+    pad.button("Undo").click()
+    expect(pad.field).to_have_value("A long question")
+
+
+@pytest.mark.parametrize("key", ["ArrowDown", "C"])
+def test_a_key_opens_the_examples_and_takes_none(pad: Pad, key: str):
+    pad.field.fill("A long question")
+    pad.node.get_by_label("Examples").press(key)
+    pad.page.wait_for_timeout(500)
+    expect(pad.field).to_have_value("A long question")
+    for each in ("ArrowDown", "ArrowDown", "Enter"):
+        pad.page.keyboard.press(each)
+    expect(pad.field).to_have_value("Animals of Africa: giraffe, lion,")
+
+
+def test_what_is_no_number_is_refused_and_put_back(pad: Pad):
+    for name, before in {"Top-k": "10", "Seed": "0"}.items():
+        number = pad.node.get_by_label(name, exact=True)
+        number.press("Control+a")
+        number.press_sequentially("1e")
+        number.press("Tab")
+        expect(pad.notice).to_contain_text("got 'no number'")
+        expect(number).to_have_value(before)
+        pad.button("Card").click()
+        expect(pad.notice).to_be_hidden()
+
+
+def test_a_second_click_asks_for_no_second_answer(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 20, pause=0.02)
+    pad.button("Chat").click()
+    pad.field.fill("Go")
+    pad.button("Send").dblclick()
+    pad.asked = 1
+    pad.wait()
+    expect(pad.notice).to_be_hidden()
+    pad.button("Regenerate").dblclick()
+    pad.asked = 2
+    pad.wait()
+    expect(pad.notice).to_be_hidden()
+
+
+COMPOSING = """(field, key) => {
+    const event = { key, ctrlKey: key === "Enter", isComposing: true, bubbles: true, cancelable: true };
+    field.dispatchEvent(new KeyboardEvent("keydown", event));
+}"""
+
+
+def test_the_keys_of_an_input_method_neither_send_nor_close(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    pad.button("edit").press("Enter")
+    field = pad.node.get_by_label("Edit the message")
+    field.fill("Go back")
+    for key in ("Escape", "Enter"):
+        field.evaluate(COMPOSING, key)
+        pad.field.evaluate(COMPOSING, key)
+    pad.page.wait_for_timeout(300)
+    expect(field).to_have_value("Go back")
+    expect(pad.notice).to_be_hidden()
+    expect(pad.generated).to_have_count(1)
+
+
 def test_a_button_that_is_disabled_hands_on_the_focus_so_that_escape_is_heard(notebook: Notebook):
     pad = typist(notebook, ["word "] * 1000, pause=0.02)
     pad.field.fill("Go")
@@ -444,6 +516,68 @@ Typing.__iter__ = said"""
     pad.node.locator(".fk-token").hover()
     expect(pad.node.get_by_role("tooltip").locator("bdi")).to_have_text("a[U+00A0]b")
     expect(pad.node.get_by_role("tooltip").locator("td").last).to_have_text(">99.9%")
+
+
+# A kernel that does not answer
+
+
+@pytest.fixture
+def alone(browser: Browser) -> Iterator[Page]:
+    """A playground whose kernel is this test, in chat mode: `sent` are its requests."""
+    source = Playground._esm.replace("NO_ANSWER = 5000", "NO_ANSWER = 100").replace("export default { render };", "")
+    widget = Playground(Session(SimpleNamespace(stream=None, model="typist")))
+    sent: list[dict] = []
+    widget.send = sent.append
+    widget.session.switch("chat")
+    sent.clear()
+    widget._hello()
+    page = browser.new_page()
+    page.set_content("<body></body>")
+    page.evaluate(
+        f"""(hello) => {{ {source}
+        window.sent = [];
+        window.send = (message) => sent.push(message);
+        const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => send(message) }};
+        render({{ model, el: document.body }});
+        hello.forEach(answer); }}""",
+        sent,
+    )
+    yield page
+    page.close()
+
+
+def test_a_message_that_the_kernel_does_not_hear_stays(alone: Page):
+    field, notice = alone.locator(".fk-composer textarea"), alone.locator(".fk-notice")
+    field.fill("A long question")
+    field.press("Control+Enter")
+    assert field.input_value() == ""
+    expect(notice).to_contain_text("The kernel does not answer. If it was restarted, run the cell again.")
+    expect(field).to_have_value("A long question")
+    alone.evaluate("answer({ type: 'meter', meter: { used: null, context: null, cache_bytes: null } })")
+    expect(notice).to_be_hidden()
+    field.press("Control+Enter")
+    assert alone.evaluate("sent.filter((each) => each.do === 'generate').length") == 2
+
+
+def test_what_is_typed_after_a_message_that_is_not_heard_stays_too(alone: Page):
+    field = alone.locator(".fk-composer textarea")
+    field.fill("A long question")
+    field.press("Control+Enter")
+    field.press_sequentially("Another")
+    expect(alone.locator(".fk-notice")).to_be_visible()
+    expect(field).to_have_value("A long question\nAnother")
+
+
+def test_a_kernel_that_was_restarted_is_noticed_at_once(alone: Page):
+    errors: list[str] = []
+    alone.on("pageerror", lambda error: errors.append(str(error)))
+    alone.evaluate("() => { window.send = () => { throw new Error('Cannot send'); }; }")
+    field = alone.locator(".fk-composer textarea")
+    field.fill("A long question")
+    alone.get_by_role("button", name="Send").click()
+    assert "The kernel does not answer" in alone.locator(".fk-notice").inner_text()
+    expect(field).to_have_value("A long question")
+    assert errors == []
 
 
 # Reload, files and code
@@ -523,6 +657,29 @@ def test_the_seed_of_the_second_column_is_used_again(notebook: Notebook):
 
 
 # Appearance
+
+
+# Where the first and the last character of a text are.
+ENDS = """(node) => {
+    const range = document.createRange();
+    const left = (at) => (range.setStart(node, at), range.setEnd(node, at + 1), range.getBoundingClientRect().left);
+    return [left(0), left(node.length - 1)];
+}"""
+
+
+def test_arabic_and_hebrew_run_from_right_to_left(notebook: Notebook):
+    words = "\u05e9\u05dc\u05d5\u05dd (abc)?"
+    pad = typist(notebook, [words])
+    pad.button("Chat").click()
+    pad.write(words)
+    pad.wait()
+    system = pad.node.get_by_label("System message")
+    for field in (pad.field, system):
+        field.fill(words)
+        assert field.evaluate("(field) => getComputedStyle(field).direction") == "rtl"
+    for text in (".fk-message-text", ".fk-token", ".fk-history span"):
+        first, last = pad.node.locator(text).first.evaluate(f"(node) => ({ENDS})(node.firstChild)")
+        assert last < first, text
 
 
 @pytest.mark.parametrize("dark", [False, True])

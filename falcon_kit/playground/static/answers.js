@@ -94,7 +94,7 @@ function walk(event, text) {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step || !text.closest(".fk-probabilities")) return;
   const tokens = [...text.querySelectorAll(".fk-token")];
-  const at = tokens.indexOf(document.activeElement);
+  const at = tokens.indexOf(text.getRootNode().activeElement);
   const next = at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step;
   tokens[Math.max(0, Math.min(next, tokens.length - 1))]?.focus();
   event.preventDefault();
@@ -135,13 +135,14 @@ function messageView(turn, act) {
   let sent = false; // and the kernel has not answered yet
   const close = () => node.replaceChildren(text, edit);
   edit.addEventListener("click", () => {
-    const field = h("textarea", { "aria-label": "Edit the message", rows: "2" }, turn.user);
+    const field = h("textarea", { "aria-label": "Edit the message", rows: "2", dir: "auto" }, turn.user);
     const back = () => (close(), edit.focus());
     const send = () => {
       if (!sent) act("edit", { id: turn.id, text: field.value });
       sent = true;
     };
     field.addEventListener("keydown", (event) => {
+      if (event.isComposing) return; // the key is one of an input method
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
       else if (event.key === "Escape") back();
       else return;
