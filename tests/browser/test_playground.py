@@ -694,6 +694,27 @@ def test_text_is_readable_in_the_theme(pad: Pad, dark: bool):
     assert (worst["page"] < 0.5) is dark
 
 
+def test_probabilities_and_choices_are_shown_in_a_users_own_colours(pad: Pad):
+    pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    pad.page.emulate_media(forced_colors="active")
+    try:
+        line = """(token, level) => {
+            token.className = `fk-token fk-p${level}`;
+            const { textDecorationLine, textDecorationStyle } = getComputedStyle(token);
+            return [textDecorationLine, textDecorationStyle];
+        }"""
+        lines = [tuple(pad.node.locator(".fk-token").first.evaluate(line, level)) for level in range(6)]
+        assert lines[:2] == [("none", "solid")] * 2
+        assert len({*lines}) == 5
+        colour = "(node) => getComputedStyle(node).backgroundColor"
+        assert pad.button("Prompt").evaluate(colour) != pad.button("Chat").evaluate(colour)
+    finally:
+        pad.page.emulate_media(forced_colors="none")
+
+
 def test_an_answer_that_has_the_focus_is_framed_on_all_sides(pad: Pad):
     pad.write("Counting: 7, 8,")
     pad.wait()
