@@ -680,6 +680,9 @@ def test_arabic_and_hebrew_run_from_right_to_left(notebook: Notebook):
     for text in (".fk-message-text", ".fk-token", ".fk-history span"):
         first, last = pad.node.locator(text).first.evaluate(f"(node) => ({ENDS})(node.firstChild)")
         assert last < first, text
+    side = pad.node.locator(".fk-text").evaluate("(node) => node.getBoundingClientRect().right")
+    token = pad.node.locator(".fk-token").evaluate("(node) => node.getBoundingClientRect().right")
+    assert side - token < 5
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -853,6 +856,14 @@ def test_hostile_text_stays_text(notebook: Notebook, words: str):
     assert pad.node.locator(".fk-message-text").text_content() == words
     assert pad.node.locator("img, script, iframe").count() == 0
     assert notebook.page.evaluate("window.hacked") is None
+
+
+def test_a_prompt_does_not_turn_its_answer_round(notebook: Notebook):
+    pad = typist(notebook, ["abc"])
+    pad.write("Go \u202e")
+    pad.wait()
+    first, last = pad.node.locator(".fk-token").evaluate(f"(node) => ({ENDS})(node.firstChild)")
+    assert first < last
 
 
 def test_letters_typed_into_the_playground_are_no_commands_of_the_notebook(pad: Pad):

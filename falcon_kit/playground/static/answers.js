@@ -38,7 +38,7 @@ function probabilityLevel(tokens) {
 function answerView(turn, number, act) {
   let count = 0; // spans shown
   const generated = h("span", { class: "fk-generated" });
-  const text = h("div", { class: "fk-text", tabindex: "0", role: "group" }, generated);
+  const text = h("div", { class: "fk-text", tabindex: "0", role: "group", dir: "auto" }, generated);
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
   const button = (label, title, onclick) => link({ title, onclick }, label);
