@@ -302,7 +302,11 @@ class Session:
         return files.as_code(self.history[-1] if id is None else self.find(id))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the history, and whether the guardrails are on, into a JSON file."""
+        """Writes the history, and whether the guardrails are on, into a JSON file.
+
+        Raises ValueError for a file with other turns, or with something else, which would be lost.
+        """
+        files.check_nothing_is_lost(self.history, path)
         return files.save(self.history, path, self.guarded)
 
     def load(self, path: str | Path) -> int:
