@@ -230,6 +230,13 @@ def test_an_error_is_shown_and_the_next_text_is_written(notebook: Notebook):
     expect(pad.node.locator(".fk-problem")).to_be_hidden()
 
 
+def test_one_token_is_counted_as_one(notebook: Notebook):
+    pad = typist(notebook, ["One"])
+    pad.write("Go")
+    pad.wait()
+    expect(pad.node.locator(".fk-foot")).to_contain_text(re.compile("^1 token · "))
+
+
 def test_a_setting_out_of_range_is_explained_and_put_back(pad: Pad):
     pad.node.get_by_label("Top-p", exact=True).fill("7")
     pad.node.get_by_label("Top-p", exact=True).press("Tab")

@@ -14,6 +14,8 @@ function milliseconds(seconds) {
   return seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
 }
 
+const tokenCount = (count) => (count === 1 ? "1 token" : `${count} tokens`);
+
 async function copy(text, node) {
   try {
     await navigator.clipboard.writeText(text);
@@ -70,7 +72,7 @@ function answerView(turn, number, act) {
     name.textContent = answer.model;
     text.setAttribute("aria-label", `Answer of ${answer.model}`);
     const parts = [
-      `${answer.new_tokens} tokens`,
+      tokenCount(answer.new_tokens),
       answer.tokens_per_second && `${answer.tokens_per_second.toFixed(answer.tokens_per_second < 10 ? 1 : 0)} tokens/s`,
       answer.first_token_seconds !== null && `first after ${milliseconds(answer.first_token_seconds)}`,
       answer.ending ? ENDINGS[answer.ending] : "generating",

@@ -103,7 +103,7 @@ function render({ model, el }) {
     meter.hidden = used === null || context === null;
     if (!meter.hidden) Object.assign(meter, { max: context, value: used, low: context * 0.75, high: context * 0.9, optimum: 0 });
     const parts = [
-      used === null ? "context: reported after the answer" : `context: ${used}${context === null ? "" : ` of ${context}`} tokens`,
+      used === null ? "context: reported after the answer" : `context: ${context === null ? tokenCount(used) : `${used} of ${context} tokens`}`,
       cacheBytes !== null && `KV cache ${bytes(cacheBytes)}`,
     ];
     meterText.textContent = parts.filter(Boolean).join(" · ");
