@@ -360,6 +360,23 @@ def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(no
     expect(field).to_be_focused()
 
 
+def test_a_message_that_is_being_edited_outlasts_a_clearing_and_its_undo(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    pad.button("edit").press("Enter")
+    pad.node.get_by_label("Edit the message").fill("Let us go")
+    pad.button("Clear").click()
+    expect(pad.generated).to_have_count(0)
+    pad.button("Undo").click()
+    expect(pad.node.get_by_label("Edit the message")).to_have_value("Let us go")
+    pad.button("Answer this").click()
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["Let us go"])
+    pad.button("Undo").click()
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["Go"])
+
+
 def test_what_is_being_typed_outlasts_another_answer_to_an_earlier_text(notebook: Notebook):
     pad = typist(notebook, ["Yes."])
     pad.write("Go")

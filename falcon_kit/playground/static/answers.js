@@ -156,10 +156,10 @@ function messageView(turn, act) {
     field.focus();
   });
 
-  /** The kernel has answered: a message that is not in the conversation any more was edited, or went with another. */
+  /** The kernel has answered: if the message is not in the conversation any more, the text that was sent was taken. */
   function settle(stays) {
+    if (!stays && sent) close(); // what was not sent is still there when undo brings the message back
     sent = false;
-    if (!stays) close();
   }
   return { node, settle };
 }
