@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ("mathjax", "require_js", "jquery", "mermaid_js", "jupyter_widgets_base")
 OFFLINE = {f"{name}_url": "" for name in SCRIPTS}
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>Falcon Kit: the notebooks</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem; }}

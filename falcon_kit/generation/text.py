@@ -7,6 +7,7 @@ from typing import Literal
 
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import Portable, shortened
+from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted, format_bytes
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "broken"]
@@ -181,8 +182,9 @@ class Generation:
         drafts = "" if self.accepted is None else f"; {counted(self.accepted, 'token')} accepted from drafts"
         facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
         return (
-            f'<div style="white-space:pre-wrap"><span style="opacity:.6">{html.escape(self.prompt)}{gap}</span>'
-            f"<b>{html.escape(self.text)}</b></div>"
+            f'<div dir="{direction(self.prompt + self.text)}" style="white-space:pre-wrap">'
+            f'<span style="opacity:.6"><bdi>{html.escape(self.prompt)}</bdi>{gap}</span>'
+            f"<b><bdi>{html.escape(self.text)}</bdi></b></div>"
             f'<div style="opacity:.6;font-size:smaller">{facts}</div>'
         )
 

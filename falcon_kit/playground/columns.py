@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from falcon_kit.catalogue.spec import context_limit
@@ -81,6 +81,15 @@ class Column:
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model takes these settings; an endpoint may have no field for some."""
         return self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**settings))
+
+    def changed(self, settings: Sampling) -> dict[str, Any]:
+        """The session's settings that are not the default, after the overrides."""
+        settings = self.in_force(settings)
+        chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
+        changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
+        if not self.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
+            changed.pop("alternatives", None)
+        return changed
 
     def cache_bytes(self, tokens: int) -> int | None:
         """Bytes of the KV cache for so many tokens, by the model's memory plan; None for an endpoint."""

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from falcon_kit.display.errors import require
 from falcon_kit.display.saving import write_text
+from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message, Role
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.playground.records import MOST_LOGPROB, Answer, Ending, Mode, Span, Token, Turn
@@ -115,6 +116,19 @@ def save(turns: Sequence[Turn], path: str | Path, guarded: bool = False) -> Path
     require(bool(str(path).strip()), "give the name of a file to save to")
     content = {**_FORMAT, "guarded": guarded, "turns": [pack_turn(turn) for turn in turns]}
     return write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False))
+
+
+def check_nothing_is_lost(turns: Sequence[Turn], path: str | Path) -> None:
+    """Raises ValueError for a file with something else than these turns, which saving them would replace."""
+    file = Path(path).expanduser()
+    if not str(path).strip() or not file.is_file():
+        return
+    try:
+        lost = {turn.id for turn in load(file)[0]} - {turn.id for turn in turns}
+    except ValueError:
+        raise ValueError(f"{file} exists and is not a saved playground: give another name, or remove it") from None
+    has = f"{file} has {counted(len(lost), 'turn')} that this history does not have"
+    require(not lost, f"{has}: load it first, or give another name")
 
 
 def load(path: str | Path) -> tuple[list[Turn], bool]:

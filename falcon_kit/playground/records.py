@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from falcon_kit.display.errors import shortened
+from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted, format_bytes
 from falcon_kit.generation.chat import Message
 
@@ -117,8 +118,9 @@ def _answer_html(turn: Turn, answer: Answer) -> str:
     details = [counted(answer.new_tokens, "token"), f"seed {answer.seed}", answer.ending or "", answer.reason]
     return (
         f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
-        f'<div style="white-space:pre-wrap"><span style="opacity:.7">{html.escape(turn.user)}{gap}</span>'
-        f"<b>{html.escape(answer.text)}</b></div>"
+        f'<div dir="{direction(turn.user + answer.text)}" style="white-space:pre-wrap">'
+        f'<span style="opacity:.7"><bdi>{html.escape(turn.user)}</bdi>{gap}</span>'
+        f"<b><bdi>{html.escape(answer.text)}</bdi></b></div>"
         f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, details)))}</div></div>'
     )
 

@@ -22,7 +22,7 @@ from falcon_kit.generation.guarding import check_guard
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.guardrails.guard import Guardrails
 from falcon_kit.playground import files
-from falcon_kit.playground.columns import Column, Prompt, check_names, columns_of
+from falcon_kit.playground.columns import Prompt, check_names, columns_of
 from falcon_kit.playground.records import MODES, Answer, Meter, Mode, Turn
 from falcon_kit.playground.writing import TurnWriter
 
@@ -69,6 +69,7 @@ class Session:
         """Called with "start", "piece", "end" or "change", in any thread."""
         # Mode, turns, draft and system message; None for what the step did not change, and undo leaves as it is.
         self._undo_steps: list[tuple[Mode, list[Turn], str | None, str | None]] = []
+        self._put = ""  # the draft as a step left it; another one was typed since
         self._lock = threading.Lock()
         self._writer: TurnWriter | None = None
 
@@ -137,12 +138,13 @@ class Session:
             self._notify("change")
 
     def example(self, title: str) -> None:
-        """Puts one of `EXAMPLES` into the text field."""
+        """Puts one of `EXAMPLES` into the text field; `undo` gives back what was typed there."""
         require(title in EXAMPLES, f"there is no example {title!r}: choose {', '.join(EXAMPLES)}")
         mode, text = EXAMPLES[title]
         if mode != self.mode:
             self._replace([], mode, draft=text)
-        self.draft = text
+        else:
+            self._remember(self.turns, draft=text)
         self._notify("change")
 
     # Generating
@@ -173,11 +175,15 @@ class Session:
             writer.stop()
 
     def undo(self) -> None:
-        """Undoes the last step: an answer, an edit, a change of mode, a clearing."""
+        """Undoes the last step: an answer, an edit, a change of mode, a clearing, an example in place of a draft.
+
+        What was typed since that step stays in the text field.
+        """
         self._require_idle()
         require(bool(self._undo_steps), "there is nothing to undo")
         self.mode, self.turns, draft, system = self._undo_steps.pop()
-        self.draft = self.draft if draft is None else draft
+        if draft is not None and not self._typed:
+            self.draft = self._put = draft
         self.system = self.system if system is None else system
         self._notify("change")
 
@@ -193,12 +199,22 @@ class Session:
     def _replace(self, turns: list[Turn], mode: Mode, system: str | None = None, draft: str | None = None) -> None:
         """Replaces the conversation and, if they are given, the system message and the draft."""
         self._require_idle()
-        if self.turns or turns:
+        self._remember(turns, system, draft)
+        self.turns, self.mode = turns, mode
+
+    def _remember(self, turns: list[Turn], system: str | None = None, draft: str | None = None) -> None:
+        """Keeps for `undo` what a step takes away, if it does, and replaces the system message and the draft."""
+        if (turns is not self.turns and (self.turns or turns)) or (draft is not None and self._typed):
             kept = None if draft is None else self.draft, None if system is None else self.system
             self._undo_steps.append((self.mode, self.turns, *kept))
-        self.turns, self.mode = turns, mode
-        self.draft = self.draft if draft is None else draft
+        if draft is not None:
+            self.draft = self._put = draft
         self.system = self.system if system is None else system
+
+    @property
+    def _typed(self) -> bool:
+        """Whether the draft is not what a step left."""
+        return bool(self.draft.strip()) and self.draft != self._put
 
     def _run(self, text: str, before: list[Turn], draft: str | None = None) -> Turn:
         """Answers a text after the turns `before`. draft: the text if it was the draft, which `undo` restores."""
@@ -217,7 +233,7 @@ class Session:
             self._undo_steps.append((self.mode, self.turns, draft, None))
             self.turns = [*before, turn]
             if draft is not None:
-                self.draft = "" if self.mode == "chat" else text
+                self.draft = self._put = "" if self.mode == "chat" else text
             self._notify("start")
             writer()
         finally:
@@ -237,7 +253,7 @@ class Session:
                 model=column.name,
                 source=column.source(),
                 prompt=prompt,
-                settings=_changed_settings(replace(self.settings, seed=seed), column),
+                settings=column.changed(replace(self.settings, seed=seed)),
                 prompt_tokens=column.count(prompt),
             )
             for column, prompt in zip(self.columns, prompts, strict=True)
@@ -286,7 +302,11 @@ class Session:
         return files.as_code(self.history[-1] if id is None else self.find(id))
 
     def save(self, path: str | Path) -> Path:
-        """Writes the history, and whether the guardrails are on, into a JSON file."""
+        """Writes the history, and whether the guardrails are on, into a JSON file.
+
+        Raises ValueError for a file with other turns, or with something else, which would be lost.
+        """
+        files.check_nothing_is_lost(self.history, path)
         return files.save(self.history, path, self.guarded)
 
     def load(self, path: str | Path) -> int:
@@ -319,16 +339,6 @@ class Session:
     def _notify(self, event: str) -> None:
         for listener in tuple(self.listeners):
             listener(event)
-
-
-def _changed_settings(settings: Sampling, column: Column) -> dict[str, Any]:
-    """The settings that are not the default, after the column's overrides."""
-    settings = column.in_force(settings)
-    chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
-    changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
-    if not column.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
-        changed.pop("alternatives", None)
-    return changed
 
 
 def _system(prompt: Prompt) -> str | None:

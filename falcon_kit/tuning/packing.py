@@ -19,6 +19,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import is_whole, plain_scalar, printable, shown
+from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, answer_texts, encode_answers
@@ -61,10 +62,12 @@ class Example:
 
     def _repr_html_(self) -> str:
         styles = {True: "background:rgba(0,158,115,.35)", False: "opacity:.65"}  # Okabe and Ito's green
-        pieces = (f'<span style="{styles[trained]}">{html.escape(text)}</span>' for text, trained in self.spans())
+        spans = self.spans()
+        pieces = (f'<span style="{styles[trained]}"><bdi>{html.escape(text)}</bdi></span>' for text, trained in spans)
         legend = f"{html.escape(self.where)}: <span style='{styles[True]}'>trained on</span>, "
         legend += f"<span style='{styles[False]}'>only read</span>"
-        return f'<div style="white-space:pre-wrap">{"".join(pieces)}</div><small>{legend}</small>'
+        way = direction("".join(text for text, _ in spans))
+        return f'<div dir="{way}" style="white-space:pre-wrap">{"".join(pieces)}</div><small>{legend}</small>'
 
 
 class Packed(Sequence[dict[str, Any]]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import printable
-from falcon_kit.display.saving import write_text
+from falcon_kit.display.page import Page
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import attached
@@ -117,11 +117,14 @@ class BeforeAfter:
         return "\n\n".join(f"{prompt}\n  before: {before!r}\n  after:  {after!r}" for prompt, before, after in rows)
 
     def _repr_html_(self) -> str:
-        return html_table("Before and after", ("prompt", "before", "after"), self.rows)
+        return self._table("Before and after")
+
+    def _table(self, title: str) -> str:
+        return html_table(title, ("prompt", "before", "after"), self.rows)
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the table as an HTML page; returns its path."""
-        return write_text(path, f"<!doctype html><meta charset=utf-8>{self._repr_html_()}")
+        return Page("Before and after", self._table("Answers without and with the adapter")).write(path)
 
 
 def model_card(run: TuningRun) -> str:

@@ -208,6 +208,34 @@ def test_a_narrow_page_does_not_scroll_sideways(browser, file):
     page.context.close()
 
 
+def test_the_token_and_the_route_of_a_long_text_are_in_sight(browser, falcon, tmp_path):
+    file = fk.explain(falcon, "The giraffe eats leaves. " * 40).to_html(tmp_path / "page.html")
+    page = opened(browser, file, viewport={"width": 390, "height": 900})
+    page.wait_for_timeout(200)
+    inside = """([name, part]) => {
+        const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+        const [outer, inner] = [box(name), box(`${name} ${part}`)];
+        const across = inner.left >= outer.left && inner.right <= outer.right;
+        return across && inner.top >= outer.top && inner.bottom <= outer.bottom;
+    }"""
+    assert page.evaluate(inside, [".fk-tokens", "[aria-pressed=true]"])
+    assert page.evaluate(inside, [".fk-scroll", "circle"])
+    page.context.close()
+
+
+def test_what_is_coloured_is_printed_and_shown_in_a_users_own_colours(browser, file):
+    page = opened(browser, file, forced_colors="active")
+    colours = "(nodes, pseudo) => [...new Set(nodes.map((node) => getComputedStyle(node, pseudo).backgroundColor))]"
+    for part in ("[data-stage=residual] .fk-strip i", ".fk-bar, .fk-bar i", ".fk-memory i", ".fk-cell"):
+        assert len(page.locator(part).evaluate_all(colours)) > 1, part
+    widths = "(nodes) => nodes.map((node) => parseFloat(getComputedStyle(node, '::after').width))"
+    shares = page.locator(".fk-tokens button").evaluate_all(widths)
+    assert max(shares) > 2 * min(shares)
+    printed = "(nodes) => nodes.every((node) => getComputedStyle(node).printColorAdjust === 'exact')"
+    assert page.locator(".fk-strip i, .fk-bar i, .fk-memory i, .fk-tokens button").evaluate_all(printed)
+    page.context.close()
+
+
 def test_the_tour_leads_through_ten_stages_by_keys_alone(browser, file):
     page = opened(browser, file)
     page.get_by_role("button", name="Start the tour").press("Enter")
@@ -450,6 +478,20 @@ def test_a_route_of_the_text_before_is_not_drawn_but_asked_for_again(live: Page,
 def test_a_token_that_no_kernel_takes_is_reported(live: Page):
     live.get_by_role("button", name="Draw a token").click()
     expect(live.locator(".fk-notice")).to_contain_text("No answer from the kernel")
+
+
+def test_a_second_click_takes_no_second_token(live: Page):
+    live.get_by_role("button", name="Draw a token").dblclick()
+    assert live.evaluate("sent.filter(message => message.do === 'take').length") == 1
+
+
+def test_a_kernel_that_was_restarted_is_noticed_at_once(live: Page):
+    errors = []
+    live.on("pageerror", lambda error: errors.append(str(error)))
+    live.evaluate("() => { sent.push = () => { throw new Error('Cannot send'); }; }")
+    live.get_by_role("button", name="Draw a token").click()
+    assert "No answer from the kernel" in live.locator(".fk-notice").inner_text()
+    assert errors == []
 
 
 def test_a_token_that_is_taken_in_time_is_not_reported(live: Page):

@@ -4,9 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from falcon_kit.playground.state import Session
+from falcon_kit.playground.widget import Playground
 
 from .lab import PAINTING, Notebook, faint_fields, small_targets, violations
 
@@ -226,6 +230,13 @@ def test_an_error_is_shown_and_the_next_text_is_written(notebook: Notebook):
     expect(pad.node.locator(".fk-problem")).to_be_hidden()
 
 
+def test_one_token_is_counted_as_one(notebook: Notebook):
+    pad = typist(notebook, ["One"])
+    pad.write("Go")
+    pad.wait()
+    expect(pad.node.locator(".fk-foot")).to_contain_text(re.compile("^1 token · "))
+
+
 def test_a_setting_out_of_range_is_explained_and_put_back(pad: Pad):
     pad.node.get_by_label("Top-p", exact=True).fill("7")
     pad.node.get_by_label("Top-p", exact=True).press("Tab")
@@ -349,6 +360,23 @@ def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(no
     expect(field).to_be_focused()
 
 
+def test_a_message_that_is_being_edited_outlasts_a_clearing_and_its_undo(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    pad.button("edit").press("Enter")
+    pad.node.get_by_label("Edit the message").fill("Let us go")
+    pad.button("Clear").click()
+    expect(pad.generated).to_have_count(0)
+    pad.button("Undo").click()
+    expect(pad.node.get_by_label("Edit the message")).to_have_value("Let us go")
+    pad.button("Answer this").click()
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["Let us go"])
+    pad.button("Undo").click()
+    expect(pad.node.locator(".fk-message-text")).to_have_text(["Go"])
+
+
 def test_what_is_being_typed_outlasts_another_answer_to_an_earlier_text(notebook: Notebook):
     pad = typist(notebook, ["Yes."])
     pad.write("Go")
@@ -368,6 +396,74 @@ def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not
     pad.notebook.python("pad._show(); pad.session.set(top_k=7)")
     expect(pad.node.get_by_label("Top-k", exact=True)).to_have_value("7")
     expect(pad.field).to_have_value("A long question")
+
+
+def test_an_example_leaves_what_was_typed_just_before_to_undo(pad: Pad):
+    pad.field.fill("A long question")
+    pad.node.get_by_label("Examples").select_option("A question")
+    expect(pad.field).to_have_value("What do giraffes eat?")
+    pad.button("Undo").click()
+    expect(pad.field).to_have_value("A long question")
+
+
+@pytest.mark.parametrize("key", ["ArrowDown", "C"])
+def test_a_key_opens_the_examples_and_takes_none(pad: Pad, key: str):
+    pad.field.fill("A long question")
+    pad.node.get_by_label("Examples").press(key)
+    pad.page.wait_for_timeout(500)
+    expect(pad.field).to_have_value("A long question")
+    for each in ("ArrowDown", "ArrowDown", "Enter"):
+        pad.page.keyboard.press(each)
+    expect(pad.field).to_have_value("Animals of Africa: giraffe, lion,")
+
+
+def test_what_is_no_number_is_refused_and_put_back(pad: Pad):
+    for name, before in {"Top-k": "10", "Seed": "0"}.items():
+        number = pad.node.get_by_label(name, exact=True)
+        number.press("Control+a")
+        number.press_sequentially("1e")
+        number.press("Tab")
+        expect(pad.notice).to_contain_text("got 'no number'")
+        expect(number).to_have_value(before)
+        pad.button("Card").click()
+        expect(pad.notice).to_be_hidden()
+
+
+def test_a_second_click_asks_for_no_second_answer(notebook: Notebook):
+    pad = typist(notebook, ["word "] * 20, pause=0.02)
+    pad.button("Chat").click()
+    pad.field.fill("Go")
+    pad.button("Send").dblclick()
+    pad.asked = 1
+    pad.wait()
+    expect(pad.notice).to_be_hidden()
+    pad.button("Regenerate").dblclick()
+    pad.asked = 2
+    pad.wait()
+    expect(pad.notice).to_be_hidden()
+
+
+COMPOSING = """(field, key) => {
+    const event = { key, ctrlKey: key === "Enter", isComposing: true, bubbles: true, cancelable: true };
+    field.dispatchEvent(new KeyboardEvent("keydown", event));
+}"""
+
+
+def test_the_keys_of_an_input_method_neither_send_nor_close(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    pad.button("edit").press("Enter")
+    field = pad.node.get_by_label("Edit the message")
+    field.fill("Go back")
+    for key in ("Escape", "Enter"):
+        field.evaluate(COMPOSING, key)
+        pad.field.evaluate(COMPOSING, key)
+    pad.page.wait_for_timeout(300)
+    expect(field).to_have_value("Go back")
+    expect(pad.notice).to_be_hidden()
+    expect(pad.generated).to_have_count(1)
 
 
 def test_a_button_that_is_disabled_hands_on_the_focus_so_that_escape_is_heard(notebook: Notebook):
@@ -444,6 +540,68 @@ Typing.__iter__ = said"""
     pad.node.locator(".fk-token").hover()
     expect(pad.node.get_by_role("tooltip").locator("bdi")).to_have_text("a[U+00A0]b")
     expect(pad.node.get_by_role("tooltip").locator("td").last).to_have_text(">99.9%")
+
+
+# A kernel that does not answer
+
+
+@pytest.fixture
+def alone(browser: Browser) -> Iterator[Page]:
+    """A playground whose kernel is this test, in chat mode: `sent` are its requests."""
+    source = Playground._esm.replace("NO_ANSWER = 5000", "NO_ANSWER = 100").replace("export default { render };", "")
+    widget = Playground(Session(SimpleNamespace(stream=None, model="typist")))
+    sent: list[dict] = []
+    widget.send = sent.append
+    widget.session.switch("chat")
+    sent.clear()
+    widget._hello()
+    page = browser.new_page()
+    page.set_content("<body></body>")
+    page.evaluate(
+        f"""(hello) => {{ {source}
+        window.sent = [];
+        window.send = (message) => sent.push(message);
+        const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => send(message) }};
+        render({{ model, el: document.body }});
+        hello.forEach(answer); }}""",
+        sent,
+    )
+    yield page
+    page.close()
+
+
+def test_a_message_that_the_kernel_does_not_hear_stays(alone: Page):
+    field, notice = alone.locator(".fk-composer textarea"), alone.locator(".fk-notice")
+    field.fill("A long question")
+    field.press("Control+Enter")
+    assert field.input_value() == ""
+    expect(notice).to_contain_text("The kernel does not answer. If it was restarted, run the cell again.")
+    expect(field).to_have_value("A long question")
+    alone.evaluate("answer({ type: 'meter', meter: { used: null, context: null, cache_bytes: null } })")
+    expect(notice).to_be_hidden()
+    field.press("Control+Enter")
+    assert alone.evaluate("sent.filter((each) => each.do === 'generate').length") == 2
+
+
+def test_what_is_typed_after_a_message_that_is_not_heard_stays_too(alone: Page):
+    field = alone.locator(".fk-composer textarea")
+    field.fill("A long question")
+    field.press("Control+Enter")
+    field.press_sequentially("Another")
+    expect(alone.locator(".fk-notice")).to_be_visible()
+    expect(field).to_have_value("A long question\nAnother")
+
+
+def test_a_kernel_that_was_restarted_is_noticed_at_once(alone: Page):
+    errors: list[str] = []
+    alone.on("pageerror", lambda error: errors.append(str(error)))
+    alone.evaluate("() => { window.send = () => { throw new Error('Cannot send'); }; }")
+    field = alone.locator(".fk-composer textarea")
+    field.fill("A long question")
+    alone.get_by_role("button", name="Send").click()
+    assert "The kernel does not answer" in alone.locator(".fk-notice").inner_text()
+    expect(field).to_have_value("A long question")
+    assert errors == []
 
 
 # Reload, files and code
@@ -525,6 +683,32 @@ def test_the_seed_of_the_second_column_is_used_again(notebook: Notebook):
 # Appearance
 
 
+# Where the first and the last character of a text are.
+ENDS = """(node) => {
+    const range = document.createRange();
+    const left = (at) => (range.setStart(node, at), range.setEnd(node, at + 1), range.getBoundingClientRect().left);
+    return [left(0), left(node.length - 1)];
+}"""
+
+
+def test_arabic_and_hebrew_run_from_right_to_left(notebook: Notebook):
+    words = "\u05e9\u05dc\u05d5\u05dd (abc)?"
+    pad = typist(notebook, [words])
+    pad.button("Chat").click()
+    pad.write(words)
+    pad.wait()
+    system = pad.node.get_by_label("System message")
+    for field in (pad.field, system):
+        field.fill(words)
+        assert field.evaluate("(field) => getComputedStyle(field).direction") == "rtl"
+    for text in (".fk-message-text", ".fk-token", ".fk-history span"):
+        first, last = pad.node.locator(text).first.evaluate(f"(node) => ({ENDS})(node.firstChild)")
+        assert last < first, text
+    side = pad.node.locator(".fk-text").evaluate("(node) => node.getBoundingClientRect().right")
+    token = pad.node.locator(".fk-token").evaluate("(node) => node.getBoundingClientRect().right")
+    assert side - token < 5
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_is_readable_in_the_theme(pad: Pad, dark: bool):
     pad.notebook.change_theme(dark)
@@ -535,6 +719,27 @@ def test_text_is_readable_in_the_theme(pad: Pad, dark: bool):
     worst = pad.node.evaluate(CONTRAST)
     assert worst["ratio"] >= 4.5, worst
     assert (worst["page"] < 0.5) is dark
+
+
+def test_probabilities_and_choices_are_shown_in_a_users_own_colours(pad: Pad):
+    pad.node.get_by_label("Token probabilities").check()
+    expect(pad.node).to_have_class(re.compile("fk-probabilities"))  # as the kernel has answered
+    pad.write("Counting: 7, 8,")
+    pad.wait()
+    pad.page.emulate_media(forced_colors="active")
+    try:
+        line = """(token, level) => {
+            token.className = `fk-token fk-p${level}`;
+            const { textDecorationLine, textDecorationStyle } = getComputedStyle(token);
+            return [textDecorationLine, textDecorationStyle];
+        }"""
+        lines = [tuple(pad.node.locator(".fk-token").first.evaluate(line, level)) for level in range(6)]
+        assert lines[:2] == [("none", "solid")] * 2
+        assert len({*lines}) == 5
+        colour = "(node) => getComputedStyle(node).backgroundColor"
+        assert pad.button("Prompt").evaluate(colour) != pad.button("Chat").evaluate(colour)
+    finally:
+        pad.page.emulate_media(forced_colors="none")
 
 
 def test_an_answer_that_has_the_focus_is_framed_on_all_sides(pad: Pad):
@@ -675,6 +880,14 @@ def test_hostile_text_stays_text(notebook: Notebook, words: str):
     assert pad.node.locator(".fk-message-text").text_content() == words
     assert pad.node.locator("img, script, iframe").count() == 0
     assert notebook.page.evaluate("window.hacked") is None
+
+
+def test_a_prompt_does_not_turn_its_answer_round(notebook: Notebook):
+    pad = typist(notebook, ["abc"])
+    pad.write("Go \u202e")
+    pad.wait()
+    first, last = pad.node.locator(".fk-token").evaluate(f"(node) => ({ENDS})(node.firstChild)")
+    assert first < last
 
 
 def test_letters_typed_into_the_playground_are_no_commands_of_the_notebook(pad: Pad):

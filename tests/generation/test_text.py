@@ -63,3 +63,12 @@ def test_the_html_of_a_generation_escapes_its_text(instruct):
         instruct.generate(QUESTION, max_new_tokens=2), prompt="<script>", text="<img onerror=x>"
     )
     assert [tag for tag in ("<script>", "<img") if tag in answer._repr_html_()] == []
+
+
+def test_the_html_of_a_generation_runs_as_its_text_and_the_prompt_does_not_turn_the_answer_round(instruct):
+    answer = dataclasses.replace(
+        instruct.generate(QUESTION, max_new_tokens=2), prompt="\u05e9\u202e", text=" yes"
+    )._repr_html_()
+    assert 'dir="rtl"' in answer
+    assert "<bdi>\u05e9\u202e</bdi>" in answer
+    assert "<b><bdi> yes</bdi></b>" in answer

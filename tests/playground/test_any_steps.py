@@ -17,14 +17,15 @@ SEEDS = st.one_of(st.none(), st.integers(0, 2**31))
 class Playing(RuleBasedStateMachine):
     """Steps of a person. `shown` is the conversation as texts, `past` what `undo` goes back to.
 
-    A draft of None in `past` is one that the step left as it was.
+    A draft of None in `past` is one that the step left as it was. `put` is the draft as a step left it: another one
+    was typed, and stays when a step is undone.
     """
 
     def __init__(self):
         super().__init__()
         self.typist = Typist("One", " two")
         self.session = Session(self.typist)
-        self.mode, self.shown, self.draft = "prompt", [], ""
+        self.mode, self.shown, self.draft, self.put = "prompt", [], "", ""
         self.past, self.generated = [], []
         self.folder = tempfile.TemporaryDirectory()
 
@@ -39,7 +40,7 @@ class Playing(RuleBasedStateMachine):
         self.remember(draft)
         self.shown = [*before, text]
         if draft is not None:
-            self.draft = "" if self.mode == "chat" else text
+            self.draft = self.put = "" if self.mode == "chat" else text
         self.generated.append(text)
 
     @rule(text=TEXTS)
@@ -88,7 +89,12 @@ class Playing(RuleBasedStateMachine):
             return
         self.session.undo()
         self.mode, self.shown, draft = self.past.pop()
-        self.draft = self.draft if draft is None else draft
+        if draft is not None and not self.typed:
+            self.draft = self.put = draft
+
+    @property
+    def typed(self):
+        return self.draft.strip() and self.draft != self.put
 
     @rule()
     def clear(self):
@@ -102,18 +108,20 @@ class Playing(RuleBasedStateMachine):
         self.session.switch(mode)
         self.switched(mode)
 
-    def switched(self, mode, draft=None):
+    def switched(self, mode):
         if mode != self.mode:
             if self.shown:
-                self.remember(draft)
+                self.remember()
             self.mode, self.shown = mode, []
 
     @rule(title=st.sampled_from([*EXAMPLES]))
     def example(self, title):
         self.session.example(title)
         mode, text = EXAMPLES[title]
-        self.switched(mode, self.draft)
-        self.draft = text
+        if self.typed or (mode != self.mode and self.shown):
+            self.remember(self.draft)
+        self.mode, self.shown = mode, self.shown if mode == self.mode else []
+        self.draft = self.put = text
 
     @rule(seed=SEEDS, temperature=st.floats(0.1, 2))
     def change_settings(self, seed, temperature):

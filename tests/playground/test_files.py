@@ -226,6 +226,29 @@ def test_code_in_a_file_that_does_more_than_make_a_model_is_refused(saved, sourc
         files.load(file)
 
 
+def test_turns_of_another_session_are_not_replaced_but_loaded_first(saved):
+    session, file = saved
+    before, other = file.read_text(), Session(Typist())
+    for history in ("empty", "of one turn"):
+        with pytest.raises(ValueError, match=r"json has 3 turns that this history does not have: load it first, or"):
+            other.save(file)
+        assert file.read_text() == before, history
+        other.generate("go")
+    other.load(file)
+    other.save(file)
+    assert Session(Typist()).load(file) == 5
+    with pytest.raises(ValueError, match="has 2 turns that"):
+        session.save(file)
+
+
+def test_a_file_of_something_else_is_not_replaced(saved, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("my notes")
+    with pytest.raises(ValueError, match=r"notes.txt exists and is not a saved playground: give another name, or rem"):
+        saved[0].save(file)
+    assert file.read_text() == "my notes"
+
+
 def test_a_save_that_is_cut_short_leaves_the_file_of_before(saved, monkeypatch):
     session, file = saved
     before = file.read_text()

@@ -23,5 +23,12 @@ def test_one_token_has_no_speed():
 def test_a_turn_is_one_line_as_text_and_escaped_html_in_a_notebook():
     turn = Turn("1", "prompt", "<b>go</b>", (answer("<i>", new_tokens=1, ending="eos"),))
     assert repr(turn) == "Turn('<b>go</b>': '<i>')"
-    assert "&lt;b&gt;go&lt;/b&gt; </span><b>&lt;i&gt;</b>" in turn._repr_html_()
+    assert "<bdi>&lt;b&gt;go&lt;/b&gt;</bdi> </span><b><bdi>&lt;i&gt;</bdi></b>" in turn._repr_html_()
     assert "1 token · seed 5 · eos" in turn._repr_html_()
+
+
+def test_a_turn_runs_as_its_text_and_its_prompt_does_not_turn_the_answer_round():
+    html = Turn("1", "prompt", "\u05e9\u202e", (answer(" yes"),))._repr_html_()
+    assert 'dir="rtl"' in html
+    assert "<bdi>\u05e9\u202e</bdi>" in html
+    assert "<b><bdi> yes</bdi></b>" in html

@@ -196,6 +196,32 @@ def test_what_is_typed_outlasts_a_step_that_does_not_send_it_and_its_undo(mode, 
     assert ([turn.user for turn in session.turns], session.draft) == (["a"], "a long question")
 
 
+@pytest.mark.parametrize("title", ["Counting", "A question"], ids=["this mode", "the other mode"])
+def test_undo_gives_back_what_an_example_took_the_place_of(title):
+    session = Session(Typist())
+    session.draft = "a long prompt"
+    session.example(title)
+    session.undo()
+    assert (session.mode, session.draft) == ("prompt", "a long prompt")
+
+
+def test_going_through_the_examples_leaves_nothing_to_undo():
+    session = Session(Typist())
+    for title in EXAMPLES:
+        session.example(title)
+    assert not session.can_undo
+
+
+@pytest.mark.parametrize("mode", ["prompt", "chat"])
+def test_what_was_typed_since_a_step_outlasts_its_undo(mode):
+    session = Session(Typist())
+    session.switch(mode)
+    session.generate("a")
+    session.draft = "a long question"
+    session.undo()
+    assert (session.turns, session.draft) == ([], "a long question")
+
+
 def test_nothing_done_is_nothing_to_undo():
     with pytest.raises(ValueError, match="nothing to undo"):
         Session(Typist()).undo()

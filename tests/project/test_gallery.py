@@ -41,6 +41,10 @@ def test_the_index_shows_title_text_and_picture_escaped(gallery):
     assert text.count(f"base64,{PNG}") == 1
 
 
+def test_the_index_is_as_wide_as_the_screen_of_a_phone(gallery):
+    assert '<meta name="viewport" content="width=device-width">' in gallery.read_text()
+
+
 def test_links_between_notebooks_lead_to_pages(gallery):
     assert 'href="01_other.html"' in (gallery.parent / "00_a.html").read_text()
 

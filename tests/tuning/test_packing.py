@@ -244,3 +244,10 @@ def test_a_slice_counts_only_its_own_rows(falcon, part):
     assert sliced.trained_tokens == sum(int((row["labels"] != -100).sum()) for row in expected)
     assert 0 <= sliced.padding <= 1
     assert f"in {len(expected)} rows of 96: {sliced.padding:.1%} padding" in repr(sliced)
+
+
+def test_the_html_of_an_example_runs_as_its_text_and_no_part_turns_the_next_round(falcon):
+    html = packed(falcon, [talk("\u05e9 Hi \u202e", "Hello")]).example(0)._repr_html_()
+    assert 'dir="rtl"' not in html  # it begins with "User:"
+    assert html.count("<bdi>") == len(packed(falcon, [talk("Hi", "Hello")]).example(0).spans())
+    assert 'dir="rtl"' in packed(falcon, [{"text": "\u05e9\u05dc"}]).example(0)._repr_html_()

@@ -36,6 +36,9 @@ def test_before_and_after_escapes_what_was_said(tmp_path):
     page = said.to_html(tmp_path / "page.html").read_text()
     assert "<img" not in page
     assert "<b>" not in page
+    assert '<html lang="en">' in page
+    assert "Content-Security-Policy" in page
+    assert "<title>Before and after</title>" in page
     assert repr(said) == "<b>\n  before: '<img onerror=alert(1)>'\n  after:  'fine'"
 
 

@@ -68,7 +68,13 @@ function render({ model, el }) {
   /** Sends a request. The promise waits for its answer; one that does not come in time is reported. */
   function request(command, key, values) {
     clearTimeout(waiting.get(key)?.late);
-    const send = () => model.send({ do: command, key, ...values });
+    const send = () => {
+      try {
+        model.send({ do: command, key, ...values });
+      } catch {
+        say(SILENT); // the kernel was restarted
+      }
+    };
     const asked = { send, late: setTimeout(() => say(SILENT), NO_ANSWER) };
     asked.promise = new Promise((resolve, reject) => Object.assign(asked, { resolve, reject }));
     waiting.set(key, asked);
@@ -83,7 +89,7 @@ function render({ model, el }) {
   }
 
   function take(id) {
-    request("take", "start", { id }).catch(() => {}); // the view shows an error itself
+    if (!waiting.has("start")) request("take", "start", { id }).catch(() => {}); // the view shows an error itself
   }
 
   async function update() {

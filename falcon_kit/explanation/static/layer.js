@@ -12,6 +12,12 @@ function tokensStage(act) {
     });
     row.replaceChildren(...buttons);
   }
+
+  /** Scrolls to the chosen token, unless some of it is in sight. */
+  function reveal(chosen) {
+    const [top, bottom] = [chosen.offsetTop - row.offsetTop, chosen.offsetTop - row.offsetTop + chosen.offsetHeight];
+    if (bottom <= row.scrollTop || top >= row.scrollTop + row.clientHeight) row.scrollTop = bottom - row.clientHeight;
+  }
   row.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
@@ -41,6 +47,7 @@ function tokensStage(act) {
       `Head ${state.head} of layer ${state.layer}, at `, ...token(state.position), ", attends most to ", ...token(most),
       `: ${share(weights[most])}. The shading shows this head's attention.`,
     ];
+    requestAnimationFrame(() => reveal(row.children[state.position])); // when it has its place
     view.show([row], sentence, `${plural(text.tokens.length, "token")} of at most ${count(text.spec.context)}`);
   };
   return view;

@@ -143,8 +143,10 @@ function routeStage(act) {
       const source = itself ? [" takes nothing from earlier tokens"] : [" ← ", ...token(step.key), ` (${share(step.probability)})`];
       return h("li", {}, link(choose, `layer ${layer}, head ${head}`), ": ", ...token(position), ...source);
     });
-    const scroll = { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" };
-    view.body.replaceChildren(h("div", scroll, picture(text, steps)), h("ol", { class: "fk-steps" }, ...items));
+    const attributes = { class: "fk-scroll", tabindex: "0", role: "group", "aria-label": "The route as a picture" };
+    const scroll = h("div", attributes, picture(text, steps));
+    view.body.replaceChildren(scroll, h("ol", { class: "fk-steps" }, ...items));
+    scroll.scrollLeft = scroll.scrollWidth; // the route begins at the last token
   }
   return view;
 }

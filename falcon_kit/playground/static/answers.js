@@ -14,6 +14,8 @@ function milliseconds(seconds) {
   return seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
 }
 
+const tokenCount = (count) => (count === 1 ? "1 token" : `${count} tokens`);
+
 async function copy(text, node) {
   try {
     await navigator.clipboard.writeText(text);
@@ -38,7 +40,7 @@ function probabilityLevel(tokens) {
 function answerView(turn, number, act) {
   let count = 0; // spans shown
   const generated = h("span", { class: "fk-generated" });
-  const text = h("div", { class: "fk-text", tabindex: "0", role: "group" }, generated);
+  const text = h("div", { class: "fk-text", tabindex: "0", role: "group", dir: "auto" }, generated);
   const facts = h("div", { class: "fk-facts" });
   const problem = h("div", { class: "fk-problem", role: "alert", hidden: true });
   const button = (label, title, onclick) => link({ title, onclick }, label);
@@ -70,7 +72,7 @@ function answerView(turn, number, act) {
     name.textContent = answer.model;
     text.setAttribute("aria-label", `Answer of ${answer.model}`);
     const parts = [
-      `${answer.new_tokens} tokens`,
+      tokenCount(answer.new_tokens),
       answer.tokens_per_second && `${answer.tokens_per_second.toFixed(answer.tokens_per_second < 10 ? 1 : 0)} tokens/s`,
       answer.first_token_seconds !== null && `first after ${milliseconds(answer.first_token_seconds)}`,
       answer.ending ? ENDINGS[answer.ending] : "generating",
@@ -94,7 +96,7 @@ function walk(event, text) {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step || !text.closest(".fk-probabilities")) return;
   const tokens = [...text.querySelectorAll(".fk-token")];
-  const at = tokens.indexOf(document.activeElement);
+  const at = tokens.indexOf(text.getRootNode().activeElement);
   const next = at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step;
   tokens[Math.max(0, Math.min(next, tokens.length - 1))]?.focus();
   event.preventDefault();
@@ -135,13 +137,14 @@ function messageView(turn, act) {
   let sent = false; // and the kernel has not answered yet
   const close = () => node.replaceChildren(text, edit);
   edit.addEventListener("click", () => {
-    const field = h("textarea", { "aria-label": "Edit the message", rows: "2" }, turn.user);
+    const field = h("textarea", { "aria-label": "Edit the message", rows: "2", dir: "auto" }, turn.user);
     const back = () => (close(), edit.focus());
     const send = () => {
       if (!sent) act("edit", { id: turn.id, text: field.value });
       sent = true;
     };
     field.addEventListener("keydown", (event) => {
+      if (event.isComposing) return; // the key is one of an input method
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
       else if (event.key === "Escape") back();
       else return;
@@ -153,10 +156,10 @@ function messageView(turn, act) {
     field.focus();
   });
 
-  /** The kernel has answered: a message that is not in the conversation any more was edited, or went with another. */
+  /** The kernel has answered: if the message is not in the conversation any more, the text that was sent was taken. */
   function settle(stays) {
+    if (!stays && sent) close(); // what was not sent is still there when undo brings the message back
     sent = false;
-    if (!stays) close();
   }
   return { node, settle };
 }

@@ -1,11 +1,32 @@
 // The playground's view. It stores no state: it requests the state from the kernel at the start, and shows updates.
 
+const NO_ANSWER = 5000; // milliseconds after which a missing answer is reported
+
 function render({ model, el }) {
   const root = h("div", { class: "fk-widget fk-playground", "data-lm-suppress-shortcuts": "true" });
-  const act = (command, values = {}) => model.send({ do: command, ...values });
+  const act = (command, values = {}) => {
+    if (draftTimer) sendDraft(); // what was typed comes first
+    late ??= command === "hello" ? null : setTimeout(silence, NO_ANSWER);
+    try {
+      model.send({ do: command, ...values });
+    } catch {
+      silence(); // the kernel was restarted
+    }
+  };
+  /** Asks for an answer of the model, unless one is asked for already: a second click would be refused. */
+  const ask = (command, values) => {
+    if (asked) return;
+    asked = true;
+    act(command, values);
+  };
   const turns = new Map(); // every turn that the kernel sent, by id
   let running = null;
   let helloTimer = null; // until the kernel has answered
+  let late = null; // until it has answered a command
+  let silent = false; // the notice says that it has not
+  let asked = false; // for an answer of the model, which has not begun
+  let sent = null; // a message that was taken out of the text field, until the kernel has answered
+  let draftTimer = null; // until what is typed is sent
   let examplesByTitle = {}; // {title: [mode, text]}
   let lastDraft = ""; // the kernel's copy of the text field
   let unheard = 0; // copies on their way: until the kernel has them, what it says of the field is older than the field
@@ -27,21 +48,23 @@ function render({ model, el }) {
   const notice = h("div", { class: "fk-notice", role: "alert", hidden: true });
 
   // The text field and its buttons.
-  const field = h("textarea", { id: unique("text"), rows: "4", spellcheck: "false" });
+  const field = h("textarea", { id: unique("text"), rows: "4", spellcheck: "false", dir: "auto" });
   const fieldLabel = h("label", { for: field.id });
   const examples = h("select", { "aria-label": "Examples" });
   const button = (label, title, onclick, keys) => h("button", { type: "button", title, onclick }, label, keys ? h("kbd", { "aria-hidden": "true" }, keys) : null);
   const generate = () => {
     const focused = root.getRootNode().activeElement;
     if (settings.node.contains(focused)) (focused.blur(), focused.focus()); // sends a setting that was typed
+    if (asked) return;
     sendDraft(); // if the kernel refuses the text, it sends back its draft
-    act("generate", { text: field.value });
-    if (!running && modes.now === "chat") setDraft("");
+    sent = modes.now === "chat" && !running ? field.value : null;
+    ask("generate", { text: field.value });
+    if (sent !== null && asked) setDraft("");
   };
   const go = button("Generate", "Generate (Ctrl+Enter)", generate, "Ctrl ↵");
   go.classList.add("fk-go");
   const stop = button("Stop", "Stop generating (Esc)", () => act("stop"), "Esc");
-  const again = button("Regenerate", "Generate the last answer again", () => act("regenerate"));
+  const again = button("Regenerate", "Generate the last answer again", () => ask("regenerate"));
   const undo = button("Undo", "Undo the last step", () => act("undo"));
   const clear = button("Clear", "Clear the conversation; the history stays", () => act("clear"));
   const status = h("span", { class: "fk-status", role: "status" });
@@ -69,11 +92,18 @@ function render({ model, el }) {
     field.value = lastDraft = text;
   }
 
+  /** Shows a message above the text field; an empty text removes it. */
+  function say(text, kind = "news") {
+    notice.textContent = text;
+    notice.className = `fk-notice fk-${kind}`;
+    notice.hidden = !text;
+  }
+
   function showMeter({ used, context, cache_bytes: cacheBytes }) {
     meter.hidden = used === null || context === null;
     if (!meter.hidden) Object.assign(meter, { max: context, value: used, low: context * 0.75, high: context * 0.9, optimum: 0 });
     const parts = [
-      used === null ? "context: reported after the answer" : `context: ${used}${context === null ? "" : ` of ${context}`} tokens`,
+      used === null ? "context: reported after the answer" : `context: ${context === null ? tokenCount(used) : `${used} of ${context} tokens`}`,
       cacheBytes !== null && `KV cache ${bytes(cacheBytes)}`,
     ];
     meterText.textContent = parts.filter(Boolean).join(" · ");
@@ -110,6 +140,7 @@ function render({ model, el }) {
       turns.get(turn.id).update(turn); // one that is shown already may be read or edited
     },
     state(state) {
+      [asked, sent] = [false, null];
       const focused = root.getRootNode().activeElement;
       const inside = root.contains(focused);
       const was = running;
@@ -126,9 +157,7 @@ function render({ model, el }) {
       [go.disabled, stop.disabled, clear.disabled] = [Boolean(running), !running, Boolean(running) || !state.turns.length];
       [again.disabled, undo.disabled] = [clear.disabled, Boolean(running) || !state.can_undo];
       status.textContent = running ? "Generating …" : was ? "Ended" : ""; // read out
-      notice.textContent = state.notice.text;
-      notice.className = `fk-notice fk-${state.notice.kind}`;
-      notice.hidden = !state.notice.text;
+      say(state.notice.text, state.notice.kind);
       if (state.turns.some((id) => !turns.has(id))) return act("hello");
       for (const [id, view] of turns) view.message?.settle(state.turns.includes(id));
       showTurns(state.turns.map((id) => turns.get(id).node));
@@ -147,11 +176,6 @@ function render({ model, el }) {
       showMeter(used);
       if (!complete) act("hello");
     },
-    silence() {
-      notice.textContent = "The kernel does not answer. When no cell is running any more, reload the page.";
-      notice.className = "fk-notice fk-error";
-      notice.hidden = false;
-    },
     meter({ meter: used }) {
       unheard = Math.max(0, unheard - 1);
       showMeter(used);
@@ -159,12 +183,28 @@ function render({ model, el }) {
     history: ({ turns: earlier }) => history.show(earlier),
     code: ({ id, code }) => turns.get(id)?.showCode(code),
   };
-  const listen = (message) => handlers[message.type]?.(message);
+  /** Says that the kernel has not answered; a message that it may not have goes back into the text field. */
+  function silence() {
+    heard();
+    say("The kernel does not answer. If it was restarted, run the cell again. If no cell is running, reload the page.", "error");
+    if (sent !== null && field.value !== sent) setDraft([sent, field.value].filter(Boolean).join("\n"));
+    [silent, asked, sent] = [true, false, null];
+  }
+  function heard() {
+    clearTimeout(late);
+    late = null;
+    if (silent) say("");
+    silent = false;
+  }
+  function listen(message) {
+    heard();
+    handlers[message.type]?.(message);
+  }
   model.on("msg:custom", listen);
 
-  let draftTimer = null;
   function sendDraft() {
     clearTimeout(draftTimer);
+    draftTimer = null;
     unheard += 1;
     act("draft", { text: (lastDraft = field.value) });
   }
@@ -179,7 +219,13 @@ function render({ model, el }) {
     examples.value = "";
     field.focus();
   });
+  examples.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !/^(ArrowDown|ArrowUp|\S)$/.test(event.key)) return;
+    event.preventDefault(); // an example would be taken at once; Enter takes one of the open list
+    examples.showPicker();
+  });
   root.addEventListener("keydown", (event) => {
+    if (event.isComposing) return event.stopPropagation(); // Escape and Enter are those of an input method
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
     else if (event.key === "Escape") (card.hide(), running && act("stop"));
     else return event.stopPropagation(); // keeps the key from the notebook's shortcuts
@@ -201,13 +247,14 @@ function render({ model, el }) {
   // 4.6 sometimes sends a reloaded page's messages to a subshell that ipykernel has ended; another reload repairs it.
   const sayHello = (times) => {
     act("hello");
-    if (times === 3) handlers.silence();
+    if (times === 3) silence();
     helloTimer = setTimeout(sayHello, 2000, times + 1);
   };
   sayHello(0);
   return () => {
     clearTimeout(draftTimer);
     clearTimeout(helloTimer);
+    clearTimeout(late);
     model.off("msg:custom", listen);
   };
 }

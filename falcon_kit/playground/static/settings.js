@@ -37,16 +37,22 @@ function setter(input) {
   return (value) => typing || (input.value = value);
 }
 
+/** What a number field contains: null for nothing; what the browser cannot read as a number is refused by the kernel. */
+function typedNumber(input) {
+  if (input.validity.badInput) return "no number";
+  return input.value === "" ? null : Number(input.value);
+}
+
 /** A number with its unit and a line of help. */
 function numberField(field, change) {
   const [id, help] = [unique(field.name), unique("help")];
   const attributes = { min: field.min, max: field.max, step: field.step, "aria-describedby": help };
   const input = h("input", { ...attributes, type: "number", id, "data-setting": field.name });
   const slider = field.slider ? h("input", { ...attributes, type: "range", "aria-label": `${field.label}, slider` }) : null;
-  const send = (value) => change({ [field.name]: value === "" || Number(value) === field.off ? unset(field) : Number(value) });
-  input.addEventListener("change", () => send(input.value));
+  const send = (value) => change({ [field.name]: value === null || value === field.off ? unset(field) : value });
+  input.addEventListener("change", () => send(typedNumber(input)));
   slider?.addEventListener("input", () => (input.value = slider.value));
-  slider?.addEventListener("change", () => send(slider.value));
+  slider?.addEventListener("change", () => send(Number(slider.value)));
   const label = h("label", { for: id }, field.label);
   const row = h("div", { class: "fk-row" }, label, input, h("span", { class: "fk-unit" }, field.unit));
   const node = h("div", { class: "fk-field" }, row, slider, h("div", { class: "fk-help", id: help }, field.help));
@@ -66,7 +72,7 @@ function unset(field) {
 /** Stop strings, one per line; \n stands for a line end inside one. */
 function stopField(change) {
   const [id, help] = [unique("stop"), unique("help")];
-  const input = h("textarea", { id, rows: "2", spellcheck: "false", "data-setting": "stop", "aria-describedby": help });
+  const input = h("textarea", { id, rows: "2", spellcheck: "false", dir: "auto", "data-setting": "stop", "aria-describedby": help });
   const read = () => input.value.split("\n").filter((line) => line !== "").map((line) => line.replaceAll("\\n", "\n"));
   input.addEventListener("change", () => change({ stop: read() }));
   const hint = h("div", { class: "fk-help", id: help }, "One per line; \\n stands for a line end.");
@@ -79,7 +85,7 @@ function stopField(change) {
 function seedField(change) {
   const [id, help] = [unique("seed"), unique("help")];
   const input = h("input", { type: "number", id, min: 0, step: 1, placeholder: "random", "data-setting": "seed", "aria-describedby": help });
-  input.addEventListener("change", () => change({ seed: input.value === "" ? null : Number(input.value) }));
+  input.addEventListener("change", () => change({ seed: typedNumber(input) }));
   const free = link({ onclick: () => (change({ seed: null }), input.focus()) }, "random"); // the link goes
   const row = h("div", { class: "fk-row" }, h("label", { for: id }, "Seed"), input, free);
   const hint = h("div", { class: "fk-help", id: help }, "Same seed, same settings, same text.");
@@ -94,7 +100,7 @@ function seedField(change) {
 /** The system message of every conversation. */
 function systemField(act) {
   const id = unique("system");
-  const input = h("textarea", { id, rows: "2", placeholder: "none" });
+  const input = h("textarea", { id, rows: "2", placeholder: "none", dir: "auto" });
   input.addEventListener("change", () => act("system", { text: input.value }));
   const node = h("div", { class: "fk-field" }, h("label", { for: id }, "System message"), input);
   return { node, show: setter(input) };
