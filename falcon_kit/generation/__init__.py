@@ -10,6 +10,7 @@ sampling.py        the settings of generation (no torch)
 prompts.py         prompts checked and encoded; the limit of new tokens (no torch)
 text.py            pieces of a stream, stop strings, the finished text and its statistics (no torch)
 waiting.py         waiting for another thread so that Ctrl-C is noticed (no torch)
+training.py        while fk.tune trains a model, no other thread uses it (no torch)
 guarding.py        guardrails that a caller passes: prompts and texts are checked (no torch)
 arguments.py       keyword arguments of transformers' generate expanded and checked
 ranks.py           events and seeds that the ranks of a tensor-parallel model share

@@ -51,6 +51,7 @@ from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
+from falcon_kit.generation.training import check_not_in_training
 
 
 def generate(
@@ -145,6 +146,7 @@ class _GenerateTask(GenerationTask):
         """Generates the texts while it is iterated over; yields the pieces of all rows."""
         rng, batch = self._rng(), self._batch()
         try:
+            check_not_in_training(self.model)
             with self._cache() as cache:
                 arguments = self._arguments() | cache
                 if self.has_steps:
@@ -189,6 +191,7 @@ class _GenerateTask(GenerationTask):
             yield from batch.read(step)
             if batch.ended:
                 break
+            check_not_in_training(self.model)
             step = steps.send(batch.finished(step.tokens.device))
         steps.close()
         if streamer is not None:

@@ -9,6 +9,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.display.errors import require
 from falcon_kit.display.saving import check_folder
 from falcon_kit.generation.chat import save_tokenizer
+from falcon_kit.generation.training import check_not_in_training
 from falcon_kit.loading.adapters import write_errors
 from falcon_kit.loading.reading import progress_bar
 from falcon_kit.model.checks import is_offloaded
@@ -44,7 +45,11 @@ def has_adapters(model: FalconForCausalLM) -> bool:
 
 
 def remove_wrappers(model: FalconForCausalLM) -> None:
-    """Puts the layers back in place that PEFT leaves wrapped, under other names, once their adapters are deleted."""
+    """Puts the layers back in place that PEFT leaves wrapped, under other names, once their adapters are deleted.
+
+    Raises RuntimeError while another thread trains the model.
+    """
+    check_not_in_training(model)
     wrapped = False
     for parent in [*model.modules()] if not has_adapters(model) else ():
         for name, child in [*parent.named_children()]:

@@ -23,6 +23,7 @@ from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
 from falcon_kit.display.live import in_notebook
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
+from falcon_kit.generation.training import in_training
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.merging import is_quantised, random_state_kept, unchanged, without_peft_warning
 from falcon_kit.loading.quantization import unpacked
@@ -84,6 +85,7 @@ def tune(
     NotEnoughMemory: where the plan does not fit.
     FloatingPointError: for a loss that is not finite.
     BlockingIOError: while another run writes in output_dir.
+    RuntimeError: while another thread trains the model; until this call ends, it answers no other thread.
     OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
@@ -97,7 +99,7 @@ def tune(
     check_model(falcon, chosen)
     prepared = _prepared(falcon, chosen, force, data, held_out, web_text)
     run = _Run(falcon, chosen, output_dir=output_dir, quiet=quiet, **prepared)
-    with run.held(resume), _restored(falcon), unpacked(falcon.model):
+    with in_training(falcon.model), run.held(resume), _restored(falcon), unpacked(falcon.model):
         return run()
 
 

@@ -1,0 +1,34 @@
+"""While `fk.tune` trains a model, no other thread uses it.
+
+Training adds matrices to the layers, leaves some of their inputs out and changes them at each step. A text that another
+thread generated meanwhile, such as a playground's, would be that of no model.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_TRAINERS: dict[int, int] = {}  # by the id of a model, the thread that trains it
+_STARTING = threading.Lock()
+
+
+@contextmanager
+def in_training(model: Any) -> Iterator[None]:
+    """A context in which other threads cannot use the model. Raises RuntimeError where one of them trains it."""
+    with _STARTING:
+        check_not_in_training(model)
+        _TRAINERS[id(model)] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _TRAINERS[id(model)]
+
+
+def check_not_in_training(model: Any) -> None:
+    """Raises RuntimeError if another thread trains the model."""
+    if _TRAINERS.get(id(model), threading.get_ident()) != threading.get_ident():
+        raise RuntimeError(
+            "fk.tune is training this model in another thread, and its answers would be those of no model: wait until "
+            "it has ended, or load the model a second time"
+        )
