@@ -4,6 +4,7 @@ Neither torch nor transformers is imported; only a hub id may download a file, i
 Sources: the config.json files under https://huggingface.co/tiiuae.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from falcon_kit.catalogue.gguf import find_gguf, gguf_file
 from falcon_kit.catalogue.hub import cache_alone_if_cut_off, fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_encodable, unknown_name
+from falcon_kit.display.errors import is_encodable, shown, unknown_name
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.tables import html_table
 
@@ -88,11 +89,20 @@ def known_name(name: str | os.PathLike[str]) -> FalconSpec | None:
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """A name as a path, with ~ expanded where there is such a user."""
+    """A name as a path, with ~ expanded where there is such a user. Raises LookupError for one that is too long."""
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
     except RuntimeError:
-        return Path(name)
+        path = Path(name)
+    try:
+        path.exists()
+    except OSError as error:  # other errors are those of who reads it
+        if error.errno == errno.ENAMETOOLONG:
+            raise LookupError(
+                f"{shown(str(name))} is longer than any path, and no model has such a name: give a name, a directory "
+                "or an id of the hub"
+            ) from None
+    return path
 
 
 def is_here(name: str | os.PathLike[str]) -> bool:
@@ -187,7 +197,8 @@ def base_revision(directory: Path) -> str | None:
 
 def holds_base(directory: Path, base: str, repository: str | None) -> bool:
     """Whether an adapter's folder holds its base too: the adapter names that folder, and a config.json is in it."""
-    itself = base == repository or local_path(base).resolve() == directory.resolve()
+    with base_errors(directory, base):
+        itself = base == repository or local_path(base).resolve() == directory.resolve()
     return itself and (directory / "config.json").is_file()
 
 

@@ -81,7 +81,7 @@ class Adapter:
     @property
     def full_weights(self) -> list[str]:
         """The names of the base model's own weights that it replaces: saved embeddings, biases."""
-        own = (".lora_", f".{self.config.peft_type.lower()}_")  # as in oft_R.weight
+        own = (".lora_", f".{(self.config.peft_type or '').lower()}_")  # as in oft_R.weight
         return [key for key in self.matrices if key.endswith((".weight", ".bias")) and not any(map(key.count, own))]
 
     @property

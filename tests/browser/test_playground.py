@@ -546,28 +546,47 @@ Typing.__iter__ = said"""
 
 
 @pytest.fixture
-def alone(browser: Browser) -> Iterator[Page]:
+def alone(deaf: Page) -> Page:
     """A playground whose kernel is this test, in chat mode: `sent` are its requests."""
-    source = Playground._esm.replace("NO_ANSWER = 5000", "NO_ANSWER = 100").replace("export default { render };", "")
     widget = Playground(Session(SimpleNamespace(stream=None, model="typist")))
     sent: list[dict] = []
     widget.send = sent.append
     widget.session.switch("chat")
     sent.clear()
     widget._hello()
+    deaf.evaluate("(hello) => hello.forEach(answer)", sent)
+    return deaf
+
+
+@pytest.fixture
+def deaf(browser: Browser) -> Iterator[Page]:
+    """A playground that no kernel has answered yet."""
+    source = Playground._esm.replace("export default { render };", "")
+    for name, soon in {
+        "NO_ANSWER = 5000": "NO_ANSWER = 100",
+        "setTimeout(sayHello, 2000": "setTimeout(sayHello, 100",
+    }.items():
+        assert name in source
+        source = source.replace(name, soon)
     page = browser.new_page()
     page.set_content("<body></body>")
     page.evaluate(
-        f"""(hello) => {{ {source}
+        f"""() => {{ {source}
         window.sent = [];
         window.send = (message) => sent.push(message);
         const model = {{ on: (_, run) => (window.answer = run), off() {{}}, send: (message) => send(message) }};
-        render({{ model, el: document.body }});
-        hello.forEach(answer); }}""",
-        sent,
+        render({{ model, el: document.body }}); }}"""
     )
     yield page
     page.close()
+
+
+def test_a_reloaded_page_that_only_hears_says_that_the_kernel_does_not(deaf: Page):
+    meter = "{ used: null, context: null, cache_bytes: null }"
+    deaf.evaluate(f"setInterval(() => answer({{ type: 'delta', id: 1, answers: [], meter: {meter} }}), 20)")
+    expect(deaf.locator(".fk-notice")).to_contain_text("The kernel does not answer")
+    deaf.wait_for_timeout(200)
+    expect(deaf.locator(".fk-notice")).to_be_visible()
 
 
 def test_a_message_that_the_kernel_does_not_hear_stays(alone: Page):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import falcon_kit as fk
 from falcon_kit import load
 from falcon_kit.catalogue.card import CARD
 from falcon_kit.catalogue.names import catalogue, embedded_directory, spec
@@ -21,6 +22,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", ["falcon-180B", "FALCON-180b", "tiiuae/falcon-180B", " falcon-180B "])
 def test_names_are_found_in_any_case_and_with_their_owner(name: str) -> None:
     assert spec(name).name == "falcon-180B"
+
+
+@pytest.mark.parametrize("call", [fk.spec, fk.plan, fk.load, fk.serve], ids=lambda each: each.__name__)
+def test_a_name_that_no_path_can_have_is_answered_as_a_name(call: Any) -> None:
+    with pytest.raises(LookupError, match=r"^'xxx.*\.\.\. is longer than any path, and no model has such a name"):
+        call("x" * 300)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

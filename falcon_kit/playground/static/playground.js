@@ -197,7 +197,8 @@ function render({ model, el }) {
     silent = false;
   }
   function listen(message) {
-    heard();
+    // A page that is reloaded in the middle of an answer receives its pieces also where the kernel does not hear the page.
+    if (message.type !== "delta" || title.textContent) heard();
     handlers[message.type]?.(message);
   }
   model.on("msg:custom", listen);
