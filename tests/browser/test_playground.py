@@ -293,6 +293,7 @@ def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
     pad.button("Chat").click()
     pad.write("Go")
     system = pad.node.get_by_label("System message")
+    expect(system).to_be_visible()  # a hidden field takes no keys
     system.press_sequentially("Be brief.")
     pad.wait()
     expect(system).to_have_value("Be brief.")
