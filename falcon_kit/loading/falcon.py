@@ -61,14 +61,13 @@ class Falcon:
     """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
     loaded_template: Any = None
     """The tokenizer's chat template as it was then."""
-    loaded_rows: Any = field(default=None, repr=False)
+    loaded_rows: Mapping[str, Tensor] = field(init=False)
     """The first row of each weight of the layers as it was then."""
 
     def __post_init__(self) -> None:
         if self.loaded_template is None:
             object.__setattr__(self, "loaded_template", self.tokenizer.chat_template)
-        if self.loaded_rows is None:
-            object.__setattr__(self, "loaded_rows", first_rows(self.model))
+        object.__setattr__(self, "loaded_rows", first_rows(self.model))
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

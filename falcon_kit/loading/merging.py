@@ -254,7 +254,8 @@ def _merge(falcon: Falcon, adapter: Path) -> Merged:
             f"after merging, logits differ by {gap:.1e} of the largest, more than rounding to {falcon.model.dtype} "
             f"explains ({allowed:.0e}): merge in float32, fk.merge(adapter, fk.load(name, dtype='float32'))"
         )
-    return Merged(**{**vars(falcon), "gap": gap, "loaded_rows": None})  # a merged Falcon has a gap already
+    given = {name: value for name, value in vars(falcon).items() if name not in ("gap", "loaded_rows")}
+    return Merged(**given, gap=gap)  # a merged Falcon has a gap already
 
 
 def _add(model: Any, adapter: Path) -> None:

@@ -57,7 +57,7 @@ def check_model(falcon: Falcon, settings: Tuning) -> None:
 
 def _warn_of_changed_weights(falcon: Falcon) -> None:
     """Warns of weights that were changed in memory: the adapter's base would be loaded without the change."""
-    rows: Mapping[str, Any] = falcon.loaded_rows
+    rows = falcon.loaded_rows
     for name, now in first_rows(falcon.model).items():
         if name in rows and not rows[name].to(now.dtype).equal(now):
             warn(

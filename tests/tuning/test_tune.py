@@ -400,13 +400,15 @@ def test_weights_that_were_changed_in_memory_are_warned_of_and_the_advice_works(
     torch.testing.assert_close(logits(fk.load(again.adapter, dtype="float32")), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", ["merged", "rounded", "nf4", "used"])
+@pytest.mark.parametrize("change", ["merged", "rounded", "replaced", "nf4", "used"])
 def test_weights_that_are_as_loaded_are_not_warned_of(change, whole, tmp_path, recwarn):
     falcon = fk.load("falconet", dtype="nf4" if change == "nf4" else "float32")
     if change == "merged":
         falcon = fk.merge(whole.adapter, falcon)
     elif change == "rounded":
         falcon.model.bfloat16()
+    elif change == "replaced":
+        falcon = dataclasses.replace(falcon, model=fk.load("falconet-instruct", dtype="float32").model)
     else:
         falcon.generate("Hello", max_new_tokens=2)
     fk.tune(falcon, ROWS, output_dir=tmp_path, **{**QUICK, "max_steps": 1, "held_out": 0})
