@@ -96,7 +96,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
         path = Path(name)
     try:
         path.exists()
-    except OSError as error:  # other errors are those of who reads it
+    except OSError as error:  # other errors come again where the path is read
         if error.errno == errno.ENAMETOOLONG:
             raise LookupError(
                 f"{shown(str(name))} is longer than any path, and no model has such a name: give a name, a directory "

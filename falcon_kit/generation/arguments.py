@@ -134,8 +134,7 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError for one that is neither a GenerationConfig nor a mapping, and for a cache under both names.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
-    if (cache := one_cache(settings.pop("cache", None), settings.pop("past_key_values", None))) is not None:
-        settings[CACHE] = cache
+    rename_cache(settings)
     config = settings.pop("generation_config", None)
     if config is None:
         return settings
@@ -156,6 +155,12 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache of keys and values of a call, which may have either name. Raises ValueError for both at once."""
     require(cache is None or past_key_values is None, "past_key_values is the former name of cache: give cache alone")
     return past_key_values if cache is None else cache
+
+
+def rename_cache(settings: dict[str, Any]) -> None:
+    """Gives a cache among the settings the name that this transformers has for it."""
+    if (cache := one_cache(settings.pop("cache", None), settings.pop("past_key_values", None))) is not None:
+        settings[CACHE] = cache
 
 
 def without_tokenizer(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """While `fk.tune` trains a model, no other thread uses it.
 
-Training adds matrices to the layers, leaves some of their inputs out and changes them at each step. A text that another
-thread generated meanwhile, such as a playground's, would be that of no model.
+Training adds matrices to the layers, drops some of their inputs and changes them at each step. A text that another
+thread, such as a playground's, generated meanwhile would be wrong.
 """
 
 import threading
@@ -29,6 +29,6 @@ def check_not_in_training(model: Any) -> None:
     """Raises RuntimeError if another thread trains the model."""
     if _TRAINERS.get(id(model), threading.get_ident()) != threading.get_ident():
         raise RuntimeError(
-            "fk.tune is training this model in another thread, and its answers would be those of no model: wait until "
-            "it has ended, or load the model a second time"
+            "fk.tune is training this model in another thread, so that its answers would be wrong: wait until the "
+            "training has ended, or load the model a second time"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-from falcon_kit.generation.arguments import CACHE
+from falcon_kit.generation.arguments import CACHE, rename_cache
 
 ROOM = 64
 """Tokens that a full layer makes room for: the most that a cache keeps unused."""
@@ -94,6 +94,7 @@ class MakesRoom(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *rest: Any) -> Any:
         """As in transformers. A cache of the caller and an offloaded one stay as they are."""
+        rename_cache(model_kwargs)
         given = model_kwargs.get(CACHE)
         stock: Any = super()  # transformers misdeclares its self
         stock._prepare_cache_for_generation(generation_config, model_kwargs, *rest)

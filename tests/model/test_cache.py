@@ -72,6 +72,14 @@ def test_a_forward_pass_takes_a_cache_by_the_name_of_any_transformers(part, name
     assert given.get_seq_length() == IDS.shape[1]
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_of_the_plain_model_takes_a_cache_by_the_name_of_any_transformers(name):
+    given = DynamicCache(config=pair("40b")[1].config)
+    tokens = greedy(pair("40b")[1], IDS, 3, **{name: given})
+    assert torch.equal(tokens, greedy(pair("40b")[1], IDS, 3))
+    assert given.get_seq_length() == IDS.shape[1] + 2
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.sampled_from(["step", "crop", "reorder", "copy", "deepcopy", "reset"]), st.integers(1, 70)))
