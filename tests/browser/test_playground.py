@@ -305,6 +305,15 @@ def test_what_is_being_typed_outlasts_the_end_of_an_answer(notebook: Notebook):
 # What is typed and what has the focus stay
 
 
+def conversation(notebook: Notebook) -> Pad:
+    """A playground in chat mode whose message "Go" was answered."""
+    pad = typist(notebook, ["Yes."])
+    pad.button("Chat").click()
+    pad.write("Go")
+    pad.wait()
+    return pad
+
+
 def edited(pad: Pad, text: str) -> Locator:
     """The field of the first message, with another text that was sent."""
     pad.button("edit").first.press("Enter")
@@ -348,10 +357,7 @@ def test_an_edited_message_that_is_sent_during_an_answer_stays_as_it_was_typed(n
 
 
 def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(notebook: Notebook):
-    pad = typist(notebook, ["Yes."])
-    pad.button("Chat").click()
-    pad.write("Go")
-    pad.wait()
+    pad = conversation(notebook)
     pad.button("edit").press("Enter")
     notebook.page.keyboard.type("Let us ")
     notebook.python("pad._hello(); pad.session.generate('Next')")
@@ -362,10 +368,7 @@ def test_a_message_that_is_being_edited_outlasts_a_second_view_and_a_new_turn(no
 
 
 def test_a_message_that_is_being_edited_outlasts_a_clearing_and_its_undo(notebook: Notebook):
-    pad = typist(notebook, ["Yes."])
-    pad.button("Chat").click()
-    pad.write("Go")
-    pad.wait()
+    pad = conversation(notebook)
     pad.button("edit").press("Enter")
     pad.node.get_by_label("Edit the message").fill("Let us go")
     pad.button("Clear").click()
@@ -451,10 +454,7 @@ COMPOSING = """(field, key) => {
 
 
 def test_the_keys_of_an_input_method_neither_send_nor_close(notebook: Notebook):
-    pad = typist(notebook, ["Yes."])
-    pad.button("Chat").click()
-    pad.write("Go")
-    pad.wait()
+    pad = conversation(notebook)
     pad.button("edit").press("Enter")
     field = pad.node.get_by_label("Edit the message")
     field.fill("Go back")
