@@ -221,7 +221,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return self._model.name
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, and whether it is the greedy one."""
         where = [f"{self._name}, item {request.doc_id}" for request in requests]
         inputs = self._model.prepare([request.args for request in requests], where, truncate=True)
         found = self._progress.map(f"lm-eval {self._name}", inputs, self._model.run, size=1024)
@@ -233,7 +232,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return self._progress.map(f"lm-eval {self._name} texts", texts, self._model.rolling, size=16)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The continuation of each context, up to the first of its stop strings."""
         inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
         for numbers, settings in _groups(inputs):
             prompts = [inputs[number][0] for number in numbers]
@@ -249,7 +247,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return [found[number] for number in range(len(inputs))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages in the model's chat format."""
         return self._model.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:

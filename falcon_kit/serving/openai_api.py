@@ -14,15 +14,7 @@ from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import (
-    at,
-    error_message,
-    event_status,
-    http_error,
-    json_or_none,
-    reading,
-    token_count,
-)
+from falcon_kit.serving.failures import at, error_message, event_status, http_error, json_or_none, reading, token_count
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
@@ -111,11 +103,9 @@ class OpenAIServer:
         self._control_tokens: dict[int | None, str] = {}
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `request_body`."""
         return request_body(request, self.facts.model, self._dialect)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields the deltas of each chunk."""
         address, begun = self.facts.address, False
         url = f"{self.url}/{'chat/completions' if 'messages' in body else 'completions'}"
         async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]

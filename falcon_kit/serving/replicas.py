@@ -35,17 +35,14 @@ class Replicas:
         self._rests_until = [0.0] * len(servers)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `Server.body`."""
         return self.servers[0].body(request)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """As `Server.deltas`."""
         async with self.choose() as server, aclosing(server.deltas(body)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 yield delta
 
     async def count(self, request: Request) -> int:
-        """As `Server.count`."""
         async with self.choose() as server:
             return await server.count(request)
 

@@ -48,7 +48,6 @@ class SageMakerServer:
         self.api, self.accepts_messages = api, api == "openai"
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The container's own request."""
         if self.api == "tgi":
             return {**tgi.request_body(request, self.facts.server), "stream": True}
         body = openai_api.request_body(request, self.facts.model, _VLLM)

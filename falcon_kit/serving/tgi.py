@@ -42,7 +42,6 @@ class TGIServer:
         self.facts, self._url, self.connection = facts, url, connection
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `request_body`."""
         return request_body(request, self.facts.server, ("max_length",))
 
     async def count(self, request: Request) -> int:
@@ -51,7 +50,6 @@ class TGIServer:
         return await ask_about_prompt(url, self.connection, content, length)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields the delta of each event."""
         address, reshaped = self.facts.address, reshapes(body["parameters"])
         url = f"{self._url}/generate_stream"
         async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
