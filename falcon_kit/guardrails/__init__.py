@@ -5,7 +5,6 @@ The files, in the order of their imports:
 verdict.py     what was found and why, without the text (no torch)
 folding.py     spellings of a character made equal, with its place in the original (no torch)
 matching.py    patterns in a text that grows (no torch)
-length.py      the length of a text (no torch)
 secrets.py     keys and passwords (no torch)
 words.py       blocked words (no torch)
 personal.py    addresses, cards, accounts, identity and telephone numbers (no torch)

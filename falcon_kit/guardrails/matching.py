@@ -30,7 +30,6 @@ class Growing:
         self.newest, self.length, self.ended = "", 0, False
 
     def add(self, characters: str) -> None:
-        """Appends characters."""
         self.newest = characters
         self.length += len(characters)
         self.plain.add(characters)
@@ -70,7 +69,6 @@ class Pattern:
 
     @cached_property
     def compiled(self) -> Any:
-        """The expression as an object of `regex`."""
         return regex.compile(self.expression)
 
     def running(self) -> Running:
