@@ -72,11 +72,9 @@ class BiasReport:
     model: str
     """The model's name."""
     pairs: tuple[PairResult, ...]
-    """The pairs."""
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes, in the order of the pairs."""
         return tuple(dict.fromkeys(each.axis for each in self.pairs))
 
     def share(self, axis: str) -> Estimate:

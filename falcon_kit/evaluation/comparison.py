@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, log, nan
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, printable, require
@@ -23,17 +23,19 @@ LEVEL = 0.05
 """A difference is shown where the p-value is below it."""
 
 
-class Evaluated(Protocol):
-    """What is compared: an `Evaluation`."""
+@dataclass(frozen=True, repr=False)
+class Evaluated:
+    """What was measured of a model, and is compared."""
 
-    @property
-    def model(self) -> str: ...
-    @property
-    def record(self) -> Mapping[str, Any]: ...
-    @property
-    def perplexities(self) -> tuple[Perplexity, ...]: ...
-    @property
-    def tasks(self) -> tuple[TaskResult, ...]: ...
+    model: str
+    """The model's name."""
+    record: Mapping[str, Any]
+    """What the results depend on: the model's revision, dtype and probe, the settings, the versions of the libraries.
+    The probe is the log-probabilities of a few fixed tokens, by which the same weights are recognised."""
+    perplexities: tuple[Perplexity, ...]
+    """The perplexity of each text."""
+    tasks: tuple[TaskResult, ...]
+    """The result of each task."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Difference:
     name: str
     """The task or the text."""
     metric: str
-    """The metric."""
     first: float
     """Its value for the first model."""
     second: float

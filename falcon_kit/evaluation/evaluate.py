@@ -99,11 +99,9 @@ class _Run:
     """A task with its items, ready to be given to a model."""
 
     name: str
-    """The task's name."""
     sha256: str | None
     """The hash of its items, where it is known before."""
     run: Callable[[Model, Progress], TaskResult]
-    """Gives it to a model."""
 
 
 def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:

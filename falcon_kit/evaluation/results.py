@@ -17,8 +17,7 @@ from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation import plots
-from falcon_kit.evaluation.comparison import Comparison, compare
-from falcon_kit.evaluation.perplexity import Perplexity
+from falcon_kit.evaluation.comparison import Comparison, Evaluated, compare
 from falcon_kit.evaluation.statistics import Estimate
 from falcon_kit.evaluation.task_results import TaskResult
 
@@ -33,21 +32,11 @@ _FORMAT = 1  # of the JSON file
 
 @documented
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Evaluated):
     """The result of `fk.evaluate`. All intervals are of 95%.
 
     `a.compare(b)` tests whether two models differ on the same items.
     """
-
-    model: str
-    """The model's name."""
-    record: Mapping[str, Any]
-    """What the results depend on: the model's revision, dtype and probe, the settings, the versions of the libraries.
-    The probe is the log-probabilities of a few fixed tokens, by which the same weights are recognised."""
-    perplexities: tuple[Perplexity, ...]
-    """The perplexity of each text."""
-    tasks: tuple[TaskResult, ...]
-    """The result of each task."""
 
     @property
     def perplexity(self) -> Any:
@@ -85,10 +74,7 @@ class Evaluation:
         return Estimate(value, max(0.0, value - half), min(100.0, value + half))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each value: what was measured, the value, its interval, the number of items or tokens.
-
-        `chance` and `published` stand beside the values that have one.
-        """
+        """The rows of `to_dataframe`."""
         for text in self.perplexities:
             for metric in plots.OF_TEXTS:
                 yield _row(text.name, metric, getattr(text, metric), text.tokens)

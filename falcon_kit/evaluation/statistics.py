@@ -27,7 +27,6 @@ class Estimate:
     """A measured value with its 95% interval; the ends are nan where there are too few items for one."""
 
     value: float
-    """The value."""
     low: float
     """The lower end of the interval."""
     high: float

@@ -20,7 +20,6 @@ class TaskResult:
     """The results of a task, item by item."""
 
     task: str
-    """The task's name."""
     kind: str
     """"multiple choice", "generation" or "lm-eval"."""
     sha256: str
