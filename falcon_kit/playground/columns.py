@@ -126,12 +126,6 @@ class Column:
         """Python code that makes the model."""
         return load_source(self.falcon) if self.local else connect_source(self.falcon)
 
-    def read(self, prompt: Prompt, settings: Mapping[str, Any], put: Callable[[Any], None]) -> "Reader":
-        """Starts a thread that passes each piece to `put`, and at the end the `Generation` or an error."""
-        reader = Reader(self, prompt, settings, put)
-        reader.start()
-        return reader
-
     def token(self, piece: Piece) -> Token:
         """The record of a piece."""
         likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
@@ -154,7 +148,10 @@ def _stored(logprob: float) -> float | None:
 
 
 class Reader(threading.Thread):
-    """Reads one stream. `end` returns at once; a local model stops after the token that it is computing."""
+    """Passes each piece of one stream to `put`, and at the end the `Generation` or an error.
+
+    `end` returns at once; a local model stops after the token that it is computing.
+    """
 
     def __init__(self, column: Column, prompt: Prompt, settings: Mapping[str, Any], put: Callable[[Any], None]) -> None:
         super().__init__(name="falcon-playground-reader", daemon=True)
@@ -171,7 +168,6 @@ class Reader(threading.Thread):
             self._put(error)
 
     def _read(self) -> Any:
-        """Puts each piece into the queue, and returns the `Generation`."""
         self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             # `end` found no stream to close if it was called before there was one.

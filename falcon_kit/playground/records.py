@@ -43,7 +43,6 @@ class Answer:
     """The text of one model, with everything needed to generate it again. It grows during generation."""
 
     model: str
-    """Name of the model."""
     source: str
     """Python code that makes the model."""
     prompt: str | list[Message]
@@ -51,7 +50,6 @@ class Answer:
     settings: dict[str, Any]
     """The fields of `Sampling` that were set, with the seed."""
     spans: list[Span] = field(default_factory=list)
-    """The text so far."""
     ending: Ending | None = None
     """How it ended; None during generation."""
     reason: str = ""

@@ -138,11 +138,9 @@ class Playground(anywidget.AnyWidget):
             self.show_notice(self.notice if refused else "", error=refused)
             self._updater = _Updater(self, self.session.turns[-1])
             self._updater.start()
-        elif event == "end":
-            self._finish_updates()
-            self._show()
-            self._history()
-        elif event == "change":
+        elif event in ("end", "change"):
+            if event == "end":
+                self._finish_updates()
             self._show()
             self._history()
 

@@ -59,8 +59,10 @@ class TurnWriter:
         return [writer for writer in self._writers if writer.answer.ending is None]
 
     def _read(self, writer: "AnswerWriter") -> Reader:
-        answer = writer.answer
-        return writer.column.read(answer.prompt, answer.settings, lambda event: self._events.put((writer, event)))
+        column, answer = writer.column, writer.answer
+        reader = Reader(column, answer.prompt, answer.settings, lambda event: self._events.put((writer, event)))
+        reader.start()
+        return reader
 
     def _take(self, item: "tuple[AnswerWriter, Any] | None") -> None:
         """Handles a piece or the end of a stream."""
