@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import check_whole, is_number, join_surrogates, require, shown
+from falcon_kit.display.errors import is_number, join_surrogates, require, shown
 from falcon_kit.serving.background import background_loop
 
 SHORTEST_SECRET = 8
@@ -189,13 +189,6 @@ def redact_url(url: str) -> str:
     shown = url.partition("?")[0].partition("#")[0]
     before, at, after = shown.rpartition("@")
     return f"{before[: before.find('//') + 2] if '//' in before else ''}***@{after}" if at else shown
-
-
-def check_limits(timeout: float, deadline: float, retries: int, concurrency: int) -> None:
-    """Raises ValueError for a limit of `connect` that is out of range."""
-    check_whole("concurrency", concurrency, 1, 10_000)
-    check_whole("retries", retries, 0, 1000)
-    check_seconds(timeout=timeout, deadline=deadline)
 
 
 def check_seconds(**values: float) -> None:

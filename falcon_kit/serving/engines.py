@@ -32,7 +32,6 @@ class Engine:
     program: str
     """The file name of its program."""
     install: str
-    """How to get it."""
     options: Callable[["Job"], list[str]]
     """The arguments of its program, without `Job.more`."""
     dtypes: tuple[str, ...]
@@ -48,7 +47,6 @@ class Job:
     """What a server is started with."""
 
     engine: Engine
-    """The kind of server."""
     model: str
     """The checkpoint's folder, or the GGUF file."""
     name: str
@@ -62,9 +60,7 @@ class Job:
     memory_share: float = 0.0
     """The share of each GPU's memory that the server may use; 0 on a CPU."""
     host: str = "127.0.0.1"
-    """The address that it listens at."""
     port: int = 8000
-    """Its port."""
     more: tuple[str, ...] = ()
     """Further arguments of its program."""
 

@@ -10,11 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_whole, require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, event_status, http_error, json_or_none, reading, token_count
+from falcon_kit.serving.failures import at, error_message, http_error, json_or_none, reading, token_count
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
@@ -95,7 +95,6 @@ class OpenAIServer:
     """An endpoint with the OpenAI protocol."""
 
     api = "openai"
-    accepts_messages = True
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
         self.facts, self._dialect, self.connection = facts, dialect, connection
@@ -179,8 +178,9 @@ def read_event(event: str, address: str, begun: bool) -> Iterator[Delta]:
         chunk: Any = json_or_none(event)
         error = chunk.get("error")
     if error:
-        message, status = error_message(error), None if begun else event_status(error)
-        raise http_error(status, message, address, {}) if status else ConnectionError(f"{address} reports: {message}")
+        message, status = error_message(error), at(error, "code")  # vLLM's for what it refuses after HTTP 200
+        refused = is_whole(status, 400, 599) and not begun
+        raise http_error(status, message, address, {}) if refused else ConnectionError(f"{address} reports: {message}")
     with reading(address):
         yield from read_chunk(chunk)
 

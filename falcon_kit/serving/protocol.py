@@ -49,7 +49,7 @@ class Request:
     prompt: str | Sequence[int] | None
     """What to continue; None for a conversation that the endpoint's own chat template renders."""
     messages: Sequence[Message]
-    """That conversation."""
+    """The conversation; empty for a prompt."""
     sampling: Sampling
     """The kit's own settings."""
     options: Mapping[str, Any]
@@ -68,7 +68,6 @@ class Delta:
     """What one event of a response adds."""
 
     text: str = ""
-    """New characters."""
     token_id: int | None = None
     """The token, if the endpoint reports it."""
     logprob: float = math.nan
@@ -124,9 +123,7 @@ class Server(Protocol):
     facts: Facts
     connection: Connection
     api: str
-    """The name of its protocol, as `connect` takes it: "openai" or "tgi"."""
-    accepts_messages: bool
-    """Whether a request can contain a conversation, which the endpoint's own chat template renders."""
+    """The name of its protocol, as `connect` takes it: "openai", or "tgi", which has no conversations."""
 
     def body(self, request: Request) -> dict[str, Any]:
         """The request in the endpoint's protocol; raises ValueError for what the protocol has no field for."""

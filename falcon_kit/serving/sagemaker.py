@@ -44,8 +44,7 @@ class SageMakerServer:
         self._name, self.connection = name, connection
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
-        self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self.api, self.accepts_messages = api, api == "openai"
+        self.facts, self.api = Facts(f"SageMaker ({api})", address, model or name), api
 
     def body(self, request: Request) -> dict[str, Any]:
         if self.api == "tgi":
@@ -143,12 +142,7 @@ class SageMakerServer:
 
     def _explain(self, error: Exception) -> Exception:
         """The exception for an error of boto3."""
-        from botocore.exceptions import (
-            ConnectionClosedError,
-            EndpointConnectionError,
-            NoCredentialsError,
-            ReadTimeoutError,
-        )
+        from botocore import exceptions as aws
 
         address, message = self.facts.address, str(error)
         response = getattr(error, "response", None) or {}
@@ -156,15 +150,15 @@ class SageMakerServer:
         if code == "ModelError":  # from the container, not from AWS
             status, original = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", message)
             return http_error(status, error_message(original), address, {})
-        if code in BUSY or isinstance(error, EndpointConnectionError | ConnectionClosedError):
+        if code in BUSY or isinstance(error, aws.EndpointConnectionError | aws.ConnectionClosedError):
             return Unavailable(f"{address} is busy or not reachable: try again later. AWS reports: {message}")
-        if code in REFUSED or isinstance(error, NoCredentialsError):
+        if code in REFUSED or isinstance(error, aws.NoCredentialsError):
             return PermissionError(
                 f"AWS refuses these credentials for {address}: check role and region. AWS reports: {message}"
             )
         if "not find" in message or "not found" in message:
             return LookupError(f"{address} is not in this region: check name and region. AWS reports: {message}")
-        if isinstance(error, ReadTimeoutError):
+        if isinstance(error, aws.ReadTimeoutError):
             return self._silent()
         return ConnectionError(f"{address} failed. AWS reports: {message}")
 

@@ -39,6 +39,7 @@ from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
+from falcon_kit.serving.replicas import Replicas
 from falcon_kit.serving.source import Files, Source, files_for, loading_plan, saving, source_of
 
 _SHORTEST = 64  # tokens: a shorter context is no use
@@ -180,7 +181,7 @@ def _served(
         plan=job.plan,
         command=_command(job, source, files),
         files=files,
-        _server=server,
+        _server=Replicas([server]),
         _process=process,
     )
 

@@ -42,7 +42,6 @@ class Source:
     name: str
     """The name that `fk.load` loads it by."""
     spec: FalconSpec
-    """Its shape."""
     dtype: str
     """The dtype in which `fk.load` has, or would have, its weights; of a GGUF file llama.cpp's name for its own."""
     model: Falcon | Checkpoint

@@ -96,7 +96,10 @@ class Answer:
             f"the endpoint sends no alternatives, although alternatives={self._wanted} asks for them: leave it out",
         )
         if delta.text or delta.token_id is not None:
-            self._record_time()
+            self._events += 1
+            self.last = time.perf_counter()
+            if self._events == 1:
+                self.first = self.last
         if delta.token_id is not None:
             self.tokens.append(delta.token_id)
             self.logprobs.append(delta.logprob)
@@ -134,12 +137,6 @@ class Answer:
             ),
             alternatives=tuple(self.alternatives) if self._wanted else None,
         )
-
-    def _record_time(self) -> None:
-        self._events += 1
-        self.last = time.perf_counter()
-        if self._events == 1:
-            self.first = self.last
 
 
 @asynccontextmanager

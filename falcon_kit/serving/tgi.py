@@ -36,7 +36,6 @@ class TGIServer:
     """An endpoint with TGI's protocol."""
 
     api = "tgi"
-    accepts_messages = False
 
     def __init__(self, url: str, facts: Facts, connection: Connection) -> None:
         self.facts, self._url, self.connection = facts, url, connection
