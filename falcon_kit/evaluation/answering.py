@@ -53,7 +53,6 @@ def _totals(part: Sequence[list[Any]], model: Model) -> list[list[float]]:
 
 
 def _chosen(item: Item, totals: Sequence[float]) -> dict[str, Any]:
-    """The result of an item."""
     lengths = [len(choice) for choice in item.choices]
     likeliest, by_length = int(np.argmax(totals)), int(np.argmax(np.array(totals) / lengths))
     right = item.choices.index(item.answer)

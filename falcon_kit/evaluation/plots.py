@@ -71,13 +71,11 @@ def _tasks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _others(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Metrics of tasks on a scale of their own."""
     intervals(axes, rows, [f"{row['name']}, {row['metric']}" for row in rows])
     axes.set_xlabel("value", fontsize=9)
 
 
 def _texts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bits per byte of each text."""
     ordered = sorted(rows, key=lambda row: row["value"])
     intervals(axes, ordered, [row["name"] for row in ordered])
     axes.set_xlim(left=0)

@@ -59,7 +59,6 @@ class Task:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the items have choices."""
         return bool(self.items[0].choices)
 
     @property

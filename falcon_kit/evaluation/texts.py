@@ -27,7 +27,6 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """The hash of the documents."""
         return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 

@@ -99,7 +99,6 @@ class Guardrails:
 
     @cached_property
     def _patterns(self) -> dict[Where, list[Pattern]]:
-        """The patterns of a prompt and of an output."""
         shared = [
             *(SECRETS if self.secrets else ()),
             *(personal_patterns(self.phone_regions) if self.personal_data else ()),
@@ -114,7 +113,6 @@ class Guardrails:
         return list(named(self.custom, self.labels, self.threshold))
 
     def _running(self, where: Where) -> Iterator[Running]:
-        """All checks of one text."""
         if self.max_characters is not None:
             yield _Length(self.max_characters)
         for pattern in self._patterns[where]:

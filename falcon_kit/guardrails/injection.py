@@ -63,7 +63,6 @@ _CHINESE = (  # no spaces, so no borders: up to six characters stand between two
 
 
 def _phrase(words: str) -> str:
-    """The regular expression of a phrase."""
     between = r"[^\w]{1,3}"
     border = rf"\W{UNSPACED}"  # in scripts without spaces, a phrase of another one may stand beside a letter
     inside = fold(words).replace("~", rf"(?:{between}\w{{1,20}}){{0,3}}{between}").replace("_", between)

@@ -72,7 +72,6 @@ class Pattern:
         return regex.compile(self.expression)
 
     def running(self) -> Running:
-        """The search in one text."""
         return _Search(self)
 
 

@@ -179,12 +179,10 @@ class Link:
         return Path(os.environ[_FOLDER])
 
     def send(self, **message: Any) -> None:
-        """Sends one message."""
         self._out.write(f"\n{json.dumps(message)}\n")  # a line of its own, even after text without a newline
         self._out.flush()
 
     def receive(self) -> Message:
-        """The next message."""
         return self._arrived.get()
 
 

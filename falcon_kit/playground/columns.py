@@ -123,11 +123,9 @@ class Column:
         return len(encode(prompt, tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
-        """Python code that makes the model."""
         return load_source(self.falcon) if self.local else connect_source(self.falcon)
 
     def token(self, piece: Piece) -> Token:
-        """The record of a piece."""
         likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
         alternatives = tuple((text, logprob) for text, logprob in likely if logprob is not None)
         return Token(self._token_text(piece), _stored(piece.logprob), alternatives)

@@ -97,7 +97,6 @@ class AnswerWriter:
         self._received = ""  # more than the answer has, if the guardrails hold text back
 
     def push(self, piece: Piece) -> None:
-        """Adds a piece."""
         self.answer.new_tokens += 1
         self.answer.seconds = time.perf_counter() - self._start
         if self.answer.first_token_seconds is None:

@@ -169,7 +169,6 @@ class Endpoint:
         return True
 
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
-        """The request for a conversation."""
         checked = check_messages(messages)
         written = _CONTROL_TOKENS.findall(self.chat_format.template) if self.own_format else []
         for number, message in enumerate(checked, 1):

@@ -66,7 +66,6 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of the program."""
         return [*self.engine.options(self), *self.more]
 
     def environment(self, key: str) -> dict[str, str]:

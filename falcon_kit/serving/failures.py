@@ -127,7 +127,6 @@ def _explain_tls(error: ssl.SSLError, address: str) -> Exception:
 
 
 def _explain_proxy(error: httpx2.HTTPError, address: str) -> Exception:
-    """The exception for a proxy that does not answer, or refuses to connect."""
     proxy, host = proxy_for(address), urlsplit(address).hostname
     without = f"set NO_PROXY={host} to connect without it"
     if isinstance(error, httpx2.ProxyError):

@@ -48,8 +48,6 @@ class Dialect:
     """Whether the generated token takes one of the places in a chat's top_logprobs, likely or not."""
     accepts_stop: bool = False
     """Whether a request may contain stop strings: the server names the one it found, or leaves it in the text."""
-    usage: bool = True
-    """Whether a request has to ask for the token counts."""
     token_prompts: bool = False
     """Whether a prompt may be token ids."""
     counts: bool = False
@@ -87,7 +85,7 @@ LLAMA_CPP = Dialect(
     counts=True,
 )
 _GENERATION = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
-TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True, usage=False)
+TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True)
 STANDARD = Dialect("an OpenAI-compatible server of another kind")
 
 
@@ -153,7 +151,7 @@ def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, An
     likely = max(1, sampling.alternatives)
     body: dict[str, Any] = {"model": model, "max_tokens": request.new_tokens, "stream": True}
     body |= dialect.extra
-    if dialect.usage:
+    if dialect is not TRANSFORMERS:  # which sends the token counts unasked
         body["stream_options"] = {"include_usage": True}
     if request.stop and dialect.accepts_stop:
         body["stop"] = list(request.stop)

@@ -141,7 +141,6 @@ class SageMakerServer:
         )
 
     def _explain(self, error: Exception) -> Exception:
-        """The exception for an error of boto3."""
         from botocore import exceptions as aws
 
         address, message = self.facts.address, str(error)
@@ -197,7 +196,6 @@ def _close(stream: Any) -> None:
 
 
 def _clients(session: Any, connection: Connection) -> tuple[Any, Any]:
-    """boto3's clients for the control plane and for invoking."""
     try:
         import boto3
         from botocore.config import Config

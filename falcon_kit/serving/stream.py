@@ -66,7 +66,6 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return str(self._text)
 
     @property
