@@ -15,11 +15,9 @@ from falcon_kit.evaluation.tasks import Item, Task
 def answer(task: Task, model: Model, progress: Progress, *, chat: bool, truncate: bool) -> TaskResult:
     """The result of a task."""
     prompts = model.prompts(task, chat)
-    return (
-        choose(task, prompts, model, progress, truncate)
-        if task.is_choice
-        else write(task, prompts, model, progress, chat, truncate)
-    )
+    if task.is_choice:
+        return choose(task, prompts, model, progress, truncate)
+    return write(task, prompts, model, progress, chat, truncate)
 
 
 def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress, truncate: bool) -> TaskResult:

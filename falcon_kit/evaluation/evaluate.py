@@ -1,7 +1,5 @@
 """`evaluate`: perplexity and tasks for any Falcon of the kit, or behind an endpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -82,7 +80,9 @@ def _evaluate(
     require(bool(names) or text is not None, f"nothing to measure: give text=, or tasks= such as {SHIPPED[0]!r}")
     corpora = read_corpora(text) if text is not None else ()
     runs = [_resolve(each, settings) for each in names]
-    _check_names([*(each.name for each in corpora), *(each.name for each in runs)])
+    given = [*(each.name for each in corpora), *(each.name for each in runs)]
+    twice = sorted({each for each in given if given.count(each) > 1})
+    require(not twice, f"{', '.join(twice)} is given twice: texts and tasks need names of their own")
     model: Model = RemoteModel(falcon) if isinstance(falcon, Endpoint) else LocalModel(falcon, settings["batch_size"])
     data = {each.name: each.sha256 for each in corpora} | {each.name: each.sha256 for each in runs if each.sha256}
     record = {**model.record(), "settings": settings, "data": data, "versions": _versions()}
@@ -151,11 +151,6 @@ def _harness(
     harness.check_examples(loaded, settings["num_fewshot"])
     chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
     return _Run(name, None, partial(harness.run, loaded, leaderboard=leaderboard, **chosen))
-
-
-def _check_names(names: list[str]) -> None:
-    twice = sorted({each for each in names if names.count(each) > 1})
-    require(not twice, f"{', '.join(twice)} is given twice: texts and tasks need names of their own")
 
 
 def _versions() -> dict[str, str]:

@@ -4,8 +4,6 @@ All intervals have a confidence of 95%. None accounts for the choice of the item
 on the same data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class Estimate:
         value, low, high = (format(each, form) for each in (self.value, self.low, self.high))
         return value, low, high
 
-    def transformed(self, function: Callable[[float], float]) -> Estimate:
+    def transformed(self, function: Callable[[float], float]) -> "Estimate":
         """The estimate of an increasing function of the value."""
         return Estimate(*(function(each) for each in (self.value, self.low, self.high)))
 

@@ -6,8 +6,6 @@ continued as it is; a question is asked in the model's chat format, or as "Quest
 counts as absent. Whatever else a row has stays with its results.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

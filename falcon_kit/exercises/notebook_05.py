@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 QUESTION = "The baby of a giraffe is called a"
 _PERIOD = 50
 _SECOND_COPY = slice(_PERIOD + 1, None)  # nothing shows that the sequence starts again, so its first token is left out
-_REPLACEMENTS: tuple[Literal["mean"], Literal["zero"]] = ("mean", "zero")
 
 
 def exercise_1(layer: int, falcon: Any) -> str:
@@ -28,7 +27,7 @@ def exercise_1(layer: int, falcon: Any) -> str:
 def exercise_2(bits: float, falcon: Any) -> str:
     """Bits per token of the second copy, and the model: fk.check("05.2", bits, falcon)."""
     heads = _induction_heads(falcon)
-    with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
+    with_mean, with_zero = _without(falcon, heads, "mean"), _without(falcon, heads, "zero")
     right, zero, before = (each[_SECOND_COPY] for each in (with_mean.after, with_zero.after, with_mean.before))
     if not near(bits, right.mean(), 0.002):  # where the heads matter little, a mistake is near the right answer too
         expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")

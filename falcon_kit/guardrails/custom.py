@@ -1,7 +1,5 @@
 """A check of your own: a function, or a text-classification pipeline of transformers. An error blocks the text."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -6,8 +6,6 @@ characters are removed. `folded` also removes case and turns the Cyrillic and Gr
 into these.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """Guardrails: the checks that were chosen, for prompts and for outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -6,8 +6,6 @@ pattern's right border is a character that must exist, such as `(?=\W)`, and not
 undoes a match. The end of a text counts as a line break.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -8,8 +8,6 @@ and changed the rules until they fitted the half "tuning". The half "held out" w
 changed for it. Texts that other people write are caught less often.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Repetition and runaway output: the same words or lines over and over at the end of a text."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 

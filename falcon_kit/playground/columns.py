@@ -59,24 +59,20 @@ class Column:
         return {name: values[name] or None for name in names if name in values}
 
     def in_force(self, settings: Sampling) -> Sampling:
-        """The session's settings with the overrides, and "off" written out where the checkpoint's value would count.
+        """The session's settings with the overrides, without what these exclude, and "off" written out where the
+        checkpoint's value would count.
 
         Raises ValueError for settings that exclude an override.
         """
-        settings = replace(settings, **self._replaced)
+        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
+        if self.overrides.get("max_length") is not None:
+            excluded.append("max_new_tokens")
+        settings = replace(settings, **{**dict.fromkeys(excluded), **self.overrides})
         if settings.do_sample is False:
             return settings
         unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
-
-    @property
-    def _replaced(self) -> dict[str, Any]:
-        """The overrides, and None for each setting that they exclude."""
-        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
-        if self.overrides.get("max_length") is not None:
-            excluded.append("max_new_tokens")
-        return {**dict.fromkeys(excluded), **self.overrides}
 
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model takes these settings; an endpoint may have no field for some."""

@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import is_number, join_surrogates, require, shown
+from falcon_kit.display.errors import is_number, join_surrogates, require, shortened, shown
 from falcon_kit.serving.background import background_loop
 
 SHORTEST_SECRET = 8
@@ -141,7 +141,9 @@ class Connection:
 
     def clean(self, error: BaseException) -> None:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
-        error.args = tuple(_shorten(self.scrub(each)) if isinstance(each, str) else each for each in error.args)
+        error.args = tuple(
+            shortened(self.scrub(each), _LONGEST_MESSAGE) if isinstance(each, str) else each for each in error.args
+        )
         error.__cause__ = error.__context__ = None
 
 
@@ -149,10 +151,6 @@ def _close(client: httpx2.AsyncClient, process: int) -> None:
     """Closes a client whose connection is garbage, in the thread of the requests. A fork has no such thread."""
     if process == os.getpid():
         asyncio.run_coroutine_threadsafe(client.aclose(), background_loop())
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 3] + "..."
 
 
 def _proxy_variables() -> str:

@@ -133,15 +133,11 @@ class OpenAIServer:
             return delta
         for each in delta.alternatives:
             if not each.text and each.token_id not in self._control_tokens:
-                self._control_tokens[each.token_id] = await self._control_token(each.token_id)
+                answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [each.token_id]})
+                text = at(answer, "content")  # none where llama.cpp does not return it
+                self._control_tokens[each.token_id] = text if isinstance(text, str) else ""
         named = (replace(each, text=each.text or self._control_tokens[each.token_id]) for each in delta.alternatives)
         return replace(delta, alternatives=tuple(named))
-
-    async def _control_token(self, token_id: int | None) -> str:
-        """The text of a control token; empty if llama.cpp does not return it."""
-        answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
-        text = at(answer, "content")
-        return text if isinstance(text, str) else ""
 
 
 def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:

@@ -134,10 +134,12 @@ def events(falcon: Falcon, body: Mapping[str, Any]) -> Generator[dict[str, Any]]
                 "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
                 "length": count == given["max_new_tokens"],
             }
-            reason = next((name for name, holds in ends.items() if holds), None)
-            yield _event(piece, special, count) | _ending(reason, text, count, given.get("seed"), length)
-            if reason:
+            event = _event(piece, special, count) | {"generated_text": None, "details": None}
+            if reason := next((name for name, holds in ends.items() if holds), None):
+                details = {"finish_reason": reason, "generated_tokens": count, "seed": given.get("seed")}
+                yield event | {"generated_text": text, "details": details | {"input_length": length}}
                 return
+            yield event
 
 
 def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
@@ -145,11 +147,3 @@ def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
     token = {"id": piece.token_id, "text": shown, "logprob": piece.logprob, "special": special}
     top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
     return {"index": index, "token": token, **({"top_tokens": top} if top else {})}
-
-
-def _ending(reason: str | None, text: str, count: int, seed: int | None, length: int) -> dict[str, Any]:
-    """The fields that only the last event fills."""
-    if reason is None:
-        return {"generated_text": None, "details": None}
-    details = {"finish_reason": reason, "generated_tokens": count, "seed": seed, "input_length": length}
-    return {"generated_text": text, "details": details}
