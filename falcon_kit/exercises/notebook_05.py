@@ -1,11 +1,8 @@
 """The checks of notebook 05, Attention."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from falcon_kit.exercises.outcome import expect, near
-
-if TYPE_CHECKING:
-    from falcon_kit.inspection.ablation import Ablation
 
 QUESTION = "The baby of a giraffe is called a"
 _PERIOD = 50
@@ -64,7 +61,7 @@ def _induction_heads(falcon: Any) -> list[tuple[int, int]]:
     ]
 
 
-def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> "Ablation":
+def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> Any:
     """The ablation of these heads on the repeated tokens of the notebook."""
     from falcon_kit.inspection.ablation import ablate
     from falcon_kit.inspection.attention import induction

@@ -130,8 +130,7 @@ class SageMakerServer:
         with reading(address):
             data = data_of(line.decode())
         if data and self.api == "tgi":
-            with reading(address):
-                yield tgi.read_event(data, address, tgi.reshapes(body["parameters"]))
+            yield tgi.read_event(data, address, tgi.reshapes(body["parameters"]))
         elif data:
             yield from openai_api.read_event(data, address, begun)
 

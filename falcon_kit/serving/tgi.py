@@ -53,9 +53,7 @@ class TGIServer:
         url = f"{self._url}/generate_stream"
         async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
             async for event in events:
-                with reading(address):
-                    delta = read_event(event, address, reshaped)
-                yield delta
+                yield read_event(event, address, reshaped)
 
 
 def request_body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
@@ -101,22 +99,22 @@ def read_event(data: str, address: str, reshaped: bool = False) -> Delta:
         raise ConnectionError(f"{address} reports: {error_message(event)}")
     if not isinstance(at(event, "token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {data!r}")
-    token, details = event["token"], event.get("details") or {}
-    if not isinstance(token.get("special"), bool | None):
-        raise TypeError(f"special is {token['special']!r}, neither true nor false")
-    text = "" if token.get("special") else token.get("text") or ""
-    return Delta(
-        text=text,
-        token_id=token.get("id"),
-        logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
-        finish=FINISHED.get(details.get("finish_reason", "")),
-        prompt_tokens=details.get("input_length"),
-        new_tokens=details.get("generated_tokens"),
-        alternatives=likeliest(
-            Alternative(each["text"], each.get("id"), _logprob(each, -math.inf))
-            for each in event.get("top_tokens") or []
-        ),
-    )
+    token = event["token"]
+    with reading(address):
+        details, top = event.get("details") or {}, event.get("top_tokens") or []
+        if not isinstance(token.get("special"), bool | None):
+            raise TypeError(f"special is {token['special']!r}, neither true nor false")
+        return Delta(
+            text="" if token.get("special") else token.get("text") or "",
+            token_id=token.get("id"),
+            logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
+            finish=FINISHED.get(details.get("finish_reason", "")),
+            prompt_tokens=details.get("input_length"),
+            new_tokens=details.get("generated_tokens"),
+            alternatives=likeliest(
+                Alternative(each["text"], each.get("id"), _logprob(each, -math.inf)) for each in top
+            ),
+        )
 
 
 def _logprob(token: Mapping[str, Any], unknown: float) -> float:
