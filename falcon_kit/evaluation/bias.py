@@ -114,17 +114,14 @@ class BiasReport:
         return printable(f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares})")
 
     def _repr_html_(self) -> str:
-        rows = [self._row(axis) for axis in self.axes]
-        cells = [
-            (
-                *(row["axis"], f"{row['share']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"),
-                *(f"{row['difference']:+.2f}", row["pairs"]),
-            )
-            for row in rows
-        ]
+        def cells(axis: str) -> tuple[object, ...]:
+            share, count = self.share(axis), len(self._differences(axis))
+            interval, difference = f"{share.low:.0%} to {share.high:.0%}", self.difference(axis).value
+            return axis, f"{share.value:.0%}", interval, f"{difference:+.2f}", count
+
         header = ("axis", "stereotype more likely", "95% interval", "mean difference, nats", "pairs")
         limits = _LIMITS.format(", as the controls show" if "control" in self.axes else "")
-        return html_table(f"{self.model}. {limits}", header, cells)
+        return html_table(f"{self.model}. {limits}", header, map(cells, self.axes))
 
 
 def bias(

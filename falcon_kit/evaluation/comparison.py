@@ -103,15 +103,14 @@ class Comparison:
         return "".join(f"; {name}: {first!r} and {second!r}" for name, (first, second) in self.settings.items())
 
     def _repr_html_(self) -> str:
-        cells = [
-            (
-                *(each.name, each.metric, f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)),
-                *("" if isnan(each.p_value) else f"{each.p_value:.2g} ({each.test}, {each.count} pairs)", each.verdict),
-            )
-            for each in self.differences
-        ]
+        def cells(each: Difference) -> tuple[str, ...]:
+            p_value = "" if isnan(each.p_value) else f"{each.p_value:.2g} ({each.test}, {each.count} pairs)"
+            values = f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)
+            return each.name, each.metric, *values, p_value, each.verdict
+
         title = f"{self.first} (first) and {self.second} (second){self._other()}"
-        return html_table(title, ("", "metric", "first", "second", "difference", "p-value", "verdict"), cells)
+        header = ("", "metric", "first", "second", "difference", "p-value", "verdict")
+        return html_table(title, header, map(cells, self.differences))
 
 
 def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:

@@ -64,11 +64,11 @@ def evaluate(
     require(truncate in (None, "left"), f'truncate must be "left" or None; got {shown(truncate)}')
     check_flag("chat", chat)
     check_whole("seed", seed, 0, 2**32 - 1)
-    for name, value in {"limit": limit, "stride": stride, "batch_size": batch_size, "num_fewshot": num_fewshot}.items():
+    numbers = {"limit": limit, "stride": stride, "batch_size": batch_size, "num_fewshot": num_fewshot}
+    for name, value in numbers.items():
         if value is not None:
             check_whole(name, value, 0 if name == "num_fewshot" else 1)
-    settings = {"chat": chat, "limit": limit, "stride": stride, "truncate": truncate, "batch_size": batch_size}
-    settings |= {"num_fewshot": num_fewshot, "seed": seed}
+    settings = {"chat": chat, "truncate": truncate, "seed": seed, **numbers}
     plain = {name: plain_scalar(value) for name, value in settings.items()}  # they are saved as JSON
     return _evaluate(falcon, tasks, text, plain, output_dir)
 

@@ -56,9 +56,8 @@ def exercise_3(lowest_bits: float, falcon: Any) -> str:
 def _induction_heads(falcon: Any) -> list[tuple[int, int]]:
     from falcon_kit.inspection.attention import induction
 
-    return [
-        (layer, head) for layer, head, score in induction(falcon, period=_PERIOD).top("induction", 20) if score > 0.5
-    ]
+    heads = induction(falcon, period=_PERIOD).top("induction", 20)
+    return [(layer, head) for layer, head, score in heads if score > 0.5]
 
 
 def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> Any:

@@ -43,11 +43,13 @@ class Workers:
     """One process for each environment; all run the same code."""
 
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
-        self._folder = TemporaryFolder()
+        temporary = TemporaryFolder()
+        self.folder = temporary.path
+        """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
         self._arrived: _Queue = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
-        self._end = weakref.finalize(self, _end, self.processes, self._folder, os.getpid())
+        self._end = weakref.finalize(self, _end, self.processes, temporary, os.getpid())
         try:
             for rank, environment in enumerate(environments):
                 self.processes.append(self._start(rank, code, environment))
@@ -56,11 +58,6 @@ class Workers:
         except BaseException:  # Ctrl-C too: Jupyter keeps the error, and with it these processes
             self.close()
             raise
-
-    @property
-    def folder(self) -> Path:
-        """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
-        return self._folder.path
 
     def _start(self, rank: int, code: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same imports
@@ -158,6 +155,8 @@ class Link:
     """A worker's connection to its parent. Once made, it ends the worker when the parent ends."""
 
     def __init__(self) -> None:
+        self.folder = Path(os.environ[_FOLDER])
+        """A folder that is removed when the workers end."""
         self._out = os.fdopen(int(os.environ[_MESSAGES_FD]), "w")
         self._arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.cancelled: int | None = None
@@ -172,11 +171,6 @@ class Link:
             self.cancelled = message.get("cancel", self.cancelled)
             self._arrived.put(message)
         os._exit(1)  # the parent has ended
-
-    @property
-    def folder(self) -> Path:
-        """A folder that is removed when the workers end."""
-        return Path(os.environ[_FOLDER])
 
     def send(self, **message: Any) -> None:
         self._out.write(f"\n{json.dumps(message)}\n")  # a line of its own, even after text without a newline

@@ -88,10 +88,7 @@ class LocalProcess:
         Raises ServerDied if the server ends before, and TimeoutError after `seconds`.
         """
         begin = time.monotonic()
-        with (
-            httpx2.Client(timeout=1.0, trust_env=False) as client,
-            Waiting(f"{name} starts", _SHOWN_AFTER) as line,
-        ):
+        with httpx2.Client(timeout=1.0, trust_env=False) as client, Waiting(f"{name} starts", _SHOWN_AFTER) as line:
             while not _responds(client, url):
                 self.check()
                 if time.monotonic() - begin > seconds:

@@ -160,12 +160,7 @@ def serve(
 
 
 def _served(
-    server: OpenAIServer,
-    job: Job,
-    source: Source,
-    files: Files,
-    given_format: ChatFormat | None,
-    process: LocalProcess,
+    server: OpenAIServer, job: Job, source: Source, files: Files, given_format: ChatFormat | None, process: LocalProcess
 ) -> Served:
     return Served(
         model=job.name,

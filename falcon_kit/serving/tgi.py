@@ -67,15 +67,11 @@ def request_body(request: Request, server: str, more: Collection[str] = ()) -> d
     parameters: dict[str, Any] = {"max_new_tokens": request.new_tokens, "details": True, "return_full_text": False}
     # TGI refuses a request with more stop strings; the kit itself cuts the text at the others.
     parameters |= {"stop": list(request.stop)[:MAX_STOP_SEQUENCES], "do_sample": sampling.samples}
+    chosen: dict[str, Any] = {"top_n_tokens": sampling.alternatives or None, "seed": sampling.seed}
     if sampling.samples:
         top_p = None if sampling.top_p == 1 else sampling.top_p  # TGI requires a value below 1
-        chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": top_p}
-        parameters |= {name: value for name, value in chosen.items() if value is not None}
-    if sampling.alternatives:
-        parameters["top_n_tokens"] = sampling.alternatives
-    if sampling.seed is not None:
-        parameters["seed"] = sampling.seed
-    parameters |= options
+        chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": top_p}
+    parameters |= {name: value for name, value in chosen.items() if value is not None} | options
     require(
         not (sampling.alternatives and reshapes(parameters)),
         f"{server} reports probabilities after temperature, top_k, top_p and penalties, and alternatives="
