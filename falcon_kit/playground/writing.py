@@ -72,7 +72,7 @@ class TurnWriter:
         try:
             writer.push(event) if isinstance(event, Piece) else writer.end(event)
         except Exception as error:  # noqa: BLE001  # of a tokenizer, for example; shown in place of the answer
-            writer.fail(error)
+            writer.answer.ending, writer.answer.reason = "error", f"{type(error).__name__}: {error}"
         self._changed()
 
     def _drain(self) -> None:
@@ -116,10 +116,6 @@ class AnswerWriter:
         if self.answer.ending is None:
             self.answer.ending = "error" if failed else getattr(outcome, "finish_reason", "cancelled")
             self.answer.reason = f"{type(outcome).__name__}: {outcome}" if failed else ""
-
-    def fail(self, error: Exception) -> None:
-        """Ends the answer with an error that is not the model's; text that was held back is not shown."""
-        self.answer.ending, self.answer.reason = "error", f"{type(error).__name__}: {error}"
 
     def _add_rest(self, text: str) -> None:
         """Adds text that a stopped stream kept back because it might have become a stop string."""

@@ -53,11 +53,6 @@ class Dialect:
     counts: bool = False
     """Whether it counts the tokens of a prompt."""
 
-    @property
-    def sampling_fields(self) -> list[str]:
-        """The fields of `Sampling` that not all servers support."""
-        return [name for name, has in (("alternatives", self.logprobs), ("max_length", self.counts)) if has]
-
 
 VLLM = Dialect(
     name="vLLM",
@@ -143,7 +138,8 @@ class OpenAIServer:
 def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
     """The fields of a completion, or of a chat completion."""
     sampling = request.sampling
-    options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
+    more = [name for name, has in (("alternatives", dialect.logprobs), ("max_length", dialect.counts)) if has]
+    options = map_settings(request, dialect.name, dialect.fields, more)
     likely = max(1, sampling.alternatives)
     body: dict[str, Any] = {"model": model, "max_tokens": request.new_tokens, "stream": True}
     body |= dialect.extra

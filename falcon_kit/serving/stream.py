@@ -69,11 +69,6 @@ class Answer:
         return str(self._text)
 
     @property
-    def stopped(self) -> bool:
-        """Whether the text has reached a stop string."""
-        return self._text.stopped
-
-    @property
     def begun(self) -> bool:
         """Whether an event has arrived."""
         return self._received > 0
@@ -105,7 +100,7 @@ class Answer:
             self.alternatives.append(alternatives)
         self._text.add(delta.text)
         self.server_ended = delta.finish is not None
-        self.finish = "stop" if self.stopped else None if self.too_long else delta.finish
+        self.finish = "stop" if self._text.stopped else None if self.too_long else delta.finish
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
 
