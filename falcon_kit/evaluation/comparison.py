@@ -1,7 +1,5 @@
 """Two models on the same items: paired tests, which need fewer items than two intervals that must not overlap."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +85,7 @@ class Comparison:
     """What is not the same in both evaluations: settings, dtype, chat format, the weights of one name, and the prompts
     of lm-eval's tasks (a hash of them)."""
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each metric."""
         import pandas as pd
 

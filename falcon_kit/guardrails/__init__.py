@@ -16,8 +16,6 @@ guard.py       Guardrails: the checks that were chosen (no torch)
 measure.py     catches and false alarms on the shipped lines; what a stream costs (no torch)
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocked", "Finding", "Verdict", "guardrails"]
 
 
-def guardrails(**settings: Any) -> Guardrails:
+def guardrails(**settings: Any) -> "Guardrails":
     """Checks on prompts and outputs: `.check(text)` returns what was found and why, `.stream(pieces)` what passed.
 
     `falcon.generate`, `stream` and `chat`, those of an endpoint, and `playground` take the result as `guardrails`.
