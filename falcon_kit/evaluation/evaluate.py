@@ -149,8 +149,7 @@ def _harness(
         raise ImportError(f'{name} is a task of lm-eval ({error}): pip install "lm-eval>=0.4.12"') from None
     loaded = harness.load(name, task, folder)
     harness.check_examples(loaded, settings["num_fewshot"])
-    chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
-    return _Run(name, None, partial(harness.run, loaded, leaderboard=leaderboard, **chosen))
+    return _Run(name, None, partial(harness.run, loaded, settings=settings, leaderboard=leaderboard))
 
 
 def _versions() -> dict[str, str]:

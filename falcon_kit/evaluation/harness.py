@@ -116,20 +116,12 @@ def _cache_alone_where_cut_off() -> Iterator[None]:
 
 
 def run(
-    task: HarnessTask,
-    model: Model,
-    progress: Progress,
-    *,
-    limit: int | None,
-    num_fewshot: int | None,
-    seed: int,
-    chat: bool,
-    leaderboard: bool,
+    task: HarnessTask, model: Model, progress: Progress, settings: Mapping[str, Any], leaderboard: bool
 ) -> TaskResult:
     """The result of a task; the tasks of a group are taken together, each item with the same weight.
 
-    num_fewshot: examples before each item; None takes the task's own number. leaderboard: whether it is a task of the
-    leaderboard of 2023, with its settings.
+    settings: those of `evaluate`; without num_fewshot, the task has its own number of examples. leaderboard: whether it
+    is a task of the leaderboard of 2023, with its settings.
     """
     lm, before = KitLM(model, progress, task.name), model.truncated
     with _unnoticed():
@@ -137,12 +129,12 @@ def run(
             lm,
             tasks=list(task.parts),
             task_manager=task.manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=settings["num_fewshot"],
+            limit=settings["limit"],
             bootstrap_iters=0,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            fewshot_random_seed=seed,
+            apply_chat_template=settings["chat"],
+            fewshot_as_multiturn=settings["chat"],
+            fewshot_random_seed=settings["seed"],
         )
     if truncated := model.truncated - before:
         warn(

@@ -79,11 +79,9 @@ class Workers:
         with self._sending:
             for process in self.processes if rank is None else [self.processes[rank]]:
                 pipe = cast(IO[str], process.stdin)
-                try:
+                with suppress(BrokenPipeError, ValueError):
                     pipe.write(line)
                     pipe.flush()
-                except (BrokenPipeError, ValueError):
-                    continue
 
     def receive(self, seconds: float = math.inf) -> tuple[int, Message]:
         """The rank of a worker and its next message. Raises queue.Empty after `seconds`.
