@@ -85,7 +85,7 @@ class _Search:
     def read(self, text: Growing) -> list[Finding]:
         view = self._view(text)
         characters = view.text + "\n" if text.ended else view.text
-        spans = list(self._spans(characters, view.start, partial=not text.ended))
+        spans = self._spans(characters, view.start, partial=not text.ended)
         return [Finding(view.span(*span), self._pattern.check, self._pattern.reason) for span in spans]
 
     def _view(self, text: Growing) -> View:
