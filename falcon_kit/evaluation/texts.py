@@ -95,13 +95,10 @@ def _rows(given: Any) -> list[tuple[str, str]]:
     """The text of each row of a file, a list or a table, and where it is from."""
     from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
 
-    return [(each["where"], _plain(each)) for each in dialogues(given)]
-
-
-def _plain(document: Mapping[str, Any]) -> str:
-    """The text of a document of `fk.dialogues`."""
-    if document["text"] is None:
-        raise ValueError(
-            f"{document['where']} is a conversation, which has no perplexity without a chat format: give plain texts"
+    rows = [(each["where"], each["text"]) for each in dialogues(given)]
+    for where, text in rows:
+        require(
+            text is not None,
+            f"{where} is a conversation, which has no perplexity without a chat format: give plain texts",
         )
-    return str(document["text"])
+    return rows

@@ -9,7 +9,6 @@ from falcon_kit.exercises.outcome import expect, near
 from falcon_kit.planning.plan import plan
 
 _KINDS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-_TEXTS = 10
 
 
 def exercise_1(errors: Mapping[int, float]) -> str:
@@ -91,7 +90,7 @@ def _divergences() -> dict[str, float]:
 
     falcon, (_, levels) = load("falconet", dtype="float32"), _first_weight()
     model: Any = falcon.model
-    texts = [falcon.tokenizer(text, return_tensors="pt")["input_ids"] for text in documents("base", _TEXTS, seed=1)]
+    texts = [falcon.tokenizer(text, return_tensors="pt")["input_ids"] for text in documents("base", 10, seed=1)]
 
     def predictions() -> list[Any]:
         return [model(ids).logits[0].log_softmax(-1) for ids in texts]
