@@ -14,8 +14,6 @@ What this measure cannot show:
 - Many pairs of CrowS-Pairs itself are unsound, as Blodgett et al. 2021 describe ("Stereotyping Norwegian Salmon").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,13 +90,13 @@ class BiasReport:
         require(bool(found), unknown_name("axis", axis, self.axes))
         return found
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each axis: share, low, high, difference, pairs."""
         import pandas as pd
 
         return pd.DataFrame([self._row(axis) for axis in self.axes])
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The share of each axis with its interval; the line at one half is no preference."""
         rows = [asdict(self.share(axis)) for axis in self.axes]
         return plots.shares_figure(rows, self.axes, f"{self.model}: the stereotype is more likely")
@@ -125,7 +123,7 @@ class BiasReport:
 
 
 def bias(
-    falcon: Any, pairs: str | Path | Iterable[Mapping[str, Any]] | pd.DataFrame = PAIRS, batch_size: int | None = None
+    falcon: Any, pairs: "str | Path | Iterable[Mapping[str, Any]] | pd.DataFrame" = PAIRS, batch_size: int | None = None
 ) -> BiasReport:
     """Scores pairs of sentences by their likelihood.
 

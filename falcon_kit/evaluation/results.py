@@ -1,7 +1,5 @@
 """`Evaluation`: what was measured, with everything needed to repeat it; a table, a figure, a JSON file."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -52,7 +50,7 @@ class Evaluation(Evaluated):
                 return each
         raise KeyError(unknown_name("task", task, [each.task for each in self.tasks]))
 
-    def compare(self, other: Evaluation, seed: int = 0) -> Comparison:
+    def compare(self, other: "Evaluation", seed: int = 0) -> Comparison:
         """A paired test of two models on the same items, for each text and each metric; see `Comparison`.
 
         seed: of the random signs of the sign-flip test. Raises ValueError unless both have the same tasks and texts
@@ -87,13 +85,13 @@ class Evaluation(Evaluated):
             published = PUBLISHED["averages"].get(self.model.rpartition("/")[2].lower())
             yield _row("leaderboard average", "percent", average, 4) | {"published": published}
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each value: name, metric, value, low, high, count, and chance or the published value."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows()))
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The results with their intervals; beside those of the leaderboard's tasks, the published averages."""
         return plots.evaluation_figure(list(self.rows()), self.model, PUBLISHED)
 
@@ -103,7 +101,7 @@ class Evaluation(Evaluated):
         return write_text(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
+    def load(cls, path: str | Path) -> "Evaluation":
         """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
         from pydantic import TypeAdapter, ValidationError
 

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ _RETRIES = 4  # of requests, as in `connect`
 
 @documented
 @dataclass(frozen=True, repr=False)
-class Served(Endpoint):
+class Served(Endpoint, AbstractContextManager["Served"]):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
     it also ends with this process, however that ends.
 
@@ -82,9 +83,6 @@ class Served(Endpoint):
     def close(self) -> None:
         """Ends the server and removes its files. A second call does nothing."""
         self._process.close()
-
-    def __enter__(self) -> "Served":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
