@@ -192,3 +192,8 @@ def error_message(content: Any) -> str:
 def token_count(value: Any) -> int | None:
     """A number of tokens that a server reports; None for anything else than a positive integer."""
     return value if is_whole(value, 1) else None
+
+
+def length(value: Any) -> int | None:
+    """The number of entries of a list that a server sends; None for an empty list and for anything else."""
+    return token_count(len(value)) if isinstance(value, list) else None

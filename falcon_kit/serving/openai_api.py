@@ -14,14 +14,13 @@ from falcon_kit.display.errors import is_whole, require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, http_error, json_or_none, reading, token_count
+from falcon_kit.serving.failures import at, error_message, http_error, json_or_none, length, reading, token_count
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
     Request,
     ask_about_prompt,
     ask_json,
-    length,
     map_settings,
     probe,
     stream_data,

@@ -17,15 +17,7 @@ from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling, unknown_setting
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, next_event, redact_url
-from falcon_kit.serving.failures import (
-    Unavailable,
-    connection_error,
-    error_message,
-    http_error,
-    json_or_none,
-    token_count,
-    within,
-)
+from falcon_kit.serving.failures import Unavailable, connection_error, error_message, http_error, json_or_none, within
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 END_SECONDS = 1.0  # to wait for what a server sends after the text: its token counts, and the end of the response
@@ -306,8 +298,3 @@ async def ask_about_prompt(
         f"{redact_url(url)} does not count the tokens of the prompt (HTTP {status}), which max_length needs: give "
         "max_new_tokens"
     )
-
-
-def length(value: Any) -> int | None:
-    """The number of entries of a list that a server sends; None for an empty list and for anything else."""
-    return token_count(len(value)) if isinstance(value, list) else None

@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, json_or_none, reading, token_count
+from falcon_kit.serving.failures import at, error_message, json_or_none, length, reading, token_count
 from falcon_kit.serving.protocol import (
     FINISHED,
     Delta,
@@ -20,7 +20,6 @@ from falcon_kit.serving.protocol import (
     Request,
     ask_about_prompt,
     ask_json,
-    length,
     likeliest,
     logprob_or,
     map_settings,
