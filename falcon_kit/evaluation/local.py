@@ -158,10 +158,8 @@ class LocalModel:
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
-        return [
-            len(self._asked.get(text, ids))
-            for text, ids in zip(texts, encode_prompts(texts, self.tokenizer), strict=True)
-        ]
+        encoded = encode_prompts(texts, self.tokenizer)
+        return [len(self._asked.get(text, ids)) for text, ids in zip(texts, encoded, strict=True)]
 
     def _chat_settings(self, chat_format: ChatFormat) -> dict[str, Any]:
         """What ends an answer in a chat."""

@@ -99,7 +99,9 @@ class _Search:
                 self._place = start + (len(characters) if match is None else match.start())
                 return
             first, last = match.span()
-            incomplete = self._incomplete(characters, self._place - start, first) if partial else None
+            # `search` prefers a complete match to an incomplete one that begins before it.
+            before = range(self._place - start, first) if partial else ()
+            incomplete = next((at for at in before if self._expression.match(characters, at, partial=True)), None)
             if incomplete is not None:
                 self._place = start + incomplete
                 return
@@ -107,8 +109,3 @@ class _Search:
             self._place = start + (last if accepted else first + 1)
             if accepted:
                 yield start + first, start + last
-
-    def _incomplete(self, characters: str, first: int, last: int) -> int | None:
-        """Where an incomplete match begins, between two places: `search` prefers a complete match that begins later."""
-        places = range(first, last)
-        return next((each for each in places if self._expression.match(characters, each, partial=True)), None)

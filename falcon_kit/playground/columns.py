@@ -74,16 +74,13 @@ class Column:
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
 
-    def accepts(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the model takes these settings; an endpoint may have no field for some."""
-        return self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**settings))
-
     def changed(self, settings: Sampling) -> dict[str, Any]:
         """The session's settings that are not the default, after the overrides."""
         settings = self.in_force(settings)
         chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
         changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
-        if not self.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
+        accepted = self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**changed))
+        if not accepted:  # perhaps without alternatives; a setting that an endpoint has no field for is refused by it
             changed.pop("alternatives", None)
         return changed
 
