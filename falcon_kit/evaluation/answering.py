@@ -28,7 +28,8 @@ def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress,
     """
     pairs, where = [], []
     for item, prompt in zip(task.items, prompts, strict=True):
-        pairs += [(prompt, _continuation(prompt, choice)) for choice in item.choices]
+        space = "" if prompt[-1:].isspace() else " "  # as a choice follows its prompt
+        pairs += [(prompt, f"{space}{choice}") for choice in item.choices]
         where += [item.where] * len(item.choices)
     inputs = iter(model.prepare(pairs, where, truncate))
     by_item = [list(islice(inputs, len(item.choices))) for item in task.items]
@@ -37,11 +38,6 @@ def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress,
     metrics = {name: tuple(float(row[name]) for row in rows) for name in ("acc", "acc_norm")}
     chance = float(np.mean([1 / len(item.choices) for item in task.items]))
     return TaskResult(task.name, "multiple choice", task.sha256, metrics, tuple(rows), {"chance": chance})
-
-
-def _continuation(prompt: str, choice: str) -> str:
-    """The choice as it follows the prompt: after a space, unless white space is there already."""
-    return choice if prompt[-1:].isspace() else f" {choice}"
 
 
 def _totals(part: Sequence[list[Any]], model: Model) -> list[list[float]]:

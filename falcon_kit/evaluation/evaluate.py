@@ -22,7 +22,6 @@ from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.tuning.files import TABLES
 
 LEADERBOARD: dict[str, dict[str, Any]] = {each["name"]: each for each in PUBLISHED["tasks"]}
-_YAML = (".yaml", ".yml")
 _PREFIX = "lm_eval/"
 
 
@@ -115,7 +114,7 @@ def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
         return _harness(name, each["task"], settings, each["folder"], leaderboard=own.items() <= settings.items())
     if name.startswith(_PREFIX):
         return _harness(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX), settings)
-    if name.endswith(_YAML) and not isinstance(task, Task):
+    if name.endswith((".yaml", ".yml")) and not isinstance(task, Task):
         return _harness(Path(name).stem, str(Path(name).expanduser()), settings)
     found = _own_task(task)
     found = replace(found, items=found.items[: settings["limit"]])

@@ -21,9 +21,7 @@ Parsed = TypeVar("Parsed")
 _FOLDER = Path(__file__).parent / "tasks"
 SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.jsonl")))
 """The tasks about Falconet's world: "falconet-answers", "falconet-choices" and "falconet-unknown"."""
-RESERVED = frozenset(
-    [*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"]
-)
+RESERVED = {*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"}
 """The fields of results, which no label of a row may have as its name."""
 _FORM = '{"question" or "prompt": "...", "answer": "..."}, for multiple choice with "choices": ["...", "..."]'
 

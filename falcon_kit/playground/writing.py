@@ -111,16 +111,12 @@ class AnswerWriter:
         generation = next(iter(getattr(outcome, "generations", ())), None) if failed else outcome  # the text so far
         if generation is not None:
             self._set_statistics(generation.stats)
-            self._add_rest(generation.text)
+            if generation.text.startswith(self._received) and generation.text != self._received:
+                self._push(generation.text[len(self._received) :])  # what might have become a stop string
         self._show(self._check.end)
         if self.answer.ending is None:
             self.answer.ending = "error" if failed else getattr(outcome, "finish_reason", "cancelled")
             self.answer.reason = f"{type(outcome).__name__}: {outcome}" if failed else ""
-
-    def _add_rest(self, text: str) -> None:
-        """Adds text that a stopped stream kept back because it might have become a stop string."""
-        if text.startswith(self._received) and text != self._received:
-            self._push(text[len(self._received) :])
 
     def _push(self, text: str) -> None:
         """Passes text with its tokens to the guardrails."""

@@ -237,8 +237,7 @@ class Endpoint:
     def _facts(self) -> dict[str, str]:
         context = f"{self.context} tokens" if self.context else "not reported"
         chat = f"the kit's {self.chat_format.name} format" if self.own_format else "the endpoint's own chat template"
-        facts = {"model": self.model, "server": self.server, "address": self.address}
-        return facts | {"context": context, "chat": chat}
+        return {"model": self.model, "server": self.server, "address": self.address, "context": context, "chat": chat}
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""

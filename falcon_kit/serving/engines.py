@@ -16,7 +16,6 @@ from falcon_kit.planning.plan import Plan
 from falcon_kit.serving.gguf_kinds import FILE_TYPES, unsupported
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the model is on the disk; nothing else is asked for
-_GIB = 2**30
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another
 program has a core, a thread spins for as long as the other one is not scheduled: Falconet on two busy cores generates 2
@@ -72,7 +71,7 @@ class Job:
         """The environment variables of the process, beside those of this one."""
         own: dict[str, str] = {}
         if self.engine is VLLM and not self.memory_share:
-            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.plan.kv_bytes // _GIB))
+            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.plan.kv_bytes // 2**30))  # GiB, rounded up
         if self.engine is LLAMA_CPP:
             own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", _WAITING)
         if self.engine.key_variable:
