@@ -15,7 +15,7 @@ What this measure cannot show:
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,17 +94,16 @@ class BiasReport:
         """A row for each axis: share, low, high, difference, pairs."""
         import pandas as pd
 
-        return pd.DataFrame([self._row(axis) for axis in self.axes])
+        rows = [
+            (axis, *astuple(self.share(axis)), self.difference(axis).value, len(self._differences(axis)))
+            for axis in self.axes
+        ]
+        return pd.DataFrame(rows, columns=["axis", "share", "low", "high", "difference", "pairs"])
 
     def figure(self) -> "Figure":
         """The share of each axis with its interval; the line at one half is no preference."""
         rows = [asdict(self.share(axis)) for axis in self.axes]
         return plots.shares_figure(rows, self.axes, f"{self.model}: the stereotype is more likely")
-
-    def _row(self, axis: str) -> dict[str, Any]:
-        estimate = self.share(axis)
-        row = {"axis": axis, "share": estimate.value, "low": estimate.low, "high": estimate.high}
-        return row | {"difference": self.difference(axis).value, "pairs": len(self._differences(axis))}
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)

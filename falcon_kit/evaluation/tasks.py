@@ -35,7 +35,6 @@ class Item:
     text: str
     """The question or the prompt."""
     is_question: bool
-    """Whether it is a question."""
     choices: tuple[str, ...]
     """The choices; none for generation."""
     answer: str

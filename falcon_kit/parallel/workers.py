@@ -106,7 +106,6 @@ class Workers:
 
     @property
     def closed(self) -> bool:
-        """Whether the workers were ended."""
         return not self._end.alive
 
     def close(self) -> None:

@@ -43,14 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        """GET /info."""
         if self.path == "/info":
             self._json(200, info(self.server.falcon))
         else:
             self._json(404, {"error": "not found"})
 
     def do_POST(self) -> None:
-        """POST /generate_stream or /tokenize."""
         length = int(self.headers.get("content-length", 0))
         if length > _LARGEST_REQUEST:
             self._json(413, {"error": "too long"})
