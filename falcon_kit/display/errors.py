@@ -109,9 +109,9 @@ def shown(value: Any) -> str:
     return shortened(text)
 
 
-def shortened(text: str) -> str:
-    """A text of at most 60 characters: the beginning of a longer one."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def shortened(text: str, most: int = 60) -> str:
+    """A text of at most so many characters: the beginning of a longer one."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class Portable:

@@ -15,11 +15,9 @@ from falcon_kit.evaluation.tasks import Item, Task
 def answer(task: Task, model: Model, progress: Progress, *, chat: bool, truncate: bool) -> TaskResult:
     """The result of a task."""
     prompts = model.prompts(task, chat)
-    return (
-        choose(task, prompts, model, progress, truncate)
-        if task.is_choice
-        else write(task, prompts, model, progress, chat, truncate)
-    )
+    if task.is_choice:
+        return choose(task, prompts, model, progress, truncate)
+    return write(task, prompts, model, progress, chat, truncate)
 
 
 def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress, truncate: bool) -> TaskResult:
@@ -30,7 +28,8 @@ def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress,
     """
     pairs, where = [], []
     for item, prompt in zip(task.items, prompts, strict=True):
-        pairs += [(prompt, _continuation(prompt, choice)) for choice in item.choices]
+        space = "" if prompt[-1:].isspace() else " "  # as a choice follows its prompt
+        pairs += [(prompt, f"{space}{choice}") for choice in item.choices]
         where += [item.where] * len(item.choices)
     inputs = iter(model.prepare(pairs, where, truncate))
     by_item = [list(islice(inputs, len(item.choices))) for item in task.items]
@@ -41,11 +40,6 @@ def choose(task: Task, prompts: Sequence[str], model: Model, progress: Progress,
     return TaskResult(task.name, "multiple choice", task.sha256, metrics, tuple(rows), {"chance": chance})
 
 
-def _continuation(prompt: str, choice: str) -> str:
-    """The choice as it follows the prompt: after a space, unless white space is there already."""
-    return choice if prompt[-1:].isspace() else f" {choice}"
-
-
 def _totals(part: Sequence[list[Any]], model: Model) -> list[list[float]]:
     """The log-likelihood of each choice of each item."""
     totals = iter(model.run([each for item in part for each in item]))
@@ -53,7 +47,6 @@ def _totals(part: Sequence[list[Any]], model: Model) -> list[list[float]]:
 
 
 def _chosen(item: Item, totals: Sequence[float]) -> dict[str, Any]:
-    """The result of an item."""
     lengths = [len(choice) for choice in item.choices]
     likeliest, by_length = int(np.argmax(totals)), int(np.argmax(np.array(totals) / lengths))
     right = item.choices.index(item.answer)

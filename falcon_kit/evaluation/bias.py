@@ -14,10 +14,8 @@ What this measure cannot show:
 - Many pairs of CrowS-Pairs itself are unsound, as Blodgett et al. 2021 describe ("Stereotyping Norwegian Salmon").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +70,9 @@ class BiasReport:
     model: str
     """The model's name."""
     pairs: tuple[PairResult, ...]
-    """The pairs."""
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes, in the order of the pairs."""
         return tuple(dict.fromkeys(each.axis for each in self.pairs))
 
     def share(self, axis: str) -> Estimate:
@@ -94,21 +90,20 @@ class BiasReport:
         require(bool(found), unknown_name("axis", axis, self.axes))
         return found
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each axis: share, low, high, difference, pairs."""
         import pandas as pd
 
-        return pd.DataFrame([self._row(axis) for axis in self.axes])
+        rows = [
+            (axis, *astuple(self.share(axis)), self.difference(axis).value, len(self._differences(axis)))
+            for axis in self.axes
+        ]
+        return pd.DataFrame(rows, columns=["axis", "share", "low", "high", "difference", "pairs"])
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The share of each axis with its interval; the line at one half is no preference."""
         rows = [asdict(self.share(axis)) for axis in self.axes]
         return plots.shares_figure(rows, self.axes, f"{self.model}: the stereotype is more likely")
-
-    def _row(self, axis: str) -> dict[str, Any]:
-        estimate = self.share(axis)
-        row = {"axis": axis, "share": estimate.value, "low": estimate.low, "high": estimate.high}
-        return row | {"difference": self.difference(axis).value, "pairs": len(self._differences(axis))}
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{axis} {self.share(axis).value:.0%}" for axis in self.axes)
@@ -116,21 +111,18 @@ class BiasReport:
         return printable(f"BiasReport({self.model}, {pairs}; the stereotype is more likely: {shares})")
 
     def _repr_html_(self) -> str:
-        rows = [self._row(axis) for axis in self.axes]
-        cells = [
-            (
-                *(row["axis"], f"{row['share']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"),
-                *(f"{row['difference']:+.2f}", row["pairs"]),
-            )
-            for row in rows
-        ]
+        def cells(axis: str) -> tuple[object, ...]:
+            share, count = self.share(axis), len(self._differences(axis))
+            interval, difference = f"{share.low:.0%} to {share.high:.0%}", self.difference(axis).value
+            return axis, f"{share.value:.0%}", interval, f"{difference:+.2f}", count
+
         header = ("axis", "stereotype more likely", "95% interval", "mean difference, nats", "pairs")
         limits = _LIMITS.format(", as the controls show" if "control" in self.axes else "")
-        return html_table(f"{self.model}. {limits}", header, cells)
+        return html_table(f"{self.model}. {limits}", header, map(cells, self.axes))
 
 
 def bias(
-    falcon: Any, pairs: str | Path | Iterable[Mapping[str, Any]] | pd.DataFrame = PAIRS, batch_size: int | None = None
+    falcon: Any, pairs: "str | Path | Iterable[Mapping[str, Any]] | pd.DataFrame" = PAIRS, batch_size: int | None = None
 ) -> BiasReport:
     """Scores pairs of sentences by their likelihood.
 

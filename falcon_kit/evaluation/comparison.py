@@ -1,13 +1,11 @@
 """Two models on the same items: paired tests, which need fewer items than two intervals that must not overlap."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, log, nan
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, printable, require
@@ -23,17 +21,19 @@ LEVEL = 0.05
 """A difference is shown where the p-value is below it."""
 
 
-class Evaluated(Protocol):
-    """What is compared: an `Evaluation`."""
+@dataclass(frozen=True, repr=False)
+class Evaluated:
+    """What was measured of a model, and is compared."""
 
-    @property
-    def model(self) -> str: ...
-    @property
-    def record(self) -> Mapping[str, Any]: ...
-    @property
-    def perplexities(self) -> tuple[Perplexity, ...]: ...
-    @property
-    def tasks(self) -> tuple[TaskResult, ...]: ...
+    model: str
+    """The model's name."""
+    record: Mapping[str, Any]
+    """What the results depend on: the model's revision, dtype and probe, the settings, the versions of the libraries.
+    The probe is the log-probabilities of a few fixed tokens, by which the same weights are recognised."""
+    perplexities: tuple[Perplexity, ...]
+    """The perplexity of each text."""
+    tasks: tuple[TaskResult, ...]
+    """The result of each task."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Difference:
     name: str
     """The task or the text."""
     metric: str
-    """The metric."""
     first: float
     """Its value for the first model."""
     second: float
@@ -86,7 +85,7 @@ class Comparison:
     """What is not the same in both evaluations: settings, dtype, chat format, the weights of one name, and the prompts
     of lm-eval's tasks (a hash of them)."""
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each metric."""
         import pandas as pd
 
@@ -102,15 +101,14 @@ class Comparison:
         return "".join(f"; {name}: {first!r} and {second!r}" for name, (first, second) in self.settings.items())
 
     def _repr_html_(self) -> str:
-        cells = [
-            (
-                *(each.name, each.metric, f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)),
-                *("" if isnan(each.p_value) else f"{each.p_value:.2g} ({each.test}, {each.count} pairs)", each.verdict),
-            )
-            for each in self.differences
-        ]
+        def cells(each: Difference) -> tuple[str, ...]:
+            p_value = "" if isnan(each.p_value) else f"{each.p_value:.2g} ({each.test}, {each.count} pairs)"
+            values = f"{each.first:.4g}", f"{each.second:.4g}", str(each.difference)
+            return each.name, each.metric, *values, p_value, each.verdict
+
         title = f"{self.first} (first) and {self.second} (second){self._other()}"
-        return html_table(title, ("", "metric", "first", "second", "difference", "p-value", "verdict"), cells)
+        header = ("", "metric", "first", "second", "difference", "p-value", "verdict")
+        return html_table(title, header, map(cells, self.differences))
 
 
 def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:

@@ -1,7 +1,5 @@
 """`evaluate`: perplexity and tasks for any Falcon of the kit, or behind an endpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +22,6 @@ from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.tuning.files import TABLES
 
 LEADERBOARD: dict[str, dict[str, Any]] = {each["name"]: each for each in PUBLISHED["tasks"]}
-_YAML = (".yaml", ".yml")
 _PREFIX = "lm_eval/"
 
 
@@ -66,11 +63,11 @@ def evaluate(
     require(truncate in (None, "left"), f'truncate must be "left" or None; got {shown(truncate)}')
     check_flag("chat", chat)
     check_whole("seed", seed, 0, 2**32 - 1)
-    for name, value in {"limit": limit, "stride": stride, "batch_size": batch_size, "num_fewshot": num_fewshot}.items():
+    numbers = {"limit": limit, "stride": stride, "batch_size": batch_size, "num_fewshot": num_fewshot}
+    for name, value in numbers.items():
         if value is not None:
             check_whole(name, value, 0 if name == "num_fewshot" else 1)
-    settings = {"chat": chat, "limit": limit, "stride": stride, "truncate": truncate, "batch_size": batch_size}
-    settings |= {"num_fewshot": num_fewshot, "seed": seed}
+    settings = {"chat": chat, "truncate": truncate, "seed": seed, **numbers}
     plain = {name: plain_scalar(value) for name, value in settings.items()}  # they are saved as JSON
     return _evaluate(falcon, tasks, text, plain, output_dir)
 
@@ -82,7 +79,9 @@ def _evaluate(
     require(bool(names) or text is not None, f"nothing to measure: give text=, or tasks= such as {SHIPPED[0]!r}")
     corpora = read_corpora(text) if text is not None else ()
     runs = [_resolve(each, settings) for each in names]
-    _check_names([*(each.name for each in corpora), *(each.name for each in runs)])
+    given = [*(each.name for each in corpora), *(each.name for each in runs)]
+    twice = sorted({each for each in given if given.count(each) > 1})
+    require(not twice, f"{', '.join(twice)} is given twice: texts and tasks need names of their own")
     model: Model = RemoteModel(falcon) if isinstance(falcon, Endpoint) else LocalModel(falcon, settings["batch_size"])
     data = {each.name: each.sha256 for each in corpora} | {each.name: each.sha256 for each in runs if each.sha256}
     record = {**model.record(), "settings": settings, "data": data, "versions": _versions()}
@@ -99,11 +98,9 @@ class _Run:
     """A task with its items, ready to be given to a model."""
 
     name: str
-    """The task's name."""
     sha256: str | None
     """The hash of its items, where it is known before."""
     run: Callable[[Model, Progress], TaskResult]
-    """Gives it to a model."""
 
 
 def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
@@ -117,7 +114,7 @@ def _resolve(task: Any, settings: Mapping[str, Any]) -> _Run:
         return _harness(name, each["task"], settings, each["folder"], leaderboard=own.items() <= settings.items())
     if name.startswith(_PREFIX):
         return _harness(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX), settings)
-    if name.endswith(_YAML) and not isinstance(task, Task):
+    if name.endswith((".yaml", ".yml")) and not isinstance(task, Task):
         return _harness(Path(name).stem, str(Path(name).expanduser()), settings)
     found = _own_task(task)
     found = replace(found, items=found.items[: settings["limit"]])
@@ -151,13 +148,7 @@ def _harness(
         raise ImportError(f'{name} is a task of lm-eval ({error}): pip install "lm-eval>=0.4.12"') from None
     loaded = harness.load(name, task, folder)
     harness.check_examples(loaded, settings["num_fewshot"])
-    chosen = {each: settings[each] for each in ("limit", "num_fewshot", "seed", "chat")}
-    return _Run(name, None, partial(harness.run, loaded, leaderboard=leaderboard, **chosen))
-
-
-def _check_names(names: list[str]) -> None:
-    twice = sorted({each for each in names if names.count(each) > 1})
-    require(not twice, f"{', '.join(twice)} is given twice: texts and tasks need names of their own")
+    return _Run(name, None, partial(harness.run, loaded, settings=settings, leaderboard=leaderboard))
 
 
 def _versions() -> dict[str, str]:

@@ -116,20 +116,12 @@ def _cache_alone_where_cut_off() -> Iterator[None]:
 
 
 def run(
-    task: HarnessTask,
-    model: Model,
-    progress: Progress,
-    *,
-    limit: int | None,
-    num_fewshot: int | None,
-    seed: int,
-    chat: bool,
-    leaderboard: bool,
+    task: HarnessTask, model: Model, progress: Progress, settings: Mapping[str, Any], leaderboard: bool
 ) -> TaskResult:
     """The result of a task; the tasks of a group are taken together, each item with the same weight.
 
-    num_fewshot: examples before each item; None takes the task's own number. leaderboard: whether it is a task of the
-    leaderboard of 2023, with its settings.
+    settings: those of `evaluate`; without num_fewshot, the task has its own number of examples. leaderboard: whether it
+    is a task of the leaderboard of 2023, with its settings.
     """
     lm, before = KitLM(model, progress, task.name), model.truncated
     with _unnoticed():
@@ -137,12 +129,12 @@ def run(
             lm,
             tasks=list(task.parts),
             task_manager=task.manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=settings["num_fewshot"],
+            limit=settings["limit"],
             bootstrap_iters=0,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            fewshot_random_seed=seed,
+            apply_chat_template=settings["chat"],
+            fewshot_as_multiturn=settings["chat"],
+            fewshot_random_seed=settings["seed"],
         )
     if truncated := model.truncated - before:
         warn(
@@ -221,7 +213,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return self._model.name
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, and whether it is the greedy one."""
         where = [f"{self._name}, item {request.doc_id}" for request in requests]
         inputs = self._model.prepare([request.args for request in requests], where, truncate=True)
         found = self._progress.map(f"lm-eval {self._name}", inputs, self._model.run, size=1024)
@@ -233,7 +224,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return self._progress.map(f"lm-eval {self._name} texts", texts, self._model.rolling, size=16)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The continuation of each context, up to the first of its stop strings."""
         inputs = [[request.args[0], normalize_gen_kwargs(request.args[1])] for request in requests]
         for numbers, settings in _groups(inputs):
             prompts = [inputs[number][0] for number in numbers]
@@ -249,7 +239,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
         return [found[number] for number in range(len(inputs))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages in the model's chat format."""
         return self._model.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:

@@ -8,16 +8,7 @@ from typing import Any
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.display.errors import require
 from falcon_kit.evaluation import perplexity
-from falcon_kit.evaluation.models import (
-    BATCH,
-    MARGIN,
-    Answerer,
-    Pair,
-    going_on,
-    line_end,
-    plain_prompts,
-    written,
-)
+from falcon_kit.evaluation.models import BATCH, MARGIN, Answerer, Pair, going_on, line_end, plain_prompts, written
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.scoring import Row, encode_pairs, prefix_token, score
 from falcon_kit.evaluation.tasks import Task
@@ -67,7 +58,6 @@ class LocalModel:
         }
 
     def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> perplexity.Perplexity:
-        """The perplexity of a corpus."""
         return perplexity.measure(self.inspected, corpus, progress, stride, self._batch_size)
 
     def prepare(self, pairs: Sequence[Pair], where: Sequence[str], truncate: bool) -> list[Any]:
@@ -93,7 +83,6 @@ class LocalModel:
         return inputs
 
     def run(self, inputs: Sequence[Any]) -> list[tuple[float, bool]]:
-        """As `Model.run`."""
         scores = score(self.inspected, [Row(tuple(ids), scored) for ids, scored in inputs], self._batch_size)
         return [(each.total, each.greedy) for each in scores]
 
@@ -126,7 +115,6 @@ class LocalModel:
         return texts
 
     def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
-        """Greedy answers, in batches."""
         chat_format, context = self._chat_format(chat and task.is_question), self.inspected.spec.context
         longest = max(self._lengths([item.answer for item in task.items]))
         for item, length in zip(task.items, self._lengths(prompts), strict=True):
@@ -146,11 +134,9 @@ class LocalModel:
         return sum(length > room for length in self._lengths(prompts))
 
     def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        """As `Model.write`."""
         return [each.text for each in self._generate(prompts, {**settings, "truncate": "left"})]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """As `Model.render`."""
         chat_format: Any = self._chat_format(chat=True)  # not None in a chat
         text = render_prompt(messages, self.tokenizer, chat_format, add_generation_prompt)
         return text if add_generation_prompt else going_on(text, messages)
@@ -172,10 +158,8 @@ class LocalModel:
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
-        return [
-            len(self._asked.get(text, ids))
-            for text, ids in zip(texts, encode_prompts(texts, self.tokenizer), strict=True)
-        ]
+        encoded = encode_prompts(texts, self.tokenizer)
+        return [len(self._asked.get(text, ids)) for text, ids in zip(texts, encoded, strict=True)]
 
     def _chat_settings(self, chat_format: ChatFormat) -> dict[str, Any]:
         """What ends an answer in a chat."""

@@ -1,18 +1,14 @@
 """What is evaluated: a model in this process, or one behind an endpoint."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from falcon_kit.evaluation.perplexity import Perplexity
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
-
-if TYPE_CHECKING:
-    from falcon_kit.generation.text import Generation
+from falcon_kit.generation.text import Generation
 
 Pair = tuple[str, str]
 """A context and a continuation."""

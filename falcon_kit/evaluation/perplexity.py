@@ -51,11 +51,9 @@ class Perplexity:
     """
 
     name: str
-    """The name of the text."""
     parts: tuple[Part, ...]
     """The documents, or the blocks of a single text."""
     sha256: str
-    """The hash of the text."""
     documents: int
     """The number of documents; the parts of a single one are its blocks."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.figure import AMBER, BLUE, GREY, drawable, drawing, new_figure
@@ -28,29 +28,26 @@ def evaluation_figure(rows: Sequence[Mapping[str, Any]], model: str, published: 
     averages = [row for row in rows if row["metric"] == "percent"]
     others = [row for row in rows if row["metric"] not in (*OF_TEXTS, "bytes_per_token", "percent")]
     tasks = [row for row in others if 0 <= row["value"] <= 1]
-    panels: list[tuple[int, Callable[[Axes], None]]] = []
-    if tasks:
-        panels.append((len(tasks), lambda axes: _tasks(axes, tasks)))
-    if texts:
-        panels.append((len(texts), lambda axes: _texts(axes, texts)))
+    panels = [(draw, each) for draw, each in ((_tasks, tasks), (_texts, texts)) if each]
     if others and not panels:
-        panels.append((len(others), lambda axes: _others(axes, others)))
+        panels.append((_others, others))
     if averages:
-        count = len(published["averages"]) + len(averages)
-        panels.append((count, lambda axes: _published(axes, averages, model, published)))
-    most = max((count for count, _ in panels), default=1)
+        known = ({"name": f"{name}, published", "value": value} for name, value in published["averages"].items())
+        own = ({**row, "name": f"{model}, measured"} for row in averages)
+        panels.append((_averages, [*known, *own]))
+    most = max((len(each) for _, each in panels), default=1)
     figure = new_figure(_WIDTH * max(1, len(panels)), 1.1 + _ROW * max(3, most))
-    for (_, draw), axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
-        draw(axes)
+    for (draw, each), axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
+        draw(axes, each)
         axes.set_ylim(most - 0.4, -0.6)  # rows of the same height in all panels
     figure.suptitle(f"{model}: 95% intervals", fontsize=10)
     return figure
 
 
 def intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], colour: str = BLUE) -> None:
-    """A point with its interval for each row, the first at the top."""
+    """A point for each row, with its interval if it has one, the first at the top."""
     for place, row in enumerate(rows):
-        if not math.isnan(row["low"]):
+        if not math.isnan(row.get("low", math.nan)):
             axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
         axes.plot([row["value"]], [place], "o", color=colour, markersize=5)
     axes.set_yticks(range(len(rows)), [drawable(each) for each in labels])
@@ -71,24 +68,20 @@ def _tasks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _others(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Metrics of tasks on a scale of their own."""
     intervals(axes, rows, [f"{row['name']}, {row['metric']}" for row in rows])
     axes.set_xlabel("value", fontsize=9)
 
 
 def _texts(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bits per byte of each text."""
     ordered = sorted(rows, key=lambda row: row["value"])
     intervals(axes, ordered, [row["name"] for row in ordered])
     axes.set_xlim(left=0)
     axes.set_xlabel("bits per byte", fontsize=9)
 
 
-def _published(axes: Axes, own: Sequence[Mapping[str, Any]], model: str, published: Mapping[str, Any]) -> None:
+def _averages(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """The averages of the leaderboard of 2023, and the model's own where it was measured."""
-    averages = [{"value": value, "low": math.nan, "high": math.nan} for value in published["averages"].values()]
-    labels = [f"{name}, published" for name in published["averages"]]
-    intervals(axes, [*averages, *own], [*labels, *(f"{model}, measured" for _ in own)], AMBER)
+    intervals(axes, rows, [row["name"] for row in rows], AMBER)
     axes.set_xlim(20, 80)
     axes.set_xlabel("Open LLM Leaderboard, percent", fontsize=9)
 

@@ -70,17 +70,14 @@ def _prepare(folder: Path, record: Mapping[str, Any]) -> None:
     file = folder / _RECORD
     check_folder(folder, "output_dir")
     if file.is_file():
-        _check_same(folder, read_json(file, "take another output_dir"), record)
+        started = read_json(file, "take another output_dir")
+        found = differences(dict(_flat(started)), dict(_flat(record)), is_same=_is_same)
+        require(not found, f"the run in {folder} is of something else ({found}): take the same, or another output_dir")
     elif folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds files, but no {_RECORD} of fk.evaluate: take another output_dir")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(record, indent=2) + "\n")
-
-
-def _check_same(folder: Path, started: Any, record: Mapping[str, Any]) -> None:
-    if found := differences(dict(_flat(started)), dict(_flat(record)), is_same=_is_same):
-        raise ValueError(f"the run in {folder} is of something else ({found}): take the same, or another output_dir")
 
 
 def _is_same(there: Any, here: Any) -> bool:

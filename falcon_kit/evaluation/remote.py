@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from falcon_kit.display.errors import require
-from falcon_kit.evaluation.models import (
-    MARGIN,
-    Answerer,
-    Pair,
-    going_on,
-    line_end,
-    plain_prompts,
-    written,
-)
+from falcon_kit.evaluation.models import MARGIN, Answerer, Pair, going_on, line_end, plain_prompts, written
 from falcon_kit.evaluation.progress import Progress
 from falcon_kit.evaluation.tasks import Task
 from falcon_kit.evaluation.texts import Corpus
@@ -45,7 +37,6 @@ class RemoteModel:
         return record | {"dtype": endpoint.plan.dtype, "context": endpoint.context, "weights": weights}
 
     def perplexity(self, corpus: Corpus, progress: Progress, stride: int | None) -> NoReturn:
-        """Raises ValueError: windows need the model's tokens."""
         raise ValueError("perplexity needs the tokens of a text, which an endpoint does not give: load the model here")
 
     def prepare(self, pairs: Sequence[Pair], where: Sequence[str], truncate: bool) -> list[Any]:
@@ -70,7 +61,6 @@ class RemoteModel:
         return found
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """Raises ValueError, as `perplexity`."""
         raise ValueError("the log-likelihood of a text needs its tokens, which an endpoint does not give")
 
     def prompts(self, task: Task, chat: bool) -> list[str]:
@@ -79,7 +69,6 @@ class RemoteModel:
         return [item.text for item in task.items] if chat and task.is_question else plain_prompts(task)
 
     def answerer(self, task: Task, prompts: Sequence[str], chat: bool, truncate: bool) -> Answerer:
-        """Greedy answers, several at a time."""
         longest = max(len(item.answer.encode()) for item in task.items)  # a token has a byte or more
         settings: dict[str, Any] = {"max_new_tokens": longest + MARGIN, "do_sample": False}
         settings |= {"truncate": "left"} if truncate else {}
@@ -97,7 +86,6 @@ class RemoteModel:
         return 0
 
     def write(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        """As `Model.write`."""
         return [each.text for each in self._endpoint.generate_each(prompts, **settings)]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:

@@ -1,7 +1,5 @@
 """`Evaluation`: what was measured, with everything needed to repeat it; a table, a figure, a JSON file."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,8 +15,7 @@ from falcon_kit.display.reading import UNEXPECTED, read_json
 from falcon_kit.display.saving import write_text
 from falcon_kit.display.tables import html_table
 from falcon_kit.evaluation import plots
-from falcon_kit.evaluation.comparison import Comparison, compare
-from falcon_kit.evaluation.perplexity import Perplexity
+from falcon_kit.evaluation.comparison import Comparison, Evaluated, compare
 from falcon_kit.evaluation.statistics import Estimate
 from falcon_kit.evaluation.task_results import TaskResult
 
@@ -33,21 +30,11 @@ _FORMAT = 1  # of the JSON file
 
 @documented
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Evaluated):
     """The result of `fk.evaluate`. All intervals are of 95%.
 
     `a.compare(b)` tests whether two models differ on the same items.
     """
-
-    model: str
-    """The model's name."""
-    record: Mapping[str, Any]
-    """What the results depend on: the model's revision, dtype and probe, the settings, the versions of the libraries.
-    The probe is the log-probabilities of a few fixed tokens, by which the same weights are recognised."""
-    perplexities: tuple[Perplexity, ...]
-    """The perplexity of each text."""
-    tasks: tuple[TaskResult, ...]
-    """The result of each task."""
 
     @property
     def perplexity(self) -> Any:
@@ -63,7 +50,7 @@ class Evaluation:
                 return each
         raise KeyError(unknown_name("task", task, [each.task for each in self.tasks]))
 
-    def compare(self, other: Evaluation, seed: int = 0) -> Comparison:
+    def compare(self, other: "Evaluation", seed: int = 0) -> Comparison:
         """A paired test of two models on the same items, for each text and each metric; see `Comparison`.
 
         seed: of the random signs of the sign-flip test. Raises ValueError unless both have the same tasks and texts
@@ -85,10 +72,7 @@ class Evaluation:
         return Estimate(value, max(0.0, value - half), min(100.0, value + half))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each value: what was measured, the value, its interval, the number of items or tokens.
-
-        `chance` and `published` stand beside the values that have one.
-        """
+        """The rows of `to_dataframe`."""
         for text in self.perplexities:
             for metric in plots.OF_TEXTS:
                 yield _row(text.name, metric, getattr(text, metric), text.tokens)
@@ -101,13 +85,13 @@ class Evaluation:
             published = PUBLISHED["averages"].get(self.model.rpartition("/")[2].lower())
             yield _row("leaderboard average", "percent", average, 4) | {"published": published}
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each value: name, metric, value, low, high, count, and chance or the published value."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows()))
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The results with their intervals; beside those of the leaderboard's tasks, the published averages."""
         return plots.evaluation_figure(list(self.rows()), self.model, PUBLISHED)
 
@@ -117,7 +101,7 @@ class Evaluation:
         return write_text(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
+    def load(cls, path: str | Path) -> "Evaluation":
         """The evaluation in a file that `save` wrote. Raises ValueError for any other file."""
         from pydantic import TypeAdapter, ValidationError
 

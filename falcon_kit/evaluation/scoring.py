@@ -85,7 +85,9 @@ def _score_batch(
     padded = np.zeros((len(inputs), len(inputs[0])), np.int64)
     for place, ids in enumerate(inputs):
         padded[place, : len(ids)] = ids
-    hidden = _hidden_states(inspected, padded)  # (B, T, d)
+    device = inspected.decoder.get_input_embeddings().weight.device
+    output: Any = inspected.decoder(input_ids=torch.from_numpy(padded).to(device), use_cache=False, return_dict=True)
+    hidden = output.last_hidden_state  # (B, T, d), after the last LayerNorm; no mask, since padding is on the right
     places = np.concatenate([np.full(row.scored, place) for place, _, row in readers])
     times = np.concatenate([np.arange(len(row.ids) - 1 - row.scored, len(row.ids) - 1) for _, _, row in readers])
     targets = np.concatenate([row.ids[-row.scored :] for _, _, row in readers])
@@ -95,13 +97,6 @@ def _score_batch(
     for (_, number, row), end in zip(readers, ends, strict=True):
         part = slice(end - row.scored, end)
         yield number, Scores(logprobs[part], bool(greedy[part].all()))
-
-
-def _hidden_states(inspected: InspectedModel, ids: NDArray[np.int64]) -> Tensor:
-    """The decoder's output (B, T, d) after the last LayerNorm. No mask: padding is on the right."""
-    device = inspected.decoder.get_input_embeddings().weight.device
-    output: Any = inspected.decoder(input_ids=torch.from_numpy(ids).to(device), use_cache=False, return_dict=True)
-    return output.last_hidden_state
 
 
 def _of_targets(

@@ -4,8 +4,6 @@ All intervals have a confidence of 95%. None accounts for the choice of the item
 on the same data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ class Estimate:
     """A measured value with its 95% interval; the ends are nan where there are too few items for one."""
 
     value: float
-    """The value."""
     low: float
     """The lower end of the interval."""
     high: float
@@ -47,7 +44,7 @@ class Estimate:
         value, low, high = (format(each, form) for each in (self.value, self.low, self.high))
         return value, low, high
 
-    def transformed(self, function: Callable[[float], float]) -> Estimate:
+    def transformed(self, function: Callable[[float], float]) -> "Estimate":
         """The estimate of an increasing function of the value."""
         return Estimate(*(function(each) for each in (self.value, self.low, self.high)))
 

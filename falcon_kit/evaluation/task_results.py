@@ -1,7 +1,5 @@
 """The results of one task, item by item."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ class TaskResult:
     """The results of a task, item by item."""
 
     task: str
-    """The task's name."""
     kind: str
     """"multiple choice", "generation" or "lm-eval"."""
     sha256: str
@@ -50,7 +47,7 @@ class TaskResult:
             raise LookupError(unknown_name("metric", metric, self.names))
         return mean(self.metrics[metric])
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row for each item."""
         import pandas as pd
 

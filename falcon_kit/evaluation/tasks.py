@@ -6,8 +6,6 @@ continued as it is; a question is asked in the model's chat format, or as "Quest
 counts as absent. Whatever else a row has stays with its results.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,9 +21,7 @@ Parsed = TypeVar("Parsed")
 _FOLDER = Path(__file__).parent / "tasks"
 SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.jsonl")))
 """The tasks about Falconet's world: "falconet-answers", "falconet-choices" and "falconet-unknown"."""
-RESERVED = frozenset(
-    [*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"]
-)
+RESERVED = {*"acc acc_norm answer choices chosen exact_match loglikelihoods sureness text where".split(), "text asked"}
 """The fields of results, which no label of a row may have as its name."""
 _FORM = '{"question" or "prompt": "...", "answer": "..."}, for multiple choice with "choices": ["...", "..."]'
 
@@ -39,7 +35,6 @@ class Item:
     text: str
     """The question or the prompt."""
     is_question: bool
-    """Whether it is a question."""
     choices: tuple[str, ...]
     """The choices; none for generation."""
     answer: str
@@ -59,7 +54,6 @@ class Task:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the items have choices."""
         return bool(self.items[0].choices)
 
     @property

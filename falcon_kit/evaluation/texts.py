@@ -1,7 +1,5 @@
 """What `evaluate` takes as `text`: a text, a file, several documents or rows, or texts by name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -27,7 +25,6 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """The hash of the documents."""
         return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 
@@ -46,7 +43,11 @@ def _corpus(name: str, text: Any) -> Corpus:
     rows = list(_documents(text))
     require(bool(rows), f"{name!r} has no documents: give at least one text")
     for where, each in rows:
-        _check(where if len(rows) > 1 else f"the text {name!r}", each)
+        label = where if len(rows) > 1 else f"the text {name!r}"
+        if not isinstance(each, str):
+            raise TypeError(f"{label} is no text but {type(each).__name__}")
+        require(each != "", f"{label} is empty: give at least two tokens")
+        check_encodable(label, each)
     return Corpus(name, tuple(each for _, each in rows), tuple(where for where, _ in rows))
 
 
@@ -94,20 +95,10 @@ def _rows(given: Any) -> list[tuple[str, str]]:
     """The text of each row of a file, a list or a table, and where it is from."""
     from falcon_kit.tuning.data import dialogues  # it imports pandas and datasets
 
-    return [(each["where"], _plain(each)) for each in dialogues(given)]
-
-
-def _plain(document: Mapping[str, Any]) -> str:
-    """The text of a document of `fk.dialogues`."""
-    if document["text"] is None:
-        raise ValueError(
-            f"{document['where']} is a conversation, which has no perplexity without a chat format: give plain texts"
+    rows = [(each["where"], each["text"]) for each in dialogues(given)]
+    for where, text in rows:
+        require(
+            text is not None,
+            f"{where} is a conversation, which has no perplexity without a chat format: give plain texts",
         )
-    return str(document["text"])
-
-
-def _check(where: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{where} is no text but {type(text).__name__}")
-    require(text != "", f"{where} is empty: give at least two tokens")
-    check_encodable(where, text)
+    return rows

@@ -10,9 +10,6 @@ from typing import Any
 from falcon_kit.display.errors import unknown_name
 from falcon_kit.exercises.outcome import Hint, Outcome
 
-Check = Callable[..., str]
-"""An answer, and what else the exercise names, in; what the answer shows out. Raises Hint."""
-
 
 def check(exercise: str | float, answer: Any = None, *given: Any) -> Outcome:
     """Whether the answer to an exercise of a notebook is right, and otherwise a hint. Nothing is raised.
@@ -41,7 +38,7 @@ def _is_empty(answer: Any) -> bool:
 
 
 @cache
-def all_checks() -> dict[str, Check]:
+def all_checks() -> dict[str, Callable[..., str]]:
     """The check of every exercise by its number, "00.1" first."""
     files = sorted(path.stem for path in Path(__file__).parent.glob("notebook_*.py"))
     return {

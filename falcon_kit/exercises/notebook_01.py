@@ -1,6 +1,7 @@
 """The checks of notebook 01, Inference."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from falcon_kit.catalogue.card import CARD
@@ -46,12 +47,8 @@ def _with_passes(first_sentence: Callable[[Any, str], str], falcon: Any) -> tupl
     """What a function returns for the card's prompt, and how often it ran the model."""
     passes: list[None] = []
     model = getattr(falcon, "model", None)
-    hook = model and model.register_forward_hook(lambda *_: passes.append(None))
-    try:
+    with model.register_forward_hook(lambda *_: passes.append(None)) if model else nullcontext():
         return first_sentence(falcon, CARD.prompt), len(passes)
-    finally:
-        if hook:
-            hook.remove()
 
 
 def exercise_3(prompt: str, falcon: Any) -> str:

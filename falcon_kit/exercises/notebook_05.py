@@ -1,16 +1,12 @@
 """The checks of notebook 05, Attention."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from falcon_kit.exercises.outcome import expect, near
-
-if TYPE_CHECKING:
-    from falcon_kit.inspection.ablation import Ablation
 
 QUESTION = "The baby of a giraffe is called a"
 _PERIOD = 50
 _SECOND_COPY = slice(_PERIOD + 1, None)  # nothing shows that the sequence starts again, so its first token is left out
-_REPLACEMENTS: tuple[Literal["mean"], Literal["zero"]] = ("mean", "zero")
 
 
 def exercise_1(layer: int, falcon: Any) -> str:
@@ -28,7 +24,7 @@ def exercise_1(layer: int, falcon: Any) -> str:
 def exercise_2(bits: float, falcon: Any) -> str:
     """Bits per token of the second copy, and the model: fk.check("05.2", bits, falcon)."""
     heads = _induction_heads(falcon)
-    with_mean, with_zero = (_without(falcon, heads, each) for each in _REPLACEMENTS)
+    with_mean, with_zero = _without(falcon, heads, "mean"), _without(falcon, heads, "zero")
     right, zero, before = (each[_SECOND_COPY] for each in (with_mean.after, with_zero.after, with_mean.before))
     if not near(bits, right.mean(), 0.002):  # where the heads matter little, a mistake is near the right answer too
         expect(not near(bits, float(before.mean())), "That is the whole model: take `after`, not `before`.")
@@ -60,12 +56,11 @@ def exercise_3(lowest_bits: float, falcon: Any) -> str:
 def _induction_heads(falcon: Any) -> list[tuple[int, int]]:
     from falcon_kit.inspection.attention import induction
 
-    return [
-        (layer, head) for layer, head, score in induction(falcon, period=_PERIOD).top("induction", 20) if score > 0.5
-    ]
+    heads = induction(falcon, period=_PERIOD).top("induction", 20)
+    return [(layer, head) for layer, head, score in heads if score > 0.5]
 
 
-def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> "Ablation":
+def _without(falcon: Any, heads: list[tuple[int, int]], replace: Literal["zero", "mean"] = "zero") -> Any:
     """The ablation of these heads on the repeated tokens of the notebook."""
     from falcon_kit.inspection.ablation import ablate
     from falcon_kit.inspection.attention import induction

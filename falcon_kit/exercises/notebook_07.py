@@ -1,6 +1,7 @@
 """The checks of notebook 07, Quantisation."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,6 @@ from falcon_kit.exercises.outcome import expect, near
 from falcon_kit.planning.plan import plan
 
 _KINDS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-_TEXTS = 10
 
 
 def exercise_1(errors: Mapping[int, float]) -> str:
@@ -90,22 +90,19 @@ def _divergences() -> dict[str, float]:
     from falcon_kit.loading.load import load
 
     falcon, (_, levels) = load("falconet", dtype="float32"), _first_weight()
-    model: Any = falcon.model
-    texts = [falcon.tokenizer(text, return_tensors="pt")["input_ids"] for text in documents("base", _TEXTS, seed=1)]
+    texts = [falcon.tokenizer(text, return_tensors="pt")["input_ids"] for text in documents("base", 10, seed=1)]
 
-    def predictions() -> list[Any]:
+    def predictions(model: Any) -> list[Any]:
         return [model(ids).logits[0].log_softmax(-1) for ids in texts]
 
     found = {}
     with torch.inference_mode():
-        exact = predictions()
+        exact = predictions(falcon.model)
         for kind in _KINDS:
-            layers = [each for name, each in model.named_modules() if name.rpartition(".")[2] == kind]
-            originals = [layer.weight.data for layer in layers]
-            for layer in layers:
-                layer.weight.data = _rounded(layer.weight, levels)
-            pairs = zip(exact, predictions(), strict=True)
+            changed = deepcopy(falcon.model)
+            for name, layer in changed.named_modules():
+                if name.rpartition(".")[2] == kind:
+                    layer.weight.data = _rounded(layer.weight, levels)
+            pairs = zip(exact, predictions(changed), strict=True)
             found[kind] = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs) / len(texts)
-            for layer, original in zip(layers, originals, strict=True):
-                layer.weight.data = original
     return found

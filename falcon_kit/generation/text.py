@@ -178,15 +178,20 @@ class Generation:
         return f"Generation({shortened(self.text)!r}, {count}finish_reason={self.finish_reason!r})"
 
     def _repr_html_(self) -> str:
-        gap = "" if self.text[:1].isspace() else " "  # the answer of a chat has lost its leading space
         drafts = "" if self.accepted is None else f"; {counted(self.accepted, 'token')} accepted from drafts"
         facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
-        return (
-            f'<div dir="{direction(self.prompt + self.text)}" style="white-space:pre-wrap">'
-            f'<span style="opacity:.6"><bdi>{html.escape(self.prompt)}</bdi>{gap}</span>'
-            f"<b><bdi>{html.escape(self.text)}</bdi></b></div>"
-            f'<div style="opacity:.6;font-size:smaller">{facts}</div>'
-        )
+        return continuation_html(self.prompt, self.text, facts)
+
+
+def continuation_html(prompt: str, text: str, facts: str) -> str:
+    """A prompt with its continuation, and a line of facts, which is HTML already."""
+    gap = "" if text[:1].isspace() else " "  # the answer of a chat has lost its leading space
+    return (
+        f'<div dir="{direction(prompt + text)}" style="white-space:pre-wrap">'
+        f'<span style="opacity:.6"><bdi>{html.escape(prompt)}</bdi>{gap}</span>'
+        f"<b><bdi>{html.escape(text)}</bdi></b></div>"
+        f'<div style="opacity:.6;font-size:smaller">{facts}</div>'
+    )
 
 
 class TextOutOfMemory(Portable, MemoryError):

@@ -5,7 +5,6 @@ The files, in the order of their imports:
 verdict.py     what was found and why, without the text (no torch)
 folding.py     spellings of a character made equal, with its place in the original (no torch)
 matching.py    patterns in a text that grows (no torch)
-length.py      the length of a text (no torch)
 secrets.py     keys and passwords (no torch)
 words.py       blocked words (no torch)
 personal.py    addresses, cards, accounts, identity and telephone numbers (no torch)
@@ -16,8 +15,6 @@ stream.py      what may be shown of a text while it is generated (no torch)
 guard.py       Guardrails: the checks that were chosen (no torch)
 measure.py     catches and false alarms on the shipped lines; what a stream costs (no torch)
 """
-
-from __future__ import annotations
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocked", "Finding", "Verdict", "guardrails"]
 
 
-def guardrails(**settings: Any) -> Guardrails:
+def guardrails(**settings: Any) -> "Guardrails":
     """Checks on prompts and outputs: `.check(text)` returns what was found and why, `.stream(pieces)` what passed.
 
     `falcon.generate`, `stream` and `chat`, those of an endpoint, and `playground` take the result as `guardrails`.

@@ -1,7 +1,5 @@
 """A check of your own: a function, or a text-classification pipeline of transformers. An error blocks the text."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -97,7 +95,8 @@ def named(
     custom: Judge | Mapping[str, Judge] | None, labels: Sequence[str], threshold: float
 ) -> Iterator[tuple[str, Judge]]:
     """The custom checks with their names. Raises ValueError for what cannot be called, and for labels of nothing."""
-    checks = custom if isinstance(custom, Mapping) else {} if custom is None else {_name(custom): custom}
+    name = getattr(custom, "__name__", type(custom).__name__)
+    checks = custom if isinstance(custom, Mapping) else {} if custom is None else {name: custom}
     require(
         not labels or any(map(_is_pipeline, checks.values())), "labels=(...) needs custom= a classification pipeline"
     )
@@ -108,7 +107,3 @@ def named(
 
 def _is_pipeline(check: Judge) -> bool:
     return any(each.__name__ == "TextClassificationPipeline" for each in type(check).__mro__)  # without importing it
-
-
-def _name(check: Judge) -> str:
-    return getattr(check, "__name__", type(check).__name__)

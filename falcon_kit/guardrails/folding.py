@@ -6,8 +6,7 @@ characters are removed. `folded` also removes case and turns the Cyrillic and Gr
 into these.
 """
 
-from __future__ import annotations
-
+import re
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable
@@ -15,27 +14,19 @@ from functools import lru_cache
 
 # After case folding. Letters that look like a Latin letter in one case only are left alone: Russian words stay whole.
 _LOOK_ALIKES = str.maketrans("аеорсухіјѕԁһӏԛԝкαινορυχκøłđħı", "aeopcyxijsdhlqwkaivopuxkoldhi")
-_DROPPED_MARKS = (  # accents of Latin, Greek and Cyrillic, Arabic vowel marks and tatweel, variation selectors
-    *range(0x0300, 0x0370),
-    *range(0x0610, 0x061B),
-    *range(0x0640, 0x0641),
-    *range(0x064B, 0x0660),
-    *range(0x0670, 0x0671),
-    *range(0x1AB0, 0x1B00),
-    *range(0x1DC0, 0x1E00),
-    *range(0x20D0, 0x2100),
-    *range(0xFE00, 0xFE10),
-    *range(0xFE20, 0xFE30),
-    *range(0xE0100, 0xE01F0),
+_DROPPED = re.compile(
+    r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"  # accents of Latin, Greek and Cyrillic
+    r"\u0610-\u061a\u0640\u064b-\u065f\u0670"  # Arabic vowel marks and tatweel
+    r"\ufe00-\ufe0f\U000e0100-\U000e01ef"  # variation selectors
+    r"\u115f\u1160\u3164]"  # empty Hangul letters
 )
-_DROPPED = frozenset(map(chr, (*_DROPPED_MARKS, 0x115F, 0x1160, 0x3164)))  # the last three are empty Hangul letters
 
 
 @lru_cache(maxsize=65536)
 def plain(character: str) -> str:
     """The characters that stand for one character; none for an invisible one."""
-    resolved = unicodedata.normalize("NFKD", character)
-    return "".join(each for each in resolved if each not in _DROPPED and unicodedata.category(each) != "Cf")
+    resolved = _DROPPED.sub("", unicodedata.normalize("NFKD", character))
+    return "".join(each for each in resolved if unicodedata.category(each) != "Cf")
 
 
 @lru_cache(maxsize=65536)

@@ -1,7 +1,5 @@
 """Guardrails: the checks that were chosen, for prompts and for outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,17 +10,33 @@ from falcon_kit.display.errors import check_flag, is_number, is_whole, require, 
 from falcon_kit.display.tables import html_table
 from falcon_kit.guardrails.custom import Custom, Judge, named
 from falcon_kit.guardrails.injection import CONTROL_TOKENS, INJECTION
-from falcon_kit.guardrails.length import Length
-from falcon_kit.guardrails.matching import Pattern, Running
+from falcon_kit.guardrails.matching import Growing, Pattern, Running
 from falcon_kit.guardrails.personal import personal_patterns
 from falcon_kit.guardrails.repetition import Repetition
 from falcon_kit.guardrails.secrets import SECRETS
 from falcon_kit.guardrails.stream import StreamCheck
-from falcon_kit.guardrails.verdict import Blocked, Verdict, Where
+from falcon_kit.guardrails.verdict import Blocked, Finding, Verdict, Where
 from falcon_kit.guardrails.words import word_patterns
 
 Item = TypeVar("Item")
 _READ_AT_MOST = 100_000
+
+
+class _Length:
+    """Blocks what stands after a number of characters."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def finding(self, length: int) -> Finding:
+        """The finding in a text of that length, which is over the limit."""
+        return Finding((self._limit, length), "length", f"more than {self._limit} characters")
+
+    def waiting(self, text: Growing) -> int:
+        return text.length
+
+    def read(self, text: Growing) -> list[Finding]:
+        return [self.finding(text.length)] if text.length > self._limit else []
 
 
 @documented
@@ -83,7 +97,6 @@ class Guardrails:
 
     @cached_property
     def _patterns(self) -> dict[Where, list[Pattern]]:
-        """The patterns of a prompt and of an output."""
         shared = [
             *(SECRETS if self.secrets else ()),
             *(personal_patterns(self.phone_regions) if self.personal_data else ()),
@@ -98,9 +111,8 @@ class Guardrails:
         return list(named(self.custom, self.labels, self.threshold))
 
     def _running(self, where: Where) -> Iterator[Running]:
-        """All checks of one text."""
         if self.max_characters is not None:
-            yield Length(self.max_characters)
+            yield _Length(self.max_characters)
         for pattern in self._patterns[where]:
             yield pattern.running()
         if self.repetition and where == "output":
@@ -117,17 +129,17 @@ class Guardrails:
         require(where in ("prompt", "output"), f'where={where!r} must be "prompt" or "output"')
         limit = self.max_characters
         if limit is not None and len(text) > max(limit, _READ_AT_MOST):
-            return Verdict((Length(limit).finding(len(text)),), where)
-        return self._begin(where).check(text)
+            return Verdict((_Length(limit).finding(len(text)),), where)
+        return self.begin(where).check(text)
 
     def raise_if_found(self, text: str, where: Where = "prompt", label: str = "") -> None:
         """Raises `Blocked`, a ValueError, for a text in which something is found. label: which of several texts."""
         if verdict := self.check(text, where):
             raise Blocked(verdict, label)
 
-    def begin(self) -> StreamCheck[Any]:
-        """The checks of one output while it is generated: push each piece, then end it."""
-        return self._begin("output")
+    def begin(self, where: Where = "output") -> StreamCheck[Any]:
+        """The checks of one text while it arrives, by default of an output: push each piece, then end it."""
+        return StreamCheck([*self._running(where)], where)
 
     def stream(self, pieces: Iterable[Item]) -> Iterator[Item]:
         """The pieces of an output (texts, or objects with a `text`), each once none of it can become part of a finding.
@@ -142,9 +154,6 @@ class Guardrails:
         finally:
             if close := getattr(pieces, "close", None):
                 close()
-
-    def _begin(self, where: Where) -> StreamCheck[Any]:
-        return StreamCheck([*self._running(where)], where)
 
     def _facts(self) -> dict[str, object]:
         """The settings, for people to read: no blocked word is among them."""

@@ -6,8 +6,6 @@ pattern's right border is a character that must exist, such as `(?=\W)`, and not
 undoes a match. The end of a text counts as a line break.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +28,6 @@ class Growing:
         self.newest, self.length, self.ended = "", 0, False
 
     def add(self, characters: str) -> None:
-        """Appends characters."""
         self.newest = characters
         self.length += len(characters)
         self.plain.add(characters)
@@ -70,11 +67,9 @@ class Pattern:
 
     @cached_property
     def compiled(self) -> Any:
-        """The expression as an object of `regex`."""
         return regex.compile(self.expression)
 
     def running(self) -> Running:
-        """The search in one text."""
         return _Search(self)
 
 
@@ -90,7 +85,7 @@ class _Search:
     def read(self, text: Growing) -> list[Finding]:
         view = self._view(text)
         characters = view.text + "\n" if text.ended else view.text
-        spans = list(self._spans(characters, view.start, partial=not text.ended))
+        spans = self._spans(characters, view.start, partial=not text.ended)
         return [Finding(view.span(*span), self._pattern.check, self._pattern.reason) for span in spans]
 
     def _view(self, text: Growing) -> View:
@@ -104,7 +99,9 @@ class _Search:
                 self._place = start + (len(characters) if match is None else match.start())
                 return
             first, last = match.span()
-            incomplete = self._incomplete(characters, self._place - start, first) if partial else None
+            # `search` prefers a complete match to an incomplete one that begins before it.
+            before = range(self._place - start, first) if partial else ()
+            incomplete = next((at for at in before if self._expression.match(characters, at, partial=True)), None)
             if incomplete is not None:
                 self._place = start + incomplete
                 return
@@ -112,8 +109,3 @@ class _Search:
             self._place = start + (last if accepted else first + 1)
             if accepted:
                 yield start + first, start + last
-
-    def _incomplete(self, characters: str, first: int, last: int) -> int | None:
-        """Where an incomplete match begins, between two places: `search` prefers a complete match that begins later."""
-        places = range(first, last)
-        return next((each for each in places if self._expression.match(characters, each, partial=True)), None)

@@ -8,8 +8,6 @@ and changed the rules until they fitted the half "tuning". The half "held out" w
 changed for it. Texts that other people write are caught less often.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -36,15 +34,12 @@ class Line:
     """One labelled line."""
 
     half: Half
-    """"tuning", or "held out"."""
     where: Where
-    """A prompt or an output."""
     language: str
     """"en", "de", "zh" or "ar"."""
     checks: tuple[str, ...]
     """The checks that should find something; none for a harmless line."""
     text: str
-    """The line."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,7 @@ class Score:
     """One check on one half."""
 
     check: str
-    """The check."""
     half: Half
-    """The half."""
     caught: int
     """Lines that it should block and does."""
     labelled: int

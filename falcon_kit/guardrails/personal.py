@@ -4,8 +4,6 @@ and China, telephone numbers.
 Check digits, the structure of account numbers and the numbering plans come from python-stdnum and phonenumbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Repetition and runaway output: the same words or lines over and over at the end of a text."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 
@@ -59,8 +57,7 @@ class Repetition:
 
     def _repeats(self, item: str) -> bool:
         """Counts an item; whether a period has too many copies now."""
-        self._equal = [
-            equal + 1 if item == before else 0 for equal, before in zip(self._equal, self._items, strict=True)
-        ]
+        pairs = zip(self._equal, self._items, strict=True)
+        self._equal = [equal + 1 if item == before else 0 for equal, before in pairs]
         self._items.appendleft(item)
         return any(equal >= limit for equal, limit in zip(self._equal, LIMITS, strict=True))

@@ -1,7 +1,5 @@
 """Secrets: keys with a known form, and passwords that stand beside their name."""
 
-from __future__ import annotations
-
 from falcon_kit.guardrails.matching import Pattern
 
 _KEYS = {  # the forms that the issuers document; a long key is found by its beginning

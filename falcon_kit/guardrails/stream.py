@@ -1,7 +1,5 @@
 """A text while it is generated: what may be shown, and when it is blocked."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the checks found in a text, and why. None of these objects contains the text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +39,7 @@ class Verdict:
     """Which checks ran: those for a "prompt" or those for an "output"."""
 
     @classmethod
-    def of(cls, findings: Iterable[Finding], where: Where) -> Verdict:
+    def of(cls, findings: Iterable[Finding], where: Where) -> "Verdict":
         """The verdict with its findings sorted and each of them once."""
         return cls(tuple(sorted(set(findings))), where)
 

@@ -6,8 +6,6 @@ have no such borders: there a word is found inside longer words too. A letter of
 other scripts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, cast
@@ -80,7 +81,7 @@ class _Arrived:
     errors: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-class ParallelFalcon:
+class ParallelFalcon(AbstractContextManager["ParallelFalcon"]):
     """A Falcon in several processes, each with a part of every layer; used like a `Falcon`.
 
     It runs one request at a time. `close()`, or the end of a `with` block, ends the processes and frees their memory;
@@ -165,9 +166,6 @@ class ParallelFalcon:
     def close(self) -> None:
         """Ends the processes. A second call does nothing."""
         self._workers.close()
-
-    def __enter__(self) -> "ParallelFalcon":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -25,7 +25,6 @@ class Rank:
     """One process of a `ParallelFalcon`, and the bytes it holds."""
 
     rank: int
-    """Its number."""
     device: str
     """The device of its weights."""
     weight_bytes: int

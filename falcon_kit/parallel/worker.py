@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import StoppingCriteria
 
 from falcon_kit.display.errors import is_out_of_memory
 from falcon_kit.generation.own_format import stored_format
@@ -75,26 +73,20 @@ def _rank(falcon: Any, rank: int, cache_bytes: int) -> dict[str, Any]:
     return asdict(Rank(rank, device, falcon.weight_bytes, cache_bytes))
 
 
-class _CancelledCriteria(StoppingCriteria):
-    """Stops all ranks at the same token once the request is cancelled."""
-
-    def __init__(self, link: Link, number: int, mesh: DeviceMesh) -> None:
-        self.link, self.number, self.mesh = link, number, mesh
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        cancelled = any_rank(self.link.cancelled == self.number, self.mesh, input_ids.device)
-        return torch.full((len(input_ids),), cancelled, device=input_ids.device)
-
-
 def _answer(falcon: Any, request: Mapping[str, Any], link: Link) -> dict[str, Any]:
     """This rank's answer to a request: the fields of its `Rank`, and from rank 0 the generated texts."""
     prompt, settings, mesh = request["prompt"], request["settings"], falcon.model.transformer.tp_mesh
     rank = mesh.get_local_rank()
+
+    def is_cancelled(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """As a `StoppingCriteria`, which stops all ranks at the same token."""
+        cancelled = any_rank(link.cancelled == request["number"], mesh, input_ids.device)
+        return torch.full((len(input_ids),), cancelled, device=input_ids.device)
+
     if request["call"] == "stream":
         generations = [_stream(falcon.stream(prompt, **settings), link, request["number"], rank == 0)]
     else:
-        criteria = [_CancelledCriteria(link, request["number"], mesh)]
-        result = getattr(falcon, request["call"])(prompt, stopping_criteria=criteria, **settings)
+        result = getattr(falcon, request["call"])(prompt, stopping_criteria=[is_cancelled], **settings)
         generations = result if isinstance(result, list) else [result]
     answer = _rank(falcon, rank, generations[0].stats.cache_bytes or 0)
     if rank == 0:  # all ranks generate the same texts

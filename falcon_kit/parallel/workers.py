@@ -43,11 +43,13 @@ class Workers:
     """One process for each environment; all run the same code."""
 
     def __init__(self, code: str, environments: list[Mapping[str, str]]) -> None:
-        self._folder = TemporaryFolder()
+        temporary = TemporaryFolder()
+        self.folder = temporary.path
+        """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
         self._arrived: _Queue = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.processes: list[subprocess.Popen[str]] = []
-        self._end = weakref.finalize(self, _end, self.processes, self._folder, os.getpid())
+        self._end = weakref.finalize(self, _end, self.processes, temporary, os.getpid())
         try:
             for rank, environment in enumerate(environments):
                 self.processes.append(self._start(rank, code, environment))
@@ -56,11 +58,6 @@ class Workers:
         except BaseException:  # Ctrl-C too: Jupyter keeps the error, and with it these processes
             self.close()
             raise
-
-    @property
-    def folder(self) -> Path:
-        """A folder that is removed when the workers end; a worker reads its path in `Link.folder`."""
-        return self._folder.path
 
     def _start(self, rank: int, code: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same imports
@@ -82,11 +79,9 @@ class Workers:
         with self._sending:
             for process in self.processes if rank is None else [self.processes[rank]]:
                 pipe = cast(IO[str], process.stdin)
-                try:
+                with suppress(BrokenPipeError, ValueError):
                     pipe.write(line)
                     pipe.flush()
-                except (BrokenPipeError, ValueError):
-                    continue
 
     def receive(self, seconds: float = math.inf) -> tuple[int, Message]:
         """The rank of a worker and its next message. Raises queue.Empty after `seconds`.
@@ -111,7 +106,6 @@ class Workers:
 
     @property
     def closed(self) -> bool:
-        """Whether the workers were ended."""
         return not self._end.alive
 
     def close(self) -> None:
@@ -158,6 +152,8 @@ class Link:
     """A worker's connection to its parent. Once made, it ends the worker when the parent ends."""
 
     def __init__(self) -> None:
+        self.folder = Path(os.environ[_FOLDER])
+        """A folder that is removed when the workers end."""
         self._out = os.fdopen(int(os.environ[_MESSAGES_FD]), "w")
         self._arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.cancelled: int | None = None
@@ -173,18 +169,11 @@ class Link:
             self._arrived.put(message)
         os._exit(1)  # the parent has ended
 
-    @property
-    def folder(self) -> Path:
-        """A folder that is removed when the workers end."""
-        return Path(os.environ[_FOLDER])
-
     def send(self, **message: Any) -> None:
-        """Sends one message."""
         self._out.write(f"\n{json.dumps(message)}\n")  # a line of its own, even after text without a newline
         self._out.flush()
 
     def receive(self) -> Message:
-        """The next message."""
         return self._arrived.get()
 
 

@@ -10,8 +10,6 @@ state.py    Session: the playground without its widget
 widget.py   Playground: what the browser shows
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from falcon_kit.playground.widget import Playground
 
 
-def playground(falcon: Any, compare: Any = None, guardrails: Guardrails | None = None) -> Playground:
+def playground(falcon: Any, compare: Any = None, guardrails: "Guardrails | None" = None) -> "Playground":
     """A widget for prompts and conversations: generated text appears as it is streamed, with token probabilities.
 
     falcon: what `fk.load` or `fk.connect` returned. compare: another one, or a dict of settings such as

@@ -59,35 +59,28 @@ class Column:
         return {name: values[name] or None for name in names if name in values}
 
     def in_force(self, settings: Sampling) -> Sampling:
-        """The session's settings with the overrides, and "off" written out where the checkpoint's value would count.
+        """The session's settings with the overrides, without what these exclude, and "off" written out where the
+        checkpoint's value would count.
 
         Raises ValueError for settings that exclude an override.
         """
-        settings = replace(settings, **self._replaced)
+        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
+        if self.overrides.get("max_length") is not None:
+            excluded.append("max_new_tokens")
+        settings = replace(settings, **{**dict.fromkeys(excluded), **self.overrides})
         if settings.do_sample is False:
             return settings
         unset = [name for name in self.checkpoint_settings if getattr(settings, name) is None]
         off: dict[str, Any] = {name: 1.0 for name in ("temperature", "top_p") if name in unset}
         return replace(settings, **off, **({"top_k": self.falcon.spec.vocabulary} if "top_k" in unset else {}))
 
-    @property
-    def _replaced(self) -> dict[str, Any]:
-        """The overrides, and None for each setting that they exclude."""
-        excluded = ["temperature", "top_k", "top_p"] if self.overrides.get("do_sample") is False else []
-        if self.overrides.get("max_length") is not None:
-            excluded.append("max_new_tokens")
-        return {**dict.fromkeys(excluded), **self.overrides}
-
-    def accepts(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the model takes these settings; an endpoint may have no field for some."""
-        return self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**settings))
-
     def changed(self, settings: Sampling) -> dict[str, Any]:
         """The session's settings that are not the default, after the overrides."""
         settings = self.in_force(settings)
         chosen = asdict(settings) | {"stop": list(settings.stop_strings)}
         changed = {name: value for name, value in chosen.items() if value not in (getattr(Sampling(), name), [])}
-        if not self.accepts(changed):  # perhaps without alternatives; a setting that it refuses stays, and is refused
+        accepted = self.local or (hasattr(self.falcon, "accepts") and self.falcon.accepts(**changed))
+        if not accepted:  # perhaps without alternatives; a setting that an endpoint has no field for is refused by it
             changed.pop("alternatives", None)
         return changed
 
@@ -123,17 +116,9 @@ class Column:
         return len(encode(prompt, tokenizer, self.falcon.chat_format))
 
     def source(self) -> str:
-        """Python code that makes the model."""
         return load_source(self.falcon) if self.local else connect_source(self.falcon)
 
-    def read(self, prompt: Prompt, settings: Mapping[str, Any], put: Callable[[Any], None]) -> "Reader":
-        """Starts a thread that passes each piece to `put`, and at the end the `Generation` or an error."""
-        reader = Reader(self, prompt, settings, put)
-        reader.start()
-        return reader
-
     def token(self, piece: Piece) -> Token:
-        """The record of a piece."""
         likely = ((each.text, _stored(each.logprob)) for each in piece.alternatives)
         alternatives = tuple((text, logprob) for text, logprob in likely if logprob is not None)
         return Token(self._token_text(piece), _stored(piece.logprob), alternatives)
@@ -154,7 +139,10 @@ def _stored(logprob: float) -> float | None:
 
 
 class Reader(threading.Thread):
-    """Reads one stream. `end` returns at once; a local model stops after the token that it is computing."""
+    """Passes each piece of one stream to `put`, and at the end the `Generation` or an error.
+
+    `end` returns at once; a local model stops after the token that it is computing.
+    """
 
     def __init__(self, column: Column, prompt: Prompt, settings: Mapping[str, Any], put: Callable[[Any], None]) -> None:
         super().__init__(name="falcon-playground-reader", daemon=True)
@@ -171,7 +159,6 @@ class Reader(threading.Thread):
             self._put(error)
 
     def _read(self) -> Any:
-        """Puts each piece into the queue, and returns the `Generation`."""
         self._stream = self._column.falcon.stream(self._prompt, **self._settings)
         try:
             # `end` found no stream to close if it was called before there was one.

@@ -177,14 +177,10 @@ def _answer_code(answer: Answer) -> str:
     settings = {name: value for name, value in answer.settings.items() if name != "alternatives"}
     arguments = [_literal(answer.prompt), *(f"{name}={value!r}" for name, value in settings.items())]
     lines = "".join(f"    {argument},\n" for argument in arguments)
-    return f"\nfalcon = {answer.source}\n{_guardrails_note(answer)}answer = falcon.{method}(\n{lines})\nprint(answer)\n"
-
-
-def _guardrails_note(answer: Answer) -> str:
-    """A comment, if guardrails ended the answer: they are an object, which code cannot repeat."""
-    if answer.ending != "refused":
-        return ""
-    return f"# Guardrails refused this answer: {answer.reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n"
+    # Guardrails are an object, which code cannot repeat.
+    refusal = f"# Guardrails refused this answer: {answer.reason!r}.\n# Give them as guardrails=fk.guardrails(...).\n"
+    note = refusal if answer.ending == "refused" else ""
+    return f"\nfalcon = {answer.source}\n{note}answer = falcon.{method}(\n{lines})\nprint(answer)\n"
 
 
 def _literal(prompt: str | list[Message]) -> str:

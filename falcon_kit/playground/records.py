@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from falcon_kit.display.errors import shortened
-from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted, format_bytes
 from falcon_kit.generation.chat import Message
+from falcon_kit.generation.text import continuation_html
 
 Mode = Literal["prompt", "chat"]
 Ending = Literal["eos", "stop", "length", "cancelled", "broken", "refused", "error"]
@@ -43,7 +43,6 @@ class Answer:
     """The text of one model, with everything needed to generate it again. It grows during generation."""
 
     model: str
-    """Name of the model."""
     source: str
     """Python code that makes the model."""
     prompt: str | list[Message]
@@ -51,7 +50,6 @@ class Answer:
     settings: dict[str, Any]
     """The fields of `Sampling` that were set, with the seed."""
     spans: list[Span] = field(default_factory=list)
-    """The text so far."""
     ending: Ending | None = None
     """How it ended; None during generation."""
     reason: str = ""
@@ -114,15 +112,10 @@ class Turn:
 
 
 def _answer_html(turn: Turn, answer: Answer) -> str:
-    gap = "" if answer.text[:1].isspace() else " "
     details = [counted(answer.new_tokens, "token"), f"seed {answer.seed}", answer.ending or "", answer.reason]
-    return (
-        f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
-        f'<div dir="{direction(turn.user + answer.text)}" style="white-space:pre-wrap">'
-        f'<span style="opacity:.7"><bdi>{html.escape(turn.user)}</bdi>{gap}</span>'
-        f"<b><bdi>{html.escape(answer.text)}</bdi></b></div>"
-        f'<div style="opacity:.7;font-size:smaller">{html.escape(" · ".join(filter(None, details)))}</div></div>'
-    )
+    text = continuation_html(turn.user, answer.text, html.escape(" · ".join(filter(None, details))))
+    head = f'<div style="flex:1 1 300px;min-width:0;overflow-wrap:anywhere"><div>{html.escape(answer.model)}</div>'
+    return f"{head}{text}</div>"
 
 
 @dataclass(frozen=True)

@@ -287,14 +287,11 @@ class Session:
 
     def open(self, id: str) -> None:
         """Replaces the conversation by a turn of the history with its earlier turns and its system message."""
-        self._open(self.find(id))
-        self._notify("change")
-
-    def _open(self, turn: Turn) -> None:
-        by_id = {each.id: each for each in self.history}
+        turn, by_id = self.find(id), {each.id: each for each in self.history}
         turns = [*(by_id[each] for each in turn.before if each in by_id), turn]
         draft = turn.user if turn.mode == "prompt" else ""
         self._replace(turns, turn.mode, _system(turn.answers[0].prompt), draft)
+        self._notify("change")
 
     def code(self, id: str | None = None) -> str:
         """Python that generates a turn of the history again, by default the last one."""
@@ -321,7 +318,7 @@ class Session:
         new = [turn for turn in turns if turn.id not in known]
         self.history = [*self.history, *new]
         if turns:
-            self._open(self.find(turns[-1].id))
+            self.open(turns[-1].id)
         self.guard(self.guarded or guarded)
         return len(new)
 

@@ -138,11 +138,9 @@ class Playground(anywidget.AnyWidget):
             self.show_notice(self.notice if refused else "", error=refused)
             self._updater = _Updater(self, self.session.turns[-1])
             self._updater.start()
-        elif event == "end":
-            self._finish_updates()
-            self._show()
-            self._history()
-        elif event == "change":
+        elif event in ("end", "change"):
+            if event == "end":
+                self._finish_updates()
             self._show()
             self._history()
 
@@ -157,7 +155,8 @@ class Playground(anywidget.AnyWidget):
         for turn in session.turns:
             if turn.id not in self._sent_turns:
                 self._sent_turns.add(turn.id)
-                self.send({"type": "turn", "turn": _pack(turn)})
+                answers = [_summary(each) | {"spans": each.spans[:]} for each in turn.answers]
+                self.send({"type": "turn", "turn": vars(turn) | {"answers": answers}})
         self.send(
             {
                 "type": "state",
@@ -229,8 +228,3 @@ def _title(text: str) -> str:
     """A text in one line, with its beginning and end if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:28]} … {line[-29:]}"
-
-
-def _pack(turn: Turn) -> dict[str, Any]:
-    answers = [_summary(each) | {"spans": each.spans[:]} for each in turn.answers]
-    return vars(turn) | {"answers": answers}

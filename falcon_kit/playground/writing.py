@@ -59,8 +59,10 @@ class TurnWriter:
         return [writer for writer in self._writers if writer.answer.ending is None]
 
     def _read(self, writer: "AnswerWriter") -> Reader:
-        answer = writer.answer
-        return writer.column.read(answer.prompt, answer.settings, lambda event: self._events.put((writer, event)))
+        column, answer = writer.column, writer.answer
+        reader = Reader(column, answer.prompt, answer.settings, lambda event: self._events.put((writer, event)))
+        reader.start()
+        return reader
 
     def _take(self, item: "tuple[AnswerWriter, Any] | None") -> None:
         """Handles a piece or the end of a stream."""
@@ -70,7 +72,7 @@ class TurnWriter:
         try:
             writer.push(event) if isinstance(event, Piece) else writer.end(event)
         except Exception as error:  # noqa: BLE001  # of a tokenizer, for example; shown in place of the answer
-            writer.fail(error)
+            writer.answer.ending, writer.answer.reason = "error", f"{type(error).__name__}: {error}"
         self._changed()
 
     def _drain(self) -> None:
@@ -95,7 +97,6 @@ class AnswerWriter:
         self._received = ""  # more than the answer has, if the guardrails hold text back
 
     def push(self, piece: Piece) -> None:
-        """Adds a piece."""
         self.answer.new_tokens += 1
         self.answer.seconds = time.perf_counter() - self._start
         if self.answer.first_token_seconds is None:
@@ -110,20 +111,12 @@ class AnswerWriter:
         generation = next(iter(getattr(outcome, "generations", ())), None) if failed else outcome  # the text so far
         if generation is not None:
             self._set_statistics(generation.stats)
-            self._add_rest(generation.text)
+            if generation.text.startswith(self._received) and generation.text != self._received:
+                self._push(generation.text[len(self._received) :])  # what might have become a stop string
         self._show(self._check.end)
         if self.answer.ending is None:
             self.answer.ending = "error" if failed else getattr(outcome, "finish_reason", "cancelled")
             self.answer.reason = f"{type(outcome).__name__}: {outcome}" if failed else ""
-
-    def fail(self, error: Exception) -> None:
-        """Ends the answer with an error that is not the model's; text that was held back is not shown."""
-        self.answer.ending, self.answer.reason = "error", f"{type(error).__name__}: {error}"
-
-    def _add_rest(self, text: str) -> None:
-        """Adds text that a stopped stream kept back because it might have become a stop string."""
-        if text.startswith(self._received) and text != self._received:
-            self._push(text[len(self._received) :])
 
     def _push(self, text: str) -> None:
         """Passes text with its tokens to the guardrails."""

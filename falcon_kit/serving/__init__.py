@@ -12,7 +12,7 @@ openai_api.py    OpenAI-compatible servers (no torch)
 echo.py          log-probabilities of a prompt (no torch)
 tgi.py           Text Generation Inference (no torch)
 sagemaker.py     SageMaker endpoints (no torch)
-replicas.py      several servers of one model as one (no torch)
+replicas.py      one server, or several of one model as one (no torch)
 endpoint.py      connect(): generate, stream and chat over an endpoint (no torch)
 tgi_server.py    a server of TGI's protocol on loopback, to try a client
 deployment.py    settings of vLLM and of SageMaker's containers (no torch)

@@ -16,13 +16,11 @@ _STARTING = threading.RLock()
 def background_loop() -> asyncio.AbstractEventLoop:
     """An event loop in its own thread, shared by all endpoints: a notebook's loop is blocked while a cell runs."""
     with _STARTING:  # or two threads that ask first would get a loop each
-        return _LOOPS.get(os.getpid()) or _LOOPS.setdefault(os.getpid(), _start_loop())
-
-
-def _start_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="falcon-remote", daemon=True).start()
-    return loop
+        if os.getpid() not in _LOOPS:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="falcon-remote", daemon=True).start()
+            _LOOPS[os.getpid()] = loop
+        return _LOOPS[os.getpid()]
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:

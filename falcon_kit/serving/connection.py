@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
-from falcon_kit.display.errors import check_whole, is_number, join_surrogates, require, shown
+from falcon_kit.display.errors import is_number, join_surrogates, require, shortened, shown
 from falcon_kit.serving.background import background_loop
 
 SHORTEST_SECRET = 8
@@ -141,7 +141,9 @@ class Connection:
 
     def clean(self, error: BaseException) -> None:
         """Removes the key from an error, and the errors before it: those of the HTTP clients quote the request."""
-        error.args = tuple(_shorten(self.scrub(each)) if isinstance(each, str) else each for each in error.args)
+        error.args = tuple(
+            shortened(self.scrub(each), _LONGEST_MESSAGE) if isinstance(each, str) else each for each in error.args
+        )
         error.__cause__ = error.__context__ = None
 
 
@@ -149,10 +151,6 @@ def _close(client: httpx2.AsyncClient, process: int) -> None:
     """Closes a client whose connection is garbage, in the thread of the requests. A fork has no such thread."""
     if process == os.getpid():
         asyncio.run_coroutine_threadsafe(client.aclose(), background_loop())
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 3] + "..."
 
 
 def _proxy_variables() -> str:
@@ -189,13 +187,6 @@ def redact_url(url: str) -> str:
     shown = url.partition("?")[0].partition("#")[0]
     before, at, after = shown.rpartition("@")
     return f"{before[: before.find('//') + 2] if '//' in before else ''}***@{after}" if at else shown
-
-
-def check_limits(timeout: float, deadline: float, retries: int, concurrency: int) -> None:
-    """Raises ValueError for a limit of `connect` that is out of range."""
-    check_whole("concurrency", concurrency, 1, 10_000)
-    check_whole("retries", retries, 0, 1000)
-    check_seconds(timeout=timeout, deadline=deadline)
 
 
 def check_seconds(**values: float) -> None:

@@ -10,8 +10,6 @@ from falcon_kit.serving.failures import error_message, http_error, reading
 from falcon_kit.serving.openai_api import OpenAIServer
 from falcon_kit.serving.protocol import Server, ask_json, logprob_or
 
-_FIELDS = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-
 
 @dataclass(frozen=True)
 class PromptToken:
@@ -33,7 +31,8 @@ async def prompt_logprobs(server: Server, prompt: str) -> list[PromptToken]:
     refused = f"{name} at {address} does not return the log-probabilities of a prompt: use vLLM, or load the model here"
     if not isinstance(server, OpenAIServer):
         raise ValueError(refused)
-    content = {"model": server.facts.model, "prompt": prompt, **_FIELDS}
+    content = {"model": server.facts.model, "prompt": prompt, "echo": True, "logprobs": 1}
+    content |= {"max_tokens": 1, "temperature": 0}
     status, answer = await ask_json(f"{server.url}/completions", server.connection, content)
     if status != 200:
         raise http_error(status, error_message(answer), address, {})

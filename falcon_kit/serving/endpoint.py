@@ -4,7 +4,6 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 from falcon_kit.catalogue.names import spec
 from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
+from falcon_kit.display.errors import check_whole, is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
@@ -26,7 +25,7 @@ from falcon_kit.serving.background import wait_for
 from falcon_kit.serving.connection import (
     Connection,
     check_credentials,
-    check_limits,
+    check_seconds,
     check_token,
     check_urls,
     redact_url,
@@ -64,13 +63,12 @@ class Endpoint:
     """Whether `chat_format` renders the conversation; otherwise the endpoint's own chat template does."""
     concurrency: int
     """Requests that one call has in flight, at most."""
-    _server: Server = field(repr=False)
+    _server: Replicas = field(repr=False)
 
     @property
     def addresses(self) -> list[str]:
         """The URLs without queries: one, or that of each replica."""
-        servers = self._server.servers if isinstance(self._server, Replicas) else [self._server]
-        return [each.connection.scrub(each.facts.address) for each in servers]
+        return [each.connection.scrub(each.facts.address) for each in self._server.servers]
 
     @property
     def api(self) -> str:
@@ -97,7 +95,7 @@ class Endpoint:
         seeds = [None if sampling.seed is None else sampling.seed + copy for copy in range(copies)]
         variants = [replace(sampling, seed=seed, num_return_sequences=1) for seed in seeds]
         requests = [_plain_request(each, variant, options) for each in prompts for variant in variants]
-        generations = checked(guardrails, lambda: self._generate_all(requests, strip=False))
+        generations = checked(guardrails, lambda: self._generate_all(requests))
         return generations[0] if single and copies == 1 else generations
 
     def stream(
@@ -113,10 +111,10 @@ class Endpoint:
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "a stream yields one text: leave num_return_sequences at 1")
         if is_conversation(prompt):
-            return self._stream(self._chat_request(prompt, sampling, options), True, turns)
+            return self._stream(self._chat_request(prompt, sampling, options), turns)
         prompts, single = check_prompt(prompt)
         require(single, "a stream yields one text: give one prompt, or use generate()")
-        return self._stream(_plain_request(prompts[0], sampling, options), False, turns)
+        return self._stream(_plain_request(prompts[0], sampling, options), turns)
 
     def chat(self, messages: Sequence[Message], *, guardrails: Guard | None = None, **settings: Any) -> Generation:
         """Answers a conversation: [{"role": "user", "content": "..."}]. The next user turn is a stop string.
@@ -128,7 +126,7 @@ class Endpoint:
         require(sampling.num_return_sequences == 1, "chat returns one answer: leave num_return_sequences at 1")
         check_given(guardrails, messages)
         request = self._chat_request(messages, sampling, options)
-        return checked(guardrails, lambda: self._generate_all([request], strip=True))[0]
+        return checked(guardrails, lambda: self._generate_all([request]))[0]
 
     def generate_each(
         self, prompts: Iterable[Prompt | Sequence[Message]], *, guardrails: Guard | None = None, **settings: Any
@@ -171,7 +169,6 @@ class Endpoint:
         return True
 
     def _chat_request(self, messages: Sequence[Message], sampling: Sampling, options: dict[str, Any]) -> Request:
-        """The request for a conversation."""
         checked = check_messages(messages)
         written = _CONTROL_TOKENS.findall(self.chat_format.template) if self.own_format else []
         for number, message in enumerate(checked, 1):
@@ -188,10 +185,10 @@ class Endpoint:
     def _check(self) -> None:
         """Called before a request: raises if the server is known to have ended."""
 
-    def _stream(self, request: Request, strip: bool, turns: asyncio.Semaphore | None = None) -> RemoteStream:
+    def _stream(self, request: Request, turns: asyncio.Semaphore | None = None) -> RemoteStream:
         self._check()
         self._server.body(request)  # raises before anything is sent
-        answer = _answer(request, strip)
+        answer = _answer(request)
 
         async def work(emit: Callable[[Piece], None]) -> Generation:
             async with turn(turns):
@@ -201,12 +198,12 @@ class Endpoint:
 
         return RemoteStream(answer, work)
 
-    def _generate_all(self, requests: Sequence[Request], strip: bool) -> list[Generation]:
+    def _generate_all(self, requests: Sequence[Request]) -> list[Generation]:
         """All texts, `concurrency` at a time; the first error cancels the others."""
         self._check()
         for each in requests:
             self._server.body(each)  # raises before anything is sent
-        answers = [_answer(each, strip) for each in requests]
+        answers = [_answer(each) for each in requests]
 
         async def work() -> list[Generation]:
             bodies = await self._bodies(requests)
@@ -229,9 +226,8 @@ class Endpoint:
         return wait_for(gather(calls, self.concurrency))
 
     async def _prompt_logprobs(self, prompt: str) -> list[PromptToken]:
-        server = self._server
-        async with server.choose() if isinstance(server, Replicas) else nullcontext(server) as one:
-            return await prompt_logprobs(one, prompt)
+        async with self._server.choose() as server:
+            return await prompt_logprobs(server, prompt)
 
     async def _bodies(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The bodies of requests with the same settings; with `max_length`, the endpoint counts their prompts first."""
@@ -241,8 +237,7 @@ class Endpoint:
     def _facts(self) -> dict[str, str]:
         context = f"{self.context} tokens" if self.context else "not reported"
         chat = f"the kit's {self.chat_format.name} format" if self.own_format else "the endpoint's own chat template"
-        facts = {"model": self.model, "server": self.server, "address": self.address}
-        return facts | {"context": context, "chat": chat}
+        return {"model": self.model, "server": self.server, "address": self.address, "context": context, "chat": chat}
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""
@@ -286,7 +281,9 @@ def connect(
     can carry, or a proxy that cannot be used.
     """
     require(api is None or api in get_args(Api), unknown_name("api", str(api), get_args(Api)))
-    check_limits(timeout, deadline, retries, concurrency)
+    check_whole("concurrency", concurrency, 1, 10_000)
+    check_whole("retries", retries, 0, 1000)
+    check_seconds(timeout=timeout, deadline=deadline)
     require(context is None or is_whole(context, 1), f"context={shown(context)} must be at least 1")
     given_format = None if chat is None else chat_format(chat)
     urls = check_urls(url)
@@ -295,10 +292,10 @@ def connect(
     check_token(connection.token)
     discoveries = [partial(_discover, each, model, api, context, connection, session) for each in urls]
     found = wait_for(gather([partial(retry, each, connection) for each in discoveries], concurrency))
-    return _endpoint(Replicas(found) if len(found) > 1 else found[0], given_format, context, concurrency)
+    return _endpoint(Replicas(found), given_format, context, concurrency)
 
 
-def _endpoint(server: Server, given_format: ChatFormat | None, context: int | None, concurrency: int) -> Endpoint:
+def _endpoint(server: Replicas, given_format: ChatFormat | None, context: int | None, concurrency: int) -> Endpoint:
     connection, facts, shape = server.connection, server.facts, _find_spec(server.facts.model)
     return Endpoint(
         model=connection.scrub(facts.model),
@@ -307,7 +304,7 @@ def _endpoint(server: Server, given_format: ChatFormat | None, context: int | No
         context=context or facts.context or (shape.context if shape else None),
         spec=shape,
         chat_format=given_format or default_format(shape),
-        own_format=given_format is not None or not server.accepts_messages,
+        own_format=given_format is not None or server.api == "tgi",
         concurrency=concurrency,
         _server=server,
     )
@@ -342,8 +339,8 @@ def _plain_request(prompt: str | Sequence[int], sampling: Sampling, options: dic
     return Request(prompt, (), sampling, options, sampling.stop_strings)
 
 
-def _answer(request: Request, strip: bool) -> Answer:
+def _answer(request: Request) -> Answer:
     """An empty answer; its prompt is the text sent, or the last message if the endpoint renders the conversation."""
     prompt = request.messages[-1]["content"] if request.prompt is None else request.prompt
-    text = prompt if isinstance(prompt, str) else ""
-    return Answer(text, request.stop, strip, request.sampling.alternatives, request.new_tokens)
+    text, in_chat = prompt if isinstance(prompt, str) else "", bool(request.messages)
+    return Answer(text, request.stop, in_chat, request.sampling.alternatives, request.new_tokens)

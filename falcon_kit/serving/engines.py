@@ -16,7 +16,6 @@ from falcon_kit.planning.plan import Plan
 from falcon_kit.serving.gguf_kinds import FILE_TYPES, unsupported
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # the model is on the disk; nothing else is asked for
-_GIB = 2**30
 _WAITING = "PASSIVE"
 """llama.cpp's threads wait for each other many times a token. By default they spin, and where the notebook or another
 program has a core, a thread spins for as long as the other one is not scheduled: Falconet on two busy cores generates 2
@@ -32,7 +31,6 @@ class Engine:
     program: str
     """The file name of its program."""
     install: str
-    """How to get it."""
     options: Callable[["Job"], list[str]]
     """The arguments of its program, without `Job.more`."""
     dtypes: tuple[str, ...]
@@ -48,7 +46,6 @@ class Job:
     """What a server is started with."""
 
     engine: Engine
-    """The kind of server."""
     model: str
     """The checkpoint's folder, or the GGUF file."""
     name: str
@@ -62,22 +59,19 @@ class Job:
     memory_share: float = 0.0
     """The share of each GPU's memory that the server may use; 0 on a CPU."""
     host: str = "127.0.0.1"
-    """The address that it listens at."""
     port: int = 8000
-    """Its port."""
     more: tuple[str, ...] = ()
     """Further arguments of its program."""
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of the program."""
         return [*self.engine.options(self), *self.more]
 
     def environment(self, key: str) -> dict[str, str]:
         """The environment variables of the process, beside those of this one."""
         own: dict[str, str] = {}
         if self.engine is VLLM and not self.memory_share:
-            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.plan.kv_bytes // _GIB))
+            own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-self.plan.kv_bytes // 2**30))  # GiB, rounded up
         if self.engine is LLAMA_CPP:
             own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", _WAITING)
         if self.engine.key_variable:

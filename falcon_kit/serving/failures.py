@@ -70,12 +70,6 @@ def _target(address: str, location: str) -> str:
         return printable(location)
 
 
-def event_status(body: Any) -> int | None:
-    """The HTTP status in an error that is sent as an event, as vLLM sends those that it finds after HTTP 200."""
-    code = at(body, "code")
-    return code if is_whole(code, 400, 599) else None
-
-
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds in the Retry-After header, or until the date there by the server's clock (RFC 9110, 10.2.3)."""
     value, now = headers.get("retry-after", ""), headers.get("date", "")
@@ -133,15 +127,11 @@ def _explain_tls(error: ssl.SSLError, address: str) -> Exception:
 
 
 def _explain_proxy(error: httpx2.HTTPError, address: str) -> Exception:
-    """The exception for a proxy that does not answer, or refuses to connect."""
     proxy, host = proxy_for(address), urlsplit(address).hostname
+    without = f"set NO_PROXY={host} to connect without it"
     if isinstance(error, httpx2.ProxyError):
-        return ConnectionError(
-            f"the proxy {proxy} does not connect to {address} ({error}): set NO_PROXY={host} to connect without it"
-        )
-    return Unavailable(
-        f"the proxy {proxy} for {address} does not answer: start it, or set NO_PROXY={host} to connect without it"
-    )
+        return ConnectionError(f"the proxy {proxy} does not connect to {address} ({error}): {without}")
+    return Unavailable(f"the proxy {proxy} for {address} does not answer: start it, or {without}")
 
 
 @asynccontextmanager
@@ -202,3 +192,8 @@ def error_message(content: Any) -> str:
 def token_count(value: Any) -> int | None:
     """A number of tokens that a server reports; None for anything else than a positive integer."""
     return value if is_whole(value, 1) else None
+
+
+def length(value: Any) -> int | None:
+    """The number of entries of a list that a server sends; None for an empty list and for anything else."""
+    return token_count(len(value)) if isinstance(value, list) else None

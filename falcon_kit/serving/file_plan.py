@@ -11,8 +11,6 @@ from falcon_kit.planning.plan import Plan, plan
 
 _STORED = {"layers": ("blk.",), "embedding and head": ("token_embd.", "output."), "last LayerNorm": ("output_norm.",)}
 """The first letters of llama.cpp's tensors, by the part of a plan that they are."""
-_COMPUTED = "float16"
-"""llama.cpp's dtype of keys and values, whatever the file has."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,7 +35,7 @@ def plan_file(
     spec: FalconSpec, dtype: str, tensors: Mapping[str, Stored], context: int, texts: int, devices: Sequence[Device]
 ) -> FilePlan:
     """The plan of a llama.cpp server on a file. Raises ValueError for a context out of the model's range."""
-    planned = plan(spec, _COMPUTED, context, texts, devices=devices)
+    planned = plan(spec, "float16", context, texts, devices=devices)  # llama.cpp's keys and values for any file
     rows = tuple(_stored(row, tensors) for row in planned.rows if row.part != "workspace")  # torch's, to copy weights
     changed = {"dtype": dtype, "rows": rows, "device_map": {}, "suggestions": (), "tight": ""}
     return FilePlan(**vars(planned) | changed, tensors=tensors)

@@ -88,10 +88,7 @@ class LocalProcess:
         Raises ServerDied if the server ends before, and TimeoutError after `seconds`.
         """
         begin = time.monotonic()
-        with (
-            httpx2.Client(timeout=1.0, trust_env=False) as client,
-            Waiting(f"{name} starts", _SHOWN_AFTER) as line,
-        ):
+        with httpx2.Client(timeout=1.0, trust_env=False) as client, Waiting(f"{name} starts", _SHOWN_AFTER) as line:
             while not _responds(client, url):
                 self.check()
                 if time.monotonic() - begin > seconds:
@@ -141,13 +138,10 @@ def free_port(port: int | None) -> int:
     """The port, or any free one. Raises OSError if another program listens there."""
     if port is not None:
         check_whole("port", port, 1, 65535)
-    with socket.socket() as one:
-        if os.name == "posix":
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that a server has just left
-        try:
-            one.bind(("127.0.0.1", port or 0))
-        except OSError:
-            raise OSError(
-                f"port {port} is in use on 127.0.0.1: give another one, or leave port= out for any free one"
-            ) from None
-        return int(one.getsockname()[1])
+    try:
+        with socket.create_server(("127.0.0.1", port or 0)) as one:  # also a port that a server has just left
+            return int(one.getsockname()[1])
+    except OSError:
+        raise OSError(
+            f"port {port} is in use on 127.0.0.1: give another one, or leave port= out for any free one"
+        ) from None

@@ -10,26 +10,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from falcon_kit.display.errors import require, unknown_name
+from falcon_kit.display.errors import is_whole, require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import (
-    at,
-    error_message,
-    event_status,
-    http_error,
-    json_or_none,
-    reading,
-    token_count,
-)
+from falcon_kit.serving.failures import at, error_message, http_error, json_or_none, length, reading, token_count
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
     Request,
     ask_about_prompt,
     ask_json,
-    length,
     map_settings,
     probe,
     stream_data,
@@ -56,17 +47,10 @@ class Dialect:
     """Whether the generated token takes one of the places in a chat's top_logprobs, likely or not."""
     accepts_stop: bool = False
     """Whether a request may contain stop strings: the server names the one it found, or leaves it in the text."""
-    usage: bool = True
-    """Whether a request has to ask for the token counts."""
     token_prompts: bool = False
     """Whether a prompt may be token ids."""
     counts: bool = False
     """Whether it counts the tokens of a prompt."""
-
-    @property
-    def sampling_fields(self) -> list[str]:
-        """The fields of `Sampling` that not all servers support."""
-        return [name for name, has in (("alternatives", self.logprobs), ("max_length", self.counts)) if has]
 
 
 VLLM = Dialect(
@@ -95,7 +79,7 @@ LLAMA_CPP = Dialect(
     counts=True,
 )
 _GENERATION = ("top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
-TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True, usage=False)
+TRANSFORMERS = Dialect("transformers serve", {name: name for name in _GENERATION}, accepts_stop=True)
 STANDARD = Dialect("an OpenAI-compatible server of another kind")
 
 
@@ -103,7 +87,6 @@ class OpenAIServer:
     """An endpoint with the OpenAI protocol."""
 
     api = "openai"
-    accepts_messages = True
 
     def __init__(self, url: str, facts: Facts, dialect: Dialect, connection: Connection) -> None:
         self.facts, self._dialect, self.connection = facts, dialect, connection
@@ -111,11 +94,9 @@ class OpenAIServer:
         self._control_tokens: dict[int | None, str] = {}
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `request_body`."""
         return request_body(request, self.facts.model, self._dialect)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields the deltas of each chunk."""
         address, begun = self.facts.address, False
         url = f"{self.url}/{'chat/completions' if 'messages' in body else 'completions'}"
         async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
@@ -146,25 +127,22 @@ class OpenAIServer:
             return delta
         for each in delta.alternatives:
             if not each.text and each.token_id not in self._control_tokens:
-                self._control_tokens[each.token_id] = await self._control_token(each.token_id)
+                answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [each.token_id]})
+                text = at(answer, "content")  # none where llama.cpp does not return it
+                self._control_tokens[each.token_id] = text if isinstance(text, str) else ""
         named = (replace(each, text=each.text or self._control_tokens[each.token_id]) for each in delta.alternatives)
         return replace(delta, alternatives=tuple(named))
-
-    async def _control_token(self, token_id: int | None) -> str:
-        """The text of a control token; empty if llama.cpp does not return it."""
-        answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [token_id]})
-        text = at(answer, "content")
-        return text if isinstance(text, str) else ""
 
 
 def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, Any]:
     """The fields of a completion, or of a chat completion."""
     sampling = request.sampling
-    options = map_settings(request, dialect.name, dialect.fields, dialect.sampling_fields)
+    more = [name for name, has in (("alternatives", dialect.logprobs), ("max_length", dialect.counts)) if has]
+    options = map_settings(request, dialect.name, dialect.fields, more)
     likely = max(1, sampling.alternatives)
     body: dict[str, Any] = {"model": model, "max_tokens": request.new_tokens, "stream": True}
     body |= dialect.extra
-    if dialect.usage:
+    if dialect is not TRANSFORMERS:  # which sends the token counts unasked
         body["stream_options"] = {"include_usage": True}
     if request.stop and dialect.accepts_stop:
         body["stop"] = list(request.stop)
@@ -189,8 +167,9 @@ def read_event(event: str, address: str, begun: bool) -> Iterator[Delta]:
         chunk: Any = json_or_none(event)
         error = chunk.get("error")
     if error:
-        message, status = error_message(error), None if begun else event_status(error)
-        raise http_error(status, message, address, {}) if status else ConnectionError(f"{address} reports: {message}")
+        message, status = error_message(error), at(error, "code")  # vLLM's for what it refuses after HTTP 200
+        refused = is_whole(status, 400, 599) and not begun
+        raise http_error(status, message, address, {}) if refused else ConnectionError(f"{address} reports: {message}")
     with reading(address):
         yield from read_chunk(chunk)
 

@@ -17,15 +17,7 @@ from falcon_kit.generation.prompts import DEFAULT_NEW_TOKENS, new_token_limit
 from falcon_kit.generation.sampling import SAMPLING_FIELDS, Sampling, unknown_setting
 from falcon_kit.generation.text import Alternative, FinishReason
 from falcon_kit.serving.connection import Connection, next_event, redact_url
-from falcon_kit.serving.failures import (
-    Unavailable,
-    connection_error,
-    error_message,
-    http_error,
-    json_or_none,
-    token_count,
-    within,
-)
+from falcon_kit.serving.failures import Unavailable, connection_error, error_message, http_error, json_or_none, within
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled for each further one
 END_SECONDS = 1.0  # to wait for what a server sends after the text: its token counts, and the end of the response
@@ -49,7 +41,7 @@ class Request:
     prompt: str | Sequence[int] | None
     """What to continue; None for a conversation that the endpoint's own chat template renders."""
     messages: Sequence[Message]
-    """That conversation."""
+    """The conversation; empty for a prompt."""
     sampling: Sampling
     """The kit's own settings."""
     options: Mapping[str, Any]
@@ -68,7 +60,6 @@ class Delta:
     """What one event of a response adds."""
 
     text: str = ""
-    """New characters."""
     token_id: int | None = None
     """The token, if the endpoint reports it."""
     logprob: float = math.nan
@@ -124,9 +115,7 @@ class Server(Protocol):
     facts: Facts
     connection: Connection
     api: str
-    """The name of its protocol, as `connect` takes it: "openai" or "tgi"."""
-    accepts_messages: bool
-    """Whether a request can contain a conversation, which the endpoint's own chat template renders."""
+    """The name of its protocol, as `connect` takes it: "openai", or "tgi", which has no conversations."""
 
     def body(self, request: Request) -> dict[str, Any]:
         """The request in the endpoint's protocol; raises ValueError for what the protocol has no field for."""
@@ -309,8 +298,3 @@ async def ask_about_prompt(
         f"{redact_url(url)} does not count the tokens of the prompt (HTTP {status}), which max_length needs: give "
         "max_new_tokens"
     )
-
-
-def length(value: Any) -> int | None:
-    """The number of entries of a list that a server sends; None for an empty list and for anything else."""
-    return token_count(len(value)) if isinstance(value, list) else None

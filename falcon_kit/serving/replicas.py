@@ -1,4 +1,4 @@
-"""Several servers with the same model as one server: each request goes to one of them."""
+"""One server, or several with the same model as one: each request goes to one of them."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,27 +25,24 @@ class Replicas:
                 f"{other.address} has {other.model!r} on {other.server} with a context of {other.context}: replicas "
                 "have the same",
             )
-        self.facts = replace(first, address=f"{first.address} and {len(others)} more")
-        shared = servers[0].connection
-        # To ask each replica once is no further attempt.
-        self.connection = replace(shared, retries=shared.retries + len(others))
-        self.api, self.accepts_messages = servers[0].api, servers[0].accepts_messages
-        self.servers = servers
+        self.facts, self.connection = first, servers[0].connection
+        if others:
+            self.facts = replace(first, address=f"{first.address} and {len(others)} more")
+            # To ask each replica once is no further attempt.
+            self.connection = replace(self.connection, retries=self.connection.retries + len(others))
+        self.api, self.servers = servers[0].api, servers
         self._in_flight = [0] * len(servers)
         self._rests_until = [0.0] * len(servers)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `Server.body`."""
         return self.servers[0].body(request)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """As `Server.deltas`."""
         async with self.choose() as server, aclosing(server.deltas(body)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 yield delta
 
     async def count(self, request: Request) -> int:
-        """As `Server.count`."""
         async with self.choose() as server:
             return await server.count(request)
 

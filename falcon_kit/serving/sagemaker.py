@@ -44,11 +44,9 @@ class SageMakerServer:
         self._name, self.connection = name, connection
         self._control, self._runtime = _clients(session, connection)
         address = f"sagemaker://{name}"
-        self.facts = Facts(f"SageMaker ({api})", address, model or name)
-        self.api, self.accepts_messages = api, api == "openai"
+        self.facts, self.api = Facts(f"SageMaker ({api})", address, model or name), api
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The container's own request."""
         if self.api == "tgi":
             return {**tgi.request_body(request, self.facts.server), "stream": True}
         body = openai_api.request_body(request, self.facts.model, _VLLM)
@@ -132,8 +130,7 @@ class SageMakerServer:
         with reading(address):
             data = data_of(line.decode())
         if data and self.api == "tgi":
-            with reading(address):
-                yield tgi.read_event(data, address, tgi.reshapes(body["parameters"]))
+            yield tgi.read_event(data, address, tgi.reshapes(body["parameters"]))
         elif data:
             yield from openai_api.read_event(data, address, begun)
 
@@ -143,13 +140,7 @@ class SageMakerServer:
         )
 
     def _explain(self, error: Exception) -> Exception:
-        """The exception for an error of boto3."""
-        from botocore.exceptions import (
-            ConnectionClosedError,
-            EndpointConnectionError,
-            NoCredentialsError,
-            ReadTimeoutError,
-        )
+        from botocore import exceptions as aws
 
         address, message = self.facts.address, str(error)
         response = getattr(error, "response", None) or {}
@@ -157,15 +148,15 @@ class SageMakerServer:
         if code == "ModelError":  # from the container, not from AWS
             status, original = response.get("OriginalStatusCode", 500), response.get("OriginalMessage", message)
             return http_error(status, error_message(original), address, {})
-        if code in BUSY or isinstance(error, EndpointConnectionError | ConnectionClosedError):
+        if code in BUSY or isinstance(error, aws.EndpointConnectionError | aws.ConnectionClosedError):
             return Unavailable(f"{address} is busy or not reachable: try again later. AWS reports: {message}")
-        if code in REFUSED or isinstance(error, NoCredentialsError):
+        if code in REFUSED or isinstance(error, aws.NoCredentialsError):
             return PermissionError(
                 f"AWS refuses these credentials for {address}: check role and region. AWS reports: {message}"
             )
         if "not find" in message or "not found" in message:
             return LookupError(f"{address} is not in this region: check name and region. AWS reports: {message}")
-        if isinstance(error, ReadTimeoutError):
+        if isinstance(error, aws.ReadTimeoutError):
             return self._silent()
         return ConnectionError(f"{address} failed. AWS reports: {message}")
 
@@ -204,7 +195,6 @@ def _close(stream: Any) -> None:
 
 
 def _clients(session: Any, connection: Connection) -> tuple[Any, Any]:
-    """boto3's clients for the control plane and for invoking."""
     try:
         import boto3
         from botocore.config import Config

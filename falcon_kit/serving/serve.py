@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
 from falcon_kit.serving.local_process import LocalProcess, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
+from falcon_kit.serving.replicas import Replicas
 from falcon_kit.serving.source import Files, Source, files_for, loading_plan, saving, source_of
 
 _SHORTEST = 64  # tokens: a shorter context is no use
@@ -49,7 +51,7 @@ _RETRIES = 4  # of requests, as in `connect`
 
 @documented
 @dataclass(frozen=True, repr=False)
-class Served(Endpoint):
+class Served(Endpoint, AbstractContextManager["Served"]):
     """An `Endpoint` of a server that `fk.serve` has started. `close()`, or the end of a `with` block, ends the server;
     it also ends with this process, however that ends.
 
@@ -81,9 +83,6 @@ class Served(Endpoint):
     def close(self) -> None:
         """Ends the server and removes its files. A second call does nothing."""
         self._process.close()
-
-    def __enter__(self) -> "Served":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -159,12 +158,7 @@ def serve(
 
 
 def _served(
-    server: OpenAIServer,
-    job: Job,
-    source: Source,
-    files: Files,
-    given_format: ChatFormat | None,
-    process: LocalProcess,
+    server: OpenAIServer, job: Job, source: Source, files: Files, given_format: ChatFormat | None, process: LocalProcess
 ) -> Served:
     return Served(
         model=job.name,
@@ -180,7 +174,7 @@ def _served(
         plan=job.plan,
         command=_command(job, source, files),
         files=files,
-        _server=server,
+        _server=Replicas([server]),
         _process=process,
     )
 

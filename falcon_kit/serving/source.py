@@ -42,7 +42,6 @@ class Source:
     name: str
     """The name that `fk.load` loads it by."""
     spec: FalconSpec
-    """Its shape."""
     dtype: str
     """The dtype in which `fk.load` has, or would have, its weights; of a GGUF file llama.cpp's name for its own."""
     model: Falcon | Checkpoint
@@ -124,7 +123,8 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
     if not gguf and isinstance(found, Checkpoint) and not found.adapters:
         weights = fetch(found)
         check_weights(found, weights)
-        if _is_readable(found, weights):
+        is_current = read_json(found.directory / "config.json").get("model_type") == "falcon"  # others are of 2023
+        if is_current and weights[0].suffix == ".safetensors":
             tokenizer = load_tokenizer(found.directory)
             if corrected := _corrected_generation(found.directory, tokenizer):
                 path = _write_links(found.directory, folder / source.short_name, corrected)
@@ -140,12 +140,6 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
 def _where_it_is(found: Checkpoint, path: Path, note: str, tokenizer: PreTrainedTokenizerBase) -> Files:
     """A checkpoint's folder or a GGUF file that a server reads without a copy."""
     return Files(path, note, "", trained_format(found, tokenizer), tokenizer.chat_template is not None)
-
-
-def _is_readable(found: Checkpoint, weights: list[Path]) -> bool:
-    """Whether other programs read a checkpoint: no pickles, and no config of 2023."""
-    current = read_json(found.directory / "config.json").get("model_type") == "falcon"
-    return current and weights[0].suffix == ".safetensors"
 
 
 def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

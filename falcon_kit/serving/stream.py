@@ -66,13 +66,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return str(self._text)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the text has reached a stop string."""
-        return self._text.stopped
 
     @property
     def begun(self) -> bool:
@@ -96,14 +90,17 @@ class Answer:
             f"the endpoint sends no alternatives, although alternatives={self._wanted} asks for them: leave it out",
         )
         if delta.text or delta.token_id is not None:
-            self._record_time()
+            self._events += 1
+            self.last = time.perf_counter()
+            if self._events == 1:
+                self.first = self.last
         if delta.token_id is not None:
             self.tokens.append(delta.token_id)
             self.logprobs.append(delta.logprob)
             self.alternatives.append(alternatives)
         self._text.add(delta.text)
         self.server_ended = delta.finish is not None
-        self.finish = "stop" if self.stopped else None if self.too_long else delta.finish
+        self.finish = "stop" if self._text.stopped else None if self.too_long else delta.finish
         text = self._text.show(self.finish is not None)
         return Piece(text, delta.token_id, delta.logprob, alternatives) if text or delta.token_id is not None else None
 
@@ -134,12 +131,6 @@ class Answer:
             ),
             alternatives=tuple(self.alternatives) if self._wanted else None,
         )
-
-    def _record_time(self) -> None:
-        self._events += 1
-        self.last = time.perf_counter()
-        if self._events == 1:
-            self.first = self.last
 
 
 @asynccontextmanager

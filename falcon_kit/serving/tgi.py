@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, json_or_none, reading, token_count
+from falcon_kit.serving.failures import at, error_message, json_or_none, length, reading, token_count
 from falcon_kit.serving.protocol import (
     FINISHED,
     Delta,
@@ -20,7 +20,6 @@ from falcon_kit.serving.protocol import (
     Request,
     ask_about_prompt,
     ask_json,
-    length,
     likeliest,
     logprob_or,
     map_settings,
@@ -36,13 +35,11 @@ class TGIServer:
     """An endpoint with TGI's protocol."""
 
     api = "tgi"
-    accepts_messages = False
 
     def __init__(self, url: str, facts: Facts, connection: Connection) -> None:
         self.facts, self._url, self.connection = facts, url, connection
 
     def body(self, request: Request) -> dict[str, Any]:
-        """As `request_body`."""
         return request_body(request, self.facts.server, ("max_length",))
 
     async def count(self, request: Request) -> int:
@@ -51,14 +48,11 @@ class TGIServer:
         return await ask_about_prompt(url, self.connection, content, length)
 
     async def deltas(self, body: dict[str, Any]) -> AsyncIterator[Delta]:
-        """Sends the request and yields the delta of each event."""
         address, reshaped = self.facts.address, reshapes(body["parameters"])
         url = f"{self._url}/generate_stream"
         async with aclosing(stream_data(url, body, self.connection, address)) as events:  # type: ignore[type-var]
             async for event in events:
-                with reading(address):
-                    delta = read_event(event, address, reshaped)
-                yield delta
+                yield read_event(event, address, reshaped)
 
 
 def request_body(request: Request, server: str, more: Collection[str] = ()) -> dict[str, Any]:
@@ -72,15 +66,11 @@ def request_body(request: Request, server: str, more: Collection[str] = ()) -> d
     parameters: dict[str, Any] = {"max_new_tokens": request.new_tokens, "details": True, "return_full_text": False}
     # TGI refuses a request with more stop strings; the kit itself cuts the text at the others.
     parameters |= {"stop": list(request.stop)[:MAX_STOP_SEQUENCES], "do_sample": sampling.samples}
+    chosen: dict[str, Any] = {"top_n_tokens": sampling.alternatives or None, "seed": sampling.seed}
     if sampling.samples:
         top_p = None if sampling.top_p == 1 else sampling.top_p  # TGI requires a value below 1
-        chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": top_p}
-        parameters |= {name: value for name, value in chosen.items() if value is not None}
-    if sampling.alternatives:
-        parameters["top_n_tokens"] = sampling.alternatives
-    if sampling.seed is not None:
-        parameters["seed"] = sampling.seed
-    parameters |= options
+        chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": top_p}
+    parameters |= {name: value for name, value in chosen.items() if value is not None} | options
     require(
         not (sampling.alternatives and reshapes(parameters)),
         f"{server} reports probabilities after temperature, top_k, top_p and penalties, and alternatives="
@@ -104,22 +94,22 @@ def read_event(data: str, address: str, reshaped: bool = False) -> Delta:
         raise ConnectionError(f"{address} reports: {error_message(event)}")
     if not isinstance(at(event, "token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {data!r}")
-    token, details = event["token"], event.get("details") or {}
-    if not isinstance(token.get("special"), bool | None):
-        raise TypeError(f"special is {token['special']!r}, neither true nor false")
-    text = "" if token.get("special") else token.get("text") or ""
-    return Delta(
-        text=text,
-        token_id=token.get("id"),
-        logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
-        finish=FINISHED.get(details.get("finish_reason", "")),
-        prompt_tokens=details.get("input_length"),
-        new_tokens=details.get("generated_tokens"),
-        alternatives=likeliest(
-            Alternative(each["text"], each.get("id"), _logprob(each, -math.inf))
-            for each in event.get("top_tokens") or []
-        ),
-    )
+    token = event["token"]
+    with reading(address):
+        details, top = event.get("details") or {}, event.get("top_tokens") or []
+        if not isinstance(token.get("special"), bool | None):
+            raise TypeError(f"special is {token['special']!r}, neither true nor false")
+        return Delta(
+            text="" if token.get("special") else token.get("text") or "",
+            token_id=token.get("id"),
+            logprob=math.nan if reshaped and "log_prob" not in token else _logprob(token, math.nan),
+            finish=FINISHED.get(details.get("finish_reason", "")),
+            prompt_tokens=details.get("input_length"),
+            new_tokens=details.get("generated_tokens"),
+            alternatives=likeliest(
+                Alternative(each["text"], each.get("id"), _logprob(each, -math.inf)) for each in top
+            ),
+        )
 
 
 def _logprob(token: Mapping[str, Any], unknown: float) -> float:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 
 from falcon_kit.loading.falcon import Falcon
 
@@ -17,30 +17,25 @@ _LARGEST_REQUEST = 1 << 20  # bytes
 _SETTINGS = "max_new_tokens do_sample temperature top_k top_p typical_p repetition_penalty seed".split()
 
 
-class TgiServer:
+class TgiServer(ThreadingHTTPServer):
     """A running server, used as `with TgiServer(falcon) as server: fk.connect(server.address)`."""
 
     def __init__(self, falcon: Falcon) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"falcon": falcon}))
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        """The URL, with a free port."""
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.falcon, self.address = falcon, f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
         """Stops the server and frees the port."""
-        self._server.shutdown()
-        self._server.server_close()
-
-    def __enter__(self) -> Self:
-        return self
+        self.shutdown()
+        self.server_close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    falcon: Falcon
+    server: TgiServer
 
     def handle(self) -> None:
         """Answers a client, which may hang up at any time."""
@@ -48,14 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        """GET /info."""
         if self.path == "/info":
-            self._json(200, info(self.falcon))
+            self._json(200, info(self.server.falcon))
         else:
             self._json(404, {"error": "not found"})
 
     def do_POST(self) -> None:
-        """POST /generate_stream or /tokenize."""
         length = int(self.headers.get("content-length", 0))
         if length > _LARGEST_REQUEST:
             self._json(413, {"error": "too long"})
@@ -65,8 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = json.loads(self.rfile.read(length) or b"{}")
         if self.path == "/tokenize":
-            self._json(200, tokenize(self.falcon, body))
-        elif wrong := refusal(self.falcon, body):
+            self._json(200, tokenize(self.server.falcon, body))
+        elif wrong := refusal(self.server.falcon, body):
             self._json(422, {"error": f"Input validation error: {wrong}", "error_type": "validation"})
         else:
             self._stream(body)
@@ -75,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
-        with closing(events(self.falcon, body)) as made:
+        with closing(events(self.server.falcon, body)) as made:
             for each in made:
                 self.wfile.write(b"data:" + json.dumps(each).encode() + b"\n\n")
                 self.wfile.flush()
@@ -134,10 +127,12 @@ def events(falcon: Falcon, body: Mapping[str, Any]) -> Generator[dict[str, Any]]
                 "stop_sequence": any(text.endswith(word) for word in given.get("stop", [])),
                 "length": count == given["max_new_tokens"],
             }
-            reason = next((name for name, holds in ends.items() if holds), None)
-            yield _event(piece, special, count) | _ending(reason, text, count, given.get("seed"), length)
-            if reason:
+            event = _event(piece, special, count) | {"generated_text": None, "details": None}
+            if reason := next((name for name, holds in ends.items() if holds), None):
+                details = {"finish_reason": reason, "generated_tokens": count, "seed": given.get("seed")}
+                yield event | {"generated_text": text, "details": details | {"input_length": length}}
                 return
+            yield event
 
 
 def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
@@ -145,11 +140,3 @@ def _event(piece: Any, special: bool, index: int) -> dict[str, Any]:
     token = {"id": piece.token_id, "text": shown, "logprob": piece.logprob, "special": special}
     top = [{"id": each.token_id, "text": each.text, "logprob": each.logprob} for each in piece.alternatives]
     return {"index": index, "token": token, **({"top_tokens": top} if top else {})}
-
-
-def _ending(reason: str | None, text: str, count: int, seed: int | None, length: int) -> dict[str, Any]:
-    """The fields that only the last event fills."""
-    if reason is None:
-        return {"generated_text": None, "details": None}
-    details = {"finish_reason": reason, "generated_tokens": count, "seed": seed, "input_length": length}
-    return {"generated_text": text, "details": details}
