@@ -34,8 +34,8 @@ def check_replaceable(folder: Path, label: str) -> None:
         other += content
     if other:
         raise FileExistsError(
-            f"{label}={str(folder)!r} holds {printable(other[0].name)}, which saving a model there would remove: give a new "
-            "folder, or one that holds only a checkpoint"
+            f"{label}={str(folder)!r} holds {printable(other[0].name)}, which saving a model there would remove: "
+            "give a new folder, or one that holds only a checkpoint"
         )
 
 
