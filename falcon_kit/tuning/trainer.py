@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from falcon_kit.display.errors import is_out_of_memory
+from falcon_kit.display.errors import is_out_of_memory, printable
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
 from falcon_kit.loading.adapters import write_errors
@@ -238,10 +238,10 @@ def _damage_named(checkpoint: str | Path | None) -> Iterator[None]:
     except (*UNEXPECTED, AssertionError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).partition(". ")[0]
+        reason = printable(f"{type(error).__name__}: {error}".partition(". ")[0])
         raise ValueError(
-            f"{checkpoint} is damaged ({type(error).__name__}: {reason}): delete it, and the same call resumes from "
-            "the checkpoint before it, or from the start"
+            f"{checkpoint} is damaged ({reason}): delete it, and the same call resumes from the checkpoint before it, "
+            "or from the start"
         ) from error
 
 
