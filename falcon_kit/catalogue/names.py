@@ -17,7 +17,7 @@ from typing import Any
 from falcon_kit.catalogue.gguf import find_gguf, gguf_file
 from falcon_kit.catalogue.hub import cache_alone_if_cut_off, fetch_configs
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import is_encodable, shown, unknown_name
+from falcon_kit.display.errors import is_encodable, printable, shown, unknown_name
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.tables import html_table
 
@@ -220,7 +220,7 @@ def base_errors(adapter: Path, base: str) -> Iterator[None]:
     except (ConnectionError, FileNotFoundError, LookupError) as error:
         kind = next(each for each in (ConnectionError, FileNotFoundError, LookupError) if isinstance(error, each))
         raise kind(
-            f"the base model of the adapter in {adapter}, {base}, is not found here ({error}): "
+            f"the base model of the adapter in {adapter}, {printable(base)}, is not found here ({error}): "
             "fk.merge(adapter, base) takes the base from another place"
         ) from error
 
@@ -253,7 +253,7 @@ def loadable_name(spec: FalconSpec, directory: str | os.PathLike[str]) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     """A config.json as a dictionary. Raises FileNotFoundError, and ValueError for anything but a JSON object."""
     if not file.is_file():
-        names = sorted(each.name for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
+        names = sorted(printable(each.name) for each in file.parent.glob("*"))[:6] if file.parent.is_dir() else []
         below = [each.parent for kind in ("", "adapter_") for each in sorted(file.parent.glob(f"*/{kind}config.json"))]
         instead = f" Give {below[0]}, which holds one." if below else ""
         raise FileNotFoundError(

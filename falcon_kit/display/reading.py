@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from falcon_kit.display.errors import Portable
+from falcon_kit.display.errors import Portable, printable
 
 INCOMPLETE = "it may be incomplete: download it again"
 UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
@@ -68,11 +68,15 @@ def named_errors(
 ) -> Iterator[None]:
     """Names the file in the errors of a library that reads it; OSError and MemoryError stay what they are.
 
-    kinds: of errors; by default all, since each library has its own, and tokenizers raises Exception itself.
+    kinds: of errors; by default all, since each library has its own, and tokenizers raises Exception itself. A panic of
+    a library in Rust, which is no Exception, is one of them.
     """
     try:
         yield
     except (OSError, MemoryError):
         raise
-    except kinds as error:
-        raise ValueError(f"{file} cannot be used ({type(error).__name__}: {error}); {remedy}.") from error
+    except BaseException as error:
+        if not isinstance(error, kinds) and type(error).__name__ != "PanicException":
+            raise
+        reason = printable(f"{type(error).__name__}: {error}", keep="\n")
+        raise ValueError(f"{file} cannot be used ({reason}); {remedy}.") from error

@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import UNEXPECTED
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ def _refusals(name: str) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise ValueError(f"The chat template {name!r} refuses this conversation: {error}") from error
+        raise ValueError(f"The chat template {name!r} refuses this conversation: {printable(str(error))}") from error
     except (*UNEXPECTED, ArithmeticError, SyntaxError) as error:  # a template is a program
-        cause = f"{type(error).__name__}: {error}"
+        cause = printable(f"{type(error).__name__}: {error}")
         raise ValueError(f"The chat template {name!r} fails on this conversation ({cause})") from error
 
 

@@ -59,10 +59,10 @@ class View:
             self.text += characters if self._form is plain else characters.lower()
             self._origins.extend(range(first, self._length))
         else:
-            for origin, character in enumerate(characters, first):
-                formed = self._form(character)
-                self.text += formed
-                self._origins.extend([origin] * len(formed))
+            formed = [self._form(character) for character in characters]
+            self.text += "".join(formed)  # once, since it copies the whole text
+            for origin, part in enumerate(formed, first):
+                self._origins.extend([origin] * len(part))
         self._origins.append(self._length)
 
     @property

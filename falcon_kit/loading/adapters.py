@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import UNEXPECTED, named_errors, read_json
 
 RECORD = "tuning.json"
@@ -193,7 +194,7 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 
 def damaged(file: Path, cause: object) -> str:
     """The error text for a weight file that cannot be read."""
-    reason = str(cause).partition(". ")[0]  # torch adds paragraphs of advice
+    reason = printable(str(cause).partition(". ")[0])  # torch adds paragraphs of advice
     return f"{file} is cut off or damaged ({file.stat().st_size:,} bytes; {reason}): fetch it again"
 
 

@@ -130,7 +130,8 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _attach(model: Any, adapter: str | Path) -> PeftModel:
-    named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", UNEXPECTED)
+    kinds = (*UNEXPECTED, NotImplementedError)
+    named = named_errors(Path(adapter) / "adapter_config.json", "correct it, or save the adapter again", kinds)
     # PEFT draws random matrices before it reads the adapter's.
     with random_state_kept(model), without_peft_warning(), named:
         return PeftModel.from_pretrained(model, str(adapter), key_mapping=adapters.KEY_MAPPING).eval()

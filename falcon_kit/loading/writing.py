@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import printable, require
 from falcon_kit.display.saving import check_folder
 from falcon_kit.generation.chat import save_tokenizer
 from falcon_kit.generation.training import check_not_in_training
@@ -34,8 +34,8 @@ def check_replaceable(folder: Path, label: str) -> None:
         other += content
     if other:
         raise FileExistsError(
-            f"{label}={str(folder)!r} holds {other[0].name}, which saving a model there would remove: give a new "
-            "folder, or one that holds only a checkpoint"
+            f"{label}={str(folder)!r} holds {printable(other[0].name)}, which saving a model there would remove: "
+            "give a new folder, or one that holds only a checkpoint"
         )
 
 

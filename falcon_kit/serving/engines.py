@@ -79,12 +79,15 @@ class Job:
         return _OFFLINE | own
 
     def shell_command(self) -> str:
-        """The command line for a machine of its own, whose key is in FALCON_KIT_TOKEN there and here."""
+        """The command line for a machine of its own, whose key is in FALCON_KIT_TOKEN there and here.
+
+        A shell without this variable does not run it: with an empty key, the server would answer everybody.
+        """
         program, variable = self.engine.program, self.engine.key_variable
         if not variable:
             return shlex.join([program, *self.arguments])
         reachable = replace(self, host="0.0.0.0")  # noqa: S104  # with a key, it may be reached from elsewhere
-        return f'{variable}="$FALCON_KIT_TOKEN" {shlex.join([program, *reachable.arguments])}'
+        return f'{variable}="${{FALCON_KIT_TOKEN:?}}" {shlex.join([program, *reachable.arguments])}'
 
 
 def _vllm(job: Job) -> list[str]:

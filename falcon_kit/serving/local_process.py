@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
@@ -24,6 +24,7 @@ _POLL_SECONDS = 0.1
 _SHOWN_AFTER = 2.0  # seconds: a server that is ready earlier shows no progress
 _LAST_WORDS = 2000  # characters of the log in an error
 _CLOSE_SECONDS = 10.0  # more than the supervisor's own grace
+_LISTENING = "0A"  # TCP_LISTEN of Linux's tcp_states.h
 
 
 class ServerDied(RuntimeError):
@@ -145,3 +146,24 @@ def free_port(port: int | None) -> int:
         raise OSError(
             f"port {port} is in use on 127.0.0.1: give another one, or leave port= out for any free one"
         ) from None
+
+
+def check_own(port: int) -> None:
+    """Raises OSError where a program of another user than root listens at a port, on Linux, which says whose they are.
+
+    All users see in the server's command line which port it is going to take, and it may take a minute to do so.
+    """
+    if any(user not in (0, os.getuid()) for user in _users(port)):
+        raise OSError(
+            f"another user's program took port {port} while the server started, and nothing was sent there: call "
+            "again, with another port= if you gave one"
+        )
+
+
+def _users(port: int) -> Iterator[int]:
+    """The users whose programs listen at a port; none where the system does not say."""
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:] if table.is_file() else ():
+            _, address, _, state, _, _, _, user, *_ = line.split()
+            if state == _LISTENING and address.endswith(f":{port:04X}"):
+                yield int(user)

@@ -37,7 +37,7 @@ from falcon_kit.serving.engines import (
 )
 from falcon_kit.serving.file_plan import plan_file
 from falcon_kit.serving.gguf_kinds import ALIASES, planned_tensors
-from falcon_kit.serving.local_process import LocalProcess, free_port
+from falcon_kit.serving.local_process import LocalProcess, check_own, free_port
 from falcon_kit.serving.openai_api import OpenAIServer, discover
 from falcon_kit.serving.protocol import retry
 from falcon_kit.serving.replicas import Replicas
@@ -322,6 +322,7 @@ def _free_share(gpus: int) -> float:
 def _connect(process: LocalProcess, timeout: float, job: Job, request_timeout: float, deadline: float) -> OpenAIServer:
     """The protocol of a server, once it is ready. timeout: seconds for its start; the other two are of requests."""
     process.wait_until_ready(f"http://{job.host}:{job.port}/health", job.engine.name, timeout)
+    check_own(job.port)
     token = process.secret if job.engine.key_variable else None
     connection = Connection(token, request_timeout, _RETRIES, deadline, direct=True, timeout_name="request_timeout")
     name = job.model if job.engine is TRANSFORMERS else job.name  # which has no names

@@ -9,6 +9,7 @@ settings.py          settings of fine-tuning, with defaults by size of the model
 packing.py           documents become rows of tokens
 checks.py            models and vocabularies that tune() refuses
 distributed.py       several processes: copies of the weights, or shards
+shards.py            the shards of a sharded run, saved and loaded without pickles that could run code
 memory_plan.py       whether training fits into memory, and what to change if not
 plots.py             loss curves (no torch)
 measure.py           stop rate and exact answers on held-out conversations; texts that show what is forgotten

@@ -19,7 +19,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from falcon_kit.display.errors import check_whole, is_number, require, shown
+from falcon_kit.display.errors import check_whole, is_number, printable, require, shown
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.display.temporary import TemporaryFolder
 from falcon_kit.display.warning import warn
@@ -322,4 +322,4 @@ def first_problems(problems: Sequence[Problem]) -> str:
     for each in problems[:3]:
         places.setdefault(each.reason, []).append(each.where)
     text = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
-    return f": {text}" if text else ""
+    return f": {printable(text)}" if text else ""

@@ -1,8 +1,8 @@
-"""Training in several processes: rank and world size, sharded weights and their checkpoints.
+"""Training in several processes: rank and world size, sharded weights.
 
 With copies (DDP) every process has the whole model, and gradients are averaged. With shards (FSDP2, torch's
 `fully_shard`) every process has a part of each layer and gathers the other parts during the computation, for models
-that do not fit on one device. Shards are saved and loaded as shards (torch's distributed checkpoints).
+that do not fit on one device. `shards.py` saves and loads them.
 
 The processes may run on several machines. Rank 0 alone decides where the ranks could disagree, and an error of one is
 raised in all, because a launcher only ends the processes of its own machine.
@@ -22,14 +22,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -37,7 +30,6 @@ from falcon_kit.loading.merging import is_quantised
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)  # as TrainingArguments.ddp_timeout; NCCL's own is 10
-_ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _GATHERED = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
 
@@ -157,19 +149,3 @@ def gathered_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
     state: Any = get_model_state_dict(model, options=_GATHERED)
     return dict(state)
-
-
-def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Saves the trained parameters and the optimizer's state; every process writes its own shard."""
-    weights, state = get_state_dict(model, optimizer, options=_ADAPTERS)
-    save({"model": weights, "optimizer": state}, checkpoint_id=directory)
-
-
-def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Loads what `save_shards` saved into the model and the optimizer."""
-    weights, state = get_state_dict(model, optimizer, options=_ADAPTERS)
-    loaded: dict[str, Any] = {"model": weights, "optimizer": state}
-    load(loaded, checkpoint_id=directory)
-    set_state_dict(
-        model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=_ADAPTERS
-    )

@@ -169,15 +169,18 @@ def _json(line: str) -> Any:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Documents between blank lines, except one below Baize's header."""
+    """Documents between blank lines, except those below Baize's header."""
     paragraph: list[str] = []
+    below_header = False
     for number, line in enumerate(chain(lines, [""]), 1):
-        if line.strip() or (line and "".join(paragraph).strip() == BAIZE.system):
+        if line.strip():
+            below_header = not paragraph and line.strip() == BAIZE.system
+        if line.strip() or (line and below_header):
             paragraph.append(line)
         elif paragraph:
             text = "".join(paragraph).strip()
             yield number - len(paragraph), {"input" if _BAIZE_LINE.search(text) else "text": text}
-            paragraph = []
+            paragraph, below_header = [], False
 
 
 def _values(read: Callable[[], str], array: bool) -> Iterator[tuple[int, Any]]:

@@ -103,11 +103,12 @@ def locked(directory: Path) -> Iterator[None]:
 def prepare_output_dir(directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Writes run.json into a new folder, or checks that the run in the folder is the same one.
 
-    resume=False deletes an earlier run first. Raises FileExistsError for checkpoints or an adapter that `fk.tune` did
-    not write, and ValueError for another run or a damaged run.json.
+    resume=False deletes an earlier run first. Raises FileExistsError for folders with the names of a run's that
+    `fk.tune` did not write, and ValueError for another run or a damaged run.json.
     """
     file = directory / "run.json"
-    results = [*checkpoint_files.checkpoints(directory), *directory.glob("adapter")]
+    own = (directory / name for name in ("adapter", checkpoint_files.UNFINISHED))
+    results = [*checkpoint_files.checkpoints(directory), *(each for each in own if each.exists())]
     if results and not file.is_file():
         raise FileExistsError(
             f"{results[0]} is not of a run of fk.tune, which has a {file.name} in the same folder, and would be "

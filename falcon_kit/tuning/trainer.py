@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from falcon_kit.display.errors import is_out_of_memory
+from falcon_kit.display.errors import is_out_of_memory, printable
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
 from falcon_kit.loading.adapters import write_errors
@@ -27,6 +27,7 @@ from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.callbacks import DeferredInterrupt, GradientCheck, Resumed
 from falcon_kit.tuning.packing import Packed
 from falcon_kit.tuning.settings import Tuning
+from falcon_kit.tuning.shards import load_shards, save_shards
 
 
 class AdapterTrainer(Trainer):
@@ -75,7 +76,8 @@ class AdapterTrainer(Trainer):
     def _load_adapter(self, checkpoint: Path) -> None:
         if distributed.is_sharded(self.model):
             self.create_optimizer()
-            distributed.load_shards(self.model, self.optimizer, checkpoint / "shards")
+            with _damage_named(checkpoint):
+                load_shards(self.model, self.optimizer, checkpoint / "shards")
         else:
             self._load_from_checkpoint(str(checkpoint))
 
@@ -205,7 +207,7 @@ class AdapterTrainer(Trainer):
         if not distributed.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        distributed.save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / "shards")
+        save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / "shards")
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -219,7 +221,7 @@ class AdapterTrainer(Trainer):
             if checkpoint is None or not distributed.is_sharded(self.model):
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
-            distributed.load_shards(self.model, self.optimizer.optimizer, Path(checkpoint) / "shards")
+            load_shards(self.model, self.optimizer.optimizer, Path(checkpoint) / "shards")
             state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
             self.lr_scheduler.load_state_dict(state)
 
@@ -233,13 +235,13 @@ def _damage_named(checkpoint: str | Path | None) -> Iterator[None]:
     """Names the checkpoint in an error about its content; torch's own advises to read any pickle."""
     try:
         yield
-    except (*UNEXPECTED, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (*UNEXPECTED, AssertionError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).partition(". ")[0]
+        reason = printable(f"{type(error).__name__}: {error}".partition(". ")[0])
         raise ValueError(
-            f"{checkpoint} is damaged ({type(error).__name__}: {reason}): delete it, and the same call resumes from "
-            "the checkpoint before it, or from the start"
+            f"{checkpoint} is damaged ({reason}): delete it, and the same call resumes from the checkpoint before it, "
+            "or from the start"
         ) from error
 
 

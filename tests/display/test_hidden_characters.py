@@ -22,8 +22,10 @@ from falcon_kit.evaluation.results import Evaluation
 from falcon_kit.evaluation.statistics import Estimate
 from falcon_kit.evaluation.task_results import TaskResult
 from falcon_kit.evaluation.tasks import Item, Task
+from falcon_kit.generation.chat import render
 from falcon_kit.generation.text import Alternative, Generation, Piece, Stats
 from falcon_kit.guardrails import Finding, Verdict
+from falcon_kit.loading.adapters import damaged
 from falcon_kit.planning.devices import Device
 from falcon_kit.playground.records import Answer, Span, Token, Turn
 from falcon_kit.playground.state import Session
@@ -32,9 +34,11 @@ from falcon_kit.serving.deployment import Deployment
 from falcon_kit.serving.endpoint import Endpoint
 from falcon_kit.serving.failures import error_message, http_error
 from falcon_kit.serving.openai_api import _find_model
+from falcon_kit.tuning.data import Problem, first_problems
 from falcon_kit.tuning.packing import Example
 from falcon_kit.tuning.runs import BeforeAfter, TuningRun
 from falcon_kit.tuning.settings import Tuning
+from falcon_kit.tuning.trainer import _damage_named
 from tests.playground.typist import Typist
 
 HIDDEN = "a\x00\x1b[31m\u202eb\u2066\u200b\x85"
@@ -52,6 +56,15 @@ def turn(text):
     token = Token(text, -1.0, ((text, -1.0),))
     answer = Answer(text, "fk.load('a')", text, {"seed": 1}, [Span(text, (token,))], "error", text)
     return Turn("id", "prompt", text, (answer,))
+
+
+def rendered(template):
+    return render([{"role": "user", "content": NASTY}], fk.ChatFormat("mine", template=template))
+
+
+def damaged_checkpoint():
+    with _damage_named("checkpoint-1"):
+        raise ValueError(NASTY)
 
 
 def session(text=NASTY):
@@ -145,6 +158,10 @@ ERRORS = {
     "the server": lambda: http_error(500, error_message({"error": NASTY}), "http://host", {}),
     "a statistic": lambda: fk.attention(fk.load("falconet"), "Hi").figure(NASTY),
     "devices": lambda: fk.plan("falconet", devices=NASTY),
+    "a template": lambda: rendered("{{ raise_exception(messages[0].content) }}"),
+    "a checkpoint": damaged_checkpoint,
+    "weights": lambda: damaged(Path(__file__), NASTY),
+    "rows": lambda: first_problems([Problem(HIDDEN, NASTY)]),
     "a preset": lambda: Session(Typist()).preset(NASTY),
     "guardrails": lambda: fk.guardrails(custom={NASTY: 5}),
     "labels": lambda: fk.guardrails(labels=[NASTY]),

@@ -41,6 +41,11 @@ def test_the_errors_of_a_library_name_the_file(tmp_path, error):
         raise error
 
 
+def test_control_characters_in_the_errors_of_a_library_are_written_out(tmp_path):
+    with pytest.raises(ValueError, match=r"\(ValueError: one\n\\x1b\[2J\)"), named_errors(tmp_path / "a.json"):
+        raise ValueError("one\n\x1b[2J")
+
+
 @pytest.mark.parametrize("error", [OSError("x"), MemoryError(), KeyboardInterrupt()])
 def test_errors_that_are_not_about_the_content_stay_what_they_are(tmp_path, error):
     with pytest.raises(type(error)) as caught, named_errors(tmp_path / "a.json"):

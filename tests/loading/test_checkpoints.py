@@ -251,6 +251,21 @@ def test_control_characters_in_the_names_of_shards_are_written_out(checkpoint):
         fk.load(checkpoint)
 
 
+def test_control_characters_in_the_names_of_other_files_are_written_out(tmp_path):
+    (tmp_path / "\x1b[2J").touch()
+    with pytest.raises(FileNotFoundError, match=r"its directory contains \\x1b\[2J\.$"):
+        fk.load(tmp_path)
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_named(checkpoint):
+    file = checkpoint / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["continuing_subword_prefix"] = "longer than a merged token"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used \(PanicException: range end index"):
+        fk.load(checkpoint)
+
+
 def test_a_missing_shard_is_named(tokenizer, tmp_path):
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)

@@ -404,6 +404,7 @@ OF_ANOTHER_KIND = [
     *(("target_modules", value) for value in (True, 7, "(", "\ud800", [[1]])),
     *(("exclude_modules", value) for value in (True, 7, "(")),
     *(("layers_to_transform", value) for value in (True, 7, "(", [[1]])),
+    ("bias", "some"),
 ]
 
 
@@ -416,6 +417,28 @@ def test_a_field_of_another_kind_is_refused_with_the_name_of_its_file(base, tmp_
         call(file.parent)
     assert type(refusal.value) in (ValueError, FileNotFoundError, LookupError)
     assert str(file.parent) in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["base_model_name_or_path", "task_type"])
+def test_control_characters_in_the_config_of_an_adapter_are_written_out(base, tmp_path, field):
+    file = saved_adapter(base, tmp_path / "odd") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: "\x1b[2J"}))
+    with pytest.raises((ValueError, LookupError), match=r"\\x1b\[2J") as refusal:
+        fk.load(file.parent)
+    assert "\x1b" not in str(refusal.value)
+
+
+def test_a_config_of_an_adapter_imports_no_module(base, tmp_path, monkeypatch):
+    """PEFT before 0.20 imports any module that megatron_core names, such as one beside the config."""
+    folder = saved_adapter(base, tmp_path / "foreign_adapter")
+    (folder / "payload.py").write_text("raise SystemExit('code of an adapter runs')")
+    changes = {"megatron_config": {"hidden_size": 1}, "megatron_core": "foreign_adapter.payload"}
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    monkeypatch.syspath_prepend(tmp_path)  # as the folder of a notebook is
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match="foreign_adapter"):
+            call(folder)
 
 
 @pytest.mark.parametrize("call", [fk.load, fk.merge])

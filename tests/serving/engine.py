@@ -24,6 +24,11 @@ class Engine:
         """Its arguments, environment and process."""
         return json.loads(self.program.with_suffix(".seen").read_text())
 
+    @property
+    def requests(self):
+        """What it was asked, in this order: "GET /health"."""
+        return self.program.with_suffix(".requests").read_text().splitlines()
+
     def is_gone(self):
         """Whether it and its child have ended within some seconds."""
         return all(map(has_ended, [self.seen["pid"], *filter(None, [self.seen.get("child")])]))

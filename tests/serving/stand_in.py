@@ -46,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\ndata: [DONE]\n\n")
 
     def answer(self, content: bytes) -> None:
+        with Path(sys.argv[0]).with_suffix(".requests").open("a") as file:
+            file.write(f"{self.command} {self.path}\n")
         right = self.headers["authorization"] == f"Bearer {os.environ['VLLM_API_KEY']}"
         self.send_response(200 if right or self.path == "/health" else 401)
         self.send_header("content-type", "application/json" if self.command == "GET" else "text/event-stream")

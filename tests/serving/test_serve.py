@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,8 +117,20 @@ def test_the_command_for_another_machine_has_neither_key_nor_folder_of_this_serv
         call, command = served.command.splitlines()
         assert str(served.files.path.parent) not in served.command
     assert call == "# falcon.save('falconet-instruct')"
-    assert command.startswith('VLLM_API_KEY="$FALCON_KIT_TOKEN" vllm serve falconet-instruct --served-model-name')
+    assert command.startswith('VLLM_API_KEY="${FALCON_KIT_TOKEN:?}" vllm serve falconet-instruct --served-model-name')
     assert "--host 0.0.0.0 --port 8000" in command
+
+
+@pytest.mark.parametrize(("key", "started"), [("k", "with k\n"), ("", ""), (None, "")])
+def test_a_shell_without_the_key_starts_no_server(tmp_path, key, started):
+    """A server with an empty key answers everybody, and this one listens at every address."""
+    (program := tmp_path / "vllm").write_text('#!/bin/sh\necho "with $VLLM_API_KEY"\n')
+    program.chmod(0o755)
+    command = Job(VLLM, "folder", "falcon", fk.plan("falconet")).shell_command()
+    environment = {"PATH": str(tmp_path)} | ({} if key is None else {"FALCON_KIT_TOKEN": key})
+    done = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == started
+    assert ("FALCON_KIT_TOKEN: " in done.stderr) == (not started)
 
 
 def test_a_server_without_a_key_is_for_its_own_machine_only():

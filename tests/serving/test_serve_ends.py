@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,21 @@ def test_the_last_words_of_a_server_that_dies_while_it_loads_are_quoted(engine):
 def test_a_server_that_the_system_kills_is_named_with_the_likely_reason(engine):
     with pytest.raises(ServerDied, match="was killed by SIGKILL, perhaps out of memory"):
         fk.serve("falconet", engine(kill=9).program)
+
+
+def test_the_users_of_a_port_are_those_who_listen_there():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        assert [*local_process._users(server.getsockname()[1])] == ([os.getuid()] if sys.platform == "linux" else [])
+
+
+def test_a_port_that_another_user_takes_first_gets_neither_key_nor_prompt(engine, monkeypatch):
+    """Any user who watched `ps` could take it while the server started, and was sent both."""
+    monkeypatch.setattr(local_process, "_users", lambda port: [os.getuid() + 1])
+    stand_in = engine()
+    with pytest.raises(OSError, match=r"another user's program took port \d+ while .* nothing was sent there: call"):
+        fk.serve("falconet", stand_in.program)
+    assert stand_in.is_gone()
+    assert set(stand_in.requests) == {"GET /health"}
 
 
 def test_a_program_that_cannot_run_is_named(engine):

@@ -35,7 +35,7 @@ def test_llama_cpp_serves_a_gguf_file_itself_and_answers_as_from_the_export(inst
         assert f"{fk.gguf_file(path)._size()}, read as it is" in shown
         assert "made by" not in shown
     assert served.command == (
-        f'LLAMA_API_KEY="$FALCON_KIT_TOKEN" llama-server -m {path} --alias mine '
+        f'LLAMA_API_KEY="${{FALCON_KIT_TOKEN:?}}" llama-server -m {path} --alias mine '
         "--host 0.0.0.0 --port 8000 -np 2 -c 4096"
     )
     assert path.read_bytes() == content

@@ -38,7 +38,7 @@ def test_a_file_in_place_of_the_folder_is_refused(falcon, tmp_path):
         fk.tune(falcon, ROWS, output_dir=tmp_path / "run", **QUICK)
 
 
-@pytest.mark.parametrize("name", ["adapter", "checkpoint-5"])
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-5", "unfinished"])
 def test_a_folder_that_the_kit_did_not_write_is_left_alone(falcon, tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine.txt").write_text("mine")
