@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import check_whole, is_out_of_memory, plain_scalar, require
+from falcon_kit.display.errors import check_flag, check_whole, is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.arguments import (
     ASSISTED,
     CACHE,
@@ -103,6 +103,7 @@ class _GenerateTask(GenerationTask):
         strip: bool,
     ) -> None:
         super().__init__()
+        check_flag("strip", strip)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
         self.sampling, options = split_settings(settings)
@@ -111,7 +112,7 @@ class _GenerateTask(GenerationTask):
         check_effects(self.options, self.sampling.samples)
         check_no_remote_code(self.options, model.generation_config)
         beam_search = (self._effective("num_beams") or 1) > 1
-        self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings") or ()))
+        self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings")))
         self.ends = end_token_ids(self.options, model.generation_config, tokenizer)
         self.other_loop = "beam search" if beam_search else self._other_loop()
         """The way to generate that is not token by token; empty for all others."""

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import JOIN_SURROGATES, require
+from falcon_kit.display.errors import JOIN_SURROGATES, check_flag, plain_scalar, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.control_tokens import encoding
@@ -100,7 +100,8 @@ def tokens(text: str, tokenizer: Any, *, split_special_tokens: bool | None = Non
     """
     fast = fast_tokenizer(tokenizer)
     _check(text)
-    encoded = encoding(text, fast, split_special_tokens)
+    check_flag("split_special_tokens", split_special_tokens, None)
+    encoded = encoding(text, fast, plain_scalar(split_special_tokens))
     ids, added = encoded.ids, fast.added_tokens_decoder
     pieces = [
         text[slice(*span)].encode() if each in added else _bytes(name)
