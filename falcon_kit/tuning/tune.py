@@ -72,7 +72,7 @@ def tune(
     held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`.
         Stop rate and exact answers are measured unless it is packed or the weights are sharded.
     resume: False starts over.
-    web_text: what shows that the model forgets, as in `data`; unset, 8 generated English texts about animals.
+    web_text: what shows that the model forgets, as in `data`, or texts; unset, 8 generated ones about animals.
     force: train although the plan does not fit.
     quiet: no plan, progress bar, loss curve or verdict.
     settings: the fields of `falcon_kit.Tuning`, named as in LoraConfig and TrainingArguments: r, learning_rate, ...
