@@ -171,6 +171,27 @@ def model_fingerprint(decoder: Any) -> str:
     return fingerprint(norm, merged_adapters(decoder.config))
 
 
+def attached_digest(model: Any) -> str | None:
+    """The start of the SHA-256 of the active adapters that PEFT has attached to a model; None where none is active."""
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    sha, is_active = hashlib.sha256(), False
+    wrappers: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    for layer in model.modules():
+        if not isinstance(layer, wrappers) or layer.disable_adapters:
+            continue
+        for adapter in layer.active_adapters:
+            sha.update(repr(getattr(layer, "scaling", {}).get(adapter)).encode())
+            for name, weight in (*layer.named_parameters(), *layer.named_buffers()):
+                if adapter in name.split("."):
+                    is_active = True
+                    sha.update(weight.detach().flatten().cpu().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16] if is_active else None
+
+
 def weights_file(adapter: Path) -> Path:
     """The file with an adapter's matrices, chosen as by PEFT; FileNotFoundError where it is missing."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
