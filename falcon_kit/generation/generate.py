@@ -51,7 +51,7 @@ from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
-from falcon_kit.generation.training import check_not_in_training
+from falcon_kit.generation.training import check_not_in_training, not_in_training
 
 
 def generate(
@@ -211,7 +211,7 @@ class _GenerateTask(GenerationTask):
 
     def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         """Generates with a loop of transformers', such as beam search."""
-        with rng:
+        with rng, not_in_training(self.model):
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
         batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])

@@ -15,7 +15,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
 from falcon_kit.generation.arguments import has_soft_prompt
 from falcon_kit.generation.prompts import check_length, check_prompt, check_tokens, token_ids
-from falcon_kit.generation.training import check_not_in_training
+from falcon_kit.generation.training import not_in_training
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -160,13 +160,16 @@ def of_this_thread(hook: Hook) -> Hook:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off, and restores each module's own mode. RuntimeError if another thread trains the model."""
-    check_not_in_training(model)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    """Turns dropout off, and restores each module's own mode.
+
+    Raises RuntimeError if another thread trains the model, at the end also if it has begun to meanwhile.
+    """
+    with not_in_training(model):
+        training = [module for module in model.modules() if module.training]
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
