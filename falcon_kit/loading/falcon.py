@@ -15,6 +15,7 @@ from falcon_kit.display.errors import plain_scalar, printable
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
+from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
@@ -72,7 +73,8 @@ class Falcon:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
-    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
+    @typed
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Generated:
         """The continuation of a prompt as a `Generation`; for several prompts or sequences a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,

@@ -16,6 +16,7 @@ from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
+from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
@@ -77,7 +78,8 @@ class Endpoint:
         """The protocol, as `connect` takes it."""
         return self._server.api
 
-    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
+    @typed
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Generated:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 
         `settings` are the fields of `falcon_kit.Sampling`, and others that the endpoint has a field for. Sequence
@@ -241,8 +243,7 @@ class Endpoint:
     def _facts(self) -> dict[str, str]:
         context = f"{self.context} tokens" if self.context else "not reported"
         chat = f"the kit's {self.chat_format.name} format" if self.own_format else "the endpoint's own chat template"
-        facts = {"model": self.model, "server": self.server, "address": self.address}
-        return facts | {"context": context, "chat": chat}
+        return {"model": self.model, "server": self.server, "address": self.address, "context": context, "chat": chat}
 
     def __repr__(self) -> str:
         context = f", context {self.context}" if self.context else ""
