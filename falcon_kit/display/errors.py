@@ -64,7 +64,14 @@ def check_flag(name: str, value: Any, *others: Any) -> None:
     """Raises ValueError unless a value is True or False, of numpy or torch too, or one of the others."""
     value = plain_scalar(value)
     allowed = ", ".join(map(repr, (True, False, *others)))
-    require(any(value is each for each in (True, False, *others)), f"{name} must be {allowed}; got {shown(value)}")
+    is_allowed = isinstance(value, bool | str | None) and value in (True, False, *others)
+    require(is_allowed, f"{name} must be {allowed}; got {shown(value)}")
+
+
+def check_flags(**values: Any) -> None:
+    """Raises ValueError unless each value is True or False, of numpy or torch too."""
+    for name, value in values.items():
+        check_flag(name, value)
 
 
 JOIN_SURROGATES = "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') joins pairs and replaces the rest"

@@ -127,7 +127,7 @@ def compare(first: Evaluated, second: Evaluated, seed: int) -> Comparison:
 
 def _other(first: Evaluated, second: Evaluated) -> dict[str, tuple[Any, Any]]:
     """What is not the same. Two models have other weights, so only those of the same name are compared."""
-    names = ("dtype", "chat format", *(("revision", "fingerprint") if first.model == second.model else ()))
+    names = ("dtype", "chat format", *(("revision", "fingerprint", "adapter") if first.model == second.model else ()))
     ours, theirs = (
         {name: each.record.get(name) for name in names} | each.record.get("settings", {}) | _prompts(each)
         for each in (first, second)

@@ -19,7 +19,7 @@ from falcon_kit.generation.control_tokens import encode_prompt, encode_prompts, 
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.inspection.hooks import evaluation_mode, inspect_model
-from falcon_kit.loading.adapters import model_fingerprint
+from falcon_kit.loading.adapters import attached_digest, model_fingerprint
 from falcon_kit.loading.quantization import stored_quantisation
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -51,6 +51,7 @@ class LocalModel:
         return {
             "revision": getattr(config, "_commit_hash", None),
             "fingerprint": model_fingerprint(self.inspected.decoder),
+            "adapter": attached_digest(self.inspected.model),
             "dtype": stored_quantisation(config) or str(self.inspected.model.dtype).removeprefix("torch."),
             "probe": [round(float(each), 3) for each in probe.logprobs[:8]],
             "context": self.inspected.spec.context,

@@ -5,6 +5,7 @@ Arrays are base64 of float32, little-endian.
 """
 
 import inspect
+import json
 import math
 from base64 import b64encode
 from collections.abc import Callable
@@ -125,8 +126,8 @@ def _map(found: LayerRecord, head: int, group: int) -> Tensor:
 
 def text_part_bytes(inspected: InspectedModel, ids: list[int]) -> int:
     """About the bytes of a text's part in a page, known before the model runs: at least as many as it takes."""
-    letters = sum(map(len, inspected.token_texts(ids)))
-    return _packed_bytes(inspected.spec.vocabulary) + 40 * (len(ids) + NAMED) + 6 * letters + 5000
+    texts = len(json.dumps(inspected.token_texts(ids)))
+    return _packed_bytes(inspected.spec.vocabulary) + 40 * (len(ids) + NAMED) + texts + 5000
 
 
 def layer_part_bytes(spec: FalconSpec, time: int) -> int:

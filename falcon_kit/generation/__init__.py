@@ -12,6 +12,7 @@ text.py            pieces of a stream, stop strings, the finished text and its s
 waiting.py         waiting for another thread so that Ctrl-C is noticed (no torch)
 training.py        while fk.tune trains a model, no other thread uses it (no torch)
 guarding.py        guardrails that a caller passes: prompts and texts are checked (no torch)
+calls.py           what generate returns for which prompt, for type checkers (no torch)
 arguments.py       keyword arguments of transformers' generate expanded and checked
 ranks.py           events and seeds that the ranks of a tensor-parallel model share
 decoding.py        from the tokens of a step to text; the random state of a request

@@ -57,7 +57,6 @@ _LENGTH = ("max_new_tokens", "max_length")
 _NOT_SHOWN = {"use_cache", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _OF_THE_DRAFT = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
-
 _WHOLE = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -65,14 +64,19 @@ _WHOLE = {
     "min_new_tokens": 0,
     "min_length": 0,
     "no_repeat_ngram_size": 0,
+    "assistant_early_exit": 0,
 }
 """Arguments that are whole numbers, and the least of each."""
 _PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
 _NUMBERS = (
     *(*_PENALTIES, "length_penalty", "diversity_penalty", "guidance_scale", "max_time", "penalty_alpha"),
-    *_SAMPLING_ONLY,
+    *("assistant_ensemble_weight", *_SAMPLING_ONLY),
 )
-_SWITCHES = ("use_cache", "renormalize_logits", "remove_invalid_values")
+_SWITCHES = (
+    "use_cache renormalize_logits remove_invalid_values low_memory token_healing return_dict_in_generate "
+    "output_scores output_logits output_attentions output_hidden_states is_assistant disable_compile use_mtp "
+    "synced_gpus"
+).split()
 _LISTS = ("logits_processor", "stopping_criteria")
 
 
@@ -94,6 +98,7 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
             plain[name] = float(given)
     for name in _SWITCHES:
         check_flag(name, plain.get(name), None)
+    check_flag("early_stopping", plain.get("early_stopping"), None, "never")
     for name in _LISTS:
         given = plain.get(name)
         require(
@@ -111,20 +116,14 @@ def whole_penalties(config: GenerationConfig) -> dict[str, float]:
 
 
 def _check_objects(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a streamer, a cache or an end token of another kind."""
-    streamer, cache, given = (options.get(name) for name in ("streamer", CACHE, "eos_token_id"))
+    """Raises ValueError for a streamer or a cache of another kind."""
+    streamer, cache = options.get("streamer"), options.get(CACHE)
     require(
         streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
         f"streamer must be an object with put and end, as transformers.TextStreamer; got {shown(streamer)}. Call your "
         "own function for each piece of falcon.stream(...)",
     )
     require(isinstance(cache, Cache | None), f"{CACHE} must be a transformers.Cache or None, got {shown(cache)}")
-    ends: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
-    require(
-        ends is None or all(is_whole(each, -1) for each in (ends if isinstance(ends, list | tuple) else [ends])),
-        f"eos_token_id must be the number of a token or a list of them, got {shown(given)}; a text that ends an answer "
-        "is given as stop",
-    )
 
 
 def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def expand_generation_config(settings: dict[str, Any]) -> dict[str, Any]:
         isinstance(config, GenerationConfig | Mapping),
         f"generation_config must be a transformers.GenerationConfig or a dict, got {shown(config)}",
     )
-    dropped = ("transformers_version", *(_LENGTH if any(settings.get(name) for name in _LENGTH) else ()))
+    dropped = ("transformers_version", *(_LENGTH if any(name in settings for name in _LENGTH) else ()))
     values = {
         name: value
         for name, value in (config if isinstance(config, Mapping) else vars(config)).items()
@@ -207,8 +206,18 @@ def _samples(settings: dict[str, Any], by_default: bool) -> bool:
 
 
 def end_token_ids(options: dict[str, Any], config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; possibly none."""
-    for ids in (plain_scalar(options.get("eos_token_id")), config.eos_token_id, tokenizer.eos_token_id):
+    """The tokens that end a text: the caller's, else the checkpoint's, else the tokenizer's; possibly none.
+
+    Raises ValueError for what the caller gives and is no token.
+    """
+    given = options.get("eos_token_id")
+    ends: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    require(
+        ends is None or all(is_whole(each, -1) for each in (ends if isinstance(ends, list | tuple) else [ends])),
+        f"eos_token_id must be the number of a token or a list of them, got {shown(given)}; a text that ends an answer "
+        "is given as stop",
+    )
+    for ids in (plain_scalar(ends), config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []

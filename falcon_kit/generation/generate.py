@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import check_whole, is_out_of_memory, plain_scalar, require
+from falcon_kit.display.errors import check_flag, check_whole, is_out_of_memory, plain_scalar, require
 from falcon_kit.generation.arguments import (
     ASSISTED,
     CACHE,
@@ -51,7 +51,7 @@ from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.steps import Steps, assisted, token_by_token
 from falcon_kit.generation.stream import GenerationTask, Stream
 from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
-from falcon_kit.generation.training import check_not_in_training
+from falcon_kit.generation.training import check_not_in_training, not_in_training
 
 
 def generate(
@@ -103,6 +103,7 @@ class _GenerateTask(GenerationTask):
         strip: bool,
     ) -> None:
         super().__init__()
+        check_flag("strip", strip)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
         settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
         self.sampling, options = split_settings(settings)
@@ -111,7 +112,7 @@ class _GenerateTask(GenerationTask):
         check_effects(self.options, self.sampling.samples)
         check_no_remote_code(self.options, model.generation_config)
         beam_search = (self._effective("num_beams") or 1) > 1
-        self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings") or ()))
+        self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings")))
         self.ends = end_token_ids(self.options, model.generation_config, tokenizer)
         self.other_loop = "beam search" if beam_search else self._other_loop()
         """The way to generate that is not token by token; empty for all others."""
@@ -210,7 +211,7 @@ class _GenerateTask(GenerationTask):
 
     def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         """Generates with a loop of transformers', such as beam search."""
-        with rng:
+        with rng, not_in_training(self.model):
             output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
         batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])

@@ -2,7 +2,7 @@
 
 The files, in the order of their imports:
 
-token.py          one token of a text
+token.py          one token: of a text, and by itself
 plots/            values in, matplotlib figures out
 views/            values in, self-contained HTML out
 hooks.py          the inspected model, and forward hooks that are always removed

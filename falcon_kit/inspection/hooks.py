@@ -15,7 +15,8 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
 from falcon_kit.generation.arguments import has_soft_prompt
 from falcon_kit.generation.prompts import check_length, check_prompt, check_tokens, token_ids
-from falcon_kit.generation.training import check_not_in_training
+from falcon_kit.generation.training import not_in_training
+from falcon_kit.inspection.token import token_text
 from falcon_kit.model.checks import live_spec
 from falcon_kit.parallel.launching import ParallelFalcon
 
@@ -34,7 +35,7 @@ class TextResult:
     ids: tuple[int, ...]
     """The token ids of the text, T of them."""
     token_texts: tuple[str, ...]
-    """The text of each token."""
+    """The text of each token; a part of a character is written as its bytes, "\\xe4\\xbd"."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class InspectedModel:
         return torch.tensor([list(ids)], device=self.decoder.get_input_embeddings().weight.device)
 
     def token_texts(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """The text of each token, decoded on its own."""
-        return tuple(str(self.tokenizer.decode([each])) for each in ids)
+        """The text of each token by itself; a part of a character is written as its bytes."""
+        return tuple(token_text(self.tokenizer, each) for each in ids)
 
     def check_heads(self, heads: Iterable[tuple[int, int]], count: int, kind: str) -> list[tuple[int, int]]:
         """Pairs of a layer and one of its `count` heads. Raises IndexError for one out of range, TypeError for anything
@@ -160,13 +161,16 @@ def of_this_thread(hook: Hook) -> Hook:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off, and restores each module's own mode. RuntimeError if another thread trains the model."""
-    check_not_in_training(model)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    """Turns dropout off, and restores each module's own mode.
+
+    Raises RuntimeError if another thread trains the model, at the end also if it has begun to meanwhile.
+    """
+    with not_in_training(model):
+        training = [module for module in model.modules() if module.training]
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import JOIN_SURROGATES, require
+from falcon_kit.display.errors import JOIN_SURROGATES, check_flag, plain_scalar, require
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.control_tokens import encoding
 from falcon_kit.inspection.plots import tokens as plots
-from falcon_kit.inspection.token import Token
+from falcon_kit.inspection.token import Token, alphabet, token_bytes
 from falcon_kit.inspection.views.tokens import tokens_page
 
 if TYPE_CHECKING:
@@ -100,10 +99,11 @@ def tokens(text: str, tokenizer: Any, *, split_special_tokens: bool | None = Non
     """
     fast = fast_tokenizer(tokenizer)
     _check(text)
-    encoded = encoding(text, fast, split_special_tokens)
+    check_flag("split_special_tokens", split_special_tokens, None)
+    encoded = encoding(text, fast, plain_scalar(split_special_tokens))
     ids, added = encoded.ids, fast.added_tokens_decoder
     pieces = [
-        text[slice(*span)].encode() if each in added else _bytes(name)
+        text[slice(*span)].encode() if each in added else token_bytes(name)
         for each, name, span in zip(ids, encoded.tokens, encoded.offsets, strict=True)
     ]
     offsets = _align(text.encode(), pieces, missing_bytes(fast))
@@ -133,7 +133,7 @@ def fast_tokenizer(given: Any) -> PreTrainedTokenizerBase:
 def missing_bytes(tokenizer: Any) -> frozenset[int]:
     """The bytes for which a byte-level vocabulary has no token. The tokenizer drops them from every text."""
     backend = fast_tokenizer(tokenizer).backend_tokenizer
-    return frozenset(byte for symbol, byte in _alphabet().items() if backend.token_to_id(symbol) is None)
+    return frozenset(byte for symbol, byte in alphabet().items() if backend.token_to_id(symbol) is None)
 
 
 def _check(text: str) -> None:
@@ -146,22 +146,6 @@ def _check(text: str) -> None:
             f"character {lone} is a lone surrogate, U+{ord(text[lone]):04X}, which cannot be encoded in UTF-8: "
             f"{JOIN_SURROGATES}"
         )
-
-
-@lru_cache(maxsize=1)
-def _alphabet() -> dict[str, int]:
-    """The 256 characters that stand for bytes in a byte-level vocabulary, with their bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
-
-
-def _bytes(name: str) -> bytes:
-    """The bytes of a token, from its name in the vocabulary: "Ġa" is b" a"."""
-    try:
-        return bytes(_alphabet()[symbol] for symbol in name)
-    except KeyError:
-        raise ValueError(f"token {name!r} does not consist of bytes: give a byte-level tokenizer") from None
 
 
 def _align(data: bytes, pieces: list[bytes], missing: frozenset[int]) -> list[list[int]]:

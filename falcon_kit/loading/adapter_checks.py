@@ -11,13 +11,19 @@ from torch import Tensor
 
 from falcon_kit.display.errors import is_number, printable
 from falcon_kit.display.reading import named_errors, read_json
-from falcon_kit.loading.adapters import EMBEDDING, HEAD, Adapter, digest, fingerprint, record
+from falcon_kit.loading.adapters import EMBEDDING, HEAD, PREFIX, Adapter, digest, fingerprint, record
 
 _LARGEST = torch.finfo(torch.float32).max
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _HALVES = tuple(f".{half}" for pair in _PAIRS for half in pair)
 _IN_COMMON = {"A.weight": (1, 1), "B.weight": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
 """The dimension that a LoRA matrix and its layer's weight (out, in) have in common: its number in each."""
+_WRAPPERS = {
+    "module": "DistributedDataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+}
+"""What puts another module around a model, by the part of a name that this adds."""
 _WITHOUT_EFFECT = frozenset({"merge_weights"})
 """Fields of old versions of PEFT that do not change what is computed."""
 
@@ -103,6 +109,7 @@ def check_contents(adapter: Adapter) -> None:
         raise ValueError(
             f"{adapter.weights_file} holds no weights: the adapter was not saved completely, save it again"
         )
+    _check_names(adapter)
     _check_finite(adapter)
     if config.peft_type == "LORA":
         _check_scale(adapter)
@@ -129,6 +136,23 @@ def _check_known_fields(adapter: Adapter) -> None:
             )
 
 
+def _check_names(adapter: Adapter) -> None:
+    """Raises ValueError for a weight that PEFT would leave out because of its name, and says how to rename all."""
+    for key in adapter.stored:
+        wrapper = next((part for part in key.split(".") if part in _WRAPPERS), None)
+        if wrapper is None and key.startswith(PREFIX):
+            continue
+        file = adapter.weights_file
+        library, ending = ("safetensors.torch", "_file") if file.suffix == ".safetensors" else ("torch", "")
+        added = f"to which {_WRAPPERS[wrapper]} added {wrapper!r}" if wrapper else f"which does not begin with {PREFIX}"
+        name = f"key.replace('{wrapper}.', '')" if wrapper else f"'{PREFIX}' + key.removeprefix('base_model.')"
+        raise ValueError(
+            f"{file} has a weight with the name {printable(key)}, {added}; PEFT would leave it out. Save the adapter "
+            f"with save_pretrained of the PeftModel itself, or rename its weights: "
+            f"{library}.save{ending}({{{name}: each for key, each in {library}.load{ending}(file).items()}}, file)"
+        )
+
+
 def _check_finite(adapter: Adapter) -> None:
     """Raises ValueError for a tensor with numbers that are not finite: every answer would be noise."""
     for name, matrix in adapter.matrices.items():
@@ -151,13 +175,25 @@ def _check_scale(adapter: Adapter) -> None:
 
 
 def _check_beginning(adapter: Adapter) -> None:
-    """Raises ValueError for an adapter that was trained from a beginning which PEFT cannot draw again."""
-    if str(begun := adapter.config.init_lora_weights).startswith("pissa_niter"):
-        raise ValueError(
-            f"{adapter.config_file} has init_lora_weights={begun!r}: PEFT draws numbers for it, so that base and "
-            "adapter give other logits each time: save it as plain LoRA where it was trained, "
-            "model.save_pretrained(folder, path_initial_model_for_weight_conversion=folder_of_its_beginning)"
+    """Raises ValueError for an adapter that was trained from a beginning which PEFT cannot make again here."""
+    begun = str(adapter.config.init_lora_weights)
+    converted = (
+        "save it as plain LoRA where it was trained, "
+        "model.save_pretrained(folder, path_initial_model_for_weight_conversion=folder_of_its_beginning)"
+    )
+    reason = ""
+    if begun.startswith("pissa_niter"):
+        reason = f"PEFT draws numbers for it, so that base and adapter give other logits each time: {converted}"
+    elif begun == "corda":
+        reason = f"PEFT would need the texts that it began with: {converted}"
+    elif begun == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        reason = (
+            "PEFT quantises the base for it again, which takes a GPU, and torch finds none: merge it on a machine with "
+            "one; or, if its base_model_name_or_path is the base as LoftQ changed it, saved in its training, write "
+            "init_lora_weights=true there"
         )
+    if reason:
+        raise ValueError(f"{adapter.config_file} has init_lora_weights={begun!r}: {reason}")
 
 
 def _check_pair(adapter: Adapter, layer: str) -> None:

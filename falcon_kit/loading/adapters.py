@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ RECORD = "tuning.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 """As PEFT saved adapters in 2023."""
+PREFIX = "base_model.model."
+"""What the names of an adapter's weights begin with."""
 KEY_MAPPING = {r"^(h|ln_f|word_embeddings)\.": r"transformer.\1."}
 """For PEFT: names of weights as in AutoModel, which has no head, become those of AutoModelForCausalLM."""
 EMBEDDING, HEAD = "transformer.word_embeddings", "lm_head"
@@ -69,15 +72,18 @@ class Adapter:
         return str(self.config.base_model_name_or_path)
 
     @cached_property
-    def matrices(self) -> dict[str, Tensor]:
-        """Its tensors, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
+    def stored(self) -> dict[str, Tensor]:
+        """Its tensors, by their names in its file."""
         file = self.weights_file
         try:
-            stored = load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
+            return load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
         except SafetensorError as error:
             raise ValueError(damaged(file, error)) from error
-        names = {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in stored}
-        return {with_prefix(names[key]): tensor for key, tensor in stored.items()}
+
+    @cached_property
+    def matrices(self) -> dict[str, Tensor]:
+        """Its tensors, by their names in the model: transformer.h.0.mlp.dense_h_to_4h.lora_A.weight."""
+        return {_name_in_model(key): tensor for key, tensor in self.stored.items()}
 
     @property
     def full_weights(self) -> list[str]:
@@ -166,6 +172,27 @@ def model_fingerprint(decoder: Any) -> str:
     return fingerprint(norm, merged_adapters(decoder.config))
 
 
+def attached_digest(model: Any) -> str | None:
+    """The start of the SHA-256 of the active adapters that PEFT has attached to a model; None where none is active."""
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    sha, is_active = hashlib.sha256(), False
+    wrappers: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    for layer in model.modules():
+        if not isinstance(layer, wrappers) or layer.disable_adapters:
+            continue
+        for adapter in layer.active_adapters:
+            sha.update(repr(getattr(layer, "scaling", {}).get(adapter)).encode())
+            for name, weight in (*layer.named_parameters(), *layer.named_buffers()):
+                if adapter in name.split("."):
+                    is_active = True
+                    sha.update(weight.detach().flatten().cpu().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16] if is_active else None
+
+
 def weights_file(adapter: Path) -> Path:
     """The file with an adapter's matrices, chosen as by PEFT; FileNotFoundError where it is missing."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
@@ -177,6 +204,15 @@ def weights_file(adapter: Path) -> Path:
 def with_prefix(name: str) -> str:
     """The name of a weight in FalconForCausalLM; AutoModel saves it without the prefix."""
     return f"transformer.{name}" if name.split(".")[0] in ("h", "ln_f", "word_embeddings") else name
+
+
+def _name_in_model(key: str) -> str:
+    """The name in FalconForCausalLM of a weight in a file.
+
+    In a file of a state_dict() names contain that of the adapter; PEFT reads "default", which it gives by itself.
+    """
+    key = re.sub(r"(\.lora_\w+)\.default\b", r"\1", key.removeprefix(PREFIX))
+    return with_prefix(key.replace(".base_layer.", "."))
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:

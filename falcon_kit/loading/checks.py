@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig, FalconForCausalLM
 
 from falcon_kit.catalogue.memory import QUANTISED, dtype_name
-from falcon_kit.display.errors import unknown_name
+from falcon_kit.display.errors import check_flag, unknown_name
 from falcon_kit.display.saving import check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
@@ -58,6 +58,7 @@ class LoadSettings:
     tensor_parallel: int | None
 
     def __post_init__(self) -> None:
+        check_flag("force", self.force)
         _check_combinations(self.dtype_name, self.device_map, self.max_memory, self.attention, self.offload)
         compile_options(self.compile)
         one_process = {name: getattr(self, name) for name in ("device_map", "compile", "max_memory", "offload")}

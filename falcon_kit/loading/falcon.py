@@ -11,15 +11,16 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import printable
+from falcon_kit.display.errors import plain_scalar, printable
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
+from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
 from falcon_kit.generation.prompts import Prompt, check_length, is_conversation
-from falcon_kit.generation.sampling import stop_strings
+from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
 from falcon_kit.loading.quantization import Weights, stored_quantisation, weights
@@ -72,7 +73,8 @@ class Falcon:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
 
-    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
+    @typed
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Generated:
         """The continuation of a prompt as a `Generation`; for several prompts or sequences a list of them.
 
         `settings` are the fields of `falcon_kit.Sampling` (max_new_tokens, temperature, top_k, top_p, stop,
@@ -107,7 +109,7 @@ class Falcon:
         is checked as a prompt, the system's too. Raises ValueError for unknown roles or messages out of order.
         """
         settings = self._with_decoding(settings)
-        if settings.get("num_return_sequences", 1) != 1:
+        if split_settings(settings)[0].num_return_sequences != 1:
             raise ValueError("chat gives one answer: leave num_return_sequences at 1, or call chat again")
         check_given(guardrails, messages, self.tokenizer)
         settings = self._turns(messages, settings)
@@ -152,8 +154,10 @@ class Falcon:
             if draft.model.config.vocab_size != self.model.config.vocab_size:
                 settings.setdefault("assistant_tokenizer", draft.tokenizer)
         own = self.model.generation_config
-        loops = {name: settings.get(name, getattr(own, name, None)) for name in _COMPILABLE}
-        other_loop = any(value not in _COMPILABLE[name] for name, value in loops.items())
+        loops = {name: plain_scalar(settings.get(name, getattr(own, name, None))) for name in _COMPILABLE}
+        other_loop = any(  # what is neither is a model, or refused later
+            not isinstance(value, int | None) or value not in _COMPILABLE[name] for name, value in loops.items()
+        )
         own_cache = any(name in settings for name in (arguments.CACHE, "cache_implementation"))
         if other_loop or own_cache or not self.decoding:
             return settings

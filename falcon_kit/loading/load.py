@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from falcon_kit.catalogue.memory import FLOAT_DTYPES, QUANTISED
-from falcon_kit.display.errors import is_whole, require, shown
+from falcon_kit.display.errors import check_flag, is_whole, require, shown
 from falcon_kit.display.reading import named_errors
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
@@ -95,8 +95,7 @@ def load(
     template of the checkpoint's tokenizer; without one, "hub" for the published 7B, 40B and rw, else "falcon".
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     tensor_parallel: ranks that each hold a part of every layer. Under torchrun each process gets a Falcon of its part;
-    in a notebook `load` starts the processes and returns a `ParallelFalcon`: on GPUs, or on the CPU where there are
-    none or device_map is "cpu".
+    in a notebook `load` starts them and returns a `ParallelFalcon`, on the CPU without GPUs or with device_map="cpu".
     Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
@@ -104,6 +103,7 @@ def load(
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
+    check_flag("local_files_only", local_files_only)
     devices = _devices(settings)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find(name, hub)

@@ -21,6 +21,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import printable
 from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.generation.arguments import without_tokenizer
+from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
@@ -144,7 +145,8 @@ class ParallelFalcon(AbstractContextManager["ParallelFalcon"]):
         """Bytes of weights in all processes together; what is not divided counts in each process."""
         return sum(rank.weight_bytes for rank in self.ranks)
 
-    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
+    @typed
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Generated:
         """As `Falcon.generate`; `settings` are sent to other processes: numbers, strings, lists and arrays."""
         check_given(guardrails, prompt, self.tokenizer)
         _, single = check_prompt(prompt)

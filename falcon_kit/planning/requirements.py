@@ -7,7 +7,7 @@ from typing import Any
 
 from falcon_kit.catalogue.names import spec
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import check_whole
+from falcon_kit.display.errors import check_flag, check_whole
 from falcon_kit.display.tables import counted, format_bytes, html_table
 from falcon_kit.planning.machines import RENTED_FROM, rental
 from falcon_kit.planning.placement import CPU_OVERHEAD, Purpose
@@ -82,6 +82,7 @@ def requirements(
     only the tokenizer, on any machine.
     """
     check_whole("minutes", minutes, 1)
+    check_flag("weights", weights)
     dtype = "auto" if dtype is None and purpose != "qlora" else dtype
     own = plan(name, dtype, context, batch, purpose)
     if not weights:

@@ -152,11 +152,13 @@ class Session:
     def generate(self, text: str | None = None) -> Turn:
         """Continues a prompt or answers a message, by default the draft, with every model; returns when all have ended.
 
+        Another text than the draft leaves in the field what is typed there.
         An error of a model is stored in its answer: `ending` is "error", and `reason` describes it. Raises ValueError
         for a blank text or one that the guardrails refuse, and RuntimeError during another generation.
         """
         text = self.draft if text is None else text
-        return self._run(text, self.turns if self.mode == "chat" else [], text)
+        draft = None if self._typed and text != self.draft else text
+        return self._run(text, self.turns if self.mode == "chat" else [], draft)
 
     def regenerate(self) -> Turn:
         """Answers the last turn again, with the current settings. The draft stays."""
@@ -217,7 +219,7 @@ class Session:
         return bool(self.draft.strip()) and self.draft != self._put
 
     def _run(self, text: str, before: list[Turn], draft: str | None = None) -> Turn:
-        """Answers a text after the turns `before`. draft: the text if it was the draft, which `undo` restores."""
+        """Answers a text after the turns `before`. draft: the text, if the field and `undo` have it; None: it stays."""
         text = join_surrogates(text)
         require(bool(text.strip()), "the text is empty: write something first")
         guard = self.guardrails if self.guarded else None

@@ -15,6 +15,7 @@ from falcon_kit.catalogue.spec import SPECIAL_TOKENS, FalconSpec
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, is_whole, printable, require, shown, unknown_name
 from falcon_kit.display.tables import html_table
+from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
@@ -75,7 +76,8 @@ class Endpoint:
         """The protocol, as `connect` takes it."""
         return self._server.api
 
-    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Any:
+    @typed
+    def generate(self, prompt: Prompt, *, guardrails: Guard | None = None, **settings: Any) -> Generated:
         """Continues a prompt: a `Generation`; for several prompts or sequences a list of them, requested in parallel.
 
         `settings` are the fields of `falcon_kit.Sampling`, and others that the endpoint has a field for. Sequence

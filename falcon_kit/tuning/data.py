@@ -144,7 +144,7 @@ def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.D
     if stored is None:
         reasons = first_problems(problems) or ": it is empty"
         forms = "" if FORMS in reasons else f". A row has {FORMS}"
-        raise ValueError(f"nothing to fine-tune on in {_name(path)}{reasons}{forms}")
+        raise ValueError(f"nothing can be used of {_name(path)}{reasons}{forms}")
     if problems:
         warn(f"of {_name(path)}, {_unused(problems)}{first_problems(problems)}")
     table, folder = stored

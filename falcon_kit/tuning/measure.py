@@ -4,6 +4,7 @@ generated_texts.jsonl: 8 pages, stories and dialogues about animals in plain Eng
 Falconet with another seed. A model reads them before and after a run: a higher loss shows that it forgets.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +17,8 @@ from falcon_kit.generation.control_tokens import encode_prompt
 from falcon_kit.generation.generate import generate
 from falcon_kit.generation.own_format import end_tokens
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.tuning.data import dialogues
+from falcon_kit.tuning.data import Documents, as_rows, dialogues
+from falcon_kit.tuning.files import SUFFIXES
 from falcon_kit.tuning.packing import Packed, pack
 
 _BATCH = 16
@@ -59,10 +61,23 @@ def answer_rates(falcon: Falcon, documents: Iterable[Mapping[str, Any]], count: 
 
 
 def short_rows(data: Any, falcon: Falcon) -> Packed:
-    """Documents, in any form that `tune` takes, in rows of at most 512 tokens; packed rows as they are."""
+    """Documents, in any form that `tune` takes, in rows of at most 512 tokens; packed rows as they are.
+
+    A string in a list is a text, as for `fk.mix`, unless it is the name of a file or a folder.
+    """
     if isinstance(data, Packed):
         return data
+    if not isinstance(data, str | Path | Documents):
+        data = (
+            {"text": each} if isinstance(each, str) and not _is_name(each) else each
+            for each in as_rows(data, "fk.tune")
+        )
     return pack(dialogues(data), falcon, min(512, context_limit(falcon.model.config)))
+
+
+def _is_name(text: str) -> bool:
+    """Whether a string names a file or a folder, also a file that is not there."""
+    return text.lower().endswith(SUFFIXES) or os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111  # pathlib raises for a long text
 
 
 def _questions(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[_Question]:

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import is_whole, plain_scalar, printable, shown
+from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, shown
 from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted
 from falcon_kit.display.warning import warn
@@ -196,6 +196,7 @@ def pack(
     """
     check_documents(documents, "fk.pack")
     check_falcon(falcon)
+    check_flag("together", together)
     limit = context_limit(falcon.model.config)
     context = limit if context is None else plain_scalar(context)
     if not is_whole(context, 8, limit):

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
-from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
+from falcon_kit.display.errors import check_flags, is_out_of_memory, plain_scalar, require
 from falcon_kit.display.live import in_notebook
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
@@ -72,7 +72,7 @@ def tune(
     held_out: what to measure with: a share of the documents (packed rows are not split), or separate data as in `data`.
         Stop rate and exact answers are measured unless it is packed or the weights are sharded.
     resume: False starts over.
-    web_text: what shows that the model forgets, as in `data`; unset, 8 generated English texts about animals.
+    web_text: what shows that the model forgets, as in `data`, or texts; unset, 8 generated ones about animals.
     force: train although the plan does not fit.
     quiet: no plan, progress bar, loss curve or verdict.
     settings: the fields of `falcon_kit.Tuning`, named as in LoraConfig and TrainingArguments: r, learning_rate, ...
@@ -89,12 +89,12 @@ def tune(
     OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
+    check_flags(resume=resume, force=force, quiet=quiet)
     held_out = plain_scalar(held_out)
     if isinstance(held_out, float | int):
         settings["held_out"] = held_out = float(held_out)
     require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
-    if isinstance(data, Packed):
-        settings = settings_of_rows(data, settings)
+    settings = settings_of_rows(data, settings) if isinstance(data, Packed) else settings
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
     prepared = _prepared(falcon, chosen, force, data, held_out, web_text)

@@ -393,6 +393,25 @@ def test_what_is_being_typed_outlasts_another_answer_to_an_earlier_text(notebook
     expect(pad.field).to_have_value("Go on")
 
 
+def test_what_is_being_typed_outlasts_a_text_from_python(notebook: Notebook):
+    pad = typist(notebook, ["Yes."])
+    pad.field.evaluate(
+        """field => (field.typing = setInterval(() => {
+             field.value += "a";
+             field.dispatchEvent(new Event("input"));
+           }, 50))"""
+    )
+    expect(pad.field).to_have_value(re.compile("^a+$"))
+    notebook.python("pad.session.generate('Go')")
+    expect(pad.generated).to_have_text("Yes.")
+    pad.field.evaluate("field => clearInterval(field.typing)")
+    expect(pad.field).to_have_value(re.compile("^a+$"))
+    pad.page.wait_for_timeout(500)  # the kernel has this draft
+    notebook.python("pad.session.generate('Go on')")
+    expect(pad.node.locator(".fk-history li")).to_have_count(2)
+    expect(pad.field).to_have_value(re.compile("^a+$"))
+
+
 def test_what_the_kernel_says_of_the_text_field_does_not_replace_what_it_has_not_heard_yet(pad: Pad):
     pad.notebook.python("pad._draft = lambda text: None")  # the text is on its way for ever
     pad.field.press_sequentially("A long question")

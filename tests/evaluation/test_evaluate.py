@@ -1,5 +1,6 @@
 """`fk.evaluate` from end to end: tasks, texts, resuming, what is refused."""
 
+import copy
 import json
 import re
 import sys
@@ -8,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from transformers import FalconForCausalLM
 
 import falcon_kit as fk
@@ -130,6 +133,28 @@ def test_a_folder_is_of_one_model(base, instruct, file, tmp_path):
     fk.evaluate(base, file, output_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="model: 'falconet' there, 'falconet-instruct' here"):
         fk.evaluate(instruct, file, output_dir=tmp_path / "run")
+
+
+def test_a_folder_is_of_one_attached_adapter_by_whatever_name(stock, base, file, tmp_path):
+    models = [get_peft_model(copy.deepcopy(stock), LoraConfig(r=2, init_lora_weights=False), name) for name in "abcd"]
+    state = get_peft_model_state_dict(models[0], adapter_name="a")
+    for model, name in zip(models, "abcd", strict=True):
+        set_peft_model_state_dict(model, state, name)
+    for model in models[2:]:
+        layer = next(each for each in model.modules() if isinstance(each, LoraLayer))
+        if model is models[2]:
+            layer.lora_B["c"].weight.data[0, 0] += 1e-4
+        else:
+            layer.scaling["d"] *= 1.0001
+    first, same, other, scaled = ((model.eval(), base.tokenizer) for model in models)
+    expected = fk.evaluate(first, file, output_dir=tmp_path / "run")
+    assert fk.evaluate(same, file, output_dir=tmp_path / "run")["animals"] == expected["animals"]
+    for changed in (other, scaled, (stock, base.tokenizer)):
+        with pytest.raises(ValueError, match=r"is of something else \(adapter: '\w{16}' there, ('\w{16}'|None) here"):
+            fk.evaluate(changed, file, output_dir=tmp_path / "run")
+    with models[0].disable_adapter(), pytest.raises(ValueError, match=r"adapter: '.*' there, None here"):
+        fk.evaluate(first, file, output_dir=tmp_path / "run")
+    assert "adapter" in expected.compare(fk.evaluate(other, file)).settings
 
 
 # Bad input

@@ -169,6 +169,7 @@ def test_the_rows_of_a_table_are_documents_and_not_its_columns(table):
         ({}, "there are no texts"),
         ({"English": ""}, "the text 'English' is empty"),
         ("half \ud83d", "lone surrogate"),
+        ([{"title": "Lions"}], "nothing can be used of the rows given: row 1: it has none of "),
     ],
 )
 def test_an_unusable_text_is_refused(inspected, text, problem):

@@ -88,7 +88,12 @@ OF_ANOTHER_KIND = {
     "no_repeat_ngram_size": (-1, 0.5, True, "3"),
     "repetition_penalty": (True, "", "1.5", float("nan"), 10**400, [1.0], np.ones(2), torch.ones(2)),
     "max_time": (True, "1", [], float("nan")),
-    "use_cache": ("False", 0, 1.5, []),
+    "use_cache": ("False", 0, 1.5, [], np.ones(2)),
+    "early_stopping": ("always", 1, np.ones(2)),
+    "assistant_early_exit": ("1", np.ones(2)),
+    "assistant_ensemble_weight": ("0.5", np.ones(2)),
+    "num_return_sequences": ("2", np.ones(2)),
+    "max_new_tokens": ("2", np.ones(2)),
     "logits_processor": (print, 5, [None], "x", {"a": 1}),
     "stopping_criteria": (print, True, [3], {"a": 1}),
     "streamer": (print, True, []),
@@ -100,8 +105,11 @@ OF_ANOTHER_KIND = {
 @pytest.mark.parametrize("name", OF_ANOTHER_KIND)
 def test_an_argument_of_another_kind_is_refused_before_the_model_runs(instruct, forwards, name):
     for value in OF_ANOTHER_KIND[name]:
+        settings = {"generation_config": {"max_length": 40}, "max_new_tokens": 2, name: value}
         with pytest.raises(ValueError, match=f"^{name} must be "):
-            instruct.generate(QUESTION, max_new_tokens=2, **{name: value})
+            instruct.generate(QUESTION, **settings)
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            instruct.chat([{"role": "user", "content": "Hi"}], **settings)
     assert not forwards
 
 

@@ -7,6 +7,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import falcon_kit as fk
 from falcon_kit.display.page import visible
+from falcon_kit.explanation.parts import text_part
+from falcon_kit.inspection.hooks import inspect_model
+from falcon_kit.inspection.token import token_bytes, token_text
 from falcon_kit.inspection.tokens import missing_bytes, tokens
 
 PUBLISHED = os.environ.get("FALCON_TOKENIZER")
@@ -303,3 +307,32 @@ def test_the_repr_is_short(tokenizer):
 def test_len_counts_the_tokens(tokenizer):
     text = "Hello 世界 👍"
     assert len(fk.tokens(text, tokenizer)) == len(tokenizer(text)["input_ids"])
+
+
+# A token by itself
+
+
+def test_a_part_of_a_character_is_written_as_its_bytes_in_every_view(instruct):
+    text = "Ж 长 \ufffd 🦅"
+    expected = tuple(
+        each.bytes.decode(errors="backslashreplace") if each.partial else each.text
+        for each in tokens(text, instruct).tokens
+    )
+    assert r"\xe9" in "".join(expected)
+    attention, ablation = fk.attention(instruct, text, layers=0), fk.ablate(instruct, text, heads=[(0, 0)])
+    for found in (attention, ablation, fk.lens(instruct, text), fk.attribute(instruct, text, steps=1)):
+        assert found.token_texts == expected
+    inspected = inspect_model(instruct)
+    part = text_part(inspected, inspected.encode(text), torch.zeros(inspected.spec.vocabulary))
+    assert tuple(each["text"] for each in part["tokens"]) == expected
+
+
+def test_a_token_by_itself_is_its_text_or_the_bytes_of_its_part(each_tokenizer):
+    for token in range(len(each_tokenizer)):
+        text, decoded = token_text(each_tokenizer, token), each_tokenizer.decode([token])
+        name = each_tokenizer.convert_ids_to_tokens(token)
+        if "\ufffd" in decoded:
+            written = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), text.encode())
+            assert written == token_bytes(name)
+        else:
+            assert text == decoded

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from peft import (
     IA3Config,
@@ -76,11 +77,22 @@ def beside_a_config(base, directory):
     (directory / "config.json").write_bytes((base / "config.json").read_bytes())
 
 
+def named_default(base, directory):
+    saved_adapter(base, directory)
+    rename_weights(directory, lambda key: key.replace(".weight", ".default.weight"))
+
+
+def rename_weights(adapter, name):
+    weights = load_file(adapter / adapters.WEIGHTS)
+    save_file({name(key): each for key, each in weights.items()}, adapter / adapters.WEIGHTS)
+
+
 LOADED = {
     "plain": lora(),
     "pickled, as in 2023": pickled,
     "on two of the layers": lora(layers_to_transform=[1]),
     "beside the config.json of its base": beside_a_config,
+    "with the name of the adapter, as in a state_dict()": named_default,
 }
 MERGED = {
     "LoRA on the embedding": lora(target_modules=["word_embeddings"]),
@@ -102,9 +114,8 @@ def by_peft(base, adapter):
 @pytest.mark.parametrize("kind", LOADED)
 def test_an_adapter_from_elsewhere_loads_as_peft_loads_it(base, tmp_path, kind):
     LOADED[kind](base, tmp_path / "wise")
-    torch.testing.assert_close(
-        logits(fk.load(tmp_path / "wise").model), by_peft(base, tmp_path / "wise"), rtol=1e-4, atol=1e-4
-    )
+    for found in (fk.load(tmp_path / "wise"), fk.merge(tmp_path / "wise")):
+        torch.testing.assert_close(logits(found.model), by_peft(base, tmp_path / "wise"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MERGED)
@@ -182,8 +193,7 @@ def test_an_adapter_is_added_to_a_base_without_the_prefix_of_its_weights(base, t
 def test_an_adapter_trained_on_the_model_without_its_head_is_added_to_the_model_with_it(base, tmp_path):
     adapter = saved_adapter(base, tmp_path / "wise")
     expected = by_peft(base, adapter)
-    weights = load_file(adapter / adapters.WEIGHTS)
-    save_file({key.replace(".transformer.", "."): each for key, each in weights.items()}, adapter / adapters.WEIGHTS)
+    rename_weights(adapter, lambda key: key.replace(".transformer.", "."))
     for found in (fk.load(adapter), fk.merge(adapter)):
         torch.testing.assert_close(logits(found.model), expected, rtol=1e-4, atol=1e-4)
 
@@ -329,6 +339,10 @@ BROKEN = {
         changed_config(init_lora_weights="pissa_niter_4"),
         r"has init_lora_weights='pissa_niter_4': PEFT draws .*: save it as plain LoRA where it was trained",
     ),
+    "texts that it began with": (
+        changed_config(init_lora_weights="corda", corda_config={}),
+        r"has init_lora_weights='corda': PEFT would need the texts .*: save it as plain LoRA where it was trained",
+    ),
     "its own base": (names_itself, r"names itself as its base model.*fk\.merge\(adapter, base\)"),
     "a pickle with code": (with_code, r"other objects than tensors, .* so it is not read: get the weights as saf"),
 }
@@ -342,6 +356,52 @@ def test_a_broken_adapter_is_refused_with_the_true_reason(base, tmp_path, kind):
     with pytest.raises(ValueError, match=message) as error:
         fk.load(adapter)
     assert "weights_only" not in str(error.value)
+
+
+NAMES = {
+    "no prefix": (lambda key: key.removeprefix("base_model.model."), "which does not begin with base_model.model.;"),
+    "half a prefix": (lambda key: key.replace(".model.", ".", 1), "which does not begin with base_model.model.;"),
+    "DDP": (lambda key: f"module.{key}", "to which DistributedDataParallel added 'module';"),
+    "torch.compile": (
+        lambda key: key.replace("transformer", "_orig_mod.transformer"),
+        "to which torch.compile added '_orig_mod';",
+    ),
+    "FSDP": (
+        lambda key: f"_fsdp_wrapped_module.{key}",
+        "to which FullyShardedDataParallel added '_fsdp_wrapped_module';",
+    ),
+}
+
+
+@pytest.mark.parametrize("pickle", [False, True], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_of_weights_that_peft_leaves_out_are_refused_with_how_to_rename_them(base, tmp_path, kind, pickle):
+    expected = by_peft(base, saved_adapter(base, adapter := tmp_path / "wise"))
+    rename, message = NAMES[kind]
+    rename_weights(adapter, rename)
+    if pickle:
+        torch.save(load_file(adapter / adapters.WEIGHTS), adapter / adapters.PICKLED_WEIGHTS)
+        (adapter / adapters.WEIGHTS).unlink()
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        assert not torch.allclose(by_peft(base, adapter), expected, atol=1e-2)
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match=message) as error:
+            call(adapter)
+    advice = str(error.value).partition("or rename its weights: ")[2]
+    exec(advice, {"file": adapters.weights_file(adapter), "torch": torch, "safetensors": safetensors})  # noqa: S102  # our own line
+    for call in (fk.load, fk.merge):
+        torch.testing.assert_close(logits(call(adapter).model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loftq_is_refused_without_a_gpu_and_is_plain_lora_beside_the_base_that_it_changed(base, tmp_path):
+    expected = by_peft(base, saved_adapter(base, adapter := tmp_path / "wise"))
+    changed_config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})(adapter)
+    for call in (fk.load, fk.merge):
+        with pytest.raises(ValueError, match=r"init_lora_weights='loftq': .* takes a GPU, .* write init_lora_weights="):
+            call(adapter)
+    changed_config(init_lora_weights=True)(adapter)
+    for call in (fk.load, fk.merge):
+        torch.testing.assert_close(logits(call(adapter).model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_two_adapters_that_name_each_other_are_refused(base, tmp_path):

@@ -53,7 +53,19 @@ class Playing(RuleBasedStateMachine):
             self.refused(lambda: self.session.generate(text))
             return
         self.session.generate(text)
-        self.answered(text, self.shown if self.mode == "chat" else [], text)
+        self.answered(text, self.shown if self.mode == "chat" else [], self.taken(text))
+
+    def taken(self, text):
+        """The text, if it was the draft or takes its place."""
+        return None if self.typed and text != self.draft else text
+
+    @rule()
+    def generate_what_is_typed(self):
+        if not self.draft.strip():
+            self.refused(self.session.generate)
+            return
+        self.session.generate()
+        self.answered(self.draft, self.shown if self.mode == "chat" else [], self.draft)
 
     @rule(text=TEXTS, after=st.integers(0, 2))
     def generate_until_the_endpoint_breaks(self, text, after):
@@ -64,7 +76,7 @@ class Playing(RuleBasedStateMachine):
         self.typist.before = lambda number: None
         assert turn.answers[0].ending == "error"
         assert turn.answers[0].text == "".join(self.typist.words[:after])
-        self.answered(text, self.shown if self.mode == "chat" else [], text)
+        self.answered(text, self.shown if self.mode == "chat" else [], self.taken(text))
 
     @rule()
     def regenerate(self):

@@ -179,10 +179,11 @@ def test_undo_gives_back_what_was_typed():
     [
         lambda session: session.regenerate(),
         lambda session: session.edit(0, "other"),
+        lambda session: session.generate("other"),
         lambda session: session.clear(),
         lambda session: session.switch("chat" if session.mode == "prompt" else "prompt"),
     ],
-    ids=["regenerate", "edit", "clear", "switch"],
+    ids=["regenerate", "edit", "generate", "clear", "switch"],
 )
 def test_what_is_typed_outlasts_a_step_that_does_not_send_it_and_its_undo(mode, step):
     session = Session(Typist())

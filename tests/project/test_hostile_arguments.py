@@ -1,12 +1,17 @@
 """Numbers, switches and texts that no function can use: each is refused in words, before any work is done."""
 
+import inspect
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import falcon_kit as fk
 from falcon_kit.display.errors import shown
@@ -94,26 +99,49 @@ NUMBERS = {
     "connect timeout": lambda _, value: fk.connect(CLOSED, timeout=value, retries=0),
     "connect deadline": lambda _, value: fk.connect(CLOSED, deadline=value, retries=0),
 }
+OF_TRANSFORMERS = [
+    name for name in re.findall(r"^ +(\w+):? \(`bool`", GenerationConfig.__doc__, re.MULTILINE) if name != "do_sample"
+]
 SWITCHES = {
     "evaluate chat": lambda falcon, value: fk.evaluate(falcon, text=TEXT, chat=value),
     "Sampling do_sample": setting(fk.Sampling, "do_sample"),
     **{f"Tuning {name}": setting(fk.Tuning, name) for name in ("packing", "gradient_checkpointing", "shard")},
     **{f"guardrails {name}": setting(fk.guardrails, name) for name in CHECKS},
+    "load compile": lambda _, value: fk.load("falconet", compile=value),
+    "load force": lambda _, value: fk.load("falconet", force=value),
+    "load local_files_only": lambda _, value: fk.load("falconet", local_files_only=value),
+    "pack together": lambda falcon, value: fk.pack(fk.dialogues(DOCUMENTS), falcon, together=value),
+    "plan gradient_checkpointing": lambda _, value: plan("falconet", gradient_checkpointing=value),
+    "requirements weights": lambda _, value: fk.requirements("falconet", 1, weights=value),
+    "tokens split_special_tokens": lambda falcon, value: fk.tokens(TEXT, falcon, split_special_tokens=value),
+    **{
+        f"tune {name}": lambda falcon, value, name=name: fk.tune(falcon, DOCUMENTS, **{name: value})
+        for name in ("resume", "force", "quiet")
+    },
+    **{
+        f"{method} {name}": lambda falcon, value, name=name, method=method: getattr(falcon, method)(
+            TEXT, **{name: value}
+        )
+        for name in ("do_sample", "strip", *OF_TRANSFORMERS)
+        for method in ("generate", "stream")
+    },
+    "chat do_sample": lambda falcon, value: falcon.chat(DOCUMENTS[0]["messages"][:1], do_sample=value),
 }
+ARRAYS = (np.array([True, False]), torch.tensor([True, False]), np.array([False]), torch.tensor([[False]]))
 CASES = [
     *(
         (name, call, (True, "3", math.nan, math.inf, 10**400, 10**5000, -5000, 1.5, [[3]]))
         for name, call in WHOLE.items()
     ),
     *((name, call, (True, "0.5", math.nan, math.inf, 10**400, 10**5000, -5, [0.5])) for name, call in NUMBERS.items()),
-    *((name, call, ("no", 2, "true", math.nan, 10**5000)) for name, call in SWITCHES.items()),
+    *((name, call, ("no", 2, "true", math.nan, 10**5000, *ARRAYS)) for name, call in SWITCHES.items()),
 ]
 
 
 @pytest.mark.parametrize(("case", "call", "values"), CASES, ids=[case[0] for case in CASES])
 def test_what_is_no_number_in_the_range_is_refused_with_the_range(instruct, case, call, values):
     for value in values:
-        if value == "3" and "target" in case:  # a text, and one token
+        if "target" in case and value == "3":  # a text, and one token
             continue
         with pytest.raises((ValueError, IndexError)) as refused:
             call(instruct, value)
@@ -121,6 +149,17 @@ def test_what_is_no_number_in_the_range_is_refused_with_the_range(instruct, case
         assert len(message) < 300
         assert "not supported between" not in message
         assert "int string conversion" not in message
+        assert "ambiguous" not in message
+
+
+def test_every_switch_of_a_public_function_is_in_this_table():
+    functions = {name: each for name in fk.__all__ if inspect.isfunction(each := getattr(fk, name))}
+    assert SWITCHES.keys() >= {
+        f"{name} {each.name}"
+        for name, function in functions.items()
+        for each in inspect.signature(function).parameters.values()
+        if re.match(r"(<class ')?bool\b", str(each.annotation))
+    }
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-31, 1e31])

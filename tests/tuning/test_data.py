@@ -274,7 +274,7 @@ def test_a_frame_with_a_column_of_texts_and_numbers_is_read():
 
 @pytest.mark.parametrize("text", ["", "[]", "\n\n"])
 def test_nothing_to_read_is_an_error(tmp_path, text):
-    with pytest.raises(ValueError, match=r"nothing to fine-tune on in .*rows\.json"):
+    with pytest.raises(ValueError, match=r"nothing can be used of .*rows\.json: it is empty"):
         fk.dialogues(written(tmp_path / "rows.json", text))
 
 

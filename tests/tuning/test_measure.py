@@ -8,7 +8,7 @@ import pytest
 import falcon_kit as fk
 from falcon_kit.falconet.corpus import self_chat
 from falcon_kit.generation.chat import encode
-from falcon_kit.tuning.measure import answer_rates
+from falcon_kit.tuning.measure import answer_rates, short_rows
 from tests.tuning.small_runs import talk
 
 
@@ -46,6 +46,19 @@ def _longest(falcon):
         encode(talk("a" * count, "No.")["messages"], falcon.tokenizer, falcon.chat_format, False)
     )
     return bisect_right(range(8192), 2048, key=length) - 1
+
+
+def test_web_text_may_be_plain_texts_as_for_mix_beside_the_names_of_files(instruct, tmp_path):
+    texts, file = ["Lions roar.", "狮子吼叫。" * 100], tmp_path / "web"
+    (file / "more").mkdir(parents=True)
+    (file / "texts.txt").write_text("Cows moo.")
+    with pytest.warns(UserWarning, match="more: it is a folder in a folder"):
+        rows = short_rows([*texts, str(file), file / "texts.txt"], instruct)
+    expected = short_rows([{"text": each} for each in (*texts, "Cows moo.", "Cows moo.")], instruct)
+    assert rows.examples.to_dict()["ids"] == expected.examples.to_dict()["ids"]
+    for missing in ("web.jsonl", "no such file.TXT"):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {missing}"):
+            short_rows(["Lions roar.", missing], instruct)
 
 
 @pytest.fixture

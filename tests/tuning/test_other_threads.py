@@ -51,6 +51,26 @@ def test_another_thread_cannot_use_a_model_that_is_trained(monkeypatch, falcon, 
     assert falcon.generate(TEXT, max_new_tokens=2).text == fk.load("falconet").generate(TEXT, max_new_tokens=2).text
 
 
+INSPECTIONS = ("attention", "lens", "attribute", "ablate", "explain", "evaluate")
+UNDER_WAY = {
+    **{name: USES[name] for name in INSPECTIONS},
+    "beam search": lambda falcon, _: falcon.generate(TEXT, max_new_tokens=2, num_beams=2),
+}
+
+
+@pytest.mark.parametrize("name", UNDER_WAY)
+def test_what_is_under_way_when_another_thread_trains_ends_with_the_error(falcon, tmp_path, name):
+    def train(*_):
+        hook.remove()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(fk.tune, falcon, ROWS, output_dir=tmp_path / "run", quiet=True, **QUICK).result()
+
+    hook = falcon.model.transformer.h[1].register_forward_hook(train)
+    with pytest.raises(RuntimeError, match=r"fk\.tune has begun to train this model in another thread meanwhile, so"):
+        UNDER_WAY[name](falcon, tmp_path / "uses")
+    falcon.generate(TEXT, max_new_tokens=2)
+
+
 def test_a_stream_that_was_begun_before_ends_with_the_error_and_keeps_its_text(monkeypatch, falcon, tmp_path):
     stream = falcon.stream(TEXT, max_new_tokens=20)
     first = next(stream)

@@ -153,7 +153,7 @@ function render({ model, el }) {
       settings.show(state);
       fieldLabel.textContent = state.mode === "chat" ? "Message" : "Prompt";
       go.firstChild.data = state.mode === "chat" ? "Send" : "Generate";
-      if (!unheard && state.draft !== lastDraft) setDraft(state.draft);
+      if (!unheard && !draftTimer && state.draft !== lastDraft) setDraft(state.draft);
       [go.disabled, stop.disabled, clear.disabled] = [Boolean(running), !running, Boolean(running) || !state.turns.length];
       [again.disabled, undo.disabled] = [clear.disabled, Boolean(running) || !state.can_undo];
       status.textContent = running ? "Generating …" : was ? "Ended" : ""; // read out
