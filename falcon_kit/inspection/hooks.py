@@ -34,7 +34,6 @@ class TextResult:
     ids: tuple[int, ...]
     """The token ids of the text, T of them."""
     token_texts: tuple[str, ...]
-    """The text of each token."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class InspectedModel:
     decoder: FalconModel
     """The Falcon decoder inside it, without the language-modelling head."""
     tokenizer: PreTrainedTokenizerBase
-    """The model's tokenizer."""
     spec: FalconSpec
     """The model's shape as it is now."""
 
@@ -162,11 +160,18 @@ def of_this_thread(hook: Hook) -> Hook:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Turns dropout off, and restores each module's own mode. RuntimeError if another thread trains the model."""
     check_not_in_training(model)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    with switched_off(model.modules(), "training"):
+        yield
+
+
+@contextmanager
+def switched_off(objects: Iterable[Any], name: str) -> Iterator[None]:
+    """A context in which an attribute of all objects is False; those that had True have it again afterwards."""
+    on = [each for each in objects if getattr(each, name)]
+    for each in on:
+        setattr(each, name, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for each in on:
+            setattr(each, name, True)
