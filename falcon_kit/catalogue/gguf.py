@@ -43,9 +43,7 @@ class GGUFFile:
     """A Falcon in a GGUF file; a table in Jupyter."""
 
     path: Path
-    """The file."""
     spec: FalconSpec
-    """The shape of the model."""
     config: Mapping[str, Any]
     """Its config.json, which the file does not have, from the metadata."""
     metadata: Mapping[str, Any]

@@ -35,11 +35,9 @@ class Price:
     offer: str
     """What is sold at this price: the service, or the instance of EC2 that SageMaker's type is named after."""
     usd_per_hour: float
-    """US dollars."""
     as_of: str
     """The day or the year of the source."""
     source: str
-    """Its address."""
 
     @property
     def amount(self) -> str:
@@ -73,7 +71,6 @@ class Machine:
     provider: str
     """AWS, Google Cloud, Azure, Colab or Kaggle."""
     count: int
-    """The number of GPUs."""
     gpu: str
     """Their kind, a key of `GPUS`."""
     host_bytes: int | None

@@ -32,9 +32,7 @@ class Part:
     device: int | str
     """The key of the device."""
     bytes: int
-    """The size."""
     reason: str
-    """The reason for the size."""
 
 
 @dataclass(frozen=True)

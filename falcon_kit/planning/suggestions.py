@@ -11,15 +11,10 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import catalogue
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning import placement
 from falcon_kit.planning.devices import MARGIN, Device, devices_of
 from falcon_kit.planning.machines import MACHINES, machines_of, published_report
-from falcon_kit.planning.placement import (
-    CPU_OVERHEAD,
-    Request,
-    fits_in_memory,
-    layers_per_device,
-    tensor_parallel_parts,
-)
+from falcon_kit.planning.placement import CPU_OVERHEAD, Request, layers_per_device
 
 MARGIN_DOUBT = f"less than {MARGIN:.0%} of a GPU would stay free, and torch's allocator and libraries need some of it"
 """The doubt about a model that fits, but without the margin."""
@@ -85,9 +80,8 @@ def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> 
     larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
     for ranks in larger if device.key != "cpu" else ():
         more = _like(device, ranks)
-        if fits_in_memory(
-            without_margin(more), list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
-        ):
+        parts = list(placement.tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
+        if placement.fits_in_memory(without_margin(more), parts):
             yield Suggestion(f"tensor_parallel={ranks} on {ranks} x {device.name}")
             break
     undivided = replace(request, tensor_parallel=1)

@@ -6,7 +6,7 @@ from io import BytesIO
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from falcon_kit.display.live import in_notebook, show
 from falcon_kit.display.tables import format_bytes
@@ -39,21 +39,16 @@ class TuningProgress(TrainerCallback):
         self._bar: Any = None
         self._started = self._tokens = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Opens the bar, at the step from which training resumes."""
         self._started, self._tokens = time.monotonic(), self._trainer.tokens_read
         done, steps = state.global_step, state.max_steps
         self._bar = tqdm(disable=not self._shown, initial=done, total=steps, desc="Tuning", unit="step")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advances the bar."""
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._bar.update()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the loss and the tokens per second of all processes, and adds these to the history."""
         if self._bar is None or "loss" not in (logs or {}):
             return
@@ -65,7 +60,6 @@ class TuningProgress(TrainerCallback):
             self._draw(state.log_history)
 
     def close(self) -> None:
-        """Closes the bar and draws the last curve."""
         if self._bar is not None:
             self._bar.close()
         if self._draw and self._trainer.state.log_history:
