@@ -1,7 +1,4 @@
-"""A Falcon in a GGUF file, llama.cpp's format: its shape and its tensors, read from the header without the weights.
-
-Neither torch nor transformers is imported.
-"""
+"""A Falcon in a GGUF file, llama.cpp's format: its shape and its tensors, read from the header without the weights."""
 
 import math
 import os

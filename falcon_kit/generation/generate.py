@@ -163,7 +163,6 @@ class _GenerateTask(GenerationTask):
     def _step_by_step(
         self, keywords: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
     ) -> Iterator[Piece]:
-        """Generates token by token, or draft by draft."""
         if self.assisted:
             names = ("assistant_model", "assistant_tokenizer")
             drafting = {name: self.options.get(name) for name in names} | {"target_tokenizer": self.tokenizer}
@@ -197,7 +196,6 @@ class _GenerateTask(GenerationTask):
         return not any(each.is_meta for each in self.model.parameters())
 
     def _at_once(self, keywords: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
-        """Generates with a loop of transformers', such as beam search."""
         with rng:
             output: Any = self.model.generate(**keywords)  # type: ignore[misc]  # misdeclared
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them

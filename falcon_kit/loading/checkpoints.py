@@ -133,7 +133,6 @@ def _from_gguf(path: Path, hub: Mapping[str, Any]) -> Checkpoint:
 
 
 def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None) -> Checkpoint:
-    """The checkpoint whose config.json is in a directory."""
     shape = shape or names.spec(directory / "config.json")
     return Checkpoint(directory, shape, _config(directory), shape, hub=hub)
 

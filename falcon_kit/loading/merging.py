@@ -181,7 +181,6 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
 
 
 def _base(adapter: Path) -> Falcon:
-    """The base model that an adapter names."""
     name = adapter_base(adapter) or adapters.Adapter(adapter).base_name  # which raises: there is none
     found = find(adapter, {})
     if found.directory.resolve() == adapter.resolve():

@@ -189,7 +189,6 @@ class PackedLinear(nn.Linear):
         return nibbles[:, where].reshape(self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves the layer, and packs it for its new device."""
         self.weight, self.packed_for = frozen(self.canonical()), None
         scales = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,7 +1,4 @@
-"""GPUs, machines of clouds, prices and published reports, from devices.json, and the words that people type for them.
-
-Neither torch nor transformers is imported.
-"""
+"""GPUs, machines of clouds, prices and published reports, from devices.json, and the words that people use for them."""
 
 import json
 import re

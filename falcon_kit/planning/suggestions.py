@@ -1,7 +1,4 @@
-"""What to change where a model does not fit, and the doubts about one that fits by arithmetic alone.
-
-Neither torch nor transformers is imported.
-"""
+"""What to change where a model does not fit, and the doubts about one that fits by arithmetic alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -123,7 +120,6 @@ def _suggestion(request: Request, name: str, value: Any) -> Suggestion:
 
 
 def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
-    """More GPUs like the first one."""
     for count in range(len(devices) + 1, 17):
         if _fits(request, _like(devices[0], count)):
             yield Suggestion(f"more devices: {count} x {devices[0].name}")

@@ -155,7 +155,6 @@ def _restored(falcon: Falcon) -> Iterator[None]:
 
 
 def _new_adapter(falcon: Falcon, settings: Tuning) -> PeftModel:
-    """The model with a new adapter."""
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.r,
@@ -225,7 +224,6 @@ class _Run:
         return self._result(record["history"], record["figures"])
 
     def _trained(self) -> TuningRun:
-        """The result of training and measuring."""
         model = _new_adapter(self.falcon, self.settings)
         trainer = self._trainer(model)
         self._train(trainer)
@@ -306,7 +304,6 @@ class _Run:
             progress.close()
 
     def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
-        """The figures without and with the adapter."""
         name_of_text = "generated-text loss" if self.web_text is None else "web-text loss"
         text = self.web_text or short_rows(GENERATED, self.falcon)
         figures: dict[str, float] = {}
