@@ -57,9 +57,10 @@ def report_doubt(request: Request, devices: Sequence[Device]) -> str:
     """What published reports say against a model that fits by arithmetic; empty where they say nothing."""
     applies = not (request.trains or devices[0].key == "cpu" or any(device.offload_target for device in devices))
     report = published_report(request.spec, request.dtype) if applies else None
-    if report is None or sum(device.free_bytes for device in devices) >= report.bytes:
+    needed, source = report or (0, "")
+    if sum(device.free_bytes for device in devices) >= needed:
         return ""
-    return f"published reports needed {format_bytes(report.bytes)} ({report.source})"
+    return f"published reports needed {format_bytes(needed)} ({source})"
 
 
 def _fits(request: Request, devices: Sequence[Device]) -> bool:

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import is_out_of_memory, plain_scalar, require
-from falcon_kit.display.live import in_notebook
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.generation.training import in_training
@@ -35,7 +34,7 @@ from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import GENERATED, answer_rates, short_rows
 from falcon_kit.tuning.memory_plan import out_of_memory, plan_training
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
-from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, show_plan
+from falcon_kit.tuning.progress import TuningProgress, show_plan
 from falcon_kit.tuning.runs import TuningRun
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer, arguments
@@ -282,8 +281,7 @@ class _Run:
         return distributed.broadcast_from_rank0(not self.plan.fits, in_host_memory)
 
     def _train(self, trainer: AdapterTrainer) -> None:
-        shown = distributed.is_rank0() and not self.quiet
-        progress = TuningProgress(trainer, shown, LiveLossCurve() if shown and in_notebook() else None)
+        progress = TuningProgress(trainer, shown=distributed.is_rank0() and not self.quiet)
         trainer.add_callback(progress)
         try:
             trainer.train_or_resume()
