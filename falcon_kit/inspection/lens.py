@@ -30,14 +30,7 @@ from falcon_kit.display.errors import check_whole, is_whole, printable, require,
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.inspection import predictions
-from falcon_kit.inspection.hooks import (
-    InspectedModel,
-    TextOrIds,
-    TextResult,
-    forward_hooks,
-    inspect_model,
-    language_head,
-)
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, Ints, Predictions, TargetPredictions, mean_surprisal
 from falcon_kit.inspection.views.lens import lens_page
@@ -189,7 +182,7 @@ def _check_head(inspected: InspectedModel) -> None:
     """Raises ValueError for a head with an adapter, whose weight alone does not give the contributions."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    head = language_head(inspected)
+    head: Any = inspected.model.get_output_embeddings()  # `predict` raises where there is none
     require(
         not isinstance(head, BaseTunerLayer) or head.merged or head.disable_adapters,
         "the language-modelling head has an adapter beside its weight: merge it first, by model.merge_adapter()",
