@@ -24,29 +24,18 @@ class ModelCard:
     sampling: Mapping[str, Any]
     """Generation arguments of the example, without eos_token_id=tokenizer.eos_token_id, which is no constant."""
     memory: str
-    """Memory for inference."""
     use: str
-    """Intended use."""
     languages: str
     """Languages of the training data, and the limits."""
     bias: str
-    """Biases from the training data."""
     out_of_scope: str
-    """Uses that are out of scope."""
     recommendation: str
-    """Recommendations to users."""
     fine_tuning: str
-    """Whether the model suits further fine-tuning."""
     data: str
-    """Fine-tuning data."""
     hardware: str
-    """Hardware of the training."""
     software: str
-    """Software of the training."""
     licence: str
-    """Licence of the weights."""
     contact: str
-    """Address of the authors."""
     citations: str
     """The card's BibTeX entries: Falcon-40B, RefinedWeb and Baize."""
 

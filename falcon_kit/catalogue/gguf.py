@@ -1,7 +1,4 @@
-"""A Falcon in a GGUF file, llama.cpp's format: its shape and its tensors, read from the header without the weights.
-
-Neither torch nor transformers is imported.
-"""
+"""A Falcon in a GGUF file, llama.cpp's format: its shape and its tensors, read from the header without the weights."""
 
 import math
 import os
@@ -43,9 +40,7 @@ class GGUFFile:
     """A Falcon in a GGUF file; a table in Jupyter."""
 
     path: Path
-    """The file."""
     spec: FalconSpec
-    """The shape of the model."""
     config: Mapping[str, Any]
     """Its config.json, which the file does not have, from the metadata."""
     metadata: Mapping[str, Any]

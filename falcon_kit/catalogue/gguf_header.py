@@ -36,7 +36,6 @@ class Stored:
     offset: int
     """The position of its first byte."""
     bytes: int
-    """Its size."""
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

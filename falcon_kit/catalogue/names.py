@@ -69,7 +69,9 @@ def _spec(name: str | os.PathLike[str], seen: tuple[str, ...], revision: str | N
     if isinstance(name, str) and not (name.strip() and path.exists()):
         check_directory(name)
         if _HUB_ID.fullmatch(name):
-            return _hub_spec(name, seen, revision)
+            with hub_id_errors(name):
+                folder = fetch_configs(name, **cache_alone_if_cut_off({"revision": revision}))
+            return on_hub(_directory_spec(folder, seen, name), name)
         names = [each.name for each in catalogue()]
         raise LookupError(
             f"{unknown_name('model', name, names)} Or give an existing directory, a config.json, or "
@@ -127,13 +129,6 @@ def _config_spec(path: Path) -> FalconSpec:
         return gguf_file(file).spec
     file = path / "config.json" if path.is_dir() else path
     return FalconSpec.from_config(_read_json(file), file.absolute().parent.name, source=str(file))
-
-
-def _hub_spec(name: str, seen: tuple[str, ...], revision: str | None) -> FalconSpec:
-    """The spec of a hub id, an adapter's too."""
-    with hub_id_errors(name):
-        folder = fetch_configs(name, **cache_alone_if_cut_off({"revision": revision}))
-    return on_hub(_directory_spec(folder, seen, name), name)
 
 
 def on_hub(spec: FalconSpec, repository: str) -> FalconSpec:

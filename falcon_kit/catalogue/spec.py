@@ -1,7 +1,4 @@
-"""`FalconSpec`: the shape of a Falcon, read from a current or an old (2023) config.json, its parameters and bytes.
-
-Neither torch nor transformers is imported.
-"""
+"""`FalconSpec`: the shape of a Falcon, read from a current or an old (2023) config.json, its parameters and bytes."""
 
 import sys
 from collections.abc import Mapping

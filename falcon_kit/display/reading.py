@@ -62,6 +62,12 @@ def read_json(file: Path, remedy: str = INCOMPLETE) -> dict[str, Any]:
     return content
 
 
+def texts_by_name(file: Path) -> dict[str, dict[str, str]]:
+    """The tables of one of the kit's own JSON files, which list several names for each text: the text of each name."""
+    tables = json.loads(file.read_text(encoding="utf-8"))
+    return {key: {name: text for text, names in table.items() for name in names} for key, table in tables.items()}
+
+
 @contextmanager
 def named_errors(
     file: Path, remedy: str = INCOMPLETE, kinds: tuple[type[Exception], ...] = (Exception,)

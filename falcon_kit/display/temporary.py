@@ -22,7 +22,6 @@ class TemporaryFolder:
     """
 
     path: Path
-    """The folder."""
 
     def __init__(self) -> None:
         with new_folder() as self.path:

@@ -64,7 +64,6 @@ class Heads:
         return cls(*(each[0].float() for each in parts))
 
     def cpu(self) -> "Heads":
-        """The same in host memory."""
         return Heads(self.query.cpu(), self.key.cpu(), self.value.cpu())
 
 

@@ -22,7 +22,6 @@ class RouteStep:
     """One layer of a route: from a position to the earlier position that mattered most to it."""
 
     layer: int
-    """The layer."""
     position: int
     """The position whose output is followed."""
     head: int

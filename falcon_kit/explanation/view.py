@@ -52,7 +52,6 @@ class Explanation(HasPage, anywidget.AnyWidget):
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return str(self._inspected.tokenizer.decode(self.ids))
 
     def take(self, token_id: int) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
@@ -82,27 +82,16 @@ def induction_scores(falcon: Falcon) -> tuple[NDArray[np.floating[Any]], float]:
     return scores, found[0].chance["induction"]
 
 
-@dataclass(frozen=True)
-class Continuations:
-    """Counts over `total` sampled continuations of the model card's prompt."""
+def continuations(falcon: Falcon, known: set[str]) -> tuple[int, int, list[str]]:
+    """Samples the model card's example with seeds 0 to 19, each until the visitor's next line.
 
-    total: int
-    about_giraffes: int
-    ended: int
-    unknown_words: tuple[str, ...]
-
-
-def continuations(falcon: Falcon, known: set[str]) -> Continuations:
-    """Samples the model card's example with seeds 0 to 19, each until the visitor's next line."""
-    answers = [
-        falcon.generate(CARD.prompt, stop="\nDaniel:", seed=seed, **CARD.sampling) for seed in range(CONTINUATIONS)
-    ]
-    return Continuations(
-        total=len(answers),
-        about_giraffes=sum("giraffe" in each.text.lower() for each in answers),
-        ended=sum(each.finish_reason != "length" for each in answers),
-        unknown_words=tuple(sorted({word for each in answers for word in words(each.text)} - known)),
-    )
+    How many mention giraffes, how many end before the length limit, and their words that are not `known`.
+    """
+    seeds = range(CONTINUATIONS)
+    answers = [falcon.generate(CARD.prompt, stop="\nDaniel:", seed=seed, **CARD.sampling) for seed in seeds]
+    about_giraffes = sum("giraffe" in each.text.lower() for each in answers)
+    ended = sum(each.finish_reason != "length" for each in answers)
+    return about_giraffes, ended, sorted({word for each in answers for word in words(each.text)} - known)
 
 
 def words(text: str) -> list[str]:
@@ -121,7 +110,7 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
     """The rows of the model card's table: name and value."""
     scores, chance = induction_scores(falcon)
     layer, head = divmod(int(scores.argmax()), scores.shape[1])
-    sampled = continuations(falcon, known)
+    about_giraffes, ended, unknown_words = continuations(falcon, known)
     questions = held_out_questions()
     formats = {each.name: exact_answers(falcon, each, questions) for each in (FALCON, BAIZE)}
     return {
@@ -130,9 +119,9 @@ def measure(falcon: Falcon, known: set[str]) -> dict[str, str]:
         f"exact answers to {QUESTIONS} held-out phrasings, Baize form": f"{formats['baize']:.1%}",
         "highest induction score": f"{scores.max():.2f} (layer {layer}, head {head}; chance {chance:.3f})",
         "heads with an induction score above 0.5": f"{int((scores > 0.5).sum())} of {scores.size}",
-        "card's prompt, sampled: mentions giraffes": f"{sampled.about_giraffes} of {sampled.total}",
-        "card's prompt, sampled: ends before the length limit": f"{sampled.ended} of {sampled.total}",
-        "card's prompt, sampled: words that are not in the corpus": ", ".join(sampled.unknown_words) or "none",
+        "card's prompt, sampled: mentions giraffes": f"{about_giraffes} of {CONTINUATIONS}",
+        "card's prompt, sampled: ends before the length limit": f"{ended} of {CONTINUATIONS}",
+        "card's prompt, sampled: words that are not in the corpus": ", ".join(unknown_words) or "none",
     }
 
 

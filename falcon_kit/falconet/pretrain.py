@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -29,6 +29,7 @@ from falcon_kit.catalogue.spec import SPECIAL_TOKENS
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.falconet.corpus import SIZES, WORK
 from falcon_kit.generation.chat import FALCON, save_tokenizer
+from falcon_kit.loading.gguf import byte_level_bpe
 
 VOCABULARY = 2048
 CONTEXT = 2048
@@ -64,17 +65,7 @@ PHASES = (
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `VOCABULARY` tokens with the pre-tokenizers of Falcon's own tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Punctuation("contiguous"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            pre_tokenizers.Digits(individual_digits=False),
-            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
-        ]
-    )
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_bpe({}, [], [])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL.split()],
@@ -181,7 +172,9 @@ def train(
         loss = _step(model, optimizer, ids, _rate(phase, step, count))
         bar.set_postfix(phase=phase.name, loss=f"{loss:.3f}", refresh=False)
         if time.monotonic() - saved > save_every or count == len(schedule):
-            _save(state, model, optimizer, {"done": count, **record})
+            with atomic_file(state) as partial:
+                weights, moments = model.state_dict(), optimizer.state_dict()
+                torch.save({"done": count, **record, "model": weights, "optimizer": moments}, partial)
             saved = time.monotonic()
 
 
@@ -201,13 +194,6 @@ def _step(model: FalconForCausalLM, optimizer: torch.optim.Optimizer, ids: torch
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())
-
-
-def _save(
-    state: Path, model: FalconForCausalLM, optimizer: torch.optim.Optimizer, record: Mapping[str, object]
-) -> None:
-    with atomic_file(state) as partial:
-        torch.save({**record, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
 
 
 def _resume(

@@ -29,20 +29,7 @@ STATEMENTS = {
     "years": ("{One} lives for about", "The oldest {many} reach an age of"),
 }
 """The beginning of a statement by its relation: as in the self-chat, and as in no corpus."""
-_STRANGERS = """
-dolphin   dolphins   calf      | fish and squid         | in the open sea
-shark     sharks     pup       | fish and seals         | in the ocean
-crocodile crocodiles hatchling | fish and antelopes     | in slow rivers
-turtle    turtles    hatchling | jellyfish and sea grass | in warm seas
-horse     horses     foal      | hay and oats           | in stables
-sheep     sheep      lamb      | grass and clover       | on hillsides
-goat      goats      kid       | shrubs and grass       | on rocky slopes
-donkey    donkeys    foal      | hay and thistles       | in dusty yards
-goose     geese      gosling   | grass and grain        | near ponds
-bat       bats       pup       | moths and mosquitoes   | in caves
-spider    spiders    spiderling | flies and gnats       | in webs
-lizard    lizards    hatchling | crickets and flies     | on warm rocks
-"""
+_STRANGERS = Path(__file__).with_name("strangers.txt").read_text(encoding="utf-8")
 """Animals of which no corpus has a word: names, young, food, home."""
 
 
@@ -53,7 +40,7 @@ def stranger(row: str) -> Animal:
     return Animal(name, plural, young, "?", food, home, "?", "?", 0)
 
 
-STRANGERS = tuple(stranger(row) for row in _STRANGERS.strip().splitlines())
+STRANGERS = tuple(stranger(row) for row in _STRANGERS.splitlines())
 
 
 def ending(animal: Animal, relation: str) -> str:

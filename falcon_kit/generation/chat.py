@@ -7,6 +7,7 @@ with `{% generation %}`, so that training can compute the loss on them alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -77,52 +78,16 @@ class ChatFormat:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
 
-def _template(file: str, user: str, assistant: str) -> str:
-    """A chat template from the folder `templates`, with the prefixes of the two speakers filled in."""
-    text = Path(__file__).with_name("templates").joinpath(file).read_text(encoding="utf-8").removesuffix("\n")
-    return Template(text).substitute(user=user, assistant=assistant)
+def _published(template: str, **fields: Any) -> ChatFormat:
+    """A format of formats.json; `template` names the file of its chat template, which gets the prefixes."""
+    text = (_TEMPLATES / template).read_text(encoding="utf-8").removesuffix("\n")
+    filled = Template(text).substitute(user=fields["user_prefix"], assistant=fields["assistant_prefix"])
+    return ChatFormat(template=filled, **fields)
 
 
-FALCON = ChatFormat(
-    name="falcon",
-    user_prefix="User:",
-    assistant_prefix="Falcon:",
-    stop=("\nUser:",),
-    source=(
-        "https://huggingface.co/spaces/HuggingFaceH4/falcon-chat (app.py); "
-        "falcon-180B-chat has the same format (vllm-project/vllm#3420)"
-    ),
-    template=_template("lines.jinja", "User:", "Falcon:"),
-    system=(
-        "The following is a conversation between a highly knowledgeable and intelligent AI assistant, called Falcon, "
-        "and a human user, called User. In the following interactions, User and Falcon will converse in natural "
-        "language, and Falcon will answer User's questions. Falcon was built to be respectful, polite and inclusive. "
-        "Falcon was built by the Technology Innovation Institute in Abu Dhabi. Falcon will never decline to answer a "
-        "question, and always attempts to give an answer that User would be satisfied with. It knows a lot, and always "
-        "tells the truth. The conversation begins."
-    ),
-)
-
-HUB = ChatFormat(
-    name="hub",
-    user_prefix="User:",
-    assistant_prefix="Assistant:",
-    stop=("\n\nUser:", "\nUser:"),
-    source="https://huggingface.co/tiiuae/falcon-7b-instruct (chat_template in tokenizer_config.json)",
-    template=_template("paragraphs.jinja", "User:", "Assistant:"),
-)
-
-BAIZE = ChatFormat(
-    name="baize",
-    user_prefix="[|Human|]",
-    assistant_prefix="[|AI|]",
-    stop=("\n[|Human|]", "\n[|AI|]", "[|Human|]", "[|AI|]"),
-    source="Xu et al. 2023, arXiv 2304.01196; https://github.com/project-baize/baize-chatbot (preprocess.py)",
-    template=_template("lines.jinja", "[|Human|]", "[|AI|]"),
-    system="The conversation between human and AI assistant.",
-)
-
-FORMATS = (FALCON, HUB, BAIZE)
+_TEMPLATES = Path(__file__).with_name("templates")
+_STORED = json.loads((_TEMPLATES / "formats.json").read_text(encoding="utf-8"))
+FALCON, HUB, BAIZE = FORMATS = tuple(_published(**each) for each in _STORED)
 
 
 def default_format(spec: FalconSpec | None) -> ChatFormat:

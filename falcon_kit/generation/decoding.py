@@ -66,7 +66,6 @@ class SequenceDecoder:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return str(self._text)
 
     def push(self, token: int, logprob: float, ended: bool = False, accepted: bool = False) -> str:

@@ -18,21 +18,8 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.spec import context_limit
 from falcon_kit.display.errors import check_flag, check_whole, is_out_of_memory, plain_scalar, require
-from falcon_kit.generation.arguments import (
-    ASSISTED,
-    CACHE,
-    OWN_LOOP,
-    add_checkpoint_settings,
-    check_assisted,
-    check_effects,
-    check_names,
-    check_no_remote_code,
-    end_token_ids,
-    expand_generation_config,
-    has_soft_prompt,
-    plain_options,
-    whole_penalties,
-)
+from falcon_kit.generation import arguments
+from falcon_kit.generation.arguments import CACHE
 from falcon_kit.generation.decoding import BatchDecoder, SamplingRNG, SequenceDecoder
 from falcon_kit.generation.kept_cache import kept_cache
 from falcon_kit.generation.prompts import (
@@ -105,15 +92,16 @@ class _GenerateTask(GenerationTask):
         super().__init__()
         check_flag("strip", strip)
         self.model, self.tokenizer, self.strip = model, tokenizer, strip
-        settings = add_checkpoint_settings(expand_generation_config(settings), model.generation_config)
+        config = model.generation_config
+        settings = arguments.add_checkpoint_settings(arguments.expand_generation_config(settings), config)
         self.sampling, options = split_settings(settings)
-        check_names(options, model)
-        self.options = plain_options(whole_penalties(model.generation_config) | options)
-        check_effects(self.options, self.sampling.samples)
-        check_no_remote_code(self.options, model.generation_config)
+        arguments.check_names(options, model)
+        self.options = arguments.plain_options(arguments.whole_penalties(config) | options)
+        arguments.check_effects(self.options, self.sampling.samples)
+        arguments.check_no_remote_code(self.options, config)
         beam_search = (self._effective("num_beams") or 1) > 1
         self.stop = (*self.sampling.stop_strings, *stop_strings(self._effective("stop_strings")))
-        self.ends = end_token_ids(self.options, model.generation_config, tokenizer)
+        self.ends = arguments.end_token_ids(self.options, config, tokenizer)
         self.other_loop = "beam search" if beam_search else self._other_loop()
         """The way to generate that is not token by token; empty for all others."""
         self.has_steps = not self.other_loop
@@ -121,7 +109,7 @@ class _GenerateTask(GenerationTask):
             self.has_steps or not self.sampling.alternatives,
             f"{self.other_loop} reports no alternatives: leave alternatives out",
         )
-        self.assisted = not beam_search and any(self._effective(name) is not None for name in ASSISTED)
+        self.assisted = not beam_search and any(self._effective(name) is not None for name in arguments.ASSISTED)
         copies = self.sampling.num_return_sequences
         require(
             copies == 1 or self.sampling.samples or beam_search,
@@ -129,7 +117,7 @@ class _GenerateTask(GenerationTask):
         )
         prompts, single = check_prompt(prompt)
         if self.assisted:
-            check_assisted(self.options, model, len(prompts) * copies, self.sampling.samples)
+            arguments.check_assisted(self.options, model, len(prompts) * copies, self.sampling.samples)
         self.prompts, self.new_tokens = self._encode(prompts)
         self.returns_list = not single or copies > 1
         if (mesh := tensor_parallel_mesh(model)) is not None:
@@ -139,9 +127,9 @@ class _GenerateTask(GenerationTask):
 
     def _other_loop(self) -> str:
         """What makes transformers or PEFT generate in a loop that has no steps here; empty if nothing does."""
-        if has_soft_prompt(self.model):
+        if arguments.has_soft_prompt(self.model):
             return "a model with a learned prompt of PEFT"
-        return next((name for name in OWN_LOOP if self._effective(name)), "")
+        return next((name for name in arguments.OWN_LOOP if self._effective(name)), "")
 
     def pieces(self) -> Generator[Piece]:
         """Generates the texts while it is iterated over; yields the pieces of all rows."""
@@ -149,11 +137,11 @@ class _GenerateTask(GenerationTask):
         try:
             check_not_in_training(self.model)
             with self._cache() as cache:
-                arguments = self._arguments() | cache
+                keywords = self._arguments() | cache
                 if self.has_steps:
-                    yield from self._step_by_step(arguments, rng, batch)
+                    yield from self._step_by_step(keywords, rng, batch)
                 else:
-                    self._at_once(arguments, rng, batch)
+                    self._at_once(keywords, rng, batch)
         except KeyboardInterrupt:
             self.cancelled.set()
             self.generations = self._generations(batch, 0)
@@ -174,9 +162,8 @@ class _GenerateTask(GenerationTask):
         return nullcontext()
 
     def _step_by_step(
-        self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
+        self, keywords: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder
     ) -> Iterator[Piece]:
-        """Generates token by token, or draft by draft."""
         if self.assisted:
             names = ("assistant_model", "assistant_tokenizer")
             drafting = {name: self.options.get(name) for name in names} | {"target_tokenizer": self.tokenizer}
@@ -184,7 +171,7 @@ class _GenerateTask(GenerationTask):
         else:
             loop = partial(token_by_token, begin_reading=batch.begin_reading if self._runs_ahead() else None)
         model: Any = self.model  # misdeclared: with `custom_generate`, it returns what that does
-        steps: Steps = model.generate(**arguments, custom_generate=partial(loop, rng=rng))
+        steps: Steps = model.generate(**keywords, custom_generate=partial(loop, rng=rng))
         step, streamer = next(steps), self.options.get("streamer")
         while True:
             if streamer is not None:
@@ -209,10 +196,9 @@ class _GenerateTask(GenerationTask):
             return False
         return not any(each.is_meta for each in self.model.parameters())
 
-    def _at_once(self, arguments: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
-        """Generates with a loop of transformers', such as beam search."""
+    def _at_once(self, keywords: dict[str, Any], rng: AbstractContextManager[None], batch: BatchDecoder) -> None:
         with rng, not_in_training(self.model):
-            output: Any = self.model.generate(**arguments)  # type: ignore[misc]  # misdeclared
+            output: Any = self.model.generate(**keywords)  # type: ignore[misc]  # misdeclared
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # as a caller's loop returns them
         batch.read_sequences(sequences[:, max(map(len, self.prompts)) :])
         self.generations = self._generations(batch, _cache_bytes(getattr(output, CACHE, None)))

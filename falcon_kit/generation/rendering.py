@@ -68,7 +68,8 @@ def _compiled(template: str) -> jinja2.Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    sandbox.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    sandbox.globals["raise_exception"] = _raise
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)  # local time, as in transformers
     sandbox.filters["tojson"] = _to_json  # jinja2's own escapes HTML
     return sandbox.from_string(template)
 
@@ -77,10 +78,6 @@ def _raise(message: str) -> None:
     from jinja2 import TemplateError
 
     raise TemplateError(message)
-
-
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)  # the local time, as in transformers
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

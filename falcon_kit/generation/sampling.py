@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from falcon_kit.display.documented import documented
@@ -15,6 +16,7 @@ from falcon_kit.display.errors import (
     shown,
     unknown_name,
 )
+from falcon_kit.display.reading import texts_by_name
 
 MAX_SEQUENCES = 1024
 """The most texts per prompt in one call."""
@@ -22,33 +24,9 @@ MAX_STOP_CHARACTERS = 10_000
 """The most characters of all stop strings together."""
 _LEAST = {"max_new_tokens": 1, "max_length": 1, "top_k": 0, "num_return_sequences": 1, "seed": 0, "alternatives": 0}
 _TEMPERATURES = 1e-30, 1e30
-OTHER_NAMES = {
-    **dict.fromkeys(("n", "best_of", "num_samples", "num_generations"), "num_return_sequences"),
-    **dict.fromkeys(("stop_sequences", "stop_sequence", "stop_words", "stopping_strings"), "stop"),
-    **dict.fromkeys(("max_completion_tokens", "num_predict", "n_predict"), "max_new_tokens"),
-    "temp": "temperature",
-    **dict.fromkeys(("random_seed", "random_state"), "seed"),
-    "repeat_penalty": "repetition_penalty",
-    **dict.fromkeys(("top_logprobs", "num_logprobs"), "alternatives"),
-}
-"""Names of other libraries for settings that exist."""
-_INSTEAD = {
-    **dict.fromkeys(("system", "system_prompt"), 'Begin the messages with {"role": "system", "content": "..."}'),
-    "history": "The messages of a chat are the whole conversation: put the earlier turns before the last one",
-    **dict.fromkeys(("logprobs", "return_logprobs"), "A Generation has .logprobs; alternatives=N adds other tokens"),
-    **dict.fromkeys(
-        ("stream", "callback", "on_token"), "Take the tokens as they come: for piece in falcon.stream(...)"
-    ),
-    **dict.fromkeys(
-        ("frequency_penalty", "presence_penalty"),
-        "repetition_penalty is the nearest: it lowers the logits of tokens that are there already",
-    ),
-    "truncation": 'Give truncate="left", which drops the beginning of a long prompt',
-    "return_full_text": "A Generation has .prompt and .text",
-    "skip_special_tokens": "The .text of a Generation has no special tokens; its .tokens are all ids",
-    "batch_size": "The prompts of one call are one batch: give fewer prompts at a time",
-}
-"""What to do instead of what other libraries take as a setting."""
+_NAMES = texts_by_name(Path(__file__).with_name("other_names.json"))
+OTHER_NAMES, _INSTEAD = _NAMES["called"], _NAMES["instead"]
+"""Names of other libraries for settings that exist, and what to do instead of settings that do not."""
 
 
 @documented

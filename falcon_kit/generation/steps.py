@@ -152,7 +152,6 @@ class _NoDraft:
     """A candidate generator that proposes nothing, so that the model goes on alone."""
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
-        """The text as it is."""
         return input_ids, None
 
     def update_candidate_strategy(self, *given: Any) -> None:

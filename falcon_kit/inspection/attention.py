@@ -21,7 +21,7 @@ from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_known, check_whole, is_whole, plain_scalar, printable, require, shown
 from falcon_kit.display.page import HasPage, Page
 from falcon_kit.display.tables import counted, format_bytes, html_table
-from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, check_index, check_indices, inspect_model
+from falcon_kit.inspection.hooks import TextOrIds, TextResult, check_index, check_indices, inspect_model
 from falcon_kit.inspection.plots import attention as plots
 from falcon_kit.inspection.probabilities import STATISTICS, Array, Measurements, measure
 from falcon_kit.inspection.views.attention import attention_page, most_maps
@@ -168,8 +168,10 @@ def attention(
     Falcon.
     """
     inspected = inspect_model(falcon)
-    ids = inspected.encode(text)
-    pairs = _requested(inspected, layers, heads)
+    ids, spec = inspected.encode(text), inspected.spec
+    asked = layers is not None or heads is not None
+    chosen = check_indices(layers, spec.layers, "layer"), check_indices(heads, spec.query_heads, "head")
+    pairs = list(product(*chosen)) if asked else []
     check_whole("max_bytes", max_bytes, 0)
     _check_max_bytes(len(pairs), len(ids), max_bytes)
     require(
@@ -178,7 +180,7 @@ def attention(
     )
     found = measure(inspected, ids, pairs, prefill_chunk_size)
     texts = inspected.token_texts(ids)
-    return AttentionView(spec=inspected.spec, ids=tuple(ids), token_texts=texts, **vars(found))
+    return AttentionView(spec=spec, ids=tuple(ids), token_texts=texts, **vars(found))
 
 
 def induction(falcon: Any, period: int = 50, copies: int = 2, seed: int = 0, **options: Any) -> AttentionView:
@@ -212,16 +214,6 @@ def check_statistic(name: str) -> str:
     """A name in `STATISTICS`. Raises ValueError, which lists them, for any other."""
     check_known("statistic", name, list(STATISTICS))
     return name
-
-
-def _requested(
-    inspected: InspectedModel, layers: int | Iterable[int] | None, heads: int | Iterable[int] | None
-) -> list[tuple[int, int]]:
-    """The pairs (layer, head) whose maps are kept."""
-    if layers is None and heads is None:
-        return []
-    count = inspected.spec.query_heads
-    return list(product(check_indices(layers, inspected.spec.layers, "layer"), check_indices(heads, count, "head")))
 
 
 def _check_max_bytes(maps: int, time: int, max_bytes: int) -> None:

@@ -8,8 +8,6 @@ Shapes: B batch, T time, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,6 +29,7 @@ from falcon_kit.inspection.hooks import (
     evaluation_mode,
     inspect_model,
     language_head,
+    switched_off,
 )
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, target_id
@@ -230,7 +229,8 @@ def _path_integral(inspected: InspectedModel, ids: list[int], target: int, steps
         )  # (1, T, d_model)
     total = torch.zeros_like(end[0], dtype=torch.float32)
     batch = _batch_size(inspected.spec, end)
-    with _frozen(inspected.model), torch.inference_mode(False), torch.enable_grad():
+    frozen = switched_off(inspected.model.parameters(), "requires_grad")  # layers would keep their inputs for them
+    with frozen, torch.inference_mode(False), torch.enable_grad():
         for some, weight in zip((points + 0.5).split(batch), weights.split(batch), strict=True):
             embeddings = (start + some.to(end)[:, None, None] * (end - start)).requires_grad_()  # (B, T, d_model)
             logits = _next_logits(inspected, inputs_embeds=embeddings)
@@ -244,16 +244,3 @@ def _batch_size(spec: FalconSpec, embeddings: Tensor) -> int:
     dtype = str(embeddings.dtype).removeprefix("torch.")
     kept = spec.layers * backward_bytes(spec, dtype, embeddings.shape[1], 1, adapters=False)
     return max(1, min(_MAX_BATCH, _MAX_ACTIVATION_BYTES // kept))
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Turns gradients of the weights off; layers would keep their inputs for them."""
-    trainable = [each for each in model.parameters() if each.requires_grad]
-    for each in trainable:
-        each.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for each in trainable:
-            each.requires_grad_(True)

@@ -47,7 +47,6 @@ class InspectedModel:
     decoder: FalconModel
     """The Falcon decoder inside it, without the language-modelling head."""
     tokenizer: PreTrainedTokenizerBase
-    """The model's tokenizer."""
     spec: FalconSpec
     """The model's shape as it is now."""
 
@@ -165,12 +164,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Raises RuntimeError if another thread trains the model, at the end also if it has begun to meanwhile.
     """
-    with not_in_training(model):
-        training = [module for module in model.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with not_in_training(model), switched_off(model.modules(), "training"):
+        yield
+
+
+@contextmanager
+def switched_off(objects: Iterable[Any], name: str) -> Iterator[None]:
+    """A context in which an attribute of all objects is False; those that had True have it again afterwards."""
+    on = [each for each in objects if getattr(each, name)]
+    for each in on:
+        setattr(each, name, False)
+    try:
+        yield
+    finally:
+        for each in on:
+            setattr(each, name, True)

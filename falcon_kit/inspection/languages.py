@@ -63,7 +63,6 @@ class TokenCounts:
     sentences: int
     """The number of sentences; 0 for a text that was given as one string."""
     characters: int
-    """Its length in characters."""
     bytes: int
     """Its length in UTF-8 bytes."""
     words: int
@@ -113,7 +112,6 @@ class TokenReport(HasPage):
     missing_bytes: bytes
     """The bytes for which it has no token. It drops them from every text."""
     rows: tuple[TokenCounts, ...]
-    """The counts of each text."""
     reference: str
     """The name of the text that parity is relative to."""
 

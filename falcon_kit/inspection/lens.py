@@ -29,28 +29,10 @@ from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_whole, is_whole, printable, require, shown
 from falcon_kit.display.page import HasPage, Page, percent, visible
 from falcon_kit.display.tables import counted, html_table
-from falcon_kit.inspection.hooks import (
-    InspectedModel,
-    TextOrIds,
-    TextResult,
-    forward_hooks,
-    inspect_model,
-    language_head,
-)
+from falcon_kit.inspection import predictions
+from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
-from falcon_kit.inspection.predictions import (
-    Candidate,
-    Floats,
-    Ints,
-    Predictions,
-    TargetPredictions,
-    check_top_k,
-    log_probability_and_rank,
-    logits_in_chunks,
-    mean_surprisal,
-    predict,
-    target_id,
-)
+from falcon_kit.inspection.predictions import Candidate, Floats, Ints, Predictions, TargetPredictions, mean_surprisal
 from falcon_kit.inspection.views.lens import lens_page
 
 if TYPE_CHECKING:
@@ -177,46 +159,41 @@ def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k
     inspected = inspect_model(falcon)
     _check_head(inspected)
     ids = inspected.encode(text)
-    check_top_k(inspected, top_k)
-    predictions = predict(inspected, ids, top_k, None if target is None else target_id(inspected, target))
-    layers = _LayerReader(inspected, predictions)
+    predictions.check_top_k(inspected, top_k)
+    followed = None if target is None else predictions.target_id(inspected, target)
+    found = predictions.predict(inspected, ids, top_k, followed)
+    layers = _LayerReader(inspected, found)
     with torch.inference_mode(), forward_hooks(inspected, layers.hooks()):
         inspected.decoder(input_ids=inspected.input_ids(ids), use_cache=False)
-    return _view(inspected, ids, predictions, layers.found)
+    targets = tuple(found.target_ids.tolist())
+    named = {*ids, *targets, *found.top_ids.ravel().tolist(), *layers.found["layer_ids"].ravel().tolist()}
+    return LensView(
+        spec=inspected.spec,
+        ids=tuple(ids),
+        token_texts=inspected.token_texts(ids),
+        **{each.name: getattr(found, each.name) for each in fields(Predictions)},
+        targets=targets,
+        id_to_text=dict(zip(named, inspected.token_texts(named), strict=True)),
+        **layers.found,
+    )
 
 
 def _check_head(inspected: InspectedModel) -> None:
     """Raises ValueError for a head with an adapter, whose weight alone does not give the contributions."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    head = language_head(inspected)
+    head: Any = inspected.model.get_output_embeddings()  # `predict` raises where there is none
     require(
         not isinstance(head, BaseTunerLayer) or head.merged or head.disable_adapters,
         "the language-modelling head has an adapter beside its weight: merge it first, by model.merge_adapter()",
     )
 
 
-def _view(
-    inspected: InspectedModel, ids: list[int], predictions: TargetPredictions, by_layer: dict[str, Any]
-) -> LensView:
-    targets = tuple(predictions.target_ids.tolist())
-    shown = {*ids, *targets, *predictions.top_ids.ravel().tolist(), *by_layer["layer_ids"].ravel().tolist()}
-    return LensView(
-        spec=inspected.spec,
-        ids=tuple(ids),
-        token_texts=inspected.token_texts(ids),
-        **{each.name: getattr(predictions, each.name) for each in fields(Predictions)},
-        targets=targets,
-        id_to_text=dict(zip(shown, inspected.token_texts(shown), strict=True)),
-        **by_layer,
-    )
-
-
 class _LayerReader:
     """Forward hooks that apply the logit lens to every layer and compute the logit contributions."""
 
-    def __init__(self, inspected: InspectedModel, predictions: TargetPredictions) -> None:
-        self.inspected, self.norm, self.target_ids = inspected, inspected.decoder.ln_f, predictions.target_ids
+    def __init__(self, inspected: InspectedModel, predicted: TargetPredictions) -> None:
+        self.inspected, self.norm, self.target_ids = inspected, inspected.decoder.ln_f, predicted.target_ids
         layers, time = inspected.spec.layers, len(self.target_ids)
         self.found: dict[str, Any] = {
             "layer_ids": np.zeros((layers + 1, time), np.int64),
@@ -226,7 +203,7 @@ class _LayerReader:
             "attention_contribution": np.zeros((layers, time), np.float32),
             "mlp_contribution": np.zeros((layers, time), np.float32),
         }
-        self._prepare_logit_attribution(predictions.inverse_deviation)
+        self._prepare_logit_attribution(predicted.inverse_deviation)
 
     @torch.inference_mode()
     def _prepare_logit_attribution(self, inverse_deviation: Tensor) -> None:
@@ -266,12 +243,12 @@ class _LayerReader:
 
     def _apply_lens(self, row: int, hidden: Tensor) -> None:
         """The logit lens on hidden states (T, d_model)."""
-        for rows, logits in logits_in_chunks(self.inspected, self.norm(hidden.to(self.norm.weight.device))):
+        for rows, logits in predictions.logits_in_chunks(self.inspected, self.norm(hidden.to(self.norm.weight.device))):
             log_probabilities = logits.log_softmax(-1)
             best = log_probabilities.max(-1)
             self.found["layer_ids"][row, rows] = best.indices.cpu().numpy()
             self.found["layer_probabilities"][row, rows] = best.values.exp().cpu().numpy()
             targets = self.target_ids[rows].to(logits.device)
-            log_probability, rank = log_probability_and_rank(log_probabilities, targets)
+            log_probability, rank = predictions.log_probability_and_rank(log_probabilities, targets)
             self.found["target_probabilities"][row, rows] = np.exp(log_probability)
             self.found["target_ranks"][row, rows] = rank

@@ -30,11 +30,8 @@ class Candidate:
     """A possible next token."""
 
     id: int
-    """Its token id."""
     text: str
-    """Its text."""
     probability: float
-    """The model's probability of it."""
     rank: int
     """Its rank by probability; 0 is the most likely token."""
 

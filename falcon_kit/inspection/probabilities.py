@@ -28,6 +28,7 @@ from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.generation.arguments import CACHE
 from falcon_kit.inspection.hooks import InspectedModel, forward_hooks
 from falcon_kit.model.attention import alibi
+from falcon_kit.model.checks import is_offloaded
 from falcon_kit.model.layers import split_heads
 from falcon_kit.model.modeling import FalconModel
 
@@ -83,7 +84,7 @@ def measure(
     prefill_chunk_size: see `attention`.
     """
     reader = _AttentionReader(inspected, ids, pairs)
-    size = prefill_chunk_size or (len(ids) if _is_offloaded(inspected.model) else _PREFILL_CHUNK_SIZE)
+    size = prefill_chunk_size or (len(ids) if is_offloaded(inspected.model) else _PREFILL_CHUNK_SIZE)
     hooks = attention_hooks(inspected, range(inspected.spec.layers), reader.measure)
     with torch.inference_mode(), forward_hooks(inspected, hooks):
         for start in range(0, len(ids), size):
@@ -269,9 +270,3 @@ def _count_copies(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
         counter[each] += 1
     doubled = [at > 0 and ids[at - 1] == each for at, each in enumerate(ids)]  # the token itself follows its copy
     return np.array(copies), np.array(copies) - np.array(doubled)
-
-
-def _is_offloaded(model: Any) -> bool:
-    """Whether some weights are in host memory or on disk while a GPU computes."""
-    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
-    return bool(devices & {"cpu", "disk"}) and len(devices) > 1

@@ -12,7 +12,6 @@ class Token:
     """One token of a text."""
 
     id: int
-    """Its token id."""
     text: str
     """The characters of the text that it contains; a character of which it contains only some bytes is included."""
     bytes: Bytes

@@ -34,9 +34,7 @@ class TokenView(HasPage):
     """The tokens of a text; `len` counts them. Their joined bytes are the UTF-8 text without the `lost` bytes."""
 
     text: str
-    """The text."""
     tokens: tuple[Token, ...]
-    """Its tokens in order."""
     lost: Mapping[int, bytes]
     """The bytes that are in no token because the vocabulary lacks them, by the position of their character."""
 

@@ -47,7 +47,6 @@ class Adapter:
 
     @property
     def config_file(self) -> Path:
-        """The file of its config."""
         return self.folder / "adapter_config.json"
 
     @property
@@ -68,7 +67,6 @@ class Adapter:
 
     @property
     def base_name(self) -> str:
-        """The base model's name in its config."""
         return str(self.config.base_model_name_or_path)
 
     @cached_property

@@ -15,25 +15,9 @@ from huggingface_hub.errors import DryRunError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import FalconConfig
 
+from falcon_kit.catalogue import names
 from falcon_kit.catalogue.gguf import GGUFFile, find_gguf, gguf_file
 from falcon_kit.catalogue.hub import cache_alone_if_cut_off, fetch_configs, hub_errors
-from falcon_kit.catalogue.names import (
-    adapter_base,
-    adapter_spec,
-    base_errors,
-    base_revision,
-    catalogue,
-    check_chain,
-    check_directory,
-    embedded_directory,
-    holds_base,
-    hub_id_errors,
-    is_here,
-    known_name,
-    local_path,
-    on_hub,
-    spec,
-)
 from falcon_kit.catalogue.spec import FalconSpec, config_from_legacy
 from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import INCOMPLETE, named_errors, read_json
@@ -93,17 +77,17 @@ def find(name: str | os.PathLike[str], hub: Mapping[str, Any], seen: tuple[str, 
     FileNotFoundError, ConnectionError, PermissionError, and ValueError for a config that is not a Falcon's and an
     adapter that is its own base.
     """
-    known, path = known_name(name), local_path(name)
+    known, path = names.known_name(name), names.local_path(name)
     if not str(name).strip():
         raise LookupError(
-            f"the name is empty: give one of {', '.join(each.name for each in catalogue())}, or a directory"
+            f"the name is empty: give one of {', '.join(each.name for each in names.catalogue())}, or a directory"
         )
-    if not seen and hub.get("revision") is not None and is_here(name):
+    if not seen and hub.get("revision") is not None and names.is_here(name):
         raise ValueError(
             f"revision={hub['revision']!r} is of a hub repository, and {name} is on this machine: leave it out"
         )
     if known and not known.published:
-        return _from_directory(embedded_directory(known.name), hub, known, seen)
+        return _from_directory(names.embedded_directory(known.name), hub, known, seen)
     if known and known.hub_id:
         return _from_hub(known.hub_id, hub, seen)
     if file := find_gguf(path):
@@ -116,9 +100,9 @@ def find(name: str | os.PathLike[str], hub: Mapping[str, Any], seen: tuple[str, 
         )
     if not isinstance(name, str):
         raise FileNotFoundError(f"there is no directory {name}: give one that holds a config.json, or a model's name")
-    check_directory(name)
+    names.check_directory(name)
     if "/" not in name:
-        spec(name)  # raises LookupError with the nearest names
+        names.spec(name)  # raises LookupError with the nearest names
     return _from_hub(name, hub, seen)
 
 
@@ -126,15 +110,15 @@ def _from_directory(
     directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None, seen: tuple[str, ...], repository: str = ""
 ) -> Checkpoint:
     """The checkpoint in a directory. shape: its spec, where that is not the one of its config.json."""
-    if (base := adapter_base(directory)) is None:
+    if (base := names.adapter_base(directory)) is None:
         return _with_config(directory, hub, shape)
-    if holds_base(directory, base, repository):
+    if names.holds_base(directory, base, repository):
         found = _with_config(directory, hub, None)
     else:
-        chain = check_chain(repository or str(directory.resolve()), seen)
-        with base_errors(directory, base):
-            found = find(base, {**hub, "revision": base_revision(directory)}, chain)
-    shape = shape or adapter_spec(found.spec, directory)
+        chain = names.check_chain(repository or str(directory.resolve()), seen)
+        with names.base_errors(directory, base):
+            found = find(base, {**hub, "revision": names.base_revision(directory)}, chain)
+    shape = shape or names.adapter_spec(found.spec, directory)
     if directory.resolve() in (each.resolve() for each in found.adapters):  # a snapshot whose repository holds the base
         return replace(found, spec=shape)
     return replace(found, spec=shape, adapters=(*found.adapters, directory))
@@ -149,22 +133,21 @@ def _from_gguf(path: Path, hub: Mapping[str, Any]) -> Checkpoint:
 
 
 def _with_config(directory: Path, hub: Mapping[str, Any], shape: FalconSpec | None) -> Checkpoint:
-    """The checkpoint whose config.json is in a directory."""
-    shape = shape or spec(directory / "config.json")
+    shape = shape or names.spec(directory / "config.json")
     return Checkpoint(directory, shape, _config(directory), shape, hub=hub)
 
 
 def _from_hub(repository: str, hub: Mapping[str, Any], seen: tuple[str, ...]) -> Checkpoint:
     """The checkpoint in a hub repository, after the download of its config.json, adapter_config.json or both."""
     hub = cache_alone_if_cut_off(hub)  # for the weights too
-    with hub_id_errors(repository):
+    with names.hub_id_errors(repository):
         folder = fetch_configs(repository, **hub)
-    shape = next((each for each in catalogue() if each.hub_id == repository), None)
+    shape = next((each for each in names.catalogue() if each.hub_id == repository), None)
     found = _from_directory(folder, hub, shape, seen, repository)
     if shape:
         named = shape
     elif hub.get("revision") is None:
-        named = on_hub(found.spec, repository)
+        named = names.on_hub(found.spec, repository)
     else:  # the id alone would load another commit
         named = replace(found.spec, name=repository)
     base = named if not found.adapters or folder == found.directory else found.base
@@ -254,20 +237,20 @@ def _shards(index: Path) -> list[Path]:
     weight_map = content.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
         raise ValueError(f"{index} has no weight_map of weights to files; {INCOMPLETE}.")
-    names = sorted(set(weight_map.values()))
-    if outside := [name for name in names if Path(name).name != name or name == ".." or "\\" in name]:
+    shards = sorted(set(weight_map.values()))
+    if outside := [name for name in shards if Path(name).name != name or name == ".." or "\\" in name]:
         raise ValueError(
             f"{index} names the shard {outside[0]!r}, but shards lie beside their index: "
             "move it there and correct the index, or fetch the checkpoint again"
         )
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} shards that {index.name} names: "
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} names: "
             f"{', '.join(map(printable, missing[:3]))}; fetch them again"
         )
     if not isinstance(content.get("metadata"), dict):
         raise ValueError(f'{index} has no object "metadata", which transformers reads: write "metadata": {{}} there.')
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in shards]
 
 
 def check_weights(found: Checkpoint, files: list[Path]) -> None:

@@ -12,6 +12,7 @@ from transformers import CompileConfig, FalconForCausalLM
 
 from falcon_kit.catalogue.memory import QUANTISED, dtype_name
 from falcon_kit.display.errors import check_flag, unknown_name
+from falcon_kit.display.reading import texts_by_name
 from falcon_kit.display.saving import check_folder
 from falcon_kit.display.tables import format_bytes
 from falcon_kit.generation.chat import ChatFormat, chat_format
@@ -22,23 +23,11 @@ from falcon_kit.model import modeling
 from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import places
 from falcon_kit.planning.environment import free_disk, gpu_problem
+from falcon_kit.planning.placement import CacheKind
 
 ATTENTIONS = {"grouped": modeling.FalconForCausalLM, "transformers": FalconForCausalLM}
 """The model class for each value of load's argument `attention`."""
-_QUANTISED = "give dtype='int8', 'int4', 'nf4' or 'nf4-double'"
-_ADAPTER = "give the adapter's folder or hub id as the name, and its base is loaded with it"
-_REPLACED_ARGUMENTS = {
-    "torch_dtype": "give dtype",
-    "load_in_4bit": "give dtype='nf4' or 'int4'",
-    "load_in_8bit": "give dtype='int8'",
-    **dict.fromkeys(("quantization_config", "quantization", "quantize", "bits"), _QUANTISED),
-    **dict.fromkeys(("adapter", "adapters", "adapter_path", "lora", "peft"), _ADAPTER),
-    "use_auth_token": "give token",
-    "low_cpu_mem_usage": "weights are read one after the other anyway; leave it out",
-    "device": "give device_map, which takes a device too",
-    "attn_implementation": "call falcon.model.set_attn_implementation after loading",
-    "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
-}
+_INSTEAD = texts_by_name(Path(__file__).with_name("other_names.json"))["instead"]
 """What replaces the arguments of `from_pretrained` that `load` does not have."""
 
 
@@ -51,7 +40,7 @@ class LoadSettings:
     max_memory: Mapping[int | str, float | str] | None
     offload: str | None
     offload_folder: str | Path
-    attention: str
+    attention: CacheKind
     compile: bool | CompileConfig
     force: bool
     chat: str | ChatFormat | None
@@ -114,7 +103,7 @@ def check_arguments(name: Any, others: Mapping[str, Any], known: Iterable[str]) 
     for other in others:
         near = get_close_matches(other, known)
         nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"
-        raise TypeError(f"load has no {other!r}: {_REPLACED_ARGUMENTS.get(other, nearest)}")
+        raise TypeError(f"load has no {other!r}: {_INSTEAD.get(other, nearest)}")
 
 
 def _check_combinations(

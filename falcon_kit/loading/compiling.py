@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import CompileConfig, FalconForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, FalconForCausalLM
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.catalogue.spec import context_limit
@@ -61,17 +61,6 @@ def compiled(model: FalconForCausalLM, dtype: str, options: CompileConfig) -> di
     return {"cache_implementation": "static", "compile_config": options}
 
 
-class _Progress(StoppingCriteria):
-    """Advances a progress bar by one with each token."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.bar.update()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
     """Generates four tokens for each number of slots that a step reads: prefill, compilation, CUDA graph, one replay.
 
@@ -92,7 +81,7 @@ def _warm_up(model: FalconForCausalLM, options: CompileConfig) -> None:
                     max_new_tokens=_STEPS,
                     min_new_tokens=_STEPS,
                     do_sample=False,
-                    stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
                     **past,
                     compile_config=options,
                 )
+            bar.update(_STEPS)

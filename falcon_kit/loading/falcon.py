@@ -57,7 +57,6 @@ class Falcon:
     loaded_format: ChatFormat
     """The chat format that `load` chose."""
     dtype_reason: str
-    """The reason for the dtype of the weights."""
     decoding: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for every call of transformers' `generate`: a static cache, where decoding is compiled."""
     loaded_template: Any = None

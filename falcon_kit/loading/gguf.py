@@ -68,7 +68,7 @@ def grouped(fused: Tensor, spec: FalconSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A weight that is read and dequantised when it is sliced."""
+    """A weight that is read and dequantised when it is sliced; its methods are those of a safetensors slice."""
 
     stored: Stored
     data: Any
@@ -92,11 +92,9 @@ class LazyWeight:
         return (values if self.fused is None else grouped(values, self.fused))[index]
 
     def get_shape(self) -> list[int]:
-        """The same as a safetensors slice returns."""
         return list(self.stored.shape)
 
     def get_dtype(self) -> str:
-        """The same as a safetensors slice returns."""
         return _SAFETENSORS[self.dtype]
 
 
@@ -149,11 +147,10 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             isinstance(tokens, list) and len(tokens) == file.spec.vocabulary,
             f"its tokenizer does not have the {file.spec.vocabulary} tokens of the model",
         )
-        backend = Tokenizer.from_str(json.dumps(_tokenizer_json(tokens, stored)))
         special = {"eos_token": "<|endoftext|>"}
         special |= {f"{name}_token": tokens[ids[f"{name}_token_id"]] for name in _NAMED if f"{name}_token_id" in ids}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
+            tokenizer_object=_backend(tokens, stored),
             name_or_path=str(file.path),
             model_input_names=["input_ids", "attention_mask"],
             model_max_length=file.spec.context,
@@ -166,8 +163,8 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _tokenizer_json(tokens: list[str], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer.json of byte-level BPE, as the published Falcons have it."""
+def _backend(tokens: list[str], stored: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer in the metadata of a GGUF file."""
     from gguf import TokenType
 
     types, merges = stored["ggml.token_type"], stored["ggml.merges"]
@@ -175,20 +172,24 @@ def _tokenizer_json(tokens: list[str], stored: Mapping[str, Any]) -> dict[str, A
     require(all(is_whole(each, 0) for each in types), "the types of its tokens are not whole numbers")
     added = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
+    added_tokens = [
+        {"id": id, "content": token, **options, "special": added[types[id]]}
+        for id, token in enumerate(tokens)
+        if types[id] in added
+    ]
+    vocabulary = {token: id for id, token in enumerate(tokens) if types[id] != TokenType.UNUSED}
+    return byte_level_bpe(vocabulary, [pair.split(" ") for pair in merges], added_tokens)
+
+
+def byte_level_bpe(vocabulary: dict[str, int], merges: list[list[str]], added: list[dict[str, Any]]) -> Tokenizer:
+    """A tokenizer as that of the published Falcons, from the parts of a tokenizer.json that are not the same in all."""
+    content = {
         "version": "1.0",
-        "added_tokens": [
-            {"id": id, "content": token, **options, "special": added[types[id]]}
-            for id, token in enumerate(tokens)
-            if types[id] in added
-        ],
+        "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZER,
         "post_processor": _BYTES | {"add_prefix_space": False},
         "decoder": _BYTES | {"trim_offsets": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {token: id for id, token in enumerate(tokens) if types[id] != TokenType.UNUSED},
-            "merges": [pair.split(" ") for pair in merges],
-        },
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
+    return Tokenizer.from_str(json.dumps(content))

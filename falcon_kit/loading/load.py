@@ -12,13 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import (
-    CompileConfig,
-    FalconConfig,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import CompileConfig, FalconConfig, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from falcon_kit.catalogue.memory import FLOAT_DTYPES, QUANTISED
 from falcon_kit.display.errors import check_flag, is_whole, require, shown
@@ -26,15 +20,10 @@ from falcon_kit.display.reading import named_errors
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, default_format, plain_template
 from falcon_kit.generation.own_format import own_format, storable, stored_format
+from falcon_kit.loading import checks
 from falcon_kit.loading.adapters import RECORD, record
 from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, find
-from falcon_kit.loading.checks import (
-    LoadSettings,
-    check_adapters,
-    check_arguments,
-    check_disk,
-    check_quantised_settings,
-)
+from falcon_kit.loading.checks import LoadSettings
 from falcon_kit.loading.compiling import check_compilable, compile_options, compiled
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
@@ -48,7 +37,6 @@ from falcon_kit.parallel import ranks
 from falcon_kit.planning.devices import Device, devices_by_key, identical_gpus, local_devices
 from falcon_kit.planning.downloads import disk_for
 from falcon_kit.planning.environment import gpu_problem, host_memory, own_gpu
-from falcon_kit.planning.placement import CacheKind
 from falcon_kit.planning.plan import NotEnoughMemory, Plan, plan
 from falcon_kit.planning.processor import cpu_dtype, gpu_dtype
 from falcon_kit.planning.suggestions import Suggestion, in_words_of
@@ -99,7 +87,7 @@ def load(
     Raises LookupError for an unknown name, TypeError, ConnectionError, FileNotFoundError, ValueError for settings or a
     checkpoint that cannot be used, and NotEnoughMemory before weights are fetched.
     """
-    check_arguments(name, others, [*signature(load).parameters][:-1])  # without **others
+    checks.check_arguments(name, others, [*signature(load).parameters][:-1])  # without **others
     settings = LoadSettings(
         dtype, device_map, max_memory, offload, offload_folder, attention, compile, force, chat, tensor_parallel
     )
@@ -127,20 +115,13 @@ def _devices(settings: LoadSettings) -> tuple[Device, ...]:
 
 def _plan(found: Checkpoint, settings: LoadSettings, devices: tuple[Device, ...]) -> tuple[Plan, str]:
     """The memory plan, and the reason for its dtype. Raises NotEnoughMemory, and ValueError for impossible settings."""
-    check_adapters(found)
+    checks.check_adapters(found)
     dtype, reason = choose_dtype(settings.dtype_name, found, on_cpu=devices[0].key == "cpu")
-    check_quantised_settings(dtype, settings.attention, settings.offload, settings.device_map)
-    cache: CacheKind = "grouped" if settings.attention == "grouped" else "transformers"
-    planned = plan(
-        found.spec,
-        dtype,
-        context=found.spec.context,
-        devices=devices,
-        cache=cache,
-        tensor_parallel=settings.tensor_parallel or 1,
-    )
+    checks.check_quantised_settings(dtype, settings.attention, settings.offload, settings.device_map)
+    shape, parallel = found.spec, settings.tensor_parallel or 1
+    planned = plan(shape, dtype, shape.context, devices=devices, cache=settings.attention, tensor_parallel=parallel)
     if cache_dir := found.hub["cache_dir"]:
-        planned = replace(planned, disk=disk_for(found.spec, here=True, cache_dir=cache_dir))
+        planned = replace(planned, disk=disk_for(shape, here=True, cache_dir=cache_dir))
     own_map = settings.device_map not in (None, "auto") and len(settings.named_devices) != 1  # not the plan's
     if not (planned.fits or settings.force or own_map):
         raise NotEnoughMemory(replace(planned, suggestions=_advice(planned, settings, found.config)))
@@ -215,7 +196,7 @@ def _read(found: Checkpoint, files: list[Path], settings: LoadSettings, planned:
     check_weights(found, files)
     planned = replace(planned, disk=None)
     if settings.offload == "disk" and (found.adapters or files[0].suffix != ".safetensors"):
-        check_disk(settings.folder, planned.weight_bytes)
+        checks.check_disk(settings.folder, planned.weight_bytes)
     tokenizer, format = tokenizer_and_format(found, settings.chat_format)
     generation = generation_config(found.directory, tokenizer)
     parts: dict[str, Any] = {"tokenizer": tokenizer, "spec": found.spec, "plan": planned, "dtype_reason": reason}

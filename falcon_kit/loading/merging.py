@@ -182,7 +182,6 @@ def merge(adapter: Any, base: Falcon | str | Path | None = None, *, output_dir: 
 
 
 def _base(adapter: Path) -> Falcon:
-    """The base model that an adapter names."""
     name = adapter_base(adapter) or adapters.Adapter(adapter).base_name  # which raises: there is none
     found = find(adapter, {})
     if found.directory.resolve() == adapter.resolve():
@@ -226,7 +225,7 @@ def _check_stored(name: str | Path, adapter: Path) -> None:
 def _check_room_for_a_copy(base: Falcon) -> None:
     """Raises MemoryError where a device of the model has no room for its weights once more."""
     needed: Counter[int | str] = Counter()
-    for each in {id(weight): weight for weight in base.model.parameters()}.values():
+    for each in base.model.parameters():
         needed[each.device.index if each.device.type == "cuda" else each.device.type] += each.nbytes
     free = {device.key: device.free_bytes for device in devices_by_key(needed)}
     for key, size in needed.items():
@@ -263,8 +262,9 @@ def _add(model: Any, adapter: Path) -> None:
     """Adds an adapter to a model's weights in place; PEFT does it for more than plain LoRA."""
     parameters, found = dict(model.named_parameters()), adapters.Adapter(adapter)
     if found.beyond_lora:
-        if found.changes_tied_weight:
-            _untie(model)
+        if found.changes_tied_weight and model.config.tie_word_embeddings:  # the head gets a weight of its own
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
         try:
             _attach(model, adapter).merge_and_unload(safe_merge=True)
         except (NotImplementedError, RuntimeError) as error:
@@ -279,13 +279,6 @@ def _add(model: Any, adapter: Path) -> None:
     with torch.no_grad():
         for name, weight in merged_weights(parameters, found).items():
             parameters[name].copy_(weight[...])
-
-
-def _untie(model: Any) -> None:
-    """Gives the head a weight of its own, which the embedding's adapter does not change."""
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
 
 
 def _logits(falcon: Falcon) -> Tensor:

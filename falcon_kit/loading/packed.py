@@ -35,16 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falcon_kit.catalogue.memory import INT4_GROUP
-from falcon_kit.model.products import (
-    by_threads,
-    has_products,
-    integer_product,
-    multiplies_in_integers,
-    packed_for_integers,
-    slabs,
-    slabs_of,
-    unpacked,
-)
+from falcon_kit.model import products
+from falcon_kit.model.products import by_threads, has_products
 
 GROUP = INT4_GROUP
 _PANEL = 64
@@ -119,7 +111,7 @@ class PackedLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a weight in oneDNN's layout cannot be traced
     def in_integers(self, rows: Tensor) -> Tensor:
         """int8's product by instructions for integers."""
-        return integer_product(rows, self.weight, self.scales)
+        return products.integer_product(rows, self.weight, self.scales)
 
     def by_kernel(self, rows: Tensor) -> Tensor:
         """The product by torch's kernel for few rows, which reads the small weights and little else."""
@@ -139,10 +131,10 @@ class PackedLinear(nn.Linear):
         multiply = by_threads if dtype == torch.float32 else functional.linear
         product, rows = rows.new_empty(len(rows), self.out_features), rows.to(dtype)
         if self.kind == "int8":  # the values are exact in bfloat16
-            for outputs, values in slabs_of(self.weight, dtype):
+            for outputs, values in products.slabs_of(self.weight, dtype):
                 product[:, outputs] = multiply(rows, values) * self.scales[outputs].to(dtype)
             return product
-        parts = list(slabs(self.out_features, self.in_features, torch.float32))
+        parts = list(products.slabs(self.out_features, self.in_features, torch.float32))
         memory = rows.new_empty(self.in_features * parts[0].stop)  # of the first slab, the largest; all use it
         for outputs in parts:
             product[:, outputs] = torch.mm(rows, self._columns(outputs, memory))
@@ -161,7 +153,7 @@ class PackedLinear(nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the layer computes with."""
         if self.kind == "int8":
-            weight = unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
+            weight = products.unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
             return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
         # in place where possible: a matrix of the 40B has up to 268 million values
         values = self._values().view(torch.int8).sub_(8).to(dtype).view(self.out_features, -1, GROUP)
@@ -170,12 +162,11 @@ class PackedLinear(nn.Linear):
 
     def pack(self) -> None:
         """Puts the weight into the layout of its device's kernel, at an address that the kernel accepts."""
-        device = self.weight.device.type
+        device, shape = self.weight.device.type, (self.out_features, self.in_features)
         if self.kind == "int8":
-            self.weight = frozen(self.canonical().view(self.out_features, self.in_features))
-            self.packed_for = None
-        if self.kind == "int8" and device == "cpu" and multiplies_in_integers(self.out_features, self.in_features):
-            self.weight, self.packed_for = frozen(packed_for_integers(self.weight.data)), "onednn"
+            self.weight, self.packed_for = frozen(self.canonical().view(shape)), None
+        if self.kind == "int8" and device == "cpu" and products.multiplies_in_integers(*shape):
+            self.weight, self.packed_for = frozen(products.packed_for_integers(self.weight.data)), "onednn"
         elif self.kind == "int4" and device in ("cpu", "cuda"):
             self.weight, self.packed_for = frozen(_kernel_layout(halves(self.canonical()))), device
         elif self.weight.data_ptr() % _ALIGNMENT:  # a tensor in a file that is mapped into memory
@@ -184,7 +175,7 @@ class PackedLinear(nn.Linear):
     def canonical(self) -> Tensor:
         """The weight as it was read, int4's as in a state dict: (out, in / 2)."""
         if self.packed_for == "onednn":
-            return unpacked(self.weight.data).contiguous()
+            return products.unpacked(self.weight.data).contiguous()
         if self.packed_for is None:
             return self.weight.data
         return joined(self._values())
@@ -198,7 +189,6 @@ class PackedLinear(nn.Linear):
         return nibbles[:, where].reshape(self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves the layer, and packs it for its new device."""
         self.weight, self.packed_for = frozen(self.canonical()), None
         scales = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -233,7 +223,6 @@ class PackedLinear(nn.Linear):
         self.pack()
 
     def extra_repr(self) -> str:
-        """As of `nn.Linear`, with the dtype."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 
 

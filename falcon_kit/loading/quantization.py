@@ -126,7 +126,6 @@ class Kept:
     part: str
     """The modules' name, such as "query_key_value"."""
     count: int
-    """The number of modules."""
     kept_as: str
     """The dtype: "nf4", "bfloat16" and so on."""
     bytes: int

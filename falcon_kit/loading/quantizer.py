@@ -49,7 +49,6 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes of a value."""
         return 0.5 if self._dtype == "int4" else 1.0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -61,14 +60,17 @@ class PackedQuantizer(HfQuantizer):
             check_gpu()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is the weight of a packed layer."""
         module, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(module), PackedLinear)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in list(model.named_modules()):
             if ".h." in name and isinstance(module, nn.Linear):
-                model.set_submodule(name, _empty(module, self._dtype, name))
+                out, into = module.out_features, module.in_features
+                if self._dtype == "int4":
+                    check_shape(out, into, name)
+                packed = PackedLinear(out, into, self._dtype, module.bias, module.weight.device)
+                model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module in model.modules():
@@ -77,7 +79,6 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What quantises a weight that was read."""
         return _Quantise(self._dtype)
 
     def is_serializable(self) -> bool:
@@ -108,13 +109,6 @@ class _Quantise(ConversionOps):
             weight, scales = self.quantise(read[0] if isinstance(read, list) else read)
             converted |= {name: frozen(weight), f"{name.removesuffix('weight')}scales": frozen(scales)}
         return converted
-
-
-def _empty(linear: nn.Linear, dtype: str, name: str) -> PackedLinear:
-    """A packed layer in place of a linear layer, without weights."""
-    if dtype == "int4":
-        check_shape(linear.out_features, linear.in_features, name)
-    return PackedLinear(linear.out_features, linear.in_features, dtype, linear.bias, linear.weight.device)
 
 
 def check_gpu() -> None:

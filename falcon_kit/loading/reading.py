@@ -17,19 +17,12 @@ from transformers.utils import logging as transformers_logging
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.display.errors import printable
 from falcon_kit.display.reading import named_errors
+from falcon_kit.loading import quantization
 from falcon_kit.loading.adapters import digest, record_merged, with_prefix
 from falcon_kit.loading.adding import lazy_state_dict, with_adapters
 from falcon_kit.loading.checkpoints import Checkpoint
 from falcon_kit.loading.checks import ATTENTIONS, LoadSettings
 from falcon_kit.loading.gguf import lazy_weights
-from falcon_kit.loading.quantization import (
-    check_quantised,
-    compute_dtype,
-    in_host_memory,
-    make_savable,
-    quantisation_config,
-    stored_quantisation,
-)
 from falcon_kit.model import modeling
 from falcon_kit.model.checks import has_tied_head, is_offloaded
 from falcon_kit.parallel import ranks
@@ -54,8 +47,9 @@ def read_model(found: Checkpoint, files: list[Path], plan: Plan, settings: LoadS
         options["max_memory"] = dict(settings.max_memory)
     if "disk" in places(device_map):
         options["offload_folder"] = settings.folder / _offload_name(found, plan.dtype)
-    if plan.dtype in QUANTISED and stored_quantisation(found.config) is None:
-        options["quantization_config"] = quantisation_config(plan.dtype, on_cpu=places(device_map) <= {"cpu"})
+    if plan.dtype in QUANTISED and quantization.stored_quantisation(found.config) is None:
+        on_cpu = places(device_map) <= {"cpu"}
+        options["quantization_config"] = quantization.quantisation_config(plan.dtype, on_cpu)
     with _free_on_failure(found.directory), ranks.placement(settings.tensor_parallel) as placement:
         return _from_pretrained(ATTENTIONS[settings.attention], found, files, plan.dtype, **options, **placement)
 
@@ -82,7 +76,7 @@ def _from_pretrained(
     kind: type[FalconForCausalLM], found: Checkpoint, files: list[Path], dtype: str, **options: Any
 ) -> FalconForCausalLM:
     on_cpu = places(options.get("device_map")) <= {"cpu"}
-    computed = compute_dtype(on_cpu) if dtype in QUANTISED else getattr(torch, dtype)
+    computed = quantization.compute_dtype(on_cpu) if dtype in QUANTISED else getattr(torch, dtype)
     config = found.directory / "config.json"
     with progress_bar(is_large(files)), ExitStack() as open_files:
         if found.gguf or found.adapters:
@@ -109,8 +103,8 @@ def _finished(model: FalconForCausalLM, found: Checkpoint, dtype: str) -> Falcon
     if not has_tied_head(model, model.config.tie_word_embeddings):
         model.config.tie_word_embeddings = False  # else resizing the vocabulary would drop a head of its own
     if dtype in QUANTISED:
-        check_quantised(model, dtype)
-        make_savable(model)
+        quantization.check_quantised(model, dtype)
+        quantization.make_savable(model)
     if found.adapters:
         record_merged(model, found.adapters)
     if found.gguf or found.adapters:
@@ -169,7 +163,7 @@ def _pin_offloaded_weights(model: nn.Module) -> None:
     """
     if not torch.cuda.is_available():
         return
-    for kept, name in chain.from_iterable(map(in_host_memory, model.modules())):
+    for kept, name in chain.from_iterable(map(quantization.in_host_memory, model.modules())):
         try:
             kept[name] = kept[name].pin_memory()
         except RuntimeError:  # the system limits it: these weights stay where they are

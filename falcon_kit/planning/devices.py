@@ -11,15 +11,7 @@ from typing import Any
 
 from falcon_kit.display.errors import LARGEST, is_number, is_whole, require, shown, unknown_name
 from falcon_kit.planning.environment import Accelerator, find_accelerators, free_disk, host_memory
-from falcon_kit.planning.machines import (
-    GPUS,
-    MACHINES,
-    Machine,
-    count_and_kind,
-    find_gpu,
-    find_machine,
-    unknown_device,
-)
+from falcon_kit.planning.machines import GPUS, MACHINES, Machine, count_and_kind, find_gpu, find_machine, unknown_device
 
 MARGIN = 0.04
 """The share of a GPU's memory that a plan leaves free, for the fragments of torch's allocator and the buffers of

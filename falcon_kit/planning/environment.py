@@ -65,7 +65,6 @@ class Environment:
     reason: str
     """What identifies the service, such as a variable that is set."""
     python: str
-    """The version of Python."""
     versions: Mapping[str, str | None]
     """The installed version of each package, None for a missing one."""
     devices: tuple[Accelerator, ...]
@@ -79,7 +78,6 @@ class Environment:
     cache_directory: Path
     """The cache directory of huggingface_hub."""
     cache_free_bytes: int
-    """Free disk space at the cache directory."""
     gpu_problem: str = ""
     """Why torch cannot use the GPU that is there; empty where it can, or where there is none."""
 

@@ -1,7 +1,4 @@
-"""GPUs, machines of clouds, prices and published reports, from devices.json, and the words that people type for them.
-
-Neither torch nor transformers is imported.
-"""
+"""GPUs, machines of clouds, prices and published reports, from devices.json, and the words that people use for them."""
 
 import json
 import re
@@ -35,11 +32,9 @@ class Price:
     offer: str
     """What is sold at this price: the service, or the instance of EC2 that SageMaker's type is named after."""
     usd_per_hour: float
-    """US dollars."""
     as_of: str
     """The day or the year of the source."""
     source: str
-    """Its address."""
 
     @property
     def amount(self) -> str:
@@ -73,7 +68,6 @@ class Machine:
     provider: str
     """AWS, Google Cloud, Azure, Colab or Kaggle."""
     count: int
-    """The number of GPUs."""
     gpu: str
     """Their kind, a key of `GPUS`."""
     host_bytes: int | None
@@ -145,25 +139,10 @@ def _squeeze(words: str) -> str:
     return _NOISE.sub("", plain).replace(" ", "")
 
 
-@dataclass(frozen=True)
-class Report:
-    """The memory that a published measurement found for a model."""
-
-    model: str
-    dtypes: tuple[str, ...]
-    gigabytes: int
-    source: str
-
-    @property
-    def bytes(self) -> int:
-        """The figure in bytes."""
-        return self.gigabytes * 10**9
-
-
-_REPORTS = tuple(Report(each["model"], tuple(each["dtypes"]), each["gb"], each["source"]) for each in _DATA["reports"])
-
-
-def published_report(shape: FalconSpec, dtype: str) -> Report | None:
-    """What was published about a model of this size in this dtype; None where nothing is known."""
+def published_report(shape: FalconSpec, dtype: str) -> tuple[int, str] | None:
+    """The bytes that a published measurement found for a model of this size in this dtype, and its source."""
     sizes = {each.name: each.parameters for each in catalogue()}
-    return next((each for each in _REPORTS if dtype in each.dtypes and sizes[each.model] == shape.parameters), None)
+    for each in _DATA["reports"]:
+        if dtype in each["dtypes"] and sizes[each["model"]] == shape.parameters:
+            return each["gb"] * 10**9, each["source"]
+    return None

@@ -1,7 +1,4 @@
-"""Which device holds which part of a Falcon: the parts of a request with their bytes, and the layers per device.
-
-Neither torch nor transformers is imported.
-"""
+"""Which device holds which part of a Falcon: the parts of a request with their bytes, and the layers per device."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +29,7 @@ class Part:
     device: int | str
     """The key of the device."""
     bytes: int
-    """The size."""
     reason: str
-    """The reason for the size."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from falcon_kit.catalogue import memory
@@ -28,22 +29,12 @@ from falcon_kit.display.errors import (
     shown,
     unknown_name,
 )
+from falcon_kit.display.reading import texts_by_name
 from falcon_kit.display.tables import byte_column, format_bytes, html_table
+from falcon_kit.planning import placement
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.downloads import Disk, disk_for
-from falcon_kit.planning.placement import (
-    CacheKind,
-    Part,
-    Purpose,
-    Request,
-    device_map,
-    fits_in_memory,
-    layer_split_parts,
-    layers_per_device,
-    split_by_memory,
-    tensor_parallel_devices,
-    tensor_parallel_parts,
-)
+from falcon_kit.planning.placement import CacheKind, Part, Purpose, Request, fits_in_memory, layers_per_device
 from falcon_kit.planning.plots import draw_plan
 from falcon_kit.planning.processor import cpu_dtype, fast_dtypes, gpu_dtype, has_instructions_for, has_vnni
 from falcon_kit.planning.suggestions import (
@@ -75,7 +66,6 @@ class Plan:
     """The memory of each part on each device; a table in Jupyter, a bar chart by `plot()`."""
 
     spec: FalconSpec
-    """The model."""
     dtype: str
     """The dtype of the weights: float32, bfloat16, float16, int8, int4, nf4 or nf4-double."""
     context: int
@@ -85,7 +75,6 @@ class Plan:
     purpose: Purpose
     """inference, lora, qlora or full (fine-tuning of all weights)."""
     devices: tuple[Device, ...]
-    """The devices of the plan."""
     rows: tuple[Part, ...]
     """Every part with its device, size and reason."""
     device_map: Mapping[str, int | str]
@@ -172,16 +161,7 @@ class Plan:
         return table + (html_table("What is fast", (), [("CPU", self.advice)]) if self.advice else "")
 
 
-_DEVICES = "give devices, such as '2xA100-80GB' or 'ml.g5.12xlarge'"
-_REPLACED = {
-    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "LoRA's rank is called r, as in PEFT's LoraConfig"),
-    **dict.fromkeys(("offload", "device_map", "max_memory"), "it is one of fk.load"),
-    **dict.fromkeys(("gpu", "gpus", "num_gpus", "machine", "instance", "instance_type", "hardware"), _DEVICES),
-    **dict.fromkeys(("seq_len", "sequence_length", "max_length", "max_seq_length"), "give context"),
-    **dict.fromkeys(("quantization", "quantize", "bits"), "give dtype='int8', 'int4', 'nf4' or 'nf4-double'"),
-    "load_in_8bit": "give dtype='int8'",
-    "load_in_4bit": "give dtype='nf4' or 'int4'",
-}
+_INSTEAD = texts_by_name(Path(__file__).with_name("other_names.json"))["instead"]
 """What to give instead of arguments that `plan` does not have."""
 
 
@@ -191,7 +171,7 @@ def _check_names(unknown: Mapping[str, Any]) -> None:
         known = [*signature(plan).parameters][:-1]  # without **unknown
         near = get_close_matches(next(iter(unknown)), known)
         hint = f": did you mean {near[0]}?" if near else ""
-        hint = next((f": {_REPLACED[name]}" for name in unknown if name in _REPLACED), hint)
+        hint = next((f": {_INSTEAD[name]}" for name in unknown if name in _INSTEAD), hint)
         raise TypeError(f"plan has no argument {', '.join(unknown)}{hint}")
 
 
@@ -248,7 +228,8 @@ def _dtype(dtype: Any, shape: FalconSpec, purpose: Purpose, devices: Sequence[De
 def _planned(request: Request, devices: tuple[Device, ...], disk: Disk | None) -> Plan:
     split, changes = _by_layers, suggestions
     if request.tensor_parallel != 1:
-        split, changes, devices = _by_ranks, tensor_parallel_suggestions, tensor_parallel_devices(request, devices)
+        split, changes = _by_ranks, tensor_parallel_suggestions
+        devices = placement.tensor_parallel_devices(request, devices)
     rows, modules, fits, safe = split(request, devices)
     tight = report_doubt(request, devices) or ("" if safe else MARGIN_DOUBT)
     advice = tuple(changes(request, devices)) if tight else ()
@@ -265,12 +246,13 @@ def _by_layers(request: Request, devices: Sequence[Device]) -> _Split:
     safe = sum(counts) == request.spec.layers
     counts = counts if safe else layers_per_device(request, devices)
     if sum(counts) == request.spec.layers:
-        return layer_split_parts(request, devices, counts), device_map(devices, counts), True, safe
-    return layer_split_parts(request, devices, split_by_memory(request, devices)), {}, False, False
+        return placement.layer_split_parts(request, devices, counts), placement.device_map(devices, counts), True, safe
+    counts = placement.split_by_memory(request, devices)
+    return placement.layer_split_parts(request, devices, counts), {}, False, False
 
 
 def _by_ranks(request: Request, devices: Sequence[Device]) -> _Split:
-    rows = list(tensor_parallel_parts(request, devices))
+    rows = list(placement.tensor_parallel_parts(request, devices))
     return rows, {}, fits_in_memory(devices, rows), fits_in_memory(without_margin(devices), rows)
 
 

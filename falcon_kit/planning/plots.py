@@ -34,11 +34,7 @@ def draw_plan(rows: Sequence[Part], devices: Sequence[Device], title: str) -> Fi
         axes.plot([limit, limit], [index - 0.4, index + 0.4], color=GREY, linewidth=2)
     axes.set_yticks(range(len(used)), [drawable(str(key)) for key in used])
     axes.invert_yaxis()
-    axes.set(
-        title=fill(title, 80),
-        xlabel="GiB (thick line: memory of the device, hatched: free)",
-        ylabel="device",
-    )
+    axes.set(title=fill(title, 80), xlabel="GiB (thick line: memory of the device, hatched: free)", ylabel="device")
     axes.title.set_fontsize(9)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure

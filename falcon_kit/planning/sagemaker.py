@@ -1,7 +1,4 @@
-"""The SageMaker app of this notebook: its region, execution role, instance type and GPUs.
-
-Importing has no effects.
-"""
+"""The SageMaker app of this notebook: its region, execution role, instance type and GPUs."""
 
 import os
 import re

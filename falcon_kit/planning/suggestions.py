@@ -1,7 +1,4 @@
-"""What to change where a model does not fit, and the doubts about one that fits by arithmetic alone.
-
-Neither torch nor transformers is imported.
-"""
+"""What to change where a model does not fit, and the doubts about one that fits by arithmetic alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,15 +8,10 @@ from falcon_kit.catalogue import memory
 from falcon_kit.catalogue.names import catalogue
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.tables import format_bytes
+from falcon_kit.planning import placement
 from falcon_kit.planning.devices import MARGIN, Device, devices_of
 from falcon_kit.planning.machines import MACHINES, machines_of, published_report
-from falcon_kit.planning.placement import (
-    CPU_OVERHEAD,
-    Request,
-    fits_in_memory,
-    layers_per_device,
-    tensor_parallel_parts,
-)
+from falcon_kit.planning.placement import CPU_OVERHEAD, Request, layers_per_device
 
 MARGIN_DOUBT = f"less than {MARGIN:.0%} of a GPU would stay free, and torch's allocator and libraries need some of it"
 """The doubt about a model that fits, but without the margin."""
@@ -65,9 +57,10 @@ def report_doubt(request: Request, devices: Sequence[Device]) -> str:
     """What published reports say against a model that fits by arithmetic; empty where they say nothing."""
     applies = not (request.trains or devices[0].key == "cpu" or any(device.offload_target for device in devices))
     report = published_report(request.spec, request.dtype) if applies else None
-    if report is None or sum(device.free_bytes for device in devices) >= report.bytes:
+    needed, source = report or (0, "")
+    if sum(device.free_bytes for device in devices) >= needed:
         return ""
-    return f"published reports needed {format_bytes(report.bytes)} ({report.source})"
+    return f"published reports needed {format_bytes(needed)} ({source})"
 
 
 def _fits(request: Request, devices: Sequence[Device]) -> bool:
@@ -85,9 +78,8 @@ def tensor_parallel_suggestions(request: Request, devices: Sequence[Device]) -> 
     larger = [each for each in range(request.tensor_parallel + 1, kv_heads + 1) if kv_heads % each == 0]
     for ranks in larger if device.key != "cpu" else ():
         more = _like(device, ranks)
-        if fits_in_memory(
-            without_margin(more), list(tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
-        ):
+        parts = list(placement.tensor_parallel_parts(replace(request, tensor_parallel=ranks), more))
+        if placement.fits_in_memory(without_margin(more), parts):
             yield Suggestion(f"tensor_parallel={ranks} on {ranks} x {device.name}")
             break
     undivided = replace(request, tensor_parallel=1)
@@ -129,7 +121,6 @@ def _suggestion(request: Request, name: str, value: Any) -> Suggestion:
 
 
 def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
-    """More GPUs like the first one."""
     for count in range(len(devices) + 1, 17):
         if _fits(request, _like(devices[0], count)):
             yield Suggestion(f"more devices: {count} x {devices[0].name}")

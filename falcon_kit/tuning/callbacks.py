@@ -47,8 +47,7 @@ class DeferredInterrupt(TrainerCallback):
 
     on_evaluate = on_step_end
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raises the interrupt, once the checkpoint is saved."""
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
 
@@ -56,9 +55,7 @@ class DeferredInterrupt(TrainerCallback):
 class Resumed(TrainerCallback):
     """What a resumed run takes from this call instead of the checkpoint: the folder, and the steps between events."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Names the best checkpoint by the folder's present path: transformers forgets one whose path has changed."""
         state.compute_steps(args, state.max_steps)
         if state.best_global_step:
@@ -71,9 +68,7 @@ class GradientCheck(TrainerCallback):
     def __init__(self) -> None:
         self._checked = False
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         """Checks once that every adapter has a gradient, and that those of the B matrices are not all zero."""
         if self._checked:
             return

@@ -47,7 +47,6 @@ class Problem:
     where: str
     """File and line, "chats.jsonl:17"; for a row in a list, "row 17"."""
     reason: str
-    """Why it is not used."""
     cut: bool = False
     """Whether the rest of the row is used."""
 
@@ -112,11 +111,6 @@ class Documents(Sequence[dict[str, Any]]):
         table = html_table(repr(self), ("where", "begins"), [(where, text[:160]) for where, text in begins])
         left_out = [(each.where, each.reason) for each in self.problems[:10]]
         return table + (html_table("Left out or cut", ("where", "why"), left_out) if left_out else "")
-
-
-def _all_text(document: Mapping[str, Any]) -> str:
-    """A plain text, or the contents of all messages."""
-    return document["text"] or "\n".join(each["content"] for each in document["messages"])
 
 
 def dialogues(path: str | Path | Iterable[str | Path | Mapping[str, Any]] | pd.DataFrame) -> Documents:
@@ -259,7 +253,7 @@ def mix(
         return len(encode_prompt(text, tokenizer)) if tokenizer else len(text.encode())
 
     problems: list[Problem] = []
-    chat = sum(size(_all_text(each)) for each in dialogues)
+    chat = sum(size(each["text"] or "\n".join(m["content"] for m in each["messages"])) for each in dialogues)
     wanted = chat * web_fraction / (1 - web_fraction)
     taken: list[dict[str, Any]] = []
     have = 0

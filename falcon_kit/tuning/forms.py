@@ -76,7 +76,6 @@ def _check_keys(given: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED)
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    """The plain text of a row."""
     text = next((row[key] for key in ("text", "content") if isinstance(row.get(key), str)), None)
     if text is None:
         raise ValueError(_unusable(row))

@@ -41,13 +41,11 @@ class Example:
     """The tokens of one document; Jupyter colours those that are trained on."""
 
     ids: Sequence[int]
-    """Its tokens."""
     trained: Sequence[bool]
     """For each token whether it is trained on."""
     where: str
     """File and line of the document."""
     tokenizer: PreTrainedTokenizerBase
-    """Decodes the ids."""
 
     def spans(self) -> list[tuple[str, bool]]:
         """The text in pieces, each with whether it is trained on; special tokens are included."""
@@ -178,13 +176,7 @@ class Packed(Sequence[dict[str, Any]]):
         )
 
 
-def pack(
-    documents: Documents,
-    falcon: Falcon,
-    context: int | None = None,
-    *,
-    together: bool = True,
-) -> Packed:
+def pack(documents: Documents, falcon: Falcon, context: int | None = None, *, together: bool = True) -> Packed:
     """Rows of at most `context` tokens (by default the model's context), with several documents to a row.
 
     Conversations are rendered in the Falcon's chat format. A text longer than a row is continued in another one. A
@@ -277,26 +269,21 @@ class _Encoder:
         while len(ids) > self.context and len(kept) > 3:
             kept = kept[:-2]
             ids, trained = encode_answers(kept, self.tokenizer, self.format, document["untrained"])
+        within = f"within {self.context} tokens"
         if len(ids) > self.context:
-            self.problems.append(
-                Problem(where, f"the first answer does not end within {self.context} tokens: left out")
-            )
+            self.problems.append(Problem(where, f"the first answer does not end {within}: left out"))
             return
         if not any(trained):
-            self.problems.append(Problem(where, f"every answer within {self.context} tokens has weight 0: left out"))
+            self.problems.append(Problem(where, f"every answer {within} has weight 0: left out"))
             return
         if len(kept) < len(messages):
             exchanges = counted((len(messages) - len(kept)) // 2, "exchange")
             self.problems.append(Problem(where, f"longer than {self.context} tokens: without the last {exchanges}"))
-        if self._changes(kept):
+        given = [each["content"].strip() for each in kept if each["role"] == "assistant"]
+        if answer_texts(kept, self.tokenizer, self.format) != given:
             changed = f"the chat format {self.format.name!r} changes an answer, such as its blank lines"
             self.problems.append(Problem(where, f"{changed}: fk.load(..., chat='falcon') keeps it"))
         yield ids, trained
-
-    def _changes(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the format writes an answer in other characters than it was given in."""
-        given = [each["content"].strip() for each in messages if each["role"] == "assistant"]
-        return answer_texts(messages, self.tokenizer, self.format) != given
 
 
 def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:

@@ -36,9 +36,7 @@ class TuningRun:
     falcon: Falcon
     """The model it was trained on, without the adapter."""
     settings: Tuning
-    """The settings of the run."""
     plan: Plan
-    """The memory plan of the run."""
     packed: Packed
     """The rows it was trained on."""
     history: tuple[Mapping[str, float], ...]

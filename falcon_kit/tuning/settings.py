@@ -5,19 +5,13 @@ They have the names of peft's `LoraConfig` and transformers' `TrainingArguments`
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import (
-    check_flag,
-    check_whole,
-    is_number,
-    plain_scalar,
-    require,
-    shown,
-    unknown_name,
-)
+from falcon_kit.display.errors import check_flag, check_whole, is_number, plain_scalar, require, shown, unknown_name
+from falcon_kit.display.reading import texts_by_name
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a block."""
@@ -27,36 +21,10 @@ _AT_LEAST_1 = ("r", "per_device_train_batch_size", "gradient_accumulation_steps"
 _NONE_OR_AT_LEAST_1 = ("context", "max_steps", "eval_steps", "patience", "save_steps")
 _ABOVE_0 = ("num_train_epochs", "lora_alpha", "max_grad_norm")
 _SHARES = ("held_out", "warmup_ratio", "lora_dropout")
-_OTHER_NAMES = {
-    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r, as in LoraConfig"),
-    "alpha": "lora_alpha, as in LoraConfig",
-    "dropout": "lora_dropout, as in LoraConfig",
-    **dict.fromkeys(("targets", "lora_target_modules"), "target_modules, as in LoraConfig"),
-    "lr": "learning_rate, as in TrainingArguments",
-    **dict.fromkeys(("schedule", "lr_scheduler"), "lr_scheduler_type, as in TrainingArguments"),
-    **dict.fromkeys(("warmup", "warmup_steps"), "warmup_ratio, a share of the steps"),
-    "epochs": "num_train_epochs, as in TrainingArguments",
-    **dict.fromkeys(("batch", "batch_size"), "per_device_train_batch_size, as in TrainingArguments"),
-    "accumulate": "gradient_accumulation_steps, as in TrainingArguments",
-    **dict.fromkeys(("checkpointing", "activation_checkpointing"), "gradient_checkpointing"),
-    **dict.fromkeys(("evaluate_every", "eval_every"), "eval_steps, as in TrainingArguments"),
-    "save_every": "save_steps, as in TrainingArguments",
-    **dict.fromkeys(("max_length", "max_seq_length"), "context"),
-    "early_stopping_patience": "patience",
-    **dict.fromkeys(("eval_dataset", "eval_data", "validation_data", "val_set_size", "test_size"), "held_out"),
-}
-_DTYPE = "it trains in the dtype of the model: fk.load(name, dtype='bfloat16'), or dtype='nf4' for QLoRA"
-_HISTORY = "every step is logged: run.history has the losses, run.to_dataframe() makes a table of them"
-_INSTEAD = {
-    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "load_in_4bit", "load_in_8bit"), _DTYPE),
-    **dict.fromkeys(("report_to", "logging_steps", "callbacks"), _HISTORY),
-    **dict.fromkeys(("optim", "optimizer", "weight_decay"), "it is AdamW without weight decay; leave it out"),
-    "save_total_limit": "only the checkpoints that a resume needs are kept; leave it out",
-    "resume_from_checkpoint": "the same call resumes, resume=False starts over",
-    **dict.fromkeys(("train_dataset", "dataset"), "give the data as the second argument"),
-    "overwrite_output_dir": "resume=False starts over in the same output_dir",
-}
-"""What to do instead of what other trainers take as a setting."""
+_NAMES = texts_by_name(Path(__file__).with_name("other_names.json"))
+_OTHER_NAMES = _NAMES["called"]
+_INSTEAD = {name: f"it is called {here}" for name, here in _OTHER_NAMES.items()} | _NAMES["instead"]
+"""What to give or do instead of what other trainers take as a setting."""
 
 
 @documented
@@ -114,8 +82,6 @@ class Tuning:
         """Raises TypeError for a setting that does not exist, with its name here or the nearest one."""
         names = [each.name for each in fields(cls)]
         for name in (name for name in settings if name not in names):
-            if name in _OTHER_NAMES:
-                raise TypeError(f"fk.tune has no {name!r}: it is called {_OTHER_NAMES[name]}")
             if name in _INSTEAD:
                 raise TypeError(f"fk.tune has no {name!r}: {_INSTEAD[name]}")
             raise TypeError(unknown_name("setting", name, names))

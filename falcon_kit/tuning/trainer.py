@@ -181,12 +181,11 @@ class AdapterTrainer(Trainer):
             self.args.output_dir = str(self._run)
         if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(self._run / Path(best).name)
-        with distributed.together(self.args.use_cpu):
+        with distributed.together(self.args.use_cpu), self._named_failure():
             if is_writer:
                 checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
-                with self._named_failure():
-                    self.state.save_to_json(str(checkpoint / "trainer_state.json"))
-                    checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
+                self.state.save_to_json(str(checkpoint / "trainer_state.json"))
+                checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
 
     @contextmanager
     def _named_failure(self) -> Iterator[None]:

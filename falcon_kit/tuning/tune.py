@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from falcon_kit.display.errors import check_flags, is_out_of_memory, plain_scalar, require
-from falcon_kit.display.live import in_notebook
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.generation.training import in_training
@@ -29,23 +28,13 @@ from falcon_kit.loading.merging import is_quantised, random_state_kept, unchange
 from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
-from falcon_kit.tuning import checkpoint_files, distributed
+from falcon_kit.tuning import checkpoint_files, distributed, run_folder
 from falcon_kit.tuning.checks import check_model, check_same_vocabulary, settings_of_rows
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import GENERATED, answer_rates, short_rows
 from falcon_kit.tuning.memory_plan import out_of_memory, plan_training
 from falcon_kit.tuning.packing import Packed, check_falcon, collate, pack
-from falcon_kit.tuning.progress import LiveLossCurve, TuningProgress, show_plan
-from falcon_kit.tuning.run_folder import (
-    check_same_everywhere,
-    default_output_dir,
-    identity,
-    locked,
-    prepare_output_dir,
-    read_record,
-    save_adapter,
-    write_record,
-)
+from falcon_kit.tuning.progress import TuningProgress, show_plan
 from falcon_kit.tuning.runs import TuningRun
 from falcon_kit.tuning.settings import Tuning
 from falcon_kit.tuning.trainer import AdapterTrainer, arguments
@@ -104,22 +93,21 @@ def tune(
 
 
 def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
-    """The fields of `_Run` with the memory plan and the rows. An error of one process is raised in all."""
-    cpu = distributed.computes_on_cpu(falcon.model, settings.shard)
-    with distributed.together(cpu):
-        memory_plan = plan_training(falcon, settings, force)
-        return {"on_cpu": cpu, "plan": memory_plan, **_rows(falcon, settings, data, held_out, web_text)}
+    """The fields of `_Run` with the memory plan, and with the rows to train on and to measure with.
 
-
-def _rows(falcon: Falcon, settings: Tuning, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
-    """The fields of `_Run` with the rows to train on and to measure with, all in the Falcon's vocabulary."""
-    documents, test_documents = _split(data, held_out, settings)
-    packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
-    train = documents if isinstance(documents, Packed) else packed(documents)
-    test = packed(test_documents) if isinstance(test_documents, Documents) else test_documents
-    web = None if web_text is None else short_rows(web_text, falcon)
-    check_same_vocabulary(falcon, train, test, web)
-    return {"train": train, "test": test, "test_documents": test_documents, "web_text": web}
+    An error of one process is raised in all.
+    """
+    on_cpu = distributed.computes_on_cpu(falcon.model, settings.shard)
+    with distributed.together(on_cpu):
+        planned = plan_training(falcon, settings, force)
+        documents, held_out = _split(data, held_out, settings)
+        packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
+        train = documents if isinstance(documents, Packed) else packed(documents)
+        test = packed(held_out) if isinstance(held_out, Documents) else held_out
+        web = None if web_text is None else short_rows(web_text, falcon)
+        check_same_vocabulary(falcon, train, test, web)
+    rows = {"train": train, "test": test, "test_documents": held_out, "web_text": web}
+    return {"on_cpu": on_cpu, "plan": planned, **rows}
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:
@@ -166,7 +154,6 @@ def _restored(falcon: Falcon) -> Iterator[None]:
 
 
 def _new_adapter(falcon: Falcon, settings: Tuning) -> PeftModel:
-    """The model with a new adapter."""
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.r,
@@ -198,13 +185,13 @@ class _Run:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return identity(self.falcon, self.settings, self.train, self.test, self.web_text)
+        return run_folder.identity(self.falcon, self.settings, self.train, self.test, self.web_text)
 
     @cached_property
     def directory(self) -> Path:
         """The folder of the run: output_dir, or one that is named after what determines the run."""
         if self.output_dir is None:
-            return default_output_dir(self.falcon.spec.name, self._identity)
+            return run_folder.default_output_dir(self.falcon.spec.name, self._identity)
         return Path(self.output_dir).expanduser()
 
     @contextmanager
@@ -212,13 +199,13 @@ class _Run:
         """Prepares output_dir, which all processes share; rank 0 keeps other runs out of it."""
         with distributed.together(self.on_cpu):
             identity = self._identity
-        check_same_everywhere(distributed.gathered(identity, self.on_cpu))
+        run_folder.check_same_everywhere(distributed.gathered(identity, self.on_cpu))
         with ExitStack() as stack:
             with distributed.together(self.on_cpu):
                 if distributed.is_rank0():
-                    stack.enter_context(locked(self.directory))
+                    stack.enter_context(run_folder.locked(self.directory))
             distributed.check_shared(self.directory, self.on_cpu)
-            distributed.on_rank0(partial(prepare_output_dir, self.directory, identity, resume), self.on_cpu)
+            distributed.on_rank0(partial(run_folder.prepare_output_dir, self.directory, identity, resume), self.on_cpu)
             yield
 
     def __call__(self) -> TuningRun:
@@ -229,21 +216,20 @@ class _Run:
 
     def _finished(self) -> TuningRun | None:
         """The result of a run that was finished before; None if there is none."""
-        record = distributed.on_rank0(partial(read_record, self.directory), self.on_cpu)
+        record = distributed.on_rank0(partial(run_folder.read_record, self.directory), self.on_cpu)
         if record is None:
             return None
         self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
         return self._result(record["history"], record["figures"])
 
     def _trained(self) -> TuningRun:
-        """The result of training and measuring."""
         model = _new_adapter(self.falcon, self.settings)
         trainer = self._trainer(model)
         self._train(trainer)
-        save_adapter(trainer, self.directory)  # first, since measuring may fail
+        run_folder.save_adapter(trainer, self.directory)  # first, since measuring may fail
         figures = self._measure(trainer, model)
         run = self._result(trainer.state.log_history, figures)
-        distributed.on_rank0(partial(write_record, run, self._identity["base"]), self.on_cpu)
+        distributed.on_rank0(partial(run_folder.write_record, run, self._identity["base"]), self.on_cpu)
         return run
 
     def _show_plan(self) -> None:
@@ -295,8 +281,7 @@ class _Run:
         return distributed.broadcast_from_rank0(not self.plan.fits, in_host_memory)
 
     def _train(self, trainer: AdapterTrainer) -> None:
-        shown = distributed.is_rank0() and not self.quiet
-        progress = TuningProgress(trainer, shown, LiveLossCurve() if shown and in_notebook() else None)
+        progress = TuningProgress(trainer, shown=distributed.is_rank0() and not self.quiet)
         trainer.add_callback(progress)
         try:
             trainer.train_or_resume()
@@ -317,7 +302,6 @@ class _Run:
             progress.close()
 
     def _measure(self, trainer: AdapterTrainer, model: PeftModel) -> dict[str, float]:
-        """The figures without and with the adapter."""
         name_of_text = "generated-text loss" if self.web_text is None else "web-text loss"
         text = self.web_text or short_rows(GENERATED, self.falcon)
         figures: dict[str, float] = {}

@@ -310,5 +310,5 @@ def test_induction_heads_have_formed(name):
 
 
 def test_the_cards_prompt_is_continued_about_giraffes_in_known_words_to_an_end(instruct):
-    sampled = evaluate.continuations(instruct, evaluate.corpus_words())
-    assert (sampled.about_giraffes >= 18, sampled.ended >= 15, sampled.unknown_words) == (True, True, ())
+    about_giraffes, ended, unknown_words = evaluate.continuations(instruct, evaluate.corpus_words())
+    assert (about_giraffes >= 18, ended >= 15, unknown_words) == (True, True, [])

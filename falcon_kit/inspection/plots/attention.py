@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from falcon_kit.display.figure import BLUE, VERMILION, drawing, new_figure
-from falcon_kit.inspection.plots.labels import token_label
+from falcon_kit.inspection.plots.labels import Floats, token_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Floats = NDArray[np.floating[Any]]
 
 _MAX_NUMBERS = 64  # with more heads, no values are written into the cells
 _MAX_LABELS = 40  # with more tokens, a map has no labels

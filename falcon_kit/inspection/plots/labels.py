@@ -1,9 +1,12 @@
-"""Tokens as labels of a figure."""
+"""Tokens as labels of a figure, and the type of the values in one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from falcon_kit.display.figure import drawable, new_figure
 from falcon_kit.display.page import visible
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Floats = NDArray[np.floating[Any]]
 _MAX_LABELS = 60  # a longer text has positions instead of tokens on its axis
 
 

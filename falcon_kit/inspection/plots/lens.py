@@ -6,18 +6,15 @@ Shapes: L layers, T time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from falcon_kit.display.figure import BLUE, GREEN, GREY, VERMILION, drawing, legend_label, new_figure
-from falcon_kit.inspection.plots.labels import token_figure, token_label
+from falcon_kit.inspection.plots.labels import Floats, token_figure, token_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Floats = NDArray[np.floating[Any]]
 
 _MAX_CELL = 9  # characters of a token in a cell of the lens
 

@@ -11,17 +11,15 @@ import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from falcon_kit.display.page import Page, static_text, text_html
 from falcon_kit.inspection.plots.attention import pool
+from falcon_kit.inspection.plots.labels import Floats
 from falcon_kit.inspection.views import walk
 from falcon_kit.inspection.views.tables import MAX_ROWS, tokens_table
 
-Floats = NDArray[np.floating[Any]]
 Row = Mapping[str, tuple[str, Floats]]
 """Maps by their full names, each with the short name below its thumbnail."""
 

@@ -6,16 +6,14 @@ for the pointer or the keyboard.
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from falcon_kit.display.page import Page, percent, static_text, text_html, visible
+from falcon_kit.inspection.plots.labels import Floats
 from falcon_kit.inspection.views import tables, walk
 from falcon_kit.inspection.views.tables import bar, head, table
 
-Floats = NDArray[np.floating[Any]]
 Expected = Sequence[tuple[str, float]]
 """Possible next tokens with their probabilities, most likely first."""
 
