@@ -29,7 +29,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.falcon import modeling_falcon as stock
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.catalogue.memory import check_tensor_parallel
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
@@ -40,7 +39,7 @@ from falcon_kit.model.cache import MakesRoom, with_room
 from falcon_kit.model.checks import check_backend, check_cache, check_mask, check_positions
 from falcon_kit.model.layers import FalconAttention, FalconDecoderLayer, FalconRotaryEmbedding, LayerNorm
 from falcon_kit.model.losses import language_model_loss
-from falcon_kit.model.static_cache import ReadsFilledSlots
+from falcon_kit.model.static_cache import ReadsFilledSlots, capture_unless_compiled
 from falcon_kit.model.tensor_parallel import PARALLEL_BLOCK_TP_PLAN, PARALLEL_STYLES
 
 
@@ -103,7 +102,7 @@ class FalconModel(_Declared, stock.FalconModel):
             self._tp_plan |= PARALLEL_BLOCK_TP_PLAN
 
     @merge_with_config_defaults
-    @capture_outputs
+    @capture_unless_compiled
     def forward(
         self,
         input_ids: Tensor | None = None,

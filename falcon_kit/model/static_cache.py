@@ -4,12 +4,15 @@ The length of the mask is the number of slots that attention reads. It is a powe
 few CUDA graphs; torch.compile takes all lengths in one graph.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, GenerationMixin
+from transformers.utils.output_capturing import capture_outputs
 
 from falcon_kit.generation.arguments import CACHE, one_cache
 from falcon_kit.model.attention import ATTENTION
@@ -24,6 +27,26 @@ def slots_read(length: int, slots: int) -> int:
     A text of any length needs a handful of CUDA graphs, and reads at most twice the keys that it has.
     """
     return min(slots, max(FEWEST_SLOTS, 1 << (length - 1).bit_length()))
+
+
+def capture_unless_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `capture_outputs`; a compiled step that returns neither hidden states nor attention has none.
+
+    `capture_outputs` reads a dictionary with every class of models: once a model of another class is made,
+    torch.compile would compile the step again.
+    """
+    capturing, captured = capture_outputs(forward), ("output_hidden_states", "output_attentions")
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        as_tuple = not kwargs.get("return_dict", self.config.return_dict)
+        wanted = any(kwargs.get(each, getattr(self.config, each)) for each in captured)
+        if as_tuple or wanted or not torch.compiler.is_compiling():
+            return capturing(self, *args, **kwargs)
+        kwargs.pop("return_dict", None)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 class ReadsFilledSlots(GenerationMixin):

@@ -56,6 +56,27 @@ def test_compiled_decoding_compiles_nothing_more_for_a_longer_text(falcon):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+def test_compiled_decoding_compiles_nothing_more_after_a_model_of_another_class(falcon):
+    class Another(FalconForCausalLM):
+        pass
+
+    Another(small_model("40b").config)
+    torch._dynamo.utils.counters.clear()
+    falcon.generate("The", max_new_tokens=5, do_sample=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("field", ["hidden_states", "attentions"])
+def test_a_compiled_step_returns_what_is_asked_for(field):
+    model, ids = fk.load("falconet").model, torch.arange(20, 30)[None]
+    model.set_attn_implementation("eager")  # which alone has attentions
+    with torch.no_grad():
+        expected = model(ids, **{f"output_{field}": True})[field]
+        found = torch.compile(model, backend="aot_eager")(ids, **{f"output_{field}": True})[field]
+    assert len(found) >= model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_warm_up_decodes_with_each_number_of_slots(falcon, monkeypatch):
     """CUDA graphs are recorded for each; before torch 2.13, threads of others cannot record (pytorch#123177)."""
     read, prepare = set(), FalconForCausalLM.prepare_inputs_for_generation
