@@ -103,7 +103,7 @@ class PackedLinear(nn.Linear):
         many = len(rows) >= (_MANY_ROWS[self.kind, has_products(torch.bfloat16)] if on_cpu else _MANY_ON_GPU)
         if many and on_cpu and (self.kind == "int8" or block(self.in_features)):
             return self.in_slabs(rows)
-        if not on_cpu and (many or self.kind == "int8"):  # torch has had a kernel for int8 on GPUs only since 2.9
+        if not on_cpu and (many or self.kind == "int8"):  # on a GPU, int8 is for layers that were moved there
             dtype = products_dtype(rows)
             return functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
         return self.by_kernel(rows)

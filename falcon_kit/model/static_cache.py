@@ -41,7 +41,8 @@ def capture_unless_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         as_tuple = not kwargs.get("return_dict", self.config.return_dict)
         wanted = any(kwargs.get(each, getattr(self.config, each)) for each in captured)
-        if as_tuple or wanted or not torch.compiler.is_compiling():
+        hooked = getattr(self, "_output_capturing_hooks_installed", False)  # which read what it sets
+        if as_tuple or wanted or hooked or not torch.compiler.is_compiling():
             return capturing(self, *args, **kwargs)
         kwargs.pop("return_dict", None)
         return forward(self, *args, **kwargs)
