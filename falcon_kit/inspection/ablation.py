@@ -36,6 +36,7 @@ from falcon_kit.inspection.hooks import (
 )
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, check_top_k, mean_surprisal, predict
+from falcon_kit.inspection.token import quoted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,15 +93,15 @@ class Ablation(TextResult):
             else ""
         )
         return (
-            f"Ablation({counted(len(self.heads), 'head')}: {bits}next {first.text!r} {percent(first.probability)} to "
-            f"{second.text!r} {percent(second.probability)})"
+            f"Ablation({counted(len(self.heads), 'head')}: {bits}next {quoted(first.text)} {percent(first.probability)} "
+            f"to {quoted(second.text)} {percent(second.probability)})"
         )
 
     def _repr_html_(self) -> str:
         rows = [
             ("surprisal, bits per token", f"{mean_surprisal(self.before):.2f}", f"{mean_surprisal(self.after):.2f}"),
             *(
-                (f"next, rank {pair[0].rank}", *(f"{each.text!r} {percent(each.probability)}" for each in pair))
+                (f"next, rank {pair[0].rank}", *(f"{quoted(each.text)} {percent(each.probability)}" for each in pair))
                 for pair in zip(self.next_before, self.next_after, strict=True)
             ),
         ]

@@ -33,6 +33,7 @@ from falcon_kit.inspection.hooks import (
 )
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, target_id
+from falcon_kit.inspection.token import quoted
 from falcon_kit.loading.quantization import unpacked
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Attribution(TextResult):
 
     def figure(self) -> Figure:
         """A bar for the score of each token."""
-        title = f"Attribution of {visible(self.target.text, spaces=True)!r} ({self.method})"
+        title = f"Attribution of {quoted(visible(self.target.text, spaces=True))} ({self.method})"
         return plots.attribution(self.token_texts, self.scores, title)
 
     def _repr_html_(self) -> str:
@@ -96,8 +97,8 @@ class Attribution(TextResult):
     def __repr__(self) -> str:
         best = int(np.argmax(self.scores))
         return (
-            f"Attribution({self.target.text!r} {percent(self.target.probability)} by {self.method}: most from "
-            f"{self.token_texts[best]!r} at {best}, {self.scores[best]:+.2f} nats; gap {self.gap:.1%})"
+            f"Attribution({quoted(self.target.text)} {percent(self.target.probability)} by {self.method}: most from "
+            f"{quoted(self.token_texts[best])} at {best}, {self.scores[best]:+.2f} nats; gap {self.gap:.1%})"
         )
 
 

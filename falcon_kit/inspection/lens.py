@@ -33,6 +33,7 @@ from falcon_kit.inspection import predictions
 from falcon_kit.inspection.hooks import InspectedModel, TextOrIds, TextResult, forward_hooks, inspect_model
 from falcon_kit.inspection.plots import lens as plots
 from falcon_kit.inspection.predictions import Candidate, Floats, Ints, Predictions, TargetPredictions, mean_surprisal
+from falcon_kit.inspection.token import quoted
 from falcon_kit.inspection.views.lens import lens_page
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class LensView(TextResult, Predictions, HasPage):
         self._check_position(position)
         target = visible(self.id_to_text[self.targets[position]], spaces=True)
         parts = (self.attention_contribution[:, position], self.mlp_contribution[:, position])
-        title = f"Contributions to the logit of {target!r}"
+        title = f"Contributions to the logit of {quoted(target)}"
         return plots.contributions(float(self.embedding_contribution[position]), *parts, title)
 
     def surprisal_figure(self) -> Figure:
@@ -143,7 +144,7 @@ class LensView(TextResult, Predictions, HasPage):
 
     def __repr__(self) -> str:
         name, first = printable(self.spec.name), self.next_tokens()[0]
-        return f"LensView({name}, {self._summary}, next {first.text!r} with {percent(first.probability)})"
+        return f"LensView({name}, {self._summary}, next {quoted(first.text)} with {percent(first.probability)})"
 
 
 def lens(falcon: Any, text: TextOrIds, *, target: str | int | None = None, top_k: int = 10) -> LensView:

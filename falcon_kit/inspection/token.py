@@ -34,6 +34,11 @@ def token_text(tokenizer: Any, token: int) -> str:
     return token_bytes(name).decode(errors="backslashreplace") if name and alphabet().keys() >= {*name} else text
 
 
+def quoted(text: str) -> str:
+    """The text of a token in quotes, as `repr`, which would double the backslash of bytes."""
+    return repr(text).replace("\\\\x", "\\x")
+
+
 def token_bytes(name: str) -> bytes:
     """The bytes of a token, from its name in the vocabulary: "Ġa" is b" a". Raises ValueError if it has none."""
     try:

@@ -327,6 +327,19 @@ def test_a_part_of_a_character_is_written_as_its_bytes_in_every_view(instruct):
     assert tuple(each["text"] for each in part["tokens"]) == expected
 
 
+def test_the_bytes_of_a_part_have_one_backslash_in_a_table_and_a_repr(instruct):
+    ids = instruct.tokenizer("A 🦅")["input_ids"]
+    part = ids[-1]
+    written = token_text(instruct.tokenizer, part)
+    assert re.fullmatch(r"(\\x[0-9a-f]{2})+", written)
+    found = fk.attribute(instruct, ids, target=part, steps=1)
+    lens = fk.lens(instruct, ids, target=part)
+    ablation = fk.ablate(instruct, ids, heads=[(0, 0)], top_k=instruct.spec.vocabulary)
+    for text in (repr(found), unescape(found._repr_html_()), unescape(ablation._repr_html_())):
+        assert f"'{written}'" in text
+    assert f"'{written}'" in lens.contributions_figure().axes[0].get_title()
+
+
 def test_a_token_by_itself_is_its_text_or_the_bytes_of_its_part(each_tokenizer):
     for token in range(len(each_tokenizer)):
         text, decoded = token_text(each_tokenizer, token), each_tokenizer.decode([token])
