@@ -92,10 +92,8 @@ class Ablation(TextResult):
             if len(self.ids) > 1
             else ""
         )
-        return (
-            f"Ablation({counted(len(self.heads), 'head')}: {bits}next {quoted(first.text)} {percent(first.probability)} "
-            f"to {quoted(second.text)} {percent(second.probability)})"
-        )
+        before, after = (f"{quoted(each.text)} {percent(each.probability)}" for each in (first, second))
+        return f"Ablation({counted(len(self.heads), 'head')}: {bits}next {before} to {after})"
 
     def _repr_html_(self) -> str:
         rows = [
