@@ -63,9 +63,9 @@ def check_whole(name: str, value: Any, least: int, most: int = LARGEST) -> None:
 def check_flag(name: str, value: Any, *others: Any) -> None:
     """Raises ValueError unless a value is True or False, of numpy or torch too, or one of the others."""
     value = plain_scalar(value)
-    allowed = ", ".join(map(repr, (True, False, *others)))
+    *allowed, last = map(repr, (True, False, *others))
     is_allowed = isinstance(value, bool | str | None) and value in (True, False, *others)
-    require(is_allowed, f"{name} must be {allowed}; got {shown(value)}")
+    require(is_allowed, f"{name} must be {', '.join(allowed)} or {last}; got {shown(value)}")
 
 
 def check_flags(**values: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from falcon_kit.catalogue.card import CARD
-from falcon_kit.display.errors import is_whole, join_surrogates, printable, require, shown
+from falcon_kit.display.errors import check_flag, is_whole, join_surrogates, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.generation.chat import Message
 from falcon_kit.generation.guarding import check_guard
@@ -114,6 +114,7 @@ class Session:
 
     def guard(self, on: bool) -> None:
         """Turns the guardrails on or off, from the next turn on; `fk.guardrails()` if none were given."""
+        check_flag("on", on)
         if on and self.guardrails is None:
             self.guardrails = Guardrails()
         self.guarded = on

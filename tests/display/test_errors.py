@@ -41,7 +41,7 @@ def test_a_flag_may_be_of_numpy_or_torch_as_a_number_may(flag):
 
 @pytest.mark.parametrize("other", [1, 0.0, "yes", np.int64(1), [True]])
 def test_what_is_no_flag_is_refused(other):
-    with pytest.raises(ValueError, match="chat must be True, False, None; got"):
+    with pytest.raises(ValueError, match="chat must be True, False or None; got"):
         check_flag("chat", other, None)
 
 

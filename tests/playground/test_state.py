@@ -253,6 +253,14 @@ def test_a_preset_is_known_by_its_settings(name):
     assert session.chosen_preset == name
 
 
+@pytest.mark.parametrize("on", ["off", 2, None])
+def test_guardrails_are_turned_on_or_off_by_a_switch_only(on):
+    session = Session(Typist("a"))
+    with pytest.raises(ValueError, match=f"on must be True or False; got {on!r}"):
+        session.guard(on)
+    assert not session.guarded
+
+
 def test_a_setting_out_of_range_is_refused_and_nothing_changes():
     session = Session(Typist())
     before = session.settings
