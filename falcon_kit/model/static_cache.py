@@ -30,10 +30,10 @@ def slots_read(length: int, slots: int) -> int:
 
 
 def capture_unless_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `capture_outputs`; a compiled step that returns neither hidden states nor attention has none.
+    """transformers' `capture_outputs`, but not in a compiled step that returns neither hidden states nor attention.
 
-    `capture_outputs` reads a dictionary with every class of models: once a model of another class is made,
-    torch.compile would compile the step again.
+    It reads a dictionary of all classes of models. Each new class changes that, and torch.compile would compile the
+    step again.
     """
     capturing, captured = capture_outputs(forward), ("output_hidden_states", "output_attentions")
 

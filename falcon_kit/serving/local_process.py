@@ -149,9 +149,9 @@ def free_port(port: int | None) -> int:
 
 
 def check_own(port: int) -> None:
-    """Raises OSError where a program of another user than root listens at a port, on Linux, which says whose they are.
+    """Raises OSError if a program of another user, except root, listens at a port. Only Linux tells whose it is.
 
-    All users see in the server's command line which port it is going to take, and it may take a minute to do so.
+    Every user can read the port in the server's command line, up to a minute before the server takes it.
     """
     if any(user not in (0, os.getuid()) for user in _users(port)):
         raise OSError(

@@ -77,7 +77,8 @@ def short_rows(data: Any, falcon: Falcon) -> Packed:
 
 def _is_name(text: str) -> bool:
     """Whether a string names a file or a folder, also a file that is not there."""
-    return text.lower().endswith(SUFFIXES) or os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111  # pathlib raises for a long text
+    # pathlib raises for a long text
+    return text.lower().endswith(SUFFIXES) or os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111
 
 
 def _questions(falcon: Falcon, documents: Iterable[Mapping[str, Any]], context: int) -> Iterator[_Question]:

@@ -68,12 +68,14 @@ def test_compiled_decoding_compiles_nothing_more_after_a_model_of_another_class(
 
 @pytest.mark.parametrize("field", ["hidden_states", "attentions"])
 def test_a_compiled_step_returns_what_is_asked_for(field):
-    model, ids = fk.load("falconet").model, torch.arange(20, 30)[None]
-    model.set_attn_implementation("eager")  # which alone has attentions
+    """Also if it is asked for the first time, when transformers has put no hooks into the model yet."""
+    models, ids = [fk.load("falconet").model for _ in range(2)], torch.arange(20, 30)[None]
+    for each in models:
+        each.set_attn_implementation("eager")  # which alone has attentions
     with torch.no_grad():
-        expected = model(ids, **{f"output_{field}": True})[field]
-        found = torch.compile(model, backend="aot_eager")(ids, **{f"output_{field}": True})[field]
-    assert len(found) >= model.config.num_hidden_layers
+        found = torch.compile(models[0], backend="aot_eager")(ids, **{f"output_{field}": True})[field]
+        expected = models[1](ids, **{f"output_{field}": True})[field]
+    assert len(found) >= models[0].config.num_hidden_layers
     torch.testing.assert_close(found, expected)
 
 
