@@ -112,8 +112,9 @@ def is_national_number(value: str, regions: Sequence[str]) -> bool:
     """Whether the text is a telephone number of a region: its digits, and the groups that they are written in.
 
     The groups are those of the region. A mobile number, or one with a first 0, may have others, unless they look like
-    an amount, a date or a version. Without groups only a mobile number counts: ten other digits are as likely an order
-    number. What follows after a space is left aside if the number itself has a first 0 or other signs than spaces.
+    an amount, a date or a version. Without groups only a mobile number of the region itself counts: other digits are as
+    likely an order number. What follows after a space is left aside if the number itself has a first 0 or other signs
+    than spaces.
     """
     value = value if ")" in value else value.removeprefix("(")
     heads = [value[:place] for place, each in enumerate(value) if each == " " and place >= _SHORTEST]
@@ -122,7 +123,7 @@ def is_national_number(value: str, regions: Sequence[str]) -> bool:
 
 
 def _is_of_region(number: str, region: str) -> bool:
-    from phonenumbers import Leniency, PhoneNumberMatcher, PhoneNumberType, number_type
+    from phonenumbers import Leniency, PhoneNumberMatcher, PhoneNumberType, number_type, region_code_for_number
 
     def match(leniency: int) -> Any:
         found = next(iter(PhoneNumberMatcher(number, region, leniency)), None)
@@ -133,8 +134,8 @@ def _is_of_region(number: str, region: str) -> bool:
     if not _is_valid(number, region) or not (found := match(Leniency.VALID)):
         return False
     is_mobile = number_type(found) == PhoneNumberType.MOBILE
-    if number.isdigit():
-        return is_mobile
+    if number.isdigit():  # +1 is also the code of countries whose mobile numbers can be told from others
+        return is_mobile and region_code_for_number(found) == region
     if (is_mobile or regex.match(r"\(?0\d", number)) and not _AMOUNT.fullmatch(number):
         return True
     return match(Leniency.STRICT_GROUPING) is not None
