@@ -15,11 +15,24 @@ Branch = tuple[float, float, float, tuple[str, str]]
 """Parts beside the residual stream: their side, where they leave it and where they are added to it, and their names."""
 Span = tuple[int, float, float, str]
 """What a GPU does: its number, the start and the length in milliseconds, and a colour."""
+BLOCKS: Mapping[str, Sequence[Branch]] = {
+    "Falcon-40B: attention and MLP in parallel": [
+        (-1, 0.3, 3.8, ("ln_attn", "attention")),
+        (1, 0.3, 3.8, ("ln_mlp", "MLP")),
+    ],
+    "GPT-3: one after the other": [
+        (1, 0.1, 1.9, ("LayerNorm", "attention")),
+        (1, 2.3, 4.1, ("LayerNorm", "MLP")),
+    ],
+}
 
 
 @drawing
-def draw_blocks(blocks: Mapping[str, Sequence[Branch]]) -> Figure:
-    """The blocks of models by title: an arrow for the residual stream, and the branches that are added to it."""
+def draw_blocks(blocks: Mapping[str, Sequence[Branch]] = BLOCKS) -> Figure:
+    """The blocks of models by title: an arrow for the residual stream, and the branches that are added to it.
+
+    blocks: by default the 40B's, with two branches at one place, and GPT-3's, with two branches one after the other.
+    """
     figure = new_figure(9, 3.6)
     panels = figure.subplots(1, len(blocks), squeeze=False)[0]
     for axes, (title, branches) in zip(panels, blocks.items(), strict=True):

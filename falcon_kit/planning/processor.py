@@ -48,7 +48,7 @@ def cpu_dtype(stored: str, spec: FalconSpec, available: int, reason: str = "as i
     """
     full = memory.weight_bytes(spec, "float32")
     if stored in ("bfloat16", "float16") and full < available / 10:
-        return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 is exact"
+        return "float32", f"{format_bytes(full)} in float32 fit easily into host memory, and float32 rounds less"
     if stored == "float16":
         return "bfloat16", "CPUs compute bfloat16 faster than the checkpoint's float16"
     return stored, reason
