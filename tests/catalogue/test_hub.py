@@ -115,6 +115,11 @@ def test_a_path_is_not_taken_for_a_hub_id(name):
             LookupError,
             r"the hub has no who/what, or not this revision: .*; a private one needs `hf auth login` or token=\.\.\.",
         ),
+        (
+            errors.GatedRepoError("401", response=Mock()),
+            PermissionError,
+            r"who/what is gated: accept its terms on the hub, then log in with `hf auth login` or pass token=\.\.\.",
+        ),
         (errors.HfHubHTTPError("429", response=Mock()), ConnectionError, "return who/what, try again later: 429"),
         (
             errors.RemoteEntryNotFoundError("config.json", response=Mock()),

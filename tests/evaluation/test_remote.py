@@ -11,7 +11,7 @@ import falcon_kit as fk
 from falcon_kit.evaluation import remote
 from falcon_kit.serving.connection import Connection
 from tests.serving.engine import Engine
-from tests.serving.servers import Reply, answering, as_reply, chunk, scripted
+from tests.serving.servers import Reply, answering, as_reply, chunk, scripted, tgi
 
 ROWS = [
     {"prompt": "Giraffes eat", "choices": ["fish.", "acacia leaves.", "grass and bark."], "answer": 1},
@@ -90,6 +90,22 @@ def test_a_server_without_log_probabilities_of_prompts_is_refused(file, choice):
         endpoint = fk.connect(f"{server.address}/v1")
         with pytest.raises(ValueError, match=r"does not return the log-probabilities of a prompt: use vLLM, or load"):
             fk.evaluate(endpoint, file)
+
+
+def test_what_a_server_says_of_an_echo_that_it_refuses_is_quoted(file):
+    refused = as_reply({"error": {"message": "echo is not allowed"}}, 400)
+    with scripted(answering(refused)) as server:
+        endpoint = fk.connect(f"{server.address}/v1")
+        with pytest.raises(ValueError, match=r"refused the request .HTTP 400.*echo is not allowed"):
+            fk.evaluate(endpoint, file)
+
+
+def test_a_server_of_another_protocol_returns_no_log_probabilities_of_prompts(base, file):
+    with (
+        scripted(tgi(base)) as server,
+        pytest.raises(ValueError, match=r"TGI.* does not return the log-probabilities of a prompt"),
+    ):
+        fk.evaluate(fk.connect(server.address), file)
 
 
 def test_answers_are_generated_by_the_endpoint(tmp_path):
@@ -192,6 +208,31 @@ def test_a_task_of_lm_eval_has_the_scores_of_a_local_model(base, task):
         assert [float(each[0]) for each in one["responses"]] == pytest.approx(
             [float(each[0]) for each in two["responses"]], abs=1e-4
         )
+
+
+ANSWERS = """
+task: answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 7}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_a_task_of_lm_eval_that_generates_asks_the_endpoint(tmp_path):
+    rows = [{"question": each, "answer": "leaves"} for each in ("Giraffes eat ", "Elephants eat ")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "answers.yaml").write_text(ANSWERS.format(file=tmp_path / "rows.jsonl"))
+    with scripted(answering(Reply([chunk("leaves. They", "stop"), b"data: [DONE]\n\n"]))) as server:
+        found = fk.evaluate(fk.connect(f"{server.address}/v1"), tmp_path / "answers.yaml")["answers"]
+        bodies = server.asked("/v1/completions")
+    assert found.metrics["exact_match"][0] == 1
+    assert sorted(body["prompt"] for body in bodies) == sorted(row["question"] for row in rows)
+    assert {body["max_tokens"] for body in bodies} == {7}
 
 
 def test_a_chat_of_lm_eval_needs_a_chat_format_that_was_given(base, task):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import falcon_kit as fk
 from falcon_kit.generation.text import Generation, Stats, TextOutOfMemory
 from falcon_kit.playground.state import Session
-from falcon_kit.playground.writing import TurnWriter
+from falcon_kit.playground.writing import AnswerWriter, TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
 from tests.waiting import interrupted_at_its_end, until
 
@@ -163,6 +163,17 @@ def test_an_error_that_has_the_text_so_far_brings_what_was_kept_back_and_the_sta
     answer = Session(Typist(before=breaks)).generate("go").answers[0]
     assert (answer.text, answer.ending) == ("One two and", "error")
     assert (answer.prompt_tokens, answer.new_tokens) == (7, 4)
+
+
+def test_an_error_while_a_piece_is_shown_ends_the_answer_with_it(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such token")
+
+    session = Session(Typist())
+    monkeypatch.setattr(AnswerWriter, "push", broken)
+    session.generate("go")
+    (answer,) = session.turns[0].answers
+    assert (answer.ending, answer.reason, session.running) == ("error", "RuntimeError: no such token", None)
 
 
 def test_a_prompt_over_the_context_is_an_error_that_names_the_limit(instruct):

@@ -3,7 +3,9 @@
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
+import boto3
 import pytest
 
 import falcon_kit as fk
@@ -15,6 +17,30 @@ from tests.serving.test_malformed import SageMaker
 def test_a_sagemaker_endpoint_that_is_not_there_is_a_lookup_error(sagemaker_service):
     with pytest.raises(LookupError, match="sagemaker://nobody is not in this region: check name and region"):
         fk.connect("sagemaker://nobody")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        ("Failed", ConnectionError, "sagemaker://falcon has failed: the image is too large"),
+        ("Creating", ConnectionError, "sagemaker://falcon is Creating: wait until it is InService"),
+    ],
+)
+def test_an_endpoint_that_is_not_in_service_says_why(monkeypatch, status, kind, message):
+    client = boto3.client("sagemaker", "eu-west-1")
+    described = {"EndpointStatus": status, "FailureReason": "the image is too large"}
+    monkeypatch.setattr(client, "describe_endpoint", lambda **_: described)
+    with pytest.raises(kind, match=message):
+        fk.connect("sagemaker://falcon", session=Mock(client=lambda *_, **__: client))
+
+
+def test_credentials_that_are_refused_are_a_permission_error(sagemaker_service, monkeypatch):
+    expired = {"x-amzn-errortype": "ExpiredTokenException"}
+    monkeypatch.setattr(sagemaker_service, "script", lambda *_: as_reply({"Message": "expired"}, 403, **expired))
+    with pytest.raises(
+        PermissionError, match=r"AWS refuses these credentials for sagemaker://falcon: check role.*expired"
+    ):
+        fk.connect("sagemaker://falcon").generate("Hi")
 
 
 def test_sagemaker_without_a_region_says_how_to_set_one(monkeypatch, tmp_path):

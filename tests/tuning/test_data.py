@@ -93,6 +93,12 @@ def test_a_folder_and_a_list_of_files_are_read_in_order(tmp_path):
     ]
 
 
+def test_a_folder_without_a_file_that_is_read_is_refused_with_the_endings(tmp_path):
+    written(tmp_path / "rows.parquet", "")
+    with pytest.raises(FileNotFoundError, match=r"has no file that ends in \.json, \.jsonl"):
+        fk.dialogues(tmp_path)
+
+
 def test_what_a_folder_holds_beside_its_files_is_named_and_notes_are_not(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "README.md", "LICENSE", ".hidden"):
         written(tmp_path / name, json.dumps({"text": name}))

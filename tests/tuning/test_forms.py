@@ -138,6 +138,20 @@ def test_an_example_of_a_bad_answer_is_left_out():
     assert outcome({**row, "label": True}) == outcome(row)
 
 
+def test_the_history_of_alpaca_may_be_messages():
+    assert outcome({**ROWS["Alpaca"], "history": BEFORE}) == outcome({**ROWS["Alpaca"], "history": EARLIER})
+
+
+@pytest.mark.parametrize("history", ["What is a cow?", ["What is a cow?"], [["a", "b", "c"]], [7]])
+def test_a_history_of_another_form_is_refused(history):
+    assert outcome({**ROWS["Alpaca"], "history": history}).startswith('its "history" is not a list of pairs')
+
+
+def test_a_weight_of_1_is_for_answers_only():
+    wrong = "message 1 has weight=1, but only answers are trained on"
+    assert outcome({"messages": [{**HI[0], "weight": 1}, HI[1]]}).startswith(wrong)
+
+
 @pytest.mark.parametrize("value", [0.5, "0", 2])
 def test_a_weight_other_than_0_and_1_is_refused(value):
     assert "weight" in outcome({"messages": [HI[0], {**HI[1], "weight": value}]})

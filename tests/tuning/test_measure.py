@@ -61,6 +61,11 @@ def test_web_text_may_be_plain_texts_as_for_mix_beside_the_names_of_files(instru
             short_rows(["Lions roar.", missing], instruct)
 
 
+def test_rows_that_are_packed_already_are_taken_as_they_are(instruct):
+    rows = fk.pack(fk.dialogues([{"text": "Lions roar."}]), instruct, 128)
+    assert short_rows(rows, instruct) is rows
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """The settings of each batch; each answer is that of `answers`, and ends."""

@@ -1,5 +1,8 @@
 """Documents become rows: what is trained on, where they are cut, how they are packed, and that they stay apart."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +125,13 @@ def test_a_long_text_is_cut_into_pieces_that_join_to_the_whole(falcon):
 def test_nothing_that_fits_is_an_error(falcon):
     with pytest.raises(ValueError, match="no document has anything to train on within 16 tokens: row 1"):
         packed(falcon, [talk("Hi", "lions " * 50)], context=16)
+
+
+def test_a_tokenizer_without_an_end_of_a_text_is_refused(falcon):
+    endless = replace(falcon, tokenizer=copy.deepcopy(falcon.tokenizer))
+    endless.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"has no end-of-sequence token, .*: set tokenizer\.eos_token"):
+        packed(endless, [talk("Hi", "Hello.")])
 
 
 @pytest.mark.parametrize("context", [4, 4096])
