@@ -169,6 +169,13 @@ def test_texts_are_compared_by_document():
     assert found.difference.value == pytest.approx(found.second - found.first)
 
 
+def test_documents_are_compared_also_if_the_tokenizers_cut_them_differently():
+    nats = [11.0 + number for number in range(8)]
+    first, second, other = text([10.0 + number for number in range(8)], 8), text(nats, 8), text(nats, 8, tokens=11)
+    found = evaluation(first).compare(evaluation(other)).differences
+    assert found == evaluation(first).compare(evaluation(second)).differences
+
+
 def test_a_metric_with_nan_is_not_comparable():
     first, second = evaluation(task([0.5, 0.25, 0.5])), evaluation(task([0.5, float("nan"), 0.5]))
     (found,) = first.compare(second).differences
