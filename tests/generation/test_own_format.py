@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
-from falcon_kit.generation.chat import FORMATS, encode, encode_answers
+from falcon_kit.generation.chat import FORMATS, encode, encode_answers, render
 from falcon_kit.generation.own_format import own_format
 from tests.generation.test_chat import CLOSED, PUBLISHED_HUB, SYSTEM, TALK
 
@@ -31,7 +31,24 @@ LINES = (
     "{% for message in messages %}### {{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}### assistant:\n"
 )
 SHOUTING = CHATML.replace("message['content']", "message['content'].strip().upper()")
-OTHERS = {"chatml": CHATML, "marked": MARKED_CHATML, "llama": LLAMA, "lines": LINES, "upper case": SHOUTING}
+INDENTED = """{% for message in messages %}
+    {% if message['role'] == 'assistant' %}
+{{ message['content'] }}
+    {% else %}
+### {{ message['role'] }}: {{ message['content'] }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+### assistant:
+{% endif %}"""
+OTHERS = {
+    "chatml": CHATML,
+    "marked": MARKED_CHATML,
+    "llama": LLAMA,
+    "lines": LINES,
+    "upper case": SHOUTING,
+    "indented": INDENTED,
+}
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", ">>ANSWER<<"]
 
 
@@ -77,6 +94,13 @@ def test_a_conversation_has_the_ids_of_apply_chat_template(falcon, template, sys
         messages, chat_template=template, add_generation_prompt=prompt, return_dict=False
     )
     assert encode(messages, falcon.tokenizer, in_format(falcon, template), prompt) == expected
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS.keys() - {"llama"}))  # which wants a bos_token
+def test_without_torch_a_template_is_rendered_as_by_transformers(falcon, name):
+    options = {"chat_template": OTHERS[name], "add_generation_prompt": True, "tokenize": False}
+    expected = falcon.tokenizer.apply_chat_template(TALK, **options)
+    assert render(TALK, fk.ChatFormat("mine", template=OTHERS[name])) == expected
 
 
 words = st.text(alphabet="ab \né🦒<|>", min_size=1, max_size=12) | st.sampled_from(CONTROL)

@@ -265,6 +265,8 @@ def test_a_classifier_blocks_by_its_label_and_score(pipeline):
     verdict = only(custom=pipeline, labels=(label,), threshold=0.5).check("You fool.")
     assert [each.reason for each in verdict.findings] == [f"{label} with a score of {scores[label]:.2f}"]
     assert not only(custom=pipeline, labels=(label,), threshold=1.0).check("You fool.")
+    (other,) = {*scores} - {label}
+    assert not only(custom=pipeline, labels=(other,), threshold=0.5).check("You fool.")
 
 
 def test_a_classifier_reads_a_text_longer_than_its_context_in_parts(pipeline, monkeypatch):
