@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.loading import packed
 from falcon_kit.loading.compiling import check_compilable
 from falcon_kit.loading.packed import GROUP, PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantizer import PackedConfig, PackedQuantizer
@@ -87,6 +88,16 @@ def test_the_layout_of_a_kernel_is_undone_exactly(shape, seed):
     made, (expected, _) = layer(weight, "int4"), quantised4(weight)
     assert torch.equal(made.canonical(), expected)
     assert torch.equal(made.state_dict()["weight"], expected)
+
+
+@each_kind
+def test_a_layer_computes_the_same_beside_another_default_device(kind):
+    made, x = layer(random(128, 64), kind), random(200, 64, seed=1)
+    expected = made(x)
+    for known in (packed._block, packed._layout):
+        known.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(made(x), expected)
 
 
 @each_kind
