@@ -14,10 +14,11 @@ from transformers import CompileConfig, DynamicCache
 
 import falcon_kit as fk
 from benchmarks import __main__ as command
-from benchmarks import _gpu_parts, cpu, full_size, gpu, inspection, reliability
+from benchmarks import _gpu_models, _gpu_parts, cpu, full_size, gpu, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.model import modeling
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +137,12 @@ def test_every_form_of_a_steps_attention_computes_the_same(on_a_cpu):
 
 def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):
     assert 1 < on_a_cpu[-1]["slice of the 40B, bfloat16"]["layers"] < 60
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "nf4", "nf4-double"])
+def test_a_model_with_random_weights_has_the_bytes_of_its_plan(dtype):
+    model = _gpu_models.built(SMALL, torch.device("cpu"), modeling.FalconForCausalLM, dtype)
+    assert _gpu_models.weight_bytes(model) == pytest.approx(fk.plan(SMALL, dtype).weight_bytes, rel=0.005)
 
 
 def test_a_prefill_is_measured_with_one_cache_in_memory(monkeypatch):
