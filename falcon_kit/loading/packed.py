@@ -64,8 +64,8 @@ class PackedLinear(nn.Linear):
     """A linear layer with weights in 8 or 4 bits, in memory as the kernel of their device needs them.
 
     A forward pass changes nothing, so several threads may share the layer: it is packed when weights are read or moved.
-    In a state dict, and before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits.
-    int8's is (out, in, 1) there, a shape at which plain transformers stops: it would take (out, in) for the weight.
+    Before `pack`, int4's weight is (out, in / 2): two values in a byte, the first in the low bits. So it is in a state
+    dict, in host memory, where int8's is (out, in, 1): plain transformers would take (out, in) for the weight itself.
     int8's parameter in oneDNN's layout has no storage: torch reads it by `to_dense`, which is (in, out).
     """
 
@@ -203,6 +203,8 @@ class PackedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.canonical()
+        if self.packed_for is not None:  # it is a copy, and a GPU need not have room for those of all layers
+            weight = weight.cpu()
         destination[f"{prefix}weight"] = weight[..., None] if self.kind == "int8" else weight
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
