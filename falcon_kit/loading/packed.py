@@ -159,9 +159,9 @@ class PackedLinear(nn.Linear):
         if self.kind == "int8":
             weight = products.unpacked(self.weight.data) if self.packed_for == "onednn" else self.weight
             return weight.to(dtype).mul_(self.scales.to(dtype)[:, None])
-        # in place where possible: a matrix of the 40B has up to 268 million values
+        # in place where possible: a matrix of the 40B has up to 268 million values; torch.compile needs equal strides
         values = self._values().view(torch.int8).sub_(8).to(dtype).view(self.out_features, -1, GROUP)
-        scale, zero = (each.T.to(dtype)[..., None] for each in self.scales.unbind(-1))
+        scale, zero = (each.T.to(dtype).contiguous()[..., None] for each in self.scales.unbind(-1))
         return torch.addcmul(zero, values, scale, out=values).view(self.out_features, self.in_features)
 
     def pack(self) -> None:
@@ -188,7 +188,7 @@ class PackedLinear(nn.Linear):
         """int4's values (out, in), from 0 to 15, in memory of their own."""
         if self.packed_for is None:
             return halves(self.weight.data)
-        where = _layout(self.in_features, str(self.weight.device))
+        where = _order(self.in_features, str(self.weight.device))
         nibbles = halves(self.weight.data.view(torch.uint8).reshape(-1, _PANEL * self.in_features // 2))
         return nibbles[:, where].reshape(self.out_features, self.in_features)
 
@@ -274,8 +274,7 @@ def quantised4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slabs(weight: Tensor) -> Iterator[Tensor]:
     """A few outputs of a weight at a time: their copies in float32 take little memory, and a fifth of the time."""
-    out, into = weight.shape
-    return (weight[outputs] for outputs in products.slabs(out, into, torch.float32))
+    return (weight[outputs] for outputs in products.slabs(len(weight), weight.shape[1], torch.float32))
 
 
 def _slab_in_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,6 +311,12 @@ def _kernel_layout(values: Tensor) -> Tensor:
         high_first = values[:, ::2] << 4 | values[:, 1::2]
         return torch.ops.aten._convert_weight_to_int4pack(high_first, _INNER_TILES)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile looks through a cache
+def _order(into: int, device: str) -> Tensor:
+    """`_layout`, which a compiled step takes as it is, and does not find anew."""
+    return _layout(into, device)
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo import lookup_backend
 
 import falcon_kit as fk
 from falcon_kit.loading import packed
@@ -195,6 +196,20 @@ def test_int4_is_compiled_in_one_graph(rows):
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
     check_compilable("int4", None)
+
+
+def test_int4_in_whole_is_compiled_without_a_search_for_its_layout(monkeypatch):
+    """As on a GPU for many rows; the layout is found once, by packing and sorting positions, which takes long."""
+    monkeypatch.setattr(PackedLinear, "product", PackedLinear.in_whole)
+    made, x, operations = layer(random(256, 128), "int4"), random(70, 128, seed=1), []
+
+    def backend(graph, inputs):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(made, backend=backend, fullgraph=True)(x), made(x))
+    assert not [each for each in operations if "sort" in each or "pack_for_cpu" in each]
 
 
 @pytest.mark.parametrize("rows", [2, 40, 200])
