@@ -4,8 +4,9 @@ The forms compute the same, over the filled slots of a cache: keys (B, G, slots,
 visible. Shapes: B batch, G KV heads, R query heads per KV head, D head_dim, K slots or keys.
 """
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from falcon_kit.model.static_cache import slots_read
 
 Step = tuple[Tensor, Tensor, Tensor, Tensor]
 """Queries (B, G, R, D), keys and values (B, G, K, D), and which keys are visible (B, 1, 1, K)."""
+Figures = dict[str, Any]
 _PARTS = 16
 _DISTINCT = 128e6
-"""Bytes of keys and values that are read in turn, so that none of them is still in a GPU's cache."""
+"""Bytes that are read in turn, so that none of them is still in a GPU's cache."""
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -122,8 +124,7 @@ def _steps(shape: FalconSpec, batch: int, settings: Settings) -> list[Step]:
     size = (batch, shape.kv_heads, slots, shape.head_dim)
     on = {"device": settings.device, "dtype": torch.bfloat16}
     visible = (torch.arange(slots, device=settings.device) < settings.context).expand(batch, 1, 1, slots).contiguous()
-    count = max(2, int(_DISTINCT // (2 * 2 * batch * shape.kv_heads * slots * shape.head_dim)))
-    count = count if settings.device.type == "cuda" else 2
+    count = distinct(2 * 2 * batch * shape.kv_heads * slots * shape.head_dim, settings.device)
     queries = (batch, shape.kv_heads, shape.queries_per_kv_head, shape.head_dim)
     return [
         (torch.randn(queries, **on), torch.randn(size, **on), torch.randn(size, **on), visible) for _ in range(count)
@@ -131,21 +132,27 @@ def _steps(shape: FalconSpec, batch: int, settings: Settings) -> list[Step]:
 
 
 def _timed(form: Callable[..., Tensor], steps: list[Step], exact: Tensor, least: float) -> dict[str, Any]:
-    """A step's median time, in a CUDA graph where there are any; and its error relative to float64."""
-
-    def all_steps() -> list[Tensor]:
-        return [form(*step) for step in steps]
-
-    device = exact.device
+    """A step's time, and its error relative to float64."""
     with torch.inference_mode():
         error = relative_error(form(*steps[0]), exact)
-        replay = _graph(all_steps) if device.type == "cuda" else all_steps
-        seconds = statistics.median(full_size._seconds(replay, device) for _ in range(7)) / len(steps)
-    return {
-        "microseconds": round(1e6 * seconds, 2),
-        "share of the bandwidth": round(least / seconds, 3),
-        "error": error,
-    }
+    return timed(form, steps, least, exact.device) | {"error": error}
+
+
+def distinct(bytes: int, device: torch.device) -> int:
+    """How many tensors of so many bytes are more than a GPU's cache holds; 2 on a CPU."""
+    return max(2, math.ceil(_DISTINCT / bytes)) if device.type == "cuda" else 2
+
+
+def timed(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], least: float, device: torch.device) -> Figures:
+    """The median time of a call, in a CUDA graph of all calls where there are any. least: seconds to read its bytes."""
+
+    def all_calls() -> list[Any]:
+        return [work(*each) for each in calls]
+
+    with torch.inference_mode():
+        replay = _graph(all_calls) if device.type == "cuda" else all_calls
+        seconds = statistics.median(full_size._seconds(replay, device) for _ in range(7)) / len(calls)
+    return {"microseconds": round(1e6 * seconds, 2), "share of the bandwidth": round(least / seconds, 3)}
 
 
 def _graph(work: Callable[[], Any]) -> Callable[[], None]:

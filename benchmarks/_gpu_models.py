@@ -68,9 +68,9 @@ def _quantised(weight: Tensor, dtype: str) -> nn.Module:
         made = bitsandbytes.nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, device="meta")
         made.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         return made.to(weight.device)
-    options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
-    made = bitsandbytes.nn.Linear4bit(into, out, bias=False, device="meta", **options)
-    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    options = {"quant_type": "nf4", "compress_statistics": dtype == "nf4-double"}
+    made = bitsandbytes.nn.Linear4bit(into, out, bias=False, device="meta", compute_dtype=torch.bfloat16, **options)
+    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
     return made.to(weight.device)
 
 

@@ -127,18 +127,25 @@ def _decode(model: FalconForCausalLM, batch: int, context: int, arguments: dict[
         torch.cuda.empty_cache()
     _reset_peak(model.device)
     clock = _Clock()
-    model.generation_config.eos_token_id = None  # nothing ends a text early, and nothing is spent on preventing it
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **arguments}
-    options["stopping_criteria"] = StoppingCriteriaList([clock])
-    decode = _with_the_kit if isinstance(model, modeling.FalconForCausalLM) else _with_transformers
     try:
         for _ in range(2 if arguments else 1):
             clock.ticks.clear()
-            decode(model, batch, context, options)
+            _generate(model, batch, context, arguments, clock)
     except (torch.OutOfMemoryError, MemoryError):  # the second is the kit's
         return Decoding(None, None)
     gaps = [later - earlier for earlier, later in zip(clock.ticks, clock.ticks[1:], strict=False)]
     return Decoding(statistics.median(gaps), _peak_bytes(model.device))
+
+
+def _generate(
+    model: FalconForCausalLM, batch: int, context: int, arguments: dict[str, Any], criterion: StoppingCriteria
+) -> None:
+    """Generates NEW_TOKENS tokens; the criterion is called after each."""
+    model.generation_config.eos_token_id = None  # nothing ends a text early, and nothing is spent on preventing it
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **arguments}
+    options["stopping_criteria"] = StoppingCriteriaList([criterion])
+    own_loop = _with_the_kit if isinstance(model, modeling.FalconForCausalLM) else _with_transformers
+    own_loop(model, batch, context, options)
 
 
 def _with_transformers(model: FalconForCausalLM, batch: int, context: int, options: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def attempted(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The parts by name. Those of `_gpu_parts` and `_gpu_attention` import the kit's model as they run."""
+    """The parts by name. Those of the files `_gpu_*` import the kit's model as they run."""
 
     def of_the_model(name: str, *arguments: Any, file: str = "_gpu_parts") -> Callable[[], dict[str, Any]]:
         return lambda: getattr(import_module(f"benchmarks.{file}"), name)(settings, *arguments)
@@ -110,6 +110,8 @@ def _parts(settings: Settings) -> dict[str, Callable[[], dict[str, Any]]]:
         "attention of a step": of_the_model("measure_forms", file="_gpu_attention"),
         "7B, int4, compiled": of_the_model("quantised_compiled", settings.seven, "int4"),
         "slice of the 40B, bfloat16, compiled": of_the_model("compiled", None, settings.batches[-1:]),
+        "products of a step": of_the_model("products", file="_gpu_step"),
+        "kernels of a compiled step": of_the_model("kernels", file="_gpu_step"),
     }
 
 

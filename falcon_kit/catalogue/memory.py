@@ -147,7 +147,7 @@ def workspace_bytes(
         return batch * context * spec.intermediate_size * 6
     if dtype.startswith("nf4"):
         return largest * (9 if on_cpu else 2)
-    whole = {"int4": 5 * largest, "int8": 4 * largest if trains else 0}.get(dtype, 0)
+    whole = {"int4": (5 if on_cpu else 3) * largest, "int8": 4 * largest if trains else 0}.get(dtype, 0)
     return max(whole, _slab_bytes(spec, dtype, context, batch, native) if on_cpu and not trains else 0)
 
 

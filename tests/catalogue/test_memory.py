@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 
 import falcon_kit as fk
 from falcon_kit.catalogue import memory
+from falcon_kit.loading.packed import PackedLinear, quantised4, quantised8
 from falcon_kit.loading.quantization import quantisation_config
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.conftest import small_config
@@ -202,6 +203,34 @@ def test_a_prefill_in_parts_takes_no_more_than_its_workspace(
     expected += spec.layers * memory.layer_kv_bytes(spec, dtype, context, batch)
     expected += memory.workspace_bytes(spec, dtype, context, batch, True, multiplies)
     assert 0.5 * expected < measured.peak <= 1.05 * expected
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 200), (3, 64)])
+def test_a_prefill_of_int4_on_a_gpu_takes_its_workspace(monkeypatch, tmp_path, batch, context):
+    """A GPU unpacks a whole matrix; here a CPU does it in the same steps."""
+    model, spec = sized("40b")
+    model.save_pretrained(tmp_path)
+    options = {"quantization_config": quantisation_config("int4", on_cpu=True)}
+    model = FalconForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+    monkeypatch.setattr(PackedLinear, "product", PackedLinear.in_whole)
+    monkeypatch.setattr("falcon_kit.loading.packed.has_products", lambda dtype: True)
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, dtype=torch.long))  # finds the layout of the kernel, which is kept
+        with PeakBytes([*model.parameters(), *model.buffers()]) as measured:
+            model(torch.zeros(batch, context, dtype=torch.long), logits_to_keep=1)
+    expected = memory.prefill_bytes(spec, "int4", context, batch)
+    expected += spec.layers * memory.layer_kv_bytes(spec, "int4", context, batch)
+    expected += memory.workspace_bytes(spec, "int4", context, batch, on_cpu=False, native=True)
+    assert 0.85 * expected < measured.peak <= expected
+
+
+@pytest.mark.parametrize("quantise", [quantised8, quantised4])
+def test_quantising_a_matrix_takes_little_more_than_the_result(quantise):
+    """The last matrix of a model is quantised beside all others, where a plan has room for three bytes a weight."""
+    weight = torch.randn(4096, 2048, dtype=torch.bfloat16)
+    with PeakBytes([weight]) as measured:
+        results = quantise(weight)
+    assert measured.peak < 2 * sum(each.nbytes for each in results) + 8 * memory.SLAB
 
 
 # Training

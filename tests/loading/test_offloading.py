@@ -5,7 +5,8 @@ import torch
 from accelerate import cpu_offload
 
 import falcon_kit as fk
-from falcon_kit.loading.reading import _pin_offloaded_weights
+from falcon_kit.catalogue.memory import linear_shapes
+from falcon_kit.loading.reading import _pin_offloaded_weights, pinned_blocks
 from tests.conftest import logits
 
 
@@ -17,10 +18,16 @@ def offloaded(checkpoint):
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """The bytes of each tensor that is pinned, on a machine with a GPU."""
-    sizes = []
+    """The bytes of each block of pinned memory, on a machine with a GPU."""
+    sizes, empty = [], torch.empty
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sizes.append(tensor.nbytes) or tensor.clone())
+
+    def recorded(*shape, pin_memory=False, **options):
+        if pin_memory:
+            sizes.append(*shape)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", recorded)
     return sizes
 
 
@@ -29,6 +36,18 @@ def test_beside_a_gpu_offloaded_weights_are_pinned_and_compute_the_same(checkpoi
     _pin_offloaded_weights(offloaded)
     assert sum(pinned) in (size, size + offloaded.lm_head.weight.nbytes)  # a tied head has a name of its own
     assert torch.equal(logits(offloaded), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("falcon-7b", 8), ("falcon-7b", 32), ("falcon-40b", 13), ("falcon-40b", 60)]
+)
+def test_pinned_memory_is_little_more_than_the_weights_in_it(name, layers):
+    """torch rounds each block up to a power of two; alone, the weights of the 7B would take 1.6 times their bytes."""
+    sizes = [2 * out * into for out, into in linear_shapes(fk.spec(name))] * layers
+    blocks = pinned_blocks(sizes)
+    assert sorted(index for block in blocks for index in block) == list(range(len(sizes)))
+    taken = sum(1 << (sum(sizes[index] for index in block) - 1).bit_length() for block in blocks)
+    assert taken < 1.1 * sum(sizes)
 
 
 def test_without_a_gpu_nothing_is_pinned(offloaded, pinned, monkeypatch):
@@ -40,10 +59,10 @@ def test_without_a_gpu_nothing_is_pinned(offloaded, pinned, monkeypatch):
 def test_where_the_system_limits_pinned_memory_the_weights_stay(offloaded, pinned, monkeypatch):
     expected = logits(offloaded)
 
-    def refused(tensor):
+    def refused(*shape, **options):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    monkeypatch.setattr(torch, "empty", refused)
     _pin_offloaded_weights(offloaded)
     assert torch.equal(logits(offloaded), expected)
 

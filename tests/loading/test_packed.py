@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo import lookup_backend
 
 import falcon_kit as fk
+from falcon_kit.loading import packed
 from falcon_kit.loading.compiling import check_compilable
 from falcon_kit.loading.packed import GROUP, PackedLinear, frozen, quantised4, quantised8
 from falcon_kit.loading.quantizer import PackedConfig, PackedQuantizer
@@ -87,6 +89,16 @@ def test_the_layout_of_a_kernel_is_undone_exactly(shape, seed):
     made, (expected, _) = layer(weight, "int4"), quantised4(weight)
     assert torch.equal(made.canonical(), expected)
     assert torch.equal(made.state_dict()["weight"], expected)
+
+
+@each_kind
+def test_a_layer_computes_the_same_beside_another_default_device(kind):
+    made, x = layer(random(128, 64), kind), random(200, 64, seed=1)
+    expected = made(x)
+    for known in (packed._block, packed._layout):
+        known.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(made(x), expected)
 
 
 @each_kind
@@ -184,6 +196,20 @@ def test_int4_is_compiled_in_one_graph(rows):
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
     check_compilable("int4", None)
+
+
+def test_int4_in_whole_is_compiled_without_a_search_for_its_layout(monkeypatch):
+    """As on a GPU for many rows; the layout is found once, by packing and sorting positions, which takes long."""
+    monkeypatch.setattr(PackedLinear, "product", PackedLinear.in_whole)
+    made, x, operations = layer(random(256, 128), "int4"), random(70, 128, seed=1), []
+
+    def backend(graph, inputs):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(made, backend=backend, fullgraph=True)(x), made(x))
+    assert not [each for each in operations if "sort" in each or "pack_for_cpu" in each]
 
 
 @pytest.mark.parametrize("rows", [2, 40, 200])

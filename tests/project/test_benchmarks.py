@@ -14,10 +14,12 @@ from transformers import CompileConfig, DynamicCache
 
 import falcon_kit as fk
 from benchmarks import __main__ as command
-from benchmarks import _gpu_parts, cpu, full_size, gpu, inspection, reliability
+from benchmarks import _gpu_models, _gpu_parts, _gpu_step, cpu, full_size, gpu, inspection, reliability
 from benchmarks._memory import WAYS, mapped_bytes, measured
 from falcon_kit import FalconSpec
+from falcon_kit.catalogue.memory import linear_shapes
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.model import modeling
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,8 +136,43 @@ def test_every_form_of_a_steps_attention_computes_the_same(on_a_cpu):
         assert all(form["error"] < 0.01 and form["microseconds"] > 0 for form in forms.values())
 
 
+def test_the_products_of_a_step_are_timed_each_and_joined(on_a_cpu):
+    part = on_a_cpu[-1]["products of a step"]
+    own = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    by_rows, by_columns = "query_key_value and dense_h_to_4h", "dense and dense_4h_to_h"
+    rows = {size: list(each) for size, each in part.items() if not size.startswith("seconds")}
+    seven, forty = [*own, by_rows, by_columns], [*own, by_columns]  # two layer norms in the 40B: two inputs
+    assert rows == {"7B, batch 1": seven, "7B, batch 2": seven, "40B, batch 1": forty, "40B, batch 2": forty}
+    assert all(row["microseconds"] > 0 for size in rows for row in part[size].values())
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b"])
+def test_projections_joined_have_the_weights_of_both(name):
+    shape = fk.spec(name)
+    sizes = dict(zip(_gpu_step._PROJECTIONS, linear_shapes(shape), strict=True))
+    for parts, (out, into) in _gpu_step.joined(shape).items():
+        assert out * into == sum(sizes[each][0] * sizes[each][1] for each in parts)
+
+
+def test_the_kernels_of_a_step_and_its_gaps_are_its_time(on_a_cpu):
+    part = on_a_cpu[-1]["kernels of a compiled step"]
+    largest = [row["microseconds"] for row in part["largest kernels"].values()]
+    assert len(largest) == 10
+    assert largest == sorted(largest, reverse=True)
+    total = sum(largest) + part["other kernels"]["microseconds"] + part["gaps"]["microseconds"]
+    assert total == pytest.approx(1000 * part["ms per step"], abs=1)
+    products = next(row for name, row in part["largest kernels"].items() if name == "aten::mm")
+    assert products["calls"] == 9  # four in each of two layers, and the head
+
+
 def test_a_slice_of_the_forty_b_has_as_many_layers_as_fit(on_a_cpu):
     assert 1 < on_a_cpu[-1]["slice of the 40B, bfloat16"]["layers"] < 60
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "nf4", "nf4-double"])
+def test_a_model_with_random_weights_has_the_bytes_of_its_plan(dtype):
+    model = _gpu_models.built(SMALL, torch.device("cpu"), modeling.FalconForCausalLM, dtype)
+    assert _gpu_models.weight_bytes(model) == pytest.approx(fk.plan(SMALL, dtype).weight_bytes, rel=0.005)
 
 
 def test_a_prefill_is_measured_with_one_cache_in_memory(monkeypatch):

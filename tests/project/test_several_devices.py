@@ -4,6 +4,7 @@ The devices are simulated (tests/devices.py), in a process of their own. There, 
 as it is between GPUs.
 """
 
+import copy
 import inspect
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 import falcon_kit as fk
+from benchmarks.gpu import quantised_layer
+from falcon_kit.loading.packed import frozen
 from falcon_kit.planning.devices import Device
 from falcon_kit.planning.placement import device_map
 from tests import devices
@@ -87,6 +90,16 @@ def misplaced():
         matrix.to(device)
 
 
+def state_of_packed():
+    """The state dict of an int4 layer in the layout of a kernel: on the CPU, and on a device that does the same."""
+    layer = quantised_layer(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), "int4")
+    layer.pack()
+    elsewhere = copy.deepcopy(layer)
+    elsewhere.weight, elsewhere.scales = (frozen(each.data.to("sim:1")) for each in (layer.weight, layer.scales))
+    weight, scales = elsewhere.state_dict()["weight"], elsewhere.scales
+    return str(weight.device), str(scales.device), torch.equal(weight.to("cpu"), layer.state_dict()["weight"])
+
+
 def values_read(tokens):
     """How often a greedy text of so many tokens is waited for: what reads a value of a device."""
     falcon = places_of("40b").elsewhere
@@ -123,6 +136,11 @@ def test_the_weights_are_on_the_devices_of_the_map(name, found, process):
 
 def test_no_hook_is_left_on_layers_that_are_all_on_devices(process):
     assert process(hooks_of, "40b") == 0
+
+
+def test_unpacked_weights_of_a_state_dict_are_in_host_memory(process):
+    """A device that is filled by a model in 4 bits has no room for them once more, as when it is saved."""
+    assert process(state_of_packed) == ("cpu", "sim:1", True)
 
 
 def test_a_token_is_waited_for_once(process):
