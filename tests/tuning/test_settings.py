@@ -92,6 +92,7 @@ def test_the_same_target_modules_in_any_form_are_the_same_settings():
         ({"max_steps": 0}, "max_steps must be a whole number from 1"),
         ({"answers": -1}, "answers must be a whole number from 0"),
         ({"learning_rate": 2}, "learning_rate must be above 0 and below 1"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295"),
         ({"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
         ({"target_modules": ("q_proj",)}, "target_modules must be among query_key_value"),
         ({"target_modules": iter(())}, "target_modules must be among query_key_value"),
