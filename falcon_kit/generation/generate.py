@@ -27,6 +27,7 @@ from falcon_kit.generation.prompts import (
     check_length,
     check_prompt,
     check_tokens,
+    kept_tokens,
     new_token_limit,
     prompt_label,
     tensor_parallel_mesh,
@@ -248,8 +249,8 @@ class _GenerateTask(GenerationTask):
         encoded = token_ids(self.tokenizer, prompts)
         check_tokens(encoded, vocabulary_size(self.model))
         new_tokens = new_token_limit(encoded, context, self.sampling)
-        room = min(context, self.sampling.max_length or context)
-        return [ids[-(room - new_tokens) :] for ids in encoded], new_tokens
+        kept = kept_tokens(new_tokens, context, self.sampling)
+        return [ids[-kept:] for ids in encoded], new_tokens
 
     def _arguments(self) -> dict[str, Any]:
         """All arguments of transformers' `generate`; the caller's win over those of the settings."""

@@ -131,6 +131,16 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
     return min(wanted, context - longest)
 
 
+def kept_tokens(new_tokens: int, context: int, sampling: Sampling) -> int:
+    """How many tokens of a prompt are kept beside the limit of new tokens; `truncate` drops those before them."""
+    return min(context, sampling.max_length or context) - new_tokens
+
+
+def is_cut(ids: Sequence[int], context: int, sampling: Sampling) -> bool:
+    """Whether a prompt loses its first tokens to `truncate`."""
+    return len(ids) > kept_tokens(new_token_limit([ids], context, sampling), context, sampling)
+
+
 def numbered(kind: str, number: int, count: int) -> str:
     """The name of a text in an error: with its number, counted from 1, if there are several."""
     return kind if count == 1 else f"{kind} {number} of {count}"

@@ -16,10 +16,10 @@ from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
 from falcon_kit.generation.calls import Generated, typed
-from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
+from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode, latest_turns
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
-from falcon_kit.generation.prompts import Prompt, check_length, is_conversation
+from falcon_kit.generation.prompts import Prompt, check_length, is_conversation, is_cut
 from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
@@ -132,10 +132,16 @@ class Falcon:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
         format = self.chat_format
         stop = (*format.stop, *stop_strings(settings.get("stop")))
+        context = context_limit(self.model.config)
         if settings.get("truncate") is None:
-            context = context_limit(self.model.config)
             for number, each in enumerate(check_messages(messages), 1):
                 check_length(each["content"], self.tokenizer, context, f"message {number}")
+        else:
+            sampling, _ = split_settings(arguments.add_checkpoint_settings(settings, self.model.generation_config))
+            messages = latest_turns(
+                check_messages(messages),
+                lambda turns: not is_cut(encode(turns, self.tokenizer, format), context, sampling),
+            )
         ids = encode(messages, self.tokenizer, format)
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
