@@ -20,6 +20,14 @@ DEFAULT_NEW_TOKENS = 200
 _ENCODED_AT_ONCE = 100_000
 
 
+def check_several(prompts: Any) -> None:
+    """Raises ValueError for what is no list or iterator of prompts: iterating over it would give something else."""
+    require(not isinstance(prompts, str), "give a list of prompts, also for one: [prompt]")
+    table = isinstance(prompts, Mapping) or hasattr(prompts, "columns")
+    require(not table, f"give a list of prompts, such as one column, not a {type(prompts).__name__}")
+    require(not is_conversation(prompts), "give a list of conversations, also for one: [messages]")
+
+
 def is_conversation(prompt: Any) -> TypeGuard[Sequence[Message]]:
     """Whether a prompt is a list of messages, which the chat template renders; they are not checked."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
