@@ -121,6 +121,14 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def to_save(value: Any) -> str:
+    """For an error: how a transformers model, or a pair of one and its tokenizer, becomes a Falcon; else nothing."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if not any(hasattr(each, "save_pretrained") for each in parts):
+        return ""
+    return ": model.save_pretrained(folder), tokenizer.save_pretrained(folder), and take fk.load(folder)"
+
+
 class Portable:
     """An error that can be copied, and pickled to the process that waits for it, whatever its constructor takes.
 

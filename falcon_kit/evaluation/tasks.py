@@ -170,7 +170,7 @@ def split_names(tasks: Any) -> Iterator[Any]:
     for each in [tasks] if isinstance(tasks, str) or table or not isinstance(tasks, Iterable) else tasks:
         require(
             isinstance(each, str | Path | Task),
-            f"tasks is a name, a path, or several of them; got {shown(each)}: write rows to a .jsonl file, a JSON "
-            "object a line, and give its path",
+            f"tasks is a name, a path, or several of them; got {shown(each)}: write rows to a .csv or .jsonl "
+            "file, and give its path",
         )
         yield each

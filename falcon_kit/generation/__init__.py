@@ -20,4 +20,5 @@ kept_cache.py      the static cache of a compiled model, kept between calls
 steps.py           transformers' loops of token after token, as generators
 stream.py          a text that is computed as far as it is read
 generate.py        one call of transformers' generate: arguments checked, text and statistics returned
+batches.py         any number of texts, in batches of similar lengths
 """

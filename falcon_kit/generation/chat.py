@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,14 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return checked
 
 
+def latest_turns(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> Sequence[Message]:
+    """The system message and as many of the last turns as fit, at least one; of messages that were checked."""
+    system = [each for each in messages[:1] if each["role"] == "system"]
+    beginnings = range(len(system), len(messages), 2)  # the messages of the user
+    first = bisect_left(beginnings, True, key=lambda beginning: fits([*system, *messages[beginning:]]))
+    return [*system, *messages[beginnings[min(first, len(beginnings) - 1)] :]]
+
+
 def _check_message(number: int, message: Any) -> Message:
     """Role and content of one message, checked without the others."""
     if isinstance(message, list | tuple) and message and isinstance(message[0], Mapping):
@@ -153,7 +162,10 @@ def _check_message(number: int, message: Any) -> Message:
         keys = f" Its keys are {', '.join(map(repr, message))}: call them role and content." if other else ""
         raise ValueError(f"Message {number} has the role {role!r}; allowed are {', '.join(ROLES)}.{keys}")
     if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"Message {number} has the content {content!r}, but it must be a text that is not blank.")
+        instead = ": give its .text" if hasattr(content, "text") else ""
+        raise ValueError(
+            f"Message {number} has the content {content!r}, but it must be a text that is not blank{instead}."
+        )
     check_encodable(f"Message {number}", content)
     return {"role": role, "content": content}
 

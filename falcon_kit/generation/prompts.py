@@ -20,6 +20,14 @@ DEFAULT_NEW_TOKENS = 200
 _ENCODED_AT_ONCE = 100_000
 
 
+def check_several(prompts: Any) -> None:
+    """Raises ValueError for what is no list or iterator of prompts: iterating over it would give something else."""
+    require(not isinstance(prompts, str), "give a list of prompts, also for one: [prompt]")
+    table = isinstance(prompts, Mapping) or hasattr(prompts, "columns")
+    require(not table, f"give a list of prompts, such as one column, not a {type(prompts).__name__}")
+    require(not is_conversation(prompts), "give a list of conversations, also for one: [messages]")
+
+
 def is_conversation(prompt: Any) -> TypeGuard[Sequence[Message]]:
     """Whether a prompt is a list of messages, which the chat template renders; they are not checked."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
@@ -129,6 +137,16 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
         f'shorten it, or give truncate="left" to drop its beginning',
     )
     return min(wanted, context - longest)
+
+
+def kept_tokens(new_tokens: int, context: int, sampling: Sampling) -> int:
+    """How many tokens of a prompt are kept beside the limit of new tokens; `truncate` drops those before them."""
+    return min(context, sampling.max_length or context) - new_tokens
+
+
+def is_cut(ids: Sequence[int], context: int, sampling: Sampling) -> bool:
+    """Whether a prompt loses its first tokens to `truncate`."""
+    return len(ids) > kept_tokens(new_token_limit([ids], context, sampling), context, sampling)
 
 
 def numbered(kind: str, number: int, count: int) -> str:

@@ -59,7 +59,8 @@ class Sampling:
     """The same seed gives the same text, on the same machine and batch. torch's global random state does not change."""
     truncate: Literal["left"] | None = None
     """"left" drops the first tokens of a prompt that leaves too little room for the new tokens. The new tokens then get
-    at most half the context, or half of `max_length`. Unset: a prompt that leaves no room is an error."""
+    at most half the context, or half of `max_length`. Of a conversation it drops the oldest turns, whole, and keeps the
+    system message. Unset: a prompt that leaves no room is an error."""
     alternatives: int = 0
     """Number of most probable tokens to return at each step, see `Piece.alternatives`."""
 

@@ -36,7 +36,9 @@ def check_base(
     shapes: of the model's weights by name; empty for a quantised model, whose weights have other shapes. norm, merged:
     its last LayerNorm and the digests of the adapters in its weights.
     """
-    refused = f"the adapter in {adapter} was made for {printable(adapter.base_name)}, not for {name}"
+    named = adapter.base_name and adapter.base_name != name
+    made_for = f"{printable(adapter.base_name)}, not for {name}" if named else f"another model than {name}"
+    refused = f"the adapter in {adapter} was made for {made_for}"
     check_contents(adapter)
     if record(adapter.folder).get("base_fingerprint") not in (None, fingerprint(norm, merged)):
         raise ValueError(f"{refused}, which has other weights: load the model that it was tuned from")

@@ -67,7 +67,7 @@ class Adapter:
 
     @property
     def base_name(self) -> str:
-        return str(self.config.base_model_name_or_path)
+        return str(self.config.base_model_name_or_path or "")
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:

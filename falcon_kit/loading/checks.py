@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig, FalconForCausalLM
 
 from falcon_kit.catalogue.memory import QUANTISED, dtype_name
-from falcon_kit.display.errors import check_flag, unknown_name
+from falcon_kit.display.errors import check_flag, to_save, unknown_name
 from falcon_kit.display.reading import texts_by_name
 from falcon_kit.display.saving import check_folder
 from falcon_kit.display.tables import format_bytes
@@ -98,7 +98,7 @@ def check_arguments(name: Any, others: Mapping[str, Any], known: Iterable[str]) 
     others: those arguments. known: those that it has.
     """
     if not isinstance(name, str | os.PathLike):
-        instead = ": give its .adapter" if hasattr(name, "adapter") else ""
+        instead = ": give its .adapter" if hasattr(name, "adapter") else to_save(name)
         raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
     for other in others:
         near = get_close_matches(other, known)

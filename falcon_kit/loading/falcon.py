@@ -1,6 +1,6 @@
 """A loaded Falcon: a transformers model and tokenizer, with methods to generate, stream and chat."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -11,15 +11,17 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.catalogue.names import loadable_name
 from falcon_kit.catalogue.spec import FalconSpec, context_limit
 from falcon_kit.display.documented import documented
-from falcon_kit.display.errors import plain_scalar, printable
+from falcon_kit.display.errors import check_whole, plain_scalar, printable, require
 from falcon_kit.display.saving import atomic_folder
 from falcon_kit.display.tables import format_bytes, html_table
 from falcon_kit.generation import arguments, generate
+from falcon_kit.generation.batches import texts_in_order
 from falcon_kit.generation.calls import Generated, typed
-from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode
+from falcon_kit.generation.chat import ChatFormat, Message, check_messages, encode, latest_turns
+from falcon_kit.generation.generate import GenerateTask
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
 from falcon_kit.generation.own_format import own_format
-from falcon_kit.generation.prompts import Prompt, check_length, is_conversation
+from falcon_kit.generation.prompts import Prompt, check_length, check_several, is_conversation, is_cut
 from falcon_kit.generation.sampling import split_settings, stop_strings
 from falcon_kit.generation.stream import Stream
 from falcon_kit.generation.text import Generation
@@ -86,6 +88,46 @@ class Falcon:
         settings = self._with_decoding(settings)
         return checked(guardrails, lambda: generate.generate(self.model, self.tokenizer, prompt, **settings))
 
+    def generate_each(
+        self,
+        prompts: Iterable[str | Sequence[int] | Sequence[Message]],
+        *,
+        batch_size: int = 16,
+        guardrails: Guard | None = None,
+        **settings: Any,
+    ) -> Iterator[Generation]:
+        """Continues any number of prompts, or answers conversations, and yields the results in the same order.
+
+        batch_size: how many prompts run at a time. They are of similar lengths, chosen from those of the next 8 batches,
+        and leave each other's limit of new tokens as it is. Each batch begins with the `seed`. Only batches of 1 run a
+        compiled step.
+        `settings` are those of `generate`, whose errors name the prompt by its number from 1. An error, Ctrl-C and
+        `Blocked` lose what was not yielded yet.
+        """
+        check_several(prompts)
+        check_whole("batch_size", batch_size, 1)
+        settings = {**_ONE_TEXT, **self._with_decoding(settings, batch_size == 1)}
+        sampling, options = split_settings(settings)
+        require(sampling.num_return_sequences == 1, "each prompt gives one text: leave num_return_sequences at 1")
+        require(options.get(arguments.CACHE) is None, f"{arguments.CACHE} belongs to one prompt: leave it out")
+        texts = texts_in_order(self._tasks(prompts, guardrails, settings), batch_size)
+        return (checked(guardrails, each) for each in texts)
+
+    def _tasks(
+        self, prompts: Iterable[Any], guardrails: Guard | None, settings: dict[str, Any]
+    ) -> Iterator[GenerateTask]:
+        """The task of each prompt, and of each conversation."""
+        for number, prompt in enumerate(prompts, 1):
+            check_given(guardrails, prompt, self.tokenizer)
+            chat = is_conversation(prompt)
+            try:
+                given = {"strip": False, **(self._turns(prompt, settings) if chat else settings | {"prompt": prompt})}
+                task = GenerateTask(self.model, self.tokenizer, given.pop("prompt"), given, given.pop("strip"))
+                require(not task.returns_list, "it is a list of prompts: give each by itself")
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
+            yield task
+
     def stream(
         self, prompt: Prompt | Sequence[Message], *, guardrails: Guard | None = None, **settings: Any
     ) -> Stream | GuardedStream:
@@ -132,17 +174,23 @@ class Falcon:
         """The arguments of `generate` for a conversation: its token ids, and the user prefix as a stop string."""
         format = self.chat_format
         stop = (*format.stop, *stop_strings(settings.get("stop")))
+        context = context_limit(self.model.config)
         if settings.get("truncate") is None:
-            context = context_limit(self.model.config)
             for number, each in enumerate(check_messages(messages), 1):
                 check_length(each["content"], self.tokenizer, context, f"message {number}")
+        else:
+            sampling, _ = split_settings(arguments.add_checkpoint_settings(settings, self.model.generation_config))
+            messages = latest_turns(
+                check_messages(messages),
+                lambda turns: not is_cut(encode(turns, self.tokenizer, format), context, sampling),
+            )
         ids = encode(messages, self.tokenizer, format)
         ends = arguments.end_token_ids(settings, self.model.generation_config, self.tokenizer)
         if settings.get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
             ends = [*dict.fromkeys([*ends, self.tokenizer.eos_token_id])]  # templates end an answer with it
         return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
-    def _with_decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _with_decoding(self, settings: dict[str, Any], compiled: bool = True) -> dict[str, Any]:
         """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way.
 
         A compiled step runs no hook that was added later, such as an ablation: with hooks, nothing is compiled.
@@ -158,7 +206,7 @@ class Falcon:
             not isinstance(value, int | None) or value not in _COMPILABLE[name] for name, value in loops.items()
         )
         own_cache = any(name in settings for name in (arguments.CACHE, "cache_implementation"))
-        if other_loop or own_cache or not self.decoding:
+        if other_loop or own_cache or not (compiled and self.decoding):
             return settings
         hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
         return settings if hooked else {**self.decoding, **settings}

@@ -131,6 +131,13 @@ class ParallelFalcon(AbstractContextManager["ParallelFalcon"]):
         """Raises AttributeError: this process has no weights to write."""
         raise AttributeError("a model in several processes is not saved: load it without tensor_parallel to save it")
 
+    @property
+    def generate_each(self) -> Any:
+        """Raises AttributeError: the processes run one request at a time."""
+        raise AttributeError(
+            "a model in several processes has no generate_each: falcon.generate(prompts[:16]) runs a batch"
+        )
+
     def __iter__(self) -> Iterator[Any]:
         """Raises AttributeError, as `model` does: `model, tokenizer = falcon` needs a Falcon in this process."""
         return iter((self.model, self.tokenizer))

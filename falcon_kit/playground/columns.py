@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import require
+from falcon_kit.display.errors import require, shown, to_save
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.generation.chat import ChatFormat, Message, encode
 from falcon_kit.generation.control_tokens import encode_prompt
@@ -216,7 +216,8 @@ def model_name(falcon: Any) -> str:
 
 def columns_of(falcon: Any, compare: Any) -> tuple[Column, ...]:
     """One column, or two that differ in the model or in settings."""
-    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {falcon!r:.60}")
+    got = shown(falcon) if isinstance(falcon, str) else f"{type(falcon).__name__}{to_save(falcon)}"
+    require(hasattr(falcon, "stream"), f"a playground needs what fk.load or fk.connect returns, got {got}")
     if compare is None:
         return (Column(model_name(falcon), falcon),)
     if isinstance(compare, Mapping):

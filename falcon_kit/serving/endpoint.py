@@ -18,7 +18,7 @@ from falcon_kit.display.tables import html_table
 from falcon_kit.generation.calls import Generated, typed
 from falcon_kit.generation.chat import ChatFormat, Message, chat_format, check_messages, default_format, render
 from falcon_kit.generation.guarding import Guard, GuardedStream, check_given, checked, guarded
-from falcon_kit.generation.prompts import Prompt, check_prompt, is_conversation
+from falcon_kit.generation.prompts import Prompt, check_prompt, check_several, is_conversation
 from falcon_kit.generation.sampling import Sampling, split_settings
 from falcon_kit.generation.text import Generation, Piece
 from falcon_kit.serving import openai_api, sagemaker, tgi
@@ -40,7 +40,6 @@ from falcon_kit.serving.stream import Answer, RemoteStream, request_answer, turn
 Api = Literal["openai", "tgi"]
 _SPECIAL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))  # of the published vocabulary
 _CONTROL_TOKENS = re.compile(r"<\|[^|<>]+\|>")  # as templates of other models write them
-_SEVERAL = "give a list of prompts, also for one: [prompt]"
 
 
 @documented
@@ -139,7 +138,7 @@ class Endpoint:
         when an error, Ctrl-C or closing the iterator closes the connections. All prompts have the same seed. `settings`
         and errors are those of `generate`.
         """
-        require(not isinstance(prompts, str), _SEVERAL)
+        check_several(prompts)
         sampling, options = split_settings(settings)
         require(sampling.num_return_sequences == 1, "each prompt gives one text: leave num_return_sequences at 1")
         self._server.body(_plain_request(" ", sampling, options))  # raises before anything is sent
@@ -220,7 +219,7 @@ class Endpoint:
 
         Raises ValueError for a server that does not return them; vLLM does.
         """
-        require(not isinstance(prompts, str), _SEVERAL)
+        check_several(prompts)
         self._check()
         checked = [check_prompt(prompt)[0][0] for prompt in prompts]
         asks = [partial(self._prompt_logprobs, each) for each in checked]

@@ -20,7 +20,7 @@ from transformers import FalconForCausalLM, PreTrainedTokenizerBase
 from falcon_kit.catalogue.gguf import MERGED_ADAPTERS, stored_names
 from falcon_kit.catalogue.gguf_header import Stored
 from falcon_kit.catalogue.spec import FalconSpec
-from falcon_kit.display.errors import printable, require, unknown_name
+from falcon_kit.display.errors import printable, require, to_save, unknown_name
 from falcon_kit.display.saving import atomic_file
 from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import merged_adapters
@@ -50,7 +50,9 @@ def export_gguf(falcon: Falcon, path: str | os.PathLike[str], dtype: str | torch
     OSError if the disk has no room, all before anything is written.
     """
     if not isinstance(falcon, Falcon):
-        raise TypeError(f"export_gguf takes a loaded Falcon, as fk.load returns it, not a {type(falcon).__name__}")
+        raise TypeError(
+            f"export_gguf takes a loaded Falcon, as fk.load returns it, not a {type(falcon).__name__}{to_save(falcon)}"
+        )
     return write_gguf(falcon.model, live_spec(falcon.spec, falcon.model), Path(path), dtype, falcon.tokenizer)
 
 

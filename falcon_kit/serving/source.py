@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from falcon_kit.catalogue.gguf import GGUFFile
 from falcon_kit.catalogue.spec import FalconSpec
+from falcon_kit.display.errors import to_save
 from falcon_kit.display.reading import read_json
 from falcon_kit.display.saving import check_disk_space, write_text
 from falcon_kit.display.tables import format_bytes
@@ -92,7 +93,7 @@ def source_of(model: Any) -> Source:
     if not isinstance(model, str | Path):
         raise TypeError(
             f"fk.serve takes a Falcon of this process, the run of fk.tune, or a name as fk.load does, not a "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}{to_save(model)}"
         )
     found = find(model, _HUB)
     check_adapters(found)  # which `fk.load` would refuse once the files are being written

@@ -11,7 +11,16 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from falcon_kit.display.errors import shown
 from falcon_kit.tuning import distributed
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises TypeError for anything but a list of callbacks."""
+    several = isinstance(callbacks, list | tuple)
+    wrong = [each for each in callbacks if not isinstance(each, TrainerCallback)] if several else [callbacks]
+    if wrong:
+        raise TypeError(f"callbacks must be a list of transformers' TrainerCallback objects, got {shown(wrong[0])}")
 
 
 class DeferredInterrupt(TrainerCallback):

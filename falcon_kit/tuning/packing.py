@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from falcon_kit.catalogue.spec import context_limit
-from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, shown
+from falcon_kit.display.errors import check_flag, is_whole, plain_scalar, printable, shown, to_save
 from falcon_kit.display.page import direction
 from falcon_kit.display.tables import counted
 from falcon_kit.display.warning import warn
@@ -223,7 +223,7 @@ def check_falcon(value: Any) -> None:
         )
     if not isinstance(value, Falcon):
         hint = f": fk.load({value!r})" if isinstance(value, str) else ""
-        raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}")
+        raise TypeError(f"give what fk.load returns{hint}; got {type(value).__name__}{to_save(value)}")
 
 
 def column(examples: Dataset, name: str) -> Iterator[Any]:

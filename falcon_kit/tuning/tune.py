@@ -6,7 +6,7 @@ The same call runs on a CPU, on a GPU and, with `torchrun`, in several processes
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from falcon_kit.display.errors import check_flags, is_out_of_memory, plain_scalar, require
 from falcon_kit.display.warning import warn
@@ -29,6 +29,7 @@ from falcon_kit.loading.quantization import unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed, run_folder
+from falcon_kit.tuning.callbacks import check_callbacks
 from falcon_kit.tuning.checks import check_model, check_same_vocabulary, settings_of_rows
 from falcon_kit.tuning.data import Documents, dialogues
 from falcon_kit.tuning.measure import GENERATED, answer_rates, short_rows
@@ -50,6 +51,7 @@ def tune(
     web_text: Any = None,
     force: bool = False,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> TuningRun:
     """Trains a LoRA adapter on documents; on a quantised model, this is QLoRA.
@@ -62,8 +64,8 @@ def tune(
         Stop rate and exact answers are measured unless it is packed or the weights are sharded.
     resume: False starts over.
     web_text: what shows that the model forgets, as in `data`, or texts; unset, 8 generated ones about animals.
-    force: train although the plan does not fit.
-    quiet: no plan, progress bar, loss curve or verdict.
+    force: train although the plan does not fit. quiet: no plan, progress bar, loss curve or verdict.
+    callbacks: your own of transformers' Trainer, such as `WandbCallback()`; a run that is finished already calls none.
     settings: the fields of `falcon_kit.Tuning`, named as in LoraConfig and TrainingArguments: r, learning_rate, ...
 
     The Falcon is unchanged afterwards, unless it was sharded; `fk.merge(run.adapter, falcon)` returns a tuned one.
@@ -78,18 +80,23 @@ def tune(
     OSError: where a checkpoint cannot be saved (earlier ones stay complete) or processes do not share output_dir.
     """
     check_falcon(falcon)
-    check_flags(resume=resume, force=force, quiet=quiet)
+    _check_options(output_dir, callbacks, resume=resume, force=force, quiet=quiet)
     held_out = plain_scalar(held_out)
     if isinstance(held_out, float | int):
         settings["held_out"] = held_out = float(held_out)
-    require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
     settings = settings_of_rows(data, settings) if isinstance(data, Packed) else settings
     chosen = Tuning(**settings).for_model(live_spec(falcon.spec, falcon.model))
     check_model(falcon, chosen)
     prepared = _prepared(falcon, chosen, force, data, held_out, web_text)
-    run = _Run(falcon, chosen, output_dir=output_dir, quiet=quiet, **prepared)
+    run = _Run(falcon, chosen, output_dir=output_dir, quiet=quiet, callbacks=callbacks, **prepared)
     with in_training(falcon.model), run.held(resume), _restored(falcon), unpacked(falcon.model):
         return run()
+
+
+def _check_options(output_dir: str | Path | None, callbacks: Any, **flags: Any) -> None:
+    check_flags(**flags)
+    check_callbacks(callbacks)
+    require(output_dir is None or bool(str(output_dir).strip()), "output_dir is empty: give a folder, or leave it out")
 
 
 def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out: Any, web_text: Any) -> dict[str, Any]:
@@ -181,6 +188,7 @@ class _Run:
     test_documents: Documents | Packed | None
     web_text: Packed | None
     quiet: bool
+    callbacks: Sequence[TrainerCallback]
     on_cpu: bool
 
     @cached_property
@@ -263,7 +271,8 @@ class _Run:
         if pad is None or pad == self.falcon.tokenizer.eos_token_id or pad >= rows:
             pad = 0  # any token but eos_token: padding has no labels, and no document attends to it
         collator = partial(collate, pad=pad)
-        trainer = AdapterTrainer(model, options, self.train, eval_dataset=self.test, data_collator=collator)
+        given = {"eval_dataset": self.test, "data_collator": collator, "callbacks": [*self.callbacks]}
+        trainer = AdapterTrainer(model, options, self.train, **given)
         if self.settings.patience:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
         return trainer

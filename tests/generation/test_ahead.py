@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from falcon_kit.generation.decoding import BatchDecoder
-from falcon_kit.generation.generate import _GenerateTask
+from falcon_kit.generation.generate import GenerateTask
 
 PROMPTS = ["User: What do giraffes eat?\nFalcon:", "User: Hello\nFalcon:", "Animals of Africa: giraffe, lion,"]
 SAMPLED = {"temperature": 1.5, "top_k": 20, "seed": 7}
@@ -25,7 +25,7 @@ def run_ahead(monkeypatch):
     """From its call on, the loop runs ahead. Nothing is copied: on a CPU, each value is there at once."""
 
     def begin():
-        monkeypatch.setattr(_GenerateTask, "_runs_ahead", lambda task: True)
+        monkeypatch.setattr(GenerateTask, "_runs_ahead", lambda task: True)
         monkeypatch.setattr(BatchDecoder, "begin_reading", lambda *_: None)
 
     return begin
@@ -94,4 +94,4 @@ def test_offloaded_weights_are_not_copied_in_vain(instruct, monkeypatch):
 
 
 def _task(falcon, **settings):
-    return _GenerateTask(falcon.model, falcon.tokenizer, PROMPTS[0], settings, False)
+    return GenerateTask(falcon.model, falcon.tokenizer, PROMPTS[0], settings, False)

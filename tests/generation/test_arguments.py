@@ -335,6 +335,8 @@ def test_a_name_of_another_library_is_answered_with_the_one_here(instruct, other
         ({"history": []}, "the whole conversation"),
         ({"logprobs": True}, "has .logprobs"),
         ({"truncation": True}, 'truncate="left"'),
+        ({"batch_size": 4}, "generate_each takes any number of them, and on a Falcon batch_size"),
+        ({"use_tqdm": True}, r"for text in tqdm\(falcon.generate_each\(prompts\), total=len\(prompts\)\)"),
         ({"callback": print}, "for piece in falcon.stream"),
         ({"return_full_text": False}, "has .prompt and .text"),
         (

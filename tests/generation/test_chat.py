@@ -30,6 +30,7 @@ from falcon_kit.generation.chat import (
     save_tokenizer,
 )
 from falcon_kit.generation.control_tokens import encode_text
+from falcon_kit.generation.text import Generation, Stats
 
 ROOT = Path(__file__).parents[2]
 CONTROL_TOKENS = [
@@ -56,6 +57,8 @@ TALK = [
 ]
 CLOSED = [*TALK, {"role": "assistant", "content": "Grass, mostly."}]
 SYSTEM = {"role": "system", "content": "Answer briefly."}
+
+ANSWER = Generation("", "Leaves.", (1,), None, "eos", Stats(1, 1, 1, 0.0, 0.0, 0))
 
 NAMES = [each.name for each in FORMATS]
 PLAIN_JINJA = jinja2.Environment()  # noqa: S701  # prompts are not HTML
@@ -438,6 +441,10 @@ def test_checked_messages_keep_only_roles_and_contents() -> None:
             "Message 1 has the content ' \\n', but it must be a text that is not blank.",
         ),
         ([{"role": "user"}], "Message 1 has the content None, but it must be a text that is not blank."),
+        (
+            [{"role": "user", "content": ANSWER}],
+            f"Message 1 has the content {ANSWER!r}, but it must be a text that is not blank: give its .text.",
+        ),
         (
             [{"from": "human", "value": "Hi"}],
             "Message 1 has the role None; allowed are system, user, assistant. Its keys are 'from', 'value': "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import FalconForCausalLM
+from transformers import FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
@@ -282,6 +282,17 @@ def test_an_adapter_of_another_shape_is_refused(of_40b, tokenizer, tmp_path):
         ValueError, match=r"was made for .*7b, not for 7b: its base_model\S+ is \(\d+, \d+\), but the mod"
     ):
         fk.load(of_40b)
+
+
+@pytest.mark.parametrize("base", ["falconet", None])
+def test_an_adapter_of_another_architecture_is_refused_whatever_base_it_names(base, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
+    get_peft_model(llama, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    renamed(tmp_path, base)
+    message = r"was made for another model than falconet: its \S+q_proj.lora_A.weight is \(4, 64\), but the model"
+    with pytest.raises(ValueError, match=message):
+        fk.merge(tmp_path, "falconet")
 
 
 def test_an_adapter_without_its_weights_says_so(of_40b):

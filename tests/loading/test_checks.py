@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import falcon_kit as fk
-from tests.conftest import legacy
+from tests.conftest import legacy, logits, small_model
 
 
 def test_an_unknown_attention_is_refused_with_the_known_ones():
@@ -134,3 +134,23 @@ def test_pickled_checkpoints_that_the_disk_cannot_take_are_refused_first(tokeniz
     with pytest.raises(OSError, match=r"writes up to .* MiB of weights to .*, where 1000 B are free"):
         fk.load(directory, offload="disk", offload_folder=tmp_path / "offload")
     assert not (tmp_path / "offload").exists()
+
+
+@pytest.mark.parametrize("call", [fk.load, fk.serve, fk.playground, "tune", "export_gguf", "merge"])
+@pytest.mark.parametrize("pair", [True, False])
+def test_who_gives_a_transformers_model_is_told_how_it_becomes_a_falcon(call, pair, tokenizer, tmp_path):
+    model = small_model("40b")
+    given, folder = (model, tokenizer) if pair else model, tmp_path / "mine"
+    calls = {
+        "tune": lambda given: fk.tune(given, [{"prompt": "Hi", "completion": "Hello."}]),
+        "export_gguf": lambda given: fk.export_gguf(given, tmp_path / "a.gguf"),
+        "merge": lambda given: fk.merge(tmp_path, given),
+    }
+    with pytest.raises((TypeError, ValueError)) as refused:
+        calls.get(call, call)(given)
+    advice = "model.save_pretrained(folder), tokenizer.save_pretrained(folder), and take fk.load(folder)"
+    assert str(refused.value).endswith(f"{type(given).__name__}: {advice}")
+    *steps, last = advice.replace(" and take", "").split(", ")
+    for step in steps:
+        exec(step, {"model": model, "tokenizer": tokenizer, "folder": folder})  # noqa: S102  # the advice itself
+    torch.testing.assert_close(logits(eval(last, {"fk": fk, "folder": folder}).model), logits(model))  # noqa: S307

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import falcon_kit as fk
+from falcon_kit.generation.chat import encode, render_prompt
 from tests.conftest import logits, small_model
 
 
@@ -47,6 +48,47 @@ def test_decoding_is_not_compiled_where_the_checkpoint_needs_another_way(instruc
         None if "prompt_lookup_num_tokens" in own else "static"
     )
     assert falcon.generate("Hi", max_new_tokens=3, do_sample=False).tokens
+
+
+# Conversations longer than the context
+
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+LONG = [
+    message
+    for number in range(90)
+    for message in (
+        {"role": "user", "content": f"Question {number}: what do giraffes eat?"},
+        {"role": "assistant", "content": "Giraffes eat acacia leaves. " * (number % 4 + 1)},
+    )
+]
+LAST = {"role": "user", "content": "What do owls eat?"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "room"),
+    [
+        ({}, 2048 - 200),
+        ({"max_new_tokens": 20}, 2048 - 20),
+        ({"max_new_tokens": 1500}, 2048 - 1024),  # new tokens get at most half the context
+        ({"max_length": 100}, 100 - 1),
+    ],
+)
+@pytest.mark.parametrize("system", [[SYSTEM], []])
+def test_of_a_long_chat_the_oldest_turns_are_dropped_and_never_the_system_message(instruct, settings, room, system):
+    fitting = [[*system, *LONG[begin:], LAST] for begin in range(0, len(LONG), 2)]
+    lengths = [len(encode(each, instruct.tokenizer, instruct.chat_format)) for each in fitting]
+    longest = next(each for each, length in zip(fitting, lengths, strict=True) if length <= room)
+    long = [*system, *LONG, LAST]
+    answer = instruct.chat(long, truncate="left", do_sample=False, **settings)
+    assert answer.prompt == render_prompt(longest, instruct.tokenizer, instruct.chat_format)
+    stream = instruct.stream(long, truncate="left", do_sample=False, **settings)
+    assert (*(piece.token_id for piece in stream),) == answer.tokens
+
+
+def test_a_single_message_that_is_too_long_loses_its_beginning(instruct):
+    answer = instruct.chat([SYSTEM, {"role": "user", "content": "word " * 3000}], truncate="left", max_new_tokens=8)
+    assert answer.prompt.endswith("word word\nFalcon:")
+    assert answer.stats.prompt_tokens == 2040
 
 
 # Saved

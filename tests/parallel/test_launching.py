@@ -485,6 +485,14 @@ def test_saving_says_how_to_load_the_model_for_it(together, tmp_path):
         together.save(tmp_path / "saved")
 
 
+def test_any_number_of_prompts_is_generated_batch_by_batch(together, instruct):
+    with pytest.raises(AttributeError, match=r"no generate_each: falcon.generate\(prompts\[:16\]\) runs a batch"):
+        together.generate_each  # noqa: B018
+    prompts = [QUESTION] * 3
+    found, expected = (falcon.generate(prompts[:16], max_new_tokens=3) for falcon in (together, instruct))
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+
+
 def test_the_processes_introduce_themselves(together):
     assert repr(together) == "ParallelFalcon(falconet-instruct, 4,856,320 parameters, float32, 2 processes on cpu)"
     assert "cpu, 9.28 MiB" in together._repr_html_()
