@@ -306,8 +306,9 @@ HOSTILE = ["</script><img src=x onerror=alert(1)>", '"><b>', "<!--", "\u202egnp.
 @settings(max_examples=15)
 def test_a_text_stays_text_in_the_page(instruct, text):
     view = fk.explain(instruct, text + "<x-planted>")
-    assert "<x-planted" not in view.page([0]).document().replace("&lt;x-planted", "")
-    assert "<x-planted" not in view._summary()
+    document = view.page([0]).document()
+    assert ("<x-planted" in document, "x-planted" in document) == (False, True)
+    assert ("<x-planted" in view._summary(), "x-planted" in view._summary()) == (False, True)
 
 
 def test_the_repr_is_short(instruct):
