@@ -93,6 +93,7 @@ def test_the_readme_states_the_figures_of_the_last_benchmarks(page):
     token = figures_of("generation")["ms per token"]
     peak = next(each for each in figures_of("inspection")["lengths"] if each["tokens"] == 2048)["peak MiB"]
     tuned, cold = figures_of("tuning")["medians"], figures_of("cold_start")["seconds of the processor"]
+    prompts = figures_of("batches")["seconds"]
     expected = [
         (f"{one['kit']:.0f} ms", one["transformers"], one["llama.cpp"]),
         (f"{many['kit']:.0f} ms", many["transformers"], many["llama.cpp"]),
@@ -101,6 +102,7 @@ def test_the_readme_states_the_figures_of_the_last_benchmarks(page):
         (f"{token['kit generate']:.2f} ms", f"{token['transformers generate']:.2f}"),
         (f"{peak['kit']:.0f} MiB", peak["output_attentions"], peak["nnsight"]),
         (f"{tuned['kit']['tokens per second']:.0f}", tuned["SFTTrainer, packing"]["tokens per second"]),
+        (f"{prompts['kit, batches of 8']} s", f"{prompts['transformers, batches of 8']}"),
         (f"{cold['kit']:.1f} s", f"{cold['transformers pipeline']:.1f}"),
     ]
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -117,6 +119,13 @@ def test_the_page_states_the_times_of_generation():
     ratios = figures["ratio to transformers generate"]
     expected = {way: [f"{ms:.2f}", f"{ratios[way]:.2f}"] for way, ms in figures["ms per token"].items()}
     assert table_rows(section("generation"), columns=3).items() >= expected.items()
+
+
+def test_the_page_states_the_times_of_many_prompts():
+    seconds = figures_of("batches")["seconds"]
+    peers, ways = ("transformers", "kit"), ("one at a time", "batches of 8")
+    expected = {way: [str(seconds[f"{peer}, {way}"]) for peer in peers] for way in ways}
+    assert table_rows(section("batches"), columns=3).items() >= expected.items()
 
 
 def test_the_page_states_the_decoding_times():
