@@ -158,9 +158,12 @@ def test_settings_of_vllm_take_effect(endpoint, instruct):
 
 
 def test_a_closed_stream_ends_the_text_on_the_server(endpoint):
-    stream = endpoint.stream("Once upon a time", max_new_tokens=1900, min_new_tokens=1900)
-    next(stream)
-    stream.close()
+    for _ in range(3):  # a text may end before this process, if the machine stands still, comes to close it
+        stream = endpoint.stream("Once upon a time", max_new_tokens=1900, min_new_tokens=1900)
+        next(stream)
+        stream.close()
+        if stream.generation.finish_reason != "length":
+            break
     assert stream.generation.finish_reason == "cancelled"
     begin = time.monotonic()
     while running(endpoint):
