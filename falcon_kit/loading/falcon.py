@@ -98,9 +98,8 @@ class Falcon:
     ) -> Iterator[Generation]:
         """Continues any number of prompts, or answers conversations, and yields the results in the same order.
 
-        batch_size: how many prompts run at a time. They are of similar lengths, chosen from those of the next 8
-        batches, and leave each other's limit of new tokens as it is. Each batch begins with the `seed`. Only batches of
-        1 run a compiled step.
+        batch_size: how many prompts run at a time. They have similar lengths, chosen from those of the next 8 batches,
+        and none shortens another's text. Each batch begins with the `seed`. Only batches of 1 run a compiled step.
         `settings` are those of `generate`, whose errors name the prompt by its number from 1. An error, Ctrl-C and
         `Blocked` lose what was not yielded yet.
         """
