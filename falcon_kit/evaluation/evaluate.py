@@ -45,10 +45,11 @@ def evaluate(
     a pair (model, tokenizer), or what `fk.connect` returns. tasks: one or several of "falconet-choices",
     "falconet-answers" and "falconet-unknown", about Falconet's world; the path of a file (.jsonl, .json, .csv, .tsv)
     with rows {"question" or "prompt": ..., "answer": ...}, for multiple choice with "choices": [...], where the answer
-    is the index or the text of one; "leaderboard", the Open LLM Leaderboard of 2023, or one of its tasks "arc"
-    (25-shot), "hellaswag" (10-shot), "mmlu" (5-shot) and "truthfulqa" (0-shot); "lm_eval/NAME" for another task of
-    lm-eval, or the path of a YAML file of its form, whose Python functions run. lm-eval's tasks need `pip install
-    "lm-eval>=0.4.12"`, and their data. text: a str, a pathlib.Path, a list of documents, rows as for `fk.dialogues`,
+    is the index or the text of one; such rows by name, {"mine": rows}, in a list, a `datasets.Dataset` or a pandas
+    DataFrame; "leaderboard", the Open LLM Leaderboard of 2023, or one of its tasks "arc" (25-shot), "hellaswag"
+    (10-shot), "mmlu" (5-shot) and "truthfulqa" (0-shot); "lm_eval/NAME" for another task of lm-eval, or the path of a
+    YAML file of its form, whose Python functions run. lm-eval's tasks need `pip install "lm-eval>=0.4.12"`, and their
+    data. text: a str, a pathlib.Path, a list of documents, rows as for `fk.dialogues`,
     fk.Documents, or texts by name, as `fk.sample_texts()`.
 
     chat: ask questions in the model's chat format; prompts are continued as they are. num_fewshot: examples before each

@@ -1,4 +1,4 @@
-"""Tasks: questions with choices or with one exact answer, from a jsonl file or shipped with the kit.
+"""Tasks: questions with choices or with one exact answer, from a file, from rows, or shipped with the kit.
 
 A row is {"question" or "prompt": ..., "choices": [...], "answer": ...} for multiple choice, where the answer is the
 index of the right choice or its text, or {"question" or "prompt": ..., "answer": ...} for generation. A prompt is
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from falcon_kit.display.errors import is_encodable, printable, require, shown
+from falcon_kit.display.errors import is_encodable, plain_scalar, printable, require, shown
 from falcon_kit.display.tables import counted
 from falcon_kit.tuning.files import rows as rows_of_files
 
@@ -94,6 +94,15 @@ def make_task(name: str, rows: Iterable[tuple[str, Any]], source: str = "the row
     return Task(name, tuple(items))
 
 
+def _task_of_rows(name: Any, rows: Any) -> Task:
+    """The task of rows with a name: a list, a `datasets.Dataset`, a pandas DataFrame, or files."""
+    from falcon_kit.tuning.data import as_rows  # it imports pandas and datasets
+
+    label = f"the task {shown(name)}"
+    require(isinstance(name, str) and name.strip() != "", f"{label} needs a name, a text")
+    return make_task(name, rows_of_files(as_rows(rows, label, f"A row is {_FORM}")), label)
+
+
 def _kind(item: Item) -> str:
     return ("a question" if item.is_question else "a prompt") + (" with choices" if item.choices else "")
 
@@ -132,7 +141,19 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
     labels = {name: value for name, value in row.items() if name not in (kinds[0], "choices", "answer")}
     taken = sorted(RESERVED & labels.keys())
     require(not taken, f"its field {', '.join(map(repr, taken))} has the name of a field of the results: rename it")
+    for name, value in labels.items():
+        require(
+            _is_json(value), f"its field {name!r} is {shown(value)}, which a file of results cannot hold: write a text"
+        )
     return Item(where, text, kinds[0] == "question", choices, answer, labels)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
@@ -145,7 +166,9 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 def _choices(given: Any) -> tuple[str, ...]:
     require(
-        isinstance(given, list) and len(given) >= 2 and all(isinstance(each, str) and each.strip() for each in given),
+        isinstance(given, list | tuple)
+        and len(given) >= 2
+        and all(isinstance(each, str) and each.strip() for each in given),
         f"its choices are {given!r}, not two or more texts",
     )
     require(len({*given}) == len(given), f"two of its choices are equal: {given!r}")
@@ -157,6 +180,7 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
     answer = row["answer"]
     if not choices:
         return text_of(row, "answer")
+    answer = plain_scalar(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
         require(0 <= answer < len(choices), f"its answer is {answer}, but its choices go from 0 to {len(choices) - 1}")
         return choices[answer]
@@ -165,12 +189,15 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
 
 
 def split_names(tasks: Any) -> Iterator[Any]:
-    """Each task of one, or of several. Raises ValueError for rows, which a task has only with the name of its file."""
+    """Each task of one, of several, or of rows by name. Raises ValueError for rows without a name."""
+    if isinstance(tasks, Mapping) and not tasks.keys() & {"question", "prompt", "answer"}:
+        yield from (_task_of_rows(name, rows) for name, rows in tasks.items())
+        return
     table = isinstance(tasks, Mapping) or hasattr(tasks, "iterrows")  # whose elements are names of columns
     for each in [tasks] if isinstance(tasks, str) or table or not isinstance(tasks, Iterable) else tasks:
         require(
             isinstance(each, str | Path | Task),
-            f"tasks is a name, a path, or several of them; got {shown(each)}: write rows to a .csv or .jsonl "
-            "file, and give its path",
+            f"tasks is a name, a path, or several of them; got {shown(each)}: give rows with a name for their task, "
+            'tasks={"mine": rows}',
         )
         yield each

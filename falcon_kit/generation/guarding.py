@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from falcon_kit.generation.chat import check_messages
@@ -112,10 +113,11 @@ def _checked_error(guardrails: Guard, error: Exception) -> Exception:
     return error
 
 
-class GuardedStream(Iterator[Piece]):
+class GuardedStream(Iterator[Piece], AbstractContextManager["GuardedStream"]):
     """A stream that returns a piece once none of it can become part of a finding, and raises `Blocked` at the first.
 
-    Closing it, a finding and Ctrl-C stop the model. Any thread may close it, also while another one reads.
+    `close()`, the end of a `with` block, a finding and Ctrl-C stop the model. Any thread may close it, also while
+    another one reads.
     """
 
     def __init__(self, stream: PieceStream, guardrails: Guard) -> None:
@@ -145,6 +147,9 @@ class GuardedStream(Iterator[Piece]):
         """Stops the model, or closes the connection, and waits until that is done."""
         self._closed = True
         self._stream.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def generation(self) -> Generation:

@@ -37,8 +37,11 @@ class GenerationTask(ABC):
         return self.generations
 
 
-class Stream(Iterator[Piece]):
-    """Iterator over the pieces of one text. Closing it, deleting it or Ctrl-C stops the model after the next token."""
+class Stream(Iterator[Piece], AbstractContextManager["Stream"]):
+    """Iterator over the pieces of one text.
+
+    `close()`, the end of a `with` block, deleting it and Ctrl-C stop the model after the next token.
+    """
 
     def __init__(self, task: GenerationTask) -> None:
         self._task, self._pieces, self._read_lock = task, task.pieces(), threading.RLock()
@@ -55,6 +58,9 @@ class Stream(Iterator[Piece]):
         """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
         _stop(self._task, self._pieces, self._read_lock)
         self._task.generations = self._task.generations or [self._task.nothing()]
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def generation(self) -> Generation:

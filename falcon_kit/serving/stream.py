@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -246,8 +246,10 @@ def with_shared_stats(generations: list[Generation]) -> list[Generation]:
     return [replace(generation, stats=stats) for generation in generations]
 
 
-class RemoteStream(Iterator[Piece]):
-    """Iterator over the pieces of one answer. `close`, garbage collection and Ctrl-C close the connection.
+class RemoteStream(Iterator[Piece], AbstractContextManager["RemoteStream"]):
+    """Iterator over the pieces of one answer.
+
+    `close()`, the end of a `with` block, garbage collection and Ctrl-C close the connection.
 
     `close` may be called from any thread, also while another thread waits for the next piece.
     """
@@ -295,6 +297,9 @@ class RemoteStream(Iterator[Piece]):
         elif self._process == os.getpid() and not sys.is_finalizing():
             wait(asyncio.run_coroutine_threadsafe(_stop(self._task), loop), _CLOSE_SECONDS)
         self._ended = True
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def wait(self) -> Generation:
         """The whole text and its statistics, once the stream has ended. Raises what iterating over it raises."""

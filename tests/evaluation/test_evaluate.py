@@ -4,11 +4,13 @@ import copy
 import json
 import re
 import sys
+from datetime import date
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import FalconForCausalLM
@@ -157,6 +159,20 @@ def test_a_folder_is_of_one_attached_adapter_by_whatever_name(stock, base, file,
     assert "adapter" in expected.compare(fk.evaluate(other, file)).settings
 
 
+@pytest.mark.parametrize("of", [list, tuple, iter, pd.DataFrame, Dataset.from_list], ids=lambda of: of.__name__)
+def test_rows_with_a_name_are_a_task(base, file, of):
+    answers = ["acacia leaves.", "in the grassland.", "a calf."]
+    rows = [{**row, "answer": answer} for row, answer in zip(ROWS, answers, strict=True)]
+    found, expected = fk.evaluate(base, {"mine": of(rows)})["mine"], fk.evaluate(base, file)["animals"]
+    assert [{**item, "where": ""} for item in found.items] == [{**item, "where": ""} for item in expected.items]
+
+
+def test_a_row_may_have_tuples_and_the_numbers_of_numpy(base):
+    rows = [{**row, "choices": tuple(row["choices"]), "answer": np.int64(1)} for row in ROWS]
+    found = fk.evaluate(base, {"mine": rows})["mine"]
+    assert [item["answer"] for item in found.items] == [row["choices"][1] for row in ROWS]
+
+
 # Bad input
 
 
@@ -173,8 +189,17 @@ def test_an_unknown_task_is_named_with_the_nearest(base):
         ({"text": "Lions sleep.", "batch_size": 0}, "batch_size must be a whole number from 1"),
         ({"tasks": 5}, "tasks is a name, a path, or several of them; got 5"),
         ({"tasks": ROWS}, "got {'prompt': 'Giraffes eat', "),
-        ({"tasks": pd.DataFrame(ROWS)}, ": write rows to a .csv or .jsonl file, and give its path"),
-        ({"tasks": ROWS[0]}, ": write rows to a .csv or .jsonl file, and give its path"),
+        ({"tasks": pd.DataFrame(ROWS)}, ': give rows with a name for their task, tasks={"mine": rows}'),
+        ({"tasks": ROWS[0]}, ': give rows with a name for their task, tasks={"mine": rows}'),
+        ({"tasks": {"": ROWS}}, "the task '' needs a name, a text"),
+        ({"tasks": {5: ROWS}}, "the task 5 needs a name, a text"),
+        ({"tasks": {}}, "nothing to measure: give text=, or tasks="),
+        ({"tasks": {"mine": []}}, "the task 'mine' has no rows. A row is {"),
+        ({"tasks": {"mine": [{"prompt": "Owls eat"}]}}, "the task 'mine' has 1 malformed row: row 1: it has no answer"),
+        (
+            {"tasks": {"mine": [{**ROWS[0], "day": date(2023, 5, 1)}]}},
+            "row 1: its field 'day' is datetime.date(2023, 5, 1), which a file of results cannot hold: write a text",
+        ),
         ({"text": pd.DataFrame()}, "'text' has no documents: give at least one text"),
         ({"tasks": "falconet-choices", "num_fewshot": 5}, "num_fewshot=5 is for lm-eval's tasks, falconet-choices has"),
         ({"tasks": "falconet-choices", "limit": 0}, "limit must be a whole number from 1"),

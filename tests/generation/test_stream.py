@@ -92,6 +92,13 @@ def test_a_stream_that_nobody_reads_waits(instruct, forwards):
     answers.close()
 
 
+def test_the_end_of_a_with_block_closes_a_stream(instruct, forwards):
+    with long(instruct) as answers:
+        seen = [next(answers), next(answers)]
+    assert [piece.token_id for piece in seen] == list(answers.generation.tokens)
+    assert len(forwards) == len(seen)
+
+
 def test_a_closed_stream_has_the_text_so_far(instruct):
     answers = long(instruct)
     first = next(answers)

@@ -32,6 +32,14 @@ def endless():
         yield server
 
 
+@pytest.mark.parametrize("guardrails", [None, fk.guardrails()], ids=["plain", "guarded"])
+def test_the_end_of_a_with_block_closes_the_connection(endless, guardrails):
+    with fk.connect(f"{endless.address}/v1").stream("Hello", guardrails=guardrails) as stream:
+        next(stream)
+    assert endless.hung_up.wait(5)
+    assert stream.generation.finish_reason == "cancelled"
+
+
 def test_closing_a_stream_closes_the_connection(endless):
     stream = fk.connect(f"{endless.address}/v1").stream("Hello")
     next(stream)
