@@ -72,14 +72,15 @@ def texts_by_name(file: Path) -> dict[str, dict[str, str]]:
 def named_errors(
     file: Path, remedy: str = INCOMPLETE, kinds: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Names the file in the errors of a library that reads it; OSError and MemoryError stay what they are.
+    """Names the file in the errors of a library that reads it.
 
+    OSError, MemoryError, and ImportError for a package that the library lacks, stay what they are.
     kinds: of errors; by default all, since each library has its own, and tokenizers raises Exception itself. A panic of
     a library in Rust, which is no Exception, is one of them.
     """
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ImportError):
         raise
     except BaseException as error:
         if not isinstance(error, kinds) and type(error).__name__ != "PanicException":

@@ -46,7 +46,7 @@ def test_control_characters_in_the_errors_of_a_library_are_written_out(tmp_path)
         raise ValueError("one\n\x1b[2J")
 
 
-@pytest.mark.parametrize("error", [OSError("x"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("x"), MemoryError(), ImportError("x"), KeyboardInterrupt()])
 def test_errors_that_are_not_about_the_content_stay_what_they_are(tmp_path, error):
     with pytest.raises(type(error)) as caught, named_errors(tmp_path / "a.json"):
         raise error

@@ -47,7 +47,7 @@ def test_weights_and_state_are_loaded_as_they_were_saved(trained, tmp_path):
 def test_code_in_the_list_of_tensors_does_not_run(trained, tmp_path):
     shards.save_shards(*trained, tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    with pytest.raises(pickle.UnpicklingError, match=r"a pickle with io\.open, which could run any code"):
+    with pytest.raises(pickle.UnpicklingError, match=r"a pickle with _?io\.open, which could run any code"):
         shards.load_shards(*trained, tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -57,7 +57,7 @@ def test_code_in_the_list_of_one_rank_does_not_run(trained, tmp_path):
     shards.save_shards(*trained, tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps("no list"))
     (tmp_path / "__0.metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    with pytest.raises(pickle.UnpicklingError, match=r"a pickle with io\.open"):
+    with pytest.raises(pickle.UnpicklingError, match=r"a pickle with _?io\.open"):
         shards.load_shards(*trained, tmp_path)
     assert not (tmp_path / "ran").exists()
 
