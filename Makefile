@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick newest browser lint notebooks gallery bench gpu engines audit falconet clean
+.PHONY: help demo lab test quick newest oldest browser lint notebooks gallery bench gpu engines audit falconet clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,13 @@ newest:  ## the tests that are not slow with the newest version of every package
 	$(PYTHON) -m venv --clear .newest
 	.newest/bin/python -m pip install -e ".[demo,evaluation,lab,serving,dev]"
 	OMP_NUM_THREADS=1 .newest/bin/python -m pytest -q -m "not slow and not engines" tests $(ARGS)
+
+# uv takes the lowest versions that pyproject.toml names. numpy's has no wheels for Python 3.13: make PYTHON=python3.12 oldest
+oldest:  ## the same with the oldest versions that pyproject.toml admits (9 GB)
+	$(PYTHON) -m venv --clear .oldest
+	.oldest/bin/python -m pip install uv
+	.oldest/bin/python -m uv pip install --python .oldest/bin/python --resolution lowest-direct -e ".[demo,evaluation,lab,serving,dev]"
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -q -m "not slow and not engines" tests $(ARGS)
 
 # As many files at a time as WORKERS, with one thread each: on two cores this is faster than one with two threads.
 test: lint browser  ## everything: lint, all tests, also those in a browser, and every notebook (ARGS=--durations=10)
@@ -76,9 +83,9 @@ falconet: .venv/.dev  ## retrain the embedded models from generated text, up to 
 	$(RUN) -m falcon_kit.falconet.finetune
 	$(RUN) -m falcon_kit.falconet.evaluate
 
-clean:  ## remove caches and build products; .venv, .newest, .engines, runs/ and .falconet/ stay
+clean:  ## remove caches and build products; .venv, .newest, .oldest, .engines, runs/ and .falconet/ stay
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . \( -path ./.venv -o -path ./.newest -o -path ./.engines \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./.newest -o -path ./.oldest -o -path ./.engines \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 HAS_PIP := $(RUN) -c 'import pip' 2> /dev/null
 .venv/.demo: EXTRAS := demo

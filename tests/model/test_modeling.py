@@ -112,6 +112,8 @@ def test_a_static_cache_gives_the_same_tokens(layout):
 
 
 def test_a_quantised_cache_gives_logits_near_those_of_a_full_one(layout):
+    if torch.tensor(1e4).to(torch.float8_e4m3fn).isnan():
+        pytest.skip("this torch rounds what is too large for float8 to NaN, and transformers' cache with it")
     kit = pair(layout)[1]
     past = QuantizedCache("fp8", kit.config)
     pieces = [run(kit, piece, past_key_values=past).logits for piece in IDS.split([20, 1, 1, 1, 1], dim=1)]

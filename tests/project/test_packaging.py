@@ -178,11 +178,11 @@ def test_make_creates_an_environment_again_that_was_not_finished(tmp_path):
 @needs_make
 def test_make_clean_leaves_the_environments_alone(tmp_path):
     environment_in(tmp_path, "")
-    folders = [tmp_path / name / "__pycache__" for name in (".venv", ".newest", ".engines", "falcon_kit")]
+    folders = [tmp_path / name / "__pycache__" for name in (".venv", ".newest", ".oldest", ".engines", "falcon_kit")]
     for folder in folders:
         folder.mkdir(parents=True)
     subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
-    assert [folder.exists() for folder in folders] == [True, True, True, False]
+    assert [folder.exists() for folder in folders] == [True, True, True, True, False]
 
 
 def test_the_makefile_installs_extras_that_exist():
