@@ -97,9 +97,9 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     except RuntimeError:
         path = Path(name)
     try:
-        path.exists()
-    except OSError as error:  # other errors come again where the path is read
-        if error.errno == errno.ENAMETOOLONG:
+        path.stat()  # from Python 3.14 on, exists() would say no
+    except (OSError, ValueError) as error:  # other errors come again where the path is read
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise LookupError(
                 f"{shown(str(name))} is longer than any path, and no model has such a name: give a name, a directory "
                 "or an id of the hub"
