@@ -289,6 +289,10 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
     _check_draft(options)
     require(rows == 1, f"assisted generation is of one text, and this call asks for {rows}: call it for each")
     _check_cache(options, model)
+    require(
+        options.get("guidance_scale", model.generation_config.guidance_scale) in (None, 1),
+        "transformers' guidance_scale counts rejected tokens of a draft as part of the text: leave one of them out",
+    )
     if (draft := options.get("assistant_model")) is None:
         return
     for name in _OF_THE_DRAFT:
@@ -343,8 +347,3 @@ def _check_draft(options: Mapping[str, Any]) -> None:
         draft is None or hasattr(draft, "config"),
         f"assistant_model is a loaded model, such as fk.load('falconet'); got {shown(draft)}",
     )
-
-
-def has_soft_prompt(model: Any) -> bool:
-    """Whether PEFT puts a learned prompt before the text, which it does inside its own `generate` only."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

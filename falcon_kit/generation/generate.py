@@ -27,6 +27,7 @@ from falcon_kit.generation.prompts import (
     check_length,
     check_prompt,
     check_tokens,
+    has_soft_prompt,
     kept_tokens,
     new_token_limit,
     prompt_label,
@@ -128,7 +129,7 @@ class GenerateTask(GenerationTask):
 
     def _other_loop(self) -> str:
         """What makes transformers or PEFT generate in a loop that has no steps here; empty if nothing does."""
-        if arguments.has_soft_prompt(self.model):
+        if has_soft_prompt(self.model):
             return "a model with a learned prompt of PEFT"
         return next((name for name in arguments.OWN_LOOP if self._effective(name)), "")
 

@@ -106,6 +106,11 @@ def tensor_parallel_mesh(model: Any) -> Any:
     return getattr(getattr(model, "transformer", model), "tp_mesh", None)
 
 
+def has_soft_prompt(model: Any) -> bool:
+    """Whether PEFT puts a learned prompt before the text, which it does inside its own `generate` only."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
     """Raises ValueError for a token id outside the vocabulary."""
     if wrong := [token for ids in prompts for token in ids if not 0 <= token < vocab_size]:

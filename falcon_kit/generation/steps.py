@@ -125,7 +125,7 @@ def assisted(
                 draft, draft_logits = generator.get_candidates(input_ids)
         except _DraftIsFullError:
             generator, draft, draft_logits = _NoDraft(), input_ids, None
-        draft = draft.to(input_ids.device)  # (1, T + C)
+        draft = draft.to(input_ids.device)[:, : context_limit(model.config)]  # (1, T + C)
         count, length = draft.shape[1] - input_ids.shape[1], input_ids.shape[1]
         outputs = model(**_verification_inputs(model, draft, count, first, model_kwargs))
         logits = outputs.logits[:, -count - 1 :].to(copy=True, dtype=torch.float32, device=input_ids.device)

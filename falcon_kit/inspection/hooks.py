@@ -13,8 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconModel
 
 from falcon_kit.catalogue.spec import FalconSpec
 from falcon_kit.display.errors import is_whole, plain_scalar, require, shown
-from falcon_kit.generation.arguments import has_soft_prompt
-from falcon_kit.generation.prompts import check_length, check_prompt, check_tokens, token_ids
+from falcon_kit.generation.prompts import check_length, check_prompt, check_tokens, has_soft_prompt, token_ids
 from falcon_kit.generation.training import not_in_training
 from falcon_kit.inspection.token import token_text
 from falcon_kit.model.checks import live_spec

@@ -161,7 +161,7 @@ def _advice(planned: Plan, settings: LoadSettings, config: FalconConfig) -> tupl
     if stored_quantisation(config) is None:
         names |= {"dtype": "dtype", "tensor_parallel": "tensor_parallel"}
     if settings.max_memory is None and not settings.compile:
-        names["offload"] = "offload"
+        names |= {"offload": "offload", "max_memory": "max_memory"}
     return tuple(in_words_of(names, planned.suggestions))
 
 

@@ -1,5 +1,6 @@
 """What to change where a model does not fit, and the doubts about one that fits by arithmetic alone."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -25,7 +26,7 @@ class Suggestion(str):
     __slots__ = ("changes",)
 
     changes: dict[str, Any]
-    """Arguments of `plan`, or "offload" of `fk.load`; empty for another machine, or another call."""
+    """Arguments of `plan`, or "offload" or "max_memory" of `fk.load`; empty for another machine, or another call."""
 
     def __new__(cls, text: str = "", **changes: Any) -> Self:
         """The text is that of the arguments unless it is given."""
@@ -102,11 +103,14 @@ def suggestions(request: Request, devices: Sequence[Device]) -> Iterator[Suggest
         "batch": [request.batch >> times for times in halvings if request.batch >> times],
         "spec": _smaller_falcons(request),
     }
+    splits = devices[0].key != "cpu" and not devices[-1].offload_target
+    if splits:
+        yield from _later_gpus(request, devices)
     for name, values in candidates.items():
         fitting = next((value for value in values if _fits(_changed(request, name, value), devices)), None)
         if fitting is not None:
             yield _suggestion(request, name, fitting)
-    if devices[0].key != "cpu" and not devices[-1].offload_target:
+    if splits:
         yield from _larger_machine(request, devices) if devices[0].machine else _more_devices(request, devices)
         yield from _offloading(request, devices)
     if not request.trains:
@@ -118,6 +122,15 @@ def _suggestion(request: Request, name: str, value: Any) -> Suggestion:
         return Suggestion(f"another model: {value.name}", name=value.name)
     dtype = _changed(request, name, value).dtype
     return Suggestion(**{name: value} | ({} if dtype == request.dtype else {"dtype": dtype}))
+
+
+def _later_gpus(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:
+    """The later GPUs alone, where the first one, which holds the embedding, has no room: another program may use it."""
+    for first in range(1, len(devices)):
+        if _fits(request, devices[first:]):
+            sizes = {device.key: f"{math.ceil(device.free_bytes / 2**30)}GiB" for device in devices[first:]}
+            yield Suggestion(f"fk.load(..., max_memory={sizes}): the other GPUs have no room", max_memory=sizes)
+            break
 
 
 def _more_devices(request: Request, devices: Sequence[Device]) -> Iterator[Suggestion]:

@@ -212,6 +212,20 @@ def test_a_draft_model_of_another_architecture_keeps_to_its_context(instruct):
     assert instruct.generate(QUESTION, assistant_model=gpt2.eval(), **settings).tokens == expected
 
 
+@pytest.mark.parametrize("room", [1, 2, 3, 9, 24])
+@pytest.mark.parametrize("mode", [*MODES, "assistant_tokenizer"])
+def test_a_draft_ends_before_the_context_of_the_model_does(instruct, draft, mode, room):
+    again = [*instruct.tokenizer(REPEATED * 3)["input_ids"]]
+    falcon = replace(instruct, model=short(instruct.model, len(again) + room))
+    settings = {"suppress_tokens": [11]}
+    expected = falcon.generate(again, **settings).tokens
+    drafting = {"prompt_lookup_num_tokens": 10} if "lookup" in mode else {"assistant_model": draft}
+    if mode == "assistant_tokenizer":
+        drafting[mode] = draft.tokenizer
+    answer = falcon.generate(again, **settings, **drafting)
+    assert (answer.tokens, answer.finish_reason, len(answer.tokens)) == (expected, "length", room)
+
+
 def test_the_length_of_a_draft_does_not_adapt_to_drafts_that_there_was_no_room_for(instruct, draft):
     model = short(draft.model, 4)
     model.generation_config.num_assistant_tokens_schedule = "heuristic"
@@ -314,13 +328,23 @@ def test_a_draft_with_another_tokenizer_is_refused_for_sampling_and_stays_whole(
     assert instruct.generate(QUESTION, assistant_model=other, do_sample=False, max_new_tokens=3, **settings).tokens
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"guidance_scale": 1.5}, {"logits_processor": [lambda ids, logits: logits + torch.zeros(2048)]}],
-    ids=["guidance", "a processor of the caller's"],
-)
-def test_settings_about_tokens_do_not_reach_a_draft_that_has_other_tokens(instruct, settings):
+def test_settings_about_tokens_do_not_reach_a_draft_that_has_other_tokens(instruct):
     other = replace(instruct, model=small_model("7b", vocab_size=4096))
+    settings = {"logits_processor": [lambda ids, logits: logits + torch.zeros(2048)]}
     settings = {**GREEDY, "max_new_tokens": 12, **settings}
     expected = instruct.generate(QUESTION, **settings).tokens
     assert instruct.generate(QUESTION, assistant_model=other, **settings).tokens == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guidance_scale_that_would_count_rejected_tokens_is_refused(instruct, draft, mode, monkeypatch):
+    error = (
+        "^transformers' guidance_scale counts rejected tokens of a draft as part of the text: leave one of them out$"
+    )
+    with pytest.raises(ValueError, match=error):
+        instruct.generate(QUESTION, guidance_scale=1.5, **assistance(mode, draft))
+    monkeypatch.setattr(instruct.model.generation_config, "guidance_scale", 1.5)
+    with pytest.raises(ValueError, match=error):
+        instruct.generate(QUESTION, **assistance(mode, draft))
+    answer = instruct.generate(QUESTION, guidance_scale=1, **GREEDY, **assistance(mode, draft))
+    assert answer.tokens == instruct.generate(QUESTION, guidance_scale=1, **GREEDY).tokens

@@ -253,6 +253,15 @@ def test_max_memory_is_what_the_plan_goes_by(checkpoint):
         fk.load(checkpoint, max_memory={"cpu": "1MiB"})
 
 
+def test_beside_a_gpu_that_is_full_the_others_are_advised_and_they_fit(monkeypatch):
+    simulated_gpus(monkeypatch, [2**20, 2**34])
+    with pytest.raises(fk.NotEnoughMemory, match=r"max_memory=\{1: '16GiB'\}\): the other GPUs have no room"):
+        fk.load("falconet")
+    planned = plan_of(monkeypatch, "falconet", max_memory={1: "16GiB"})
+    assert planned.fits
+    assert {*planned.device_map.values()} == {1}
+
+
 def test_what_is_forced_stays_within_max_memory(checkpoint, instruct, monkeypatch):
     monkeypatch.setattr("falcon_kit.loading.load.local_devices", lambda *_: (Device("T4", 0, 2**20),))
     used = {}

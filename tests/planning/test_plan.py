@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import FalconConfig
 
 import falcon_kit as fk
@@ -307,6 +309,16 @@ def test_each_change_that_is_suggested_makes_it_fit_by_itself(given, first):
     for change in suggestions:
         changes = {name: value for name, value in change.changes.items() if name != "offload"}
         assert not changes or fk.plan(**{"name": "falcon-40b"} | given | changes).fits
+
+
+@example(sizes=[1, 1, 24])
+@given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=4))
+def test_where_the_later_gpus_fit_the_model_without_the_first_they_are_suggested(sizes):
+    devices = [Device("gpu", key, size * GIB) for key, size in enumerate(sizes)]
+    plan = fk.plan("falcon-7b", devices=devices)
+    alone = [first for first in range(1, len(sizes)) if fk.plan("falcon-7b", devices=devices[first:]).fits]
+    expected = [{key: f"{sizes[key]}GiB" for key in range(first, len(sizes))} for first in alone[: not plan.fits]]
+    assert [each.changes["max_memory"] for each in plan.suggestions if "max_memory" in each.changes] == expected
 
 
 def test_only_what_can_train_is_suggested_for_training():
