@@ -86,6 +86,14 @@ def test_a_probability_that_is_not_known_is_not_recorded():
     assert token == Token("a", None, (("b", -0.5),))
 
 
+@pytest.mark.parametrize("shown", ["", "ant", "\ufffd"])
+def test_a_token_that_is_none_of_the_likeliest_is_shown_by_itself(instruct, shown):
+    """Whatever text the stream had to keep back, or to add."""
+    token_id = instruct.tokenizer.encode(" elephant")[-1]
+    piece = Piece(shown, token_id, -7.5, (Alternative(" lion", token_id + 1, -0.5),))
+    assert Column("a", instruct).token(piece).text == instruct.tokenizer.decode([token_id])
+
+
 # The code that makes a model
 
 

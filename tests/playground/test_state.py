@@ -1,7 +1,7 @@
 """The playground without its widget: its session as plain Python."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import GenerationConfig
@@ -393,6 +393,16 @@ def test_the_settings_of_a_checkpoint_are_shown_and_in_force(cautious):
     answer = session.generate(QUESTION).answers[0]
     assert {"top_p": 0.01, "temperature": 0.5, "max_new_tokens": 7}.items() <= answer.settings.items()
     assert answer.text == cautious.generate(QUESTION, top_k=10, do_sample=True, seed=answer.seed).text
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0, "top_k": 50}, {"top_k": 0}])
+def test_a_setting_of_a_checkpoint_that_is_0_is_no_setting_that_is_missing(instruct, monkeypatch, settings):
+    monkeypatch.setattr(instruct.model, "generation_config", GenerationConfig(do_sample=True, **settings))
+    session = Session(instruct)
+    session.set(**QUICK)
+    answer = session.generate(fk.CARD.prompt).answers[0]
+    assert answer.text == instruct.generate(fk.CARD.prompt, seed=answer.seed, **QUICK).text
+    assert {**asdict(session.settings), **settings} == asdict(session.settings)
 
 
 def test_what_is_switched_off_in_the_panel_is_off_whatever_the_checkpoint_has(cautious):
