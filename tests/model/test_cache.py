@@ -138,9 +138,10 @@ def test_replaced_values_stay_replaced():
     assert values[..., 6:, :].ne(0).any()
 
 
-def test_a_step_writes_its_own_token_and_no_others():
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_step_writes_its_own_token_and_no_others(mode):
     layer = GrowingLayer()
-    with torch.inference_mode():
+    with mode():
         layer.update(*tokens(1000))
         with Written() as written:
             for _ in range(ROOM):

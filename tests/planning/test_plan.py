@@ -75,6 +75,19 @@ def test_training_takes_more_the_more_is_trained():
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.parametrize("purpose", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_training_takes_the_bytes_of_the_formulas_for_what_is_trained(purpose, checkpointing):
+    """`tests/catalogue/test_memory.py` compares the formulas with training steps."""
+    plan = fk.plan("falcon-7b", purpose=purpose, gradient_checkpointing=checkpointing, devices="8xH200")
+    size, adapters = (plan.spec, "bfloat16", 2048, 1), purpose == "lora"
+    layer, kept = memory.backward_bytes(*size, adapters), 0 if checkpointing else memory.kept_bytes(*size, adapters)
+    rows = [(row.part, row.bytes) for row in plan.rows if row.device == 0]
+    assert dict(rows)["activations"] == layer - kept
+    assert ("loss", memory.loss_bytes(*size, trains_head=not adapters)) in rows
+    assert sum(row.bytes for row in plan.rows if row.part == "kept activations") == plan.spec.layers * kept
+
+
 # The dtype
 
 
