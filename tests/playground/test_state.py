@@ -261,6 +261,14 @@ def test_guardrails_are_turned_on_or_off_by_a_switch_only(on):
     assert not session.guarded
 
 
+def test_guardrails_that_are_turned_off_and_on_are_those_that_were_given():
+    given = fk.guardrails(blocked_words=["zebra"])
+    session = Session(Typist("a"), guardrails=given)
+    session.guard(False)
+    session.guard(True)
+    assert session.guardrails is given
+
+
 def test_a_setting_out_of_range_is_refused_and_nothing_changes():
     session = Session(Typist())
     before = session.settings
