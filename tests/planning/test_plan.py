@@ -329,6 +329,7 @@ def test_each_change_that_is_suggested_makes_it_fit_by_itself(given, first):
     for change in suggestions:
         changes = {name: value for name, value in change.changes.items() if name != "offload"}
         assert not changes or fk.plan(**{"name": "falcon-40b"} | given | changes).fits
+        assert ("offload" in change.changes) == ("offload='cpu'" in change)
         assert changes.get("name") == (change.split(": ")[1] if change.startswith("another model") else None)
 
 

@@ -351,6 +351,7 @@ def test_the_meter_counts_what_was_read_and_written(instruct):
     turn = session.generate("Counting: 7, 8,")
     used, measured = session.meter(), turn.answers[0]
     assert used.used == measured.prompt_tokens + measured.new_tokens
+    assert str(used).startswith(f"{used.used} of 2048 tokens, KV cache ")
     per_token = instruct.spec.kv_bytes_per_token(instruct.model.dtype.itemsize)
     assert used.cache_bytes == measured.cache_bytes + per_token  # the last token has been written, but not read
 
