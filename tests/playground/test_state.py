@@ -311,6 +311,17 @@ def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_
     assert typist.asked[0][1] == {"max_new_tokens": 200, "temperature": 1.0, "top_k": 10, "seed": 5}
 
 
+@pytest.mark.parametrize("accepts", [True, False])
+def test_an_endpoint_is_asked_for_alternatives_where_it_accepts_them(accepts):
+    class Endpoint(Typist):
+        def accepts(self, **settings):
+            return accepts
+
+    endpoint = Endpoint()
+    Session(endpoint).generate("a")
+    assert ("alternatives" in endpoint.asked[0][1]) == accepts
+
+
 # Refusals
 
 
