@@ -179,14 +179,16 @@ LOSS_CHUNK = 256
 """Labelled tokens whose logits `falcon_kit.model.losses` computes at once: (256, 65024) in float32 takes 64 MiB."""
 
 
-def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:
+def loss_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, trains_head: bool) -> int:
     """The chunked loss if every token has a label.
 
     The hidden states, those of labelled tokens, and their gradient; and per logit of a chunk 12 bytes: the logits,
-    log-probabilities and gradient in float32. 16-bit weights take as much: their logits get a float32 copy.
+    log-probabilities and gradient in float32. 16-bit weights take as much: their logits get a float32 copy. If the head
+    is trained, its gradient by a chunk, and the sum over the chunks.
     """
     chunk = min(batch * context, LOSS_CHUNK)
-    return 12 * chunk * spec.vocabulary + 3 * batch * context * spec.d_model * VALUE_BYTES[dtype]
+    values = 3 * batch * context * spec.d_model + (2 * spec.vocabulary * spec.d_model if trains_head else 0)
+    return 12 * chunk * spec.vocabulary + values * VALUE_BYTES[dtype]
 
 
 def checkpoint_bytes(spec: FalconSpec, dtype: str, context: int, batch: int) -> int:

@@ -127,7 +127,9 @@ class Request:
             parts["logits"] = (memory.logits_bytes(self.spec, self.batch), "of the next token")
         else:
             reason = f"logits of {memory.LOSS_CHUNK} tokens at a time, {self.spec.vocabulary:,} per token"
-            parts["loss"] = (memory.loss_bytes(*self._size), reason)
+            trains_head = self.purpose == "full"
+            reason += ", and two gradients of the head" if trains_head else ""
+            parts["loss"] = (memory.loss_bytes(*self._size, trains_head), reason)
         return parts
 
 

@@ -56,7 +56,7 @@ class Column:
         """The settings of the panel that the checkpoint's generation_config.json contains."""
         values = getattr(self.falcon, "generation_settings", {})
         names = ("max_new_tokens", "temperature", "top_k", "top_p")
-        return {name: values[name] or None for name in names if name in values}
+        return {name: values[name] for name in names if name in values}
 
     def in_force(self, settings: Sampling) -> Sampling:
         """The session's settings with the overrides, without what these exclude, and "off" written out where the

@@ -96,9 +96,6 @@ class Session:
         Raises ValueError for a value out of range, and TypeError for a field that does not exist.
         """
         check_names(changes)
-        stop = changes.get("stop")
-        if isinstance(stop, list):
-            changes["stop"] = tuple(stop)
         self.settings = self._checked(replace(self.settings, **changes))
         self._notify("change")
 

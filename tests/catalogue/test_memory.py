@@ -268,6 +268,30 @@ def test_a_training_step_of_lora_takes_what_layers_keep_and_the_larger_of_loss_a
     size = spec, dtype, 128, 4
     layer, kept = memory.backward_bytes(*size, adapters=True), memory.kept_bytes(*size, adapters=True)
     layers = spec.layers * (memory.checkpoint_bytes(*size) if checkpointing else kept)
-    busiest = max(memory.loss_bytes(*size), layer if checkpointing else layer - kept)
+    busiest = max(memory.loss_bytes(*size, trains_head=False), layer if checkpointing else layer - kept)
     expected = busiest + layers + 4 * memory.lora_parameters(spec, 2)
     assert expected == pytest.approx(measured.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("checkpointing", "vocabulary"), [(False, 256), (False, 16384), (True, 16384)])
+def test_a_training_step_of_all_weights_takes_what_layers_keep_and_the_larger_of_loss_and_layer(
+    layout, checkpointing, vocabulary
+):
+    """Beside the weights and the gradients of a step before."""
+    model, spec = sized(layout, vocab_size=vocabulary, num_hidden_layers=4)
+    model.to(torch.bfloat16).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    ids = torch.zeros(4, 128, dtype=torch.long)
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+
+    step()
+    with PeakBytes([*model.parameters(), *model.buffers(), *(each.grad for each in model.parameters())]) as measured:
+        step()
+    size = spec, "bfloat16", 128, 4
+    layer, kept = memory.backward_bytes(*size, adapters=False), memory.kept_bytes(*size, adapters=False)
+    layers = spec.layers * (memory.checkpoint_bytes(*size) if checkpointing else kept)
+    busiest = max(memory.loss_bytes(*size, trains_head=True), layer if checkpointing else layer - kept)
+    assert busiest + layers == pytest.approx(measured.peak, rel=0.1)

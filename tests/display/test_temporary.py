@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 
+import psutil
 import pytest
 
 from falcon_kit.display.temporary import PREFIX, TemporaryFolder, remove_leftovers
@@ -39,10 +40,12 @@ def run(program, place):
 
 
 def test_a_folder_is_removed_with_its_object(place):
+    opened = psutil.Process().num_fds()
     folder = TemporaryFolder()
     (folder.path / "file").write_text("text")
     del folder
     assert [*place.iterdir()] == []
+    assert psutil.Process().num_fds() <= opened
 
 
 @pytest.mark.parametrize(

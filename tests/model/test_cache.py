@@ -138,9 +138,10 @@ def test_replaced_values_stay_replaced():
     assert values[..., 6:, :].ne(0).any()
 
 
-def test_a_step_writes_its_own_token_and_no_others():
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_step_writes_its_own_token_and_no_others(mode):
     layer = GrowingLayer()
-    with torch.inference_mode():
+    with mode():
         layer.update(*tokens(1000))
         with Written() as written:
             for _ in range(ROOM):
@@ -177,7 +178,11 @@ def test_gradients_flow_through_a_cache_as_in_transformers(layout):
     for cache in (with_room(DynamicCache(config=(kit := pair(layout)[1]).config)), DynamicCache(config=kit.config)):
         embedded = kit.get_input_embeddings()(IDS).detach().requires_grad_()
         kit(inputs_embeds=embedded[:, :5], past_key_values=cache, use_cache=True)
-        kit(inputs_embeds=embedded[:, 5:6], past_key_values=cache, use_cache=True).logits.sum().backward()
+        steps = [
+            kit(inputs_embeds=embedded[:, at : at + 1], past_key_values=cache, use_cache=True).logits.sum()
+            for at in (5, 6)
+        ]
+        sum(steps).backward()
         gradients.append(embedded.grad)
     assert torch.equal(*gradients)
     assert gradients[0][:, :5].ne(0).any()

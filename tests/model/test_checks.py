@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from falcon_kit.model.checks import has_tied_head
 from tests.conftest import small_model
 from tests.model.conftest import (
     IDS,
@@ -15,6 +16,17 @@ from tests.model.conftest import (
     run,
     same_weights,
 )
+
+
+@pytest.mark.parametrize("offloaded", [["word_embeddings"], ["lm_head"], ["word_embeddings", "lm_head"]])
+@pytest.mark.parametrize("unknown", [True, False])
+def test_whether_the_head_of_an_offloaded_model_is_tied_is_not_read_from_its_placeholders(offloaded, unknown):
+    kit = same_weights(small_model("40b"))
+    assert has_tied_head(kit, not unknown) == kit.config.tie_word_embeddings
+    for name, module in {"word_embeddings": kit.transformer.word_embeddings, "lm_head": kit.lm_head}.items():
+        if name in offloaded:
+            module.weight = torch.nn.Parameter(module.weight.to("meta"))
+    assert has_tied_head(kit, unknown) == unknown
 
 
 @pytest.mark.parametrize("asked", ["attention probabilities", "packed documents in more than one row", "ALiBi"])

@@ -28,6 +28,14 @@ def test_logits_equal(layout):
     assert_close(run(kit).logits, run(stock).logits)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"layer_norm_epsilon": 0.5}, {"activation": "relu"}, {"rope_parameters": {"rope_theta": 30.0}}]
+)
+def test_logits_equal_with_other_values_of_the_config(layout, changes):
+    stock = small_model(layout, **changes)
+    assert_close(run(same_weights(stock)).logits, run(stock).logits)
+
+
 def test_logits_in_bfloat16_are_as_near_to_float32_as_transformers_are(layout):
     exact = run(pair(layout)[0]).logits
     stock, kit = (run(model).logits.float() for model in pair(layout, torch.bfloat16))
@@ -66,6 +74,12 @@ def test_sampled_tokens_equal_with_the_same_seed(layout, dtype):
 
 
 # The cache
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_cache_is_returned_where_transformers_returns_one(use_cache):
+    stock, kit = (run(model, use_cache=use_cache).past_key_values for model in pair("40b"))
+    assert (kit is None, stock is None) == (not use_cache, not use_cache)
 
 
 def test_the_cache_holds_the_kv_heads_and_nothing_else(layout):

@@ -113,6 +113,24 @@ def test_the_cache_of_a_layer_that_is_kept_elsewhere_lies_where_it_is_computed()
     assert sum(row.bytes for row in plan.rows if row.part == "KV cache" and row.device == 0) == plan.kv_bytes
 
 
+def test_the_smallest_gpu_that_can_compute_keeps_no_layer_of_its_own():
+    host = Device("host memory", "cpu", 200 * GIB, offload_target=True)
+    sizes = range(GIB, 16 * GIB, GIB // 4)
+    plans = (fk.plan("falcon-40b", devices=[Device("gpu", 0, size), host]) for size in sizes)
+    assert layers_on(next(plan for plan in plans if plan.fits)) == [0, 60]
+
+
+def test_each_gpu_has_rows_for_computing_its_layers_and_host_memory_that_keeps_some_only_their_weights():
+    gpus = [Device("gpu", key, 30 * GIB) for key in range(2)]
+    plan = fk.plan("falcon-40b", devices=[*gpus, Device("host memory", "cpu", 200 * GIB, offload_target=True)])
+    parts = [[row.part for row in plan.rows if row.device == device.key] for device in plan.devices]
+    first, second, host = ([part for part in each if not part.startswith("layers")] for each in parts)
+    assert {"KV cache", "activations", "overhead"} <= {*first}
+    assert sorted(second) == ["KV cache", "activations", "overhead"]
+    assert host == []
+    assert all(layers_on(plan))
+
+
 def test_nothing_is_kept_elsewhere_that_has_room():
     plan = fk.plan("falcon-7b", devices=gpu_and(Device("host memory", "cpu", 90 * GIB, offload_target=True)))
     assert layers_on(plan) == [32, 0]

@@ -18,6 +18,7 @@ from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.load import choose_dtype
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.machines import MACHINES
+from falcon_kit.planning.placement import GPU_OVERHEAD
 
 GIB = 2**30
 
@@ -75,6 +76,27 @@ def test_training_takes_more_the_more_is_trained():
     order = ["qlora", "lora", "full"]
     sizes = [fk.plan("falcon-7b", purpose=each, devices="8xH200").total_bytes for each in order]
     assert sizes == sorted(set(sizes))
+
+
+def test_inference_takes_the_bytes_of_the_formulas():
+    """`tests/catalogue/test_memory.py` compares the formulas with models."""
+    plan = fk.plan("falcon-7b", batch=3, devices="H200")
+    size = (plan.spec, "bfloat16", 2048, 3)
+    parts = memory.logits_bytes(plan.spec, 3) + memory.prefill_bytes(*size) + GPU_OVERHEAD
+    assert plan.total_bytes == plan.weight_bytes + plan.kv_bytes + parts
+
+
+@pytest.mark.parametrize("purpose", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_training_takes_the_bytes_of_the_formulas_for_what_is_trained(purpose, checkpointing):
+    """`tests/catalogue/test_memory.py` compares the formulas with training steps."""
+    plan = fk.plan("falcon-7b", purpose=purpose, gradient_checkpointing=checkpointing, devices="8xH200")
+    size, adapters = (plan.spec, "bfloat16", 2048, 1), purpose == "lora"
+    layer, kept = memory.backward_bytes(*size, adapters), 0 if checkpointing else memory.kept_bytes(*size, adapters)
+    rows = [(row.part, row.bytes) for row in plan.rows if row.device == 0]
+    assert dict(rows)["activations"] == layer - kept
+    assert ("loss", memory.loss_bytes(*size, trains_head=not adapters)) in rows
+    assert sum(row.bytes for row in plan.rows if row.part == "kept activations") == plan.spec.layers * kept
 
 
 # The dtype
@@ -309,6 +331,24 @@ def test_each_change_that_is_suggested_makes_it_fit_by_itself(given, first):
     for change in suggestions:
         changes = {name: value for name, value in change.changes.items() if name != "offload"}
         assert not changes or fk.plan(**{"name": "falcon-40b"} | given | changes).fits
+        assert ("offload" in change.changes) == ("offload='cpu'" in change)
+        assert changes.get("name") == (change.split(": ")[1] if change.startswith("another model") else None)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_quantised_layers_are_not_suggested_for_host_memory(dtype):
+    """`fk.load` refuses it: they compute where their weights are."""
+    suggestions = fk.plan("falcon-40b", dtype, devices="T4").suggestions
+    assert suggestions
+    assert not any("offload" in each for each in suggestions)
+
+
+def test_no_larger_model_is_suggested_even_if_its_cache_is_smaller():
+    given = {"batch": 64, "devices": "A100-40GB"}
+    assert fk.plan("falcon-7b", **given).fits
+    suggestions = fk.plan("falcon-rw-1b", **given).suggestions
+    assert suggestions
+    assert not any(each.startswith("another model") for each in suggestions)
 
 
 @example(sizes=[1, 1, 24])
@@ -516,9 +556,9 @@ def test_an_unknown_argument_is_refused_and_an_old_name_with_the_new_one(argumen
 
 
 def test_lora_takes_memory_by_its_rank():
-    small, large = (fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB", r=r) for r in (8, 64))
+    small, large = (fk.plan("falcon-40b", purpose="qlora", devices="A100-80GB", r=r) for r in (1, 64))
     sizes = [sum(row.bytes for row in plan.rows if row.part == "LoRA") for plan in (small, large)]
-    assert sizes == [16 * memory.lora_parameters(small.spec, r) for r in (8, 64)]
+    assert sizes == [16 * memory.lora_parameters(small.spec, r) for r in (1, 64)]
 
 
 def test_an_unknown_model_is_refused_with_the_nearest():

@@ -56,6 +56,10 @@ def test_the_tokenizer_of_an_embedded_model_needs_no_download(machine):
     assert "download: nothing" in repr(fk.requirements("falconet", minutes=1, weights=False))
 
 
+def test_the_plan_takes_the_dtype_of_the_notebook(machine):
+    assert fk.requirements("falcon-7b", dtype="int8", minutes=5).plan.dtype == "int8"
+
+
 def test_the_plan_takes_the_arguments_of_the_notebook(machine):
     taken = fk.requirements("falconet", minutes=5, purpose="lora", context=256)
     assert {each.purpose for each in (taken.plan, *taken.tiers)} == {"lora"}

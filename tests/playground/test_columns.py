@@ -12,6 +12,7 @@ import pytest
 
 import falcon_kit as fk
 from falcon_kit.catalogue.names import embedded_directory
+from falcon_kit.generation.chat import BAIZE
 from falcon_kit.generation.text import Alternative, Piece
 from falcon_kit.playground.columns import Column, connect_source, load_source
 from falcon_kit.playground.records import Token
@@ -86,6 +87,14 @@ def test_a_probability_that_is_not_known_is_not_recorded():
     assert token == Token("a", None, (("b", -0.5),))
 
 
+@pytest.mark.parametrize("shown", ["", "ant", "\ufffd"])
+def test_a_token_that_is_none_of_the_likeliest_is_shown_by_itself(instruct, shown):
+    """Whatever text the stream had to keep back, or to add."""
+    token_id = instruct.tokenizer.encode(" elephant")[-1]
+    piece = Piece(shown, token_id, -7.5, (Alternative(" lion", token_id + 1, -0.5),))
+    assert Column("a", instruct).token(piece).text == instruct.tokenizer.decode([token_id])
+
+
 # The code that makes a model
 
 
@@ -127,6 +136,14 @@ def test_the_code_of_an_endpoint_below_a_path_connects_in_the_same_protocol(inst
         endpoint = fk.connect(f"{server.address}/falcon", api="tgi")
         again = eval(connect_source(endpoint), {"fk": fk})  # noqa: S307  # what a person does with it
         assert again.generate("Hi", max_new_tokens=3).text == endpoint.generate("Hi", max_new_tokens=3).text
+
+
+@pytest.mark.parametrize("chat", ["baize", fk.ChatFormat("mine", template=BAIZE.template, stop=("!",))])
+def test_the_code_of_an_endpoint_connects_with_the_chat_format_that_was_given(chat):
+    with scripted(answering(b"")) as server:
+        endpoint = fk.connect(f"{server.address}/v1", chat=chat)
+        again = eval(connect_source(endpoint), {"fk": fk})  # noqa: S307  # what a person does with it
+    assert (again.own_format, again.chat_format) == (True, endpoint.chat_format)
 
 
 def test_the_code_of_an_endpoint_on_sagemaker_connects_in_the_same_protocol():

@@ -168,6 +168,15 @@ def test_a_damaged_file_is_refused_in_words_or_is_none(tmp_path_factory, data):
         files.save(loaded, file, guarded)
 
 
+@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "first_token_seconds", "seconds", "cache_bytes"])
+def test_a_file_with_less_than_nothing_is_refused(tmp_path, name):
+    session = Session(Typist())
+    setattr(session.generate("go").answers[0], name, -1)
+    file = session.save(tmp_path / "playground.json")
+    with pytest.raises(ValueError, match=f"turns 1, answers 1, {name}: Input should be greater than or equal to 0"):
+        files.load(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -20,6 +20,10 @@ def test_one_token_has_no_speed():
     assert answer(new_tokens=1, first_token_seconds=1.0, seconds=1.0).tokens_per_second is None
 
 
+def test_tokens_without_a_time_have_no_speed():
+    assert answer(new_tokens=5, seconds=1.0).tokens_per_second is None
+
+
 def test_a_turn_is_one_line_as_text_and_escaped_html_in_a_notebook():
     turn = Turn("1", "prompt", "<b>go</b>", (answer("<i>", new_tokens=1, ending="eos"),))
     assert repr(turn) == "Turn('<b>go</b>': '<i>')"

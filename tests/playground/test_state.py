@@ -1,7 +1,7 @@
 """The playground without its widget: its session as plain Python."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import GenerationConfig
@@ -261,6 +261,14 @@ def test_guardrails_are_turned_on_or_off_by_a_switch_only(on):
     assert not session.guarded
 
 
+def test_guardrails_that_are_turned_off_and_on_are_those_that_were_given():
+    given = fk.guardrails(blocked_words=["zebra"])
+    session = Session(Typist("a"), guardrails=given)
+    session.guard(False)
+    session.guard(True)
+    assert session.guardrails is given
+
+
 def test_a_setting_out_of_range_is_refused_and_nothing_changes():
     session = Session(Typist())
     before = session.settings
@@ -303,6 +311,17 @@ def test_an_endpoint_is_asked_for_no_alternatives_and_gets_no_setting_that_says_
     assert typist.asked[0][1] == {"max_new_tokens": 200, "temperature": 1.0, "top_k": 10, "seed": 5}
 
 
+@pytest.mark.parametrize("accepts", [True, False])
+def test_an_endpoint_is_asked_for_alternatives_where_it_accepts_them(accepts):
+    class Endpoint(Typist):
+        def accepts(self, **settings):
+            return accepts
+
+    endpoint = Endpoint()
+    Session(endpoint).generate("a")
+    assert ("alternatives" in endpoint.asked[0][1]) == accepts
+
+
 # Refusals
 
 
@@ -343,6 +362,7 @@ def test_the_meter_counts_what_was_read_and_written(instruct):
     turn = session.generate("Counting: 7, 8,")
     used, measured = session.meter(), turn.answers[0]
     assert used.used == measured.prompt_tokens + measured.new_tokens
+    assert str(used).startswith(f"{used.used} of 2048 tokens, KV cache ")
     per_token = instruct.spec.kv_bytes_per_token(instruct.model.dtype.itemsize)
     assert used.cache_bytes == measured.cache_bytes + per_token  # the last token has been written, but not read
 
@@ -393,6 +413,16 @@ def test_the_settings_of_a_checkpoint_are_shown_and_in_force(cautious):
     answer = session.generate(QUESTION).answers[0]
     assert {"top_p": 0.01, "temperature": 0.5, "max_new_tokens": 7}.items() <= answer.settings.items()
     assert answer.text == cautious.generate(QUESTION, top_k=10, do_sample=True, seed=answer.seed).text
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0, "top_k": 50}, {"top_k": 0}])
+def test_a_setting_of_a_checkpoint_that_is_0_is_no_setting_that_is_missing(instruct, monkeypatch, settings):
+    monkeypatch.setattr(instruct.model, "generation_config", GenerationConfig(do_sample=True, **settings))
+    session = Session(instruct)
+    session.set(**QUICK)
+    answer = session.generate(fk.CARD.prompt).answers[0]
+    assert answer.text == instruct.generate(fk.CARD.prompt, seed=answer.seed, **QUICK).text
+    assert {**asdict(session.settings), **settings} == asdict(session.settings)
 
 
 def test_what_is_switched_off_in_the_panel_is_off_whatever_the_checkpoint_has(cautious):

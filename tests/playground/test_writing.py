@@ -8,11 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_kit as fk
-from falcon_kit.generation.text import Generation, Stats, TextOutOfMemory
+from falcon_kit.generation.text import Generation, Piece, Stats, TextOutOfMemory
+from falcon_kit.playground.columns import Column
+from falcon_kit.playground.records import Answer
 from falcon_kit.playground.state import Session
 from falcon_kit.playground.writing import AnswerWriter, TurnWriter
 from tests.playground.typist import Gate, Typist, failing, in_background, text_of
 from tests.waiting import interrupted_at_its_end, until
+
+
+def test_the_speed_is_known_before_the_end():
+    answer = Answer("typist", "", "go", {})
+    writer = AnswerWriter(Column("typist", Typist()), answer, None)
+    for word in ("One", " two"):
+        writer.push(Piece(word, None, -0.5))
+    assert answer.ending is None
+    assert answer.tokens_per_second
+
 
 # Stop
 
