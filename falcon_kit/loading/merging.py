@@ -31,7 +31,9 @@ from falcon_kit.loading.adding import merged_weights
 from falcon_kit.loading.checkpoints import find
 from falcon_kit.loading.checks import check_adapters, check_arguments
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import load, tokenizer_and_format
+from falcon_kit.loading.load import load
+from falcon_kit.loading.quantization import is_quantised
+from falcon_kit.loading.tokenizer import tokenizer_and_format
 from falcon_kit.loading.writing import check_replaceable, remove_wrappers, write_model
 from falcon_kit.model.checks import is_offloaded
 from falcon_kit.planning.devices import devices_by_key
@@ -53,11 +55,6 @@ class Merged(Falcon):
 
     def _facts(self) -> dict[str, str]:
         return {**super()._facts(), "merged": f"logits differ by {self.gap:.0e} from those of base and adapter"}
-
-
-def is_quantised(model: Any) -> bool:
-    """Whether a model has quantised weights."""
-    return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import TOKEN_IDS, choose_dtype, generation_config, load, load_tokenizer, trained_format
+from falcon_kit.loading.load import choose_dtype, load
 from falcon_kit.loading.merging import merge
+from falcon_kit.loading.tokenizer import TOKEN_IDS, generation_config, load_tokenizer, trained_format
 from falcon_kit.loading.writing import write_model
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import resolve_devices

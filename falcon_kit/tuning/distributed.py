@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import is_quantised
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)  # as TrainingArguments.ddp_timeout; NCCL's own is 10

@@ -21,7 +21,7 @@ from falcon_kit.display.errors import is_out_of_memory, printable
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
 from falcon_kit.loading.adapters import write_errors
-from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import is_quantised
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.callbacks import DeferredInterrupt, GradientCheck, Resumed

@@ -24,8 +24,8 @@ from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.generation.training import in_training
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import is_quantised, random_state_kept, unchanged, without_peft_warning
-from falcon_kit.loading.quantization import unpacked
+from falcon_kit.loading.merging import random_state_kept, unchanged, without_peft_warning
+from falcon_kit.loading.quantization import is_quantised, unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed, run_folder
