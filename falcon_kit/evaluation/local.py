@@ -91,9 +91,9 @@ class LocalModel:
         """As lm-eval: windows of the context, each after one token of the one before."""
         context, prefix = self.inspected.spec.context, prefix_token(self.tokenizer)
         rows, owners = [], []
-        for number, text in enumerate(texts):
-            ids = (prefix, *encode_prompt(text, self.tokenizer))
-            for start, end, scored in perplexity.windows(len(ids) - 1, context, context) if ids[1:] else ():
+        for number, tokens in enumerate(encode_prompts(texts, self.tokenizer)):
+            ids = (prefix, *tokens)
+            for start, end, scored in perplexity.windows(len(tokens), context, context) if tokens else ():
                 rows.append(Row(ids[start:end], scored))
                 owners.append(number)
         totals = [0.0] * len(texts)
