@@ -91,9 +91,9 @@ def _is_target(layer: str, config: Any) -> bool:
     """Whether PEFT would add the matrices of a layer; AutoModel's names have no prefix, and a pattern may be theirs."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if config.target_modules in (None, "all-linear") or getattr(config, "target_parameters", None):
+    if config.target_modules in (None, "all-linear") or config.target_parameters:
         return True
-    if getattr(config, "ensure_weight_tying", False) and not layer.startswith("transformer.h."):
+    if config.ensure_weight_tying and not layer.startswith("transformer.h."):
         return True  # PEFT adds the other one of embedding and head
     return any(check_target_module_exists(config, name) for name in (layer, layer.removeprefix("transformer.")))
 

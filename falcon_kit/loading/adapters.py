@@ -142,7 +142,7 @@ def digest(adapter: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def fingerprint(norm: Mapping[str, Tensor], adapters: Iterable[str] = ()) -> str:
+def fingerprint(norm: Mapping[str, Tensor], adapters: Iterable[str]) -> str:
     """A hash of the last LayerNorm and of the adapters added to a model.
 
     The LayerNorm is rounded to bfloat16, so that quantisation does not change the hash; LoRA never changes a LayerNorm.

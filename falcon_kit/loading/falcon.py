@@ -118,10 +118,10 @@ class Falcon:
         """The task of each prompt, and of each conversation."""
         for number, prompt in enumerate(prompts, 1):
             check_given(guardrails, prompt, self.tokenizer)
-            chat = is_conversation(prompt)
             try:
-                given = {"strip": False, **(self._turns(prompt, settings) if chat else settings | {"prompt": prompt})}
-                task = GenerateTask(self.model, self.tokenizer, given.pop("prompt"), given, given.pop("strip"))
+                given = self._turns(prompt, settings) if is_conversation(prompt) else {**settings, "prompt": prompt}
+                strip = given.pop("strip", False)
+                task = GenerateTask(self.model, self.tokenizer, given.pop("prompt"), given, strip)
                 require(not task.returns_list, "it is a list of prompts: give each by itself")
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None

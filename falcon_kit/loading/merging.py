@@ -29,7 +29,7 @@ from falcon_kit.loading import adapters
 from falcon_kit.loading.adapter_checks import check_base
 from falcon_kit.loading.adding import merged_weights
 from falcon_kit.loading.checkpoints import find
-from falcon_kit.loading.checks import check_adapters, check_arguments
+from falcon_kit.loading.checks import check_adapters, check_name
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.load import load
 from falcon_kit.loading.quantization import is_quantised
@@ -214,7 +214,7 @@ def _unquantised_copy(base: Falcon | str | Path, adapter: Path) -> Falcon:
 
 def _check_stored(name: str | Path, adapter: Path) -> None:
     """Raises TypeError for no name, and ValueError for that of a checkpoint whose weights are stored quantised."""
-    check_arguments(name, {}, ())
+    check_name(name)
     found = find(name, {})
     check_adapters(replace(found, adapters=(*found.adapters, adapter)))
 
