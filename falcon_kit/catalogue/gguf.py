@@ -105,14 +105,18 @@ def gguf_file(path: str | os.PathLike[str]) -> GGUFFile:
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path stands for: itself, or the only one in a folder without a config.json; else None."""
-    if path.is_file() or not path.is_dir():
-        return path if path.suffix.lower() == ".gguf" and path.is_file() else None
+    if not path.is_dir():
+        return path if _is_gguf(path) else None
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return None
-    files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf" and each.is_file())
+    files = sorted(filter(_is_gguf, path.iterdir()))
     if len(files) > 1 and not _PART.search(files[0].name):
         raise ValueError(f"{path} has several GGUF files: give the path of one, such as {files[0]}")
     return files[0] if files else None
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def stored_names(spec: FalconSpec) -> dict[str, str]:

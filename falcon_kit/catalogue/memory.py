@@ -42,10 +42,10 @@ def linear_bytes(out: int, into: int, dtype: str) -> int:
     """One weight matrix. int8: a byte per value, a float32 scale per row. nf4: 4 bits per value, a scale per 64.
     int4: 4 bits per value, a scale and a zero of two bytes per 64, which is as much."""
     values = out * into
-    if dtype == "int8":
-        return values + 4 * out
     if dtype not in QUANTISED:
         return values * VALUE_BYTES[dtype]
+    if dtype == "int8":
+        return values + 4 * out
     if dtype == "int4":
         return values // 2 + 4 * values // INT4_GROUP
     scales = math.ceil(values / _NF4_BLOCK)
@@ -147,8 +147,13 @@ def workspace_bytes(
         return batch * context * spec.intermediate_size * 6
     if dtype.startswith("nf4"):
         return largest * (9 if on_cpu else 2)
-    whole = {"int4": (5 if on_cpu else 3) * largest, "int8": 4 * largest if trains else 0}.get(dtype, 0)
-    return max(whole, _slab_bytes(spec, dtype, context, batch, native) if on_cpu and not trains else 0)
+    whole = 0
+    if dtype == "int4":
+        whole = (5 if on_cpu else 3) * largest
+    elif dtype == "int8" and trains:
+        whole = 4 * largest
+    slab = _slab_bytes(spec, dtype, context, batch, native) if on_cpu and not trains else 0
+    return max(whole, slab)
 
 
 def _slab_bytes(spec: FalconSpec, dtype: str, context: int, batch: int, native: bool) -> int:

@@ -24,10 +24,8 @@ from falcon_kit.display.errors import check_whole, printable, require, unknown_n
 from falcon_kit.display.tables import counted, html_table
 from falcon_kit.evaluation import plots
 from falcon_kit.evaluation.local import LocalModel
-from falcon_kit.evaluation.scoring import Row, prefix_token, score
 from falcon_kit.evaluation.statistics import Estimate, ratio, share
 from falcon_kit.evaluation.tasks import parsed, text_of
-from falcon_kit.generation.control_tokens import encode_prompts
 from falcon_kit.tuning.files import rows as rows_of_files
 
 if TYPE_CHECKING:
@@ -138,10 +136,7 @@ def bias(
     source = Path(pairs).name if isinstance(pairs, (str, Path)) else "the list of pairs"
     rows = parsed(rows_of_files(as_rows(pairs, "fk.bias", f"A row is {_FORM}")), _pair, source, _FORM)
     model = LocalModel(falcon, batch_size)
-    prefix = prefix_token(model.tokenizer)
-    sentences = [sentence for _, *both in rows for sentence in both]
-    ids = [(prefix, *each) for each in encode_prompts(sentences, model.tokenizer)]
-    totals = [each.total for each in score(model.inspected, [Row(each, len(each) - 1) for each in ids], batch_size)]
+    totals = model.rolling([sentence for _, *both in rows for sentence in both])
     differences = [one - two for one, two in zip(totals[::2], totals[1::2], strict=True)]
     results = (PairResult(*row, difference) for row, difference in zip(rows, differences, strict=True))
     return BiasReport(model.name, tuple(results))

@@ -168,10 +168,11 @@ def _tasks(first: TaskResult, second: TaskResult, seed: int) -> Iterator[Differe
     for metric in first.metrics:
         if metric in second.metrics:
             yield _metric(first.task, metric, first.metrics[metric], second.metrics[metric], seed)
-    for metric in [each for each in first.totals if each in second.totals]:
-        values = first.totals[metric], second.totals[metric]
-        difference = Estimate(values[1] - values[0], nan, nan)
-        yield Difference(first.task, metric, *values, difference, nan, "none", len(first.items))
+    for metric in first.totals:
+        if metric in second.totals:
+            values = first.totals[metric], second.totals[metric]
+            difference = Estimate(values[1] - values[0], nan, nan)
+            yield Difference(first.task, metric, *values, difference, nan, "none", len(first.items))
 
 
 def _metric(name: str, metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> Difference:

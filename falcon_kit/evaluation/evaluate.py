@@ -77,7 +77,9 @@ def evaluate(
 def _evaluate(
     falcon: Any, tasks: Any, text: Any, settings: dict[str, Any], output_dir: str | Path | None
 ) -> Evaluation:
-    names = [each for given in split_names(tasks) for each in (LEADERBOARD if given == "leaderboard" else [given])]
+    names: list[Any] = []
+    for each in split_names(tasks):
+        names += LEADERBOARD if each == "leaderboard" else [each]
     require(bool(names) or text is not None, f"nothing to measure: give text=, or tasks= such as {SHIPPED[0]!r}")
     corpora = read_corpora(text) if text is not None else ()
     runs = [_resolve(each, settings) for each in names]

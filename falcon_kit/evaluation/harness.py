@@ -173,16 +173,13 @@ def _metrics(results: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], 
                 items = [each[metric] for each in kept if metric in each["metrics"]]
                 label = metric if keep == "none" else f"{metric}, {keep}"
                 found.setdefault(label, []).append((items, float(value), len(kept)))
-    metrics = {
-        name: tuple(float(each) for items, _, _ in parts for each in items)
-        for name, parts in found.items()
-        if all(_is_mean(items, value) for items, value, _ in parts)
-    }
-    totals = {
-        name: sum(value * count for _, value, count in parts) / sum(count for _, _, count in parts)
-        for name, parts in found.items()
-        if name not in metrics
-    }
+    metrics: dict[str, tuple[float, ...]] = {}
+    totals: dict[str, float] = {}
+    for name, parts in found.items():
+        if all(_is_mean(items, value) for items, value, _ in parts):
+            metrics[name] = tuple(float(each) for items, _, _ in parts for each in items)
+        else:
+            totals[name] = sum(value * count for _, value, count in parts) / sum(count for _, _, count in parts)
     return metrics, totals
 
 
@@ -240,10 +237,6 @@ class KitLM(LM):  # type: ignore[misc]  # lm-eval brings no types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self._model.render(chat_history, add_generation_prompt)
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """The name of the chat format, which lm-eval records."""
-        return self._model.name
 
 
 def _groups(inputs: Sequence[Any]) -> list[tuple[list[int], dict[str, Any]]]:

@@ -90,15 +90,12 @@ class LocalModel:
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """As lm-eval: windows of the context, each after one token of the one before."""
         context, prefix = self.inspected.spec.context, prefix_token(self.tokenizer)
-        rows, owners = [], []
-        for number, text in enumerate(texts):
-            ids = (prefix, *encode_prompt(text, self.tokenizer))
-            for start, end, scored in perplexity.windows(len(ids) - 1, context, context) if ids[1:] else ():
-                rows.append(Row(ids[start:end], scored))
-                owners.append(number)
+        encoded = [[prefix, *ids] for ids in encode_prompts(texts, self.tokenizer)]
+        rows = perplexity.rows_of(encoded, context, context)
+        scores = score(self.inspected, [Row(tuple(ids), scored) for _, ids, scored in rows], self._batch_size)
         totals = [0.0] * len(texts)
-        for owner, each in zip(owners, score(self.inspected, rows, self._batch_size), strict=True):
-            totals[owner] += each.total
+        for (text, _, _), each in zip(rows, scores, strict=True):
+            totals[text] += each.total
         return totals
 
     def prompts(self, task: Task, chat: bool) -> list[str]:

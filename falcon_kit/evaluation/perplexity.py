@@ -122,6 +122,16 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         yield max(0, predicted - context), predicted + 1, new
 
 
+def rows_of(encoded: Sequence[list[int]], context: int, stride: int) -> list[tuple[int, list[int], int]]:
+    """(text, ids, scored) of each window over texts that begin with a prefix token; none of a text without others."""
+    return [
+        (text, ids[start:end], scored)
+        for text, ids in enumerate(encoded)
+        if len(ids) > 1
+        for start, end, scored in windows(len(ids) - 1, context, stride)
+    ]
+
+
 def measure(
     inspected: InspectedModel, corpus: Corpus, progress: Progress, stride: int | None, batch_size: int | None = None
 ) -> Perplexity:
@@ -140,11 +150,7 @@ def measure(
     )
     if empty := [where for where, ids in zip(corpus.where, encoded, strict=True) if len(ids) == 1]:
         raise ValueError(f"{empty[0]} has no tokens in this vocabulary: leave it out")
-    rows = [
-        (document, ids[start:end], scored)
-        for document, ids in enumerate(encoded)
-        for start, end, scored in windows(len(ids) - 1, context, stride)
-    ]
+    rows = rows_of(encoded, context, stride)
 
     def run(part: Sequence[tuple[int, list[int], int]]) -> list[list[float]]:
         scored = score(inspected, [Row(tuple(ids), count) for _, ids, count in part], batch_size)

@@ -133,8 +133,8 @@ class SamplingRNG:
         self._lock.acquire()
         try:
             self._sampling.append(self)
-            for outer in self._sampling[-2:-1]:
-                outer._leave()
+            if len(self._sampling) > 1:
+                self._sampling[-2]._leave()
             self._enter()
         except BaseException:  # Ctrl-C too
             self.__exit__()
@@ -147,8 +147,8 @@ class SamplingRNG:
         finally:
             try:
                 self._sampling.pop()
-                for outer in self._sampling[-1:]:
-                    outer._enter()
+                if self._sampling:
+                    self._sampling[-1]._enter()
             finally:
                 self._lock.release()
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from falcon_kit.generation.chat import check_messages
 from falcon_kit.generation.prompts import check_prompt, is_conversation, numbered
-from falcon_kit.generation.text import Generation, Piece
+from falcon_kit.generation.text import Generation, Piece, PieceStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,23 +26,6 @@ class Guard(Protocol):
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """The pieces of an output that passed. Raises `Blocked` at the first finding; closes `pieces` at the end."""
-
-
-class PieceStream(Protocol):
-    """What a `Stream`, a `RemoteStream` and a `GuardedStream` have in common."""
-
-    def __iter__(self) -> Iterator[Piece]:
-        """The stream itself."""
-
-    def __next__(self) -> Piece:
-        """The next piece."""
-
-    def close(self) -> None:
-        """Stops the model."""
-
-    @property
-    def generation(self) -> Generation:
-        """The whole text, after the end."""
 
 
 def check_guard(guardrails: Any) -> None:
@@ -113,7 +95,7 @@ def _checked_error(guardrails: Guard, error: Exception) -> Exception:
     return error
 
 
-class GuardedStream(Iterator[Piece], AbstractContextManager["GuardedStream"]):
+class GuardedStream(PieceStream):
     """A stream that returns a piece once none of it can become part of a finding, and raises `Blocked` at the first.
 
     `close()`, the end of a `with` block, a finding and Ctrl-C stop the model. Any thread may close it, also while
@@ -147,9 +129,6 @@ class GuardedStream(Iterator[Piece], AbstractContextManager["GuardedStream"]):
         """Stops the model, or closes the connection, and waits until that is done."""
         self._closed = True
         self._stream.close()
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def generation(self) -> Generation:

@@ -43,8 +43,9 @@ def own_format(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatFormat:
     )
     own = ChatFormat("own", source=source, template=template, stop=end_of_turn(tokenizer, template))
     probes = [_PROBE, *([{"role": "system", "content": text}, *_WHITE_SPACE] for text in ("S s", " S\n\ns "))]
+    rendered = [_probe(each, tokenizer, own) for each in probes]
     for each in FORMATS:
-        if [_probe(probe, tokenizer, each) for probe in probes] == [_probe(probe, tokenizer, own) for probe in probes]:
+        if [_probe(probe, tokenizer, each) for probe in probes] == rendered:
             return each
     return own
 

@@ -46,8 +46,11 @@ def check_prompt(prompt: Any) -> tuple[list[Any], bool]:
     if all(isinstance(each, int) and not isinstance(each, bool) for each in prompts):
         return [prompts], True
     wrong_types = [type(each).__name__ for each in prompts if not isinstance(each, str)]
-    instead = ": chat and stream take messages" if "dict" in wrong_types else ""
-    instead = ": give the ids of one text, such as ids[0]" if {*wrong_types} == {"list"} else instead
+    instead = ""
+    if "dict" in wrong_types:
+        instead = ": chat and stream take messages"
+    elif {*wrong_types} == {"list"}:
+        instead = ": give the ids of one text, such as ids[0]"
     require(not wrong_types, f"{kinds}; got a list with {', '.join(wrong_types[:3])}{instead}")
     for number, text in enumerate(prompts, 1):
         label = prompt_label(number, len(prompts))
@@ -125,7 +128,9 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
     lengths = [*map(len, prompts)]
     longest = max(lengths)
     label = prompt_label(lengths.index(longest) + 1, len(prompts))
-    if sampling.max_length is not None:
+    if sampling.max_length is None:
+        wanted = sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+    else:
         half = min(context, sampling.max_length) // 2
         if sampling.truncate == "left" and longest >= sampling.max_length and half:
             return half  # the other half is for the end of the prompt
@@ -133,7 +138,7 @@ def new_token_limit(prompts: Sequence[Sequence[int]], context: int, sampling: Sa
             longest < sampling.max_length,
             f"max_length={sampling.max_length} leaves no room: {label} has {longest} tokens",
         )
-    wanted = sampling.max_length - longest if sampling.max_length else sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+        wanted = sampling.max_length - longest
     if sampling.truncate == "left":
         return min(wanted, max(context - longest, context // 2))  # at least half the context stays for the prompt
     require(

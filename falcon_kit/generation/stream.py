@@ -4,11 +4,11 @@ import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from falcon_kit.generation.text import Generation, Piece
+from falcon_kit.generation.text import Generation, Piece, PieceStream
 
 
 class GenerationTask(ABC):
@@ -37,7 +37,7 @@ class GenerationTask(ABC):
         return self.generations
 
 
-class Stream(Iterator[Piece], AbstractContextManager["Stream"]):
+class Stream(PieceStream):
     """Iterator over the pieces of one text.
 
     `close()`, the end of a `with` block, deleting it and Ctrl-C stop the model after the next token.
@@ -58,9 +58,6 @@ class Stream(Iterator[Piece], AbstractContextManager["Stream"]):
         """Stops the model and waits until it has stopped. Any thread may call it, also while another one reads."""
         _stop(self._task, self._pieces, self._read_lock)
         self._task.generations = self._task.generations or [self._task.nothing()]
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def generation(self) -> Generation:

@@ -1,9 +1,10 @@
 """Generated text: the pieces of a stream, stop strings, the finished text and its statistics."""
 
 import html
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import Portable, shortened
@@ -181,6 +182,25 @@ class Generation:
         drafts = "" if self.accepted is None else f"; {counted(self.accepted, 'token')} accepted from drafts"
         facts = f"{html.escape(str(self.stats))}; {self.finish_reason}{drafts}"
         return continuation_html(self.prompt, self.text, facts)
+
+
+class PieceStream(Iterator[Piece]):
+    """Iterator over the pieces of one text. `close()`, and the end of a `with` block, stop the model."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stops the model."""
+
+    @property
+    @abstractmethod
+    def generation(self) -> Generation:
+        """The whole text and its statistics, after the end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def continuation_html(prompt: str, text: str, facts: str) -> str:

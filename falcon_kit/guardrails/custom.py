@@ -91,7 +91,7 @@ def _parts(text: str, pipeline: Any) -> Iterator[str]:
     yield from _parts(text[middle:], pipeline)
 
 
-def named(
+def named_judges(
     custom: Judge | Mapping[str, Judge] | None, labels: Sequence[str], threshold: float
 ) -> Iterator[tuple[str, Judge]]:
     """The custom checks with their names. Raises ValueError for what cannot be called, and for labels of nothing."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from falcon_kit.display.documented import documented
 from falcon_kit.display.errors import check_flag, is_number, is_whole, require, shown
 from falcon_kit.display.tables import html_table
-from falcon_kit.guardrails.custom import Custom, Judge, named
+from falcon_kit.guardrails.custom import Custom, Judge, named_judges
 from falcon_kit.guardrails.injection import CONTROL_TOKENS, INJECTION
 from falcon_kit.guardrails.matching import Growing, Pattern, Running
 from falcon_kit.guardrails.personal import personal_patterns
@@ -108,7 +108,7 @@ class Guardrails:
     @cached_property
     def _judges(self) -> list[tuple[str, Judge]]:
         """The checks of your own, with their names."""
-        return list(named(self.custom, self.labels, self.threshold))
+        return list(named_judges(self.custom, self.labels, self.threshold))
 
     def _running(self, where: Where) -> Iterator[Running]:
         if self.max_characters is not None:

@@ -7,6 +7,7 @@ adapters.py      LoRA adapters on disk
 adapter_checks.py whether an adapter can be added to weights, and to those of a certain model
 adding.py        a checkpoint's state dict with adapters added
 checkpoints.py   a checkpoint: found by name, fetched from the hub, checked
+tokenizer.py     its tokenizer, chat format and generation config
 packed.py        linear layers with 8-bit and 4-bit weights on torch's own kernels
 quantizer.py     packed layers quantised while weights are read, saved, and read again
 quantization.py  8-bit and 4-bit weights: chosen, counted after loading, saved

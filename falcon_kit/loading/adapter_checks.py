@@ -58,16 +58,21 @@ def _misfit(key: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ..
     """Why a tensor of an adapter does not fit a model with weights of these shapes; empty where it fits."""
     layer, lora, side = key.rpartition(".lora_")
     name = f"{layer}.weight" if lora else key
-    weight = shapes.get(name, shapes.get(f"{EMBEDDING}.weight") if name == f"{HEAD}.weight" else None)
+    weight = shapes.get(name)
+    if weight is None and name == f"{HEAD}.weight":  # a tied head has no weight of its own
+        weight = shapes.get(f"{EMBEDDING}.weight")
     if weight is None:
         return "no such layer"
-    if not lora and shape != weight:
-        resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
-        rows = f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
-        return f"a weight of {weight} there{rows if name.startswith((EMBEDDING, HEAD)) else ''}"
-    own, of_weight = _IN_COMMON.get(side, (0, 0))
-    fits = side not in _IN_COMMON or (len(shape) == 2 and shape[own] == weight[of_weight])
-    return "" if fits else f"a weight of {weight} there"
+    problem = f"a weight of {weight} there"
+    if not lora:
+        if name.startswith((EMBEDDING, HEAD)):
+            resize = "falcon = fk.load(base); falcon.model.resize_token_embeddings"
+            problem += f": resize its vocabulary first, {resize}({shape[0]}); fk.merge(adapter, falcon)"
+        return "" if shape == weight else problem
+    if side not in _IN_COMMON:
+        return ""  # not A or B, but such as a magnitude vector or a bias
+    own, of_weight = _IN_COMMON[side]
+    return "" if len(shape) == 2 and shape[own] == weight[of_weight] else problem
 
 
 def _check_targets(adapter: Adapter) -> None:
@@ -86,9 +91,9 @@ def _is_target(layer: str, config: Any) -> bool:
     """Whether PEFT would add the matrices of a layer; AutoModel's names have no prefix, and a pattern may be theirs."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if config.target_modules in (None, "all-linear") or getattr(config, "target_parameters", None):
+    if config.target_modules in (None, "all-linear") or config.target_parameters:
         return True
-    if getattr(config, "ensure_weight_tying", False) and not layer.startswith("transformer.h."):
+    if config.ensure_weight_tying and not layer.startswith("transformer.h."):
         return True  # PEFT adds the other one of embedding and head
     return any(check_target_module_exists(config, name) for name in (layer, layer.removeprefix("transformer.")))
 

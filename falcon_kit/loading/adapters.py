@@ -87,7 +87,8 @@ class Adapter:
     def full_weights(self) -> list[str]:
         """The names of the base model's own weights that it replaces: saved embeddings, biases."""
         own = (".lora_", f".{(self.config.peft_type or '').lower()}_")  # as in oft_R.weight
-        return [key for key in self.matrices if key.endswith((".weight", ".bias")) and not any(map(key.count, own))]
+        names = [key for key in self.matrices if key.endswith((".weight", ".bias"))]
+        return [key for key in names if not any(part in key for part in own)]
 
     @property
     def lora_layers(self) -> set[str]:
@@ -141,7 +142,7 @@ def digest(adapter: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def fingerprint(norm: Mapping[str, Tensor], adapters: Iterable[str] = ()) -> str:
+def fingerprint(norm: Mapping[str, Tensor], adapters: Iterable[str]) -> str:
     """A hash of the last LayerNorm and of the adapters added to a model.
 
     The LayerNorm is rounded to bfloat16, so that quantisation does not change the hash; LoRA never changes a LayerNorm.
@@ -215,8 +216,13 @@ def _name_in_model(key: str) -> str:
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file. Raises ValueError for a damaged one, and for other objects, which run code."""
+    is_zip = zipfile.is_zipfile(file)
+    with file.open("rb") as start:
+        is_pickle = start.read(2) == b"\x80\x02"  # torch before 1.6 wrote no zip archives
+    if not (is_zip or is_pickle):
+        raise ValueError(damaged(file, "the end of the zip archive is missing"))
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(refused_pickle(file)) from error
     except (RuntimeError, EOFError, *UNEXPECTED) as error:

@@ -4,7 +4,6 @@ Every error comes before the weights are read: another architecture, a missing o
 """
 
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -265,17 +264,9 @@ def check_weights(found: Checkpoint, files: list[Path]) -> None:
         _check_complete(file)
 
 
-def _is_of_old_torch(file: Path) -> bool:
-    """Whether a file begins like those of torch before 1.6, which are pickles and no zip archives."""
-    with file.open("rb") as start:
-        return start.read(2) == b"\x80\x02"
-
-
 def _check_complete(file: Path) -> None:
     """Reads a file's header, not its tensors."""
     if file.suffix != ".safetensors":
-        if not zipfile.is_zipfile(file) and not _is_of_old_torch(file):
-            raise ValueError(damaged(file, "the end of the zip archive is missing"))
         load_pickled(file)
         return
     try:

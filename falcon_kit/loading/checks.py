@@ -92,14 +92,16 @@ def _key(place: str) -> int | str | None:
     return kind if kind in ("cpu", "disk") else int(kind) if kind.isdigit() else None
 
 
-def check_arguments(name: Any, others: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises TypeError for a name that is neither a text nor a path, and for arguments that `load` does not have.
-
-    others: those arguments. known: those that it has.
-    """
+def check_name(name: Any) -> None:
+    """Raises TypeError for a name that is neither a text nor a path."""
     if not isinstance(name, str | os.PathLike):
         instead = ": give its .adapter" if hasattr(name, "adapter") else to_save(name)
         raise TypeError(f"load takes a name, directory or hub id, not a {type(name).__name__}{instead}")
+
+
+def check_arguments(name: Any, others: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError as `check_name`, and for arguments that `load` does not have. known: those that it has."""
+    check_name(name)
     for other in others:
         near = get_close_matches(other, known)
         nearest = f"did you mean {near[0]}?" if near else "its arguments are in its documentation"

@@ -118,10 +118,10 @@ class Falcon:
         """The task of each prompt, and of each conversation."""
         for number, prompt in enumerate(prompts, 1):
             check_given(guardrails, prompt, self.tokenizer)
-            chat = is_conversation(prompt)
             try:
-                given = {"strip": False, **(self._turns(prompt, settings) if chat else settings | {"prompt": prompt})}
-                task = GenerateTask(self.model, self.tokenizer, given.pop("prompt"), given, given.pop("strip"))
+                given = self._turns(prompt, settings) if is_conversation(prompt) else {**settings, "prompt": prompt}
+                strip = given.pop("strip", False)
+                task = GenerateTask(self.model, self.tokenizer, given.pop("prompt"), given, strip)
                 require(not task.returns_list, "it is a list of prompts: give each by itself")
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
@@ -190,25 +190,28 @@ class Falcon:
         return {**_ONE_TEXT, **settings, "prompt": ids, "stop": stop, "strip": True, "eos_token_id": ends}
 
     def _with_decoding(self, settings: dict[str, Any], compiled: bool = True) -> dict[str, Any]:
-        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way.
-
-        A compiled step runs no hook that was added later, such as an ablation: with hooks, nothing is compiled.
-        """
+        """The settings, those of a `generation_config` by name, and `decoding` unless they choose another way."""
         settings = arguments.expand_generation_config(arguments.without_tokenizer(settings, self.tokenizer))
         if isinstance(draft := settings.get("assistant_model"), Falcon):
             settings["assistant_model"] = draft.model
             if draft.model.config.vocab_size != self.model.config.vocab_size:
                 settings.setdefault("assistant_tokenizer", draft.tokenizer)
-        own = self.model.generation_config
-        loops = {name: plain_scalar(settings.get(name, getattr(own, name, None))) for name in _COMPILABLE}
-        other_loop = any(  # what is neither is a model, or refused later
-            not isinstance(value, int | None) or value not in _COMPILABLE[name] for name, value in loops.items()
-        )
-        own_cache = any(name in settings for name in (arguments.CACHE, "cache_implementation"))
-        if other_loop or own_cache or not (compiled and self.decoding):
-            return settings
-        hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
-        return settings if hooked else {**self.decoding, **settings}
+        if compiled and self.decoding and self._can_be_compiled(settings):
+            return {**self.decoding, **settings}
+        return settings
+
+    def _can_be_compiled(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the settings decode token by token, in a cache of the kit's, and no hook was added to the model.
+
+        A compiled step does not run a hook that was added later, such as an ablation.
+        """
+        if arguments.CACHE in settings or "cache_implementation" in settings:
+            return False
+        for name, values in _COMPILABLE.items():
+            value = plain_scalar(settings.get(name, getattr(self.model.generation_config, name, None)))
+            if not isinstance(value, int | None) or value not in values:  # other types: a model, or refused later
+                return False
+        return not any(each._forward_hooks or each._forward_pre_hooks for each in self.model.modules())
 
     @property
     def chat_format(self) -> ChatFormat:

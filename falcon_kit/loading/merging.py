@@ -29,9 +29,11 @@ from falcon_kit.loading import adapters
 from falcon_kit.loading.adapter_checks import check_base
 from falcon_kit.loading.adding import merged_weights
 from falcon_kit.loading.checkpoints import find
-from falcon_kit.loading.checks import check_adapters, check_arguments
+from falcon_kit.loading.checks import check_adapters, check_name
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.load import load, tokenizer_and_format
+from falcon_kit.loading.load import load
+from falcon_kit.loading.quantization import is_quantised
+from falcon_kit.loading.tokenizer import tokenizer_and_format
 from falcon_kit.loading.writing import check_replaceable, remove_wrappers, write_model
 from falcon_kit.model.checks import is_offloaded
 from falcon_kit.planning.devices import devices_by_key
@@ -53,11 +55,6 @@ class Merged(Falcon):
 
     def _facts(self) -> dict[str, str]:
         return {**super()._facts(), "merged": f"logits differ by {self.gap:.0e} from those of base and adapter"}
-
-
-def is_quantised(model: Any) -> bool:
-    """Whether a model has quantised weights."""
-    return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
 
 
 @contextmanager
@@ -217,7 +214,7 @@ def _unquantised_copy(base: Falcon | str | Path, adapter: Path) -> Falcon:
 
 def _check_stored(name: str | Path, adapter: Path) -> None:
     """Raises TypeError for no name, and ValueError for that of a checkpoint whose weights are stored quantised."""
-    check_arguments(name, {}, ())
+    check_name(name)
     found = find(name, {})
     check_adapters(replace(found, adapters=(*found.adapters, adapter)))
 

@@ -90,6 +90,11 @@ def stored_quantisation(config: Any) -> str | None:
     )
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether a model has quantised weights, by any method."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
+
+
 def compute_dtype(on_cpu: bool) -> torch.dtype:
     """The dtype of the weights that are not quantised, and on GPUs of the products with those that are."""
     return torch.bfloat16 if on_cpu or native_bfloat16() else torch.float16
@@ -196,12 +201,11 @@ def _address(tensor: Tensor) -> int:
 
 def check_quantised(model: nn.Module, dtype: str) -> None:
     """Raises RuntimeError where a linear layer of the blocks is not in `dtype`; the libraries raise nothing."""
-    linear = [(name, kept_as(each)) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
-    in_blocks = [(name, actual) for name, actual in linear if ".h." in name]
-    missed = [name for name, actual in in_blocks if actual != dtype]
-    if missed or not in_blocks:
+    linear = {name: each for name, each in model.named_modules() if ".h." in name and isinstance(each, nn.Linear)}
+    missed = [name for name, each in linear.items() if kept_as(each) != dtype]
+    if missed or not linear:
         raise RuntimeError(
-            f"{len(missed)} of {len(in_blocks)} linear layers were not quantised to {dtype}, such as "
+            f"{len(missed)} of {len(linear)} linear layers were not quantised to {dtype}, such as "
             f"{missed[0] if missed else 'all'}: load with attention='grouped', whose layers are recognised"
         )
 

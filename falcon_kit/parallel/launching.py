@@ -82,6 +82,15 @@ class _Arrived:
     errors: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
+def _missing(reason: str) -> property:
+    """What a Falcon in one process has, and one in several has not: to read it raises AttributeError."""
+
+    def refuse(_: Any) -> Any:
+        raise AttributeError(f"a model in several processes {reason}")
+
+    return property(refuse, doc=f"Raises AttributeError: a model in several processes {reason}.")
+
+
 class ParallelFalcon(AbstractContextManager["ParallelFalcon"]):
     """A Falcon in several processes, each with a part of every layer; used like a `Falcon`.
 
@@ -119,24 +128,9 @@ class ParallelFalcon(AbstractContextManager["ParallelFalcon"]):
             f"under torchrun --nproc-per-node {len(self.ranks)}, where fk.load gives each rank its part"
         )
 
-    @property
-    def weights(self) -> Any:
-        """Raises AttributeError: this process has no weights to count."""
-        raise AttributeError(
-            "a model in several processes has no table of weights: see weight_bytes, and ranks for each"
-        )
-
-    @property
-    def save(self) -> Any:
-        """Raises AttributeError: this process has no weights to write."""
-        raise AttributeError("a model in several processes is not saved: load it without tensor_parallel to save it")
-
-    @property
-    def generate_each(self) -> Any:
-        """Raises AttributeError: the processes run one request at a time."""
-        raise AttributeError(
-            "a model in several processes has no generate_each: falcon.generate(prompts[:16]) runs a batch"
-        )
+    weights = _missing("has no table of weights: see weight_bytes, and ranks for each")
+    save = _missing("is not saved: load it without tensor_parallel to save it")
+    generate_each = _missing("has no generate_each: falcon.generate(prompts[:16]) runs a batch")
 
     def __iter__(self) -> Iterator[Any]:
         """Raises AttributeError, as `model` does: `model, tokenizer = falcon` needs a Falcon in this process."""

@@ -168,7 +168,7 @@ def json_or_none(text: str) -> Any:
         return None
 
 
-def at(content: Any, *keys: str) -> Any:
+def nested(content: Any, *keys: str) -> Any:
     """The value at nested keys of what a server sends; None where an object or a key is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None

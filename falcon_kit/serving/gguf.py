@@ -26,7 +26,7 @@ from falcon_kit.generation.chat import plain_template
 from falcon_kit.loading.adapters import merged_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import in_slabs, ungrouped
-from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import is_quantised
 from falcon_kit.loading.writing import has_adapters, remove_wrappers
 from falcon_kit.model.checks import is_offloaded, live_spec
 from falcon_kit.serving.ggml import Array, check_quantiser, quantise
@@ -112,9 +112,8 @@ def _check(model: FalconForCausalLM, spec: FalconSpec) -> None:
 def check_writable(model: FalconForCausalLM, *, quantised: str, adapted: str, offloaded: str) -> None:
     """Raises ValueError for a model whose weights cannot be written as they are, with what to do for each reason."""
     remove_wrappers(model)
-    marked = is_quantised(model) or getattr(model, "quantization_method", None)
     floating = all(each.is_floating_point() for each in model.parameters())
-    require(floating and not marked, f"the weights are quantised for torch: {quantised}")
+    require(floating and not is_quantised(model), f"the weights are quantised for torch: {quantised}")
     require(not has_adapters(model), f"the model has adapters: {adapted}")
     require(not is_offloaded(model), f"some weights are offloaded: {offloaded}")
 
@@ -155,7 +154,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None
     writer.add_tokenizer_pre("falcon")
     writer.add_token_list([names.get(id, f"[PAD{id}]") for id in range(vocabulary)])
     writer.add_token_types([types.get(id, TokenType.UNUSED) for id in range(vocabulary)])
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.pad_token_id is not None:

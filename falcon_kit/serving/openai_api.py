@@ -14,7 +14,7 @@ from falcon_kit.display.errors import is_whole, require, unknown_name
 from falcon_kit.generation.sampling import Sampling
 from falcon_kit.serving.chunks import read_chunk
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, http_error, json_or_none, length, reading, token_count
+from falcon_kit.serving.failures import error_message, http_error, json_or_none, length, nested, reading, token_count
 from falcon_kit.serving.protocol import (
     Delta,
     Facts,
@@ -128,7 +128,7 @@ class OpenAIServer:
         for each in delta.alternatives:
             if not each.text and each.token_id not in self._control_tokens:
                 answer = await probe(f"{self._root}/detokenize", self.connection, {"tokens": [each.token_id]})
-                text = at(answer, "content")  # none where llama.cpp does not return it
+                text = nested(answer, "content")  # none where llama.cpp does not return it
                 self._control_tokens[each.token_id] = text if isinstance(text, str) else ""
         named = (replace(each, text=each.text or self._control_tokens[each.token_id]) for each in delta.alternatives)
         return replace(delta, alternatives=tuple(named))
@@ -148,7 +148,8 @@ def request_body(request: Request, model: str, dialect: Dialect) -> dict[str, An
         body["stop"] = list(request.stop)
     if request.prompt is None:
         body["messages"] = [dict(message) for message in request.messages]
-        likely += dialect.lists_generated and sampling.alternatives > 0
+        if dialect.lists_generated and sampling.alternatives:
+            likely += 1
         body |= {"logprobs": True, "top_logprobs": likely} if dialect.logprobs else {}
     else:
         require(
@@ -167,7 +168,7 @@ def read_event(event: str, address: str, begun: bool) -> Iterator[Delta]:
         chunk: Any = json_or_none(event)
         error = chunk.get("error")
     if error:
-        message, status = error_message(error), at(error, "code")  # vLLM's for what it refuses after HTTP 200
+        message, status = error_message(error), nested(error, "code")  # vLLM's for what it refuses after HTTP 200
         refused = is_whole(status, 400, 599) and not begun
         raise http_error(status, message, address, {}) if refused else ConnectionError(f"{address} reports: {message}")
     with reading(address):
@@ -188,9 +189,9 @@ def _sampling_fields(sampling: Sampling, options: dict[str, Any], dialect: Diale
 async def discover(url: str, model: str | None, connection: Connection, context: int | None = None) -> OpenAIServer:
     """The server at `url`. Its list of models and its documented paths show which software it is. context: if known."""
     status, listed = await ask_json(f"{url}/models", connection)
-    data = at(listed, "data")
+    data = nested(listed, "data")
     entries = data if isinstance(data, list) else []
-    models = [each for each in entries if isinstance(at(each, "id"), str) and each["id"]]
+    models = [each for each in entries if isinstance(nested(each, "id"), str) and each["id"]]
     dialect = await _dialect(url, models, connection)
     if dialect is None:
         raise ConnectionError(
@@ -212,7 +213,7 @@ async def _dialect(url: str, models: list[dict[str, Any]], connection: Connectio
         if owner in owners:
             return dialect
     documented = await probe(f"{url.removesuffix('/v1')}/openapi.json", connection)
-    if at(documented, "paths", "/load_model") is not None:
+    if nested(documented, "paths", "/load_model") is not None:
         return TRANSFORMERS
     return STANDARD if models else None
 
@@ -236,4 +237,4 @@ async def _context(url: str, entry: dict[str, Any], dialect: Dialect, connection
     if dialect is not LLAMA_CPP:
         return token_count(entry.get("max_model_len"))
     properties = await probe(f"{url.removesuffix('/v1')}/props", connection)
-    return token_count(at(properties, "default_generation_settings", "n_ctx"))
+    return token_count(nested(properties, "default_generation_settings", "n_ctx"))

@@ -237,17 +237,23 @@ async def stream_data(url: str, body: dict[str, Any], connection: Connection, ad
             lines = lines_of(response.aiter_bytes())
             async for line in lines:
                 field, _, data = line.decode(errors="replace").removeprefix("\ufeff").partition(":")
-                if field == "data" and data.strip():
-                    next_event(response)
-                    if data.strip() == "[DONE]":
-                        with suppress(TimeoutError, httpx2.HTTPError):
-                            async with asyncio.timeout(END_SECONDS):
-                                async for _ in lines:  # a connection that is read to its end serves the next request
-                                    pass
-                        return
-                    yield data.strip()
+                if field != "data" or not (data := data.strip()):
+                    continue
+                next_event(response)
+                if data == "[DONE]":
+                    await _read_to_the_end(lines)
+                    return
+                yield data
     except httpx2.HTTPError as error:
         raise connection_error(error, address, connection) from None
+
+
+async def _read_to_the_end(lines: AsyncIterable[bytes]) -> None:
+    """Reads what is left of a response, for a second at most: its connection then serves the next request."""
+    with suppress(TimeoutError, httpx2.HTTPError):
+        async with asyncio.timeout(END_SECONDS):
+            async for _ in lines:
+                pass
 
 
 async def lines_of(parts: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

@@ -219,11 +219,7 @@ def _plan(
     dtype = _check_dtype(engine, source, wanted)
     empty_gpu_cache()
     devices = _devices(engine)
-    if gpus is not None:
-        reason = "uses no GPU here" if devices[0].key == "cpu" else "has no such argument: set CUDA_VISIBLE_DEVICES"
-        require(engine is VLLM and devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} {reason}")
-        check_whole("gpus", gpus, 1, len(devices))
-    for count in range(1, len(devices) + 1) if gpus is None else [gpus]:
+    for count in _device_counts(engine, devices, gpus):
         counted = partial(_counted, source, engine, dtype, devices[:count])
         if (planned := counted(context, texts)).fits:
             break
@@ -238,6 +234,16 @@ def _plan(
         prepared = [_prepared_files(source, engine, dtype, unloadable)]
         raise _not_enough(unloadable, f"{written}: {unloadable.verdict()}", prepared)
     return planned
+
+
+def _device_counts(engine: Engine, devices: Sequence[Device], gpus: int | None) -> Sequence[int]:
+    """How many devices to plan for, the fewest first. Raises ValueError for GPUs that the engine does not use."""
+    if gpus is None:
+        return range(1, len(devices) + 1)
+    reason = "uses no GPU here" if devices[0].key == "cpu" else "has no such argument: set CUDA_VISIBLE_DEVICES"
+    require(engine is VLLM and devices[0].key != "cpu", f"gpus={shown(gpus)}: {engine.name} {reason}")
+    check_whole("gpus", gpus, 1, len(devices))
+    return [gpus]
 
 
 def _not_enough(short: Plan, text: str, advice: list[str]) -> NotEnoughMemory:

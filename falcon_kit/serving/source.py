@@ -6,7 +6,7 @@ adds one to Falcon.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from falcon_kit.loading.checkpoints import Checkpoint, check_weights, fetch, fin
 from falcon_kit.loading.checks import check_adapters
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.load import TOKEN_IDS, choose_dtype, generation_config, load, load_tokenizer, trained_format
+from falcon_kit.loading.load import choose_dtype, load
 from falcon_kit.loading.merging import merge
+from falcon_kit.loading.tokenizer import TOKEN_IDS, generation_config, load_tokenizer, trained_format
 from falcon_kit.loading.writing import write_model
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import resolve_devices
@@ -116,31 +117,40 @@ def files_for(source: Source, folder: Path, dtype: str, gguf: bool) -> Files:
 
     dtype: of the weights in a GGUF file. Raises OSError where the disk has no room, and what loading and merging raise.
     """
-    found = source.model
-    if isinstance(found, Checkpoint) and source.file:
-        file = source.file
-        note = f"{format_bytes(file.path.stat().st_size)}, read as it is"
-        return _where_it_is(found, file.path.absolute(), note, gguf_tokenizer(file))
-    if not gguf and isinstance(found, Checkpoint) and not found.adapters:
-        weights = fetch(found)
-        check_weights(found, weights)
-        is_current = read_json(found.directory / "config.json").get("model_type") == "falcon"  # others are of 2023
-        if is_current and weights[0].suffix == ".safetensors":
-            tokenizer = load_tokenizer(found.directory)
-            if corrected := _corrected_generation(found.directory, tokenizer):
-                path = _write_links(found.directory, folder / source.short_name, corrected)
-                note = "links to the checkpoint's, with the right end token, in a temporary folder"
-                return replace(_where_it_is(found, path, note, tokenizer), again=saving(source))
-            return _where_it_is(found, found.directory, "", tokenizer)
+    checkpoint = source.model if isinstance(source.model, Checkpoint) and not source.model.adapters else None
+    if checkpoint and (files := _without_a_copy(checkpoint, source, folder, gguf)):
+        return files
     try:
         return _write(source, folder, dtype, gguf)
     finally:  # what was loaded for that is gone by now
         empty_gpu_cache()
 
 
-def _where_it_is(found: Checkpoint, path: Path, note: str, tokenizer: PreTrainedTokenizerBase) -> Files:
+def _without_a_copy(found: Checkpoint, source: Source, folder: Path, gguf: bool) -> Files | None:
+    """The files of a checkpoint themselves; None where the server cannot read them."""
+    if found.gguf:
+        note = f"{format_bytes(found.gguf.path.stat().st_size)}, read as it is"
+        return _where_it_is(found, found.gguf.path.absolute(), gguf_tokenizer(found.gguf), note)
+    if gguf:
+        return None
+    weights = fetch(found)
+    check_weights(found, weights)
+    is_current = read_json(found.directory / "config.json").get("model_type") == "falcon"  # others are of 2023
+    if not is_current or weights[0].suffix != ".safetensors":
+        return None
+    tokenizer = load_tokenizer(found.directory)
+    if corrected := _corrected_generation(found.directory, tokenizer):
+        path = _write_links(found.directory, folder / source.short_name, corrected)
+        note = "links to the checkpoint's, with the right end token, in a temporary folder"
+        return _where_it_is(found, path, tokenizer, note, saving(source))
+    return _where_it_is(found, found.directory, tokenizer)
+
+
+def _where_it_is(
+    found: Checkpoint, path: Path, tokenizer: PreTrainedTokenizerBase, note: str = "", again: str = ""
+) -> Files:
     """A checkpoint's folder or a GGUF file that a server reads without a copy."""
-    return Files(path, note, "", trained_format(found, tokenizer), tokenizer.chat_template is not None)
+    return Files(path, note, again, trained_format(found, tokenizer), tokenizer.chat_template is not None)
 
 
 def _corrected_generation(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 from falcon_kit.display.errors import Portable, require
-from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, Stats, Text, overlap
+from falcon_kit.generation.text import Alternative, FinishReason, Generation, Piece, PieceStream, Stats, Text, overlap
 from falcon_kit.generation.waiting import next_item, result, wait
 from falcon_kit.serving.background import background_loop
 from falcon_kit.serving.connection import Connection
@@ -246,7 +246,7 @@ def with_shared_stats(generations: list[Generation]) -> list[Generation]:
     return [replace(generation, stats=stats) for generation in generations]
 
 
-class RemoteStream(Iterator[Piece], AbstractContextManager["RemoteStream"]):
+class RemoteStream(PieceStream):
     """Iterator over the pieces of one answer.
 
     `close()`, the end of a `with` block, garbage collection and Ctrl-C close the connection.
@@ -297,9 +297,6 @@ class RemoteStream(Iterator[Piece], AbstractContextManager["RemoteStream"]):
         elif self._process == os.getpid() and not sys.is_finalizing():
             wait(asyncio.run_coroutine_threadsafe(_stop(self._task), loop), _CLOSE_SECONDS)
         self._ended = True
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def wait(self) -> Generation:
         """The whole text and its statistics, once the stream has ended. Raises what iterating over it raises."""

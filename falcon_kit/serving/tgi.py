@@ -12,7 +12,7 @@ from typing import Any
 from falcon_kit.display.errors import require, unknown_name
 from falcon_kit.generation.text import Alternative
 from falcon_kit.serving.connection import Connection, redact_url
-from falcon_kit.serving.failures import at, error_message, json_or_none, length, reading, token_count
+from falcon_kit.serving.failures import error_message, json_or_none, length, nested, reading, token_count
 from falcon_kit.serving.protocol import (
     FINISHED,
     Delta,
@@ -90,9 +90,9 @@ def read_event(data: str, address: str, reshaped: bool = False) -> Delta:
     reshaped: the request `reshapes` what TGI reports, so that the log-probability is not known. LMI's is the model's.
     """
     event = json_or_none(data)
-    if at(event, "error"):
+    if nested(event, "error"):
         raise ConnectionError(f"{address} reports: {error_message(event)}")
-    if not isinstance(at(event, "token"), dict):
+    if not isinstance(nested(event, "token"), dict):
         raise ConnectionError(f"{address} sent a line that is no event of TGI: {data!r}")
     token = event["token"]
     with reading(address):
@@ -119,7 +119,7 @@ def _logprob(token: Mapping[str, Any], unknown: float) -> float:
 async def discover(url: str, model: str | None, connection: Connection, certain: bool) -> TGIServer | None:
     """The TGI server at `url`; None if there is another server. certain: whether a refusal is TGI's, and an error."""
     info = (await ask_json(f"{url}/info", connection))[1] if certain else await probe(f"{url}/info", connection)
-    if not isinstance(at(info, "model_id"), str):
+    if not isinstance(nested(info, "model_id"), str):
         return None
     if model not in (None, info["model_id"]):
         raise LookupError(unknown_name("model", str(model), [info["model_id"]]))

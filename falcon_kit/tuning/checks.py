@@ -17,7 +17,8 @@ from falcon_kit.display.warning import warn
 from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.loading.falcon import Falcon, first_rows
 from falcon_kit.loading.gguf import gguf_tokenizer
-from falcon_kit.loading.merging import check_no_adapters, is_quantised
+from falcon_kit.loading.merging import check_no_adapters
+from falcon_kit.loading.quantization import is_quantised
 from falcon_kit.model import modeling
 from falcon_kit.model.checks import is_offloaded
 from falcon_kit.tuning.packing import Packed, column

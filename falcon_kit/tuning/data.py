@@ -293,7 +293,8 @@ def _web_rows(given: Any, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     usable = 0
     for each in found:
         if isinstance(each, Problem):
-            problems += [] if each.cut else [each]  # a conversation, which is none as a whole
+            if not each.cut:  # that of a conversation, which is none as a whole, comes next
+                problems.append(each)
         elif each["text"] is None:
             problems.append(Problem(each["where"], "it is a conversation, not a web text"))
         else:

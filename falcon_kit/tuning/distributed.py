@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import is_quantised
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)  # as TrainingArguments.ddp_timeout; NCCL's own is 10
@@ -50,21 +50,24 @@ def computes_on_cpu(model: Any, shard: bool | None) -> bool:
     return not shard if shard is not None else world_size() == 1 or is_quantised(model)
 
 
-def gathered(value: T, cpu: bool) -> list[T]:
-    """The values of all processes, by rank. Every process has to call it. cpu: whether the CPU computes."""
-    if world_size() == 1:
-        return [value]
-    PartialState(cpu=cpu, timeout=_TIMEOUT)  # initialises the process group, once
-    return list(gather_object([value]))
+def join_group(cpu: bool) -> None:
+    """Makes the process group, if there are several processes and it was not made before. cpu: the CPU computes."""
+    if world_size() > 1:
+        PartialState(cpu=cpu, timeout=_TIMEOUT)
 
 
-def broadcast_from_rank0(value: T, cpu: bool) -> T:
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank. Every process has to call it."""
+    return [value] if world_size() == 1 else list(gather_object([value]))
+
+
+def broadcast_from_rank0(value: T) -> T:
     """The `value` of rank 0, in every process. Every process has to call it."""
-    return gathered(value if is_rank0() else None, cpu)[0]  # type: ignore[return-value]  # the first is a T
+    return gathered(value if is_rank0() else None)[0]  # type: ignore[return-value]  # the first is a T
 
 
 @contextmanager
-def together(cpu: bool) -> Iterator[None]:
+def together() -> Iterator[None]:
     """An error of one process in the block is raised in all at its end.
 
     Whoever waits for the failed process within the block learns of it only after `_TIMEOUT`, as where shards are
@@ -75,7 +78,7 @@ def together(cpu: bool) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  # raised again below
         failure = error
-    reports = gathered(failure and f"{socket.gethostname()}: {type(failure).__name__}: {failure}", cpu)
+    reports = gathered(failure and f"{socket.gethostname()}: {type(failure).__name__}: {failure}")
     if failure:
         raise failure
     for rank, report in enumerate(reports):
@@ -83,20 +86,20 @@ def together(cpu: bool) -> Iterator[None]:
             raise RuntimeError(f"process {rank} of {len(reports)} failed, so that all end. {report}")
 
 
-def on_rank0(function: Callable[[], T], cpu: bool) -> T:
+def on_rank0(function: Callable[[], T]) -> T:
     """What a function returns in rank 0, in every process; an error of it is raised in all."""
-    with together(cpu):
+    with together():
         value = function() if is_rank0() else None
-    return broadcast_from_rank0(value, cpu)  # type: ignore[return-value]  # that of rank 0 is a T
+    return broadcast_from_rank0(value)  # type: ignore[return-value]  # that of rank 0 is a T
 
 
-def check_shared(directory: Path, cpu: bool) -> None:
+def check_shared(directory: Path) -> None:
     """Raises OSError, in all processes, if one does not see what rank 0 writes in a directory."""
     if world_size() == 1:
         return
     with NamedTemporaryFile(dir=directory, prefix=".shared-") if is_rank0() else nullcontext() as file:
-        name = broadcast_from_rank0(file and Path(file.name).name, cpu)
-        found = gathered((socket.gethostname(), (directory / str(name)).exists()), cpu)
+        name = broadcast_from_rank0(file and Path(file.name).name)
+        found = gathered((socket.gethostname(), (directory / str(name)).exists()))
     if blind := sorted({host for host, sees in found if not sees}):
         raise OSError(
             f"output_dir={str(directory)!r} is not one folder for all processes: {', '.join(blind)} does not see what "

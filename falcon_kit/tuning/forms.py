@@ -62,7 +62,8 @@ def document(row: Any) -> dict[str, Any]:
         _check_keys(row, _BESIDE_A_PAIR)
     if str(row.get("label")).strip().lower() == "false":  # in a CSV file it is a text
         raise ValueError('its "label" is false: it is an example of a bad answer')
-    turns = [*_system(row, turns), *_history(row.get("history") or []), *turns[_has_system(turns) :]]
+    rest = turns[1:] if _has_system(turns) else turns
+    turns = [*_system(row, turns), *_history(row.get("history") or []), *rest]
     messages = _checked(turns)
     cut = {"cut": UNANSWERED} if len(messages) < len(turns) else {}
     return {"messages": messages, "untrained": _untrained(turns[: len(messages)], row.get("untrained")), **cut}
@@ -100,22 +101,27 @@ def _unusable(row: Mapping[str, Any]) -> str:
             check_messages(given[key])  # raises: `_turns` takes every list that is not empty
         elif key in given:
             return f"its {key!r} is {shown(given[key])}, but it has to be a list of messages"
-    for pair in _PAIRS:
-        there = [key for key in pair if key in given]
-        if len(there) == 1:
-            missing = pair[1 - pair.index(there[0])]
-            answer = next((key for key in _ANSWERS if key in given), None) if there[0] == pair[0] else None
-            rename = f": rename {answer!r} to {missing!r}" if answer else ""
-            return f"it has {there[0]!r}, but its {missing!r} is missing or empty{rename}"
-        if there:
-            kinds = "both have to be texts" + (", or both lists of messages" if pair == _TRL else "")
-            return f"its {pair[0]!r} is {shown(given[pair[0]])} and its {pair[1]!r} {shown(given[pair[1]])}: {kinds}"
+    for asked, answered in _PAIRS:
+        if asked in given or answered in given:
+            return _unusable_pair(given, asked, answered)
     for key in ("text", "content"):
         if key in given:
             return f"its {key!r} is {shown(given[key])}, but it has to be a text"
     if not given:
         return f"it is empty: a row has {FORMS}"
     return f"it has none of {FORMS}, but {', '.join(map(repr, given))}: rename these"
+
+
+def _unusable_pair(given: Mapping[str, Any], asked: str, answered: str) -> str:
+    """Why a question and its answer are no conversation: one of them is missing, or is not a text."""
+    if asked not in given:
+        return f"it has {answered!r}, but its {asked!r} is missing or empty"
+    if answered not in given:
+        other = next((key for key in _ANSWERS if key in given), None)
+        rename = f": rename {other!r} to {answered!r}" if other else ""
+        return f"it has {asked!r}, but its {answered!r} is missing or empty{rename}"
+    kinds = "both have to be texts" + (", or both lists of messages" if asked == "prompt" else "")
+    return f"its {asked!r} is {shown(given[asked])} and its {answered!r} {shown(given[answered])}: {kinds}"
 
 
 def _turns(row: Mapping[str, Any]) -> list[Any] | None:
@@ -215,8 +221,9 @@ def _untrained(turns: list[Any], listed: Any) -> list[int]:
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     untrained = {index for index in answers if isinstance(listed, list) and index in listed}
     for index, turn in enumerate(turns):
-        for key in (key for key in _WEIGHTS if turn.get(key) is not None):
-            weight = turn[key]
+        for key in _WEIGHTS:
+            if (weight := turn.get(key)) is None:
+                continue
             if not isinstance(weight, int | float) or weight not in (0, 1):
                 raise ValueError(f"message {index + 1} has {key}={weight!r}, but only 0 and 1 have a meaning here")
             if weight == 1 and index not in answers:

@@ -9,8 +9,7 @@ from functools import partial
 
 from falcon_kit.catalogue.memory import QUANTISED
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import is_quantised
-from falcon_kit.loading.quantization import stored_quantisation
+from falcon_kit.loading.quantization import is_quantised, stored_quantisation
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.devices import Device, resolve_devices
 from falcon_kit.planning.environment import host_memory

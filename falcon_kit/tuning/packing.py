@@ -24,6 +24,7 @@ from falcon_kit.display.tables import counted
 from falcon_kit.display.warning import warn
 from falcon_kit.generation.chat import ChatFormat, answer_texts, encode_answers
 from falcon_kit.generation.control_tokens import encode_text
+from falcon_kit.generation.prompts import tensor_parallel_mesh
 from falcon_kit.loading.falcon import Falcon
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.parallel.launching import ParallelFalcon
@@ -215,7 +216,7 @@ def pack(documents: Documents, falcon: Falcon, context: int | None = None, *, to
 
 def check_falcon(value: Any) -> None:
     """Raises TypeError for anything but a Falcon in one process, such as a name or a transformers model."""
-    divided = isinstance(value, Falcon) and getattr(value.model.transformer, "tp_mesh", None) is not None
+    divided = isinstance(value, Falcon) and tensor_parallel_mesh(value.model) is not None
     if divided or isinstance(value, ParallelFalcon):
         raise TypeError(
             "this model's layers are divided among processes (tensor_parallel), where they cannot be trained: load it "
@@ -311,8 +312,11 @@ def first_fit(lengths: Sequence[int], context: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch (B, T), padded to its longest row. The padding of a row is one more document, without labels."""
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch (B, T), padded to its longest row.
+
+    The padding of a row is one more document, without labels. Since no other attends to it, any token will do.
+    """
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)
@@ -326,7 +330,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
         return torch.from_numpy(np.stack(parts).astype(np.int64))
 
     return {
-        "input_ids": padded("input_ids", pad),
+        "input_ids": padded("input_ids", 0),
         "labels": padded("labels", IGNORED),
         "position_ids": padded("position_ids", None),
         "rows": torch.tensor([row["row"] for row in rows]),

@@ -175,12 +175,12 @@ def _are_numbers(values: Any) -> bool:
 
 def save_adapter(trainer: AdapterTrainer, directory: Path) -> Path:
     """Saves the adapter, completely or not at all; returns its folder. Every process has to call it."""
-    adapter, on_cpu = directory / "adapter", trainer.args.use_cpu
+    adapter = directory / "adapter"
     with ExitStack() as stack:
-        with distributed.together(on_cpu):
+        with distributed.together():
             unfinished = atomic_folder(adapter, trainer.adapter_bytes)
             folder = stack.enter_context(unfinished) if distributed.is_rank0() else adapter
-        with distributed.together(on_cpu):
+        with distributed.together():
             trainer.save_model(str(folder))
             stack.close()
     return adapter

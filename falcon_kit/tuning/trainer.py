@@ -21,7 +21,7 @@ from falcon_kit.display.errors import is_out_of_memory, printable
 from falcon_kit.display.reading import UNEXPECTED
 from falcon_kit.display.saving import check_disk_space, remove, remove_quietly
 from falcon_kit.loading.adapters import write_errors
-from falcon_kit.loading.merging import is_quantised
+from falcon_kit.loading.quantization import is_quantised
 from falcon_kit.model.losses import IGNORED
 from falcon_kit.tuning import checkpoint_files, distributed
 from falcon_kit.tuning.callbacks import DeferredInterrupt, GradientCheck, Resumed
@@ -55,7 +55,7 @@ class AdapterTrainer(Trainer):
 
     def train_or_resume(self) -> None:
         """Trains from the last complete checkpoint or from the start; a run that is over only loads its adapter."""
-        name = distributed.on_rank0(self._last_complete, self.args.use_cpu)  # other machines may see it later
+        name = distributed.on_rank0(self._last_complete)  # other machines may see it later
         last = self._run / name if name else None
         if last is not None:
             with _damage_named(last):
@@ -169,38 +169,39 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint in the folder `unfinished`, then moves it: it is complete or absent."""
         unfinished, is_writer = self._run / checkpoint_files.UNFINISHED, self.args.should_save
-        with distributed.together(self.args.use_cpu), self._named_failure():
+        with self._failures_named():
             if is_writer:
                 remove(unfinished)
             check_disk_space(unfinished, 3 * self.adapter_bytes)  # with the two moments of the optimizer
         self.args.output_dir = str(unfinished)
         try:
-            with distributed.together(self.args.use_cpu), self._named_failure():
+            with self._failures_named():
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(self._run)
         if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(self._run / Path(best).name)
-        with distributed.together(self.args.use_cpu), self._named_failure():
+        with self._failures_named():
             if is_writer:
                 checkpoint = unfinished / f"checkpoint-{self.state.global_step}"
                 self.state.save_to_json(str(checkpoint / "trainer_state.json"))
                 checkpoint_files.publish(checkpoint, self._run, self.state.best_model_checkpoint)
 
     @contextmanager
-    def _named_failure(self) -> Iterator[None]:
-        """Names the step that could not be saved and the last complete checkpoint."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a file cannot be written
-            last = checkpoint_files.last_complete(self._run)
-            remove_quietly(self._run / checkpoint_files.UNFINISHED)
-            saved = f"{last} is complete, and fk.tune resumes from it" if last else "no checkpoint was saved before"
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            space = ": free some space" if full or "PytorchStreamWriter" in str(error) else ""
-            raise OSError(
-                f"step {self.state.global_step} could not be saved in {self._run} ({error}){space}; {saved}"
-            ) from error
+    def _failures_named(self) -> Iterator[None]:
+        """Raises an error of one process in all; it names the step that was not saved and the last whole checkpoint."""
+        with distributed.together():
+            try:
+                yield
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a file cannot be written
+                last = checkpoint_files.last_complete(self._run)
+                remove_quietly(self._run / checkpoint_files.UNFINISHED)
+                saved = f"{last} is complete, and fk.tune resumes from it" if last else "no checkpoint was saved before"
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                space = ": free some space" if full or "PytorchStreamWriter" in str(error) else ""
+                raise OSError(
+                    f"step {self.state.global_step} could not be saved in {self._run} ({error}){space}; {saved}"
+                ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not distributed.is_sharded(self.model):

@@ -21,11 +21,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from falcon_kit.display.errors import check_flags, is_out_of_memory, plain_scalar, require
 from falcon_kit.display.warning import warn
-from falcon_kit.generation.prompts import vocabulary_size
 from falcon_kit.generation.training import in_training
 from falcon_kit.loading.falcon import Falcon
-from falcon_kit.loading.merging import is_quantised, random_state_kept, unchanged, without_peft_warning
-from falcon_kit.loading.quantization import unpacked
+from falcon_kit.loading.merging import random_state_kept, unchanged, without_peft_warning
+from falcon_kit.loading.quantization import is_quantised, unpacked
 from falcon_kit.model.checks import live_spec
 from falcon_kit.planning.plan import Plan
 from falcon_kit.tuning import checkpoint_files, distributed, run_folder
@@ -105,7 +104,8 @@ def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out
     An error of one process is raised in all.
     """
     on_cpu = distributed.computes_on_cpu(falcon.model, settings.shard)
-    with distributed.together(on_cpu):
+    distributed.join_group(on_cpu)
+    with distributed.together():
         planned = plan_training(falcon, settings, force)
         documents, held_out = _split(data, held_out, settings)
         packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
@@ -205,15 +205,15 @@ class _Run:
     @contextmanager
     def held(self, resume: bool) -> Iterator[None]:
         """Prepares output_dir, which all processes share; rank 0 keeps other runs out of it."""
-        with distributed.together(self.on_cpu):
+        with distributed.together():
             identity = self._identity
-        run_folder.check_same_everywhere(distributed.gathered(identity, self.on_cpu))
+        run_folder.check_same_everywhere(distributed.gathered(identity))
         with ExitStack() as stack:
-            with distributed.together(self.on_cpu):
+            with distributed.together():
                 if distributed.is_rank0():
                     stack.enter_context(run_folder.locked(self.directory))
-            distributed.check_shared(self.directory, self.on_cpu)
-            distributed.on_rank0(partial(run_folder.prepare_output_dir, self.directory, identity, resume), self.on_cpu)
+            distributed.check_shared(self.directory)
+            distributed.on_rank0(partial(run_folder.prepare_output_dir, self.directory, identity, resume))
             yield
 
     def __call__(self) -> TuningRun:
@@ -224,7 +224,7 @@ class _Run:
 
     def _finished(self) -> TuningRun | None:
         """The result of a run that was finished before; None if there is none."""
-        record = distributed.on_rank0(partial(run_folder.read_record, self.directory), self.on_cpu)
+        record = distributed.on_rank0(partial(run_folder.read_record, self.directory))
         if record is None:
             return None
         self._tell(f"This run is finished: its result is read from {self.directory}. resume=False trains it again")
@@ -237,7 +237,7 @@ class _Run:
         run_folder.save_adapter(trainer, self.directory)  # first, since measuring may fail
         figures = self._measure(trainer, model)
         run = self._result(trainer.state.log_history, figures)
-        distributed.on_rank0(partial(run_folder.write_record, run, self._identity["base"]), self.on_cpu)
+        distributed.on_rank0(partial(run_folder.write_record, run, self._identity["base"]))
         return run
 
     def _show_plan(self) -> None:
@@ -266,12 +266,7 @@ class _Run:
         distributed.check_processes(options.world_size, distributed.world_size())
         if self._sharded:
             distributed.shard(model, self.falcon.model.transformer.h, options.device.type)
-        pad = self.falcon.tokenizer.pad_token_id
-        rows = vocabulary_size(self.falcon.model)
-        if pad is None or pad == self.falcon.tokenizer.eos_token_id or pad >= rows:
-            pad = 0  # any token but eos_token: padding has no labels, and no document attends to it
-        collator = partial(collate, pad=pad)
-        given = {"eval_dataset": self.test, "data_collator": collator, "callbacks": [*self.callbacks]}
+        given = {"eval_dataset": self.test, "data_collator": collate, "callbacks": [*self.callbacks]}
         trainer = AdapterTrainer(model, options, self.train, **given)
         if self.settings.patience:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
@@ -284,10 +279,9 @@ class _Run:
             return self.settings.shard
         if distributed.world_size() == 1 or is_quantised(self.falcon.model):
             return False
-        in_host_memory = self.falcon.model.device.type == "cpu"
-        if in_host_memory and torch.cuda.is_available():
+        if self.falcon.model.device.type == "cpu" and torch.cuda.is_available():
             return True  # the model was loaded into host memory to be sharded
-        return distributed.broadcast_from_rank0(not self.plan.fits, in_host_memory)
+        return distributed.broadcast_from_rank0(not self.plan.fits)
 
     def _train(self, trainer: AdapterTrainer) -> None:
         progress = TuningProgress(trainer, shown=distributed.is_rank0() and not self.quiet)
@@ -330,5 +324,5 @@ class _Run:
         if isinstance(documents, Documents) and not distributed.is_sharded(model):
             answers, context = self.settings.answers, self.settings.context or 0
             rates = partial(answer_rates, self.falcon, documents, answers, context)
-            figures |= distributed.on_rank0(rates, self.on_cpu)
+            figures |= distributed.on_rank0(rates)
         return figures

@@ -308,6 +308,14 @@ def test_an_adapter_that_was_cut_off_is_refused(of_40b):
         fk.load(of_40b)
 
 
+def test_a_pickled_adapter_of_which_only_the_pointer_was_cloned_is_damaged(of_40b, tmp_path):
+    (of_40b / adapters.WEIGHTS).unlink()
+    (of_40b / adapters.PICKLED_WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 33591\n")
+    for read in (fk.load, lambda adapter: fk.merge(adapter, tmp_path / "base")):
+        with pytest.raises(ValueError, match=r"adapter_model\.bin is cut off or damaged .* fetch it again"):
+            read(of_40b)
+
+
 def test_an_adapter_that_does_not_name_its_base_says_so(of_40b):
     renamed(of_40b, None)
     with pytest.raises(

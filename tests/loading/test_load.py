@@ -352,7 +352,7 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(tokenizer, tmp_path, mo
     small_model("40b").save_pretrained(tmp_path, max_shard_size="2MB")
     tokenizer.save_pretrained(tmp_path)
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
-    monkeypatch.setattr("falcon_kit.loading.load.load_tokenizer", lambda _: gone.unlink() or tokenizer)
+    monkeypatch.setattr("falcon_kit.loading.tokenizer.load_tokenizer", lambda _: gone.unlink() or tokenizer)
     with pytest.raises(FileNotFoundError, match=f"removed while it was read .*{gone.name}.*fetch the"):
         fk.load(tmp_path)
 

@@ -327,7 +327,7 @@ def test_weights_that_are_not_here_are_refused(tmp_path):
 
 def test_quantised_weights_are_refused(tmp_path):
     model = small_model("40b")
-    model.quantization_method = "bitsandbytes"
+    model.is_quantized = True  # transformers sets it together with quantization_method
     match = "quantised for torch: load the model in bfloat16, and export that as 'q4_k_m'"
     refuse(ValueError, match, lambda: write_gguf(model, spec_of(model), tmp_path / "a.gguf"), tmp_path)
 

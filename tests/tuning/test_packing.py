@@ -203,7 +203,7 @@ def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(layou
     def learned(together):
         falcon.model.zero_grad()
         rows = packed(falcon, chats, context=160, together=together)
-        batch = collate([rows[index] for index in range(len(rows))], pad=3)
+        batch = collate([rows[index] for index in range(len(rows))])
         batch.pop("rows")
         loss = falcon.model(**batch, skip_logits=True, num_items_in_batch=100).loss
         loss.backward()
@@ -216,7 +216,7 @@ def test_packed_documents_give_the_loss_and_gradients_that_they_give_alone(layou
 
 def test_what_is_filled_up_changes_nothing(falcon):
     rows = packed(falcon, [talk("Hi", "Hello."), talk("What is a zebra?", "An animal. " * 5)], together=False)
-    both, model = collate([rows[0], rows[1]], pad=0), falcon.model
+    both, model = collate([rows[0], rows[1]]), falcon.model
     with torch.inference_mode():
         short = min(range(2), key=lambda index: len(rows[index]["input_ids"]))
         length = len(rows[short]["input_ids"])
