@@ -157,8 +157,8 @@ class Generation:
     text: str
     """The new text, without special tokens and without the stop string."""
     tokens: tuple[int, ...]
-    """All new token ids, also the end-of-sequence token and those of a stop string; empty where an endpoint does not
-    send them."""
+    """All new token ids, also the end-of-sequence token and those of a stop string. An endpoint may send none, or
+    fewer: llama.cpp only the last one of a character of several tokens, and not the end-of-sequence token."""
     logprobs: tuple[float, ...] | None
     """One per token, see `Piece.logprob`; None after beam search."""
     finish_reason: FinishReason

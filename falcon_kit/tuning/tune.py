@@ -110,11 +110,22 @@ def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out
         documents, held_out = _split(data, held_out, settings)
         packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
         train = documents if isinstance(documents, Packed) else packed(documents)
-        test = packed(held_out) if isinstance(held_out, Documents) else held_out
-        web = None if web_text is None else short_rows(web_text, falcon)
+        with _named("the held-out documents", "a larger context, or another share or seed, which draws others"):
+            test = packed(held_out) if isinstance(held_out, Documents) else held_out
+        with _named("web_text", "plain texts, or shorter conversations"):
+            web = None if web_text is None else short_rows(web_text, falcon)
         check_same_vocabulary(falcon, train, test, web)
     rows = {"train": train, "test": test, "test_documents": held_out, "web_text": web}
     return {"on_cpu": on_cpu, "plan": planned, **rows}
+
+
+@contextmanager
+def _named(what: str, instead: str) -> Iterator[None]:
+    """Says of which documents an error is, since it is the same for those that are trained on."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be measured with: {error}. Give {instead}") from error
 
 
 def _split(data: Any, held_out: Any, settings: Tuning) -> tuple[Documents | Packed, Documents | Packed | None]:

@@ -69,6 +69,17 @@ def test_a_token_of_an_incomplete_character_is_decoded_as_here(llama, instruct):
     assert {each: here[each] for each in shared} == {each: there[each] for each in shared}
 
 
+def test_llama_cpp_sends_the_last_token_of_a_character_and_counts_them_all(llama, instruct):
+    prompt = "\u4f60\u597d" * 3 + "\u4f60"
+    local, remote = (each.generate(prompt, max_new_tokens=8, do_sample=False) for each in (instruct, llama))
+    pieces = [*instruct.stream(prompt, max_new_tokens=8, do_sample=False)]
+    whole = [piece for piece in pieces if piece.text and piece.text != "\ufffd"]
+    assert 0 < len(whole) < len(local.tokens)
+    assert remote.tokens == tuple(piece.token_id for piece in whole)
+    assert remote.logprobs == pytest.approx([piece.logprob for piece in whole], abs=0.02)
+    assert remote.stats.new_tokens == len(local.tokens)
+
+
 # Servers that cannot
 
 

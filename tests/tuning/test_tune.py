@@ -380,6 +380,24 @@ def test_no_rows_are_nothing_to_train_on(falcon, tmp_path):
         fk.tune(falcon, fk.pack(fk.dialogues(ROWS), falcon)[:0], output_dir=tmp_path)
 
 
+def test_held_out_documents_that_do_not_fit_are_named_as_those(falcon, tmp_path):
+    short, long = fk.dialogues(ROWS[:4]), [talk("What is a cow?", "Arr! " * 99)]
+    message = (
+        "the held-out documents cannot be measured with: no document has anything to train on within 64 tokens: row 1: "
+        "the first answer does not end within 64 tokens: left out. Give a larger context, or another share or seed"
+    )
+    with pytest.raises(ValueError, match=message):
+        fk.tune(falcon, short, output_dir=tmp_path, held_out=long, **QUICK)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_web_text_that_cannot_be_used_is_named_as_that(falcon, tmp_path):
+    long = [talk("What is a cow?", "Arr! " * 999)]
+    message = "web_text cannot be measured with: no document has .* within 512 tokens: row 1: .*Give plain texts"
+    with pytest.raises(ValueError, match=message):
+        fk.tune(falcon, ROWS[:4], output_dir=tmp_path, web_text=long, **QUICK)
+
+
 def test_a_single_document_cannot_be_held_out(falcon, tmp_path):
     with pytest.raises(ValueError, match=r"there is one document.*held_out=0"):
         fk.tune(falcon, ROWS[:1], output_dir=tmp_path)
