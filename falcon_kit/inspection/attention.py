@@ -80,7 +80,7 @@ class AttentionView(TextResult, Measurements, HasPage):
         """The heads with the highest values: (layer, head, value), highest first."""
         check_whole("count", count, 0)
         values = self.statistics[check_statistic(statistic)]
-        best = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None)[:count]
+        best = np.argsort(-values, axis=None)[:count]  # nan comes last
         return [(*divmod(int(at), values.shape[1]), float(values.flat[at])) for at in best]
 
     def figure(self, statistic: str = "induction") -> Figure:

@@ -83,7 +83,10 @@ def test_a_file_lists_its_kinds(tmp_path):
     assert file.kinds.keys() == {"Q8_0", "Q4_K", "Q5_K", "Q6_K", "F32"}
     assert sum(file.kinds.values()) == sum(each.bytes for each in file.tensors.values())
     assert repr(file).startswith("GGUFFile(small, 1.")
-    assert "bits per weight" in file._repr_html_()
+    stored = gguf.GGUFReader(file.path).tensors
+    bits = 8 * sum(int(each.n_bytes) for each in stored) / sum(int(each.n_elements) for each in stored)
+    assert file.bits_per_weight == bits
+    assert f"{bits:.2f} bits per weight" in file._repr_html_()
 
 
 # Refused

@@ -16,6 +16,7 @@ from falcon_kit.explanation import parts
 from falcon_kit.explanation.record import record
 from falcon_kit.explanation.route import attention_rows
 from falcon_kit.inspection.hooks import inspect_model
+from tests.inspection.models import model
 
 TEXT = "The giraffe eats the leaves of tall trees"
 
@@ -67,6 +68,29 @@ def test_without_a_key_it_is_the_earlier_token_that_is_attended_to_most(found, i
     assert parts.head_part(found.layer, 0, 1, None)["key_position"] == 0
 
 
+@pytest.mark.parametrize("head", range(4))
+def test_the_values_of_a_head_are_those_that_were_recorded(found, ids, head):
+    layer, position, group = found.layer, len(ids) - 2, head // 2
+    part = parts.head_part(layer, position, head, 3)
+    values = layer.heads.value[group, : position + 1]
+    probabilities = attention_rows(layer.heads, None, 0, len(ids))[head, position, : position + 1]
+    np.testing.assert_allclose(unpacked(part["output"]), probabilities @ values, atol=1e-5)
+    np.testing.assert_allclose(unpacked(part["values"]), values.norm(dim=-1), rtol=1e-5)
+    np.testing.assert_array_equal(unpacked(part["query_before"]), layer.query_before[head, position])
+    np.testing.assert_array_equal(unpacked(part["key_before"]), layer.key_before[group, 3])
+
+
+def test_the_part_of_a_layer_is_what_was_recorded_at_the_position(found):
+    part, layer = parts.layer_part(found.layer, 3), found.layer
+    assert part["vectors"].keys() == layer.vectors.keys()
+    for name, vectors in layer.vectors.items():
+        shown = part["vectors"][name]
+        np.testing.assert_array_equal(unpacked(shown.pop("first")), vectors.first[3])
+        assert shown == {fact: getattr(vectors, fact)[3].item() for fact in ("mean", "deviation", "norm")}
+    for name in ("neurons", "activations", "active"):
+        assert part[name] == getattr(layer, name)[3].tolist()
+
+
 def test_the_map_is_the_lower_triangle_of_at_most_64_cells_a_side(inspected):
     ids = inspected.encode(list(range(20, 320)))
     found = record(inspected, ids, 0).layer
@@ -81,6 +105,13 @@ def test_the_named_tokens_are_the_likeliest(inspected, ids, found):
     part = parts.text_part(inspected, ids, found.logits)
     order = np.argsort(-unpacked(part["logits"]), kind="stable")[: parts.NAMED]
     assert [each["id"] for each in part["named"]] == order.tolist()
+
+
+def test_the_frequencies_are_those_of_the_rotary_embedding(inspected, ids, found, tokenizer):
+    frequencies = parts.text_part(inspected, ids, found.logits)["frequencies"]
+    np.testing.assert_allclose(frequencies, 10_000 ** (-np.arange(0, 64, 2) / 64), rtol=1e-6)
+    without = inspect_model((model("rw"), tokenizer))
+    assert parts.text_part(without, ids, found.logits)["frequencies"] is None
 
 
 def test_the_cache_is_the_closed_form_of_both_architectures(inspected, ids, found):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import falcon_kit as fk
+from falcon_kit.display.page import percent, text_html
 from falcon_kit.explanation.parts import layer_part_bytes, text_part_bytes
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.conftest import small_config, small_model
@@ -76,6 +77,7 @@ def test_a_taken_token_joins_the_text_as_generation_would_continue_it(instruct, 
     [
         ({"do": "layer", "layer": 6, "position": 0}, "layer 6 does not exist"),
         ({"do": "layer", "layer": 0, "position": 99}, "position 99 does not exist: positions are numbered 0 to 4"),
+        ({"do": "head", "layer": 0, "position": 5, "head": 0}, "position 5 does not exist"),
         ({"do": "head", "layer": 0, "position": 1, "head": 4}, "head 4 does not exist"),
         ({"do": "head", "layer": 0, "position": 1, "head": 0, "attended": 2}, "key 2 does not exist"),
         ({"do": "take", "id": 99999}, "is no token id"),
@@ -186,6 +188,12 @@ def test_a_page_holds_the_chosen_layers_with_all_their_heads(instruct):
     last = len(page.data["start"]["text"]["tokens"]) - 1
     names = {f"layer {layer} {last}" for layer in (1, 4)}
     assert {*page.data["parts"]} == names | {f"head {layer} {last} {head} " for layer in (1, 4) for head in range(4)}
+
+
+def test_a_page_without_javascript_has_the_likeliest_next_tokens(instruct):
+    likeliest = fk.lens(instruct, TEXT, top_k=5).next_tokens()
+    expected = [f"{text_html(each.text, spaces=True)}: {percent(each.probability)}" for each in likeliest]
+    assert re.findall("<li>(.*?)</li>", fk.explain(instruct, TEXT).page([1]).body) == expected
 
 
 def test_a_file_holds_the_chosen_layers(instruct, tmp_path):

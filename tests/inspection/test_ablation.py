@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
+from falcon_kit.display.page import percent
 from falcon_kit.inspection.ablation import head_means
 from falcon_kit.model.modeling import FalconForCausalLM
 from tests.inspection.models import logits, model
@@ -170,8 +172,28 @@ def test_an_ablation_of_one_token_has_no_loss(instruct):
 
 def test_the_table_of_an_ablation_has_a_row_for_every_token(instruct, ids):
     found = fk.ablate(instruct, ids, heads=[(1, 0)])
-    assert list(found.to_dataframe().columns) == ["token", "id", "before", "after"]
-    assert len(found.to_dataframe()) == len(ids)
+    table = found.to_dataframe()
+    assert list(table.columns) == ["token", "id", "before", "after"]
+    assert table["id"].tolist() == ids
+    np.testing.assert_array_equal(table[["before", "after"]].T, [found.before, found.after])
+
+
+def test_a_notebook_shows_the_surprisal_and_the_next_tokens_before_and_after(instruct):
+    found = fk.ablate(instruct, TEXT, kv_heads=[(1, 0), (1, 1)])
+    cells = [re.findall("<t[hd][^>]*>([^<]*)<", row) for row in found._repr_html_().split("<tr>")[2:]]
+    bits = [f"{loss / math.log(2):.2f}" for loss in (found.loss_before, found.loss_after)]
+    assert bits[0] != bits[1]
+    pairs = [
+        [f"{each.text!r} {percent(each.probability)}" for each in pair]
+        for pair in zip(found.next_before, found.next_after, strict=True)
+    ]
+    expected = [["surprisal, bits per token", *bits], *([f"next, rank {at}", *pair] for at, pair in enumerate(pairs))]
+    assert [[unescape(cell) for cell in row] for row in cells] == expected
+
+
+def test_a_notebook_names_the_first_12_ablated_heads(instruct):
+    html = fk.ablate(instruct, TEXT, heads=ALL_HEADS)._repr_html_()
+    assert "(layer.head): 0.0, 0.1, 0.2, 0.3, 1.0, 1.1, 1.2, 1.3, 2.0, 2.1, 2.2, 2.3 and 12 more" in html
 
 
 def test_an_ablation_in_html_is_escaped(instruct):

@@ -19,6 +19,7 @@ from falcon_kit.model.modeling import FalconForCausalLM
 from falcon_kit.parallel.launching import ParallelFalcon
 from tests.conftest import small_config, small_model
 from tests.inspection.models import model
+from tests.inspection.test_views_attention import weights
 
 TEXT = "The giraffe is the tallest animal. The giraffe eats leaves, and the giraffe sleeps."
 
@@ -383,16 +384,28 @@ def test_the_repr_is_short(instruct):
 
 
 def test_the_table_has_a_row_for_every_head(instruct):
-    table = fk.attention(instruct, TEXT).to_dataframe()
+    view = fk.attention(instruct, TEXT)
+    table = view.to_dataframe()
     assert list(table.columns) == ["layer", "head", "group", *STATISTICS]
     assert len(table) == 24
-    assert table.loc[(table.layer == 3) & (table["head"] == 2), "group"].item() == 1
+    for row in table.to_dict("records"):
+        layer, head = row["layer"], row["head"]
+        assert row["group"] == head // 2
+        assert [row[name] for name in STATISTICS] == [view.statistics[name][layer, head] for name in STATISTICS]
 
 
 def test_the_overview_shows_the_statistic_of_every_head(instruct):
     view = fk.attention(instruct, TEXT)
     shown = [axes.images[0].get_array() for axes in view.figure("previous").axes if axes.get_title()]
     np.testing.assert_array_equal(np.reshape(shown, (6, 4)), view.statistics["previous"])
+    assert f"uniform attention: {view.chance['previous']:.3g}" in view.figure("previous").get_suptitle()
+
+
+def test_the_figure_of_similarity_shows_it_within_groups_and_across_them(instruct):
+    view = fk.attention(instruct, TEXT)
+    groups, _, across = view.similarity_figure().axes[0].lines
+    np.testing.assert_array_equal(groups.get_ydata(), view.similarity_within_groups.ravel())
+    np.testing.assert_array_equal(across.get_ydata(), view.similarity_across_groups)
 
 
 def test_a_map_is_drawn_for_a_head_or_for_a_group(instruct):
@@ -418,6 +431,19 @@ def test_the_page_has_a_row_for_each_kv_group_with_its_mean(instruct, tmp_path):
         for group in range(2)
     ]
     assert names == [name for group in groups for name in group]
+
+
+def test_each_map_of_the_page_is_that_of_its_name(instruct):
+    view = fk.attention(instruct, TEXT, layers=1)
+    data, time = view.page().data, len(view.ids)
+    expected = {f"layer 1, head {head}": view.map(1, head) for head in range(4)}
+    expected |= {f"layer 1, KV group {group}, mean of its heads": view.group_map(1, group) for group in range(2)}
+    assert {each["name"] for each in data["maps"]} == {*expected}
+    for each in data["maps"]:
+        found = np.zeros((time, time))
+        keys, shares = weights(each, time)  # of a short text all probabilities are kept
+        np.put_along_axis(found, keys.astype(int), shares / 255, axis=1)
+        np.testing.assert_allclose(found, expected[each["name"]], atol=1 / 255)
 
 
 def test_a_group_of_which_a_head_is_missing_has_no_mean(instruct):

@@ -11,6 +11,7 @@ import torch
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
+from falcon_kit.display.page import visible
 from tests.inspection.models import logits, model
 
 TEXT = "The giraffe is the tallest animal. The giraffe"
@@ -35,6 +36,17 @@ def test_more_steps_give_a_smaller_gap(tokenizer, ids):
     few, many = (fk.attribute((model("40b"), tokenizer), ids, target=77, steps=steps) for steps in (2, 64))
     assert (few.steps, many.steps) == (2, 64)
     assert many.gap < few.gap
+
+
+@pytest.mark.filterwarnings("ignore:with steps=")
+@pytest.mark.parametrize("tolerance", [0, 1e-5, 0.02, 0.9])
+def test_steps_double_until_the_gap_is_within_the_tolerance(tokenizer, ids, monkeypatch, tolerance):
+    falcon, most = (model("40b"), tokenizer), 64
+    gaps = {steps: fk.attribute(falcon, ids, target=77, steps=steps).gap for steps in (1, 2, 4, 8, 16, 32)}
+    monkeypatch.setattr("falcon_kit.inspection.attribution._FIRST_STEPS", 1)
+    monkeypatch.setattr("falcon_kit.inspection.attribution._MAX_STEPS", most)
+    found = fk.attribute(falcon, ids, target=77, tolerance=tolerance)
+    assert found.steps == next((steps for steps, gap in gaps.items() if gap <= tolerance), most)
 
 
 def test_one_step_is_gradient_times_input(tokenizer, ids):
@@ -62,6 +74,11 @@ def test_leave_one_out_blanks_each_token_in_turn(layout, tokenizer, ids):
 
     expected = [likelihood(ids) - likelihood([*ids[:at], 11, *ids[at + 1 :]]) for at in range(len(ids))]
     np.testing.assert_allclose(found.scores, expected, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_of_leaving_one_out_need_not_sum_to_the_change(tokenizer, ids):
+    assert fk.attribute((model("40b"), tokenizer), ids, target=77, method="leave-one-out").gap > 0.1
 
 
 def test_the_likeliest_token_is_explained_unless_told(instruct):
@@ -146,8 +163,11 @@ def test_the_figure_of_an_attribution_has_a_bar_for_every_token(instruct):
 
 def test_a_notebook_shows_the_score_of_each_token(instruct):
     found = fk.attribute(instruct, TEXT, method="leave-one-out")
-    for score in found.scores:
-        assert f"{score:+.3f}" in found._repr_html_()
+    rows = [re.findall("<t[hd][^>]*>([^<]*)<", row) for row in found._repr_html_().split("<tr>")[2:]]
+    texts = [visible(text, spaces=True) for text in found.token_texts]
+    assert rows == [
+        [str(at), text, f"{score:+.3f}"] for at, (text, score) in enumerate(zip(texts, found.scores, strict=True))
+    ]
 
 
 def test_a_notebook_says_of_how_many_tokens_it_shows_the_first(instruct):
@@ -165,6 +185,7 @@ def test_a_notebook_says_of_how_many_tokens_it_shows_the_first(instruct):
         ({"text": ""}, "the prompt is empty"),
         ({"method": "guess"}, "Unknown method 'guess'. Known: integrated-gradients, leave-one-out."),
         ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"tolerance": 1.5}, "tolerance=1.5: must be from 0 to 1"),
         ({"target": ""}, "target '' is 0 tokens ()"),
         (
             {"method": "leave-one-out", "steps": 8, "tolerance": 0.1},

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import falcon_kit as fk
+from falcon_kit.display.page import text_html
 from falcon_kit.inspection import languages
 from falcon_kit.inspection.languages import compare_tokens, published_tokens, sample_texts
 
@@ -69,6 +71,10 @@ def test_counts_are_those_of_the_tokenizer(tokenizer):
     assert row.tokens_per_word == len(ids) / 3
     assert row.bytes_per_token == 18 / len(ids)
     assert row.byte_fallback == 6 / len(ids)
+
+
+def test_a_word_that_is_one_character_in_several_tokens_is_not_whole(tokenizer):
+    assert compare_tokens({"x": "🦅"}, tokenizer)["x"].whole_words == 0
 
 
 def test_a_word_is_whole_if_one_token_holds_it(tokenizer):
@@ -171,6 +177,22 @@ def test_the_table_has_a_row_for_each_text(tokenizer):
     assert table.loc["a", "tokens_per_word"] == report["a"].tokens_per_word
 
 
+def test_the_page_has_the_counts_of_each_text_and_a_bar_for_its_parity(tokenizer):
+    texts = {"b": ["zyx zyx 🦅"], "code": "x = 1", "a": ["Hello giraffe"]}
+    report = compare_tokens(texts, tokenizer, reference="a")
+    found = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', report.page().body)
+    assert [name for name, _ in found] == [text_html(name) for name in ("a", "b", "code")]  # without a parity: last
+    for name, cells in zip(("a", "b", "code"), (cells for _, cells in found), strict=True):
+        row, parity = report[name], report.parity(name)
+        expected = [
+            *(f"{row.tokens}", f"{row.tokens_per_word:.2f}", "spaces", f"{row.whole_share:.0%}"),
+            *(f"{row.bytes_per_token:.2f}", f"{row.byte_fallback:.0%}", "" if math.isnan(parity) else f"{parity:.2f}"),
+        ]
+        assert re.findall('<td class="number">(.*?)</td>', cells) == [text_html(cell) for cell in expected]
+        width = 0 if math.isnan(parity) else 10 * parity / report.parity("b")  # of the longest bar
+        assert f"width:{width:.2f}em" in cells
+
+
 def test_names_stay_text_in_the_page(tokenizer, tmp_path):
     report = compare_tokens({"<b>&": "Hello", "x": "."}, tokenizer)
     for page in (report._repr_html_(), report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")):
@@ -180,8 +202,12 @@ def test_names_stay_text_in_the_page(tokenizer, tmp_path):
 def test_the_figure_shows_two_tokenizers_side_by_side(tokenizer):
     report = compare_tokens(sample_texts(), tokenizer)
     left, right = published_tokens().figure(report).axes
-    assert next(label.get_text() for label in left.get_yticklabels()) == "English"
-    assert len(right.patches) == 2 * len(report.rows)
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names[0] == "English"
+    parities = [each.parity(name) for each in (published_tokens(), report) for name in names]
+    assert [bar.get_width() for bar in left.patches] == [0 if math.isnan(each) else each for each in parities]
+    sizes = [each[name].bytes_per_token for each in (published_tokens(), report) for name in names]
+    assert [bar.get_width() for bar in right.patches] == sizes
 
 
 def test_a_falcon_stands_for_its_tokenizer(instruct):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from functools import cache
+from html import escape
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import FalconForCausalLM as StockFalcon
 
 import falcon_kit as fk
+from falcon_kit.display.page import percent, text_html, visible
 from falcon_kit.inspection import lens as module
 from falcon_kit.inspection import predictions
 from falcon_kit.model.modeling import FalconForCausalLM
@@ -160,6 +162,10 @@ def test_a_target_can_be_named_by_its_text(instruct):
     assert {instruct.tokenizer.decode([each]) for each in view.targets} == {" giraffe"}
 
 
+def test_a_target_may_be_the_token_with_id_0(instruct):
+    assert {*fk.lens(instruct, TEXT, target=0).targets} == {0}
+
+
 def test_the_lens_reads_layers_on_disk(tokenizer, ids, tmp_path):
     split = FalconForCausalLM(small_config("40b")).eval()
     split.load_state_dict(model("40b").state_dict())
@@ -212,9 +218,14 @@ def test_the_repr_says_what_comes_next(instruct):
 
 
 def test_the_table_has_a_row_for_every_token(instruct, ids):
-    table = fk.lens(instruct, ids).to_dataframe()
+    view = fk.lens(instruct, ids)
+    table, likeliest = view.to_dataframe(), [view.next_tokens(at)[0] for at in range(len(ids))]
     assert list(table.columns) == ["token", "id", "surprisal", "rank", "next", "probability"]
     assert table["id"].tolist() == ids
+    for name, expected in (("surprisal", view.surprisal), ("rank", view.rank)):
+        np.testing.assert_array_equal(table[name], expected)
+    assert table["next"].tolist() == [each.text for each in likeliest]
+    assert table["probability"].tolist() == [each.probability for each in likeliest]
 
 
 def test_the_figure_shows_the_last_tokens(instruct):
@@ -222,6 +233,8 @@ def test_the_figure_shows_the_last_tokens(instruct):
     axes = view.figure(last=3).axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), view.layer_probabilities[:, -3:])
     assert axes.texts[-1].get_text().strip("·") == view.next_tokens()[0].text.strip()
+    positions = [int(label.get_text().split("\n")[1]) for label in axes.get_xticklabels()]
+    assert positions == [*range(len(view.ids))][-3:]
 
 
 def test_the_figure_of_contributions_ends_at_the_logit(instruct):
@@ -229,6 +242,15 @@ def test_the_figure_of_contributions_ends_at_the_logit(instruct):
     assert view.contributions_figure().axes[0].lines[0].get_ydata()[-1] == pytest.approx(
         view.target_logits[-1], abs=1e-4
     )
+
+
+def test_the_figure_of_contributions_shows_those_at_its_position(instruct):
+    view = fk.lens(instruct, TEXT)
+    axes = view.contributions_figure(2).axes[0]
+    heights = [view.embedding_contribution[2], *view.attention_contribution[:, 2], *view.mlp_contribution[:, 2]]
+    np.testing.assert_allclose([bar.get_height() for bar in axes.patches], heights)
+    target = visible(view.next_tokens(2)[0].text, spaces=True)
+    assert axes.get_title() == f"Contributions to the logit of '{target}'"
 
 
 def test_the_figure_of_surprisal_shows_it(instruct):
@@ -239,10 +261,28 @@ def test_the_figure_of_surprisal_shows_it(instruct):
 def test_the_page_says_what_was_expected_of_each_token(instruct, tmp_path):
     view = fk.lens(instruct, TEXT)
     page = view.to_html(tmp_path / "lens.html").read_text()
-    assert f"token 1, {view.token_texts[1].replace(' ', '·')}: {view.surprisal[1]:.1f} bits; expected " in page
+    for at in range(1, len(view.ids)):
+        likeliest = view.next_tokens(at - 1)[:3]
+        expected = ", ".join(f"{visible(each.text, spaces=True)} {percent(each.probability)}" for each in likeliest)
+        token = f"token {at}, {visible(view.token_texts[at], spaces=True)}"
+        assert escape(f"{token}: {view.surprisal[at]:.1f} bits; expected {expected}") in page
     for each in view.next_tokens():
         assert f"<td>{each.rank}</td>" in page
         assert f"<td>{each.probability:.2%}</td>" in page
+
+
+def test_the_page_has_the_lens_of_the_last_16_tokens(instruct):
+    view = fk.lens(instruct, TEXT * 2)
+    assert len(view.ids) > 16
+    last = slice(len(view.ids) - 16, None)
+    body = view.page().body
+    tokens = re.findall(r'<th scope="col">(.*?)</th>', body)[-16:]
+    assert tokens == [text_html(each, spaces=True) for each in view.token_texts[last]]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', body)[::-1]  # the last layer is at the top
+    for row, ids, probabilities in zip(rows, view.layer_ids, view.layer_probabilities, strict=True):
+        texts = [text_html(view.id_to_text[each], spaces=True) for each in ids[last].tolist()]
+        expected = [*zip(map(percent, probabilities[last].tolist()), texts, strict=True)]
+        assert re.findall(r'title="([^"]*)">(.*?)</td>', row) == expected
 
 
 def test_the_table_in_jupyter_is_escaped(instruct):

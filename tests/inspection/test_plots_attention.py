@@ -27,8 +27,9 @@ def test_all_layers_share_one_scale():
 
 
 def test_few_heads_have_their_numbers_written_in():
-    (axes,) = panels(plots.heads(np.array([[0.25, 1e-9]]), 1, "title", "label"))
-    assert [text.get_text() for text in axes.texts] == ["0.25", "0.00"]
+    found = panels(plots.heads(np.array([[0.25, 1e-9], [0.5, 0.75]]), 1, "title", "label"))
+    numbers = [[text.get_text() for text in axes.texts] for axes in found]
+    assert numbers == [["0.25", "0.00"], ["0.50", "0.75"]]
 
 
 def test_the_chance_level_stands_in_the_title():

@@ -121,6 +121,9 @@ def test_bytes_that_no_token_holds_are_named_by_their_character(gappy):
     assert view.lost == {0: b"X", 3: b"\x16", 4: b"X"}
     assert [token.bytes for token in view.tokens] == [b"a", b"\xc3", b"\xa9"]
     assert "3 bytes lost" in repr(view)
+    assert fk.compare_tokens({"x": view.text}, gappy)["x"].lost_bytes == 3
+    named = "U+0058 at character 0 (byte 58), U+0016 at character 3 (byte 16), U+0058 at character 4 (byte 58)."
+    assert named in view.page().body
 
 
 def test_a_token_may_reach_over_what_vanished(gappy):
@@ -254,6 +257,18 @@ def test_each_token_tells_its_id_bytes_and_characters(tokenizer):
     assert titles[-1].startswith("token 6, <|endoftext|>: id 11, special; bytes 3C 7C")
 
 
+def test_the_table_of_the_page_has_the_id_bytes_and_characters_of_each_token(tokenizer):
+    view = tokens("a 🦅 giraffe", tokenizer)
+    cells = r"<td>(\d+)</td><td>.*?</td><td>(\d+)</td><td>bytes? ([\dA-F ]+)</td><td>characters? ([\d to]+)</td>"
+    expected = [
+        (f"{at}", f"{each.id}", each.bytes.hex(" ").upper(), " to ".join(dict.fromkeys((f"{first}", f"{after - 1}"))))
+        for at, each in enumerate(view.tokens)
+        for first, after in [each.span]
+    ]
+    assert expected[-1][-1] == "3 to 10"
+    assert re.findall(cells, view.page().body) == expected
+
+
 def test_a_split_character_has_a_box_with_itself_and_its_bytes(tokenizer):
     box = re.search(r'<b class="split">(.*?)</b>', tokens("a🦅b", tokenizer).page().body)[1]
     assert unescape(re.sub("<[^>]*>", "", box)) == "🦅 F09FA685"
@@ -292,8 +307,21 @@ def test_the_page_is_written_to_a_file(tokenizer, tmp_path):
 def test_the_table_has_a_row_for_each_token(tokenizer):
     table = tokens("a 🦅", tokenizer).to_dataframe()
     assert table["bytes"].tolist() == ["61", "20", "f0", "9f", "a6", "85"]
+    assert table["id"].tolist() == tokenizer("a 🦅")["input_ids"]
     assert table["partial"].tolist() == [False, False, True, True, True, True]
     assert table[["start", "end"]].to_numpy().tolist()[-1] == [2, 3]
+
+
+def test_the_figure_shows_the_bytes_and_the_kind_of_each_token(tokenizer):
+    learnt = copy.deepcopy(tokenizer)
+    learnt.add_tokens(["長"])
+    view = tokens("a長🦅<|endoftext|>", learnt)
+    axes = view.figure().axes[0]
+    kinds = {each.get_label(): [round(bar.get_center()[0]) for bar in each] for each in axes.containers}
+    assert kinds == {"whole characters": [0, 1], "part of a character": [2, 3, 4, 5], "special": [6]}
+    assert [bar.get_height() for bar in axes.patches] == [1, 3, 1, 1, 1, 1, 13]
+    assert [label.get_text() for label in axes.get_xticklabels()][2:6] == ["F0", "9F", "A6", "85"]
+    assert view.to_dataframe()["special"].tolist() == 6 * [False] + [True]
 
 
 def test_a_falcon_stands_for_its_tokenizer(instruct):

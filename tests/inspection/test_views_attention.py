@@ -97,10 +97,12 @@ def test_more_maps_than_a_megabyte_holds_are_refused():
 
 
 def test_thumbnails_are_pictures_of_the_maps():
-    source = page(["a"] * 40)._repr_html_()
-    first = re.search(r'<img src="data:image/png;base64,([^"]+)"', source)[1]
-    cells = np.asarray(Image.open(io.BytesIO(b64decode(first))))
-    np.testing.assert_allclose((cells / 255) ** 2, random_map(40), atol=0.01)
+    source = page(["a"] * 40, maps=3)._repr_html_()
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="attention map of layer 0, head (\d)"', source)
+    assert [head for _, head in pictures] == ["0", "1", "2", "0"]  # the last is the large one
+    for picture, head in pictures:
+        cells = np.asarray(Image.open(io.BytesIO(b64decode(picture))))
+        np.testing.assert_allclose((cells / 255) ** 2, random_map(40, int(head)), atol=0.01)
 
 
 def test_every_picture_has_a_text_and_every_head_a_button():
