@@ -110,7 +110,8 @@ def _prepared(falcon: Falcon, settings: Tuning, force: bool, data: Any, held_out
         documents, held_out = _split(data, held_out, settings)
         packed = partial(pack, falcon=falcon, context=settings.context, together=settings.packing)
         train = documents if isinstance(documents, Packed) else packed(documents)
-        with _named("the held-out documents", "a larger context, or another share or seed, which draws others"):
+        instead = "a larger context, or other documents; where held_out is a share, another seed draws others"
+        with _named("the held-out documents", instead):
             test = packed(held_out) if isinstance(held_out, Documents) else held_out
         with _named("web_text", "plain texts, or shorter conversations"):
             web = None if web_text is None else short_rows(web_text, falcon)

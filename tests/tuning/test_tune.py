@@ -384,7 +384,7 @@ def test_held_out_documents_that_do_not_fit_are_named_as_those(falcon, tmp_path)
     short, long = fk.dialogues(ROWS[:4]), [talk("What is a cow?", "Arr! " * 99)]
     message = (
         "the held-out documents cannot be measured with: no document has anything to train on within 64 tokens: row 1: "
-        "the first answer does not end within 64 tokens: left out. Give a larger context, or another share or seed"
+        "the first answer does not end within 64 tokens: left out. Give a larger context, or other documents; "
     )
     with pytest.raises(ValueError, match=message):
         fk.tune(falcon, short, output_dir=tmp_path, held_out=long, **QUICK)
