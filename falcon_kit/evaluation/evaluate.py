@@ -49,8 +49,8 @@ def evaluate(
     DataFrame; "leaderboard", the Open LLM Leaderboard of 2023, or one of its tasks "arc" (25-shot), "hellaswag"
     (10-shot), "mmlu" (5-shot) and "truthfulqa" (0-shot); "lm_eval/NAME" for another task of lm-eval, or the path of a
     YAML file of its form, whose Python functions run. lm-eval's tasks need `pip install "lm-eval>=0.4.12"`, and their
-    data. text: a str, a pathlib.Path, a list of documents, rows as for `fk.dialogues`,
-    fk.Documents, or texts by name, as `fk.sample_texts()`.
+    data. text: a str, a pathlib.Path, a list of documents, rows as for `fk.dialogues`, fk.Documents, or texts by name,
+    as `fk.sample_texts()`.
 
     chat: ask questions in the model's chat format; prompts are continued as they are. num_fewshot: examples before each
     item of lm-eval's tasks; unset, as above, or the task's own; other tasks have none. limit: the first items of each

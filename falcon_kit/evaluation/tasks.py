@@ -98,8 +98,8 @@ def _task_of_rows(name: Any, rows: Any) -> Task:
     """The task of rows with a name: a list, a `datasets.Dataset`, a pandas DataFrame, or files."""
     from falcon_kit.tuning.data import as_rows  # it imports pandas and datasets
 
+    require(isinstance(name, str) and name.strip() != "", f"the name of a task must be a text; got {shown(name)}")
     label = f"the task {shown(name)}"
-    require(isinstance(name, str) and name.strip() != "", f"{label} needs a name, a text")
     return make_task(name, rows_of_files(as_rows(rows, label, f"A row is {_FORM}")), label)
 
 
@@ -189,12 +189,15 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str]) -> str:
 
 
 def split_names(tasks: Any) -> Iterator[Any]:
-    """Each task of one, of several, or of rows by name. Raises ValueError for rows without a name."""
-    if isinstance(tasks, Mapping) and not tasks.keys() & {"question", "prompt", "answer"}:
-        yield from (_task_of_rows(name, rows) for name, rows in tasks.items())
-        return
+    """The tasks that are given: one or several, each a name, a path, a `Task`, or rows by name.
+
+    Raises ValueError for rows without a name.
+    """
     table = isinstance(tasks, Mapping) or hasattr(tasks, "iterrows")  # whose elements are names of columns
     for each in [tasks] if isinstance(tasks, str) or table or not isinstance(tasks, Iterable) else tasks:
+        if isinstance(each, Mapping) and not each.keys() & {"question", "prompt", "answer"}:
+            yield from (_task_of_rows(name, rows) for name, rows in each.items())
+            continue
         require(
             isinstance(each, str | Path | Task),
             f"tasks is a name, a path, or several of them; got {shown(each)}: give rows with a name for their task, "

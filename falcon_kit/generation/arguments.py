@@ -291,7 +291,8 @@ def check_assisted(options: Mapping[str, Any], model: FalconForCausalLM, rows: i
     _check_cache(options, model)
     require(
         options.get("guidance_scale", model.generation_config.guidance_scale) in (None, 1),
-        "transformers' guidance_scale counts rejected tokens of a draft as part of the text: leave one of them out",
+        "with a draft, guidance_scale gives other text, since transformers counts rejected tokens as text: "
+        "give guidance_scale=1, or neither assistant_model nor prompt_lookup_num_tokens",
     )
     if (draft := options.get("assistant_model")) is None:
         return

@@ -83,7 +83,7 @@ class _Arrived:
 
 
 def _missing(reason: str) -> property:
-    """What a Falcon in one process has, and one in several has not: to read it raises AttributeError."""
+    """A property of `Falcon` that a model in several processes lacks. Reading it raises AttributeError."""
 
     def refuse(_: Any) -> Any:
         raise AttributeError(f"a model in several processes {reason}")

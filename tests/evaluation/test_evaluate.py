@@ -167,6 +167,11 @@ def test_rows_with_a_name_are_a_task(base, file, of):
     assert [{**item, "where": ""} for item in found.items] == [{**item, "where": ""} for item in expected.items]
 
 
+def test_rows_with_a_name_stand_beside_other_tasks(base, file):
+    found = fk.evaluate(base, [{"mine": ROWS, "first": ROWS[:1]}, file])
+    assert [(each.task, len(each.items)) for each in found.tasks] == [("mine", 3), ("first", 1), ("animals", 3)]
+
+
 def test_a_row_may_have_tuples_and_the_numbers_of_numpy(base):
     rows = [{**row, "choices": tuple(row["choices"]), "answer": np.int64(1)} for row in ROWS]
     found = fk.evaluate(base, {"mine": rows})["mine"]
@@ -191,8 +196,8 @@ def test_an_unknown_task_is_named_with_the_nearest(base):
         ({"tasks": ROWS}, "got {'prompt': 'Giraffes eat', "),
         ({"tasks": pd.DataFrame(ROWS)}, ': give rows with a name for their task, tasks={"mine": rows}'),
         ({"tasks": ROWS[0]}, ': give rows with a name for their task, tasks={"mine": rows}'),
-        ({"tasks": {"": ROWS}}, "the task '' needs a name, a text"),
-        ({"tasks": {5: ROWS}}, "the task 5 needs a name, a text"),
+        ({"tasks": {"": ROWS}}, "the name of a task must be a text; got ''"),
+        ({"tasks": {5: ROWS}}, "the name of a task must be a text; got 5"),
         ({"tasks": {}}, "nothing to measure: give text=, or tasks="),
         ({"tasks": {"mine": []}}, "the task 'mine' has no rows. A row is {"),
         ({"tasks": {"mine": [{"prompt": "Owls eat"}]}}, "the task 'mine' has 1 malformed row: row 1: it has no answer"),

@@ -339,7 +339,8 @@ def test_settings_about_tokens_do_not_reach_a_draft_that_has_other_tokens(instru
 @pytest.mark.parametrize("mode", MODES)
 def test_a_guidance_scale_that_would_count_rejected_tokens_is_refused(instruct, draft, mode, monkeypatch):
     error = (
-        "^transformers' guidance_scale counts rejected tokens of a draft as part of the text: leave one of them out$"
+        "^with a draft, guidance_scale gives other text, since transformers counts rejected tokens as text: "
+        "give guidance_scale=1, or neither assistant_model nor prompt_lookup_num_tokens$"
     )
     with pytest.raises(ValueError, match=error):
         instruct.generate(QUESTION, guidance_scale=1.5, **assistance(mode, draft))
